@@ -1,0 +1,105 @@
+"""Drives a sparse model's schedule from a transformers ``Trainer`` (and so TRL's and Unsloth's).
+
+This module imports transformers; ``sparse_unsloth`` itself imports it only when it is asked for.
+"""
+
+import logging
+
+from transformers.trainer_callback import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class SparsityCallback(TrainerCallback):
+    """Tells a sparse model which optimiser step it is in, and logs what sparsity did.
+
+    Every ``Trainer`` built after a model was attached has one already (``register_with_trainers``). On a model that is
+    not attached it does nothing; of several instances in one trainer only the first one drives.
+
+    The metrics (``sparsity/...``) join the trainer's own training log lines, those with a ``loss``, so that every
+    ``report_to`` integration shows them, and ``trainer.state.log_history`` too. An instance added by hand comes after
+    the integrations, which then miss the metrics: attach before building the trainer.
+
+    The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint goes on where it stopped.
+    """
+
+    def __init__(self):
+        self._sparsity = None  # the model's SparsityState while this instance drives it
+        self._trainer_state = None
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        from sparse_unsloth.attach import get_state
+
+        sparsity = None if model is None else get_state(model)
+        if sparsity is None or not self._may_drive(sparsity.driver, state):
+            return
+        sparsity.begin_training(
+            self,
+            state.max_steps,
+            train_dataset=getattr(train_dataloader, "dataset", None),
+            collate_fn=getattr(train_dataloader, "collate_fn", None),
+        )
+        self._sparsity, self._trainer_state = sparsity, state
+        _warn_if_never_sparse(sparsity, state.max_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._drives():
+            self._sparsity.set_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._drives():
+            self._sparsity.verify_step()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self._drives() or logs is None or "loss" not in logs:
+            return
+        metrics = self._sparsity.metrics()
+        logs.update(metrics)
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._drives():
+            self._sparsity.end_training()
+        self._sparsity = self._trainer_state = None
+
+    def _drives(self) -> bool:
+        return self._sparsity is not None and self._sparsity.driver is self
+
+    def _may_drive(self, driver: object, trainer_state: object) -> bool:
+        """A driver of another trainer is a run that was interrupted (on_train_end never came), and gives way."""
+        if isinstance(driver, SparsityCallback) and driver is not self:
+            return driver._trainer_state is not trainer_state
+        return driver is None or driver is self
+
+
+def register_with_trainers() -> None:
+    """Gives every transformers ``Trainer`` built from now on a ``SparsityCallback``; calling it again changes nothing.
+
+    It comes before the trainer's ``report_to`` integrations, so that these see the metrics.
+    """
+    from transformers import trainer
+
+    if SparsityCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(SparsityCallback)
+
+
+def unregister_from_trainers() -> None:
+    """Undoes ``register_with_trainers`` for trainers built from now on."""
+    from transformers import trainer
+
+    if SparsityCallback in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.remove(SparsityCallback)
+
+
+def _warn_if_never_sparse(sparsity, max_steps: int) -> None:
+    config = sparsity.config
+    asked = any(layer.mlp or layer.self_attn for layer in config.layer_sparsity(sparsity.num_layers))
+    if asked and not config.schedule.sparse_steps(max_steps):
+        logger.warning(
+            "The whole training will be dense: none of its %d optimiser steps lies between start_step=%r and "
+            "end_step=%r. Train longer, or set start_step and end_step to fit.",
+            max_steps,
+            config.start_step,
+            config.end_step,
+        )

@@ -1,0 +1,388 @@
+"""What is sparse, how much, chosen how, and when: `SparsityConfig`, read from YAML, JSON, presets and mappings."""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
+
+from sparse_unsloth import older_formats
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.layer_rules import absent_layers, canonical_rule, expand, share
+from sparse_unsloth.schedule import Schedule
+
+TITLE = "sparsity configuration"
+SUFFIXES = (".yaml", ".yml", ".json")
+PUBLISHED_LAYERS = 32
+# Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
+PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "dense": ({}, {}),
+    "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
+    "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
+}
+
+
+class LayerSparsity(NamedTuple):
+    """Share of one decoder layer's channels that context rows leave out, in [0, 1); 0 is dense."""
+
+    mlp: float
+    self_attn: float
+
+
+def _distinct(value: object, validate) -> dict[str, float]:
+    rules = validate(value)
+    if len(rules) < len(value):
+        names = [canonical_rule(key) for key in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"must name each rule once; twice: {', '.join(twice)}")
+    return rules
+
+
+def _step(value: object) -> float | int:
+    if isinstance(value, float) and 0 <= value <= 1:
+        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("must be a float in [0, 1] (fraction of the training) or an int from 0 up (optimiser steps)")
+
+
+def _fraction(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError("must be a number in [0, 1], a share of the training")
+    return float(value)
+
+
+def _path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Rules = Annotated[
+    dict[Annotated[str, BeforeValidator(canonical_rule)], Annotated[float, BeforeValidator(share)]],
+    WrapValidator(_distinct),
+]
+Step = Annotated[float | int, BeforeValidator(_step)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+NonNegative = Annotated[int, Field(strict=True, ge=0)]
+Switch = Annotated[bool, Field(strict=True)]
+
+
+class _Reporting(type(BaseModel)):
+    """Lets ``Config(...)`` report like ``Config.model_validate({...})``; nested models still report to their parent."""
+
+    def __call__(cls, /, **data):
+        return cls.model_validate(data)
+
+
+class _Config(BaseModel, metaclass=_Reporting):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def model_validate(cls, obj, **kwargs):
+        """As pydantic's, but every problem of ``obj`` is in one `ConfigError`."""
+        return cls._checked(obj, TITLE, [], **kwargs)
+
+    @classmethod
+    def _checked(cls, obj, source: str, problems: list[str], **kwargs):
+        try:
+            config = super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            problems = problems + [_problem(cls, detail) for detail in error.errors(include_url=False)]
+        if problems:
+            raise _failure(source, problems)
+        return config
+
+
+class EstimatorConfig(_Config):
+    """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
+
+    kind: Literal["auto", "svd", "whitened", "prior", "static"] = "auto"
+    """`svd`: low-rank factors of the weight, no data needed (as published); `whitened`: factors in the metric of
+    calibrated inputs; `prior`: calibrated static channel energy combined with the contextual estimate; `static`: the
+    calibrated ranking alone; `auto`: `prior` where calibration samples exist, else `svd` with a warning."""
+    rank: Positive = 8
+    """Rank of the factors; 8 as published."""
+    path: Annotated[str | None, Field(strict=True), BeforeValidator(_path)] = None
+    """Safetensors file: loaded if it exists, else written after building."""
+    calibration_samples: NonNegative = 32
+    """Training samples that a calibrated kind looks at."""
+    compensation_rank: NonNegative = 0
+    """Rank of the linear stand-in for the dropped channels; above 0 needs `kind: static`, whose fit is closed form."""
+
+    @field_validator("calibration_samples")
+    @classmethod
+    def _calibrated_kinds_need_samples(cls, samples: int, info: ValidationInfo) -> int:
+        kind = info.data.get("kind")
+        if samples == 0 and kind in ("whitened", "prior", "static") and info.data.get("path") is None:
+            raise ValueError(f"must be at least 1 for kind '{kind}', unless path names factors made before")
+        return samples
+
+    @field_validator("compensation_rank")
+    @classmethod
+    def _compensation_needs_static_channels(cls, rank: int, info: ValidationInfo) -> int:
+        kind = info.data.get("kind", "static")
+        if rank and kind != "static":
+            raise ValueError(f"must be 0 for kind '{kind}': compensation is fitted for fixed channels, kind 'static'")
+        return rank
+
+
+class SparsityConfig(_Config):
+    """Per-layer sparsity, estimator, tokens and schedule of a sparse training run.
+
+    ``mlp`` and ``self_attn`` map layer rules to shares in [0, 1): ``"3-30": 0.99`` (both ends included), ``"5": 0.5``,
+    ``"all": 0.9``. Later rules override earlier ones, and all of them the preset; a layer without a rule is dense.
+
+    Raises:
+        ConfigError: unknown keys, malformed rules, values out of range: all of one input's problems together.
+    """
+
+    preset: Literal["dense", "o1", "o2"] | None = None
+    """Layer rules of a published recipe at the model's depth: `o1` conservative, `o2` aggressive."""
+    mlp: Rules = {}
+    self_attn: Rules = {}
+    estimator: EstimatorConfig = EstimatorConfig()
+    criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
+    """What ranks the channels; all but `estimator` are baselines for study."""
+    dense_tokens: Literal["output", "none"] = "output"
+    """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
+    rope_pairs: Switch = True
+    """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
+    lora_branch: Literal["dense", "selected"] = "dense"
+    """Whether context rows keep the LoRA branch of unselected channels."""
+    start_step: Step = 0.05
+    """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
+    end_step: Step = 0.75
+    """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
+    ramp: Annotated[float, BeforeValidator(_fraction)] = 0.0
+    """Share of the training before `end_step` over which sparsity falls linearly to 0."""
+    seed: NonNegative = 3407
+    """Of the randomised factorisation, the calibration sample and the `random` criterion."""
+
+    @field_validator("end_step")
+    @classmethod
+    def _ends_after_it_starts(cls, end: float | int, info: ValidationInfo) -> float | int:
+        start = info.data.get("start_step")
+        if end == 1 and isinstance(end, int):
+            raise ValueError("must be written 1.0 for the whole training: the int 1 means one optimiser step")
+        if type(start) is type(end) and end < start:
+            raise ValueError(f"must not be less than start_step ({start})")
+        return end
+
+    @field_validator("ramp")
+    @classmethod
+    def _ramp_fits(cls, ramp: float, info: ValidationInfo) -> float:
+        start, end = info.data.get("start_step"), info.data.get("end_step")
+        if isinstance(start, float) and isinstance(end, float) and ramp > end - start + 1e-9:
+            raise ValueError(f"must fit between start_step and end_step: at most {round(end - start, 9)}")
+        return ramp
+
+    @property
+    def schedule(self) -> Schedule:
+        """When the training is sparse."""
+        return Schedule(self.start_step, self.end_step, self.ramp)
+
+    def layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
+        """The sparsity of each layer of a model with ``num_layers`` decoder layers.
+
+        A preset is a table of 32 layers. Layer ``i`` of ``n`` takes the entry at the same relative depth, that of layer
+        ``floor((i + 1/2) * 32 / n)``, so 32 layers give the published table itself. Layer 0 stays dense at any depth:
+        its MLP costs more quality than all others together (DESIGN.md section 2).
+
+        Raises:
+            ConfigError: rules name layers that the model does not have.
+        """
+        if num_layers < 1:
+            raise ConfigError(f"num_layers: must be at least 1, given {num_layers}")
+        problems: list[str] = []
+        parts = []
+        for part, published in zip(("mlp", "self_attn"), PRESETS[self.preset or "dense"], strict=True):
+            table = expand(published, [0.0] * PUBLISHED_LAYERS)
+            base = [table[(2 * i + 1) * PUBLISHED_LAYERS // (2 * num_layers)] for i in range(num_layers)]
+            base[0] = 0.0
+            problems += absent_layers(part, getattr(self, part), num_layers)
+            parts.append(expand(getattr(self, part), base))
+        if problems:
+            raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
+        return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
+
+    @classmethod
+    def from_any(cls, value: "str | Path | Mapping | SparsityConfig | None") -> "SparsityConfig":
+        """A config from whatever a user passes as ``sparsity=``.
+
+        Args:
+            value: a config; a preset's name; the path of a YAML or JSON file (``config.json#o1`` chooses a mode of the
+                older JSON format); a mapping in this or an older format; ``None`` for the dense config.
+
+        Raises:
+            ConfigError: no such preset or file, or wrong contents.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls._from_mapping(dict(value), TITLE)
+        if not isinstance(value, str | os.PathLike):
+            raise ConfigError(f"{TITLE}: must be a preset, a path, a mapping or a SparsityConfig, given {value!r}")
+        text = os.fspath(value)
+        if text in PRESETS:
+            return cls(preset=text)
+        path, _, mode = (text, "", "") if Path(text).exists() else text.partition("#")
+        if not Path(path).exists() and Path(path).suffix not in SUFFIXES:
+            hint = _did_you_mean(text, PRESETS)
+            raise ConfigError(f"{TITLE}: {text!r} is neither a preset ({', '.join(PRESETS)}) nor a file{hint}")
+        return cls.from_file(path, mode=mode or None)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, mode: str | None = None) -> "SparsityConfig":
+        """Reads a YAML or JSON file (by suffix) in this format or in an older public one (`older_formats`).
+
+        Args:
+            path: the file.
+            mode: which of the modes of an older JSON file, such as ``"o1"``; needed when it holds several.
+
+        Raises:
+            ConfigError: the file is missing, cannot be parsed, or has wrong contents.
+        """
+        path = Path(path)
+        data = _read(path)
+        if not isinstance(data, dict):
+            what = "is empty" if data is None else f"holds a {type(data).__name__}"
+            raise ConfigError(f"{path}: must hold a mapping of SparsityConfig keys, but {what}")
+        return cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes every field to a YAML or JSON file (by suffix), wholly or not at all; `from_file` restores it exactly.
+
+        Raises:
+            ConfigError: another suffix.
+        """
+        path = Path(path)
+        data = self.model_dump(mode="json")
+        if _is_json(path):
+            text = json.dumps(data, indent=2) + "\n"
+        else:
+            text = yaml.safe_dump(data, sort_keys=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def _from_mapping(cls, data: dict, source: str, mode: str | None = None, folder: Path | None = None):
+        problems: list[str] = []
+        if older_formats.recognises(data):
+            data, problems = older_formats.translate(data, mode, folder)
+        elif mode is not None:
+            problems = [f"mode: {mode!r} given, but only the older JSON format has modes"]
+        return cls._checked(data, source, problems)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that names a key twice is refused, where PyYAML keeps the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = str(key_node.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} given twice", key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} given twice")
+    return data
+
+
+def _is_json(path: Path) -> bool:
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: must end in {', '.join(SUFFIXES)}")
+    return path.suffix == ".json"
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise ConfigError(f"{path}: {'is a folder, name a file in it' if path.is_dir() else 'no such file'}")
+    is_json = _is_json(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if is_json:
+            return json.loads(text, object_pairs_hook=_unique_keys)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as {'JSON' if is_json else 'YAML'}: {error}") from None
+
+
+def _failure(source: str, problems: list[str]) -> ConfigError:
+    if len(problems) == 1:
+        return ConfigError(f"{source}: {problems[0]}")
+    return ConfigError("\n  ".join([f"{source}: {len(problems)} problems", *problems]))
+
+
+def _problem(cls: type[BaseModel], detail: Any) -> str:
+    """One line: the key's path, what is allowed, what was given."""
+    location = [str(part) for part in detail["loc"] if part != "[key]"]
+    key, kind, given = ".".join(location) or cls.__name__, detail["type"], reprlib.repr(detail["input"])
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_nearest_key(cls, location)} (given {given})"
+    if kind == "literal_error":
+        allowed = detail["ctx"]["expected"]
+        hint = _did_you_mean(detail["input"], re.findall("[a-z0-9]+", allowed))
+        return f"{key}: must be {allowed}, given {given}{hint}"
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+    elif kind == "dict_type":
+        message = "must be a mapping of layers to shares, such as {'3-30': 0.99}"
+    elif kind == "model_type":
+        message = f"must be a mapping with some of the keys {', '.join(_model_at(cls, location).model_fields)}"
+    else:
+        message = detail["msg"].replace("Input should", "must")
+    return f"{key}: {message}, given {given}"
+
+
+def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
+    for name in location:
+        cls = cls.model_fields[name].annotation
+    return cls
+
+
+def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
+    """The valid key nearest to an unknown one, in its own mapping or one below; all valid keys if none is near."""
+    parent = ".".join([*location[:-1], ""])
+    names = {}
+    for name, field in _model_at(cls, location[:-1]).model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names |= {nested: f"{parent}{name}.{nested}" for nested in field.annotation.model_fields}
+        names[name] = f"{parent}{name}"
+    near = difflib.get_close_matches(location[-1], names, n=1)
+    if near:
+        return f"; did you mean {names[near[0]]}?"
+    return f"; valid keys: {', '.join(_model_at(cls, location[:-1]).model_fields)}"
+
+
+def _did_you_mean(given: object, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(valid), n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,21 @@
+"""The errors that users meet: each message names the cause and the cure."""
+
+
+class SparsityError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SparsityError):
+    """A sparsity configuration that is wrong in itself, or does not fit the model."""
+
+
+class AttachError(SparsityError):
+    """A model, or one of its layers, that cannot be made sparse as asked."""
+
+
+class EstimatorError(SparsityError):
+    """Estimator factors that are missing, damaged, or made for another model."""
+
+
+class BackendError(SparsityError):
+    """A backend that cannot run here, or cannot load what was asked."""
