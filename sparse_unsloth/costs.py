@@ -1,0 +1,237 @@
+"""Analytic cost of one training step of a decoder-only LoRA model, dense or sparse.
+
+A product of `[m, n]` and `[n, k]` costs `2mnk` FLOPs; only products are counted (norms, activations, RoPE and softmax
+are not). In LoRA training a frozen base weight costs one product forward and one backward (the gradient of its input,
+none of the weight); LoRA's A and B cost one forward and two backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide the cost of a decoder-only model with gated MLPs."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> ModelShape:
+        """Reads a transformers config (the text part of a multimodal one).
+
+        Raises:
+            ConfigError: a config without one of the sizes, or with a size that differs from layer to layer.
+        """
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        sizes = {name: getattr(config, name, None) for name in names}
+        wrong = [name for name, size in sizes.items() if not isinstance(size, int)]
+        if wrong:
+            raise ConfigError(
+                f"{type(config).__name__} has no single integer for {', '.join(wrong)}: costs are known for "
+                "decoder-only models whose layers are alike; build a ModelShape by hand for others."
+            )
+        hidden, intermediate, layers, heads, vocab = sizes.values()
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocab_size=vocab,
+        )
+
+    def projections(self, mlp: float = 0.0, self_attn: float = 0.0) -> dict[str, tuple[int, int]]:
+        """In and out features of a layer's seven projections, as far as context rows compute them at these sparsities.
+
+        Attention's channels are chosen among the keys' and values' and repeated for the query heads of their group.
+        """
+        hidden, inner = self.hidden_size, kept_channels(self.intermediate_size, mlp)
+        keys = kept_channels(self.num_kv_heads * self.head_dim, self_attn)
+        queries = keys * (self.num_heads // self.num_kv_heads)
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """FLOPs by part of the model; parts add up field by field."""
+
+    mlp_base: int = 0
+    attention_projections: int = 0
+    lora: int = 0
+    attention_core: int = 0
+    head: int = 0
+    estimator: int = 0
+    compensation: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a step by phase; `recompute` is the layers' second forward under gradient checkpointing."""
+
+    forward: Parts
+    recompute: Parts
+    backward: Parts
+
+    @property
+    def parts(self) -> Parts:
+        """The three phases together."""
+        return self.forward + self.recompute + self.backward
+
+    @property
+    def total(self) -> int:
+        return self.parts.total
+
+
+def kept_channels(size: int, sparsity: float) -> int:
+    """Channels of `size` that a sparsity in [0, 1) leaves, at least one."""
+    return max(1, round((1 - sparsity) * size))
+
+
+def attention_pairs(seq_lengths: Iterable[int], causal: bool = True) -> int:
+    """Pairs of query and key: those that a causal kernel visits, or all of each sequence's square."""
+    return sum(n * (n + 1) // 2 if causal else n * n for n in seq_lengths)
+
+
+def step_flops(
+    shape: ModelShape,
+    layer_sparsity: Sequence[tuple[float, float]],
+    dense_tokens: int,
+    context_tokens: int,
+    seq_lengths: Iterable[int],
+    lora_rank: int,
+    checkpointing: bool = False,
+    head_tokens: int | None = None,
+    trainable_base: bool = False,
+    *,
+    lora_targets: Collection[str] = (*ATTENTION, *MLP),
+    attention: Literal["fused", "eager"] = "fused",
+    input_requires_grad: bool | None = None,
+    estimator_rank: int = 0,
+    compensation_rank: int = 0,
+) -> StepFlops:
+    """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
+
+    Context rows compute `kept_channels` of the base weights, forward and for the gradient of the input alike; the LoRA
+    branch stays dense.
+
+    Args:
+        layer_sparsity: `(mlp, self_attn)` of each layer, each in [0, 1); all zero is the dense step.
+        dense_tokens: rows computed densely, padding included where it is computed so.
+        context_tokens: rows computed on the chosen channels, padding included where it is computed so.
+        seq_lengths: tokens of each sequence that attends to itself (padded length where padding is computed).
+        lora_rank: of the adapters on `lora_targets`; 0 for none.
+        checkpointing: the layers, not the head, run forward twice. (Non-reentrant checkpointing may stop its second
+            forward before the last LoRA product of the layer; that is not deducted.)
+        head_tokens: rows whose logits are computed; all tokens by default, as plain transformers does.
+        trainable_base: base weights and head need their own gradient too (full fine-tuning with `lora_rank=0`).
+        lora_targets: projections with an adapter. Where the first layer's input needs no gradient and one of its
+            projections has no adapter, autograd may skip a little more than is deducted here.
+        attention: "fused" (flash) kernels visit causal pairs only and compute the scores again in backward, five
+            products to forward's two; "eager" computes the full square and four.
+        input_requires_grad: whether the first layer's Q, K and V compute the gradient of their input. By default as
+            `checkpointing or trainable_base`: PEFT asks for it with gradient checkpointing, else autograd skips it.
+        estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
+            forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
+        compensation_rank: of the linear stand-in for the dropped MLP channels on context rows (frozen); 0 for none.
+
+    Raises:
+        ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
+    """
+    if len(layer_sparsity) != shape.num_layers:
+        raise ConfigError(f"{len(layer_sparsity)} layer sparsities were given for a model of {shape.num_layers} layers")
+    if attention not in ("fused", "eager"):
+        raise ConfigError(f"attention is {attention!r}; it must be 'fused' or 'eager'")
+    if unknown := set(lora_targets) - {*ATTENTION, *MLP}:
+        raise ConfigError(f"lora_targets has {sorted(unknown)}; known projections are {', '.join((*ATTENTION, *MLP))}")
+    tokens = dense_tokens + context_tokens
+    if head_tokens is None:
+        head_tokens = tokens
+    if input_requires_grad is None:
+        input_requires_grad = checkpointing or trainable_base
+    full = shape.projections()
+    fused = attention == "fused"
+    pairs = attention_pairs(seq_lengths, causal=fused)
+    attention_product = 2 * pairs * shape.num_heads * shape.head_dim
+
+    forward, backward = Counter(), Counter()
+    for layer, (mlp, self_attn) in enumerate(layer_sparsity):
+        chosen = shape.projections(mlp, self_attn)
+        for name, (inputs, outputs) in full.items():
+            part = "mlp_base" if name in MLP else "attention_projections"
+            base = 2 * (dense_tokens * inputs * outputs + context_tokens * chosen[name][0] * chosen[name][1])
+            rank = lora_rank if name in lora_targets else 0
+            lora_a, lora_b = 2 * tokens * inputs * rank, 2 * tokens * rank * outputs
+            input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
+            forward[part] += base
+            backward[part] += base * (input_gradient + trainable_base)
+            forward["lora"] += lora_a + lora_b
+            backward["lora"] += lora_a * (input_gradient + 1) + 2 * lora_b
+        forward["attention_core"] += 2 * attention_product
+        backward["attention_core"] += (5 if fused else 4) * attention_product
+        scored = (MLP[:2] if mlp > 0 else ()) + (ATTENTION[:3] if self_attn > 0 else ())
+        forward["estimator"] += sum(2 * context_tokens * estimator_rank * sum(full[name]) for name in scored)
+        if mlp > 0:
+            stand_in = 2 * context_tokens * compensation_rank * 2 * shape.hidden_size
+            forward["compensation"] += stand_in
+            backward["compensation"] += stand_in
+
+    layers = Parts(**forward)
+    logits = 2 * head_tokens * shape.hidden_size * shape.vocab_size
+    return StepFlops(
+        forward=layers + Parts(head=logits),
+        recompute=replace(layers, estimator=0) if checkpointing else Parts(),
+        backward=Parts(**backward) + Parts(head=logits * (1 + trainable_base)),
+    )
+
+
+def flops_ratio(
+    shape: ModelShape,
+    layer_sparsity: Sequence[tuple[float, float]],
+    dense_tokens: int,
+    context_tokens: int,
+    seq_lengths: Sequence[int],
+    lora_rank: int,
+    **options,
+) -> float:
+    """FLOPs of the dense step over those of the sparse one, the limit of its speed-up; arguments as `step_flops`."""
+    dense, sparse = (
+        step_flops(shape, layers, dense_tokens, context_tokens, seq_lengths, lora_rank, **options)
+        for layers in ([(0.0, 0.0)] * shape.num_layers, layer_sparsity)
+    )
+    return dense.total / sparse.total

@@ -1,0 +1,153 @@
+"""Which tokens of a forward are computed densely: labels -> row indices, once per forward.
+
+Rows are tokens of the flattened `[batch * sequence]` micro-batch, whatever its layout: padded left or right, packed, or
+padding-free. Roles follow from the labels as the model receives them (not shifted: position t learns `labels[t + 1]`):
+
+- an *output token* has a label, `labels[t] != -100`;
+- a *loss-bearing* row predicts one, `labels[t + 1] != -100` inside the same document, so the last prompt token is one;
+- *dense* rows are both together, *context* rows the other tokens, *padding* rows neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPartition:
+    """Rows of the flattened `[batch * sequence]` tokens by role; each tensor ascending, int64, on the labels' device.
+
+    `dense`, `context` and `padding` are disjoint and cover every row; `loss` holds the rows that bear loss, a subset of
+    `dense` unless the partition was made with `dense_tokens="none"`.
+    """
+
+    shape: tuple[int, int]
+    dense: Tensor
+    context: Tensor
+    padding: Tensor
+    loss: Tensor
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_lengths: Tensor | None = None,
+        dense_tokens: Literal["output", "none"] = "output",
+    ) -> TokenPartition:
+        """Splits the tokens of one forward; the host waits for the device once.
+
+        Args:
+            labels: integers `[batch, sequence]`, not shifted, -100 where there is no label.
+            attention_mask: `[batch, sequence]`, 0 marks padding. A row that has a label or bears loss is no padding
+                even so, because the model's loss counts it (left padding before a labelled first token, for one).
+            position_ids: integers `[batch, sequence]`, `[1, sequence]` or `[sequence]`; a document starts wherever
+                they do not go up by one (transformers' own rule for packed rows). Given alone, the one-token documents
+                that end a row without a label are padding: collators fill position ids with zeros there, and no label
+                comes after them.
+            packed_seq_lengths: integers `[documents]`, lengths of the documents of the flattened rows in order; the
+                tail beyond their sum is padding. They go before `position_ids`.
+            dense_tokens: "output" as above; "none" makes every token that is not padding a context row.
+
+        The first label of a document counts as an output token, but no row of the document before it bears its loss
+        (Unsloth masks it there, and TRL's and transformers' collators never set it).
+
+        Raises:
+            ConfigError: labels that are not one integer per token; an attention mask, position ids or lengths that do
+                not fit them.
+        """
+        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens)
+        starts, tail, covered = _documents(labels, position_ids, packed_seq_lengths)
+        output = labels != IGNORE_INDEX
+        loss = (output & ~starts).roll(-1, dims=1)
+        loss[:, -1:] = False
+        dense = output | loss
+        if attention_mask is not None:
+            padding = tail | (attention_mask == 0)
+        elif packed_seq_lengths is not None:
+            padding = tail
+        else:
+            padding = (starts & ~dense).flip(1).cumprod(1).flip(1).bool()
+        padding = padding & ~dense
+        if dense_tokens == "none":
+            dense = torch.zeros_like(dense)
+
+        role = (~dense).long() + padding.long()  # 0 dense, 1 context, 2 padding
+        by_role, by_loss = torch.stack((role, (~loss).long())).flatten(1).argsort(dim=1, stable=True)
+        counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered))
+        num_dense, num_padding, num_loss, num_covered = counts.tolist()  # the one host sync
+        if num_covered > labels.numel():
+            raise ConfigError(
+                f"packed_seq_lengths sum to {num_covered} tokens, but the labels of shape {list(labels.shape)} hold "
+                f"only {labels.numel()}: truncate the lengths together with the tokens."
+            )
+        num_tokens = labels.numel() - num_padding
+        return cls(
+            shape=tuple(labels.shape),
+            dense=by_role[:num_dense],
+            context=by_role[num_dense:num_tokens],
+            padding=by_role[num_tokens:],
+            loss=by_loss[:num_loss],
+        )
+
+    @property
+    def context_share(self) -> float:
+        """Context rows over all rows that are not padding; 0 where there are none. Needs no host sync."""
+        return len(self.context) / max(len(self.context) + len(self.dense), 1)
+
+
+def _documents(
+    labels: Tensor, position_ids: Tensor | None, packed_seq_lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First rows of documents, rows behind the last one (bool `[batch, sequence]`), and how many tokens they cover."""
+    none = torch.zeros_like(labels, dtype=torch.bool)
+    if packed_seq_lengths is not None:
+        ends = packed_seq_lengths.to(labels.device, non_blocking=True).cumsum(0)
+        rows = torch.arange(labels.numel(), device=labels.device)
+        document = torch.searchsorted(ends, rows, right=True).view(labels.shape)
+        return document.diff(dim=1, prepend=document[:, :1] - 1) != 0, document == len(ends), ends[-1]
+    if position_ids is not None:
+        position_ids = position_ids.expand_as(labels)
+        starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
+        return starts, none, starts.new_zeros((), dtype=torch.int64)
+    return none, none, none.new_zeros((), dtype=torch.int64)
+
+
+def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens) -> None:
+    if dense_tokens not in ("output", "none"):
+        raise ConfigError(f"dense_tokens is {dense_tokens!r}; it must be 'output' or 'none'.")
+    if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ConfigError(
+            f"labels are {labels.dtype} of shape {list(labels.shape)}; contextual sparsity needs one integer label per "
+            "token, [batch, sequence], as in causal language modelling. Train classification heads without it."
+        )
+    batch, sequence = labels.shape
+    expected = f"the labels are [{batch}, {sequence}]"
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != labels.shape:
+        raise ConfigError(
+            f"attention_mask is {_describe(attention_mask)}, but {expected}: pass a mask of the labels' shape, 0 for "
+            "padding. Packed documents are told by position_ids or packed_seq_lengths, not by a 4-D mask."
+        )
+    if position_ids is not None and tuple(position_ids.shape) not in {(batch, sequence), (1, sequence), (sequence,)}:
+        raise ConfigError(
+            f"position_ids are {_describe(position_ids)}, but {expected}: pass [batch, sequence], [1, sequence] or "
+            "[sequence]."
+        )
+    if packed_seq_lengths is not None and (packed_seq_lengths.ndim != 1 or packed_seq_lengths.numel() == 0):
+        raise ConfigError(
+            f"packed_seq_lengths are {_describe(packed_seq_lengths)}: pass a 1-D tensor of the documents' lengths, at "
+            "least one."
+        )
+
+
+def _describe(value) -> str:
+    return f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

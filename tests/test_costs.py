@@ -1,0 +1,305 @@
+"""Analytic FLOPs against what PyTorch counts: on a dense PEFT Llama, and on explicitly gathered sparse products."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from sparse_unsloth.costs import (
+    ATTENTION,
+    MLP,
+    ModelShape,
+    attention_pairs,
+    flops_ratio,
+    kept_channels,
+    step_flops,
+)
+from sparse_unsloth.errors import ConfigError
+
+SHAPE = ModelShape(
+    hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96
+)
+BATCH, SEQUENCE, RANK = 3, 20, 4
+TOKENS = BATCH * SEQUENCE
+DENSE = [(0.0, 0.0)] * SHAPE.num_layers
+
+
+def count(function) -> tuple[int, object]:
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return counter.get_total_flops(), result
+
+
+def peft_llama(targets=(*ATTENTION, *MLP)):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.LlamaConfig(
+        hidden_size=SHAPE.hidden_size,
+        intermediate_size=SHAPE.intermediate_size,
+        num_hidden_layers=SHAPE.num_layers,
+        num_attention_heads=SHAPE.num_heads,
+        num_key_value_heads=SHAPE.num_kv_heads,
+        head_dim=SHAPE.head_dim,
+        vocab_size=SHAPE.vocab_size,
+        attn_implementation="eager",
+    )
+    assert ModelShape.from_config(config) == SHAPE
+    lora = peft.LoraConfig(r=RANK, target_modules=list(targets), task_type="CAUSAL_LM")
+    return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).train()
+
+
+def measure(model) -> tuple[int, int]:
+    ids = torch.randint(SHAPE.vocab_size, (BATCH, SEQUENCE))
+    forward, output = count(lambda: model(input_ids=ids, labels=ids, use_cache=False))
+    backward, _ = count(output.loss.backward)
+    return forward, backward
+
+
+def expected(**options):
+    return step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, RANK, attention="eager", **options)
+
+
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+def test_dense_peft_llama(input_requires_grad):
+    model = peft_llama()
+    if input_requires_grad:
+        model.enable_input_require_grads()
+    forward, backward = measure(model)
+    flops = expected(input_requires_grad=input_requires_grad)
+    assert flops.forward.total == pytest.approx(forward, rel=0.001)
+    assert flops.backward.total == pytest.approx(backward, rel=0.001)
+    assert flops.recompute.total == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = peft_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    forward, backward = measure(model)
+    flops = expected(checkpointing=True)
+    assert flops.forward.total == pytest.approx(forward, rel=0.001)
+    assert flops.recompute.total + flops.backward.total == pytest.approx(backward, rel=0.001 if reentrant else 0.01)
+    assert flops.total == pytest.approx(forward + backward, rel=0.01)
+
+
+def test_some_lora_targets():
+    targets = ("q_proj", "v_proj", "down_proj")
+    model = peft_llama(targets)
+    model.enable_input_require_grads()
+    forward, backward = measure(model)
+    flops = expected(lora_targets=targets, input_requires_grad=True)
+    assert flops.forward.total == pytest.approx(forward, rel=0.001)
+    assert flops.backward.total == pytest.approx(backward, rel=0.001)
+
+
+def test_full_fine_tuning():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        **{key: getattr(SHAPE, key) for key in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")},
+        num_hidden_layers=SHAPE.num_layers,
+        num_attention_heads=SHAPE.num_heads,
+        num_key_value_heads=SHAPE.num_kv_heads,
+        attn_implementation="eager",
+    )
+    forward, backward = measure(transformers.LlamaForCausalLM(config).train())
+    flops = step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, lora_rank=0, trainable_base=True, attention="eager")
+    assert flops.forward.total == pytest.approx(forward, rel=0.001)
+    assert flops.backward.total == pytest.approx(backward, rel=0.001)
+
+
+class NaiveSparse:
+    """The masked model with its products written out: base products on gathered rows and channels, LoRA on all rows."""
+
+    def __init__(self, layer_sparsity, dense_rows, estimator_rank, compensation_rank):
+        self.layer_sparsity, self.compensation_rank = layer_sparsity, compensation_rank
+        rows = torch.randperm(TOKENS)
+        self.dense, self.context = rows[:dense_rows], rows[dense_rows:]
+        self.estimator_rank = estimator_rank
+        self.layers = [
+            {
+                name: (
+                    torch.randn(outputs, inputs) / inputs**0.5,
+                    torch.randn(RANK, inputs, requires_grad=True),
+                    torch.randn(outputs, RANK, requires_grad=True),
+                )
+                for name, (inputs, outputs) in SHAPE.projections().items()
+            }
+            for _ in layer_sparsity
+        ]
+
+    def project(self, name, weights, x, channels, axis):
+        """`channels` of the output (axis 0) or of the input (axis 1) on context rows."""
+        weight, a, b = weights[name]
+        y = (x @ a.T) @ b.T
+        y = y.index_add(0, self.dense, x[self.dense] @ weight.T)
+        context = x[self.context]
+        if axis == 1:
+            return y.index_add(0, self.context, context[:, channels] @ weight[:, channels].T)
+        base = torch.zeros(len(self.context), weight.shape[0]).index_copy(1, channels, context @ weight[channels].T)
+        return y.index_add(0, self.context, base)
+
+    def score(self, x, outputs):
+        with torch.no_grad():
+            left = torch.randn(x.shape[1], self.estimator_rank)
+            return (x[self.context] @ left) @ torch.randn(self.estimator_rank, outputs)
+
+    def attention(self, weights, x, sparsity):
+        queries, keys = SHAPE.num_heads * SHAPE.head_dim, SHAPE.num_kv_heads * SHAPE.head_dim
+        groups = SHAPE.num_heads // SHAPE.num_kv_heads
+        if sparsity and self.estimator_rank:
+            for outputs in (queries, keys, keys):
+                self.score(x, outputs)
+        chosen = torch.randperm(keys)[: kept_channels(keys, sparsity)]
+        head, dim = chosen // SHAPE.head_dim, chosen % SHAPE.head_dim
+        repeated = torch.cat([(head * groups + g) * SHAPE.head_dim + dim for g in range(groups)])
+        q, k, v = (
+            self.project(name, weights, x, channels, 0).view(BATCH, SEQUENCE, -1, SHAPE.head_dim).transpose(1, 2)
+            for name, channels in (("q_proj", repeated), ("k_proj", chosen), ("v_proj", chosen))
+        )
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        a = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        a = a.transpose(1, 2).reshape(TOKENS, queries)
+        return self.project("o_proj", weights, a, repeated, 1)
+
+    def mlp(self, weights, x, sparsity):
+        inner = SHAPE.intermediate_size
+        if sparsity and self.estimator_rank:
+            self.score(x, inner), self.score(x, inner)
+        chosen = torch.randperm(inner)[: kept_channels(inner, sparsity)]
+        gate = self.project("gate_proj", weights, x, chosen, 0)
+        up = self.project("up_proj", weights, x, chosen, 0)
+        y = self.project("down_proj", weights, torch.nn.functional.silu(gate) * up, chosen, 1)
+        if sparsity and self.compensation_rank:
+            first = torch.randn(SHAPE.hidden_size, self.compensation_rank)
+            stand_in = (x[self.context] @ first) @ torch.randn(self.compensation_rank, SHAPE.hidden_size)
+            y = y.index_add(0, self.context, stand_in)
+        return y
+
+    def __call__(self, x, head_rows):
+        for weights, (mlp, self_attn) in zip(self.layers, self.layer_sparsity, strict=True):
+            x = x + self.attention(weights, x, self_attn)
+            x = x + self.mlp(weights, x, mlp)
+        return (x[:head_rows] @ torch.randn(SHAPE.hidden_size, SHAPE.vocab_size)).sum()
+
+
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("layer_sparsity", "dense_rows", "estimator_rank", "compensation_rank"),
+    [
+        ([(0.0, 0.0), (0.9, 0.5), (0.99, 0.75)], 17, 8, 2),
+        ([(0.5, 0.25), (0.0, 0.75), (0.75, 0.0)], 1, 4, 0),
+        ([(0.999, 0.999)] * 3, TOKENS - 1, 0, 3),
+        ([(0.9, 0.9)] * 3, 0, 0, 0),
+    ],
+)
+def test_sparse_against_gathered_products(
+    layer_sparsity, dense_rows, estimator_rank, compensation_rank, input_requires_grad
+):
+    model = NaiveSparse(layer_sparsity, dense_rows, estimator_rank, compensation_rank)
+    x = torch.randn(TOKENS, SHAPE.hidden_size, requires_grad=input_requires_grad)
+    forward, loss = count(lambda: model(x, head_rows=11))
+    backward, _ = count(loss.backward)
+    flops = step_flops(
+        SHAPE,
+        layer_sparsity,
+        dense_rows,
+        TOKENS - dense_rows,
+        [SEQUENCE] * BATCH,
+        RANK,
+        head_tokens=11,
+        attention="eager",
+        input_requires_grad=input_requires_grad,
+        estimator_rank=estimator_rank,
+        compensation_rank=compensation_rank,
+    )
+    assert flops.forward.total == forward
+    assert flops.backward.total == backward
+
+
+def test_fused_attention_recomputes_scores():
+    q = (BATCH, SHAPE.num_heads, SEQUENCE, SHAPE.head_dim)
+    forward, backward = sdpa_flop_count(q, q, q), sdpa_backward_flop_count(q, q, q, q)
+    layers = SHAPE.num_layers
+    eager = expected()
+    fused = step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, RANK)
+    assert eager.forward.attention_core == layers * forward
+    causal = attention_pairs([SEQUENCE]) / attention_pairs([SEQUENCE], causal=False)
+    assert fused.forward.attention_core == pytest.approx(layers * forward * causal)
+    assert fused.backward.attention_core == pytest.approx(layers * backward * causal)
+
+
+def test_attention_pairs():
+    assert attention_pairs([3, 1]) == 7
+    assert attention_pairs([3, 1], causal=False) == 10
+
+
+def test_parts_add_up_to_the_total():
+    flops = step_flops(SHAPE, [(0.5, 0.5)] * 3, 10, 50, [20] * 3, RANK, checkpointing=True, estimator_rank=8)
+    assert flops.total == flops.forward.total + flops.recompute.total + flops.backward.total == flops.parts.total
+    assert flops.recompute.head == 0
+    assert flops.recompute.mlp_base == flops.forward.mlp_base == flops.backward.mlp_base
+    assert flops.forward.estimator > 0
+    assert flops.recompute.estimator == flops.backward.estimator == 0
+    assert flops.parts.mlp_base == 3 * flops.forward.mlp_base
+
+
+def test_micro_batches_add_up():
+    def flops(dense, context, lengths):
+        return step_flops(SHAPE, [(0.9, 0.5)] * 3, dense, context, lengths, RANK).total
+
+    assert flops(10, 30, [20, 20]) + flops(5, 7, [12]) == flops(15, 37, [20, 20, 12])
+
+
+def test_ratio():
+    context_only = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, 0, TOKENS, [SEQUENCE] * BATCH, RANK)
+    mixed = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, TOKENS // 2, TOKENS // 2, [SEQUENCE] * BATCH, RANK)
+    assert context_only > mixed > 1
+    assert flops_ratio(SHAPE, DENSE, 0, TOKENS, [SEQUENCE], RANK, checkpointing=True) == 1
+    assert flops_ratio(SHAPE, [(0.01, 0.0)] * 3, 0, TOKENS, [SEQUENCE], RANK, estimator_rank=64) < 1
+
+
+def test_published_recipe_on_llama_3_8b():
+    """The aggressive recipe on 16 x 512 tokens, 128 outputs each, stays under the 2.50 that also drops idle work."""
+    shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
+    sparse_attention = {*range(14, 20), *range(21, 24), *range(25, 30)}
+    layers = [(0.99 if 3 <= i <= 30 else 0.0, 0.75 if i in sparse_attention else 0.0) for i in range(32)]
+    assert shape.projections(*layers[14])["gate_proj"] == (4096, 143)
+    assert shape.projections(*layers[14])["q_proj"] == (4096, 1024)
+    ratio = flops_ratio(shape, layers, 16 * 129, 16 * 383, [512] * 16, 16, checkpointing=True)
+    assert 2.0 < ratio < 2.5
+
+
+def test_kept_channels():
+    assert kept_channels(14336, 0.99) == 143
+    assert kept_channels(576, 0.0) == 576
+    assert kept_channels(8, 0.99) == 1
+
+
+def test_shape_from_configs():
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 10,
+    }
+    plain = ModelShape.from_config(SimpleNamespace(**config))
+    assert (plain.num_kv_heads, plain.head_dim) == (4, 16)
+    gemma = ModelShape.from_config(SimpleNamespace(**config, num_key_value_heads=1, head_dim=32))
+    assert (gemma.num_kv_heads, gemma.head_dim) == (1, 32)
+    with pytest.raises(ConfigError, match=r"SimpleNamespace has no single integer for intermediate_size"):
+        ModelShape.from_config(SimpleNamespace(**{**config, "intermediate_size": [128, 256]}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ([(0.5, 0.5)] * 2, {}, r"2 layer sparsities were given for a model of 3 layers"),
+        (DENSE, {"attention": "flash"}, r"'flash'; it must be 'fused' or 'eager'"),
+        (DENSE, {"lora_targets": ["q"]}, r"\['q'\]; known projections are q_proj"),
+    ],
+)
+def test_bad_inputs(layers, options, message):
+    with pytest.raises(ConfigError, match=message):
+        step_flops(SHAPE, layers, 1, 1, [2], RANK, **options)
