@@ -1,0 +1,286 @@
+"""Q, K, V and O projections: dense on dense rows, selected channels on context rows (design section 2).
+
+Q, K, V select output channels, ``y = m * (x W') + bias + LoRA(x)``; O selects input channels, ``y = (m * x) W' +
+LoRA(x)``. With ``lora_branch="selected"`` the mask covers the LoRA branch too. Gradients are exact, masks constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.rows import RowProjection
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.weights import BaseWeight, Projection
+
+
+@dataclass(frozen=True)
+class SelectedProjection:
+    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``)."""
+
+    projection: Projection
+    out_index: Tensor | None = None
+    in_index: Tensor | None = None
+    compensation: Compensation | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A `SelectedProjection` as constants: its LoRA tensors travel as arguments of the function."""
+
+    base: BaseWeight
+    scale: float
+    out_index: Tensor | None
+    in_index: Tensor | None
+    compensation: Compensation | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    partition: TokenPartition
+    parts: tuple[_Part, ...]
+    lora_branch: str
+
+
+def sparse_linear(
+    hidden_states: Tensor,
+    partition: TokenPartition,
+    parts: Sequence[SelectedProjection],
+    lora_branch: str = "dense",
+) -> tuple[Tensor, ...]:
+    """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
+
+    Args:
+        hidden_states: ``[..., in_features]``; flattened, its rows are those that ``partition`` counts.
+        partition: the roles of the rows. Padding rows come out as zero.
+        parts: the projections with their selected channels.
+        lora_branch: "dense" or "selected".
+    """
+    hidden_states = cast_for_autocast(hidden_states)
+    check_rows(hidden_states, partition)
+    constants = tuple(
+        _Part(part.projection.base, lora_scale(part.projection), part.out_index, part.in_index, part.compensation)
+        for part in parts
+    )
+    tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
+    return _SparseLinear.apply(hidden_states, _Plan(partition, constants, lora_branch), *tensors)
+
+
+def masked_linear(
+    hidden_states: Tensor,
+    partition: TokenPartition,
+    parts: Sequence[SelectedProjection],
+    lora_branch: str = "dense",
+) -> tuple[Tensor, ...]:
+    """The definition that `sparse_linear` must equal: whole products and masks, differentiated by autograd."""
+    x = hidden_states.flatten(0, -2)
+    outputs = []
+    for part in parts:
+        base, lora = part.projection.base, part.projection.lora
+        weight = base.dense(x.dtype)
+        out_mask = context_mask(partition, part.out_index, weight.shape[0], x)
+        in_mask = context_mask(partition, part.in_index, weight.shape[1], x)
+        y = out_mask * F.linear(in_mask * x, weight)
+        if base.bias is not None:
+            y = y + base.bias
+        if lora is not None:
+            narrow = lora_branch == "selected"
+            branch = lora.scale * ((in_mask * x if narrow else x) @ lora.A.t()) @ lora.B.t()
+            y = y + (out_mask * branch if narrow else branch)
+        if part.compensation is not None:
+            y = y + rows_mask(partition.context, x) * part.compensation.forward(x)
+        y = y * (1 - rows_mask(partition.padding, x))
+        outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
+    return tuple(outputs)
+
+
+def context_mask(partition: TokenPartition, channels: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels`` (None: everywhere)."""
+    mask = torch.ones(like.shape[0], width, dtype=like.dtype, device=like.device)
+    if channels is not None:
+        row = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, channels, 1.0)
+        mask[partition.context] = row
+    return mask
+
+
+def rows_mask(rows: Tensor, like: Tensor) -> Tensor:
+    """``[N, 1]`` of ``like``'s dtype: one on ``rows``."""
+    return torch.zeros(like.shape[0], 1, dtype=like.dtype, device=like.device).index_fill_(0, rows, 1.0)
+
+
+def cast_for_autocast(hidden_states: Tensor) -> Tensor:
+    """The input in the dtype that autocast would give a matrix product; unchanged outside autocast."""
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        return hidden_states.to(torch.get_autocast_dtype(device))
+    return hidden_states
+
+
+def check_rows(hidden_states: Tensor, partition: TokenPartition) -> None:
+    """Raises ValueError unless the flattened rows are as many as the labels that the partition was built from."""
+    rows, expected = hidden_states.shape[:-1].numel(), partition.shape[0] * partition.shape[1]
+    if rows != expected:
+        raise ValueError(
+            f"The layer got {rows} tokens, but the labels of this forward count {expected} {tuple(partition.shape)}: "
+            "was the input truncated inside the model (max_seq_length), or cut into tiles?"
+        )
+
+
+def lora_tensors(projection: Projection) -> tuple[Tensor | None, Tensor | None]:
+    """``(A, B)`` of the LoRA branch, or two None."""
+    return (None, None) if projection.lora is None else (projection.lora.A, projection.lora.B)
+
+
+def lora_scale(projection: Projection) -> float:
+    """LoRA's ``lora_alpha / r``, or 1 without a LoRA branch."""
+    return 1.0 if projection.lora is None else projection.lora.scale
+
+
+def row_projection(
+    base: BaseWeight,
+    weight: Tensor,
+    lora: tuple[Tensor | None, Tensor | None],
+    scale: float,
+    out_index: Tensor | None = None,
+    in_index: Tensor | None = None,
+    narrow: bool = False,
+) -> RowProjection:
+    """The projection over a (gathered) ``weight``; ``narrow`` gathers bias and LoRA too, so nothing needs placing."""
+    A, B = lora
+    bias = None if base.bias is None else base.bias.detach().to(weight.dtype)
+    if narrow:
+        bias = bias if out_index is None or bias is None else bias.index_select(0, out_index)
+        B = B if out_index is None or B is None else B.index_select(0, out_index)
+        A = A if in_index is None or A is None else A.index_select(1, in_index)
+        return RowProjection(weight, bias, A, B, scale, weight.shape[0])
+    return RowProjection(weight, bias, A, B, scale, base.shape[0], out_index, in_index)
+
+
+def gather_weight(base: BaseWeight, whole: Tensor | None, out_index, in_index, dtype: torch.dtype) -> Tensor:
+    """The selected rows or columns, of the dequantised whole where there is one, else straight from the storage."""
+    if out_index is None and in_index is None:
+        return base.dense(dtype) if whole is None else whole
+    if out_index is not None:
+        return base.rows(out_index, dtype) if whole is None else whole.index_select(0, out_index)
+    return base.columns(in_index, dtype) if whole is None else whole.index_select(1, in_index)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Wiring of `RowProjection` over the two kinds of rows and the parts of a plan."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None):
+        ctx.plan = plan
+        ctx.save_for_backward(hidden_states, *loras)
+        x = hidden_states.flatten(0, -2)
+        partition = plan.partition
+        with torch.autocast(x.device.type, enabled=False):
+            dense_input = x.index_select(0, partition.dense)
+            context_input = x.index_select(0, partition.context)
+            outputs = []
+            for part, (dense, context) in zip(plan.parts, _projections(plan, loras, x.dtype), strict=True):
+                y = x.new_zeros(len(x), part.base.shape[0])
+                if dense is not None:
+                    y.index_copy_(0, partition.dense, dense.forward(dense_input))
+                if context is not None:
+                    rows = _forward_context(part, context, context_input, plan.lora_branch)
+                    y.index_copy_(0, partition.context, rows)
+                outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        hidden_states, *loras = ctx.saved_tensors
+        plan = ctx.plan
+        x = hidden_states.flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):
+            dense_input = x.index_select(0, plan.partition.dense)
+            context_input = x.index_select(0, plan.partition.context)
+            dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
+            lora_gradients: list[Tensor | None] = []
+            for number, (part, (dense, context)) in enumerate(
+                zip(plan.parts, _projections(plan, loras, x.dtype), strict=True)
+            ):
+                dy = gradients[number].flatten(0, -2)
+                A, B = loras[2 * number : 2 * number + 2]
+                dA = None if A is None else torch.zeros_like(A, dtype=x.dtype)
+                dB = None if B is None else torch.zeros_like(B, dtype=x.dtype)
+                if dense is not None:
+                    dy_dense = dy.index_select(0, plan.partition.dense)
+                    step = dense.backward(dy_dense, dense_input, dense.thin(dense_input))
+                    dx_dense += step[0]
+                    _accumulate(dA, dB, step)
+                if context is not None:
+                    dy_context = dy.index_select(0, plan.partition.context)
+                    _backward_context(part, context, dy_context, context_input, plan.lora_branch, dx_context, dA, dB)
+                lora_gradients += [None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype)]
+            dx = torch.zeros_like(x)
+            dx.index_copy_(0, plan.partition.dense, dx_dense)
+            dx.index_copy_(0, plan.partition.context, dx_context)
+        return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
+
+
+def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
+    """Yields ``(dense, context)`` row projections of each part (None where the partition has no such rows)."""
+    has_dense, has_context = plan.partition.dense.numel() > 0, plan.partition.context.numel() > 0
+    for number, part in enumerate(plan.parts):
+        base, scale = part.base, part.scale
+        A, B = (None if tensor is None else tensor.to(dtype) for tensor in loras[2 * number : 2 * number + 2])
+        whole = base.dense(dtype) if has_dense else None
+        dense = row_projection(base, whole, (A, B), scale) if has_dense else None
+        context = None
+        if has_context:
+            weight = gather_weight(base, whole, part.out_index, part.in_index, dtype)
+            narrow = plan.lora_branch == "selected"
+            context = row_projection(base, weight, (A, B), scale, part.out_index, part.in_index, narrow)
+        yield dense, context
+
+
+def _forward_context(part: _Part, rows: RowProjection, x: Tensor, lora_branch: str) -> Tensor:
+    if lora_branch == "selected":
+        source = x if part.in_index is None else x.index_select(1, part.in_index)
+        y = rows.forward(source)
+        if part.out_index is not None:
+            bias = part.base.bias
+            wide = y.new_zeros(len(x), part.base.shape[0])
+            wide = wide if bias is None else wide.add_(bias.detach().to(y.dtype))
+            y = wide.index_copy_(1, part.out_index, y)
+    else:
+        y = rows.forward(x)
+    return y if part.compensation is None else y.add_(part.compensation.to(x.device, x.dtype).forward(x))
+
+
+def _backward_context(
+    part: _Part, rows: RowProjection, dy: Tensor, x: Tensor, lora_branch: str, dx: Tensor, dA, dB
+) -> None:
+    """Adds the context rows' share to ``dx``, ``dA``, ``dB``."""
+    if part.compensation is not None:
+        dx += part.compensation.to(x.device, x.dtype).input_gradient(dy)
+    if lora_branch == "dense":
+        step = rows.backward(dy, x, rows.thin(x))
+        dx += step[0]
+        _accumulate(dA, dB, step)
+        return
+    narrow_dy = dy if part.out_index is None else dy.index_select(1, part.out_index)
+    source = x if part.in_index is None else x.index_select(1, part.in_index)
+    narrow_dx, narrow_dA, narrow_dB = rows.backward(narrow_dy, source, rows.thin(source))
+    if part.in_index is None:
+        dx += narrow_dx
+    else:
+        dx.index_add_(1, part.in_index, narrow_dx)
+    if dA is not None:
+        dA.add_(narrow_dA) if part.in_index is None else dA.index_add_(1, part.in_index, narrow_dA)
+        dB.add_(narrow_dB) if part.out_index is None else dB.index_add_(0, part.out_index, narrow_dB)
+
+
+def _accumulate(dA: Tensor | None, dB: Tensor | None, step) -> None:
+    if dA is not None:
+        dA += step[1]
+        dB += step[2]

@@ -1,0 +1,229 @@
+"""The gated MLP: dense on dense rows, the selected channels on context rows (design section 2, SparseLoRA section 3).
+
+On context rows, with the channel mask ``m``, ``e = m * (x Wg') + LoRA_g(x)``, ``g = m * (x Wu') + LoRA_u(x)``,
+``h = act(e) * g``, ``y = (m * h) Wd' + LoRA_d(h)``; biases stay dense. With ``lora_branch="selected"`` the mask covers
+the LoRA branches as well, and only the selected channels are ever computed. Gradients are exact, with ``m`` constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.linear import (
+    cast_for_autocast,
+    check_rows,
+    context_mask,
+    gather_weight,
+    lora_scale,
+    lora_tensors,
+    row_projection,
+    rows_mask,
+)
+from sparse_unsloth.functions.rows import RowProjection
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.weights import BaseWeight, Projection
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """The three projections of a gated MLP and the key of its activation in `ACTIVATIONS`."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
+    activation: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    partition: TokenPartition
+    channels: Tensor
+    bases: tuple[BaseWeight, BaseWeight, BaseWeight]
+    scales: tuple[float, float, float]
+    activation: str
+    lora_branch: str
+    compensation: Compensation | None
+
+
+def sparse_mlp(
+    hidden_states: Tensor,
+    partition: TokenPartition,
+    channels: Tensor,
+    mlp: GatedMlp,
+    lora_branch: str = "dense",
+    compensation: Compensation | None = None,
+) -> Tensor:
+    """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
+
+    Args:
+        hidden_states: flattened, its rows are those that ``partition`` counts.
+        partition: the roles of the rows. Padding rows come out as zero.
+        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
+        mlp: the projections.
+        lora_branch: "dense" or "selected".
+        compensation: added to context rows.
+    """
+    hidden_states = cast_for_autocast(hidden_states)
+    check_rows(hidden_states, partition)
+    projections = (mlp.gate, mlp.up, mlp.down)
+    plan = _Plan(
+        partition=partition,
+        channels=channels,
+        bases=tuple(projection.base for projection in projections),
+        scales=tuple(lora_scale(projection) for projection in projections),
+        activation=mlp.activation,
+        lora_branch=lora_branch,
+        compensation=compensation,
+    )
+    tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
+    return _SparseMlp.apply(hidden_states, plan, *tensors)
+
+
+def masked_mlp(
+    hidden_states: Tensor,
+    partition: TokenPartition,
+    channels: Tensor,
+    mlp: GatedMlp,
+    lora_branch: str = "dense",
+    compensation: Compensation | None = None,
+) -> Tensor:
+    """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
+    x = hidden_states.flatten(0, -2)
+    mask = context_mask(partition, channels, mlp.gate.base.shape[0], x)
+    narrow = lora_branch == "selected"
+
+    def project(projection: Projection, source: Tensor, base_source: Tensor, out_mask: Tensor | float) -> Tensor:
+        y = out_mask * F.linear(base_source, projection.base.dense(x.dtype))
+        if projection.base.bias is not None:
+            y = y + projection.base.bias
+        if projection.lora is not None:
+            lora = projection.lora
+            branch = lora.scale * (source @ lora.A.t()) @ lora.B.t()
+            y = y + (out_mask * branch if narrow else branch)
+        return y
+
+    h = ACTIVATIONS[mlp.activation](project(mlp.gate, x, x, mask)) * project(mlp.up, x, x, mask)
+    y = project(mlp.down, mask * h if narrow else h, mask * h, 1.0)
+    if compensation is not None:
+        y = y + rows_mask(partition.context, x) * compensation.forward(x)
+    return (y * (1 - rows_mask(partition.padding, x))).unflatten(0, hidden_states.shape[:-1])
+
+
+class _SparseMlp(torch.autograd.Function):
+    """Wiring of `_GluRows` over the two kinds of rows."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None) -> Tensor:
+        x = hidden_states.flatten(0, -2)
+        y = torch.zeros_like(x)
+        saved: list[Tensor | None] = []
+        with torch.autocast(x.device.type, enabled=False):
+            for index, rows in _row_sets(plan, loras, x.dtype):
+                rows_y, rows_saved = rows.forward(x.index_select(0, index))
+                y.index_copy_(0, index, rows_y)
+                saved += rows_saved
+        ctx.plan = plan
+        ctx.lora_count = len(loras)
+        ctx.save_for_backward(hidden_states, *loras, *saved)
+        return y.unflatten(0, hidden_states.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        hidden_states, *tensors = ctx.saved_tensors
+        loras, saved = tensors[: ctx.lora_count], tensors[ctx.lora_count :]
+        x, dy = hidden_states.flatten(0, -2), dy.flatten(0, -2)
+        gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
+        dx = torch.zeros_like(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for number, (index, rows) in enumerate(_row_sets(ctx.plan, loras, x.dtype)):
+                rows_saved = saved[2 * number : 2 * number + 2]
+                rows_dx = rows.backward(dy.index_select(0, index), x.index_select(0, index), rows_saved, gradients)
+                dx.index_copy_(0, index, rows_dx)
+        gradients = [
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, loras, strict=True)
+        ]
+        return dx.unflatten(0, hidden_states.shape[:-1]), None, *gradients
+
+
+@dataclass(frozen=True)
+class _GluRows:
+    """The gated MLP on one set of rows.
+
+    ``lora_index`` is None where the LoRA gradients have their whole width, else the channels they belong to (rows of
+    ``B`` for gate and up, columns of ``A`` for down).
+    """
+
+    gate: RowProjection
+    up: RowProjection
+    down: RowProjection
+    activation: str
+    lora_index: Tensor | None
+    compensation: Compensation | None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """``y [n, hidden]`` and what backward needs beside ``x``: the pre-activations of gate and up ``[n, I]``, or,
+        where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
+        """
+        gate_base, up_base = self.gate.base(x), self.up.base(x)
+        e, g = self.gate.combine(gate_base, self.gate.thin(x)), self.up.combine(up_base, self.up.thin(x))
+        h = ACTIVATIONS[self.activation](e).mul_(g)
+        y = self.down.combine(self.down.base(h), self.down.thin(h))
+        if self.compensation is not None:
+            y += self.compensation.forward(x)
+        return y, (e, g) if self.gate.out_index is None else (gate_base, up_base)
+
+    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
+        """``dx``; ``saved`` is what `forward` returned; adds the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``."""
+        gate_thin, up_thin = self.gate.thin(x), self.up.thin(x)
+        e, g = saved
+        if self.gate.out_index is not None:
+            e, g = self.gate.combine(e, gate_thin), self.up.combine(g, up_thin)
+        activated, slope = activation_and_slope(self.activation, e)
+        h = activated * g
+        dh, *down_gradients = self.down.backward(dy, h, self.down.thin(h))
+        dx, *gate_gradients = self.gate.backward(slope.mul_(g).mul_(dh), x, gate_thin)
+        up_dx, *up_gradients = self.up.backward(activated.mul_(dh), x, up_thin)
+        dx += up_dx
+        if self.compensation is not None:
+            dx += self.compensation.input_gradient(dy)
+        for place, gradient in enumerate((*gate_gradients, *up_gradients, *down_gradients)):
+            if gradient is None:
+                continue
+            axis = {1: 0, 3: 0, 4: 1}.get(place)
+            if self.lora_index is None or axis is None:
+                gradients[place] += gradient
+            else:
+                gradients[place].index_add_(axis, self.lora_index, gradient)
+        return dx
+
+
+def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
+    """Yields ``(row index, _GluRows)`` for the dense and the context rows that the partition has; dequantises once."""
+    partition, narrow = plan.partition, plan.lora_branch == "selected"
+    pairs = [tuple(None if t is None else t.to(dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
+    wholes: list[Tensor | None] = [None, None, None]
+    if partition.dense.numel():
+        wholes = [base.dense(dtype) for base in plan.bases]
+        dense = [row_projection(*each) for each in zip(plan.bases, wholes, pairs, plan.scales, strict=True)]
+        yield partition.dense, _GluRows(*dense, plan.activation, None, None)
+    if partition.context.numel():
+        context = []
+        for base, whole, pair, scale, is_down in zip(
+            plan.bases, wholes, pairs, plan.scales, (False, False, True), strict=True
+        ):
+            index = {"in_index" if is_down else "out_index": plan.channels}
+            weight = gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
+            context.append(row_projection(base, weight, pair, scale, **index, narrow=narrow))
+        compensation = plan.compensation and plan.compensation.to(weight.device, dtype)
+        lora_index = plan.channels if narrow else None
+        yield partition.context, _GluRows(*context, plan.activation, lora_index, compensation)

@@ -1,0 +1,74 @@
+"""One projection on one set of rows: a gathered base product, the LoRA branch beside it, and both gradients.
+
+The base product may be narrower than the projection (only the selected channels); ``out_index`` and ``in_index`` say
+where its columns belong. The LoRA branch always has the width of the ``A`` and ``B`` that are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowProjection:
+    """``y = scatter(x[:, in_index] weight') + bias + scale * (x A') B'`` on ``n`` rows.
+
+    Args:
+        weight: ``[o, i]``, gathered where an index is given.
+        bias: ``[out]`` or None.
+        A: ``[r, in]`` or None (no LoRA branch); B: ``[out, r]``; scale: LoRA's ``lora_alpha / r``.
+        out_features: the width of ``y``.
+        out_index: int64 ``[o]``, the columns of ``y`` that the base product fills, or None for all.
+        in_index: int64 ``[i]``, the columns of ``x`` that the base product reads, or None for all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    scale: float
+    out_features: int
+    out_index: Tensor | None = None
+    in_index: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y [n, out]``."""
+        return self.combine(self.base(x), self.thin(x))
+
+    def base(self, x: Tensor) -> Tensor:
+        """The base product without placement or bias: ``[n, o]``."""
+        x = x if self.in_index is None else x.index_select(1, self.in_index)
+        return x @ self.weight.t()
+
+    def thin(self, x: Tensor) -> Tensor | None:
+        """The rank-r projection ``x A'``: ``[n, r]``, or None without a LoRA branch."""
+        return None if self.A is None else x @ self.A.t()
+
+    def combine(self, base: Tensor, thin: Tensor | None) -> Tensor:
+        """``y [n, out]`` from its two products; may reuse ``base``'s storage."""
+        if self.out_index is None:
+            y = base if thin is None else base.addmm_(thin, self.B.t(), alpha=self.scale)
+        else:
+            y = base.new_zeros(len(base), self.out_features) if thin is None else (thin * self.scale) @ self.B.t()
+            y.index_add_(1, self.out_index, base)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def backward(self, dy: Tensor, x: Tensor, thin: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``(dx [n, in], dA [r, in], dB [out, r])`` from ``dy [n, out]``; reads its arguments, writes fresh tensors."""
+        base_dy = dy if self.out_index is None else dy.index_select(1, self.out_index)
+        base_dx = base_dy @ self.weight
+        if thin is None:
+            return self._place_input(base_dx, None, x), None, None
+        dthin = (dy @ self.B).mul_(self.scale)
+        dA = dthin.t() @ x
+        dB = (dy.t() @ thin).mul_(self.scale)
+        return self._place_input(base_dx, dthin, x), dA, dB
+
+    def _place_input(self, base_dx: Tensor, dthin: Tensor | None, x: Tensor) -> Tensor:
+        if self.in_index is None:
+            return base_dx if dthin is None else base_dx.addmm_(dthin, self.A)
+        dx = torch.zeros_like(x) if dthin is None else dthin @ self.A
+        return dx.index_add_(1, self.in_index, base_dx)

@@ -1,0 +1,151 @@
+"""The frozen weight and the LoRA branch of one projection, whatever holds them (``nn.Linear``, bitsandbytes, PEFT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """A frozen projection weight, dense or 4-bit (NF4, FP4).
+
+    Args:
+        weight: ``[out_features, in_features]``, or bitsandbytes' packed ``uint8`` storage.
+        quant_state: bitsandbytes' ``QuantState`` of a packed weight, else None.
+        bias: ``[out_features]`` or None.
+    """
+
+    weight: Tensor
+    quant_state: Any = None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return tuple(self.weight.shape if self.quant_state is None else self.quant_state.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight, ``[out_features, in_features]`` in ``dtype``; for 4-bit fresh, never a shared buffer."""
+        if self.quant_state is None:
+            return self.weight.detach().to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight.detach(), self.quant_state).to(dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``."""
+        if self.quant_state is None:
+            return self.weight.detach().index_select(0, index).to(dtype)
+        return dequantize_rows(self.weight.detach(), self.quant_state, index, dtype)
+
+    def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Input channels ``index`` (int64 ``[k]``): ``[out_features, k]`` in ``dtype``."""
+        if self.quant_state is None:
+            return self.weight.detach().index_select(1, index).to(dtype)
+        return dequantize_columns(self.weight.detach(), self.quant_state, index, dtype)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One LoRA branch: ``A [r, in_features]``, ``B [out_features, r]``; it adds ``scale * (x A') B'``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What one projection computes: ``x W' + bias + scale * (x A') B'`` (no LoRA branch: ``lora`` is None)."""
+
+    base: BaseWeight
+    lora: Lora | None = None
+
+
+def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
+    """The frozen weight of ``module``, an ``nn.Linear`` or bitsandbytes ``Linear4bit``, bare or wrapped by PEFT.
+
+    Raises:
+        AttachError: the layer type is not supported, or a 4-bit weight was repacked for CPU inference.
+    """
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    kind = type(base).__name__
+    quant_state = getattr(base.weight, "quant_state", None)
+    if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        if quant_state is None:
+            raise AttachError(f"{name}: the 4-bit weight is not quantised yet; move the model to its device first.")
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            raise AttachError(
+                f"{name}: bitsandbytes repacked this 4-bit weight for CPU inference (an evaluation forward on a CPU "
+                "with AVX512-BF16 does that), and no gradient passes a repacked weight. Load the model again, and attach "
+                "before the first evaluation: attaching turns the repacking off."
+            )
+        return BaseWeight(base.weight, quant_state, base.bias)
+    if isinstance(base, nn.Linear) and base.weight.dtype.is_floating_point and base.weight.dtype.itemsize > 1:
+        return BaseWeight(base.weight, None, base.bias)
+    dtype = getattr(getattr(base, "weight", None), "dtype", "no weight")
+    raise AttachError(
+        f"{name}: layer type {kind} ({dtype}) is not supported. Use 16- or 32-bit weights (load_in_4bit=False), or "
+        "bitsandbytes NF4/FP4 (load_in_4bit=True); 8-bit, FP8, GPTQ and AWQ bases have no sparse path."
+    )
+
+
+def read_projection(module: nn.Module, name: str = "projection") -> Projection | None:
+    """The projection as it stands now, or None where only the module's own forward is right.
+
+    None is returned while adapters are merged or disabled, or while several are active: the caller then delegates.
+
+    Raises:
+        AttachError: as `read_base`.
+    """
+    base = read_base(module, name)
+    if not hasattr(module, "lora_A"):
+        return Projection(base)
+    if module.merged or module.disable_adapters:
+        return None
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if len(active) > 1:
+        return None
+    if not active:
+        return Projection(base)
+    adapter = active[0]
+    lora = Lora(module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter]))
+    return Projection(base, lora)
+
+
+def check_adapters(module: nn.Module, name: str) -> None:
+    """Refuse LoRA variants that the sparse functions do not compute.
+
+    Raises:
+        AttachError: DoRA or another LoRA variant, ``lora_dropout > 0``, or a LoRA bias; the message says what to set.
+    """
+    if not hasattr(module, "lora_A"):
+        return
+    for adapter in module.lora_A:
+        variant = getattr(module, "lora_variant", {}).get(adapter)
+        if getattr(module, "use_dora", {}).get(adapter, False):
+            raise AttachError(f"{name}: adapter {adapter!r} uses DoRA, which has no sparse path. Set use_dora=False.")
+        if variant is not None:
+            raise AttachError(
+                f"{name}: adapter {adapter!r} uses the LoRA variant {type(variant).__name__}, which has no sparse "
+                "path. Use a plain LoraConfig."
+            )
+        dropout = getattr(module.lora_dropout[adapter], "p", 0.0)  # an nn.Identity where there is none
+        if dropout > 0:
+            raise AttachError(
+                f"{name}: adapter {adapter!r} has lora_dropout={dropout}; the sparse functions compute the LoRA branch "
+                "without dropout. Set lora_dropout=0."
+            )
+        if getattr(module, "lora_bias", {}).get(adapter, False):
+            raise AttachError(f"{name}: adapter {adapter!r} has a LoRA bias. Set lora_bias=False.")

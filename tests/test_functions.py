@@ -1,0 +1,260 @@
+"""The autograd functions against the masked expressions beside them: values, exact gradients, dtypes, 4-bit."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
+from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.weights import BaseWeight, Lora, Projection
+
+HIDDEN, INTERMEDIATE, RANK = 6, 10, 2
+
+# (batch, sequence) and the role of each row: d dense, c context, p padding.
+PARTITIONS = {
+    "mixed": "ccdd ccpd",
+    "no-context": "dddd dddd",
+    "no-dense": "cccc ccpp",
+    "one-row-dense": "d",
+    "one-row-context": "c",
+    "one-of-each": "cd",
+    "only-padding": "pp",
+}
+
+
+def make_partition(roles: str) -> TokenPartition:
+    lines = roles.split()
+    flat = "".join(lines)
+    rows = {role: torch.tensor([i for i, r in enumerate(flat) if r == role], dtype=torch.int64) for role in "dcp"}
+    return TokenPartition(
+        shape=(len(lines), len(lines[0])), dense=rows["d"], context=rows["c"], padding=rows["p"], loss=rows["d"]
+    )
+
+
+def make_projection(out_features, in_features, generator, lora=True, bias=False, dtype=torch.float64):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    branch = None
+    if lora:
+        branch = Lora(draw(RANK, in_features).requires_grad_(), draw(out_features, RANK).requires_grad_(), scale=0.7)
+    base = BaseWeight(draw(out_features, in_features), None, draw(out_features) if bias else None)
+    return Projection(base, branch)
+
+
+def make_compensation(generator, out_features=HIDDEN, dtype=torch.float64):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Compensation(draw(3, HIDDEN), draw(out_features, 3), draw(out_features))
+
+
+def subset(size, keep, generator):
+    return torch.randperm(size, generator=generator)[:keep].sort().values
+
+
+def loras_of(*projections):
+    return [tensor for p in projections if p.lora is not None for tensor in (p.lora.A, p.lora.B)]
+
+
+def assert_same(ours, masked, inputs, weights):
+    """Values and every gradient of ``sum(weights * output)``."""
+    torch.testing.assert_close(ours, masked)
+    ours_gradients = torch.autograd.grad((ours * weights).sum(), inputs, allow_unused=True)
+    masked_gradients = torch.autograd.grad((masked * weights).sum(), inputs, allow_unused=True)
+    for left, right in zip(ours_gradients, masked_gradients, strict=True):
+        torch.testing.assert_close(left, torch.zeros_like(left) if right is None else right)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_slopes(kind):
+    x = torch.linspace(-5, 5, 41, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ACTIVATIONS[kind](x).sum(), x)
+    value, ours = activation_and_slope(kind, x.detach())
+    torch.testing.assert_close(value, ACTIVATIONS[kind](x.detach()))
+    torch.testing.assert_close(ours, slope)
+
+
+@pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
+@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
+@pytest.mark.parametrize(
+    ("activation", "lora", "bias", "compensated"),
+    [
+        ("silu", "gud", False, False),
+        ("gelu", "gd", True, True),
+        ("gelu_tanh", "", False, True),
+        ("silu", "u", True, False),
+    ],
+)
+def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
+    generator = torch.Generator().manual_seed(0)
+    partition = make_partition(roles)
+    gate = make_projection(INTERMEDIATE, HIDDEN, generator, "g" in lora, bias)
+    up = make_projection(INTERMEDIATE, HIDDEN, generator, "u" in lora, bias)
+    down = make_projection(HIDDEN, INTERMEDIATE, generator, "d" in lora, bias)
+    mlp = GatedMlp(gate, up, down, activation)
+    compensation = make_compensation(generator) if compensated else None
+    x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
+    channels = subset(INTERMEDIATE, 4, generator)
+    arguments = (partition, channels, mlp, lora_branch, compensation)
+    inputs = [x, *loras_of(gate, up, down)]
+    weights = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    assert_same(sparse_mlp(x, *arguments), masked_mlp(x, *arguments), inputs, weights)
+    assert gradcheck(lambda x, *_: sparse_mlp(x, *arguments), inputs)
+
+
+@pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
+@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
+@pytest.mark.parametrize(("lora", "bias"), [("qkv", True), ("v", False), ("", True)])
+@pytest.mark.parametrize("groups", [1, 3, 4])
+def test_qkv_gradcheck(roles, lora_branch, lora, bias, groups):
+    generator = torch.Generator().manual_seed(1)
+    partition = make_partition(roles)
+    head_dim, kv_heads = 2, 2
+    sizes = {"q": kv_heads * groups * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+    projections = {name: make_projection(size, HIDDEN, generator, name in lora, bias) for name, size in sizes.items()}
+    parts = [
+        SelectedProjection(
+            projections[name],
+            out_index=subset(size, max(1, size // 3), generator),
+            compensation=make_compensation(generator, size) if name == "v" and bias else None,
+        )
+        for name, size in sizes.items()
+    ]
+    x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
+    inputs = [x, *loras_of(*projections.values())]
+    weights = torch.randn(*partition.shape, sum(sizes.values()), dtype=torch.float64, generator=generator)
+    ours = torch.cat(sparse_linear(x, partition, parts, lora_branch), -1)
+    masked = torch.cat(masked_linear(x, partition, parts, lora_branch), -1)
+    assert_same(ours, masked, inputs, weights)
+    if groups == 3:
+        assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+
+
+@pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
+@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
+@pytest.mark.parametrize(("lora", "bias"), [(True, False), (False, True)])
+def test_output_projection_gradcheck(roles, lora_branch, lora, bias):
+    generator = torch.Generator().manual_seed(2)
+    partition = make_partition(roles)
+    projection = make_projection(HIDDEN, 8, generator, lora, bias)
+    parts = [SelectedProjection(projection, in_index=subset(8, 3, generator))]
+    x = torch.randn(*partition.shape, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    inputs = [x, *loras_of(projection)]
+    weights = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator)
+    (ours,), (masked,) = (f(x, partition, parts, lora_branch) for f in (sparse_linear, masked_linear))
+    assert_same(ours, masked, inputs, weights)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+
+
+def four_bit(out_features, in_features, generator, kind, nested):
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(out_features, in_features, generator=generator) * 0.1
+    return BaseWeight(*quantize_4bit(weight, quant_type=kind, compress_statistics=nested))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("roles", ["ccdd", "cccc"], ids=["mixed", "no-dense"])
+@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
+def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles, lora_branch):
+    generator = torch.Generator().manual_seed(3)
+    partition, hidden, intermediate = make_partition(roles), 64, 128
+    packed = [
+        four_bit(*shape, generator, kind, nested)
+        for shape in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    ]
+    loras = [make_projection(*base.shape, generator, dtype=torch.float32).lora for base in packed]
+    x = torch.randn(*partition.shape, hidden, generator=generator, requires_grad=True)
+    channels = subset(intermediate, 37, generator)
+    results = []
+    for bases in (packed, [BaseWeight(base.dense(torch.float32)) for base in packed]):
+        mlp = GatedMlp(*(Projection(b, l) for b, l in zip(bases, loras, strict=True)), "silu")
+        y = sparse_mlp(x, partition, channels, mlp, lora_branch)
+        inputs = [x, *(tensor for lora in loras for tensor in (lora.A, lora.B))]
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loses_no_more_than_plain_low_precision(dtype):
+    """Against float64, our error is at most twice that of the masked expression in the same low precision."""
+    generator = torch.Generator().manual_seed(4)
+    partition = make_partition("ccccdd ccdddp")
+    hidden, intermediate = 32, 64
+    shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    exact = [make_projection(*shape, generator) for shape in shapes]
+    x = torch.randn(*partition.shape, hidden, dtype=torch.float64, generator=generator)
+    channels = subset(intermediate, 20, generator)
+
+    def run(function, to, lora_dtype):
+        projections = [
+            Projection(
+                BaseWeight((0.1 * p.base.weight).to(to)),  # trained weights are small: fp16 must not overflow
+                Lora(*((0.1 * t.detach()).to(lora_dtype).requires_grad_() for t in (p.lora.A, p.lora.B)), p.lora.scale),
+            )
+            for p in exact
+        ]
+        source = x.to(to).requires_grad_()
+        y = function(source, partition, channels, GatedMlp(*projections, "silu"))
+        assert y.dtype == to
+        inputs = [source, *loras_of(*projections)]
+        gradients = torch.autograd.grad(y.double().square().sum(), inputs)
+        assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
+        return [t.double() for t in (y, *gradients)]
+
+    truth = run(masked_mlp, torch.float64, torch.float64)
+    plain = run(masked_mlp, dtype, dtype)
+    ours = run(sparse_mlp, dtype, torch.float32)  # LoRA masters in fp32, as PEFT and Unsloth keep them
+    for reference, low, mine in zip(truth, plain, ours, strict=True):
+        assert (mine - reference).norm() <= 2 * (low - reference).norm() + 1e-6
+
+
+def test_autocast_computes_in_its_dtype():
+    generator = torch.Generator().manual_seed(5)
+    partition = make_partition("ccdd")
+    mlp = GatedMlp(
+        make_projection(INTERMEDIATE, HIDDEN, generator, dtype=torch.float32),
+        make_projection(INTERMEDIATE, HIDDEN, generator, dtype=torch.float32),
+        make_projection(HIDDEN, INTERMEDIATE, generator, dtype=torch.float32),
+        "silu",
+    )
+    x = torch.randn(1, 4, HIDDEN, generator=generator, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sparse_mlp(x, partition, torch.arange(3), mlp)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert mlp.gate.lora.A.grad.dtype == torch.float32
+
+
+def test_rows_that_do_not_fit_the_labels_are_refused():
+    generator = torch.Generator().manual_seed(6)
+    partition = make_partition("ccdd")
+    part = SelectedProjection(make_projection(4, HIDDEN, generator), out_index=torch.tensor([1]))
+    with pytest.raises(ValueError, match="got 3 tokens, but the labels of this forward count 4"):
+        sparse_linear(torch.randn(1, 3, HIDDEN, dtype=torch.float64), partition, [part])
+
+
+def test_incoming_gradient_is_not_modified():
+    """The residual branch shares it (Unsloth's norm writes over the one that we return, so that must be fresh too)."""
+    generator = torch.Generator().manual_seed(7)
+    partition = make_partition("ccdd")
+    mlp = GatedMlp(
+        make_projection(INTERMEDIATE, HIDDEN, generator),
+        make_projection(INTERMEDIATE, HIDDEN, generator),
+        make_projection(HIDDEN, INTERMEDIATE, generator),
+        "silu",
+    )
+    x = torch.randn(1, 4, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = sparse_mlp(x, partition, torch.arange(3), mlp)
+    dy = torch.randn_like(y)
+    before = dy.clone()
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dy, before, rtol=0, atol=0)
+    assert dx.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr(), dy.untyped_storage().data_ptr()}
