@@ -1,0 +1,95 @@
+"""Tiny random models of every supported family, and batches with prompts, answers and padding."""
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),  # biases on q, k, v
+    "qwen3": ("Qwen3", {"head_dim": 16}),  # head norms
+    "gemma": ("Gemma", {"head_dim": 16}),  # tanh GELU
+    "gemma2": ("Gemma2", {"head_dim": 16}),  # post-norms
+    "granite": ("Granite", {}),
+}
+
+
+def make_base(family: str = "llama", seed: int = 0, dtype=torch.float32, **changes):
+    name, extra = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **extra, **changes})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    with torch.no_grad():  # biases start at zero in transformers; trained ones are not
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def make_lora(
+    family: str = "llama", seed: int = 0, dtype=torch.float32, base=None, lora_b=0.05, targets=None, **changes
+):
+    """A PEFT model whose LoRA branches are not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_base(family, seed, dtype, **changes) if base is None else base
+    torch.manual_seed(seed + 1)
+    targets = targets or ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, lora_b)
+    return model.train()
+
+
+def make_batch(seed: int = 0, side: str = "right", vocab: int = 96, lengths=((9, 4), (5, 6), (7, 2))):
+    """Three samples of (prompt, answer) tokens, padded on ``side``; the second has no prompt token in common."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(prompt + answer for prompt, answer in lengths)
+    ids = torch.full((len(lengths), longest), 2)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(lengths):
+        start = 0 if side == "right" else longest - prompt - answer
+        tokens = torch.randint(3, vocab, (prompt + answer,), generator=generator)
+        ids[row, start : start + prompt + answer] = tokens
+        labels[row, start + prompt : start + prompt + answer] = tokens[prompt:]
+        mask[row, start : start + prompt + answer] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def always(**changes):
+    """A sparsity configuration without a schedule, on every layer."""
+    return {
+        "mlp": {"all": 0.6},
+        "self_attn": {"all": 0.5},
+        "estimator": {"kind": "svd"},
+        "start_step": 0,
+        "end_step": 1.0,
+        **changes,
+    }
+
+
+def loras(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in loras(model).items()}
