@@ -28,7 +28,7 @@ class SparsityCallback(TrainerCallback):
         self._trainer_state = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        from sparse_unsloth.attach import get_state
+        from sparse_unsloth.attachment import get_state
 
         sparsity = None if model is None else get_state(model)
         if sparsity is None or not self._may_drive(sparsity.driver, state):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows
+from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows, dequantize_whole
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class BaseWeight:
         """The whole weight, ``[out_features, in_features]`` in ``dtype``; for 4-bit fresh, never a shared buffer."""
         if self.quant_state is None:
             return self.weight.detach().to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight.detach(), self.quant_state).to(dtype)
+        return dequantize_whole(self.weight.detach(), self.quant_state, dtype)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``."""
@@ -88,7 +86,7 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
         if getattr(quant_state, "packing_format_for_cpu", False):
             raise AttachError(
                 f"{name}: bitsandbytes repacked this 4-bit weight for CPU inference (an evaluation forward on a CPU "
-                "with AVX512-BF16 does that), and no gradient passes a repacked weight. Load the model again, and attach "
+                "with AVX512-BF16 does that), and no gradient passes a repacked weight. Load it again and attach "
                 "before the first evaluation: attaching turns the repacking off."
             )
         return BaseWeight(base.weight, quant_state, base.bias)

@@ -151,7 +151,7 @@ def attached(monkeypatch):
     """The states of attached models, by model."""
     states = {}
     fake = SimpleNamespace(get_state=states.get)
-    monkeypatch.setitem(sys.modules, "sparse_unsloth.attach", fake)
+    monkeypatch.setitem(sys.modules, "sparse_unsloth.attachment", fake)
     return states
 
 

@@ -1,0 +1,282 @@
+"""Installs the sparse paths on a model, proves that they run, reports them, and takes them off again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layers import DecoderLayer, find_layers
+from sparse_unsloth.modes import training_flags
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.runtime import CONTEXT_ARGUMENT, LayerRuntime, SparseContext, SparsityState
+from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count
+
+logger = logging.getLogger("sparse_unsloth")
+
+CONFIG_NAME = "sparsity_config.yaml"
+"""The file that `save_pretrained` writes beside the adapter."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep."""
+
+    name: str
+    mlp: float
+    self_attn: float
+    mlp_channels: tuple[int, int]
+    key_channels: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did, layer by layer."""
+
+    backend: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def num_sparse(self) -> int:
+        return sum(bool(layer.mlp or layer.self_attn) for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"sparse_unsloth: {self.num_sparse} of {len(self.layers)} layers sparse on context tokens ({self.backend})"
+        ]
+        for first, last, layer in self._runs():
+            span = f"layer {first}" if first == last else f"layers {first}-{last}"
+            mlp = "dense" if not layer.mlp else f"{layer.mlp_channels[0]} of {layer.mlp_channels[1]} channels"
+            attention = (
+                "dense" if not layer.self_attn else f"{layer.key_channels[0]} of {layer.key_channels[1]} channels"
+            )
+            lines.append(f"  {span}: MLP {mlp}; attention {attention}")
+        return "\n".join(lines)
+
+    def _runs(self) -> list[tuple[int, int, LayerReport]]:
+        """Neighbouring layers that were treated alike."""
+        runs: list[tuple[int, int, LayerReport]] = []
+        for index, layer in enumerate(self.layers):
+            if runs and (layer.mlp, layer.self_attn) == (runs[-1][2].mlp, runs[-1][2].self_attn):
+                runs[-1] = (runs[-1][0], index, layer)
+            else:
+                runs.append((index, index, layer))
+        return runs
+
+
+def attach(
+    model: nn.Module,
+    sparsity: SparsityConfig | Mapping[str, Any] | str | Path | None,
+    calibration_samples: list[Mapping[str, Any]] | None = None,
+) -> AttachReport:
+    """Makes ``model`` train sparsely; every other use of it stays dense.
+
+    Args:
+        model: the outermost model, where labels enter: normally the ``PeftModel``. It is changed in place, instance by
+            instance; no class is touched.
+        sparsity: a configuration, the path of one, a mapping, or a preset's name.
+        calibration_samples: batches as the model receives them (``input_ids``, ``labels``, ``attention_mask``, ...),
+            for the estimators that calibrate. Without them such an estimator waits for the trainer's first samples.
+
+    Returns:
+        What was hooked in each layer.
+
+    Raises:
+        AttachError: a layer that the configuration names cannot be made sparse, differs from what the sparse function
+            computes, or did not run in the probe forward; the model is then as before.
+        ConfigError: the configuration is wrong, or names layers that the model does not have.
+        EstimatorError: the estimator's file does not fit or is damaged, or the samples cannot calibrate.
+    """
+    if get_state(model) is not None:
+        raise AttachError("This model is attached already; call detach(model) first to attach it differently.")
+    config = SparsityConfig.from_any(sparsity)
+    layers = find_layers(model)
+    state = SparsityState(model, layers, config, _backend_of(model, layers))
+    model.__dict__["_sparsity_state"] = state
+    try:
+        _keep_four_bit_weights_unpacked(state, on=True)
+        for runtime in state.runtimes.values():
+            state.backend.install(runtime)
+        _register_hooks(state)
+        _probe(state)
+        state.prepare(calibration_samples)
+    except BaseException:
+        detach(model)
+        raise
+    _save_config_with_adapter(model)
+    if state.runtimes:
+        from sparse_unsloth.callback import register_with_trainers
+
+        register_with_trainers()
+    return _report(state)
+
+
+def detach(model: nn.Module) -> None:
+    """Takes every sparse path off ``model`` again; its own forwards, hooks and methods are those of before.
+
+    Raises:
+        AttachError: the model is not attached.
+    """
+    state = get_state(model)
+    if state is None:
+        raise AttachError("This model is not attached.")
+    model = state.model
+    for module in state.hooked:
+        state.backend.uninstall(module)
+    for handle in state.handles:
+        handle.remove()
+    for layer in state.layers:
+        layer.module.__dict__.pop("_sparse_runtime", None)
+    if "_sparse_save_pretrained" in model.__dict__:
+        original = model.__dict__.pop("_sparse_save_pretrained")
+        if original is None:
+            del model.__dict__["save_pretrained"]
+        else:
+            model.save_pretrained = original
+    _keep_four_bit_weights_unpacked(state, on=False)
+    del model.__dict__["_sparsity_state"]
+
+
+def get_state(model: nn.Module) -> SparsityState | None:
+    """The state of an attached model, inside DDP and ``torch.compile`` wrappers too; None if it is not attached."""
+    while model is not None:
+        state = getattr(model, "__dict__", {}).get("_sparsity_state")
+        if state is not None:
+            return state
+        modules = getattr(model, "_modules", {})
+        model = modules.get("module") or modules.get("_orig_mod")
+    return None
+
+
+def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> str:
+    """Unsloth's hook points where its fast path put them, else the projections.
+
+    Raises:
+        AttachError: a model that Unsloth runs through its compiled path, which has no hook points.
+    """
+    if "apply_qkv" in layers[0].self_attn.__dict__:
+        return "unsloth"
+    if model.__dict__.get("_sparse_backend") == "unsloth":
+        raise AttachError(
+            f"Unsloth runs {type(layers[0].module).__name__} through its general compiled path, which has no hook "
+            "points (as for Granite, Cohere, mixtures of experts and 8-bit bases). Load it with backend='peft'."
+        )
+    return "peft"
+
+
+def _register_hooks(state: SparsityState) -> None:
+    state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
+    for layer in state.layers:
+        runtime = state.runtimes.get(layer.index)
+        layer.module.__dict__["_sparse_runtime"] = runtime
+        state.handles.append(layer.module.register_forward_pre_hook(_enter_layer, with_kwargs=True))
+        if runtime is not None:
+            state.handles.append(layer.module.register_forward_hook(_leave_layer, always_call=True))
+
+
+def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    if CONTEXT_ARGUMENT in kwargs:
+        return None
+    context = model.__dict__["_sparsity_state"].open_forward(model, args, kwargs)
+    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+
+
+def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
+    context = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if runtime is not None:
+        runtime.context = context
+    return args, kwargs
+
+
+def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    layer.__dict__["_sparse_runtime"].context = None
+
+
+def _probe(state: SparsityState) -> None:
+    """A training-mode forward of a few tokens must pass every hooked part, and hand it this forward's context.
+
+    Raises:
+        AttachError: some part was not reached.
+    """
+    if not state.runtimes:
+        return
+    parameter = next(state.model.parameters())
+    if parameter.device.type == "meta":
+        raise AttachError("The model is on the meta device; load its weights first, then attach.")
+    ids = torch.arange(4, device=parameter.device)[None]
+    context = SparseContext(TokenPartition.from_labels(torch.where(ids < 3, -100, ids)), scale=1.0)
+    for index, runtime in state.runtimes.items():
+        layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
+        queries, keys = (
+            torch.arange(heads * layer.head_dim, device=device) for heads in (layer.num_heads, layer.num_kv_heads)
+        )
+        context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
+        context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
+    with torch.no_grad(), training_flags(state.model):
+        state.model(input_ids=ids, use_cache=False, **{CONTEXT_ARGUMENT: context})
+    missing = state.expected_parts() - context.ran
+    if missing:
+        raise AttachError(
+            f"A probe forward did not reach {len(missing)} of {len(state.expected_parts())} hooked parts: "
+            f"{state.name_parts(missing)}. {type(state.model).__name__} does not hand keyword arguments on to its "
+            "decoder layers, or does not call the projections that it has; it has no sparse path."
+        )
+
+
+def _report(state: SparsityState) -> AttachReport:
+    rows = []
+    for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
+        keys = layer.num_kv_heads * layer.head_dim
+        rows.append(
+            LayerReport(
+                name=layer.name,
+                mlp=sparsity.mlp,
+                self_attn=sparsity.self_attn,
+                mlp_channels=(keep_count(layer.intermediate_size, sparsity.mlp), layer.intermediate_size),
+                key_channels=(keep_count(keys, sparsity.self_attn), keys),
+            )
+        )
+    return AttachReport(state.backend_name, tuple(rows))
+
+
+def _save_config_with_adapter(model: nn.Module) -> None:
+    """Lets ``save_pretrained`` write the sparsity configuration beside the adapter, which stays a standard PEFT one."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    model.__dict__["_sparse_save_pretrained"] = model.__dict__.get("save_pretrained")
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    original = self.__dict__["_sparse_save_pretrained"]
+    saved = (
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        if original is None
+        else original(save_directory, *args, **kwargs)
+    )
+    if kwargs.get("is_main_process", True):
+        get_state(self).config.save(Path(save_directory) / CONFIG_NAME)
+    return saved
+
+
+def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:
+    """bitsandbytes repacks 4-bit weights for CPU inference in an evaluation forward; afterwards they cannot train."""
+    for layer in state.layers:
+        for module in layer.projections().values():
+            base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            if not hasattr(base, "support_avx512bf16_for_cpu"):
+                continue
+            if on:
+                base.__dict__.setdefault("_sparse_cpu_repacking", base.support_avx512bf16_for_cpu)
+                base.support_avx512bf16_for_cpu = False
+            elif "_sparse_cpu_repacking" in base.__dict__:
+                base.support_avx512bf16_for_cpu = base.__dict__.pop("_sparse_cpu_repacking")

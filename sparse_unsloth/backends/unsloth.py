@@ -1,0 +1,182 @@
+"""Hook points of Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``.
+
+Everything else of Unsloth stays: RoPE, attention dispatch, norms, loss, checkpointing with offload. A replaced function
+is kept and called whenever the masked forward does not apply, so dense layers and dense phases run Unsloth's own.
+Unsloth is imported when a model is loaded, never before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends import peft as peft_backend
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.runtime import LayerRuntime
+from sparse_unsloth.weights import read_projection
+
+NAME = "unsloth"
+FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
+
+
+def load(
+    model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
+) -> tuple[nn.Module, Any]:
+    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on."""
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel.from_pretrained(
+        model_name=model_name, max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=load_in_4bit, **kwargs
+    )
+
+
+def add_lora(model: nn.Module, **kwargs: Any) -> nn.Module:
+    """``unsloth.FastLanguageModel.get_peft_model``, every argument handed on."""
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel.get_peft_model(model, **kwargs)
+
+
+def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
+    """Unsloth's own switch."""
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_training(model, use_gradient_checkpointing)
+    return model
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Unsloth's own switch, with its fast decoding."""
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_inference(model)
+    return model
+
+
+def install(runtime: LayerRuntime) -> None:
+    """Hooks what the layer's sparsity asks for, and lists the modules in ``runtime.state.hooked``.
+
+    Raises:
+        AttachError: Unsloth did not put the function there that is to be replaced, or its class does not call it any
+            more; or a projection that the sparse functions cannot compute.
+    """
+    layer = runtime.layer
+    contract = Contract()
+    if runtime.sparsity.mlp > 0:
+        contract.check_mlp(layer)
+        peft_backend.check(layer, "mlp")
+        peft_backend.probe_mlp(layer)
+        peft_backend.replace_forward(layer.mlp, peft_backend.mlp_forward, runtime)
+    if runtime.sparsity.self_attn > 0:
+        contract.check_attention(layer)
+        peft_backend.check(layer, "self_attn")
+        attention = layer.self_attn
+        attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
+        attention.__dict__["_sparse_runtime"] = runtime
+        attention.apply_qkv, attention.apply_o = _apply_qkv, _apply_o
+        runtime.state.hooked.append(attention)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Gives ``module`` the functions back that `install` replaced."""
+    if "apply_qkv" not in module.__dict__:
+        peft_backend.uninstall(module)
+        return
+    module.apply_qkv, module.apply_o = module.__dict__.pop("_sparse_original")
+    module.__dict__.pop("_sparse_runtime")
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether the functions that `install` put there are still the ones that run."""
+    if "apply_qkv" not in module.__dict__:
+        return peft_backend.is_installed(module)
+    return module.apply_qkv is _apply_qkv and module.apply_o is _apply_o and "_sparse_runtime" in module.__dict__
+
+
+def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    runtime: LayerRuntime = self._sparse_runtime
+    context = runtime.active(self)
+    modules = (self.q_proj, self.k_proj, self.v_proj)
+    projections = None if context is None else [read_projection(module) for module in modules]
+    if projections is None or None in projections:
+        return self._sparse_original[0](self, hidden_states, *args, **kwargs)
+    channels = runtime.attention_channels(hidden_states)
+    parts = [
+        SelectedProjection(projection, out_index=index)
+        for projection, index in zip(projections, (channels.q, channels.k, channels.v), strict=True)
+    ]
+    return sparse_linear(hidden_states, context.partition, parts, runtime.state.config.lora_branch)
+
+
+def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    runtime: LayerRuntime = self._sparse_runtime
+    context = runtime.active(self)
+    projection = None if context is None else read_projection(self.o_proj)
+    if projection is None:
+        return self._sparse_original[1](self, attention_output, *args, **kwargs)
+    part = SelectedProjection(projection, in_index=runtime.attention_channels().o)
+    runtime.record_run("self_attn")
+    return sparse_linear(attention_output, context.partition, [part], runtime.state.config.lora_branch)[0]
+
+
+class Contract:
+    """What this backend needs of the installed Unsloth: the names it replaces, and that they are still called."""
+
+    def __init__(self) -> None:
+        from unsloth.kernels import fast_lora
+        from unsloth.models import llama
+
+        self._functions: ModuleType = fast_lora
+        self._plain_qkv = getattr(llama, "original_apply_qkv", None)
+        missing = [name for name in (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o") if not hasattr(fast_lora, name)]
+        if missing:
+            raise AttachError(
+                f"The installed Unsloth has no {', '.join(missing)} in unsloth.kernels.fast_lora: its hook points "
+                "moved. Install a version that sparse_unsloth is tested with (`sparse-unsloth doctor` lists it), or "
+                "use backend='peft'."
+            )
+
+    def check_mlp(self, layer: DecoderLayer) -> None:
+        """Raises AttachError unless Unsloth's fused MLP stands where it is to be replaced."""
+        slots = (layer.mlp.__dict__.get("_unsloth_forward"), layer.mlp.__dict__.get("forward"))
+        fused = [getattr(self._functions, name) for name in FUSED_MLPS]
+        if not any(_unwrap(slot) in fused for slot in slots if slot is not None):
+            raise self._not_fused(layer, "mlp.forward", "MLP")
+
+    def check_attention(self, layer: DecoderLayer) -> None:
+        """Raises AttachError unless Unsloth's Q, K, V and O functions stand there, and the class calls them."""
+        attention = layer.self_attn
+        # Unsloth never fuses biased Q, K, V (Qwen2): there its plain function stands in the slot.
+        allowed = [self._functions.apply_lora_qkv, self._plain_qkv]
+        if getattr(attention, "apply_qkv", None) not in allowed:
+            raise self._not_fused(layer, "self_attn.apply_qkv", "QKV")
+        if getattr(attention, "apply_o", None) is not self._functions.apply_lora_o:
+            raise self._not_fused(layer, "self_attn.apply_o", "O")
+        code = inspect.unwrap(type(attention).forward).__code__
+        for name in ("apply_qkv", "apply_o"):
+            if name not in code.co_consts and name not in code.co_names:
+                raise AttachError(
+                    f"{layer.name}.self_attn: {type(attention).__name__}.forward of the installed Unsloth does not "
+                    f"call {name} any more, so replacing it would change nothing. Use backend='peft'."
+                )
+
+    @staticmethod
+    def _not_fused(layer: DecoderLayer, slot: str, what: str) -> AttachError:
+        return AttachError(
+            f"{layer.name}: Unsloth's fused {what} is not in {slot}, so there is nothing to replace. Unsloth fuses it "
+            "on its fast path (Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2) when all its projections have LoRA, "
+            "lora_dropout=0, bias='none', and the base is not float32, 8-bit or split by FSDP. Change that, leave the "
+            "layer dense, or use backend='peft'."
+        )
+
+
+def _unwrap(slot: Any) -> Any:
+    """The plain function in a slot that holds a function, a bound method, or a partial of one."""
+    function = getattr(slot, "__func__", slot)
+    return getattr(function, "func", function)

@@ -1,0 +1,174 @@
+"""`FastSparseLanguageModel`: Unsloth's ``FastLanguageModel`` with sparse paths, on Unsloth or on plain PEFT."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.errors import BackendError
+
+logger = logging.getLogger("sparse_unsloth")
+
+Backend = Literal["auto", "unsloth", "peft"]
+Sparsity = SparsityConfig | Mapping[str, Any] | str | Path | None
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FastSparseLanguageModel:
+    """Loads models and adds LoRA as ``unsloth.FastLanguageModel`` does, with the same arguments and defaults.
+
+    The two additions are ``backend=`` of `from_pretrained` and ``sparsity=`` of `get_peft_model`.
+    """
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool = True,
+        *,
+        backend: Backend = "auto",
+        sparsity: Sparsity = None,
+        **kwargs: Any,
+    ) -> tuple[nn.Module, Any]:
+        """Loads a model and its tokenizer, from the hub or a folder; a folder with a LoRA adapter loads its base too.
+
+        An adapter that was saved from a sparse run has its sparsity configuration beside it, and is attached with it.
+
+        Args:
+            model_name: hub name or folder.
+            max_seq_length: longest training sequence, in tokens.
+            dtype: of weights and activations; None takes bfloat16 on GPUs that have it, float16 on others, float32 on
+                the CPU.
+            load_in_4bit: quantise the base weights to NF4 (QLoRA); False keeps ``dtype``.
+            backend: "unsloth" needs a CUDA GPU and Unsloth; "peft" runs anywhere; "auto" takes Unsloth where both are
+                there, and says what it took.
+            sparsity: for an adapter folder, in place of the saved configuration ("dense" trains it on densely).
+            **kwargs: as Unsloth's ``from_pretrained`` takes them (``token``, ``revision``, ``device_map``,
+                ``trust_remote_code``, ``gguf_file``, ...).
+
+        Returns:
+            ``(model, tokenizer)``.
+
+        Raises:
+            BackendError: the backend cannot run here, or cannot do what an argument asks for.
+        """
+        chosen = choose_backend(backend)
+        model, tokenizer = chosen.load(model_name, max_seq_length, dtype, load_in_4bit, **kwargs)
+        model.__dict__["_sparse_backend"] = chosen.NAME
+        saved = Path(model_name) / CONFIG_NAME
+        if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
+            print(attach(model, saved if sparsity is None else sparsity))
+        elif sparsity is not None:
+            raise BackendError(
+                "sparsity= of from_pretrained is for adapter folders; give it to get_peft_model instead."
+            )
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: nn.Module,
+        r: int = 16,
+        target_modules: list[str] | tuple[str, ...] | str = TARGET_MODULES,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        *,
+        sparsity: Sparsity = "o1",
+        calibration_samples: list[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Adds LoRA adapters and attaches the sparse paths; prints what became sparse in each layer.
+
+        Args:
+            model: from `from_pretrained`.
+            r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
+                ``lora_dropout=0`` and ``bias="none"``.
+            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, or a preset ("o1", "o2", "dense").
+            calibration_samples: batches as the model receives them, for estimators that calibrate; without them the
+                trainer's first samples are taken when training begins.
+            **kwargs: as Unsloth's ``get_peft_model`` takes them (``use_gradient_checkpointing="unsloth"``,
+                ``random_state=3407``, ``use_rslora``, ``layers_to_transform``, ``modules_to_save``, ...).
+
+        Raises:
+            AttachError, ConfigError, EstimatorError: see `attach`.
+            BackendError: the backend cannot do what an argument asks for.
+        """
+        config = SparsityConfig.from_any(sparsity)
+        backend = _load_backend(model.__dict__.get("_sparse_backend", "peft"))
+        model = backend.add_lora(
+            model,
+            r=r,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            **kwargs,
+        )
+        model.__dict__["_sparse_backend"] = backend.NAME
+        print(attach(model, config, calibration_samples))
+        return model
+
+    @staticmethod
+    def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
+        """Switches to training; returns the model. None keeps the checkpointing mode that the model has."""
+        return _load_backend(_backend_name(model)).for_training(model, use_gradient_checkpointing)
+
+    @staticmethod
+    def for_inference(model: nn.Module) -> nn.Module:
+        """Switches to generation, always dense; returns the model."""
+        return _load_backend(_backend_name(model)).for_inference(model)
+
+
+def choose_backend(backend: Backend = "auto") -> ModuleType:
+    """The module of the backend that will run; "auto" says which it is and why.
+
+    Raises:
+        BackendError: "unsloth" was asked for where it cannot run, or the name is unknown.
+    """
+    name, reason = explain_backend(backend)
+    if backend == "auto":
+        print(f"sparse_unsloth: backend {name} ({reason})")
+    return _load_backend(name)
+
+
+def explain_backend(backend: Backend = "auto") -> tuple[str, str]:
+    """``(name, reason)`` of what `choose_backend` takes, without importing it.
+
+    Raises:
+        BackendError: as `choose_backend`.
+    """
+    if backend not in ("auto", "unsloth", "peft"):
+        raise BackendError(f"backend is {backend!r}; it must be 'auto', 'unsloth' or 'peft'.")
+    installed = importlib.util.find_spec("unsloth") is not None
+    if not torch.cuda.is_available():
+        obstacle = "no CUDA GPU"
+    elif not installed:
+        obstacle = "Unsloth is not installed"
+    else:
+        obstacle = None
+    if backend == "unsloth" and obstacle:
+        raise BackendError(f"backend 'unsloth' cannot run: {obstacle}. Use backend='peft', which runs anywhere.")
+    if backend == "peft":
+        return "peft", "as asked"
+    return ("peft", obstacle) if obstacle else ("unsloth", "CUDA GPU and Unsloth found")
+
+
+def _backend_name(model: nn.Module) -> str:
+    state = get_state(model)
+    return state.backend_name if state is not None else model.__dict__.get("_sparse_backend", "peft")
+
+
+def _load_backend(name: str) -> ModuleType:
+    return importlib.import_module(f"sparse_unsloth.backends.{name}")

@@ -1,0 +1,325 @@
+"""What travels with one forward, what a hooked layer reads of it, and the state of an attached model."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
+from sparse_unsloth.estimator import Estimator, obtain_estimator
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
+
+logger = logging.getLogger("sparse_unsloth")
+
+CONTEXT_ARGUMENT = "sparse_context"
+"""The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
+
+
+class SparseContext:
+    """One forward: its partition, its share of the configured sparsity, and the channels that its layers chose.
+
+    It travels as a keyword argument, so a recompute under gradient checkpointing sees the object of its own forward and
+    finds there the channels that the first pass chose.
+    """
+
+    def __init__(self, partition: TokenPartition, scale: float):
+        self.partition = partition
+        self.scale = scale
+        self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
+        self.ran: set[tuple[int, str]] = set()
+
+
+class LayerRuntime:
+    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now."""
+
+    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
+        self.state = state
+        self.layer = layer
+        self.sparsity = sparsity
+        self.context: SparseContext | None = None
+
+    def active(self, module: nn.Module) -> SparseContext | None:
+        """The context to compute with, or None: dense whenever the module's own ``training`` flag is off."""
+        return self.context if module.training else None
+
+    def mlp_channels(self, hidden_states: Tensor) -> Tensor:
+        """int64 ``[k]``: the MLP channels of this forward; ``hidden_states [..., hidden_size]`` is the MLP's input."""
+        return self._selection("mlp", hidden_states).channels
+
+    def attention_channels(self, hidden_states: Tensor | None = None) -> AttentionSelection:
+        """The attention channels of this forward; ``hidden_states`` is the input of Q, K, V.
+
+        Raises:
+            AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
+        """
+        return self._selection("self_attn", hidden_states)
+
+    def record_run(self, part: str) -> None:
+        """Notes that ``part`` ran sparsely in this forward, and in this step if with gradients (see `verify_step`)."""
+        self.context.ran.add((self.layer.index, part))
+        if torch.is_grad_enabled():
+            self.state.ran.add((self.layer.index, part))
+
+    def compensation(self) -> Compensation | None:
+        """The stand-in for this layer's dropped MLP channels, where one was fitted."""
+        estimator = self.state.estimator
+        return None if estimator is None else estimator.compensation.get(self.layer.index)
+
+    @torch.no_grad()
+    def _selection(self, part: str, hidden_states: Tensor | None):
+        key = (self.layer.index, part)
+        chosen = self.context.selections.get(key)
+        if chosen is None:
+            if hidden_states is None:
+                raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
+            rows = hidden_states.flatten(0, -2).index_select(0, self.context.partition.context)
+            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+            chosen = select(self.layer, rows, getattr(self.sparsity, part) * self.context.scale)
+            self.context.selections[key] = chosen
+        return chosen
+
+
+class SparsityState:
+    """Everything that an attached model carries; kept outside the module tree, so nothing of it is ever saved.
+
+    Attributes:
+        model: the outermost model, where labels enter.
+        config: the configuration.
+        backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
+        hooked, handles: the modules whose forward was replaced, and the hooks registered.
+        num_layers: decoder layers of the model.
+        runtimes: the hooked layers by index.
+        driver: the callback, or whatever else sets the step; None outside training.
+        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
+    """
+
+    def __init__(self, model: nn.Module, layers: list[DecoderLayer], config: SparsityConfig, backend_name: str):
+        self.model = model
+        self.backend_name = backend_name
+        self.layers = layers
+        self.config = config
+        self.layer_sparsity = config.layer_sparsity(len(layers))
+        self.runtimes = {
+            layer.index: LayerRuntime(self, layer, sparsity)
+            for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
+            if any(sparsity)
+        }
+        self.driver: object | None = None
+        self.estimator: Estimator | None = None
+        self.selector: ChannelSelector | None = None
+        self.hooked: list[nn.Module] = []
+        self.handles: list[RemovableHandle] = []
+        self.ran: set[tuple[int, str]] = set()
+        self._scale = 0.0
+        self._max_steps = 0
+        self._verified = False
+        self._sparse_forwards_in_step = 0
+        self._said: set[str] = set()
+        self._reset_counts()
+
+    @property
+    def backend(self) -> ModuleType:
+        """The backend's module: ``install``, ``uninstall``, ``is_installed``, and how it loads models."""
+        return importlib.import_module(f"sparse_unsloth.backends.{self.backend_name}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def prepare(self, samples: list[Mapping[str, Any]] | None, last_chance: bool = False) -> None:
+        """Builds, loads or calibrates the estimator if that can be done now.
+
+        Args:
+            samples: batches as the model receives them, or None.
+            last_chance: without samples, fall back to what needs none (kind "auto") instead of waiting for them.
+
+        Raises:
+            EstimatorError: the estimator cannot be had (see `obtain_estimator`).
+        """
+        if self.selector is not None or not self.runtimes:
+            return
+        if self.config.criterion == "estimator":
+            self.estimator = obtain_estimator(
+                self.model,
+                self.layers,
+                self.layer_sparsity,
+                self.config.estimator,
+                samples=samples,
+                wait=not last_chance,
+                dense_tokens=self.config.dense_tokens,
+                seed=self.config.seed,
+            )
+            if self.estimator is None:
+                return
+        self.selector = ChannelSelector(self.config, self.layers, self.estimator)
+
+    def begin_training(self, driver: object, max_steps: int, train_dataset=None, collate_fn=None) -> None:
+        """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
+
+        Raises:
+            AttachError: a hook is gone.
+            EstimatorError: the estimator needs calibration samples and the data set gives none.
+        """
+        self.verify_hooks()
+        if self.selector is None and self.runtimes:
+            samples = self._samples_of(train_dataset, collate_fn)
+            self.prepare(samples, last_chance=True)
+        self.driver, self._max_steps, self._verified = driver, max_steps, False
+        self._reset_counts()
+
+    def verify_hooks(self) -> None:
+        """Raises AttachError if something replaced a sparse forward since it was installed."""
+        lost = [module for module in self.hooked if not self.backend.is_installed(module)]
+        if lost:
+            raise AttachError(
+                f"{len(lost)} of {len(self.hooked)} sparse forwards were replaced after attach() (first: "
+                f"{type(lost[0]).__name__}). Load adapters and patch the model first, then attach it last."
+            )
+
+    def expected_parts(self) -> set[tuple[int, str]]:
+        """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""
+        return {
+            (index, part)
+            for index, runtime in self.runtimes.items()
+            for part, sparsity in runtime.sparsity._asdict().items()
+            if sparsity > 0
+        }
+
+    def name_parts(self, parts: set[tuple[int, str]]) -> str:
+        """The first few of ``parts`` as a user would look for them."""
+        names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
+        return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+    def set_step(self, step: int) -> None:
+        """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
+        self._scale = self.config.schedule.scale(step, self._max_steps)
+        self._sparse_forwards_in_step = 0
+        self.ran.clear()
+
+    def verify_step(self) -> None:
+        """After the first sparse optimiser step: every hooked part ran sparsely with gradients.
+
+        Raises:
+            AttachError: some did not; the message names them.
+        """
+        if self._verified or not self._sparse_forwards_in_step:
+            return
+        expected = self.expected_parts()
+        missing = expected - self.ran
+        if missing:
+            raise AttachError(
+                f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
+                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
+                "attach(), merged or disabled their adapter, or several adapters are active. Attach last, with one "
+                "active adapter."
+            )
+        self._verified = True
+
+    def end_training(self) -> None:
+        """Forgets the driver; the next training brings its own."""
+        self.driver, self._scale = None, 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """What sparsity did since the last call; empty counts give zeros."""
+        tokens = max(self._context_tokens + self._dense_tokens, 1)
+        mean = [sum(values) / self.num_layers for values in zip(*self.layer_sparsity, strict=True)]
+        figures = {
+            "sparsity/enabled": float(self._scale > 0),
+            "sparsity/scale": self._scale,
+            "sparsity/context_share": self._context_tokens / tokens,
+            "sparsity/sparse_forwards": self._sparse_forwards / max(self._forwards, 1),
+            "sparsity/mean_mlp": mean[0] * self._scale,
+            "sparsity/mean_self_attn": mean[1] * self._scale,
+        }
+        self._reset_counts()
+        return figures
+
+    def open_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
+        """The context of a forward that begins, or None where it must be dense.
+
+        Raises:
+            SparsityError: a training forward with a schedule that nothing drives.
+            EstimatorError: the estimator still waits for calibration samples.
+        """
+        if not model.training or not self.runtimes:
+            return None
+        if args:
+            kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+        labels = kwargs.get("labels")
+        scale = self._current_scale()
+        if labels is None:
+            self._say_once(
+                "A training forward came without labels (label smoothing, compute_loss_func and some trainers take "
+                "them away), so its tokens have no roles and it ran dense."
+            )
+            return None
+        partition = TokenPartition.from_labels(
+            labels,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            packed_seq_lengths=kwargs.get("packed_seq_lengths"),
+            dense_tokens=self.config.dense_tokens,
+        )
+        self._forwards += 1
+        self._context_tokens += len(partition.context)
+        self._dense_tokens += len(partition.dense)
+        if scale == 0 or not len(partition.context):
+            return None
+        if self.selector is None:
+            raise EstimatorError(
+                f"The estimator of kind {self.config.estimator.kind!r} still waits for calibration samples. Train "
+                "through a transformers or TRL trainer (it then takes the first training samples), or pass "
+                "calibration_samples= to get_peft_model() or attach(), or set estimator kind 'svd', which needs none."
+            )
+        self._sparse_forwards += 1
+        self._sparse_forwards_in_step += torch.is_grad_enabled()
+        return SparseContext(partition, scale)
+
+    def _current_scale(self) -> float:
+        if self.driver is not None:
+            return self._scale
+        schedule = self.config.schedule
+        if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
+            return 1.0
+        if not torch.is_grad_enabled():
+            return 0.0
+        raise SparsityError(
+            f"This model trains with a sparsity schedule (start_step={self.config.start_step}, "
+            f"end_step={self.config.end_step}), but nothing drives it. Build the trainer after attaching: it then gets "
+            "a SparsityCallback by itself; or add SparsityCallback() to its callbacks. In a training loop of your own "
+            "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
+            "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
+        )
+
+    def _samples_of(self, train_dataset, collate_fn) -> list[Mapping[str, Any]] | None:
+        """Batches of the first samples of the trainer's data set, or None where it has none to give."""
+        count = self.config.estimator.calibration_samples
+        if train_dataset is None or collate_fn is None or count == 0:
+            return None
+        rows = []
+        for row in train_dataset:
+            rows.append(row)
+            if len(rows) == count:
+                break
+        size = 8
+        return [collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)] or None
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+    def _reset_counts(self) -> None:
+        self._forwards = self._sparse_forwards = self._context_tokens = self._dense_tokens = 0
