@@ -1,10 +1,10 @@
-"""Dequantise only chosen rows or columns of a bitsandbytes 4-bit weight (NF4, FP4; plain or nested absmax).
+"""Dequantise a bitsandbytes 4-bit weight (NF4, FP4; plain or nested absmax), or only chosen rows or columns of it.
 
-Layout (bitsandbytes): flat row-major ``[out, in]``; byte ``j`` holds element ``2j`` in its high nibble, ``2j + 1`` in its
+Layout: flat row-major ``[out, in]``; byte ``j`` holds element ``2j`` in its high nibble, ``2j + 1`` in its
 low one; every ``blocksize`` elements share one absmax, itself 8-bit with blocks of 256 and an offset where nested.
 
-Bytes, for k rows of ``[out, in]``: reads ``k in / 2`` packed + ``k in / blocksize`` absmax, writes ``2 k in`` (bf16).
-For k columns ``out`` replaces ``in``, but each nibble costs a 32-byte sector of its row unless columns neighbour.
+Bytes (bf16): for ``n`` elements reads ``n / 2`` packed and ``n / blocksize`` absmax, writes ``2 n``. Chosen columns
+read more: each nibble costs a 32-byte sector of its row unless columns neighbour.
 """
 
 from __future__ import annotations
@@ -13,6 +13,38 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _whole_kernel(
+    packed,  # uint8 [out * in / 2]
+    absmax,  # uint8 [blocks] where nested, else fp32 [blocks]
+    code,  # fp32 [16]
+    nested_code,  # fp32 [256] (nested only)
+    nested_absmax,  # fp32 [blocks / nested_blocksize] (nested only)
+    offset,  # fp32 [1] (nested only)
+    output,  # [out * in]
+    num_bytes,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):
+    i_block = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
+    o_block = i_block + tl.arange(0, TILE_BLOCKS)
+    m_block = o_block * (BLOCKSIZE // 2) < num_bytes
+    scale = tl.load(absmax + o_block, mask=m_block, other=0)
+    if NESTED:
+        outer = tl.load(nested_absmax + o_block // NESTED_BLOCKSIZE, mask=m_block, other=0.0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(offset)
+    o_byte = o_block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]  # [TILE_BLOCKS, BLOCKSIZE / 2]
+    m_byte = o_byte < num_bytes
+    byte = tl.load(packed + o_byte, mask=m_byte, other=0).to(tl.int32)
+    high = tl.load(code + (byte >> 4)) * scale[:, None]
+    low = tl.load(code + (byte & 15)) * scale[:, None]
+    value = tl.interleave(high, low).to(output.dtype.element_ty)  # [TILE_BLOCKS, BLOCKSIZE]
+    o_element = o_block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(output + o_element, value, mask=o_element < 2 * num_bytes)
 
 
 @triton.jit
@@ -58,6 +90,13 @@ def _dequantize_kernel(
     tl.store(output + o_row[:, None] * num_columns + o_column[None, :], value.to(output.dtype.element_ty), mask=mask)
 
 
+def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
+    """The weight, ``[out_features, in_features]`` in ``dtype``, in fresh memory."""
+    if not packed.is_cuda:
+        return reference_whole(packed, quant_state, dtype)
+    return _launch_whole(packed, quant_state, dtype)
+
+
 def dequantize_rows(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows ``index`` (int64 ``[k]``) of the weight: ``[k, in_features]`` in ``dtype``."""
     if packed.is_cuda:
@@ -70,6 +109,15 @@ def dequantize_columns(packed: Tensor, quant_state, index: Tensor, dtype: torch.
     if packed.is_cuda:
         return _launch(packed, quant_state, index, dtype, columns=True)
     return reference_columns(packed, quant_state, index, dtype)
+
+
+def reference_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
+    """`dequantize_whole` by bitsandbytes, but for blocks that cross rows, where its CPU kernel (0.50) is wrong."""
+    if quant_state.shape[1] % quant_state.blocksize:
+        return reference_rows(packed, quant_state, torch.arange(quant_state.shape[0], device=packed.device), dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, quant_state).to(dtype)
 
 
 def reference_rows(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,34 +145,54 @@ def _gather(packed: Tensor, quant_state, element: Tensor, dtype: torch.dtype) ->
     return (quant_state.code[nibble] * scale.float()).to(dtype)
 
 
+def _launch_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
+    flat = packed.reshape(-1).view(torch.uint8)
+    output = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
+    tile_blocks = max(1, 2048 // quant_state.blocksize)
+    grid = (triton.cdiv(2 * flat.numel(), tile_blocks * quant_state.blocksize),)
+    _whole_kernel[grid](
+        flat, *_scales(quant_state), output, flat.numel(), TILE_BLOCKS=tile_blocks, **_layout(quant_state)
+    )
+    return output
+
+
+def _scales(quant_state) -> tuple[Tensor, ...]:
+    """``absmax, code, nested_code, nested_absmax, offset``; what is not nested repeats the first two, unread."""
+    if not quant_state.nested:
+        return quant_state.absmax, quant_state.code, quant_state.code, quant_state.absmax, quant_state.code
+    inner = quant_state.state2
+    return quant_state.absmax, quant_state.code, inner.code, inner.absmax, quant_state.offset
+
+
+def _layout(quant_state) -> dict[str, int | bool]:
+    nested = bool(quant_state.nested)
+    return {
+        "BLOCKSIZE": quant_state.blocksize,
+        "NESTED_BLOCKSIZE": quant_state.state2.blocksize if nested else 1,
+        "NESTED": nested,
+    }
+
+
 def _launch(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype, columns: bool) -> Tensor:
     out_features, in_features = quant_state.shape
     shape = (out_features, len(index)) if columns else (len(index), in_features)
     output = torch.empty(shape, dtype=dtype, device=packed.device)
     if output.numel() == 0:
         return output
-    nested = bool(quant_state.nested)
-    inner = quant_state.state2 if nested else None
     # Columns: long tiles down the rows would re-read a packed sector for each column, so a tile spans all near columns.
     tile_rows, tile_columns = (8, 128) if columns else (1, 1024)
     grid = (triton.cdiv(shape[0], tile_rows), triton.cdiv(shape[1], tile_columns))
     _dequantize_kernel[grid](
         packed.reshape(-1).view(torch.uint8),
-        quant_state.absmax,
-        quant_state.code,
-        inner.code if nested else quant_state.code,
-        inner.absmax if nested else quant_state.absmax,
-        quant_state.offset if nested else quant_state.code,
+        *_scales(quant_state),
         index,
         output,
         shape[0],
         shape[1],
         in_features,
-        BLOCKSIZE=quant_state.blocksize,
-        NESTED_BLOCKSIZE=inner.blocksize if nested else 1,
-        NESTED=nested,
         COLUMNS=columns,
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=tile_columns,
+        **_layout(quant_state),
     )
     return output

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from sparse_unsloth.errors import BackendError
 from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
 from sparse_unsloth.partition import TokenPartition
@@ -258,3 +260,32 @@ def test_incoming_gradient_is_not_modified():
     (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close(dy, before, rtol=0, atol=0)
     assert dx.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr(), dy.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddd", "c"])
+@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
+def test_kernels_on_and_off_agree(roles, lora_branch, compensated, monkeypatch):
+    generator = torch.Generator().manual_seed(8)
+    partition = make_partition(roles)
+    float32 = {"dtype": torch.float32}
+    gate, up = (make_projection(INTERMEDIATE, HIDDEN, generator, **float32) for _ in range(2))
+    mlp = GatedMlp(gate, up, make_projection(HIDDEN, INTERMEDIATE, generator, **float32), "silu")
+    compensation = make_compensation(generator, **float32) if compensated else None
+    x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
+    channels, weights = subset(INTERMEDIATE, 4, generator), torch.randn(x.shape, generator=generator)
+    outcomes = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+        y = sparse_mlp(x, partition, channels, mlp, lora_branch, compensation)
+        inputs = [x, *loras_of(mlp.gate, mlp.up, mlp.down)]
+        outcomes.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
+    for left, right in zip(*outcomes, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_choice_of_kernels_is_refused(monkeypatch):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "cuda")
+    with pytest.raises(BackendError, match="must be auto, torch or triton"):
+        use_kernels(torch.zeros(1))

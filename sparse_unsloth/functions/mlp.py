@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
+from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.fused import FusedGluRows, channel_order
+from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import (
     cast_for_autocast,
     check_rows,
@@ -28,6 +31,13 @@ from sparse_unsloth.functions.linear import (
     rows_mask,
 )
 from sparse_unsloth.functions.rows import RowProjection
+from sparse_unsloth.kernels.gated import (
+    gated_backward,
+    gated_forward,
+    reference_gated_backward,
+    reference_gated_forward,
+)
+from sparse_unsloth.kernels.glu import ALIGNMENT
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Projection
 
@@ -176,7 +186,7 @@ class _GluRows:
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
         e, g = self.gate.combine(gate_base, self.gate.thin(x)), self.up.combine(up_base, self.up.thin(x))
-        h = ACTIVATIONS[self.activation](e).mul_(g)
+        h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
         y = self.down.combine(self.down.base(h), self.down.thin(h))
         if self.compensation is not None:
             y += self.compensation.forward(x)
@@ -188,11 +198,12 @@ class _GluRows:
         e, g = saved
         if self.gate.out_index is not None:
             e, g = self.gate.combine(e, gate_thin), self.up.combine(g, up_thin)
-        activated, slope = activation_and_slope(self.activation, e)
-        h = activated * g
-        dh, *down_gradients = self.down.backward(dy, h, self.down.thin(h))
-        dx, *gate_gradients = self.gate.backward(slope.mul_(g).mul_(dh), x, gate_thin)
-        up_dx, *up_gradients = self.up.backward(activated.mul_(dh), x, up_thin)
+        down_dthin = self.down.thin_gradient(dy)
+        dh = self.down.input_gradient(dy, down_dthin, e)
+        h, de, dg = (gated_backward if use_kernels(x) else reference_gated_backward)(dh, e, g, self.activation)
+        down_gradients = self.down.lora_gradients(dy, down_dthin, h, self.down.thin(h))
+        dx, *gate_gradients = self.gate.backward(de, x, gate_thin)
+        up_dx, *up_gradients = self.up.backward(dg, x, up_thin)
         dx += up_dx
         if self.compensation is not None:
             dx += self.compensation.input_gradient(dy)
@@ -217,13 +228,46 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
         dense = [row_projection(*each) for each in zip(plan.bases, wholes, pairs, plan.scales, strict=True)]
         yield partition.dense, _GluRows(*dense, plan.activation, None, None)
     if partition.context.numel():
-        context = []
-        for base, whole, pair, scale, is_down in zip(
-            plan.bases, wholes, pairs, plan.scales, (False, False, True), strict=True
-        ):
-            index = {"in_index" if is_down else "out_index": plan.channels}
-            weight = gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
-            context.append(row_projection(base, weight, pair, scale, **index, narrow=narrow))
-        compensation = plan.compensation and plan.compensation.to(weight.device, dtype)
+        indices = ({"out_index": plan.channels}, {"out_index": plan.channels}, {"in_index": plan.channels})
+        weights = [
+            gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
+            for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
+        ]
+        compensation = plan.compensation and plan.compensation.to(weights[0].device, dtype)
+        if use_kernels(weights[0]) and _fusible(plan, pairs):
+            yield partition.context, _fused_rows(plan, weights, pairs, compensation)
+            return
+        context = [
+            row_projection(base, weight, pair, scale, **index, narrow=narrow)
+            for base, weight, pair, scale, index in zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
+        ]
         lora_index = plan.channels if narrow else None
         yield partition.context, _GluRows(*context, plan.activation, lora_index, compensation)
+
+
+def _fusible(plan: _Plan, pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> bool:
+    """The kernels take LoRA of one rank on all three projections, and no biases."""
+    ranks = {None if A is None else A.shape[0] for A, _ in pairs}
+    return len(ranks) == 1 and None not in ranks and all(base.bias is None for base in plan.bases)
+
+
+def _fused_rows(plan: _Plan, weights, pairs, compensation: Compensation | None) -> FusedGluRows:
+    (gate_A, gate_B), (up_A, up_B), (down_A, down_B) = pairs
+    gate, up, down = weights
+    narrow = plan.lora_branch == "selected"
+    order = plan.channels if narrow else channel_order(plan.channels, plan.bases[0].shape[0])
+    # Channels beyond the selected ones, with zero base weights, bring k to a width that the kernels load well.
+    k = min(triton.cdiv(len(plan.channels), ALIGNMENT) * ALIGNMENT, len(order))
+    pad = gate.new_zeros(k - len(plan.channels), gate.shape[1])
+    return FusedGluRows(
+        weight_in=torch.cat((gate_A, up_A, gate, pad, up, pad)),
+        weight_out=torch.cat((down, pad.t(), down_B), dim=1),
+        gate_B=gate_B.index_select(0, order),
+        up_B=up_B.index_select(0, order),
+        down_A=down_A.t().index_select(0, order),
+        order=order,
+        k=k,
+        scales=plan.scales,
+        activation=plan.activation,
+        compensation=compensation,
+    )

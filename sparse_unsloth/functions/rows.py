@@ -58,17 +58,24 @@ class RowProjection:
 
     def backward(self, dy: Tensor, x: Tensor, thin: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``(dx [n, in], dA [r, in], dB [out, r])`` from ``dy [n, out]``; reads its arguments, writes fresh tensors."""
+        dthin = self.thin_gradient(dy)
+        return self.input_gradient(dy, dthin, x), *self.lora_gradients(dy, dthin, x, thin)
+
+    def thin_gradient(self, dy: Tensor) -> Tensor | None:
+        """The gradient of `thin`, ``[n, r]``."""
+        return None if self.B is None else (dy @ self.B).mul_(self.scale)
+
+    def input_gradient(self, dy: Tensor, dthin: Tensor | None, like: Tensor) -> Tensor:
+        """``dx [n, in]``; ``dthin`` is `thin_gradient`'s, ``like`` gives the shape."""
         base_dy = dy if self.out_index is None else dy.index_select(1, self.out_index)
         base_dx = base_dy @ self.weight
-        if thin is None:
-            return self._place_input(base_dx, None, x), None, None
-        dthin = (dy @ self.B).mul_(self.scale)
-        dA = dthin.t() @ x
-        dB = (dy.t() @ thin).mul_(self.scale)
-        return self._place_input(base_dx, dthin, x), dA, dB
-
-    def _place_input(self, base_dx: Tensor, dthin: Tensor | None, x: Tensor) -> Tensor:
         if self.in_index is None:
             return base_dx if dthin is None else base_dx.addmm_(dthin, self.A)
-        dx = torch.zeros_like(x) if dthin is None else dthin @ self.A
+        dx = torch.zeros_like(like) if dthin is None else dthin @ self.A
         return dx.index_add_(1, self.in_index, base_dx)
+
+    def lora_gradients(self, dy: Tensor, dthin: Tensor | None, x: Tensor, thin: Tensor | None):
+        """``(dA [r, in], dB [out, r])``, or two None without a LoRA branch."""
+        if thin is None:
+            return None, None
+        return dthin.t() @ x, (dy.t() @ thin).mul_(self.scale)

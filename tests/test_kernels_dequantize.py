@@ -1,0 +1,50 @@
+"""Dequantisation of whole weights and of chosen rows and columns, bit for bit, against the packed format itself."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from sparse_unsloth.kernels import dequantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pack(shape, kind, nested, blocksize=64, seed=0):
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return weight, *quantize_4bit(weight, quant_type=kind, compress_statistics=nested, blocksize=blocksize)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(32, 64), (50, 192), (5, 96), (130, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []))
+def test_kernels_equal_references(kind, nested, shape, dtype):
+    weight, packed, state = pack(shape, kind, nested)
+    everything = dequantize.reference_rows(packed, state, torch.arange(shape[0], device=DEVICE), dtype)
+    assert (everything.float() - weight).abs().mean() < 0.2 * weight.abs().mean()
+    if shape[1] % 64 == 0:  # where blocks cross rows bitsandbytes' CPU kernel is wrong
+        assert torch.equal(everything, dequantize_4bit(packed, state).to(dtype))
+    assert torch.equal(dequantize._launch_whole(packed, state, dtype), everything)
+    assert torch.equal(dequantize.reference_whole(packed, state, dtype), everything)
+    rows = torch.tensor([0, 2, shape[0] - 1], device=DEVICE)
+    columns = torch.tensor([1, 2, 31, 33, shape[1] - 1], device=DEVICE)
+    for index, axis, reference in ((rows, 0, dequantize.reference_rows), (columns, 1, dequantize.reference_columns)):
+        expected = everything.index_select(axis, index)
+        assert torch.equal(reference(packed, state, index, dtype), expected)
+        assert torch.equal(dequantize._launch(packed, state, index, dtype, columns=axis == 1), expected)
+
+
+def test_nothing_chosen():
+    _, packed, state = pack((8, 64), "nf4", True)
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    assert dequantize._launch(packed, state, none, torch.float32, columns=False).shape == (0, 64)
+    assert dequantize._launch(packed, state, none, torch.float32, columns=True).shape == (8, 0)
+
+
+def test_whole_weight_shares_no_memory():
+    """Unsloth dequantises into one buffer for all weights; a kept result must not be overwritten by the next."""
+    _, packed, state = pack((32, 64), "nf4", True)
+    first = dequantize.dequantize_whole(packed, state, torch.float32)
+    kept = first.clone()
+    dequantize.dequantize_whole(pack((32, 64), "nf4", True, seed=1)[1], state, torch.float32)
+    assert torch.equal(first, kept)
