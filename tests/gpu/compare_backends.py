@@ -1,0 +1,130 @@
+"""Runs one training step of small random models in many settings and saves what came out.
+
+A script, not a test: Unsloth patches its process for good, so each backend has one of its own.
+
+    python tests/gpu/compare_backends.py unsloth|peft MODELS_FOLDER OUT.pt FAMILY,FAMILY,...
+
+``OUT.pt``: ``{(family, "4bit" | "bf16", checkpointing, sparsity): {"loss", "gradients", "logits", ...}}``.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+NOTHING_DROPPED = 1e-9
+LENGTHS = (200, 256, 131, 256)
+PROMPTS = (150, 200, 100, 255)
+
+
+def sparsity_settings():
+    common = {"criterion": "magnitude", "start_step": 0, "end_step": 1.0}
+    return {
+        "plain": None,
+        "nothing-dropped": {"mlp": {"all": NOTHING_DROPPED}, "self_attn": {"all": NOTHING_DROPPED}, **common},
+        "sparse": {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, **common},
+    }
+
+
+def settings(backend, families):
+    """``(family, four_bit, checkpointing, sparsities)`` that a backend runs."""
+    if backend == "peft":
+        return [("llama", four_bit, mode, ("sparse",)) for four_bit in (False, True) for mode in (False, True)]
+    everything = tuple(sparsity_settings())
+    runs = [(family, False, "unsloth", everything) for family in families if family != "llama"]
+    if "llama" in families:
+        runs += [
+            ("llama", four_bit, mode, everything) for four_bit in (False, True) for mode in (False, True, "unsloth")
+        ]
+    return runs
+
+
+def batches(vocab_size, device):
+    """The same samples padded on the right, and padding-free as TRL under Unsloth sends them."""
+    generator = torch.Generator().manual_seed(0)
+    longest = max(LENGTHS)
+    ids = torch.full((len(LENGTHS), longest), 2)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
+        ids[row, :length] = torch.randint(3, vocab_size, (length,), generator=generator)
+        labels[row, prompt:length] = ids[row, prompt:length]
+        mask[row, :length] = 1
+    keep = mask.bool()
+    padded = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    packed = {
+        "input_ids": ids[keep][None],
+        "labels": labels[keep][None],
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "packed_seq_lengths": torch.tensor(LENGTHS, dtype=torch.int32),
+        "use_cache": False,
+    }
+    return [
+        {name: value.to(device) if hasattr(value, "to") else value for name, value in b.items()}
+        for b in (padded, packed)
+    ]
+
+
+def build(backend, folder, four_bit, checkpointing):
+    from sparse_unsloth import FastSparseLanguageModel, detach
+
+    model, _ = FastSparseLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=1024,
+        dtype=torch.bfloat16,
+        load_in_4bit=four_bit,
+        backend=backend,
+        use_gradient_checkpointing=checkpointing,
+    )
+    model = FastSparseLanguageModel.get_peft_model(
+        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
+    )
+    detach(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                value = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.copy_(value.to(parameter.device, parameter.dtype))
+    return FastSparseLanguageModel.for_training(model, checkpointing)
+
+
+def step(model, batch):
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    gradients = {n: p.grad.float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return loss.detach().float().item(), gradients
+
+
+def main():
+    from sparse_unsloth import attach, detach
+
+    backend, folder, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    families = sys.argv[4].split(",")
+    results = {}
+    for family, four_bit, mode, sparsities in settings(backend, families):
+        model = build(backend, folder / family, four_bit, mode)
+        padded, packed = batches(model.config.vocab_size, model.device)
+        dtype = "4bit" if four_bit else "bf16"
+        for sparsity in sparsities:
+            if sparsity != "plain":
+                attach(model, sparsity_settings()[sparsity])
+            for layout, batch in (("padded", padded), ("packed", packed)):
+                if layout == "packed" and (backend == "peft" or family == "gemma2"):
+                    continue
+                loss, gradients = step(model, batch)
+                results[family, dtype, mode, sparsity, layout] = {"loss": loss, "gradients": gradients}
+                print(backend, family, dtype, mode, sparsity, layout, f"loss {loss:.5f}", flush=True)
+            if sparsity != "plain":
+                detach(model)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main()
