@@ -71,12 +71,13 @@ def _base(pointer, stride, o_row, m_row, o_channel, k):
 
 @triton.jit
 def glu_fwd_kernel(
-    stacked,  # [N, 2r + 2k]: gate_thin | up_thin | gate_base | up_base
+    stacked,  # [M, 2r + 2k]: gate_thin | up_thin | gate_base | up_base
+    rows,  # int64 [N]: the rows of stacked and output to work on (INDEXED only; else the first N)
     gate_B,  # [I, r]
     up_B,  # [I, r]
     down_A,  # [I, r]: down_A transposed
-    output,  # [N, k + r]: h of the selected channels, then (only where SPLITS is 1) h down_A'
-    partial,  # fp32 [SPLITS, N, r] where SPLITS > 1
+    output,  # [M, k + r]: h of the selected channels; the rest is `sum_splits_kernel`'s
+    partial,  # fp32 [SPLITS, N, r]: h down_A' over the channels of a split
     N,
     I,
     k,
@@ -90,11 +91,12 @@ def glu_fwd_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
-    SPLITS: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_row < N
+    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_place < N
+    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
     i_split = tl.program_id(1)
     b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)  # [TILE_N, R]
     b_up_thin = _thin(stacked + r, stacked_stride, o_row, m_row, r, R)
@@ -121,23 +123,20 @@ def glu_fwd_kernel(
         total += tl.dot(h, _thin(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
-    if SPLITS == 1:
-        at = output + o_row[:, None].to(tl.int64) * output_stride + k + o_r[None, :]
-        tl.store(at, total.to(output.dtype.element_ty), mask=mask)
-    else:
-        at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * r + o_r[None, :]
-        tl.store(at, total, mask=mask)
+    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * r + o_r[None, :]
+    tl.store(at, total, mask=mask)
 
 
 @triton.jit
 def glu_bwd_rows_kernel(
-    stacked,  # [N, 2r + 2k] as in the forward
-    gradient,  # [N, k + r]: dh of the selected channels from the base product, then dY down_B
+    stacked,  # [M, 2r + 2k] as in the forward
+    gradient,  # [M, k + r]: dh of the selected channels from the base product, then dY down_B
+    rows,  # int64 [N] as in the forward
     gate_B,
     up_B,
     down_A,  # [I, r] each
-    output,  # [N, 2r + 2k]: d gate_thin | d up_thin | d gate_base | d up_base
-    partial,  # fp32 [SPLITS, N, 2, r] where SPLITS > 1
+    output,  # [M, 2r + 2k]: d gate_base and d up_base; the rest is `sum_splits_kernel`'s
+    partial,  # fp32 [SPLITS, N, 2r]: d gate_thin | d up_thin over the channels of a split
     N,
     I,
     k,
@@ -153,11 +152,12 @@ def glu_bwd_rows_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
-    SPLITS: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_row < N
+    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_place < N
+    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
     i_split = tl.program_id(1)
     dtype = output.dtype.element_ty
     b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)
@@ -191,20 +191,41 @@ def glu_bwd_rows_kernel(
         d_up += tl.dot(dg, b_up, input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
-    if SPLITS == 1:
-        at = output + o_row[:, None].to(tl.int64) * output_stride + o_r[None, :]
-        tl.store(at, (d_gate * scale_gate).to(dtype), mask=mask)
-        tl.store(at + r, (d_up * scale_up).to(dtype), mask=mask)
-    else:
-        at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * 2 * r + o_r[None, :]
-        tl.store(at, d_gate * scale_gate, mask=mask)
-        tl.store(at + r, d_up * scale_up, mask=mask)
+    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * 2 * r + o_r[None, :]
+    tl.store(at, d_gate * scale_gate, mask=mask)
+    tl.store(at + r, d_up * scale_up, mask=mask)
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial,  # fp32 [SPLITS, N, width]
+    rows,  # int64 [N] (INDEXED only)
+    output,  # row `rows[n]` at `output + rows[n] * stride`
+    N,
+    width,
+    stride,
+    splits,
+    INDEXED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    o_place = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_place < N
+    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
+    o_column = tl.arange(0, WIDTH)
+    mask = m_row[:, None] & (o_column[None, :] < width)
+    total = tl.zeros([TILE_N, WIDTH], dtype=tl.float32)
+    for i_split in range(splits):
+        at = partial + (i_split * N + o_place[:, None]) * width + o_column[None, :]
+        total += tl.load(at, mask=mask, other=0.0)
+    tl.store(output + o_row[:, None] * stride + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def glu_bwd_channels_kernel(
     stacked,
     gradient,
+    rows,
     gate_B,
     up_B,
     down_A,
@@ -223,6 +244,7 @@ def glu_bwd_channels_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_channel = tl.program_id(0) * TILE_I
@@ -238,8 +260,9 @@ def glu_bwd_channels_kernel(
     d_down = tl.zeros([TILE_I, R], dtype=tl.float32)
     start = i_split * rows_per_split
     for i_row in range(start, min(start + rows_per_split, N), TILE_N):
-        o_row = i_row + tl.arange(0, TILE_N)
-        m_row = o_row < N
+        o_place = i_row + tl.arange(0, TILE_N)
+        m_row = o_place < N
+        o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
         b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)
         b_up_thin = _thin(stacked + r, stacked_stride, o_row, m_row, r, R)
         b_down_thin = _thin(gradient + k, gradient_stride, o_row, m_row, r, R)
@@ -262,68 +285,77 @@ def glu_bwd_channels_kernel(
     tl.store(at + 2 * I.to(tl.int64) * r, d_down * scale_down, mask=mask)
 
 
-def glu_forward(stacked: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor, k: int, scales, kind: str) -> Tensor:
-    """``[h[:, :k] | h down_A']``: ``[N, k + r]``.
+def glu_forward(
+    stacked: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor, k: int, scales, kind: str, rows: Tensor | None = None
+) -> Tensor:
+    """``[h[:, :k] | h down_A']``: ``[M, k + r]``.
 
     Args:
-        stacked: ``[N, 2r + 2k]``: gate_thin, up_thin, gate_base, up_base side by side.
+        stacked: ``[M, 2r + 2k]``: gate_thin, up_thin, gate_base, up_base side by side.
         gate_B, up_B, down_A: ``[I, r]``, channels in the order selected first; ``down_A`` transposed. Contiguous.
         k: selected channels.
         scales: LoRA's scales of gate and up (and down, unused here).
         kind: "silu", "gelu" or "gelu_tanh".
+        rows: int64 ``[N]``: work on these rows alone, and leave the others of the output unwritten; None for all.
     """
-    N, (I, r) = stacked.shape[0], gate_B.shape
-    output = stacked.new_empty(N, k + r)
+    N, (I, r) = len(stacked if rows is None else rows), gate_B.shape
+    output = stacked.new_empty(len(stacked), k + r)
     if N == 0:
         return output
     splits, per_split, tiles = _row_tiles("forward", N, I, stacked)
-    partial = stacked.new_empty(splits, N, r, dtype=torch.float32) if splits > 1 else stacked
+    partial = stacked.new_empty(splits, N, r, dtype=torch.float32)
     glu_fwd_kernel[(triton.cdiv(N, tiles["TILE_N"]), splits)](
-        stacked, gate_B, up_B, down_A, output, partial, N, I, k, r, scales[0], scales[1],
+        stacked, rows, gate_B, up_B, down_A, output, partial, N, I, k, r, scales[0], scales[1],
         stacked.stride(0), output.stride(0), per_split,
-        SPLITS=splits, **tiles, **_common(stacked, r, kind),
+        INDEXED=rows is not None, **tiles, **_common(stacked, r, kind),
     )  # fmt: skip
-    if splits > 1:
-        output[:, k:] = partial.sum(0)
+    _sum_splits(partial, rows, output[:, k:])
     return output
 
 
 def glu_backward(
-    stacked: Tensor, gradient: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor, k: int, scales, kind: str
+    stacked: Tensor,
+    gradient: Tensor,
+    gate_B: Tensor,
+    up_B: Tensor,
+    down_A: Tensor,
+    k: int,
+    scales,
+    kind: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `glu_forward`'s inputs.
 
     Args:
-        gradient: ``[N, k + r]``: ``dY`` times ``[W_down[:, selected] | down_B]`` (the latter unscaled).
+        gradient: ``[M, k + r]``: ``dY`` times ``[W_down[:, selected] | down_B]``; ``scales[2]`` is still to be applied
+            to the latter part.
         scales: LoRA's scales of gate, up and down; the others as in `glu_forward`.
 
     Returns:
-        The gradient of ``stacked`` ``[N, 2r + 2k]``, and those of ``gate_B``, ``up_B``, ``down_A``, fp32 ``[3, I, r]``.
+        The gradient of ``stacked`` ``[M, 2r + 2k]`` (rows that are not in ``rows`` unwritten), and those of ``gate_B``,
+        ``up_B``, ``down_A``: fp32 ``[splits, 3, I, r]``, still to be summed over the splits.
     """
-    N, (I, r) = stacked.shape[0], gate_B.shape
+    N, (I, r) = len(stacked if rows is None else rows), gate_B.shape
     d_stacked = torch.empty_like(stacked)
     if N == 0:
-        return d_stacked, stacked.new_zeros(3, I, r, dtype=torch.float32)
-    common = _common(stacked, r, kind)
+        return d_stacked, stacked.new_zeros(1, 3, I, r, dtype=torch.float32)
+    common = {"INDEXED": rows is not None, **_common(stacked, r, kind)}
     splits, per_split, tiles = _row_tiles("rows", N, I, stacked)
-    partial = stacked.new_empty(splits, N, 2, r, dtype=torch.float32) if splits > 1 else stacked
+    partial = stacked.new_empty(splits, N, 2 * r, dtype=torch.float32)
     glu_bwd_rows_kernel[(triton.cdiv(N, tiles["TILE_N"]), splits)](
-        stacked, gradient, gate_B, up_B, down_A, d_stacked, partial, N, I, k, r, *scales,
-        stacked.stride(0), gradient.stride(0), d_stacked.stride(0), per_split,
-        SPLITS=splits, **tiles, **common,
+        stacked, gradient, rows, gate_B, up_B, down_A, d_stacked, partial, N, I, k, r, *scales,
+        stacked.stride(0), gradient.stride(0), d_stacked.stride(0), per_split, **tiles, **common,
     )  # fmt: skip
-    if splits > 1:
-        d_stacked[:, : 2 * r] = partial.sum(0).flatten(1)
+    _sum_splits(partial, rows, d_stacked)
     tiles = _tiles("channels")
     programs = triton.cdiv(I, tiles["TILE_I"])
     splits, per_split = _split(N, tiles["TILE_N"], programs, stacked)
     d_loras = stacked.new_empty(splits, 3, I, r, dtype=torch.float32)
     glu_bwd_channels_kernel[(programs, splits)](
-        stacked, gradient, gate_B, up_B, down_A, d_loras, N, I, k, r, *scales,
-        stacked.stride(0), gradient.stride(0), per_split,
-        **tiles, **common,
+        stacked, gradient, rows, gate_B, up_B, down_A, d_loras, N, I, k, r, *scales,
+        stacked.stride(0), gradient.stride(0), per_split, **tiles, **common,
     )  # fmt: skip
-    return d_stacked, d_loras.sum(0) if splits > 1 else d_loras[0]
+    return d_stacked, d_loras
 
 
 def reference_forward(
@@ -347,7 +379,16 @@ def reference_backward(stacked, gradient, gate_B, up_B, down_A, k, scales, kind)
         output = reference_forward(*inputs, k, scales, kind)
         scaled = torch.cat((gradient[:, :k], scales[2] * gradient[:, k:]), dim=1)
         d_stacked, *d_loras = torch.autograd.grad(output, inputs, scaled)
-    return d_stacked, torch.stack(d_loras).float()
+    return d_stacked, torch.stack(d_loras).float()[None]
+
+
+def _sum_splits(partial: Tensor, rows: Tensor | None, output: Tensor) -> None:
+    """Writes ``partial [splits, N, width]``, summed, into the first ``width`` columns of ``output``'s rows."""
+    splits, N, width = partial.shape
+    sum_splits_kernel[(triton.cdiv(N, 64),)](
+        partial, rows, output, N, width, output.stride(0), splits,
+        INDEXED=rows is not None, TILE_N=64, WIDTH=triton.next_power_of_2(width),
+    )  # fmt: skip
 
 
 def _tiles(kernel: str) -> dict[str, int]:

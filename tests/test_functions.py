@@ -265,13 +265,21 @@ def test_incoming_gradient_is_not_modified():
 @pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddd", "c"])
 @pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("few", [1024, 0], ids=["few-channels", "many-channels"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_kernels_on_and_off_agree(roles, lora_branch, compensated, monkeypatch):
+def test_kernels_on_and_off_agree(roles, lora_branch, compensated, few, monkeypatch):
+    monkeypatch.setattr("sparse_unsloth.functions.mlp.FEW_CHANNELS", few)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
     float32 = {"dtype": torch.float32}
     gate, up = (make_projection(INTERMEDIATE, HIDDEN, generator, **float32) for _ in range(2))
     mlp = GatedMlp(gate, up, make_projection(HIDDEN, INTERMEDIATE, generator, **float32), "silu")
+    poison = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda *a, **o: poison(*a, **o).fill_(float("nan") if o.get("dtype", a[0].dtype).is_floating_point else 7),
+    )
     compensation = make_compensation(generator, **float32) if compensated else None
     x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
     channels, weights = subset(INTERMEDIATE, 4, generator), torch.randn(x.shape, generator=generator)

@@ -92,6 +92,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         GatedMlp(*projections, runtime.layer.activation),
         runtime.state.config.lora_branch,
         runtime.compensation(),
+        context.memo(runtime.layer.index, "mlp"),
     )
 
 

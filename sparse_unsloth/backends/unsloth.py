@@ -170,9 +170,9 @@ class Contract:
     def _not_fused(layer: DecoderLayer, slot: str, what: str) -> AttachError:
         return AttachError(
             f"{layer.name}: Unsloth's fused {what} is not in {slot}, so there is nothing to replace. Unsloth fuses it "
-            "on its fast path (Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2) when all its projections have LoRA, "
-            "lora_dropout=0, bias='none', and the base is not float32, 8-bit or split by FSDP. Change that, leave the "
-            "layer dense, or use backend='peft'."
+            "on its fast path (Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2) when its projections have LoRA, "
+            "lora_dropout=0 and bias='none', and the base is not float32, 8-bit or split by FSDP. Change that, leave "
+            "the layer dense, or use backend='peft'."
         )
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
-from sparse_unsloth.functions.fused import FusedGluRows, channel_order
+from sparse_unsloth.functions.fused import FEW_CHANNELS, FusedContextRows, FusedMlp, FusedWeights, fuse_weights
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import (
     cast_for_autocast,
@@ -37,7 +37,6 @@ from sparse_unsloth.kernels.gated import (
     reference_gated_backward,
     reference_gated_forward,
 )
-from sparse_unsloth.kernels.glu import ALIGNMENT
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Projection
 
@@ -58,9 +57,11 @@ class _Plan:
     channels: Tensor
     bases: tuple[BaseWeight, BaseWeight, BaseWeight]
     scales: tuple[float, float, float]
+    ranks: tuple[int | None, int | None, int | None]
     activation: str
     lora_branch: str
     compensation: Compensation | None
+    memo: dict[str, Any]
 
 
 def sparse_mlp(
@@ -70,6 +71,7 @@ def sparse_mlp(
     mlp: GatedMlp,
     lora_branch: str = "dense",
     compensation: Compensation | None = None,
+    memo: dict[str, Any] | None = None,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
@@ -80,6 +82,8 @@ def sparse_mlp(
         mlp: the projections.
         lora_branch: "dense" or "selected".
         compensation: added to context rows.
+        memo: a dictionary for this layer and this forward: a recompute that is given the same one finds the gathered
+            weights there. It must not outlive the forward: LoRA weights change.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -89,9 +93,11 @@ def sparse_mlp(
         channels=channels,
         bases=tuple(projection.base for projection in projections),
         scales=tuple(lora_scale(projection) for projection in projections),
+        ranks=tuple(None if projection.lora is None else len(projection.lora.A) for projection in projections),
         activation=mlp.activation,
         lora_branch=lora_branch,
         compensation=compensation,
+        memo={} if memo is None else memo,
     )
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
     return _SparseMlp.apply(hidden_states, plan, *tensors)
@@ -133,9 +139,15 @@ class _SparseMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None) -> Tensor:
         x = hidden_states.flatten(0, -2)
-        y = torch.zeros_like(x)
         saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
+            fused = _fused_mlp(plan, loras, x)
+            if fused is not None:
+                y, saved = fused.forward(x)
+                ctx.plan, ctx.lora_count = plan, len(loras)
+                ctx.save_for_backward(hidden_states, *loras, *saved)
+                return y.unflatten(0, hidden_states.shape[:-1])
+            y = torch.zeros_like(x)
             for index, rows in _row_sets(plan, loras, x.dtype):
                 rows_y, rows_saved = rows.forward(x.index_select(0, index))
                 y.index_copy_(0, index, rows_y)
@@ -151,9 +163,14 @@ class _SparseMlp(torch.autograd.Function):
         hidden_states, *tensors = ctx.saved_tensors
         loras, saved = tensors[: ctx.lora_count], tensors[ctx.lora_count :]
         x, dy = hidden_states.flatten(0, -2), dy.flatten(0, -2)
-        gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
-        dx = torch.zeros_like(x)
         with torch.autocast(x.device.type, enabled=False):
+            fused = _fused_mlp(ctx.plan, loras, x)
+            if fused is not None:
+                dx, gradients = fused.backward(dy, x, saved)
+                gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, loras, strict=True)]
+                return dx.unflatten(0, hidden_states.shape[:-1]), None, *gradients
+            gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
+            dx = torch.zeros_like(x)
             for number, (index, rows) in enumerate(_row_sets(ctx.plan, loras, x.dtype)):
                 rows_saved = saved[2 * number : 2 * number + 2]
                 rows_dx = rows.backward(dy.index_select(0, index), x.index_select(0, index), rows_saved, gradients)
@@ -234,8 +251,8 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
             for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
         ]
         compensation = plan.compensation and plan.compensation.to(weights[0].device, dtype)
-        if use_kernels(weights[0]) and _fusible(plan, pairs):
-            yield partition.context, _fused_rows(plan, weights, pairs, compensation)
+        if use_kernels(weights[0]) and _fusible(plan):
+            yield partition.context, FusedContextRows(_fuse(plan, weights, pairs), compensation)
             return
         context = [
             row_projection(base, weight, pair, scale, **index, narrow=narrow)
@@ -245,29 +262,29 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
         yield partition.context, _GluRows(*context, plan.activation, lora_index, compensation)
 
 
-def _fusible(plan: _Plan, pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> bool:
+def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
+    """The whole MLP through the kernels, where few channels are selected; its weights stay in the plan's memo."""
+    few = len(plan.channels) <= FEW_CHANNELS and plan.compensation is None and plan.partition.context.numel()
+    if not (few and use_kernels(x) and _fusible(plan)):
+        return None
+    if "pairs" not in plan.memo:
+        plan.memo["pairs"] = [tuple(t.detach().to(x.dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
+    wholes = [base.dense(x.dtype) if plan.partition.dense.numel() else None for base in plan.bases]
+    if "weights" not in plan.memo:
+        indices = ((plan.channels, None), (plan.channels, None), (None, plan.channels))
+        weights = [
+            gather_weight(base, whole, *index, x.dtype)
+            for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
+        ]
+        plan.memo["weights"] = _fuse(plan, weights, plan.memo["pairs"])
+    return FusedMlp(plan.partition, plan.memo["weights"], wholes, plan.memo["pairs"])
+
+
+def _fusible(plan: _Plan) -> bool:
     """The kernels take LoRA of one rank on all three projections, and no biases."""
-    ranks = {None if A is None else A.shape[0] for A, _ in pairs}
-    return len(ranks) == 1 and None not in ranks and all(base.bias is None for base in plan.bases)
+    return None not in plan.ranks and len(set(plan.ranks)) == 1 and all(base.bias is None for base in plan.bases)
 
 
-def _fused_rows(plan: _Plan, weights, pairs, compensation: Compensation | None) -> FusedGluRows:
-    (gate_A, gate_B), (up_A, up_B), (down_A, down_B) = pairs
-    gate, up, down = weights
-    narrow = plan.lora_branch == "selected"
-    order = plan.channels if narrow else channel_order(plan.channels, plan.bases[0].shape[0])
-    # Channels beyond the selected ones, with zero base weights, bring k to a width that the kernels load well.
-    k = min(triton.cdiv(len(plan.channels), ALIGNMENT) * ALIGNMENT, len(order))
-    pad = gate.new_zeros(k - len(plan.channels), gate.shape[1])
-    return FusedGluRows(
-        weight_in=torch.cat((gate_A, up_A, gate, pad, up, pad)),
-        weight_out=torch.cat((down, pad.t(), down_B), dim=1),
-        gate_B=gate_B.index_select(0, order),
-        up_B=up_B.index_select(0, order),
-        down_A=down_A.t().index_select(0, order),
-        order=order,
-        k=k,
-        scales=plan.scales,
-        activation=plan.activation,
-        compensation=compensation,
-    )
+def _fuse(plan: _Plan, weights: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> FusedWeights:
+    size, narrow = plan.bases[0].shape[0], plan.lora_branch == "selected"
+    return fuse_weights(weights, pairs, plan.channels, size, plan.scales, plan.activation, narrow)
