@@ -113,6 +113,7 @@ class Estimator:
         return self.kind == "prior"
 
     def covers(self, index: int, part: str) -> bool:
+        """Whether there is an estimate for ``part`` ("mlp", "self_attn") of layer ``index``."""
         estimate = self.layers.get(index)
         if estimate is None:
             return False
@@ -173,4 +174,5 @@ def _sample(rows: Tensor) -> Tensor:
 
 
 def shorten(names: list[str]) -> str:
+    """The first four of ``names``, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

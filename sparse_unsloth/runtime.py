@@ -78,9 +78,11 @@ class LayerRuntime:
             self.state.ran.add((self.layer.index, part))
 
     def compensation(self) -> Compensation | None:
-        """The stand-in for this layer's dropped MLP channels, where one was fitted."""
+        """The stand-in for this layer's dropped MLP channels, where one was fitted; a ramp drops others: None."""
         estimator = self.state.estimator
-        return None if estimator is None else estimator.compensation.get(self.layer.index)
+        if estimator is None or self.context.scale != 1.0:
+            return None
+        return estimator.compensation.get(self.layer.index)
 
     @torch.no_grad()
     def _selection(self, part: str, hidden_states: Tensor | None):

@@ -214,7 +214,9 @@ def test_samples_without_labels():
 def test_samples_without_context():
     batch = make_batch(0)
     batch["labels"] = batch["input_ids"].clone()
-    with pytest.raises(EstimatorError, match="None of the 1 calibration samples has a context token.*Mask the prompts"):
+    with pytest.raises(
+        EstimatorError, match=r"None of the 1 calibration samples has a context token.*Mask the prompts"
+    ):
         collect(make_base("llama"), [batch])
     assert collect(make_base("llama"), [batch, make_batch(1)]).rows == len(context_rows(make_batch(1)))
 
@@ -327,8 +329,10 @@ def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(c
     layers = find_layers(model)
     kept = {share: SparsityConfig(mlp={"1-29": 1 - share}) for share in (0.1, 0.25)}
     sparsity = kept[0.1].layer_sparsity(30)
-    statistics = collect_statistics(model, layers, sparsity, prompts(tokenizer, 32, seed=5))
-    held_out = prompts(tokenizer, 24, seed=777)
+    calibrated, held_out = prompts(tokenizer, 32, seed=5), prompts(tokenizer, 24, seed=777)
+    statistics = collect_statistics(model, layers, sparsity, calibrated)
+    texts = [{tuple(row) for batch in part for row in batch["input_ids"].tolist()} for part in (calibrated, held_out)]
+    assert texts[0].isdisjoint(texts[1])
     kinds = ("svd", "whitened", "static", "prior")
     estimators = {kind: build_estimator(layers, sparsity, EstimatorConfig(kind=kind), statistics) for kind in kinds}
     figures = {}

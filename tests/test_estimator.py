@@ -220,7 +220,7 @@ def test_rank_above_the_weights_is_refused(layers):
 
 
 def test_compensation_is_the_ridge_regression_of_its_rank(model, layers):
-    """At full rank it is ridge regression with an intercept, solved here on its own; at low rank, its best projection."""
+    """At full rank it is ridge regression with an intercept; at low rank, the best projection of that."""
     statistics = collect_statistics(model, layers, SPARSITY, samples(), inputs=False, dropped=True)
     moments = statistics.layers[1].dropped
     x, z = moments.input_covariance.double(), moments.cross_covariance.double()
@@ -474,3 +474,21 @@ def test_published_estimators_that_do_not_fit_are_refused(model, layers, tmp_pat
     file.unlink()
     with pytest.raises(EstimatorError, match=r"folder without model\.safetensors"):
         obtained(model, folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_file_made_on_the_cpu_serves_the_gpu(model, tmp_path):
+    path = tmp_path / "e.safetensors"
+    made = obtained(model, path, "static", samples(), compensation_rank=4)
+    on_gpu = model.cuda()
+    read = obtained(on_gpu, path, "static", compensation_rank=4)
+    assert read.compensation[1].up.is_cuda
+    assert_same(made, read)
+    fresh = obtained(on_gpu, None, "static", samples(), compensation_rank=4)
+    torch.testing.assert_close(fresh.layers[1].energy["mlp"], made.layers[1].energy["mlp"], rtol=1e-2, atol=1e-8)
+    maps = [
+        compensation.up.cpu() @ compensation.down.cpu()
+        for compensation in (made.compensation[1], fresh.compensation[1])
+    ]
+    torch.testing.assert_close(*maps, rtol=0.1, atol=1e-2 * maps[0].abs().max().item())

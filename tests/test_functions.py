@@ -297,3 +297,34 @@ def test_an_unknown_choice_of_kernels_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "cuda")
     with pytest.raises(BackendError, match="must be auto, torch or triton"):
         use_kernels(torch.zeros(1))
+
+
+@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccp", "dddd dddd", "c"])
+@pytest.mark.parametrize("which", ["qkv", "o"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
+def test_projection_kernels_on_and_off_agree(roles, which, bias, monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    partition = make_partition(roles)
+    sizes = {"q": 12, "k": 4, "v": 4}
+    if which == "qkv":
+        parts = [
+            SelectedProjection(
+                make_projection(size, HIDDEN, generator, True, bias, torch.float32),
+                out_index=subset(size, size // 3, generator),
+            )
+            for size in sizes.values()
+        ]
+    else:
+        projection = make_projection(8, HIDDEN, generator, True, bias, torch.float32)
+        parts = [SelectedProjection(projection, in_index=subset(HIDDEN, 2, generator))]
+    x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
+    inputs = [x, *loras_of(*(part.projection for part in parts))]
+    outcomes, weights = [], None
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+        y = torch.cat(sparse_linear(x, partition, parts), -1)
+        weights = torch.randn(y.shape, generator=generator) if weights is None else weights
+        outcomes.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
+    for left, right in zip(*outcomes, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)

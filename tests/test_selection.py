@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.energy import column_energy
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimator import build_estimator
+from sparse_unsloth.estimator import build_estimator, obtain_estimator
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.selection import (
@@ -26,7 +26,7 @@ from sparse_unsloth.selection import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import make_base, make_lora
+from tiny import make_base, make_batch, make_lora
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma"]
 GROUPS = {
@@ -160,7 +160,7 @@ def logits(layer, rows, queries=None, keys=None):
 @pytest.mark.parametrize("rope_pairs", [False, True])
 @pytest.mark.parametrize("groups", GROUPS)
 def test_grouped_query_pairing_keeps_the_logits(groups, rope_pairs):
-    """Fault: query norms were averaged and indexed with wrong pairings, no better for the logits than random channels."""
+    """Fault: query norms were averaged and indexed with wrong pairings, which the logits show."""
     model = make_base("llama", **GROUPS[groups])
     layers = find_layers(model)
     layer = uneven_(layers[0])
@@ -269,7 +269,7 @@ def test_rows_beyond_the_scored_ones_are_thinned_evenly(monkeypatch):
 
 def test_criterion_estimator_needs_one():
     layers = find_layers(make_base("llama"))
-    with pytest.raises(EstimatorError, match="needs an Estimator.*another criterion: oracle, wanda"):
+    with pytest.raises(EstimatorError, match=r"needs an Estimator.*another criterion: oracle, wanda"):
         selector(layers, "estimator")
 
 
@@ -285,3 +285,24 @@ def test_top_channels_are_ascending():
     scores = torch.tensor([3.0, 9.0, 1.0, 7.0, 5.0])
     assert top_channels(scores, 3).tolist() == [1, 3, 4]
     assert math.isclose(scores[top_channels(scores, 1)].item(), 9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("kind", ["svd", "prior", "static"])
+def test_selection_never_waits_for_the_gpu(kind):
+    model = make_base("llama", dtype=torch.bfloat16).cuda()
+    layers = find_layers(model)
+    config = SparsityConfig(mlp={"all": 0.5}, self_attn={"all": 0.5}, estimator={"kind": kind})
+    estimator = obtain_estimator(model, layers, config.layer_sparsity(3), config.estimator, samples=[make_batch(0)])
+    chosen = ChannelSelector(config, layers, estimator)
+    rows = spread_rows(64, n=3000).to("cuda", torch.bfloat16)
+    chosen.mlp(layers[0], rows, 0.5), chosen.attention(layers[0], rows, 0.5)  # moves the factors there, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mlp, attention = chosen.mlp(layers[0], rows, 0.75), chosen.attention(layers[0], rows, 0.75)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert mlp.channels.is_cuda
+    assert len(mlp.channels) == 32
+    assert len(attention.o) == 16

@@ -109,7 +109,8 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     else:
         channels = runtime.attention_channels(hidden_states)
         part = SelectedProjection(projection, out_index=getattr(channels, name[0]))
-    (output,) = sparse_linear(hidden_states, context.partition, [part], runtime.state.config.lora_branch)
+    memo = context.memo(runtime.layer.index, name)
+    (output,) = sparse_linear(hidden_states, context.partition, [part], runtime.state.config.lora_branch, memo)
     return output
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparse_unsloth.functions import fused_linear
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.rows import RowProjection
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Projection
@@ -46,6 +49,7 @@ class _Plan:
     partition: TokenPartition
     parts: tuple[_Part, ...]
     lora_branch: str
+    memo: dict[str, Any]
 
 
 def sparse_linear(
@@ -53,6 +57,7 @@ def sparse_linear(
     partition: TokenPartition,
     parts: Sequence[SelectedProjection],
     lora_branch: str = "dense",
+    memo: dict[str, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
 
@@ -61,6 +66,8 @@ def sparse_linear(
         partition: the roles of the rows. Padding rows come out as zero.
         parts: the projections with their selected channels.
         lora_branch: "dense" or "selected".
+        memo: a dictionary for these projections and this forward: a recompute that is given the same one finds the
+            gathered weights there. It must not outlive the forward: LoRA weights change.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -69,7 +76,8 @@ def sparse_linear(
         for part in parts
     )
     tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
-    return _SparseLinear.apply(hidden_states, _Plan(partition, constants, lora_branch), *tensors)
+    plan = _Plan(partition, constants, lora_branch, {} if memo is None else memo)
+    return _SparseLinear.apply(hidden_states, plan, *tensors)
 
 
 def masked_linear(
@@ -176,11 +184,16 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None):
-        ctx.plan = plan
-        ctx.save_for_backward(hidden_states, *loras)
+        ctx.plan, ctx.num_loras = plan, len(loras)
         x = hidden_states.flatten(0, -2)
         partition = plan.partition
         with torch.autocast(x.device.type, enabled=False):
+            fused = _fused(plan, loras, x)
+            if fused is not None:
+                outputs, thin = fused.forward(x)
+                ctx.save_for_backward(hidden_states, *loras, thin)
+                return tuple(y.unflatten(0, hidden_states.shape[:-1]) for y in outputs)
+            ctx.save_for_backward(hidden_states, *loras)
             dense_input = x.index_select(0, partition.dense)
             context_input = x.index_select(0, partition.context)
             outputs = []
@@ -198,9 +211,15 @@ class _SparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
         hidden_states, *loras = ctx.saved_tensors
+        loras, saved = loras[: ctx.num_loras], loras[ctx.num_loras :]
         plan = ctx.plan
         x = hidden_states.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
+            fused = _fused(plan, loras, x)
+            if fused is not None:
+                dx, lora_gradients = fused.backward([dy.flatten(0, -2) for dy in gradients], x, *saved)
+                lora_gradients = [g.to(tensor.dtype) for g, tensor in zip(lora_gradients, loras, strict=True)]
+                return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
             dense_input = x.index_select(0, plan.partition.dense)
             context_input = x.index_select(0, plan.partition.context)
             dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
@@ -225,6 +244,36 @@ class _SparseLinear(torch.autograd.Function):
             dx.index_copy_(0, plan.partition.dense, dx_dense)
             dx.index_copy_(0, plan.partition.context, dx_context)
         return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
+
+
+def _fused(
+    plan: _Plan, loras: Sequence[Tensor | None], x: Tensor
+) -> fused_linear.FusedOutSelected | fused_linear.FusedInSelected | None:
+    """The parts through the kernels, where they can; what they need of the weights stays in the plan's memo."""
+    parts, partition = plan.parts, plan.partition
+    plain = plan.lora_branch == "dense" and None not in loras and all(part.compensation is None for part in parts)
+    if not (plain and partition.context.numel() and use_kernels(x)):
+        return None
+    out_selected = all(part.out_index is not None for part in parts)
+    if not out_selected and (len(parts) > 1 or parts[0].in_index is None):
+        return None
+    wholes = [part.base.dense(x.dtype) if partition.dense.numel() else None for part in parts]
+    if "weights" not in plan.memo:
+        selected = [
+            gather_weight(part.base, whole, part.out_index, part.in_index, x.dtype)
+            for part, whole in zip(parts, wholes, strict=True)
+        ]
+        plan.memo["weights"] = fused_linear.FusedWeights(
+            A=torch.cat([A.detach().to(x.dtype) for A in loras[::2]]),
+            B=[B.detach().to(x.dtype) * part.scale for B, part in zip(loras[1::2], parts, strict=True)],
+            selected=torch.cat(selected) if len(selected) > 1 else selected[0],
+            scales=[part.scale for part in parts],
+        )
+    biases = [None if part.base.bias is None else part.base.bias.detach().to(x.dtype) for part in parts]
+    if out_selected:
+        indices = [part.out_index for part in parts]
+        return fused_linear.FusedOutSelected(partition, plan.memo["weights"], wholes, biases, indices)
+    return fused_linear.FusedInSelected(partition, plan.memo["weights"], wholes[0], biases[0], parts[0].in_index)
 
 
 def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
