@@ -164,6 +164,8 @@ class SparsityConfig(_Config):
     """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
     lora_branch: Literal["dense", "selected"] = "dense"
     """Whether context rows keep the LoRA branch of unselected channels."""
+    exact_removal: Switch = True
+    """Whether logits and loss run on loss-bearing positions alone (Unsloth backend): same loss, same gradients."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

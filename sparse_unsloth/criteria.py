@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Criterion(Protocol):
-    """``constant``: the scores depend on the layer alone."""
+    """``constant``: the scores depend on the layer alone. ``max_rows``: more rows are not needed."""
 
     constant: bool
+    max_rows: int | None
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor: ...
 
@@ -54,6 +55,7 @@ class Oracle:
     """The true energies: exact L2 norms of the MLP's hidden activations, of Q, K and V."""
 
     constant = False
+    max_rows = None
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         return mlp_energy(layer, rows)
@@ -70,6 +72,7 @@ class Wanda:
     """
 
     constant = False
+    max_rows = None
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         norms = _input_norms(rows)
@@ -87,6 +90,7 @@ class Magnitude:
     """Products of weight norms: ``‖gate row‖ ‖up row‖ ‖down column‖``; rows of Q and K; V's row times O's columns."""
 
     constant = True
+    max_rows = 1
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         gate, up = (_square_sums(layer, f"mlp.{name}", 1) for name in ("gate_proj", "up_proj"))
@@ -102,6 +106,7 @@ class Random:
     """Uniform scores, new at every call; on one kind of device the same sequence for the same ``seed``."""
 
     constant = False
+    max_rows = None
 
     def __init__(self, seed: int):
         self._seed = seed

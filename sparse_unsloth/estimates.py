@@ -76,6 +76,11 @@ class Estimator:
         self._placed: dict[tuple, Any] = {}
 
     @property
+    def max_rows(self) -> int:
+        """How many rows of a batch are looked at, at most."""
+        return 1 if self.constant else SCORED_ROWS
+
+    @property
     def constant(self) -> bool:
         """Whether the estimate looks at no row."""
         return self.kind == "static"

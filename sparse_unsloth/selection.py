@@ -111,6 +111,11 @@ class ChannelSelector:
         """The channels of Q, K, V and O to keep; arguments as in `mlp`, with the input of q_proj, k_proj and v_proj."""
         return self._constant(layer, "self_attn", hidden_states, sparsity, self._choose_attention)
 
+    def rows_to_score(self, context: Tensor) -> Tensor:
+        """Of the context rows (int64 ``[N]``, at least one), those that the choice needs: gather no more."""
+        limit = self._criterion.max_rows
+        return context if limit is None else context[:: -(-len(context) // limit)]
+
     def _choose_mlp(self, layer: DecoderLayer, rows: Tensor, sparsity: float) -> MlpSelection:
         count = keep_count(layer.intermediate_size, sparsity)
         return MlpSelection(top_channels(self._criterion.mlp(layer, rows), count))
