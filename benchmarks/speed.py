@@ -56,6 +56,8 @@ def sparsity_of(method: str, num_layers: int) -> dict | None:
     common = {"start_step": 0, "end_step": 1.0, "estimator": {"kind": "svd", "rank": 8}}
     if method == "unsloth-dense":
         return None
+    if method == "unsloth-dense-exact":
+        return {"preset": "dense"}
     if method in ("sparse-o1", "sparse-o2"):
         return {"preset": method.removeprefix("sparse-"), **common}
     if method in ("sparse-50", "sparse-25"):
@@ -215,8 +217,7 @@ def profile(model, method: str, shape: str) -> None:
     stepper = Stepper(model, SHAPES[shape])
     for _ in range(2):
         stepper()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         elapsed = stepper()
     if sparsity is not None:
         detach(model)
@@ -225,9 +226,12 @@ def profile(model, method: str, shape: str) -> None:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             total, count = kernels.get(event.name, (0.0, 0))
             kernels[event.name] = (total + event.device_time, count + 1)
-    busy = sum(total for total, _ in kernels.values()) / 1000
+    copies = sum(total for name, (total, _) in kernels.items() if name.startswith("Memcpy")) / 1000
+    busy = sum(total for total, _ in kernels.values()) / 1000 - copies
     launches = sum(count for _, count in kernels.values())
-    print(f"-- {method} {shape}: step {elapsed:.1f} ms, kernels {busy:.1f} ms in {launches} launches")
+    print(
+        f"-- {method} {shape}: step {elapsed:.1f} ms, kernels {busy:.1f} ms and copies {copies:.1f} ms in {launches} launches"
+    )
     for name, (total, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:28]:
         print(f"   {total / 1000:8.2f} ms {count:6d}  {name[:110]}")
 

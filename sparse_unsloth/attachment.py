@@ -15,6 +15,7 @@ from torch import nn
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layers import DecoderLayer, find_layers
+from sparse_unsloth.loss import install_loss_removal
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import CONTEXT_ARGUMENT, LayerRuntime, SparseContext, SparsityState
@@ -106,6 +107,8 @@ def attach(
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
         _register_hooks(state)
+        if state.backend_name == "unsloth" and config.exact_removal:
+            state.handles.append(install_loss_removal(model, layers[-1].module))
         _probe(state)
         state.prepare(calibration_samples)
     except BaseException:

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
+
+if TYPE_CHECKING:
+    from sparse_unsloth.loss import LossRemoval
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -106,7 +109,7 @@ class SparsityState:
         model: the outermost model, where labels enter.
         config: the configuration.
         backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
-        hooked, handles: the modules whose forward was replaced, and the hooks registered.
+        hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
         runtimes: the hooked layers by index.
         driver: the callback, or whatever else sets the step; None outside training.
@@ -128,7 +131,7 @@ class SparsityState:
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.hooked: list[nn.Module] = []
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | LossRemoval] = []
         self.ran: set[tuple[int, str]] = set()
         self._scale = 0.0
         self._max_steps = 0
