@@ -42,11 +42,11 @@ class SparseContext:
         self.scale = scale
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
-        self.memos: dict[tuple[int, str], dict[str, Any]] = {}
+        self._memos: dict[int, dict[str, Any]] = {}
 
-    def memo(self, index: int, part: str) -> dict[str, Any]:
-        """What the functions of one layer keep from this forward to its recompute."""
-        return self.memos.setdefault((index, part), {})
+    def memo(self, index: int) -> dict[str, Any]:
+        """What the MLP of layer ``index`` keeps from this forward to its recompute."""
+        return self._memos.setdefault(index, {})
 
 
 class LayerRuntime:

@@ -92,7 +92,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         GatedMlp(*projections, runtime.layer.activation),
         runtime.state.config.lora_branch,
         runtime.compensation(),
-        context.memo(runtime.layer.index, "mlp"),
+        context.memo(runtime.layer.index),
     )
 
 
@@ -109,8 +109,7 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     else:
         channels = runtime.attention_channels(hidden_states)
         part = SelectedProjection(projection, out_index=getattr(channels, name[0]))
-    memo = context.memo(runtime.layer.index, name)
-    (output,) = sparse_linear(hidden_states, context.partition, [part], runtime.state.config.lora_branch, memo)
+    (output,) = sparse_linear(hidden_states, context.partition, [part], runtime.state.config.lora_branch)
     return output
 
 

@@ -111,8 +111,7 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
         SelectedProjection(projection, out_index=index)
         for projection, index in zip(projections, (channels.q, channels.k, channels.v), strict=True)
     ]
-    memo = context.memo(runtime.layer.index, "qkv")
-    return sparse_linear(hidden_states, context.partition, parts, runtime.state.config.lora_branch, memo)
+    return sparse_linear(hidden_states, context.partition, parts, runtime.state.config.lora_branch)
 
 
 def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -123,8 +122,7 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
         return self._sparse_original[1](self, attention_output, *args, **kwargs)
     part = SelectedProjection(projection, in_index=runtime.attention_channels().o)
     runtime.record_run("self_attn")
-    memo = context.memo(runtime.layer.index, "o")
-    return sparse_linear(attention_output, context.partition, [part], runtime.state.config.lora_branch, memo)[0]
+    return sparse_linear(attention_output, context.partition, [part], runtime.state.config.lora_branch)[0]
 
 
 class Contract:

@@ -21,9 +21,10 @@ from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.kernels.gated import gated_backward, gated_forward
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.weights import BaseWeight
 
 FEW_CHANNELS = 1024
-"""Up to so many selected channels both products run over all rows, and their weights are kept until the backward."""
+"""Up to so many selected channels both products run over all rows."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,19 @@ class FusedWeights:
 def fuse_weights(
     weights: Sequence[Tensor],
     pairs: Sequence[tuple[Tensor, Tensor]],
-    channels: Tensor,
-    intermediate_size: int,
+    order: Tensor,
+    num_selected: int,
     scales: tuple[float, float, float],
     activation: str,
-    narrow: bool,
 ) -> FusedWeights:
     """`FusedWeights` of the selected ``weights`` (gate and up rows, down columns) and the LoRA ``pairs``.
 
-    ``narrow`` leaves only the selected channels to the LoRA branch too (``lora_branch="selected"``).
+    ``order`` are the channels of the LoRA branch, the ``num_selected`` ones of ``weights`` first.
     """
     (gate_A, gate_B), (up_A, up_B), (down_A, down_B) = pairs
     gate, up, down = weights
-    order = channels if narrow else channel_order(channels, intermediate_size)
-    k = min(triton.cdiv(len(channels), ALIGNMENT) * ALIGNMENT, len(order))
-    pad = gate.new_zeros(k - len(channels), gate.shape[1])
+    k = min(triton.cdiv(num_selected, ALIGNMENT) * ALIGNMENT, len(order))
+    pad = gate.new_zeros(k - num_selected, gate.shape[1])
     return FusedWeights(
         product_in=torch.cat((gate_A, up_A, gate, pad, up, pad)),
         product_out=torch.cat((down, pad.t(), down_B * scales[2]), dim=1),
@@ -138,13 +137,13 @@ class FusedMlp:
     Args:
         partition: the roles of the rows; has context rows.
         weights: of the context rows.
-        wholes: W_gate, W_up, W_down for the dense rows; three None where there are none.
+        bases: gate, up, down, for the dense rows; each is dequantised where it is used and freed again.
         pairs: LoRA's ``(A, B)`` of gate, up, down, in the dtype of the products.
     """
 
     partition: TokenPartition
     weights: FusedWeights
-    wholes: Sequence[Tensor | None]
+    bases: Sequence[BaseWeight]
     pairs: Sequence[tuple[Tensor, Tensor]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -160,12 +159,12 @@ class FusedMlp:
             return unit @ weights.product_out.t(), (stacked, unit[:, weights.k :].clone())
         (_, gate_B), (_, up_B), (down_A, down_B) = self.pairs
         rows, thin = x.index_select(0, partition.dense), stacked[:, : 2 * r].index_select(0, partition.dense)
-        e = (rows @ self.wholes[0].t()).addmm_(thin[:, :r], gate_B.t(), alpha=gate_scale)
-        g = (rows @ self.wholes[1].t()).addmm_(thin[:, r:], up_B.t(), alpha=up_scale)
+        e = (rows @ self.bases[0].dense(x.dtype).t()).addmm_(thin[:, :r], gate_B.t(), alpha=gate_scale)
+        g = (rows @ self.bases[1].dense(x.dtype).t()).addmm_(thin[:, r:], up_B.t(), alpha=up_scale)
         h = gated_forward(e, g, weights.activation)
         thin = h @ down_A.t()
         unit[:, weights.k :].index_copy_(0, partition.dense, thin)
-        dense = (h @ self.wholes[2].t()).addmm_(thin, down_B.t(), alpha=down_scale)
+        dense = (h @ self.bases[2].dense(x.dtype).t()).addmm_(thin, down_B.t(), alpha=down_scale)
         down_thin = unit[:, weights.k :].clone()
         y = unit @ weights.product_out.t()
         return y.index_copy_(0, partition.dense, dense), (stacked, down_thin, e, g)
@@ -187,7 +186,7 @@ class FusedMlp:
             dense = partition.dense
             thin = stacked[:, : 2 * r].index_select(0, dense)
             down_dthin = d_unit[:, weights.k :].index_select(0, dense)
-            dh = (dy.index_select(0, dense) @ self.wholes[2]).addmm_(down_dthin, down_A)
+            dh = (dy.index_select(0, dense) @ self.bases[2].dense(x.dtype)).addmm_(down_dthin, down_A)
             h, de, dg = gated_backward(dh, e, g, weights.activation)
             d_dense = stacked.new_zeros(len(dense), stacked.shape[1])
             torch.mm(de, gate_B * gate_scale, out=d_dense[:, :r])
@@ -198,7 +197,8 @@ class FusedMlp:
             down_grad.add_(h.t() @ down_dthin)
         dx = d_stacked @ weights.product_in
         if dense_saved:
-            dx_dense = dx.index_select(0, dense).addmm_(de, self.wholes[0]).addmm_(dg, self.wholes[1])
+            dx_dense = dx.index_select(0, dense).addmm_(de, self.bases[0].dense(x.dtype))
+            dx_dense.addmm_(dg, self.bases[1].dense(x.dtype))
             dx.index_copy_(0, dense, dx_dense)
         dA = d_stacked[:, : 2 * r].t() @ x
         down_B_grad = (dy.t() @ down_thin).mul_(down_scale)

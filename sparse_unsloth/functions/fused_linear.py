@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_unsloth.kernels.columns import add_columns, gather_columns
 from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.weights import BaseWeight
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class FusedOutSelected:
     """Several projections of one input that select output channels (Q, K, V).
 
     Args:
-        wholes: the dense weights by part, ``[out, in]``; None where there are no dense rows.
+        bases: by part, for the dense rows; each is dequantised where it is used and freed again.
         biases: by part, ``[out]`` or None.
         indices: by part, int64 ``[k]``.
     """
 
     partition: TokenPartition
     weights: FusedWeights
-    wholes: Sequence[Tensor | None]
+    bases: Sequence[BaseWeight]
     biases: Sequence[Tensor | None]
     indices: Sequence[Tensor]
 
@@ -55,15 +56,15 @@ class FusedOutSelected:
         dense, context, padding = self.partition.dense, self.partition.context, self.partition.padding
         thin = x @ self.weights.A.t()
         thins = thin.split([B.shape[1] for B in self.weights.B], dim=1)
-        base = x.index_select(0, context) @ self.weights.selected.t()
-        bases = base.split([len(index) for index in self.indices], dim=1)
+        selected = x.index_select(0, context) @ self.weights.selected.t()
+        selected = selected.split([len(index) for index in self.indices], dim=1)
         dense_x = x.index_select(0, dense) if len(dense) else None
         outputs = []
         for part, (B, bias) in enumerate(zip(self.weights.B, self.biases, strict=True)):
             y = thins[part] @ B.t() if bias is None else torch.addmm(bias, thins[part], B.t())
             if dense_x is not None:
-                y.index_copy_(0, dense, y.index_select(0, dense).addmm_(dense_x, self.wholes[part].t()))
-            add_columns(y, context, self.indices[part], bases[part])
+                y.index_copy_(0, dense, y.index_select(0, dense).addmm_(dense_x, self.bases[part].dense(x.dtype).t()))
+            add_columns(y, context, self.indices[part], selected[part])
             outputs.append(y.index_fill_(0, padding, 0) if len(padding) else y)
         return tuple(outputs), thin
 
@@ -77,8 +78,8 @@ class FusedOutSelected:
         dx = dthin @ self.weights.A
         if len(dense):
             dx_dense = dx.index_select(0, dense)
-            for dy, whole in zip(gradients, self.wholes, strict=True):
-                dx_dense.addmm_(dy.index_select(0, dense), whole)
+            for dy, weight in zip(gradients, self.bases, strict=True):
+                dx_dense.addmm_(dy.index_select(0, dense), weight.dense(x.dtype))
             dx.index_copy_(0, dense, dx_dense)
         d_base = x.new_empty(len(context), len(self.weights.selected))
         for dy, index, place in zip(
@@ -99,7 +100,7 @@ class FusedInSelected:
 
     partition: TokenPartition
     weights: FusedWeights
-    whole: Tensor | None
+    base: BaseWeight
     bias: Tensor | None
     index: Tensor
 
@@ -109,9 +110,10 @@ class FusedInSelected:
         thin, (B,) = x @ self.weights.A.t(), self.weights.B
         y = thin @ B.t() if self.bias is None else torch.addmm(self.bias, thin, B.t())
         if len(dense):
-            y.index_copy_(0, dense, y.index_select(0, dense).addmm_(x.index_select(0, dense), self.whole.t()))
-        base = gather_columns(x, context, self.index, x.new_empty(len(context), len(self.index)))
-        y.index_copy_(0, context, y.index_select(0, context).addmm_(base, self.weights.selected.t()))
+            weight = self.base.dense(x.dtype)
+            y.index_copy_(0, dense, y.index_select(0, dense).addmm_(x.index_select(0, dense), weight.t()))
+        selected = gather_columns(x, context, self.index, x.new_empty(len(context), len(self.index)))
+        y.index_copy_(0, context, y.index_select(0, context).addmm_(selected, self.weights.selected.t()))
         return (y.index_fill_(0, padding, 0) if len(padding) else y,), thin
 
     def backward(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -123,6 +125,7 @@ class FusedInSelected:
         dthin = dy @ B
         dx = dthin @ self.weights.A
         if len(dense):
-            dx.index_copy_(0, dense, dx.index_select(0, dense).addmm_(dy.index_select(0, dense), self.whole))
+            weight = self.base.dense(x.dtype)
+            dx.index_copy_(0, dense, dx.index_select(0, dense).addmm_(dy.index_select(0, dense), weight))
         add_columns(dx, context, self.index, dy.index_select(0, context) @ self.weights.selected)
         return dx, [dthin.t() @ x, (dy.t() @ thin).mul_(self.weights.scales[0])]

@@ -7,7 +7,7 @@ LoRA(x)``. With ``lora_branch="selected"`` the mask covers the LoRA branch too. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class _Plan:
     partition: TokenPartition
     parts: tuple[_Part, ...]
     lora_branch: str
-    memo: dict[str, Any]
+    kept: dict[str, Any] = field(default_factory=dict)
+    """From this forward to its own backward."""
 
 
 def sparse_linear(
@@ -57,7 +58,6 @@ def sparse_linear(
     partition: TokenPartition,
     parts: Sequence[SelectedProjection],
     lora_branch: str = "dense",
-    memo: dict[str, Any] | None = None,
 ) -> tuple[Tensor, ...]:
     """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
 
@@ -66,8 +66,6 @@ def sparse_linear(
         partition: the roles of the rows. Padding rows come out as zero.
         parts: the projections with their selected channels.
         lora_branch: "dense" or "selected".
-        memo: a dictionary for these projections and this forward: a recompute that is given the same one finds the
-            gathered weights there. It must not outlive the forward: LoRA weights change.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -76,8 +74,7 @@ def sparse_linear(
         for part in parts
     )
     tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
-    plan = _Plan(partition, constants, lora_branch, {} if memo is None else memo)
-    return _SparseLinear.apply(hidden_states, plan, *tensors)
+    return _SparseLinear.apply(hidden_states, _Plan(partition, constants, lora_branch), *tensors)
 
 
 def masked_linear(
@@ -249,7 +246,7 @@ class _SparseLinear(torch.autograd.Function):
 def _fused(
     plan: _Plan, loras: Sequence[Tensor | None], x: Tensor
 ) -> fused_linear.FusedOutSelected | fused_linear.FusedInSelected | None:
-    """The parts through the kernels, where they can; what they need of the weights stays in the plan's memo."""
+    """The parts through the kernels, where they can."""
     parts, partition = plan.parts, plan.partition
     plain = plan.lora_branch == "dense" and None not in loras and all(part.compensation is None for part in parts)
     if not (plain and partition.context.numel() and use_kernels(x)):
@@ -257,13 +254,9 @@ def _fused(
     out_selected = all(part.out_index is not None for part in parts)
     if not out_selected and (len(parts) > 1 or parts[0].in_index is None):
         return None
-    wholes = [part.base.dense(x.dtype) if partition.dense.numel() else None for part in parts]
-    if "weights" not in plan.memo:
-        selected = [
-            gather_weight(part.base, whole, part.out_index, part.in_index, x.dtype)
-            for part, whole in zip(parts, wholes, strict=True)
-        ]
-        plan.memo["weights"] = fused_linear.FusedWeights(
+    if not plan.kept:
+        selected = [gather_weight(part.base, None, part.out_index, part.in_index, x.dtype) for part in parts]
+        plan.kept["weights"] = fused_linear.FusedWeights(
             A=torch.cat([A.detach().to(x.dtype) for A in loras[::2]]),
             B=[B.detach().to(x.dtype) * part.scale for B, part in zip(loras[1::2], parts, strict=True)],
             selected=torch.cat(selected) if len(selected) > 1 else selected[0],
@@ -271,9 +264,10 @@ def _fused(
         )
     biases = [None if part.base.bias is None else part.base.bias.detach().to(x.dtype) for part in parts]
     if out_selected:
-        indices = [part.out_index for part in parts]
-        return fused_linear.FusedOutSelected(partition, plan.memo["weights"], wholes, biases, indices)
-    return fused_linear.FusedInSelected(partition, plan.memo["weights"], wholes[0], biases[0], parts[0].in_index)
+        bases, indices = [part.base for part in parts], [part.out_index for part in parts]
+        return fused_linear.FusedOutSelected(partition, plan.kept["weights"], bases, biases, indices)
+    (part,) = parts
+    return fused_linear.FusedInSelected(partition, plan.kept["weights"], part.base, biases[0], part.in_index)
 
 
 def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):

@@ -8,7 +8,7 @@ the LoRA branches as well, and only the selected channels are ever computed. Gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
-from sparse_unsloth.functions.fused import FEW_CHANNELS, FusedContextRows, FusedMlp, FusedWeights, fuse_weights
+from sparse_unsloth.functions.fused import (
+    FEW_CHANNELS,
+    FusedContextRows,
+    FusedMlp,
+    FusedWeights,
+    channel_order,
+    fuse_weights,
+)
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import (
     cast_for_autocast,
@@ -62,6 +69,8 @@ class _Plan:
     lora_branch: str
     compensation: Compensation | None
     memo: dict[str, Any]
+    kept: dict[str, Any] = field(default_factory=dict)
+    """From this forward to its own backward."""
 
 
 def sparse_mlp(
@@ -82,8 +91,8 @@ def sparse_mlp(
         mlp: the projections.
         lora_branch: "dense" or "selected".
         compensation: added to context rows.
-        memo: a dictionary for this layer and this forward: a recompute that is given the same one finds the gathered
-            weights there. It must not outlive the forward: LoRA weights change.
+        memo: a dictionary for these channels: a recompute that is given the same one finds there what follows from
+            them alone. Weights are not kept in it: 28 layers of an 8B model would hold half a gigabyte.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -263,21 +272,20 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
-    """The whole MLP through the kernels, where few channels are selected; its weights stay in the plan's memo."""
+    """The whole MLP through the kernels, where few channels are selected."""
     few = len(plan.channels) <= FEW_CHANNELS and plan.compensation is None and plan.partition.context.numel()
     if not (few and use_kernels(x) and _fusible(plan)):
         return None
-    if "pairs" not in plan.memo:
-        plan.memo["pairs"] = [tuple(t.detach().to(x.dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
-    wholes = [base.dense(x.dtype) if plan.partition.dense.numel() else None for base in plan.bases]
-    if "weights" not in plan.memo:
-        indices = ((plan.channels, None), (plan.channels, None), (None, plan.channels))
-        weights = [
-            gather_weight(base, whole, *index, x.dtype)
-            for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
-        ]
-        plan.memo["weights"] = _fuse(plan, weights, plan.memo["pairs"])
-    return FusedMlp(plan.partition, plan.memo["weights"], wholes, plan.memo["pairs"])
+    if not plan.kept:
+        plan.kept["pairs"] = [tuple(t.detach().to(x.dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
+        gate, up, down = plan.bases
+        weights = (
+            gate.rows(plan.channels, x.dtype),
+            up.rows(plan.channels, x.dtype),
+            down.columns(plan.channels, x.dtype),
+        )
+        plan.kept["weights"] = _fuse(plan, weights, plan.kept["pairs"])
+    return FusedMlp(plan.partition, plan.kept["weights"], plan.bases, plan.kept["pairs"])
 
 
 def _fusible(plan: _Plan) -> bool:
@@ -286,5 +294,10 @@ def _fusible(plan: _Plan) -> bool:
 
 
 def _fuse(plan: _Plan, weights: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> FusedWeights:
-    size, narrow = plan.bases[0].shape[0], plan.lora_branch == "selected"
-    return fuse_weights(weights, pairs, plan.channels, size, plan.scales, plan.activation, narrow)
+    if plan.lora_branch == "selected":
+        order = plan.channels
+    else:
+        if "order" not in plan.memo:
+            plan.memo["order"] = channel_order(plan.channels, plan.bases[0].shape[0])
+        order = plan.memo["order"]
+    return fuse_weights(weights, pairs, order, len(plan.channels), plan.scales, plan.activation)

