@@ -229,9 +229,7 @@ def profile(model, method: str, shape: str) -> None:
     copies = sum(total for name, (total, _) in kernels.items() if name.startswith("Memcpy")) / 1000
     busy = sum(total for total, _ in kernels.values()) / 1000 - copies
     launches = sum(count for _, count in kernels.values())
-    print(
-        f"-- {method} {shape}: step {elapsed:.1f} ms, kernels {busy:.1f} ms and copies {copies:.1f} ms in {launches} launches"
-    )
+    print(f"-- {method} {shape}: step {elapsed:.1f}, kernels {busy:.1f}, copies {copies:.1f} ms in {launches} launches")
     for name, (total, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:28]:
         print(f"   {total / 1000:8.2f} ms {count:6d}  {name[:110]}")
 
