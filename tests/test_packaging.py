@@ -1,0 +1,111 @@
+"""What the package must keep to be importable everywhere: see "the kernels trap" in the docstrings below."""
+
+import importlib.metadata
+import importlib.resources
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("transformers", "trl", "peft", "unsloth", "datasets", "bitsandbytes", "matplotlib")
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    """Runs ``code`` with the repository's root on the path, as a notebook or ``python -c`` there has it."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_kernels_folder_is_no_regular_package():
+    """transformers looks for Hugging Face's ``kernels``; an ``__init__.py`` in our folder would answer in its place."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists(), "it would put the root on the path of every test"
+    assert not (ROOT / "tests" / "__init__.py").exists(), "it would put the root on the path of every test"
+
+
+@pytest.mark.parametrize("name", ["kernels", "recipes"])
+def test_links_lead_to_the_folders_at_the_root(name):
+    link = ROOT / "sparse_unsloth" / name
+    assert link.is_symlink()
+    assert not Path(link.readlink()).is_absolute()
+    assert link.resolve() == ROOT / name
+
+
+def test_kernels_are_importable_from_the_package_alone():
+    assert python("import sparse_unsloth.kernels.dequantize as module; print(module.__name__)").strip() == (
+        "sparse_unsloth.kernels.dequantize"
+    )
+
+
+def test_recipes_are_package_data():
+    folder = importlib.resources.files("sparse_unsloth") / "recipes"
+    assert (folder / "quickstart.yaml").is_file()
+    assert (folder / "sparsity" / "llama3-8b-math10k.yaml").is_file()
+
+
+def test_import_is_light():
+    code = f"""
+import sys, time
+start = time.perf_counter()
+import sparse_unsloth, sparse_unsloth.cli
+seconds = time.perf_counter() - start
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+assert not heavy, heavy
+assert seconds < 10, seconds
+"""
+    python(code)
+
+
+def test_every_public_name_exists():
+    python("import sparse_unsloth\nfor name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)")
+
+
+def test_transformers_and_trl_import_from_the_root_beside_hf_kernels():
+    """Fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's package."""
+    assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
+    python("import transformers.models.llama.modeling_llama\nfrom trl import SFTTrainer")
+
+
+@pytest.mark.slow
+def test_wheel_holds_kernels_and_recipes(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "unsloth_compiled_cache")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        f"sparse_unsloth/{path.relative_to(ROOT / 'sparse_unsloth')}"
+        for path in (ROOT / "sparse_unsloth").rglob("*.py")
+    }
+    modules |= {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    recipes = {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert modules | recipes | {"sparse_unsloth/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("kernels/", "recipes/", "tests/"))]
+
+
+def test_readme_shows_the_committed_quickstart_results():
+    """`make publish-quickstart` writes both; nothing is typed in by hand."""
+    results = ROOT / "benchmarks" / "results" / "quickstart" / "results.md"
+    if not results.exists():
+        pytest.skip("no quickstart results are committed yet")
+    table = [line for line in results.read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
+    assert (results.parent / "quickstart.png").exists()
