@@ -8,6 +8,8 @@ Unsloth is imported when a model is loaded, never before.
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +23,8 @@ from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import read_projection
 
+logger = logging.getLogger("sparse_unsloth")
+
 NAME = "unsloth"
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 
@@ -29,6 +33,11 @@ def load(
     model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
     """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on."""
+    if "trl" in sys.modules and "unsloth" not in sys.modules:
+        logger.warning(
+            "TRL was imported before Unsloth, which replaces TRL's trainers when it is imported: trainers that your "
+            "script imported already stay TRL's own. Put `import unsloth` at the top of the script."
+        )
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.from_pretrained(
