@@ -134,8 +134,8 @@ def test_gradient_accumulation_adds_up():
         torch.testing.assert_close(parameter.grad, single[0][name] + single[1][name])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bit_model_equals_plain_peft(kind, tmp_path):
+@pytest.mark.parametrize(("family", "kind"), [*((family, "nf4") for family in FAMILIES), ("llama", "fp4")])
+def test_four_bit_model_equals_plain_peft(family, kind, tmp_path):
     def load():
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -148,7 +148,7 @@ def test_four_bit_model_equals_plain_peft(kind, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, dtype=torch.float32)
         return make_lora(base=base)
 
-    make_base().save_pretrained(tmp_path)
+    make_base(family).save_pretrained(tmp_path)
     plain, sparse = load(), load()
     attach(sparse, always(mlp={"all": NOTHING_DROPPED}, self_attn={"all": NOTHING_DROPPED}))
     batch = make_batch()
@@ -164,10 +164,11 @@ def test_four_bit_model_equals_plain_peft(kind, tmp_path):
     torch.testing.assert_close(again, sparse_loss)
 
 
-def test_bfloat16_equals_plain_peft_to_its_precision():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_equals_plain_peft_to_its_precision(family):
     batch = make_batch()
-    _, exact_gradients = loss_and_gradients(make_lora().double(), batch)
-    plain = make_lora()
+    _, exact_gradients = loss_and_gradients(make_lora(family).double(), batch)
+    plain = make_lora(family)
     plain.get_base_model().to(torch.bfloat16)
     sparse = copy.deepcopy(plain)
     attach(sparse, always(mlp={"all": NOTHING_DROPPED}, self_attn={"all": NOTHING_DROPPED}))
