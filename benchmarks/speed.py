@@ -58,6 +58,8 @@ def sparsity_of(method: str, num_layers: int) -> dict | None:
         return None
     if method == "unsloth-dense-exact":
         return {"preset": "dense"}
+    if method == "hooks-dense":  # every hook installed, in a dense phase: what sparsity costs while it is off
+        return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
     if method in ("sparse-o1", "sparse-o2"):
         return {"preset": method.removeprefix("sparse-"), **common}
     if method in ("sparse-50", "sparse-25"):
@@ -138,13 +140,15 @@ def check_layers(model) -> None:
 
 
 def measure(model, method: str, shapes: list[str], warmup: int, steps: int) -> list[dict]:
-    from sparse_unsloth import attach, detach
+    from sparse_unsloth import attach, detach, get_state
 
     sparsity = sparsity_of(method, model.config.num_hidden_layers)
     if sparsity is not None:
         began = time.perf_counter()
         print(attach(model, sparsity), f"\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
         check_layers(model)
+        get_state(model).begin_training(driver="benchmark", max_steps=1_000_000)
+        get_state(model).set_step(0)
     rows = []
     for name in shapes:
         gc.collect()
@@ -209,11 +213,13 @@ def main() -> None:
 
 
 def profile(model, method: str, shape: str) -> None:
-    from sparse_unsloth import attach, detach
+    from sparse_unsloth import attach, detach, get_state
 
     sparsity = sparsity_of(method, model.config.num_hidden_layers)
     if sparsity is not None:
         attach(model, sparsity)
+        get_state(model).begin_training(driver="benchmark", max_steps=1_000_000)
+        get_state(model).set_step(0)
     stepper = Stepper(model, SHAPES[shape])
     for _ in range(2):
         stepper()

@@ -73,7 +73,7 @@ def test_auto_says_which_backend_and_why(checkpoint, capsys):
     if not torch.cuda.is_available():
         assert explain_backend() == ("peft", "no CUDA GPU")
         assert "backend peft (no CUDA GPU)" in capsys.readouterr().out
-        with pytest.raises(BackendError, match="'unsloth' cannot run: no CUDA GPU. Use backend='peft'"):
+        with pytest.raises(BackendError, match=r"'unsloth' cannot run: no CUDA GPU\. Use backend='peft'"):
             load(checkpoint, backend="unsloth")
     with pytest.raises(BackendError, match="must be 'auto', 'unsloth' or 'peft'"):
         load(checkpoint, backend="trl")

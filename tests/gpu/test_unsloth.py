@@ -81,9 +81,8 @@ def test_sparse_equals_the_peft_backend(outcomes):
         for other in [m for m in (False, True, "unsloth") if bool(m) == bool(mode)]:
             ours = outcomes["unsloth"][family, dtype, other, "sparse", layout]
             total, worst = error(ours["gradients"], peft["gradients"])
-            print(
-                f"{family} {dtype} {other} {layout}: loss {ours['loss']:.5f} / {peft['loss']:.5f}; {total:.2e} {worst:.2e}"
-            )
+            losses = f"loss {ours['loss']:.5f} / {peft['loss']:.5f}"
+            print(f"{family} {dtype} {other} {layout}: {losses}; {total:.2e} {worst:.2e}")
             assert ours["loss"] == pytest.approx(peft["loss"], rel=2e-3)
             assert total < 0.03
             compared += 1
