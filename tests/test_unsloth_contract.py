@@ -1,0 +1,478 @@
+"""What the Unsloth backend needs of Unsloth: of the installed release, and of stand-ins that break one thing each.
+
+The installed release runs on the CPU, in a process of its own (this file as a script): importing Unsloth changes torch
+and transformers for good. Its norm, RoPE and gated unit have GPU kernels only and are replaced there by the same
+mathematics in PyTorch; everything else is Unsloth's own code.
+"""
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import MethodType, ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.llama import modeling_llama
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.errors import AttachError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import always, loss_and_gradients, make_base, make_batch, make_lora
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""What Unsloth runs through its fast path."""
+COMPARED = ("llama", "mistral", "qwen2")
+"""Those whose training step runs here: two attentions, two CausalLM forwards, fused and biased Q, K, V."""
+SLOTS = ("apply_qkv", "apply_o")
+FUNCTIONS = (*backend.FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
+SETTINGS = {
+    "nothing dropped": always(mlp={"all": 1e-9}, self_attn={"all": 1e-9}),
+    "sparse": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
+}
+
+
+def assert_same(ours, expected):
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert ours[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (ours[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def decoder_layers(model):
+    return model.get_base_model().model.layers
+
+
+# The installed release
+
+
+def test_the_installed_release(tmp_path):
+    """One test, since Unsloth takes long to import: each entry of ``problems`` names what does not hold any more."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "UNSLOTH_ALLOW_CPU": "1",
+        "UNSLOTH_COMPILE_DISABLE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
+    }
+    command = [sys.executable, __file__, str(tmp_path / "problems.json")]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    problems = json.loads((tmp_path / "problems.json").read_text())
+    assert problems == {}, "\n\n".join(f"{name}: {text}" for name, text in problems.items())
+
+
+def examine() -> dict[str, str]:
+    """What does not hold of the installed Unsloth: a name and a traceback each."""
+    torch.set_num_threads(1)
+    # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
+    expected = {family: reference_steps(family) for family in COMPARED}
+    bases = {family: make_base(family) for family in FAMILIES}
+
+    import unsloth  # noqa: F401
+
+    found = {"contract": failure_of(backend.Contract), "functions": failure_of(check_functions)}
+    for family, base in bases.items():
+        found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
+    replace_gpu_kernels()
+    for family in COMPARED:
+        found[f"{family}: training step"] = failure_of(compare_steps, bases[family], expected[family])
+    return {name: text for name, text in found.items() if text}
+
+
+def check_functions() -> None:
+    """The fused functions take the module and its input, as their replacements do."""
+    fast_lora = importlib.import_module("unsloth.kernels.fast_lora")
+    for name in FUNCTIONS:
+        parameters = list(inspect.signature(getattr(fast_lora, name)).parameters)
+        assert parameters[:2] == ["self", "X"], f"{name}({', '.join(parameters)})"
+
+
+def check_forwards(family: str, base: nn.Module) -> None:
+    """The forwards of a family look the slots up, and hand keyword arguments on to the decoder layers."""
+    from peft import PeftModelForCausalLM
+
+    module = importlib.import_module(f"unsloth.models.{family}")
+    getattr(module, f"Fast{family.capitalize()}Model").pre_patch()
+    layer = base.model.layers[0]
+    code = inspect.unwrap(type(layer.self_attn).forward).__code__
+    for slot in SLOTS:
+        assert slot in code.co_consts or slot in code.co_names, f"{code.co_name} does not look {slot} up"
+    for part in (PeftModelForCausalLM, type(base), type(base.model), type(layer)):
+        assert takes_keywords(part.forward), f"{part.__name__}.forward takes no keyword arguments"
+
+
+def takes_keywords(function) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())
+
+
+def failure_of(function, *args) -> str:
+    """The traceback of what ``function`` raises, or an empty string."""
+    try:
+        function(*args)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def reference_steps(family: str) -> dict:
+    """Loss and gradients of plain PEFT, and of the PEFT backend in each setting."""
+    steps = {"dense": loss_and_gradients(make_lora(family), make_batch())}
+    for name, setting in SETTINGS.items():
+        model = make_lora(family)
+        attach(model, setting)
+        steps[name] = loss_and_gradients(model, make_batch())
+    return steps
+
+
+def compare_steps(base: nn.Module, expected: dict) -> None:
+    """Unsloth's steps against `reference_steps`: dense and sparse, padded and packed, checkpointed and not."""
+    for checkpointing in (False, True):
+        model = fused_by_unsloth(copy.deepcopy(base), checkpointing)
+        methods = {name: value for name, value in model.__dict__.items() if callable(value)}
+        assert_same(loss_and_gradients(model, make_batch()), expected["dense"])
+        for name, setting in SETTINGS.items():
+            assert attach(model, setting).backend == "unsloth"
+            changed = {name for name in methods if model.__dict__[name] is not methods[name]}
+            assert changed <= {"save_pretrained"}, changed
+            assert_same(loss_and_gradients(model, make_batch()), expected[name])
+            assert_same(loss_and_gradients(model, packed_batch()), expected[name])
+            assert get_state(model).ran == get_state(model).expected_parts()
+            detach(model)
+            assert all(model.__dict__[name] is methods[name] for name in methods)
+        for layer in decoder_layers(model):
+            assert layer.self_attn.apply_o.__name__ == "apply_lora_o"
+            assert layer.mlp.forward.__func__.__name__ == "apply_lora_mlp_swiglu"
+
+
+def packed_batch():
+    """`make_batch` without padding, as TRL under Unsloth sends it: one row, and the documents' lengths."""
+    padded = make_batch()
+    keep = padded["attention_mask"].bool()
+    lengths = keep.sum(1)
+    return {
+        "input_ids": padded["input_ids"][keep][None],
+        "labels": padded["labels"][keep][None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+        "packed_seq_lengths": lengths.int(),
+    }
+
+
+def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
+    """A LoRA model of ``base`` as Unsloth's ``get_peft_model`` leaves it, in float32."""
+    from unsloth.models import llama
+
+    base.model.rotary_emb = rotary = Rotary(base.model.rotary_emb, base.config.max_position_embeddings)
+    for layer in base.model.layers:
+        layer.self_attn.rotary_emb = rotary
+        layer.self_attn.apply_qkv, layer.self_attn.apply_o = llama.original_apply_qkv, llama.original_apply_o
+    model = make_lora(base=base)
+    model.max_seq_length = base.config.max_position_embeddings
+    return llama.FastLlamaModel.patch_peft_model(model, use_gradient_checkpointing=checkpointing).train()
+
+
+class Rotary(nn.Module):
+    """Cosines and sines ``[positions, head_dim]`` of transformers, handed out as Unsloth's rotary embedding does."""
+
+    def __init__(self, rotary: nn.Module, length: int):
+        super().__init__()
+        self.tables = tuple(table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
+
+    def extend_rope_embedding(self, *args, **kwargs):
+        pass
+
+    def get_cached(self, *args, **kwargs):
+        return self.tables
+
+
+def replace_gpu_kernels() -> None:
+    """Unsloth's Triton kernels by the same mathematics, and what it does only when it loads a model itself."""
+    from transformers import Trainer
+    from unsloth.kernels import fast_lora, swiglu
+    from unsloth.models import llama, mistral
+
+    def rms_norm(norm, x, gemma=False, **kwargs):
+        return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    def rope(q, k, cos, sin, positions=None):
+        positions = torch.arange(q.shape[2])[None] if positions is None else positions.long()
+        cos, sin = cos[positions][:, None], sin[positions][:, None]
+        return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
+
+    llama.fast_rms_layernorm = rms_norm
+    llama.fast_rope_embedding = mistral.fast_rope_embedding = rope
+    fast_lora.swiglu_fg_kernel = lambda e, g: F.silu(e) * g
+    fast_lora.swiglu_DWf_DW_dfg_kernel = swiglu._DWf_DW_dfg_traced
+    # It fuses nothing over float32, which makes results exact here.
+    llama._base_weight_dtype = lambda projection: torch.bfloat16
+
+    def _fast_inner_training_loop(*args, **kwargs):
+        raise NotImplementedError("The trainer is not part of this.")
+
+    Trainer._inner_training_loop = _fast_inner_training_loop
+
+
+# Stand-ins for it
+
+
+def original_apply_qkv(self, X):
+    return self.q_proj(X), self.k_proj(X), self.v_proj(X)
+
+
+def original_apply_o(self, X):
+    return self.o_proj(X)
+
+
+class SlotAttention(modeling_llama.LlamaAttention):
+    """Llama's attention, with its projections behind the two slots."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        projected = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
+        q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        mixed, _ = modeling_llama.eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
+        return getattr(self, "apply_o", original_apply_o)(self, mixed.flatten(2)), None
+
+
+class DeafAttention(SlotAttention):
+    """An attention that does not look the slots up any more."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+
+class StandIn:
+    """Modules under Unsloth's names whose fused functions compute what PEFT does and note their calls."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.fast_lora, self.llama = ModuleType("fast_lora"), ModuleType("llama")
+        for name in FUNCTIONS:
+            setattr(self.fast_lora, name, self._function(name))
+        self.llama.original_apply_qkv, self.llama.original_apply_o = original_apply_qkv, original_apply_o
+        packages = {name: ModuleType(name) for name in ("unsloth", "unsloth.kernels", "unsloth.models")}
+        packages["unsloth.kernels"].fast_lora = self.fast_lora
+        packages["unsloth.models"].llama = self.llama
+        for name, module in packages.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, "unsloth.kernels.fast_lora", self.fast_lora)
+        monkeypatch.setitem(sys.modules, "unsloth.models.llama", self.llama)
+
+    def _function(self, name):
+        def fused(module, X):
+            self.calls.append(name)
+            if name == "apply_lora_qkv":
+                return original_apply_qkv(module, X)
+            if name == "apply_lora_o":
+                return original_apply_o(module, X)
+            return module.down_proj(module.act_fn(module.gate_proj(X)) * module.up_proj(X))
+
+        return fused
+
+    def model(self, fused=(0, 1, 2)):
+        """`tiny`'s Llama with its functions fused in some layers, as Unsloth leaves it."""
+        model = make_lora("llama")
+        for index, layer in enumerate(decoder_layers(model)):
+            attention = layer.self_attn
+            attention.__class__ = SlotAttention
+            attention.apply_qkv, attention.apply_o = original_apply_qkv, original_apply_o
+            if index in fused:
+                layer.mlp.forward = MethodType(self.fast_lora.apply_lora_mlp_swiglu, layer.mlp)
+                attention.apply_qkv, attention.apply_o = self.fast_lora.apply_lora_qkv, self.fast_lora.apply_lora_o
+        return model
+
+    def called(self):
+        """The calls since the last question, sorted."""
+        calls, self.calls = sorted(self.calls), []
+        return calls
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    return StandIn(monkeypatch)
+
+
+def slots(model):
+    """What stands in the replaceable places of each layer."""
+    return [
+        {
+            "mlp": layer.mlp.__dict__.get("forward"),
+            "tiled": layer.mlp.__dict__.get("_unsloth_forward"),
+            **{name: layer.self_attn.__dict__.get(name) for name in SLOTS},
+        }
+        for layer in decoder_layers(model)
+    ]
+
+
+def setting(**changes):
+    return always(exact_removal=False, **changes)
+
+
+ONE_STEP = sorted(["apply_lora_mlp_swiglu", "apply_lora_o", "apply_lora_qkv"] * 3)
+
+
+def test_sparse_paths_take_the_place_of_the_fused_functions(stand_in):
+    model, peft = stand_in.model(), make_lora("llama")
+    rules = {"mlp": {"1-2": 0.6}, "self_attn": {"2": 0.5}}
+    before = slots(model)
+    assert attach(model, setting(**rules)).backend == "unsloth"
+    assert attach(peft, setting(**rules)).backend == "peft"
+    stand_in.called()
+    assert_same(loss_and_gradients(model, make_batch()), loss_and_gradients(peft, make_batch()))
+    assert stand_in.called() == ["apply_lora_mlp_swiglu", *["apply_lora_o"] * 2, *["apply_lora_qkv"] * 2]
+    after = slots(model)
+    assert after[0] == before[0]
+    assert after[1]["mlp"] != before[1]["mlp"]
+    assert after[1]["apply_qkv"] is before[1]["apply_qkv"]
+    assert all(after[2][name] is not before[2][name] for name in ("mlp", *SLOTS))
+    assert all(backend.is_installed(module) for module in get_state(model).hooked)
+    assert len(get_state(model).hooked) == 3
+    detach(model)
+    assert slots(model) == before
+    loss_and_gradients(model, make_batch())
+    assert stand_in.called() == ONE_STEP
+
+
+@pytest.mark.parametrize("how", ["evaluation", "no labels", "no context", "disabled", "merged", "two adapters"])
+def test_the_fused_functions_run_where_sparsity_does_not_apply(stand_in, how):
+    model, batch = stand_in.model(), make_batch()
+    attach(model, setting())
+    if how == "evaluation":
+        model.eval()
+    elif how == "no labels":
+        del batch["labels"]
+    elif how == "merged":
+        model.merge_adapter()
+    elif how == "two adapters":
+        model.add_adapter("second", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "second"])
+    elif how == "no context":
+        batch["labels"] = batch["input_ids"]
+    stand_in.called()
+    if how == "disabled":
+        with model.disable_adapter():
+            model(**batch)
+    else:
+        model(**batch)
+    assert stand_in.called() == ONE_STEP
+
+
+def test_unfused_biased_projections_are_replaced_too(stand_in):
+    model = stand_in.model()
+    for layer in decoder_layers(model):
+        layer.self_attn.apply_qkv = original_apply_qkv
+    attach(model, setting())
+    stand_in.called()
+    loss_and_gradients(model, make_batch())
+    assert stand_in.called() == []
+    assert get_state(model).ran == get_state(model).expected_parts()
+
+
+def test_a_tiled_mlp_is_replaced_as_a_whole(stand_in):
+    model, calls = stand_in.model(), []
+
+    def tiled(self, X):
+        calls.append(X.shape)
+        return self._unsloth_forward(X)
+
+    for layer in decoder_layers(model):
+        layer.mlp._unsloth_forward, layer.mlp.forward = layer.mlp.forward, MethodType(tiled, layer.mlp)
+    before = slots(model)
+    attach(model, setting())
+    del calls[:]
+    loss_and_gradients(model, make_batch())
+    assert calls == []
+    model.eval()(**make_batch())
+    assert len(calls) == 3
+    detach(model)
+    assert slots(model) == before
+
+
+def test_dense_layers_may_hold_anything(stand_in):
+    model = stand_in.model(fused=(1,))
+    report = attach(model, setting(mlp={"1": 0.5}, self_attn={"1": 0.5}))
+    assert report.num_sparse == 1
+
+
+def foreign(self, X):
+    raise NotImplementedError
+
+
+REFUSALS = {
+    "nothing fused": "layers.0: Unsloth's fused MLP is not in mlp.forward",
+    "foreign mlp": "layers.1: Unsloth's fused MLP is not in mlp.forward",
+    "foreign qkv": "layers.1: Unsloth's fused QKV is not in self_attn.apply_qkv",
+    "unfused o": "layers.1: Unsloth's fused O is not in self_attn.apply_o",
+    "slots not looked up": "DeafAttention.forward of the installed Unsloth does not call apply_qkv any more",
+    "dropout": "lora_dropout=0.1",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_leave_the_model_as_it_was(stand_in, case):
+    model = stand_in.model(fused=() if case == "nothing fused" else (0, 1, 2))
+    layer = decoder_layers(model)[1]
+    if case == "foreign mlp":
+        layer.mlp.forward = MethodType(foreign, layer.mlp)
+    elif case == "foreign qkv":
+        layer.self_attn.apply_qkv = foreign
+    elif case == "unfused o":
+        layer.self_attn.apply_o = original_apply_o
+    elif case == "slots not looked up":
+        layer.self_attn.__class__ = DeafAttention
+    elif case == "dropout":
+        layer.self_attn.o_proj.lora_dropout["default"] = nn.Dropout(0.1)
+    before = slots(model)
+    with pytest.raises(AttachError, match=REFUSALS[case]):
+        attach(model, setting())
+    assert slots(model) == before
+    assert get_state(model) is None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_release_without_a_function_is_refused(stand_in, name):
+    model = stand_in.model()
+    delattr(stand_in.fast_lora, name)
+    with pytest.raises(AttachError, match=rf"has no {name} in unsloth.kernels.fast_lora: its hook points moved"):
+        attach(model, setting())
+
+
+@pytest.mark.parametrize("slot", ["mlp", *SLOTS])
+def test_patching_again_after_attaching_is_noticed(stand_in, slot):
+    """As Unsloth does when it loads another adapter."""
+    model = stand_in.model()
+    attach(model, setting())
+    layer = decoder_layers(model)[2]
+    if slot == "mlp":
+        layer.mlp.forward = MethodType(stand_in.fast_lora.apply_lora_mlp_swiglu, layer.mlp)
+    else:
+        setattr(layer.self_attn, slot, getattr(stand_in.fast_lora, slot.replace("apply", "apply_lora")))
+    with pytest.raises(AttachError, match="1 of 6 sparse forwards were replaced after attach"):
+        get_state(model).begin_training(object(), max_steps=10)
+
+
+def test_a_model_on_the_compiled_path_is_refused():
+    """Unsloth loaded it, but put no hook points there."""
+    model = make_lora("llama")
+    model.__dict__["_sparse_backend"] = "unsloth"
+    with pytest.raises(AttachError, match=r"general compiled path.*backend='peft'"):
+        attach(model, setting())
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(examine()))
