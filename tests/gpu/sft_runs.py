@@ -36,8 +36,9 @@ STEPS, BATCH, LENGTH, SAMPLES = 20, 8, 512, 640
 FIRST_SPARSE, FIRST_DENSE_AGAIN = 2, 18
 """Of 20 steps, counted from 0, with start_step 0.1 and end_step 0.9."""
 
-SAME_CODE, OTHER_CODE = 0.01, 0.06
-"""Relative errors of logits in bfloat16 that are allowed: through the same code, and through another implementation."""
+SAME_CODE, OTHER_CODE = (0.01, 0.99), (0.08, 0.9)
+"""The relative error of logits that is allowed, and the share of tokens that must be predicted alike: through the same
+code, and through another implementation. On this model bfloat16 alone brings 0.025 and 0.976."""
 
 
 @dataclass(frozen=True)
@@ -294,9 +295,10 @@ def difference(ours, reference) -> tuple[float, float]:
     return error, (ours.argmax(-1) == reference.argmax(-1)).float().mean().item()
 
 
-def compare(checks: Checks, name: str, ours, reference, allowed: float) -> None:
+def compare(checks: Checks, name: str, ours, reference, allowed: tuple[float, float]) -> None:
     error, alike = difference(ours, reference)
-    checks(name, error < allowed and alike > 0.95, f"relative error {error:.2g}, {alike:.1%} predicted alike")
+    passed = error < allowed[0] and alike > allowed[1]
+    checks(name, passed, f"relative error {error:.2g}, {alike:.1%} predicted alike")
 
 
 def generate(model, tokenizer, items: list[dict]) -> list[str]:
@@ -326,7 +328,7 @@ def check_saving(run: Run, model, tokenizer, folder: Path, work: Path, checks: C
     trained = logits_of(model, ids)
     with model.disable_adapter():
         effect, _ = difference(trained, logits_of(model, ids))
-    checks(f"{name}: the adapter changes the logits", effect > 2 * OTHER_CODE, f"relative change {effect:.2g}")
+    checks(f"{name}: the adapter changes the logits", effect > 2 * OTHER_CODE[0], f"relative change {effect:.2g}")
     torch.save({"ids": ids, "logits": trained}, work / f"{name}.pt")
 
     model.save_pretrained(str(adapter))
