@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import ConfigError
+from .selection import keep_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,8 +67,8 @@ class ModelShape:
 
         Attention's channels are chosen among the keys' and values' and repeated for the query heads of their group.
         """
-        hidden, inner = self.hidden_size, kept_channels(self.intermediate_size, mlp)
-        keys = kept_channels(self.num_kv_heads * self.head_dim, self_attn)
+        hidden, inner = self.hidden_size, keep_count(self.intermediate_size, mlp)
+        keys = keep_count(self.num_kv_heads * self.head_dim, self_attn)
         queries = keys * (self.num_heads // self.num_kv_heads)
         return {
             "q_proj": (hidden, queries),
@@ -118,11 +119,6 @@ class StepFlops:
         return self.parts.total
 
 
-def kept_channels(size: int, sparsity: float) -> int:
-    """Channels of `size` that a sparsity in [0, 1) leaves, at least one."""
-    return max(1, round((1 - sparsity) * size))
-
-
 def attention_pairs(seq_lengths: Iterable[int], causal: bool = True) -> int:
     """Pairs of query and key: those that a causal kernel visits, or all of each sequence's square."""
     return sum(n * (n + 1) // 2 if causal else n * n for n in seq_lengths)
@@ -147,7 +143,7 @@ def step_flops(
 ) -> StepFlops:
     """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
-    Context rows compute `kept_channels` of the base weights, forward and for the gradient of the input alike; the LoRA
+    Context rows compute `keep_count` of the base weights, forward and for the gradient of the input alike; the LoRA
     branch stays dense.
 
     Args:

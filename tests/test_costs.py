@@ -12,10 +12,10 @@ from sparse_unsloth.costs import (
     ModelShape,
     attention_pairs,
     flops_ratio,
-    kept_channels,
     step_flops,
 )
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.selection import keep_count
 
 SHAPE = ModelShape(
     hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96
@@ -150,7 +150,7 @@ class NaiveSparse:
         if sparsity and self.estimator_rank:
             for outputs in (queries, keys, keys):
                 self.score(x, outputs)
-        chosen = torch.randperm(keys)[: kept_channels(keys, sparsity)]
+        chosen = torch.randperm(keys)[: keep_count(keys, sparsity)]
         head, dim = chosen // SHAPE.head_dim, chosen % SHAPE.head_dim
         repeated = torch.cat([(head * groups + g) * SHAPE.head_dim + dim for g in range(groups)])
         q, k, v = (
@@ -166,7 +166,7 @@ class NaiveSparse:
         inner = SHAPE.intermediate_size
         if sparsity and self.estimator_rank:
             self.score(x, inner), self.score(x, inner)
-        chosen = torch.randperm(inner)[: kept_channels(inner, sparsity)]
+        chosen = torch.randperm(inner)[: keep_count(inner, sparsity)]
         gate = self.project("gate_proj", weights, x, chosen, 0)
         up = self.project("up_proj", weights, x, chosen, 0)
         y = self.project("down_proj", weights, torch.nn.functional.silu(gate) * up, chosen, 1)
@@ -268,12 +268,6 @@ def test_published_recipe_on_llama_3_8b():
     assert shape.projections(*layers[14])["q_proj"] == (4096, 1024)
     ratio = flops_ratio(shape, layers, 16 * 129, 16 * 383, [512] * 16, 16, checkpointing=True)
     assert 2.0 < ratio < 2.5
-
-
-def test_kept_channels():
-    assert kept_channels(14336, 0.99) == 143
-    assert kept_channels(576, 0.0) == 576
-    assert kept_channels(8, 0.99) == 1
 
 
 def test_shape_from_configs():
