@@ -1,7 +1,7 @@
 """What ranks channels: the estimator, and the baselines of the paper's study (SparseLoRA section 3 and its ablations).
 
 A criterion scores MLP channels ``[intermediate_size]`` and attention channels (`AttentionEnergy`) for the context rows
-``[N, hidden_size]`` of a batch, in units of energy up to a common factor. None looks at LoRA branches.
+of a batch, in units of energy up to a common factor. None looks at LoRA branches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 
 class Criterion(Protocol):
-    """``constant``: the scores depend on the layer alone. ``max_rows``: more rows are not needed."""
+    """Scores from the rows ``[N, hidden_size]`` that count.
+
+    Attributes:
+        constant: the scores depend on the layer alone.
+        max_rows: more rows are not needed; None: all are.
+        gathers: `mlp` and `attention` take, as a third argument, which rows of the second count.
+    """
 
     constant: bool
     max_rows: int | None
+    gathers: bool
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor: ...
 
@@ -56,6 +63,7 @@ class Oracle:
 
     constant = False
     max_rows = None
+    gathers = False
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         return mlp_energy(layer, rows)
@@ -73,6 +81,7 @@ class Wanda:
 
     constant = False
     max_rows = None
+    gathers = False
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         norms = _input_norms(rows)
@@ -91,6 +100,7 @@ class Magnitude:
 
     constant = True
     max_rows = 1
+    gathers = False
 
     def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         gate, up = (_square_sums(layer, f"mlp.{name}", 1) for name in ("gate_proj", "up_proj"))
@@ -107,6 +117,7 @@ class Random:
 
     constant = False
     max_rows = None
+    gathers = False
 
     def __init__(self, seed: int):
         self._seed = seed

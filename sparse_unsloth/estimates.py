@@ -14,6 +14,8 @@ from sparse_unsloth.energy import AttentionEnergy, base_weight, column_energy
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.implementation import use_kernels
+from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, mlp_scores, thin_products
 from sparse_unsloth.layers import DecoderLayer
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Estimator:
         self.compensation_sparsity = dict(compensation_sparsity or {})
         self._placed: dict[tuple, Any] = {}
 
+    gathers = True
+
     @property
     def max_rows(self) -> int:
         """How many rows of a batch are looked at, at most."""
@@ -85,24 +89,30 @@ class Estimator:
         """Whether the estimate looks at no row."""
         return self.kind == "static"
 
-    @torch.no_grad()
-    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
-        """Energy of each MLP channel over ``rows [N, hidden_size]``, up to a common factor: ``[intermediate_size]``."""
-        if self.constant:
-            return self._vectors(layer, "mlp", "energy", rows.device)[0]
-        energy = self._factored_mlp(layer, _sample(rows))
-        return energy.sqrt_().mul_(self._vectors(layer, "mlp", "gain", rows.device)[0]) if self._has_gain else energy
+    def mlp(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Energy of each MLP channel over a batch, up to a common factor: ``[intermediate_size]``.
 
-    @torch.no_grad()
-    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
-        """Energies of the channels of Q, K and V over ``rows [N, hidden_size]``, each up to a common factor."""
+        Args:
+            hidden_states: ``[..., hidden_size]``; its leading dimensions count as one.
+            rows: int64, at least one: those to look at; None for all.
+        """
         if self.constant:
-            return AttentionEnergy(*self._vectors(layer, "self_attn", "energy", rows.device))
-        energies = self._factored_attention(layer, _sample(rows))
-        if not self._has_gain:
-            return energies
-        gains = self._vectors(layer, "self_attn", "gain", rows.device)
-        return AttentionEnergy(*(energy.sqrt_().mul_(gain) for energy, gain in zip(energies, gains, strict=True)))
+            return self._vectors(layer, "mlp", "energy", hidden_states.device)[0]
+        if not self._by_kernels(hidden_states):
+            return self._mlp_by_torch(layer, _sample(hidden_states, rows))
+        down, up, *biases_and_gain = self._stacked(layer, "mlp", hidden_states)
+        thin = thin_products(hidden_states, rows, _step(hidden_states, rows), down)
+        return mlp_scores(thin, up, layer.activation, *biases_and_gain)
+
+    def attention(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> AttentionEnergy:
+        """Energies of the channels of Q, K and V over a batch, each up to a common factor; arguments as in `mlp`."""
+        if self.constant:
+            return AttentionEnergy(*self._vectors(layer, "self_attn", "energy", hidden_states.device))
+        if not self._by_kernels(hidden_states):
+            return self._attention_by_torch(layer, _sample(hidden_states, rows))
+        down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
+        thin = thin_products(hidden_states, rows, _step(hidden_states, rows), down)
+        return AttentionEnergy(*attention_energies(thin, up, *sizes[:2], gain).split(sizes))
 
     def check_covers(self, layer_sparsity: Sequence[LayerSparsity]) -> None:
         """Raises EstimatorError if a layer with sparsity above 0 has no estimate here; the message names them."""
@@ -125,6 +135,22 @@ class Estimator:
         if self.constant:
             return all(name in estimate.energy for name in ENERGIES[part])
         return all(name in estimate.factors for name in FACTORED[part])
+
+    def _by_kernels(self, hidden_states: Tensor) -> bool:
+        return self.rank <= MAX_RANK and hidden_states.dtype in DTYPES and use_kernels(hidden_states)
+
+    @torch.no_grad()
+    def _mlp_by_torch(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
+        energy = self._factored_mlp(layer, rows)
+        return energy.sqrt_().mul_(self._vectors(layer, "mlp", "gain", rows.device)[0]) if self._has_gain else energy
+
+    @torch.no_grad()
+    def _attention_by_torch(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
+        energies = self._factored_attention(layer, rows)
+        if not self._has_gain:
+            return energies
+        gains = self._vectors(layer, "self_attn", "gain", rows.device)
+        return AttentionEnergy(*(energy.sqrt_().mul_(gain) for energy, gain in zip(energies, gains, strict=True)))
 
     def _factored_mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         down, (gate, up) = self._factors(layer, "mlp", rows)
@@ -156,6 +182,23 @@ class Estimator:
             self._placed[key] = down, [factor.up.to(rows) for factor in factors]
         return self._placed[key]
 
+    def _stacked(self, layer: DecoderLayer, part: str, like: Tensor) -> tuple:
+        """What the kernels take of a part, on the device and in the dtype of ``like``.
+
+        ``(down, up, gate bias, up bias, gain)`` of the MLP, ``(down, up, sizes of q, k, v, gain)`` of attention.
+        """
+        key = (layer.index, part, like.device, like.dtype, "stacked")
+        if key not in self._placed:
+            factors = [self.layers[layer.index].factors[name] for name in FACTORED[part]]
+            down, ups = torch.cat([factor.down for factor in factors]), [factor.up.t() for factor in factors]
+            gain = torch.cat(self._vectors(layer, part, "gain", like.device)) if self._has_gain else None
+            if part == "mlp":
+                up, rest = torch.cat(ups), _mlp_biases(layer)
+            else:
+                up, rest = torch.cat(ups, dim=1), ([factor.shape[1] for factor in ups],)
+            self._placed[key] = (down.to(like).contiguous(), up.to(like).contiguous(), *rest, gain)
+        return self._placed[key]
+
     def _vectors(self, layer: DecoderLayer, part: str, what: str, device: torch.device) -> list[Tensor]:
         key = (layer.index, part, what, device)
         if key not in self._placed:
@@ -174,8 +217,22 @@ def sparse_parts(layer_sparsity: Sequence[LayerSparsity]) -> list[tuple[int, str
     ]
 
 
-def _sample(rows: Tensor) -> Tensor:
-    return rows[:: -(-len(rows) // SCORED_ROWS)]
+def _step(hidden_states: Tensor, rows: Tensor | None) -> int:
+    """Every so many-th row is looked at."""
+    count = hidden_states.numel() // hidden_states.shape[-1] if rows is None else rows.shape[0]
+    return -(-count // SCORED_ROWS)
+
+
+def _sample(hidden_states: Tensor, rows: Tensor | None) -> Tensor:
+    flat, step = hidden_states.flatten(0, -2), _step(hidden_states, rows)
+    return flat[::step] if rows is None else flat.index_select(0, rows[::step])
+
+
+def _mlp_biases(layer: DecoderLayer) -> tuple[Tensor | None, Tensor | None]:
+    gate, up = (base_weight(layer, name).bias for name in FACTORED["mlp"])
+    if gate is None and up is None:
+        return None, None
+    return tuple(torch.zeros_like(other) if bias is None else bias for bias, other in ((gate, up), (up, gate)))
 
 
 def shorten(names: list[str]) -> str:

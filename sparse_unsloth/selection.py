@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from sparse_unsloth.criteria import Criterion, make_criterion
+from sparse_unsloth.functions.implementation import use_kernels
+from sparse_unsloth.kernels.select import (
+    attention_channels,
+    fits_attention,
+    reference_attention_channels,
+    top_channels,
+    top_order,
+)
+from sparse_unsloth.kernels.select import key_channel_scores as key_channel_scores  # calibration takes it from here
 from sparse_unsloth.layers import DecoderLayer
 
 if TYPE_CHECKING:
@@ -21,9 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class MlpSelection:
-    """``channels`` int64 ``[k]``, ascending: rows of gate_proj and up_proj, columns of down_proj."""
+    """The MLP channels that context rows keep.
+
+    Args:
+        channels: int64 ``[k]``, ascending: rows of gate_proj and up_proj, columns of down_proj.
+        order: int64 ``[intermediate_size]``: ``channels``, then the others, ascending; None where nothing made it.
+    """
 
     channels: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,43 +54,6 @@ class AttentionSelection:
 def keep_count(size: int, sparsity: float) -> int:
     """Channels kept of ``size``: the nearest whole number to ``(1 - sparsity) * size``, at least one."""
     return max(1, round((1 - sparsity) * size))
-
-
-def top_channels(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` channels of highest score, int64, ascending."""
-    return scores.topk(count, sorted=False).indices.sort().values
-
-
-def query_channels(key_channels: Tensor, groups: int, head_dim: int) -> Tensor:
-    """Channels of all query heads that belong to ``key_channels``, ascending.
-
-    With grouped queries, query head ``h`` reads key and value head ``h // groups``: so channel ``d`` of key head ``j``
-    comes with channel ``d`` of the query heads ``j * groups + g``, ``g < groups``. The same map takes value channels
-    to columns of o_proj.
-    """
-    head, dim = key_channels // head_dim, key_channels % head_dim
-    member = torch.arange(groups, device=key_channels.device)
-    return ((head[:, None] * groups + member) * head_dim + dim[:, None]).flatten().sort().values
-
-
-def key_channel_scores(query_energy: Tensor, key_energy: Tensor, groups: int, head_dim: int) -> Tensor:
-    """Score of each key channel, ``(‖q̂‖ ‖k̂‖)²``: the energy of its group's query channels together times its own.
-
-    Args:
-        query_energy: ``[num_kv_heads * groups * head_dim]``.
-        key_energy: ``[num_kv_heads * head_dim]``.
-    """
-    return query_energy.view(-1, groups, head_dim).sum(1).flatten() * key_energy
-
-
-def top_key_channels(scores: Tensor, sparsity: float, head_dim: int, rope_pairs: bool) -> Tensor:
-    """The key channels of highest score, ascending; as RoPE pairs ``(d, d + head_dim / 2)`` if asked, scores added."""
-    if not rope_pairs:
-        return top_channels(scores, keep_count(len(scores), sparsity))
-    half = head_dim // 2
-    pairs = top_channels(scores.view(-1, 2, half).sum(1).flatten(), keep_count(len(scores) // 2, sparsity))
-    first = pairs // half * head_dim + pairs % half
-    return torch.cat((first, first + half)).sort().values
 
 
 class ChannelSelector:
@@ -96,49 +74,63 @@ class ChannelSelector:
         self._criterion: Criterion = make_criterion(config.criterion, estimator, layer_sparsity, config.seed)
         self._kept: dict[tuple[int, str, torch.device], tuple[float, MlpSelection | AttentionSelection]] = {}
 
-    @torch.no_grad()
-    def mlp(self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float) -> MlpSelection:
+    def mlp(
+        self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows: Tensor | None = None
+    ) -> MlpSelection:
         """The MLP channels to keep.
 
         Args:
-            hidden_states: the MLP's input on context rows, ``[N, hidden_size]``, without padding, at least one row.
+            hidden_states: the MLP's input, ``[..., hidden_size]``; its leading dimensions count as one.
             sparsity: share of the channels to leave out, in [0, 1).
+            rows: int64, at least one: the context rows; None: ``hidden_states`` holds these alone, and no padding.
         """
-        return self._constant(layer, "mlp", hidden_states, sparsity, self._choose_mlp)
+        return self._constant(layer, "mlp", hidden_states, sparsity, rows, self._choose_mlp)
 
-    @torch.no_grad()
-    def attention(self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float) -> AttentionSelection:
+    def attention(
+        self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows: Tensor | None = None
+    ) -> AttentionSelection:
         """The channels of Q, K, V and O to keep; arguments as in `mlp`, with the input of q_proj, k_proj and v_proj."""
-        return self._constant(layer, "self_attn", hidden_states, sparsity, self._choose_attention)
+        return self._constant(layer, "self_attn", hidden_states, sparsity, rows, self._choose_attention)
 
     def rows_to_score(self, context: Tensor) -> Tensor:
         """Of the context rows (int64 ``[N]``, at least one), those that the choice needs: gather no more."""
         limit = self._criterion.max_rows
         return context if limit is None else context[:: -(-len(context) // limit)]
 
-    def _choose_mlp(self, layer: DecoderLayer, rows: Tensor, sparsity: float) -> MlpSelection:
+    def _choose_mlp(self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows) -> MlpSelection:
+        scores = self._score(self._criterion.mlp, layer, hidden_states, rows)
         count = keep_count(layer.intermediate_size, sparsity)
-        return MlpSelection(top_channels(self._criterion.mlp(layer, rows), count))
+        if scores.dtype != torch.float32 or not use_kernels(scores):
+            return MlpSelection(top_channels(scores, count))
+        order = top_order(scores, count)
+        return MlpSelection(order[:count], order)
 
-    def _choose_attention(self, layer: DecoderLayer, rows: Tensor, sparsity: float) -> AttentionSelection:
-        energy = self._criterion.attention(layer, rows)
-        scores = key_channel_scores(energy.q, energy.k, layer.groups, layer.head_dim)
-        keys = top_key_channels(scores, sparsity, layer.head_dim, self._rope_pairs)
-        values = top_channels(energy.v, keep_count(len(energy.v), sparsity))
-        return AttentionSelection(
-            q=query_channels(keys, layer.groups, layer.head_dim),
-            k=keys,
-            v=values,
-            o=query_channels(values, layer.groups, layer.head_dim),
-        )
+    def _choose_attention(
+        self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows
+    ) -> AttentionSelection:
+        energy = self._score(self._criterion.attention, layer, hidden_states, rows)
+        size, head_dim = layer.num_kv_heads * layer.head_dim, layer.head_dim
+        keys = keep_count(size // 2 if self._rope_pairs else size, sparsity)
+        by_kernels = energy.k.dtype == torch.float32 and fits_attention(layer.num_kv_heads, head_dim)
+        choose = attention_channels if by_kernels and use_kernels(energy.k) else reference_attention_channels
+        chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim, self._rope_pairs)
+        return AttentionSelection(*chosen)
 
-    def _constant(self, layer, part, rows, sparsity, choose):
+    def _score(self, score, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None):
+        if self._criterion.gathers:
+            return score(layer, hidden_states, rows)
+        with torch.no_grad():
+            if rows is not None:
+                hidden_states = hidden_states.flatten(0, -2).index_select(0, self.rows_to_score(rows))
+            return score(layer, hidden_states)
+
+    def _constant(self, layer, part, hidden_states, sparsity, rows, choose):
         """``choose``, or for a criterion that looks at no row, its last result at the same sparsity."""
         if not self._criterion.constant:
-            return choose(layer, rows, sparsity)
-        key = (layer.index, part, rows.device)
+            return choose(layer, hidden_states, sparsity, rows)
+        key = (layer.index, part, hidden_states.device)
         last, selection = self._kept.get(key, (None, None))
         if last != sparsity:
-            selection = choose(layer, rows, sparsity)
+            selection = choose(layer, hidden_states, sparsity, rows)
             self._kept[key] = (sparsity, selection)
         return selection

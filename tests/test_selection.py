@@ -15,19 +15,20 @@ from sparse_unsloth.energy import column_energy
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimator import build_estimator, obtain_estimator
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.selection import (
-    ChannelSelector,
-    keep_count,
+from sparse_unsloth.functions.fused import channel_order
+from sparse_unsloth.kernels.select import (
     key_channel_scores,
     query_channels,
+    reference_attention_channels,
     top_channels,
-    top_key_channels,
 )
+from sparse_unsloth.layers import find_layers
+from sparse_unsloth.selection import ChannelSelector, keep_count
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_base, make_batch, make_lora
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma"]
 GROUPS = {
     1: {"num_key_value_heads": 4},
@@ -97,7 +98,10 @@ def test_key_channel_scores_pair_each_query_head_with_its_own_key_head(heads, gr
 def test_rope_pairs_come_together_and_the_best_first(heads, sparsity, seed):
     head_dim, half = 8, 4
     scores = torch.rand(heads * head_dim, generator=torch.Generator().manual_seed(seed))
-    channels = top_key_channels(scores, sparsity, head_dim, rope_pairs=True).tolist()
+    energies = (torch.ones_like(scores), scores, scores)
+    count = keep_count(heads * half, sparsity)
+    _, channels, _, _ = reference_attention_channels(*energies, count, 1, 1, head_dim, rope_pairs=True)
+    channels = channels.tolist()
     assert channels == sorted(set(channels))
     assert len(channels) == 2 * keep_count(heads * half, sparsity)
     kept = {(channel // head_dim, channel % half) for channel in channels}
@@ -285,6 +289,41 @@ def test_top_channels_are_ascending():
     scores = torch.tensor([3.0, 9.0, 1.0, 7.0, 5.0])
     assert top_channels(scores, 3).tolist() == [1, 3, 4]
     assert math.isclose(scores[top_channels(scores, 1)].item(), 9)
+
+
+@pytest.mark.parametrize("criterion", ["oracle", "wanda", "magnitude", "random", "svd", "prior", "static"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("rope_pairs", [False, True])
+def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeypatch):
+    model = make_base(family, mlp_bias=True)
+    layers = find_layers(model)
+    layer = uneven_(layers[0])
+    changes = {"estimator": {"kind": criterion}} if criterion in ("svd", "prior", "static") else {}
+    config = SparsityConfig(mlp={"all": 0.5}, self_attn={"all": 0.5}, rope_pairs=rope_pairs, **changes)
+    estimator = None
+    if changes:
+        estimator = obtain_estimator(model, layers, config.layer_sparsity(3), config.estimator, samples=[make_batch(0)])
+    model.to(DEVICE)
+    hidden_states = spread_rows(64, n=90).view(3, 30, 64).to(DEVICE)
+    rows = torch.arange(4, 84, device=DEVICE)
+    monkeypatch.setattr("sparse_unsloth.estimates.SCORED_ROWS", 30)
+
+    def choose(kernels, *arguments):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", kernels)
+        chosen = selector(layers, "estimator" if changes else criterion, estimator, rope_pairs=rope_pairs)
+        return chosen.mlp(layer, *arguments), chosen.attention(layer, *arguments)
+
+    mlp, attention = choose("torch", hidden_states, 0.7, rows)
+    ours, ours_attention = choose("triton", hidden_states, 0.7, rows)
+    assert mlp.order is None
+    assert torch.equal(ours.channels, mlp.channels)
+    assert torch.equal(ours.order, channel_order(mlp.channels, layer.intermediate_size))
+    for name in "qkvo":
+        assert torch.equal(getattr(ours_attention, name), getattr(attention, name)), name
+
+    gathered, gathered_attention = choose("torch", hidden_states.flatten(0, 1)[rows], 0.7)
+    assert torch.equal(gathered.channels, mlp.channels)
+    assert torch.equal(gathered_attention.q, attention.q)
 
 
 @pytest.mark.gpu
