@@ -10,6 +10,7 @@ padding-free. Roles follow from the labels as the model receives them (not shift
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from .errors import ConfigError
 
 IGNORE_INDEX = -100
+PADDING_PLACE = -(1 << 30)
+"""A padding row in `TokenPartition.place`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,7 @@ class TokenPartition:
         position_ids: Tensor | None = None,
         packed_seq_lengths: Tensor | None = None,
         dense_tokens: Literal["output", "none"] = "output",
+        padding_masked: bool = True,
     ) -> TokenPartition:
         """Splits the tokens of one forward; the host waits for the device once.
 
@@ -57,6 +61,8 @@ class TokenPartition:
             packed_seq_lengths: integers `[documents]`, lengths of the documents of the flattened rows in order; the
                 tail beyond their sum is padding. They go before `position_ids`.
             dense_tokens: "output" as above; "none" makes every token that is not padding a context row.
+            padding_masked: whether the model keeps tokens from attending to padding. Where it does not, masked rows
+                with a token behind them (left padding) are read by that token, and count as tokens like any other.
 
         The first label of a document counts as an output token, but no row of the document before it bears its loss
         (Unsloth masks it there, and TRL's and transformers' collators never set it).
@@ -73,10 +79,11 @@ class TokenPartition:
         dense = output | loss
         if attention_mask is not None:
             padding = tail | (attention_mask == 0)
+            padding = padding if padding_masked else _at_the_end(padding)
         elif packed_seq_lengths is not None:
             padding = tail
         else:
-            padding = (starts & ~dense).flip(1).cumprod(1).flip(1).bool()
+            padding = _at_the_end(starts & ~dense)
         padding = padding & ~dense
         if dense_tokens == "none":
             dense = torch.zeros_like(dense)
@@ -99,6 +106,34 @@ class TokenPartition:
             loss=by_loss[:num_loss],
         )
 
+    @functools.cached_property
+    def num_dense(self) -> int:
+        return self.dense.shape[0]
+
+    @functools.cached_property
+    def num_context(self) -> int:
+        return self.context.shape[0]
+
+    @functools.cached_property
+    def num_padding(self) -> int:
+        return self.padding.shape[0]
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """The dense rows, then the context rows: int64 `[num_dense + num_context]`."""
+        return torch.cat((self.dense, self.context))
+
+    @functools.cached_property
+    def place(self) -> Tensor:
+        """Where each row stands in `rows`, as `sparse_unsloth.kernels.columns` wants it: int64 `[batch * sequence]`.
+
+        A dense row's number among the dense rows; `-1 - n` for the n-th context row; `PADDING_PLACE` for padding.
+        """
+        place = self.dense.new_full((self.shape[0] * self.shape[1],), PADDING_PLACE)
+        count = torch.arange(max(self.num_dense, self.num_context), device=place.device)
+        place.index_copy_(0, self.dense, count[: self.num_dense])
+        return place.index_copy_(0, self.context, -1 - count[: self.num_context])
+
     @property
     def context_share(self) -> float:
         """Context rows over all rows that are not padding; 0 where there are none. Needs no host sync."""
@@ -120,6 +155,11 @@ def _documents(
         starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
         return starts, none, starts.new_zeros((), dtype=torch.int64)
     return none, none, none.new_zeros((), dtype=torch.int64)
+
+
+def _at_the_end(rows: Tensor) -> Tensor:
+    """``rows`` (bool ``[batch, sequence]``) as far as nothing but such rows comes after them."""
+    return rows.flip(1).cumprod(1).flip(1).bool()
 
 
 def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens) -> None:

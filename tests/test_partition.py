@@ -199,6 +199,20 @@ def test_several_turns():
     assert partition.context.tolist() == [0, 4, 7]
 
 
+def test_padding_that_tokens_attend_to_counts_as_tokens():
+    """Unsloth drops the mask in training: only padding behind the last token of its row has no reader."""
+    labels, mask = torch.full((3, 5), -100), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 0]])
+    labels[:, 3] = 5
+    labels[1] = torch.tensor([-100, -100, 5, -100, -100])
+    partition = TokenPartition.from_labels(labels, mask, padding_masked=False)
+    assert roles(partition) == [
+        *("context", "context", "dense", "dense", "context"),
+        *("context", "dense", "dense", "padding", "padding"),
+        *("context", "context", "dense", "dense", "padding"),
+    ]
+    assert roles(TokenPartition.from_labels(labels, mask))[:2] == ["padding", "padding"]
+
+
 def test_no_loss_and_all_loss():
     none = TokenPartition.from_labels(torch.full((2, 3), -100))
     assert roles(none) == ["context"] * 6
