@@ -25,6 +25,7 @@ logger = logging.getLogger("sparse_unsloth")
 
 CONFIG_NAME = "sparsity_config.yaml"
 """The file that `save_pretrained` writes beside the adapter."""
+LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "mlp": "the last layer's MLP"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What `attach` did, layer by layer."""
+    """What `attach` did, layer by layer; ``exact_removal`` says what leaves out rows without loss, "" for nothing."""
 
     backend: str
     layers: tuple[LayerReport, ...]
+    exact_removal: str = ""
 
     @property
     def num_sparse(self) -> int:
@@ -60,6 +62,8 @@ class AttachReport:
                 "dense" if not layer.self_attn else f"{layer.key_channels[0]} of {layer.key_channels[1]} channels"
             )
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
+        if self.exact_removal:
+            lines.append(f"  rows without loss: left out of {self.exact_removal}")
         return "\n".join(lines)
 
     def _runs(self) -> list[tuple[int, int, LayerReport]]:
@@ -106,9 +110,8 @@ def attach(
         _keep_four_bit_weights_unpacked(state, on=True)
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
+        removed = _remove_rows_without_loss(state)
         _register_hooks(state)
-        if state.backend_name == "unsloth" and config.exact_removal:
-            state.handles.append(install_loss_removal(model, layers[-1].module))
         _probe(state)
         state.prepare(calibration_samples)
     except BaseException:
@@ -119,7 +122,7 @@ def attach(
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()
-    return _report(state)
+    return _report(state, removed)
 
 
 def detach(model: nn.Module) -> None:
@@ -175,10 +178,34 @@ def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> str:
     return "peft"
 
 
+def _remove_rows_without_loss(state: SparsityState) -> str:
+    """Hooks the exact removal (design section 5) where the configuration wants it and the backend has it.
+
+    Returns:
+        What leaves such rows out, for the report.
+    """
+    if state.backend_name != "unsloth" or not state.config.exact_removal:
+        return ""
+    last = state.layers[-1]
+    state.handles.append(install_loss_removal(state.model, last.module))
+    stack = state.model.get_submodule(last.name.rpartition(".")[0])
+    if not isinstance(stack, nn.ModuleList) or stack[-1] is not last.module:
+        return "logits and loss; not the last layer, which is of another kind than the others"
+    runtime = state.runtimes.get(last.index) or LayerRuntime(state, last, state.layer_sparsity[-1])
+    reasons = state.backend.install_on_last_layer(runtime)
+    state.last_layer = runtime if runtime.parts else None
+    done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.parts)]
+    return "; ".join(
+        [", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in reasons.items())]
+    )
+
+
 def _register_hooks(state: SparsityState) -> None:
     state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
+    if state.last_layer is not None:
+        state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
     for layer in state.layers:
-        runtime = state.runtimes.get(layer.index)
+        runtime = state.runtime(layer)
         layer.module.__dict__["_sparse_runtime"] = runtime
         state.handles.append(layer.module.register_forward_pre_hook(_enter_layer, with_kwargs=True))
         if runtime is not None:
@@ -190,6 +217,10 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         return None
     context = model.__dict__["_sparsity_state"].open_forward(model, args, kwargs)
     return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+
+
+def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    model.__dict__["_sparsity_state"].close_forward(kwargs.get(CONTEXT_ARGUMENT))
 
 
 def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -210,13 +241,15 @@ def _probe(state: SparsityState) -> None:
     Raises:
         AttachError: some part was not reached.
     """
-    if not state.runtimes:
+    if not (state.runtimes or state.last_layer):
         return
     parameter = next(state.model.parameters())
     if parameter.device.type == "meta":
         raise AttachError("The model is on the meta device; load its weights first, then attach.")
     ids = torch.arange(4, device=parameter.device)[None]
-    context = SparseContext(TokenPartition.from_labels(torch.where(ids < 3, -100, ids)), scale=1.0)
+    partition = TokenPartition.from_labels(torch.where(ids < 3, -100, ids))
+    context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
+    context.loss_reached = True  # nobody reads what this forward returns
     for index, runtime in state.runtimes.items():
         layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
         queries, keys = (
@@ -226,16 +259,17 @@ def _probe(state: SparsityState) -> None:
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
     with torch.no_grad(), training_flags(state.model):
         state.model(input_ids=ids, use_cache=False, **{CONTEXT_ARGUMENT: context})
-    missing = state.expected_parts() - context.ran
+    expected = state.hooked_parts()
+    missing = expected - context.ran
     if missing:
         raise AttachError(
-            f"A probe forward did not reach {len(missing)} of {len(state.expected_parts())} hooked parts: "
+            f"A probe forward did not reach {len(missing)} of {len(expected)} hooked parts: "
             f"{state.name_parts(missing)}. {type(state.model).__name__} does not hand keyword arguments on to its "
             "decoder layers, or does not call the projections that it has; it has no sparse path."
         )
 
 
-def _report(state: SparsityState) -> AttachReport:
+def _report(state: SparsityState, exact_removal: str) -> AttachReport:
     rows = []
     for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
         keys = layer.num_kv_heads * layer.head_dim
@@ -248,7 +282,7 @@ def _report(state: SparsityState) -> AttachReport:
                 key_channels=(keep_count(keys, sparsity.self_attn), keys),
             )
         )
-    return AttachReport(state.backend_name, tuple(rows))
+    return AttachReport(state.backend_name, tuple(rows), exact_removal)
 
 
 def _save_config_with_adapter(model: nn.Module) -> None:

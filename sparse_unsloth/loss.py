@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.partition import IGNORE_INDEX
-from sparse_unsloth.runtime import CONTEXT_ARGUMENT
+from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext
 
 MODULES = ("unsloth.models.llama", "unsloth.models.mistral")
 FUNCTION = "unsloth_fused_ce_loss"
@@ -38,8 +38,8 @@ class LossRemoval:
 
     def __init__(self, model: nn.Module, last_layer: nn.Module):
         self._model = model
-        self._limit: int | None = None
-        self._hook = last_layer.register_forward_pre_hook(self._note_limit, prepend=True, with_kwargs=True)
+        self._context: SparseContext | None = None
+        self._hook = last_layer.register_forward_pre_hook(self._note_context, prepend=True, with_kwargs=True)
 
     @property
     def head(self) -> Tensor:
@@ -50,13 +50,23 @@ class LossRemoval:
         """How many rows to hand on: at least as many as bear loss, a multiple of `ROW_MULTIPLE`.
 
         A forward with a partition has counted its dense rows, and every labelled token is one, so no more rows bear
-        loss. Without a partition (dense training and phases, evaluation) the host waits for the count.
+        loss (with ``dense_tokens="none"`` none is, and the rows that bear loss were counted themselves). Without a
+        partition (evaluation) the host waits for the count.
 
         Args:
             bears_loss: bool ``[batch * sequence]``.
         """
-        count = int(bears_loss.sum()) if self._limit is None else self._limit
+        if self._context is None:
+            count = int(bears_loss.sum())
+        else:
+            partition = self._context.partition
+            count = max(len(partition.dense), len(partition.loss))
         return -(-max(count, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    def reached(self) -> None:
+        """The fused loss got the labels of the forward that runs now."""
+        if self._context is not None:
+            self._context.loss_reached = True
 
     def remove(self) -> None:
         """Takes the wish back; after the last one Unsloth's own functions stand in their places again."""
@@ -65,11 +75,9 @@ class LossRemoval:
         if not _asking:
             _restore_functions()
 
-    def _note_limit(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # Every forward passes here before its loss, so the limit is never that of an earlier or interrupted forward.
-        context = kwargs.get(CONTEXT_ARGUMENT)
-        # With dense_tokens="none" no row is dense, which says nothing of the labels.
-        self._limit = None if context is None else len(context.partition.dense) or None
+    def _note_context(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Every forward passes here before its loss, so this is never an earlier or interrupted forward's.
+        self._context = kwargs.get(CONTEXT_ARGUMENT)
 
 
 _asking: WeakSet[LossRemoval] = WeakSet()
@@ -131,7 +139,9 @@ def _on_loss_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs):
         removal = next((one for one in _asking if one.head is lm_head_weight), None)
         usual = kwargs.get("shift_labels", True) is True and kwargs.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
+        usual = usual and labels.ndim == 2 and labels.shape == hidden_states.shape[:-1]
         if removal is not None and usual and not args and kwargs.get("mask") is None:
+            removal.reached()
             subset = _loss_rows(removal, hidden_states, labels)
             if subset is not None:
                 rows, labels = subset
@@ -147,8 +157,6 @@ def _loss_rows(removal: LossRemoval, hidden_states: Tensor, labels: Tensor) -> t
 
     The rows come from the labels that the loss is given, in which Unsloth has cut documents apart already.
     """
-    if labels.shape != hidden_states.shape[:-1] or labels.ndim != 2:
-        return None
     shifted = labels.roll(-1, dims=1)
     shifted[:, -1] = IGNORE_INDEX
     shifted = shifted.flatten()

@@ -17,6 +17,7 @@ from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.estimator import Estimator, obtain_estimator
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
@@ -35,36 +36,87 @@ class SparseContext:
 
     It travels as a keyword argument, so a recompute under gradient checkpointing sees the object of its own forward and
     finds there the channels that the first pass chose.
+
+    Attributes:
+        partition: the roles of the rows.
+        scale: share of the configured sparsity; at 0 every layer is dense.
+        loss_only: the last layer leaves out the rows without loss.
+        loss_reached: set by the loss that makes this right.
     """
 
-    def __init__(self, partition: TokenPartition, scale: float):
+    def __init__(self, partition: TokenPartition, scale: float, loss_only: bool = False):
         self.partition = partition
         self.scale = scale
+        self.loss_only = loss_only
+        self.loss_reached = False
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self._memos: dict[int, dict[str, Any]] = {}
+        self._derived: dict[str, TokenPartition] = {}
 
     def memo(self, index: int) -> dict[str, Any]:
         """What the MLP of layer ``index`` keeps from this forward to its recompute."""
         return self._memos.setdefault(index, {})
 
+    def rows_with_loss(self, sparse: bool) -> TokenPartition:
+        """The partition of the last layer behind its keys and values, where it is sparse or dense."""
+        key = f"loss rows, sparse={sparse}"
+        if key not in self._derived:
+            self._derived[key] = rows_with_loss(self.partition, sparse)
+        return self._derived[key]
+
+    def every_row_dense(self) -> TokenPartition:
+        """The partition of what the last layer computes densely for all rows."""
+        if "every row" not in self._derived:
+            self._derived["every row"] = every_row_dense(self.partition)
+        return self._derived["every row"]
+
 
 class LayerRuntime:
-    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now."""
+    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
+
+    ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
+    (`SparseContext.loss_only`).
+    """
 
     def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
         self.state = state
         self.layer = layer
         self.sparsity = sparsity
         self.context: SparseContext | None = None
+        self.parts: tuple[str, ...] = ()
 
-    def active(self, module: nn.Module) -> SparseContext | None:
-        """The context to compute with, or None: dense whenever the module's own ``training`` flag is off."""
-        return self.context if module.training else None
+    def is_sparse(self, part: str) -> bool:
+        """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
+        return self.context is not None and self.context.scale > 0 and getattr(self.sparsity, part) > 0
+
+    def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
+        """The rows that ``part`` computes, or None where ``module``'s own function does.
+
+        That is so whenever the module's own ``training`` flag is off. In the last layer these are the rows of the MLP
+        and of the O projection; its keys and values need every row.
+        """
+        context, sparse = self.context, self.is_sparse(part)
+        if context is None or not module.training:
+            return None
+        if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
+            return context.rows_with_loss(sparse)
+        return context.partition if sparse else None
+
+    def _mlp_scores_every_row(self, part: str) -> bool:
+        """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
+
+        It is with ``dense_tokens="none"``: rows with loss are context then, and their channels are chosen among all.
+        """
+        return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
 
     def mlp_channels(self, hidden_states: Tensor) -> Tensor:
         """int64 ``[k]``: the MLP channels of this forward; ``hidden_states [..., hidden_size]`` is the MLP's input."""
         return self._selection("mlp", hidden_states).channels
+
+    def no_channels(self) -> Tensor:
+        """int64 ``[0]``, for a partition without context rows."""
+        return self.context.partition.dense[:0]
 
     def attention_channels(self, hidden_states: Tensor | None = None) -> AttentionSelection:
         """The attention channels of this forward; ``hidden_states`` is the input of Q, K, V.
@@ -75,9 +127,9 @@ class LayerRuntime:
         return self._selection("self_attn", hidden_states)
 
     def record_run(self, part: str) -> None:
-        """Notes that ``part`` ran sparsely in this forward, and in this step if with gradients (see `verify_step`)."""
+        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
         self.context.ran.add((self.layer.index, part))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.is_sparse(part):
             self.state.ran.add((self.layer.index, part))
 
     def compensation(self) -> Compensation | None:
@@ -111,7 +163,8 @@ class SparsityState:
         backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
         hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
-        runtimes: the hooked layers by index.
+        runtimes: the layers that the configuration makes sparse, by index.
+        last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
         driver: the callback, or whatever else sets the step; None outside training.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
     """
@@ -127,6 +180,7 @@ class SparsityState:
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity)
         }
+        self.last_layer: LayerRuntime | None = None
         self.driver: object | None = None
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
@@ -148,6 +202,12 @@ class SparsityState:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def runtime(self, layer: DecoderLayer) -> LayerRuntime | None:
+        """What a hooked layer works with; None for a layer that nothing is hooked in."""
+        if self.last_layer is not None and self.last_layer.layer is layer:
+            return self.last_layer
+        return self.runtimes.get(layer.index)
 
     def prepare(self, samples: list[Mapping[str, Any]] | None, last_chance: bool = False) -> None:
         """Builds, loads or calibrates the estimator if that can be done now.
@@ -208,6 +268,11 @@ class SparsityState:
             if sparsity > 0
         }
 
+    def hooked_parts(self) -> set[tuple[int, str]]:
+        """`expected_parts`, and what leaves out rows without loss in a dense last layer."""
+        last = self.last_layer
+        return self.expected_parts() | (set() if last is None else {(last.layer.index, part) for part in last.parts})
+
     def name_parts(self, parts: set[tuple[int, str]]) -> str:
         """The first few of ``parts`` as a user would look for them."""
         names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
@@ -264,39 +329,66 @@ class SparsityState:
             SparsityError: a training forward with a schedule that nothing drives.
             EstimatorError: the estimator still waits for calibration samples.
         """
-        if not model.training or not self.runtimes:
+        if not model.training or not (self.runtimes or self.last_layer):
             return None
         if args:
             kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
-        labels = kwargs.get("labels")
-        scale = self._current_scale()
-        if labels is None:
-            self._say_once(
-                "A training forward came without labels (label smoothing, compute_loss_func and some trainers take "
-                "them away), so its tokens have no roles and it ran dense."
-            )
+        scale = self._current_scale() if self.runtimes else 0.0
+        if kwargs.get("labels") is None:
+            if self.runtimes:
+                self._say_once(
+                    "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
+                    "take them away), so its tokens have no roles and it ran dense."
+                )
             return None
-        partition = TokenPartition.from_labels(
-            labels,
-            attention_mask=kwargs.get("attention_mask"),
-            position_ids=kwargs.get("position_ids"),
-            packed_seq_lengths=kwargs.get("packed_seq_lengths"),
-            dense_tokens=self.config.dense_tokens,
-        )
+        loss_only = self.last_layer is not None and loss_is_fused(model, kwargs)
+        if not (self.runtimes or loss_only):
+            return None
+        partition = self._partition(kwargs)
         self._forwards += 1
         self._context_tokens += len(partition.context)
         self._dense_tokens += len(partition.dense)
-        if scale == 0 or not len(partition.context):
+        if not len(partition.context):
+            scale = 0.0
+        if scale > 0:
+            if self.selector is None:
+                raise EstimatorError(
+                    f"The estimator of kind {self.config.estimator.kind!r} still waits for calibration samples. Train "
+                    "through a transformers or TRL trainer (it then takes the first training samples), or pass "
+                    "calibration_samples= to get_peft_model() or attach(), or set estimator kind 'svd', which needs "
+                    "none."
+                )
+            self._sparse_forwards += 1
+            self._sparse_forwards_in_step += torch.is_grad_enabled()
+        elif self.last_layer is None:
             return None
-        if self.selector is None:
-            raise EstimatorError(
-                f"The estimator of kind {self.config.estimator.kind!r} still waits for calibration samples. Train "
-                "through a transformers or TRL trainer (it then takes the first training samples), or pass "
-                "calibration_samples= to get_peft_model() or attach(), or set estimator kind 'svd', which needs none."
+        return SparseContext(partition, scale, loss_only and worth_removing(partition))
+
+    def close_forward(self, context: SparseContext | None) -> None:
+        """Checks a forward that ended well.
+
+        Raises:
+            SparsityError: rows were left out for a loss that did not come.
+        """
+        if context is not None and context.loss_only and not context.loss_reached:
+            raise SparsityError(
+                "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
+                "over the model's own output head, so what it returned is not complete. Something replaced the head "
+                "or the model's forward; set exact_removal: false."
             )
-        self._sparse_forwards += 1
-        self._sparse_forwards_in_step += torch.is_grad_enabled()
-        return SparseContext(partition, scale)
+
+    def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
+        """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
+        layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
+        if self.runtimes:
+            layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+        return TokenPartition.from_labels(
+            arguments["labels"],
+            **layout,
+            dense_tokens=self.config.dense_tokens,
+            # Unsloth drops the mask in training, and tokens attend to padding on their left.
+            padding_masked=self.backend_name != "unsloth",
+        )
 
     def _current_scale(self) -> float:
         if self.driver is not None:

@@ -143,21 +143,25 @@ def test_other_calls_pass_unchanged(recorder, call):
     labels = labels.masked_fill(labels == -100, 3) if "ignore_index" in call else labels
     expected = run(model, labels, **call)
     install_loss_removal(model, model.layer)
-    assert_same(run(model, labels, **call), expected)
-    assert recorder.shapes[-1] == (BATCH, SEQUENCE, HIDDEN)
-
-
-def test_a_forward_with_a_partition_needs_no_host_sync(recorder, monkeypatch):
-    model, labels = Model(), make_labels(0.5)
     context = SparseContext(TokenPartition.from_labels(labels), scale=1.0)
+    assert_same(run(model, labels, context=context, **call), expected)
+    assert recorder.shapes[-1] == (BATCH, SEQUENCE, HIDDEN)
+    assert not context.loss_reached
+
+
+@pytest.mark.parametrize("dense_tokens", ["output", "none"])
+def test_a_forward_with_a_partition_needs_no_host_sync(recorder, monkeypatch, dense_tokens):
+    model, labels = Model(), make_labels(0.5)
+    context = SparseContext(TokenPartition.from_labels(labels, dense_tokens=dense_tokens), scale=1.0)
     expected = run(model, labels)
     install_loss_removal(model, model.layer)
     with monkeypatch.context() as patch:
         patch.setattr(loss_module, "int", lambda value: pytest.fail("waited for the device"), raising=False)
         ours = run(model, labels, context=context)
     assert_same(ours, expected)
-    dense = len(context.partition.dense)
-    assert recorder.shapes[-1] == (1, -(-dense // ROW_MULTIPLE) * ROW_MULTIPLE, HIDDEN)
+    count = len(context.partition.dense) or len(context.partition.loss)
+    assert recorder.shapes[-1] == (1, -(-count // ROW_MULTIPLE) * ROW_MULTIPLE, HIDDEN)
+    assert context.loss_reached
 
 
 @pytest.mark.parametrize("dense_tokens", ["output", "none"])

@@ -9,6 +9,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -21,14 +22,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth as backend
-from sparse_unsloth.errors import AttachError
+from sparse_unsloth.errors import AttachError, SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, loss_and_gradients, make_base, make_batch, make_lora
+from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """What Unsloth runs through its fast path."""
@@ -37,16 +40,19 @@ COMPARED = ("llama", "mistral", "qwen2")
 SLOTS = ("apply_qkv", "apply_o")
 FUNCTIONS = (*backend.FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 SETTINGS = {
+    "preset dense": {"preset": "dense"},
     "nothing dropped": always(mlp={"all": 1e-9}, self_attn={"all": 1e-9}),
     "sparse": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
+    "last layer dense": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}),
+    "no dense rows": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, dense_tokens="none"),
 }
 
 
-def assert_same(ours, expected):
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-5)
+def assert_same(ours, expected, what=""):
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
     assert ours[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        assert (ours[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+        assert (ours[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, f"{what} {name}"
 
 
 def decoder_layers(model):
@@ -92,6 +98,9 @@ def examine() -> dict[str, str]:
     replace_gpu_kernels()
     for family in COMPARED:
         found[f"{family}: training step"] = failure_of(compare_steps, bases[family], expected[family])
+    found["rows without loss"] = failure_of(check_rows_of_the_last_layer, bases["llama"])
+    found["two forwards in flight"] = failure_of(check_two_forwards_in_flight, bases["llama"])
+    found["left padding"] = failure_of(check_left_padding, bases["llama"])
     return {name: text for name, text in found.items() if text}
 
 
@@ -146,18 +155,133 @@ def compare_steps(base: nn.Module, expected: dict) -> None:
         model = fused_by_unsloth(copy.deepcopy(base), checkpointing)
         methods = {name: value for name, value in model.__dict__.items() if callable(value)}
         assert_same(loss_and_gradients(model, make_batch()), expected["dense"])
-        for name, setting in SETTINGS.items():
-            assert attach(model, setting).backend == "unsloth"
+        for name, removal in itertools.product(SETTINGS, (True, False)):
+            assert attach(model, {**SETTINGS[name], "exact_removal": removal}).backend == "unsloth"
             changed = {name for name in methods if model.__dict__[name] is not methods[name]}
             assert changed <= {"save_pretrained"}, changed
-            assert_same(loss_and_gradients(model, make_batch()), expected[name])
-            assert_same(loss_and_gradients(model, packed_batch()), expected[name])
+            what = f"{name}, exact removal {removal}, checkpointing {checkpointing}"
+            assert_same(loss_and_gradients(model, make_batch()), expected[name], f"{what}, padded")
+            assert_same(loss_and_gradients(model, packed_batch()), expected[name], f"{what}, packed")
             assert get_state(model).ran == get_state(model).expected_parts()
             detach(model)
             assert all(model.__dict__[name] is methods[name] for name in methods)
         for layer in decoder_layers(model):
             assert layer.self_attn.apply_o.__name__ == "apply_lora_o"
             assert layer.mlp.forward.__func__.__name__ == "apply_lora_mlp_swiglu"
+
+
+ALL_OF_THEM = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def check_rows_of_the_last_layer(base: nn.Module) -> None:
+    """Rows that its base weights are multiplied with: those that bear loss, but every row for keys and values."""
+    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch()
+    every, loss = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
+    whole, removed = dict.fromkeys(ALL_OF_THEM, every), dict.fromkeys(ALL_OF_THEM, loss)
+    removed |= {"k_proj": every, "v_proj": every}
+
+    def rows(**changes):
+        with LastLayerRows(model) as seen:
+            outcome = model(**{**batch, **changes})
+        return seen.rows, outcome
+
+    attach(model, {"preset": "dense", "exact_removal": False})
+    assert rows()[0] == whole
+    expected = rows(output_hidden_states=True)[1].hidden_states
+    detach(model)
+    report = attach(model, {"preset": "dense"})
+    assert report.num_sparse == 0
+    assert str(report).endswith(
+        "rows without loss: left out of logits and loss, the last layer's MLP, the last layer's queries and O "
+        "projection"
+    )
+    with HostSyncs() as syncs:
+        assert rows()[0] == removed
+    assert syncs.count == 1, syncs.count
+    seen, outcome = rows(output_hidden_states=True)
+    assert seen == whole
+    for ours, theirs in zip(outcome.hidden_states, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert rows(labels=None)[0] == whole
+    assert rows(labels=batch["input_ids"])[0] == whole, "too few rows to remove"
+    assert rows(packed_seq_lengths=None, position_ids=torch.arange(13).expand(3, -1))[0] == whole
+    with model.disable_adapter():
+        assert rows()[0] == whole
+    model.eval()
+    assert rows()[0] == whole
+    model.train()
+    detach(model)
+    attach(model, always(mlp={"0-1": 0.6}, self_attn={"0": 0.5}))
+    assert rows()[0] == removed
+    detach(model)
+    attach(model, always(mlp={"2": 0.6}, self_attn={}))
+    assert rows()[0] == removed
+    detach(model)
+    attach(model, {"preset": "dense"})
+    llama, original = sys.modules["unsloth.models.llama"], sys.modules["unsloth.models.llama"].unsloth_fused_ce_loss
+    llama.unsloth_fused_ce_loss = original.__wrapped__
+    with pytest.raises(SparsityError, match=r"did not end in Unsloth's fused loss.*exact_removal: false"):
+        model(**batch)
+    llama.unsloth_fused_ce_loss = original
+    detach(model)
+
+
+class LastLayerRows(TorchDispatchMode):
+    """Rows of the products with the base weights of a model's last layer, by projection."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        modules = dict(decoder_layers(model)[-1].named_modules())
+        self.names = {
+            module.base_layer.weight.data_ptr(): name.rpartition(".")[2]
+            for name, module in modules.items()
+            if hasattr(module, "base_layer")
+        }
+        self.rows = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            rows, weight = args[-2:]
+            if name := self.names.get(weight.data_ptr()):
+                assert name not in self.rows, "multiplied twice"
+                self.rows[name] = rows.shape[-2]
+        return function(*args, **(kwargs or {}))
+
+
+class HostSyncs(TorchFunctionMode):
+    """How often the host asks for a tensor's value."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+        self.methods = {getattr(torch.Tensor, name) for name in names}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.methods
+        return function(*args, **(kwargs or {}))
+
+
+def check_two_forwards_in_flight(base: nn.Module) -> None:
+    """Each recompute leaves out the rows of its own forward."""
+    model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
+    batches = make_batch(), make_batch(seed=1, lengths=((3, 9), (11, 1), (2, 2)))
+    expected = [loss_and_gradients(model, batch)[1] for batch in batches]
+    attach(model, {"preset": "dense"})
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches]
+    for loss in losses:
+        loss.backward()
+    ours = {name: parameter.grad for name, parameter in loras(model).items()}
+    assert_same((0.0, ours), (0.0, {name: expected[0][name] + expected[1][name] for name in ours}))
+
+
+def check_left_padding(base: nn.Module) -> None:
+    """Unsloth's tokens attend to padding on their left: with nothing dropped that is what they find there."""
+    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch(side="left")
+    expected = loss_and_gradients(model, batch)
+    attach(model, SETTINGS["nothing dropped"])
+    assert_same(loss_and_gradients(model, batch), expected)
 
 
 def packed_batch():
@@ -238,6 +362,10 @@ def original_apply_o(self, X):
     return self.o_proj(X)
 
 
+def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, shift_labels=True):
+    raise NotImplementedError
+
+
 class SlotAttention(modeling_llama.LlamaAttention):
     """Llama's attention, with its projections behind the two slots."""
 
@@ -261,10 +389,12 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        self.fast_lora, self.llama = ModuleType("fast_lora"), ModuleType("llama")
+        self.fast_lora, self.llama = ModuleType("fast_lora"), ModuleType("unsloth.models.llama")
         for name in FUNCTIONS:
             setattr(self.fast_lora, name, self._function(name))
         self.llama.original_apply_qkv, self.llama.original_apply_o = original_apply_qkv, original_apply_o
+        self.mistral = ModuleType("unsloth.models.mistral")
+        self.llama.unsloth_fused_ce_loss = self.mistral.unsloth_fused_ce_loss = fused_loss
         packages = {name: ModuleType(name) for name in ("unsloth", "unsloth.kernels", "unsloth.models")}
         packages["unsloth.kernels"].fast_lora = self.fast_lora
         packages["unsloth.models"].llama = self.llama
@@ -272,6 +402,7 @@ class StandIn:
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(sys.modules, "unsloth.kernels.fast_lora", self.fast_lora)
         monkeypatch.setitem(sys.modules, "unsloth.models.llama", self.llama)
+        monkeypatch.setitem(sys.modules, "unsloth.models.mistral", self.mistral)
 
     def _function(self, name):
         def fused(module, X):
@@ -401,6 +532,46 @@ def test_a_tiled_mlp_is_replaced_as_a_whole(stand_in):
     assert len(calls) == 3
     detach(model)
     assert slots(model) == before
+
+
+@pytest.mark.parametrize("sparsity", [{"preset": "dense"}, {"mlp": {"2": 0.6}}, {"mlp": {"0": 0.6}}], ids=str)
+def test_the_last_layer_is_hooked_for_exact_removal(stand_in, sparsity):
+    model = stand_in.model()
+    before = slots(model)
+    report = attach(model, always(**{"mlp": {}, "self_attn": {}, **sparsity}))
+    state, last = get_state(model), decoder_layers(model)[2]
+    assert report.exact_removal.startswith("logits and loss, the last layer's MLP, the last layer's queries")
+    assert report.layers[2].self_attn == 0
+    assert report.num_sparse == len(state.runtimes) == len(state.expected_parts()) == len(sparsity.get("mlp", {}))
+    assert state.hooked_parts() == state.expected_parts() | {(2, "mlp"), (2, "self_attn")}
+    assert {last.mlp, last.self_attn} <= set(state.hooked)
+    assert slots(model)[1] == before[1]
+    last.self_attn.apply_o = stand_in.fast_lora.apply_lora_o
+    with pytest.raises(AttachError, match=r"sparse forwards were replaced after attach"):
+        state.begin_training(object(), max_steps=10)
+    detach(model)
+    assert not last._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_a_last_layer_without_hook_points_computes_every_row(stand_in):
+    """Exact removal is no promise of the configuration, so this is told and not refused."""
+    model = stand_in.model()
+    last = decoder_layers(model)[2]
+    last.mlp.forward = MethodType(unfused_mlp, last.mlp)
+    report = attach(model, always(mlp={"0": 0.6}, self_attn={}))
+    assert "not the last layer's MLP: base_model.model.model.layers.2: Unsloth's fused MLP" in report.exact_removal
+    assert "the last layer's queries and O projection;" in report.exact_removal
+    assert get_state(model).hooked_parts() == {(0, "mlp"), (2, "self_attn")}
+    detach(model)
+    last.self_attn.apply_o = original_apply_o
+    report = attach(model, always(mlp={"0": 0.6}, self_attn={}))
+    assert report.exact_removal.startswith("logits and loss; not the last layer's MLP")
+    assert get_state(model).last_layer is None
+
+
+def unfused_mlp(self, X):
+    return self.down_proj(self.act_fn(self.gate_proj(X)) * self.up_proj(X))
 
 
 def test_dense_layers_may_hold_anything(stand_in):

@@ -79,28 +79,28 @@ def _original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
-    context = runtime.active(self)
-    projections = None if context is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
+    partition = runtime.partition("mlp", self)
+    projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
         return _original(self, hidden_states, *args, **kwargs)
-    channels = runtime.mlp_channels(hidden_states)
+    channels = runtime.mlp_channels(hidden_states) if len(partition.context) else runtime.no_channels()
     runtime.record_run("mlp")
     return sparse_mlp(
         hidden_states,
-        context.partition,
+        partition,
         channels,
         GatedMlp(*projections, runtime.layer.activation),
         runtime.state.config.lora_branch,
         runtime.compensation(),
-        context.memo(runtime.layer.index),
+        runtime.context.memo(runtime.layer.index),
     )
 
 
 def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
     name = self._sparse_projection
-    context = runtime.active(self)
-    projection = None if context is None else read_projection(self)
+    partition = runtime.partition("self_attn", self)
+    projection = None if partition is None else read_projection(self)
     if projection is None:
         return _original(self, hidden_states, *args, **kwargs)
     if name == "o_proj":
@@ -109,7 +109,7 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     else:
         channels = runtime.attention_channels(hidden_states)
         part = SelectedProjection(projection, out_index=getattr(channels, name[0]))
-    (output,) = sparse_linear(hidden_states, context.partition, [part], runtime.state.config.lora_branch)
+    (output,) = sparse_linear(hidden_states, partition, [part], runtime.state.config.lora_branch)
     return output
 
 

@@ -26,6 +26,7 @@ from sparse_unsloth.weights import read_projection
 logger = logging.getLogger("sparse_unsloth")
 
 NAME = "unsloth"
+PARTS = ("mlp", "self_attn")
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 
 
@@ -75,21 +76,47 @@ def install(runtime: LayerRuntime) -> None:
         AttachError: Unsloth did not put the function there that is to be replaced, or its class does not call it any
             more; or a projection that the sparse functions cannot compute.
     """
-    layer = runtime.layer
     contract = Contract()
-    if runtime.sparsity.mlp > 0:
+    for part in PARTS:
+        if getattr(runtime.sparsity, part) > 0:
+            _install(contract, runtime, part)
+
+
+def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
+    """Lets the last layer leave out rows without loss, where that can be had.
+
+    Args:
+        runtime: of the last layer, its sparse parts hooked already.
+
+    Returns:
+        By part that does not, why not: the training is right without it, and slower.
+    """
+    contract, reasons = Contract(), {}
+    for part in PARTS:
+        if getattr(runtime.sparsity, part) == 0:
+            try:
+                _install(contract, runtime, part)
+            except AttachError as error:
+                reasons[part] = str(error)
+    runtime.parts = tuple(part for part in PARTS if part not in reasons)
+    return reasons
+
+
+def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
+    layer = runtime.layer
+    if part == "mlp":
         contract.check_mlp(layer)
         peft_backend.check(layer, "mlp")
         peft_backend.probe_mlp(layer)
         peft_backend.replace_forward(layer.mlp, peft_backend.mlp_forward, runtime)
-    if runtime.sparsity.self_attn > 0:
-        contract.check_attention(layer)
-        peft_backend.check(layer, "self_attn")
-        attention = layer.self_attn
-        attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
-        attention.__dict__["_sparse_runtime"] = runtime
-        attention.apply_qkv, attention.apply_o = _apply_qkv, _apply_o
-        runtime.state.hooked.append(attention)
+        return
+    contract.check_attention(layer)
+    peft_backend.check(layer, "self_attn")
+    attention = layer.self_attn
+    attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
+    attention.__dict__["_sparse_runtime"] = runtime
+    attention.apply_qkv, attention.apply_o = _apply_qkv, _apply_o
+    runtime.state.hooked.append(attention)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -110,28 +137,33 @@ def is_installed(module: nn.Module) -> bool:
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     runtime: LayerRuntime = self._sparse_runtime
-    context = runtime.active(self)
+    partition = runtime.partition("self_attn", self)
     modules = (self.q_proj, self.k_proj, self.v_proj)
-    projections = None if context is None else [read_projection(module) for module in modules]
+    projections = None if partition is None else [read_projection(module) for module in modules]
     if projections is None or None in projections:
         return self._sparse_original[0](self, hidden_states, *args, **kwargs)
+    context, lora_branch = runtime.context, runtime.state.config.lora_branch
+    if not runtime.is_sparse("self_attn"):  # the last layer, whose keys and values are needed of every row
+        query, *others = (SelectedProjection(projection) for projection in projections)
+        (q,) = sparse_linear(hidden_states, partition, [query], lora_branch)
+        return q, *sparse_linear(hidden_states, context.every_row_dense(), others, lora_branch)
     channels = runtime.attention_channels(hidden_states)
     parts = [
         SelectedProjection(projection, out_index=index)
         for projection, index in zip(projections, (channels.q, channels.k, channels.v), strict=True)
     ]
-    return sparse_linear(hidden_states, context.partition, parts, runtime.state.config.lora_branch)
+    return sparse_linear(hidden_states, context.partition, parts, lora_branch)
 
 
 def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
-    context = runtime.active(self)
-    projection = None if context is None else read_projection(self.o_proj)
+    partition = runtime.partition("self_attn", self)
+    projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:
         return self._sparse_original[1](self, attention_output, *args, **kwargs)
-    part = SelectedProjection(projection, in_index=runtime.attention_channels().o)
+    part = SelectedProjection(projection, in_index=runtime.attention_channels().o if len(partition.context) else None)
     runtime.record_run("self_attn")
-    return sparse_linear(attention_output, context.partition, [part], runtime.state.config.lora_branch)[0]
+    return sparse_linear(attention_output, partition, [part], runtime.state.config.lora_branch)[0]
 
 
 class Contract:
