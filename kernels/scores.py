@@ -175,7 +175,7 @@ def thin_products(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) 
     total = hidden.numel() // size if rows is None else rows.shape[0]
     N = -(-total // step)
     thin = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
-    w = max(16, triton.next_power_of_2(width))
+    w = _padded(width)
     tile_h = max(32, 8192 // (w * hidden.element_size()))
     thin_kernel[(-(-N // THIN_ROWS),)](
         hidden, rows, down, thin, N, step if rows is None else step * rows.stride(0),
@@ -206,7 +206,7 @@ def mlp_scores(
     scores = torch.empty(channels, dtype=torch.float32, device=thin.device)
     mlp_scores_kernel[(-(-channels // TILE_C),)](
         thin, up, gate_bias, up_bias, gain, scores, thin.shape[0],
-        CHANNELS=channels, RANK=width // 2, R=max(16, triton.next_power_of_2(width // 2)), KIND=KINDS[kind],
+        CHANNELS=channels, RANK=width // 2, R=_padded(width // 2), KIND=KINDS[kind],
         TILE_N=TILE_N, TILE_C=TILE_C, HAS_BIAS=gate_bias is not None, HAS_GAIN=gain is not None,
         PRECISION=_precision(thin), num_warps=4,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def attention_energies(thin: Tensor, up: Tensor, queries: int, keys: int, gain: 
     energy = torch.empty(queries + 2 * keys, dtype=torch.float32, device=thin.device)
     attention_energy_kernel[(-(-queries // TILE_C) + 2 * -(-keys // TILE_C),)](
         thin, up, gain, energy, thin.shape[0],
-        QUERIES=queries, KEYS=keys, RANK=rank, R=max(16, triton.next_power_of_2(rank)), TILE_N=TILE_N, TILE_C=TILE_C,
+        QUERIES=queries, KEYS=keys, RANK=rank, R=_padded(rank), TILE_N=TILE_N, TILE_C=TILE_C,
         HAS_GAIN=gain is not None, PRECISION=_precision(thin), num_warps=4,
     )  # fmt: skip
     return energy
@@ -261,6 +261,11 @@ def reference_attention_energies(
     parts = zip(thin.chunk(3, 1), up.split((queries, keys, keys), dim=1), strict=True)
     energy = torch.cat([(columns @ factor).square().sum(0) for columns, factor in parts])
     return energy if gain is None else energy.sqrt() * gain
+
+
+def _padded(size: int) -> int:
+    """The next power of 2 that `tl.dot` takes (`triton.next_power_of_2` costs the host 4 us a call)."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _precision(like: Tensor) -> str:

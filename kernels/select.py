@@ -189,7 +189,7 @@ def top_order(scores: Tensor, count: int) -> Tensor:
     """
     size = scores.shape[0]
     order = torch.empty(size, dtype=torch.int64, device=scores.device)
-    block = min(CHUNK, max(256, triton.next_power_of_2(size)))
+    block = min(CHUNK, max(256, 1 << (size - 1).bit_length()))
     top_order_kernel[(1,)](scores, order, count, SIZE=size, BLOCK=block, num_warps=_warps(block))
     return order
 
@@ -217,7 +217,7 @@ def attention_channels(
     counts = (groups * num_k, num_k, values, groups * values)
     sizes = [size for count in counts for size in (count, count % 2)]  # starts stay aligned for wide loads
     output = torch.empty(sum(sizes), dtype=torch.int64, device=key_energy.device)
-    q, _, k, _, v, _, o, _ = output.split(sizes)
+    q, _, k, _, v, _, o, _ = output.split_with_sizes(sizes)
     k_start = sizes[0] + sizes[1]
     v_start = k_start + sizes[2] + sizes[3]
     o_start = v_start + sizes[4] + sizes[5]

@@ -112,7 +112,7 @@ class Estimator:
             return self._attention_by_torch(layer, _sample(hidden_states, rows))
         down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
         thin = thin_products(hidden_states, rows, _step(hidden_states, rows), down)
-        return AttentionEnergy(*attention_energies(thin, up, *sizes[:2], gain).split(sizes))
+        return AttentionEnergy(*attention_energies(thin, up, *sizes[:2], gain).split_with_sizes(sizes))
 
     def check_covers(self, layer_sparsity: Sequence[LayerSparsity]) -> None:
         """Raises EstimatorError if a layer with sparsity above 0 has no estimate here; the message names them."""
