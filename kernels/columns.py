@@ -1,96 +1,314 @@
-"""Chosen rows and columns of a matrix: gathered side by side, and added back where they belong.
+"""Projections with selected channels: rows split by role on the way in, put together on the way out.
 
-Bytes (bf16), for ``n`` rows and ``k`` columns: gathering reads and writes ``2 n k``, adding reads ``4 n k`` and writes
-``2 n k``, each in 32-byte sectors: columns that neighbour share them. No atomics: rows and columns are distinct.
+A *wide* side carries the selected channels: the outputs of Q, K and V side by side, or the input of O. Its dense rows
+use all channels, its context rows the selected ones; the matrix products work on compact rows of either kind, and the
+rank-r LoRA products on all rows. ``place`` says where a row stands: ``d`` among the dense rows, ``-1 - c`` among the
+context rows, `PADDING_PLACE` nowhere.
+
+Bytes (bf16), M rows, w channels, k selected, n_d dense, n_c context rows: `split_columns` reads and writes
+``2 (n_d w + n_c k)`` each; `join_columns` reads as much and the rank-r products, and writes ``2 M w``; `add_rows` reads
+``4 n h`` and writes ``2 n h``. Selected columns cost a 32-byte sector each unless they neighbour.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.partition import PADDING_PLACE
+
 
 @triton.jit
-def gather_columns_kernel(
-    source,  # [M, width], rows contiguous
-    rows,  # int64 [n]
-    columns,  # int64 [k]
-    output,  # [n, k] at a row stride
-    n,
-    k,
-    source_stride,
-    output_stride,
+def _pick(source_0, source_1, source_2, part, at, mask, PARTS: tl.constexpr):
+    """Elements of the part's tensor; loads that are masked off whole cost next to nothing."""
+    value = tl.load(source_0 + at, mask=mask & (part == 0), other=0.0)
+    if PARTS > 1:
+        value += tl.load(source_1 + at, mask=mask & (part == 1), other=0.0)
+    if PARTS > 2:
+        value += tl.load(source_2 + at, mask=mask & (part == 2), other=0.0)
+    return value
+
+
+@triton.jit
+def _part_of(i_tile, size_0, size_1, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """The part that a tile belongs to, and the tile's number in it; no tile crosses parts."""
+    part = i_tile * 0
+    if PARTS > 1:
+        tiles_0 = tl.cdiv(size_0, TILE)
+        tiles_1 = tl.cdiv(size_1, TILE)
+        part = (i_tile >= tiles_0).to(tl.int32) + (i_tile >= tiles_0 + tiles_1).to(tl.int32)
+        i_tile -= tl.where(part > 0, tiles_0, 0) + tl.where(part > 1, tiles_1, 0)
+    return part, i_tile
+
+
+@triton.jit
+def _choose(part, value_0, value_1, value_2):
+    return tl.where(part == 0, value_0, tl.where(part == 1, value_1, value_2))
+
+
+@triton.jit
+def split_columns_kernel(
+    source_0,  # [M, width_p] by part
+    source_1,
+    source_2,
+    rows,  # int64 [n_d + n_c]: dense rows, then context rows
+    index,  # int64 [k_0 + k_1 + k_2]: the parts' selected columns, each ascending
+    dense,  # [n_d, width_0 + width_1 + width_2]
+    context,  # [n_c, k_0 + k_1 + k_2]
+    n_dense,
+    n_context,
+    width_0,
+    width_1,
+    width_2,
+    k_0,
+    k_1,
+    k_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    dense_tiles,  # programs for the dense rows; the others are for the context rows
+    PARTS: tl.constexpr,
     TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
+    TILE_C: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    o_column = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
-    m_row, m_column = o_row < n, o_column < k
-    row = tl.load(rows + o_row, mask=m_row, other=0)
-    column = tl.load(columns + o_column, mask=m_column, other=0)
-    mask = m_row[:, None] & m_column[None, :]
-    value = tl.load(source + row[:, None] * source_stride + column[None, :], mask=mask, other=0.0)
-    tl.store(output + o_row[:, None].to(tl.int64) * output_stride + o_column[None, :], value, mask=mask)
+    i_program = tl.program_id(0)
+    if i_program < dense_tiles:
+        row_tiles = tl.cdiv(n_dense, TILE_N)
+        part, i_tile = _part_of(i_program // row_tiles, width_0, width_1, TILE_C, PARTS)
+        width = _choose(part, width_0, width_1, width_2)
+        o_place = (i_program % row_tiles) * TILE_N + tl.arange(0, TILE_N)
+        o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
+        mask = (o_place < n_dense)[:, None] & (o_column < width)[None, :]
+        row = tl.load(rows + o_place, mask=o_place < n_dense, other=0)
+        at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + o_column[None, :]
+        value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
+        offset = _choose(part, 0, width_0, width_0 + width_1)
+        total = width_0 + width_1 + width_2
+        tl.store(dense + o_place[:, None].to(tl.int64) * total + offset + o_column[None, :], value, mask=mask)
+    else:
+        i_program -= dense_tiles
+        row_tiles = tl.cdiv(n_context, TILE_N)
+        part, i_tile = _part_of(i_program // row_tiles, k_0, k_1, TILE_C, PARTS)
+        k = _choose(part, k_0, k_1, k_2)
+        offset = _choose(part, 0, k_0, k_0 + k_1)
+        o_place = (i_program % row_tiles) * TILE_N + tl.arange(0, TILE_N)
+        o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
+        mask = (o_place < n_context)[:, None] & (o_column < k)[None, :]
+        row = tl.load(rows + n_dense + o_place, mask=o_place < n_context, other=0)
+        column = tl.load(index + offset + o_column, mask=o_column < k, other=0)
+        at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + column[None, :]
+        value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
+        total = k_0 + k_1 + k_2
+        tl.store(context + o_place[:, None].to(tl.int64) * total + offset + o_column[None, :], value, mask=mask)
 
 
 @triton.jit
-def add_columns_kernel(
-    output,  # [M, width], rows contiguous
-    rows,
-    columns,
-    values,  # [n, k] at a row stride
+def join_columns_kernel(
+    thin,  # [M, PARTS * r]
+    lora,  # [width_0 + width_1 + width_2, r] at two strides
+    dense,  # [n_d, width_0 + width_1 + width_2]
+    context,  # [n_c, k_0 + k_1 + k_2]
+    place,  # int64 [M]
+    index,  # int64 [k_0 + k_1 + k_2]
+    bias,  # [width_0 + width_1 + width_2] (HAS_BIAS only)
+    output,  # the parts' [M, width_p], one behind the other
+    M,
+    width_0,
+    width_1,
+    width_2,
+    k_0,
+    k_1,
+    k_2,
+    r,
+    thin_stride,
+    lora_channel_stride,
+    lora_rank_stride,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STEPS: tl.constexpr,
+    R: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_C: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_row < M
+    part, i_tile = _part_of(tl.program_id(1), width_0, width_1, TILE_C, PARTS)
+    width = _choose(part, width_0, width_1, width_2)
+    k = _choose(part, k_0, k_1, k_2)
+    offset = _choose(part, 0, width_0, width_0 + width_1)
+    k_offset = _choose(part, 0, k_0, k_0 + k_1)
+    o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
+    m_column = o_column < width
+    # Where the column stands among the selected ones: a binary search, as they ascend.
+    low = tl.zeros([TILE_C], dtype=tl.int32)
+    high = low + k
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        value = tl.load(index + k_offset + middle, mask=low < high, other=0)
+        below = (value < o_column) & (low < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, tl.minimum(high, middle))
+    selected = m_column & (low < k)
+    selected = selected & (tl.load(index + k_offset + low, mask=selected, other=-1) == o_column)
+    o_r = tl.arange(0, R)
+    m_r = o_r < r
+    b_thin = tl.load(
+        thin + o_row[:, None] * thin_stride + part * r + o_r[None, :], mask=m_row[:, None] & m_r[None, :], other=0.0
+    )
+    at = (offset + o_column)[None, :] * lora_channel_stride + o_r[:, None] * lora_rank_stride
+    b_lora = tl.load(lora + at, mask=m_r[:, None] & m_column[None, :], other=0.0)  # [R, TILE_C]
+    total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    b_place = tl.load(place + o_row, mask=m_row, other=PADDED)
+    is_dense = b_place >= 0
+    is_context = (b_place < 0) & (b_place > PADDED)
+    at = b_place[:, None] * (width_0 + width_1 + width_2) + offset + o_column[None, :]
+    total += tl.load(dense + at, mask=is_dense[:, None] & m_column[None, :], other=0.0).to(tl.float32)
+    at = (-1 - b_place)[:, None] * (k_0 + k_1 + k_2) + k_offset + low[None, :]
+    total += tl.load(context + at, mask=is_context[:, None] & selected[None, :], other=0.0).to(tl.float32)
+    total = tl.where((b_place > PADDED)[:, None], total, 0.0)
+    base = output + offset.to(tl.int64) * M
+    mask = m_row[:, None] & m_column[None, :]
+    tl.store(base + o_row[:, None] * width + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows_kernel(
+    output,  # [M, width]
+    rows,  # int64 [n]
+    values,  # [n, width]
     n,
-    k,
+    width,
     output_stride,
     values_stride,
     TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
+    TILE_C: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    o_column = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
-    m_row, m_column = o_row < n, o_column < k
-    row = tl.load(rows + o_row, mask=m_row, other=0)
-    column = tl.load(columns + o_column, mask=m_column, other=0)
-    mask = m_row[:, None] & m_column[None, :]
-    value = tl.load(values + o_row[:, None].to(tl.int64) * values_stride + o_column[None, :], mask=mask, other=0.0)
-    at = output + row[:, None] * output_stride + column[None, :]
+    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    o_column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    m_row = o_place < n
+    row = tl.load(rows + o_place, mask=m_row, other=0)
+    mask = m_row[:, None] & (o_column < width)[None, :]
+    value = tl.load(values + o_place[:, None].to(tl.int64) * values_stride + o_column[None, :], mask=mask, other=0.0)
+    at = output + row[:, None] * output_stride + o_column[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32) + value.to(tl.float32)
     tl.store(at, total.to(output.dtype.element_ty), mask=mask)
 
 
-def gather_columns(source: Tensor, rows: Tensor, columns: Tensor, output: Tensor) -> Tensor:
-    """``output[i, j] = source[rows[i], columns[j]]``; ``output [n, k]`` may be a slice of columns. Returns it."""
-    if output.numel():
-        gather_columns_kernel[_grid(output)](
-            source, rows, columns, output, *output.shape, source.stride(0), output.stride(0), **_TILE
+def split_columns(
+    sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """``(all columns of the dense rows, selected columns of the context rows)``, the parts side by side.
+
+    Args:
+        sources: one to three ``[M, width_p]``, rows contiguous.
+        rows: int64 ``[n]``: the dense rows, then the context rows.
+        num_dense: how many of them are dense.
+        index: int64: the parts' selected columns, one part after the other; ``counts`` of each.
+    """
+    widths = [source.shape[1] for source in sources]
+    num_context = len(rows) - num_dense
+    dense = sources[0].new_empty((num_dense, sum(widths)))
+    context = sources[0].new_empty((num_context, sum(counts)))
+    tile_n, tile_c = 16, 128
+    dense_tiles = -(-num_dense // tile_n) * sum(-(-width // tile_c) for width in widths)
+    context_tiles = -(-num_context // tile_n) * sum(-(-count // tile_c) for count in counts)
+    if dense_tiles + context_tiles:
+        split_columns_kernel[(dense_tiles + context_tiles,)](
+            *_three(sources), rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
+            *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), dense_tiles,
+            PARTS=len(sources), TILE_N=tile_n, TILE_C=tile_c,
+        )  # fmt: skip
+    return dense, context
+
+
+def join_columns(
+    thin: Tensor,
+    lora: Tensor,
+    dense: Tensor,
+    context: Tensor,
+    place: Tensor,
+    index: Tensor,
+    widths: Sequence[int],
+    counts: Sequence[int],
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """By part ``[M, width_p]``: the LoRA product (and bias) on all rows, and the base products where they belong.
+
+    Args:
+        thin: ``[M, parts * r]``.
+        lora: ``[sum of widths, r]``, any strides.
+        dense, context: as `split_columns` gives them, contiguous.
+        place: int64 ``[M]``, see the file's head.
+        index, counts: as in `split_columns`.
+        bias: ``[sum of widths]`` or None.
+    """
+    M, r = len(thin), lora.shape[1]
+    output = thin.new_empty(M * sum(widths))
+    tile_n, tile_c = 64, 64
+    if M:
+        join_columns_kernel[(-(-M // tile_n), sum(-(-width // tile_c) for width in widths))](
+            thin, lora, dense, context, place, index, bias, output, M, *_three(widths, 0), *_three(counts, 0), r,
+            thin.stride(0), *lora.stride(), PARTS=len(widths), HAS_BIAS=bias is not None,
+            STEPS=max(counts).bit_length(), R=max(16, 1 << (r - 1).bit_length()), TILE_N=tile_n, TILE_C=tile_c,
+            PADDED=PADDING_PLACE, PRECISION="ieee" if thin.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+    parts = output.split([M * width for width in widths])
+    return [part.view(M, width) for part, width in zip(parts, widths, strict=True)]
+
+
+def add_rows(output: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``output[rows[i]] += values[i]``, in place, summed in fp32, for distinct rows. Returns ``output``."""
+    n, width = values.shape
+    if n:
+        add_rows_kernel[(-(-n // 8), -(-width // 512))](
+            output, rows, values, n, width, output.stride(0), values.stride(0), TILE_N=8, TILE_C=512, num_warps=4
         )
     return output
 
 
-def add_columns(output: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """``output[rows[i], columns[j]] += values[i, j]``, in place, summed in fp32. Returns ``output``."""
-    if values.numel():
-        add_columns_kernel[_grid(values)](
-            output, rows, columns, values, *values.shape, output.stride(0), values.stride(0), **_TILE
-        )
-    return output
+def reference_split(sources, rows, num_dense, index, counts) -> tuple[Tensor, Tensor]:
+    """`split_columns` in plain PyTorch."""
+    dense, context = rows[:num_dense], rows[num_dense:]
+    selected = [
+        source.index_select(0, context).index_select(1, part)
+        for source, part in zip(sources, index.split(list(counts)), strict=True)
+    ]
+    return torch.cat([source.index_select(0, dense) for source in sources], dim=1), torch.cat(selected, dim=1)
 
 
-def reference_gather_columns(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`gather_columns` in plain PyTorch: ``[n, k]``."""
-    return source.index_select(0, rows).index_select(1, columns)
+def reference_join(thin, lora, dense, context, place, index, widths, counts, bias=None) -> list[Tensor]:
+    """`join_columns` in plain PyTorch."""
+    outputs = []
+    is_dense, is_context = place >= 0, (place < 0) & (place > PADDING_PLACE)
+    parts = zip(
+        thin.chunk(len(widths), dim=1), lora.split(list(widths)), dense.split(list(widths), dim=1),
+        context.split(list(counts), dim=1), index.split(list(counts)),
+        [None] * len(widths) if bias is None else bias.split(list(widths)), strict=True,
+    )  # fmt: skip
+    for part_thin, part_lora, part_dense, part_context, part_index, part_bias in parts:
+        y = part_thin @ part_lora.t()
+        y = y if part_bias is None else y + part_bias
+        y[is_dense] += part_dense[place[is_dense]]
+        rows = is_context.nonzero().squeeze(1)
+        y[rows[:, None], part_index[None, :]] += part_context[-1 - place[rows]]
+        y[place == PADDING_PLACE] = 0
+        outputs.append(y)
+    return outputs
 
 
-def reference_add_columns(output: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """`add_columns` in plain PyTorch, out of place."""
-    return torch.index_put(output, (rows[:, None], columns[None, :]), values, accumulate=True)
+def reference_add_rows(output: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`add_rows` in plain PyTorch, out of place."""
+    return output.index_add(0, rows, values)
 
 
-_TILE = {"TILE_N": 16, "TILE_K": 128}
-
-
-def _grid(tile_of: Tensor) -> tuple[int, int]:
-    n, k = tile_of.shape
-    return triton.cdiv(n, _TILE["TILE_N"]), triton.cdiv(k, _TILE["TILE_K"])
+def _three(items: Sequence, filler=None) -> tuple:
+    """Three of them: missing tensors repeat the first, which is not read."""
+    return (*items, *([items[0] if filler is None else filler] * (3 - len(items))))

@@ -9,6 +9,8 @@ read more: each nibble costs a 32-byte sector of its row unless columns neighbou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,9 @@ def _dequantize_kernel(
     output,  # [k, in] for rows, [out, k] for columns
     num_rows,
     num_columns,  # of the output
+    chosen,  # rows or columns that `index` gives; those beyond are zero
     in_features,
+    output_stride,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
@@ -71,12 +75,14 @@ def _dequantize_kernel(
     o_column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     m_row = o_row < num_rows
     m_column = o_column < num_columns
-    mask = m_row[:, None] & m_column[None, :]
+    inside = m_row[:, None] & m_column[None, :]
     if COLUMNS:
+        mask = inside & (o_column < chosen)[None, :]
         source_row = o_row
-        source_column = tl.load(index + o_column, mask=m_column, other=0)
+        source_column = tl.load(index + o_column, mask=o_column < chosen, other=0)
     else:
-        source_row = tl.load(index + o_row, mask=m_row, other=0)
+        mask = inside & (o_row < chosen)[:, None]
+        source_row = tl.load(index + o_row, mask=o_row < chosen, other=0)
         source_column = o_column
     element = source_row[:, None] * in_features + source_column[None, :]  # [TILE_ROWS, TILE_COLUMNS]
     byte = tl.load(packed + element // 2, mask=mask, other=0).to(tl.int32)
@@ -86,8 +92,10 @@ def _dequantize_kernel(
     if NESTED:
         outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
         scale = tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(offset)
-    value = tl.load(code + nibble) * scale
-    tl.store(output + o_row[:, None] * num_columns + o_column[None, :], value.to(output.dtype.element_ty), mask=mask)
+    value = tl.where(mask, tl.load(code + nibble) * scale, 0.0)
+    tl.store(
+        output + o_row[:, None] * output_stride + o_column[None, :], value.to(output.dtype.element_ty), mask=inside
+    )
 
 
 def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
@@ -97,18 +105,21 @@ def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
     return _launch_whole(packed, quant_state, dtype)
 
 
-def dequantize_rows(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows ``index`` (int64 ``[k]``) of the weight: ``[k, in_features]`` in ``dtype``."""
-    if packed.is_cuda:
-        return _launch(packed, quant_state, index, dtype, columns=False)
-    return reference_rows(packed, quant_state, index, dtype)
+def dequantize_rows(
+    packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Rows ``index`` (int64 ``[k]``) of the weight: ``[k, in_features]`` in ``dtype``.
+
+    ``out``, if given, is written instead, and may have more rows, which become zero.
+    """
+    return _chosen(packed, quant_state, index, dtype, out, columns=False)
 
 
-def dequantize_columns(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns ``index`` (int64 ``[k]``) of the weight: ``[out_features, k]`` in ``dtype``."""
-    if packed.is_cuda:
-        return _launch(packed, quant_state, index, dtype, columns=True)
-    return reference_columns(packed, quant_state, index, dtype)
+def dequantize_columns(
+    packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Columns ``index`` (int64 ``[k]``) of the weight: ``[out_features, k]`` in ``dtype``; ``out`` as for rows."""
+    return _chosen(packed, quant_state, index, dtype, out, columns=True)
 
 
 def reference_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
@@ -145,15 +156,62 @@ def _gather(packed: Tensor, quant_state, element: Tensor, dtype: torch.dtype) ->
     return (quant_state.code[nibble] * scale.float()).to(dtype)
 
 
+def _chosen(packed: Tensor, quant_state, index: Tensor, dtype, out: Tensor | None, columns: bool) -> Tensor:
+    if out is None:
+        out_features, in_features = quant_state.shape
+        shape = (out_features, len(index)) if columns else (len(index), in_features)
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    if packed.is_cuda:
+        _launch_chosen(packed, quant_state, index, out, columns)
+    elif columns:
+        out[:, : len(index)] = reference_columns(packed, quant_state, index, dtype)
+        out[:, len(index) :] = 0
+    else:
+        out[: len(index)] = reference_rows(packed, quant_state, index, dtype)
+        out[len(index) :] = 0
+    return out
+
+
+class _Arguments(NamedTuple):
+    """What every launch on one weight passes on; kept on its quant_state, as launches cost host time."""
+
+    pointer: int
+    flat: Tensor
+    scales: tuple[Tensor, ...]
+    layout: dict[str, int | bool]
+    shape: tuple[int, int]
+
+
+def _arguments(packed: Tensor, quant_state) -> _Arguments:
+    kept = quant_state.__dict__.get("_sparse_arguments")
+    if kept is None or kept.pointer != packed.data_ptr() or kept.scales[0] is not quant_state.absmax:
+        flat = packed.detach().reshape(-1).view(torch.uint8)
+        kept = _Arguments(packed.data_ptr(), flat, _scales(quant_state), _layout(quant_state), tuple(quant_state.shape))
+        quant_state.__dict__["_sparse_arguments"] = kept
+    return kept
+
+
 def _launch_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
-    flat = packed.reshape(-1).view(torch.uint8)
-    output = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
-    tile_blocks = max(1, 2048 // quant_state.blocksize)
-    grid = (triton.cdiv(2 * flat.numel(), tile_blocks * quant_state.blocksize),)
-    _whole_kernel[grid](
-        flat, *_scales(quant_state), output, flat.numel(), TILE_BLOCKS=tile_blocks, **_layout(quant_state)
-    )
+    _, flat, scales, layout, shape = _arguments(packed, quant_state)
+    output = torch.empty(shape, dtype=dtype, device=flat.device)
+    num_bytes, blocksize = flat.numel(), layout["BLOCKSIZE"]
+    tile_blocks = max(1, 2048 // blocksize)
+    grid = (-(-2 * num_bytes // (tile_blocks * blocksize)),)
+    _whole_kernel[grid](flat, *scales, output, num_bytes, TILE_BLOCKS=tile_blocks, **layout)
     return output
+
+
+def _launch_chosen(packed: Tensor, quant_state, index: Tensor, output: Tensor, columns: bool) -> None:
+    _, flat, scales, layout, (_, in_features) = _arguments(packed, quant_state)
+    num_rows, num_columns = output.shape
+    if not num_rows * num_columns:
+        return
+    # Columns: long tiles down the rows would re-read a packed sector for each column, so a tile spans all near columns.
+    tile_rows, tile_columns = (8, 128) if columns else (1, 1024)
+    _dequantize_kernel[(-(-num_rows // tile_rows), -(-num_columns // tile_columns))](
+        flat, *scales, index, output, num_rows, num_columns, len(index), in_features, output.stride(0),
+        COLUMNS=columns, TILE_ROWS=tile_rows, TILE_COLUMNS=tile_columns, **layout,
+    )  # fmt: skip
 
 
 def _scales(quant_state) -> tuple[Tensor, ...]:
@@ -171,28 +229,3 @@ def _layout(quant_state) -> dict[str, int | bool]:
         "NESTED_BLOCKSIZE": quant_state.state2.blocksize if nested else 1,
         "NESTED": nested,
     }
-
-
-def _launch(packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype, columns: bool) -> Tensor:
-    out_features, in_features = quant_state.shape
-    shape = (out_features, len(index)) if columns else (len(index), in_features)
-    output = torch.empty(shape, dtype=dtype, device=packed.device)
-    if output.numel() == 0:
-        return output
-    # Columns: long tiles down the rows would re-read a packed sector for each column, so a tile spans all near columns.
-    tile_rows, tile_columns = (8, 128) if columns else (1, 1024)
-    grid = (triton.cdiv(shape[0], tile_rows), triton.cdiv(shape[1], tile_columns))
-    _dequantize_kernel[grid](
-        packed.reshape(-1).view(torch.uint8),
-        *_scales(quant_state),
-        index,
-        output,
-        shape[0],
-        shape[1],
-        in_features,
-        COLUMNS=columns,
-        TILE_ROWS=tile_rows,
-        TILE_COLUMNS=tile_columns,
-        **_layout(quant_state),
-    )
-    return output

@@ -1,20 +1,22 @@
-"""The gated unit of context rows: selected base channels plus the whole LoRA branch, without ``[N, I]`` intermediates.
+"""The gated unit with a LoRA branch on all channels and base products on the first k, without ``[N, I]`` intermediates.
 
-Channels come in an order of their own: the ``k`` selected ones first, then the others, which only the LoRA branch
-reaches. ``gate_B``, ``up_B`` (rows) and ``down_A`` (columns) are in that order. With ``scale_*`` LoRA's scales,
+Context rows: channels come in an order of their own, the ``k`` selected ones first, then the others, which only the
+LoRA branch reaches. Dense rows: ``k`` is ``I``, and the order the natural one. On each row
 
-    e = scale_gate * gate_thin gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
+    e = gate_thin gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
 
-Forward returns ``[h[:, :k] | h down_A']``, ready for one product with ``[W_down[:, selected] | scale * down_B]``.
-Backward recomputes ``e, g, h`` twice: with a program per rows (gradients that sum over channels), then with one per
-channels (gradients that sum over rows); no atomics.
+and the results are ``h[:, :k]`` and ``h down_A'``. LoRA's scales are folded: into ``gate_thin``, ``up_thin`` (whoever
+made them scaled ``A``) and into ``down_A``. Backward recomputes ``e, g, h`` twice: with a program per rows (gradients
+that sum over channels), then with one per channels (gradients that sum over rows); no atomics.
 
-Bytes (bf16): forward reads ``2 N (2r + 2k)`` and the small LoRA matrices (L2), writes ``2 N (k + r)``; arithmetic is
-``6 N I r`` tensor-core FLOPs and some 20 elementwise ones per ``N I``, which is what limits it. Backward: ``10 N I r``
-FLOPs in rows and ``12 N I r`` in channels, each with twice the elementwise work.
+Bytes (bf16): forward reads ``2 N (2r + 2k)`` and the small LoRA matrices (L2), writes ``2 N (k + r)``; backward reads
+``4 N (3r + 3k)`` and writes ``2 N (2r + 2k)``. Arithmetic is ``6 N I r`` tensor-core FLOPs forward, ``22 N I r``
+backward, and some 20 elementwise operations per ``N I`` and pass, which is what limits it where k is small.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -61,7 +63,7 @@ def _thin(pointer, stride, o_row, m_row, r, R: tl.constexpr):
 
 @triton.jit
 def _base(pointer, stride, o_row, m_row, o_channel, k):
-    """``[rows, channels]`` of the selected base products, zero on other channels."""
+    """``[rows, channels]`` of the base products, zero on channels that have none."""
     return tl.load(
         pointer + o_row[:, None].to(tl.int64) * stride + o_channel[None, :],
         mask=m_row[:, None] & (o_channel[None, :] < k),
@@ -70,21 +72,29 @@ def _base(pointer, stride, o_row, m_row, o_channel, k):
 
 
 @triton.jit
+def _rows(rows, o_place, m_row, INDEXED: tl.constexpr, COMPACT: tl.constexpr):
+    """Where the thin and the base products of these places stand."""
+    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
+    return o_row, (o_place if COMPACT else o_row)
+
+
+@triton.jit
 def glu_fwd_kernel(
-    stacked,  # [M, 2r + 2k]: gate_thin | up_thin | gate_base | up_base
-    rows,  # int64 [N]: the rows of stacked and output to work on (INDEXED only; else the first N)
+    thin,  # [M, >= 2r]: gate_thin | up_thin
+    gate_base,  # [M or N, k]: row `rows[n]`, or n itself where COMPACT
+    up_base,  # likewise
+    rows,  # int64 [N]: the rows to work on (INDEXED only; else the first N)
     gate_B,  # [I, r]
     up_B,  # [I, r]
     down_A,  # [I, r]: down_A transposed
-    output,  # [M, k + r]: h of the selected channels; the rest is `sum_splits_kernel`'s
+    output,  # h [M or N, k], rows as in gate_base
     partial,  # fp32 [SPLITS, N, r]: h down_A' over the channels of a split
     N,
     I,
     k,
     r,
-    scale_gate,
-    scale_up,
-    stacked_stride,
+    thin_stride,
+    base_stride,
     output_stride,
     channels_per_split,
     KIND: tl.constexpr,
@@ -92,14 +102,15 @@ def glu_fwd_kernel(
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
     INDEXED: tl.constexpr,
+    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m_row = o_place < N
-    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
+    o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
     i_split = tl.program_id(1)
-    b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)  # [TILE_N, R]
-    b_up_thin = _thin(stacked + r, stacked_stride, o_row, m_row, r, R)
+    b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)  # [TILE_N, R]
+    b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
     total = tl.zeros([TILE_N, R], dtype=tl.float32)
     start = i_split * channels_per_split
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
@@ -107,16 +118,16 @@ def glu_fwd_kernel(
         m_channel = o_channel < I
         b_gate = _thin(gate_B, r, o_channel, m_channel, r, R)  # [TILE_I, R]
         b_up = _thin(up_B, r, o_channel, m_channel, r, R)
-        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION) * scale_gate  # [TILE_N, TILE_I]
-        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION) * scale_up
+        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION)  # [TILE_N, TILE_I]
+        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
         if i_channel < k:
-            e += _base(stacked + 2 * r, stacked_stride, o_row, m_row, o_channel, k)
-            g += _base(stacked + 2 * r + k, stacked_stride, o_row, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
         value, _ = _activation(e, KIND)
         h = (value * g).to(output.dtype.element_ty)
         if i_channel < k:
             tl.store(
-                output + o_row[:, None].to(tl.int64) * output_stride + o_channel[None, :],
+                output + o_base[:, None].to(tl.int64) * output_stride + o_channel[None, :],
                 h,
                 mask=m_row[:, None] & (o_channel[None, :] < k),
             )
@@ -129,40 +140,44 @@ def glu_fwd_kernel(
 
 @triton.jit
 def glu_bwd_rows_kernel(
-    stacked,  # [M, 2r + 2k] as in the forward
-    gradient,  # [M, k + r]: dh of the selected channels from the base product, then dY down_B
-    rows,  # int64 [N] as in the forward
+    thin,
+    gate_base,
+    up_base,
+    d_down_thin,  # [M, r]: the gradient of h down_A'
+    d_h,  # [M or N, k]: the gradient of h[:, :k], rows as in gate_base
+    rows,
     gate_B,
     up_B,
-    down_A,  # [I, r] each
-    output,  # [M, 2r + 2k]: d gate_base and d up_base; the rest is `sum_splits_kernel`'s
+    down_A,  # [I, r] each; all of these as in the forward
+    d_gate_base,  # [M or N, k], rows as in gate_base
+    d_up_base,
     partial,  # fp32 [SPLITS, N, 2r]: d gate_thin | d up_thin over the channels of a split
     N,
     I,
     k,
     r,
-    scale_gate,
-    scale_up,
-    scale_down,
-    stacked_stride,
-    gradient_stride,
-    output_stride,
+    thin_stride,
+    base_stride,
+    d_down_thin_stride,
+    d_h_stride,
+    d_base_stride,
     channels_per_split,
     KIND: tl.constexpr,
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
     INDEXED: tl.constexpr,
+    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m_row = o_place < N
-    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
+    o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
     i_split = tl.program_id(1)
-    dtype = output.dtype.element_ty
-    b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)
-    b_up_thin = _thin(stacked + r, stacked_stride, o_row, m_row, r, R)
-    b_down_thin = _thin(gradient + k, gradient_stride, o_row, m_row, r, R)
+    dtype = d_gate_base.dtype.element_ty
+    b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
+    b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
+    b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
     d_gate = tl.zeros([TILE_N, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_N, R], dtype=tl.float32)
     start = i_split * channels_per_split
@@ -172,28 +187,28 @@ def glu_bwd_rows_kernel(
         b_gate = _thin(gate_B, r, o_channel, m_channel, r, R)
         b_up = _thin(up_B, r, o_channel, m_channel, r, R)
         b_down = _thin(down_A, r, o_channel, m_channel, r, R)
-        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION) * scale_gate
-        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION) * scale_up
-        dh = tl.dot(b_down_thin, tl.trans(b_down), input_precision=PRECISION) * scale_down
+        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION)
+        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
+        dh = tl.dot(b_down_thin, tl.trans(b_down), input_precision=PRECISION)
         if i_channel < k:
-            e += _base(stacked + 2 * r, stacked_stride, o_row, m_row, o_channel, k)
-            g += _base(stacked + 2 * r + k, stacked_stride, o_row, m_row, o_channel, k)
-            dh += _base(gradient, gradient_stride, o_row, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
+            dh += _base(d_h, d_h_stride, o_base, m_row, o_channel, k)
         value, slope = _activation(e, KIND)
         de = (dh * g * slope).to(dtype)
         dg = (dh * value).to(dtype)
         if i_channel < k:
-            at = output + o_row[:, None].to(tl.int64) * output_stride + 2 * r + o_channel[None, :]
+            at = o_base[:, None].to(tl.int64) * d_base_stride + o_channel[None, :]
             mask = m_row[:, None] & (o_channel[None, :] < k)
-            tl.store(at, de, mask=mask)
-            tl.store(at + k, dg, mask=mask)
+            tl.store(d_gate_base + at, de, mask=mask)
+            tl.store(d_up_base + at, dg, mask=mask)
         d_gate += tl.dot(de, b_gate, input_precision=PRECISION)
         d_up += tl.dot(dg, b_up, input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
     at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * 2 * r + o_r[None, :]
-    tl.store(at, d_gate * scale_gate, mask=mask)
-    tl.store(at + r, d_up * scale_up, mask=mask)
+    tl.store(at, d_gate, mask=mask)
+    tl.store(at + r, d_up, mask=mask)
 
 
 @triton.jit
@@ -201,10 +216,13 @@ def sum_splits_kernel(
     partial,  # fp32 [SPLITS, N, width]
     rows,  # int64 [N] (INDEXED only)
     output,  # row `rows[n]` at `output + rows[n] * stride`
+    blank,  # the same rows of another matrix, set to zero in their first `blanks` columns
     N,
     width,
     stride,
     splits,
+    blank_stride,
+    blanks,
     INDEXED: tl.constexpr,
     TILE_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -218,33 +236,41 @@ def sum_splits_kernel(
     for i_split in range(splits):
         at = partial + (i_split * N + o_place[:, None]) * width + o_column[None, :]
         total += tl.load(at, mask=mask, other=0.0)
-    tl.store(output + o_row[:, None] * stride + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
+    dtype = output.dtype.element_ty
+    tl.store(output + o_row[:, None] * stride + o_column[None, :], total.to(dtype), mask=mask)
+    for i_column in range(0, blanks, WIDTH):
+        at = blank + o_row[:, None] * blank_stride + i_column + o_column[None, :]
+        nothing = tl.zeros([TILE_N, WIDTH], dtype=dtype)
+        tl.store(at, nothing, mask=m_row[:, None] & (i_column + o_column[None, :] < blanks))
 
 
 @triton.jit
 def glu_bwd_channels_kernel(
-    stacked,
-    gradient,
+    thin,
+    gate_base,
+    up_base,
+    d_down_thin,
+    d_h,
     rows,
     gate_B,
     up_B,
-    down_A,
+    down_A,  # all of these as in `glu_bwd_rows_kernel`
     partial,  # fp32 [SPLITS, 3, I, r]: d gate_B | d up_B | d down_A (transposed)
     N,
     I,
     k,
     r,
-    scale_gate,
-    scale_up,
-    scale_down,
-    stacked_stride,
-    gradient_stride,
+    thin_stride,
+    base_stride,
+    d_down_thin_stride,
+    d_h_stride,
     rows_per_split,
     KIND: tl.constexpr,
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
     INDEXED: tl.constexpr,
+    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_channel = tl.program_id(0) * TILE_I
@@ -262,17 +288,17 @@ def glu_bwd_channels_kernel(
     for i_row in range(start, min(start + rows_per_split, N), TILE_N):
         o_place = i_row + tl.arange(0, TILE_N)
         m_row = o_place < N
-        o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
-        b_gate_thin = _thin(stacked, stacked_stride, o_row, m_row, r, R)
-        b_up_thin = _thin(stacked + r, stacked_stride, o_row, m_row, r, R)
-        b_down_thin = _thin(gradient + k, gradient_stride, o_row, m_row, r, R)
-        e = tl.dot(b_gate_thin, b_gate, input_precision=PRECISION) * scale_gate
-        g = tl.dot(b_up_thin, b_up, input_precision=PRECISION) * scale_up
-        dh = tl.dot(b_down_thin, b_down, input_precision=PRECISION) * scale_down
+        o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
+        b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
+        b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
+        b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
+        e = tl.dot(b_gate_thin, b_gate, input_precision=PRECISION)
+        g = tl.dot(b_up_thin, b_up, input_precision=PRECISION)
+        dh = tl.dot(b_down_thin, b_down, input_precision=PRECISION)
         if i_channel < k:
-            e += _base(stacked + 2 * r, stacked_stride, o_row, m_row, o_channel, k)
-            g += _base(stacked + 2 * r + k, stacked_stride, o_row, m_row, o_channel, k)
-            dh += _base(gradient, gradient_stride, o_row, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
+            dh += _base(d_h, d_h_stride, o_base, m_row, o_channel, k)
         value, slope = _activation(e, KIND)
         d_gate += tl.dot(tl.trans((dh * g * slope).to(dtype)), b_gate_thin, input_precision=PRECISION)
         d_up += tl.dot(tl.trans((dh * value).to(dtype)), b_up_thin, input_precision=PRECISION)
@@ -280,114 +306,122 @@ def glu_bwd_channels_kernel(
     o_r = tl.arange(0, R)
     mask = m_channel[:, None] & (o_r[None, :] < r)
     at = partial + (i_split.to(tl.int64) * 3 * I + o_channel[:, None]) * r + o_r[None, :]
-    tl.store(at, d_gate * scale_gate, mask=mask)
-    tl.store(at + I.to(tl.int64) * r, d_up * scale_up, mask=mask)
-    tl.store(at + 2 * I.to(tl.int64) * r, d_down * scale_down, mask=mask)
+    tl.store(at, d_gate, mask=mask)
+    tl.store(at + I.to(tl.int64) * r, d_up, mask=mask)
+    tl.store(at + 2 * I.to(tl.int64) * r, d_down, mask=mask)
 
 
 def glu_forward(
-    stacked: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor, k: int, scales, kind: str, rows: Tensor | None = None
-) -> Tensor:
-    """``[h[:, :k] | h down_A']``: ``[M, k + r]``.
+    thin: Tensor,
+    base: tuple[Tensor, Tensor],
+    loras: Tensor,
+    h: Tensor,
+    down_thin: Tensor,
+    kind: str,
+    rows: Tensor | None = None,
+    compact: bool = False,
+    blank: Tensor | None = None,
+) -> None:
+    """Writes ``h[:, :k]`` and ``h down_A'`` of the rows.
 
     Args:
-        stacked: ``[M, 2r + 2k]``: gate_thin, up_thin, gate_base, up_base side by side.
-        gate_B, up_B, down_A: ``[I, r]``, channels in the order selected first; ``down_A`` transposed. Contiguous.
-        k: selected channels.
-        scales: LoRA's scales of gate and up (and down, unused here).
+        thin: ``[M, 2r]``: gate_thin, up_thin, LoRA's scales in them.
+        base: gate_base, up_base ``[M, k]`` with one row stride.
+        loras: ``[3, I, r]``: gate_B, up_B, and LoRA's scale times down_A transposed, contiguous.
+        h: ``[M, k]``, written.
+        down_thin: ``[M, r]``, written.
         kind: "silu", "gelu" or "gelu_tanh".
-        rows: int64 ``[N]``: work on these rows alone, and leave the others of the output unwritten; None for all.
+        rows: int64 ``[N]``: work on these rows alone, and leave the others unwritten; None for all.
+        compact: ``base`` and ``h`` hold just the N rows, in their order.
+        blank: ``[M, any]``: zeros are written into these rows of it.
     """
-    N, (I, r) = len(stacked if rows is None else rows), gate_B.shape
-    output = stacked.new_empty(len(stacked), k + r)
+    N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], h.shape[1]
     if N == 0:
-        return output
-    splits, per_split, tiles = _row_tiles("forward", N, I, stacked)
-    partial = stacked.new_empty(splits, N, r, dtype=torch.float32)
-    glu_fwd_kernel[(triton.cdiv(N, tiles["TILE_N"]), splits)](
-        stacked, rows, gate_B, up_B, down_A, output, partial, N, I, k, r, scales[0], scales[1],
-        stacked.stride(0), output.stride(0), per_split,
-        INDEXED=rows is not None, **tiles, **_common(stacked, r, kind),
+        return
+    splits, per_split, tiles = _row_tiles("forward", N, I, thin)
+    partial = thin.new_empty((splits, N, r), dtype=torch.float32)
+    glu_fwd_kernel[(-(-N // tiles["TILE_N"]), splits)](
+        thin, *base, rows, *loras.unbind(), h, partial, N, I, k, r,
+        thin.stride(0), base[0].stride(0), h.stride(0), per_split,
+        INDEXED=rows is not None, COMPACT=compact, **tiles, **_common(thin, r, kind),
     )  # fmt: skip
-    _sum_splits(partial, rows, output[:, k:])
-    return output
+    _sum_splits(partial, rows, down_thin, blank)
 
 
 def glu_backward(
-    stacked: Tensor,
-    gradient: Tensor,
-    gate_B: Tensor,
-    up_B: Tensor,
-    down_A: Tensor,
-    k: int,
-    scales,
+    thin: Tensor,
+    base: tuple[Tensor, Tensor],
+    loras: Tensor,
+    d_h: Tensor,
+    d_down_thin: Tensor,
+    d_base: tuple[Tensor, Tensor],
+    d_thin: Tensor,
     kind: str,
     rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `glu_forward`'s inputs.
+    compact: bool = False,
+    blank: Tensor | None = None,
+) -> Tensor:
+    """Writes the gradients of ``base`` and ``thin``, and returns those of ``loras``; arguments as in `glu_forward`.
 
     Args:
-        gradient: ``[M, k + r]``: ``dY`` times ``[W_down[:, selected] | down_B]``; ``scales[2]`` is still to be applied
-            to the latter part.
-        scales: LoRA's scales of gate, up and down; the others as in `glu_forward`.
+        d_h: ``[M, k]``, compact where ``base`` is.
+        d_down_thin: ``[M, r]``.
+        d_base: two ``[M, k]`` with one row stride, compact where ``base`` is; written.
+        d_thin: ``[M, 2r]``, written.
 
     Returns:
-        The gradient of ``stacked`` ``[M, 2r + 2k]`` (rows that are not in ``rows`` unwritten), and those of ``gate_B``,
-        ``up_B``, ``down_A``: fp32 ``[splits, 3, I, r]``, still to be summed over the splits.
+        fp32 ``[splits, 3, I, r]``, still to be summed over the splits; the last of the three is the gradient of
+        down_A (transposed) but for LoRA's scale.
     """
-    N, (I, r) = len(stacked if rows is None else rows), gate_B.shape
-    d_stacked = torch.empty_like(stacked)
+    N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], d_h.shape[1]
     if N == 0:
-        return d_stacked, stacked.new_zeros(1, 3, I, r, dtype=torch.float32)
-    common = {"INDEXED": rows is not None, **_common(stacked, r, kind)}
-    splits, per_split, tiles = _row_tiles("rows", N, I, stacked)
-    partial = stacked.new_empty(splits, N, 2 * r, dtype=torch.float32)
-    glu_bwd_rows_kernel[(triton.cdiv(N, tiles["TILE_N"]), splits)](
-        stacked, gradient, rows, gate_B, up_B, down_A, d_stacked, partial, N, I, k, r, *scales,
-        stacked.stride(0), gradient.stride(0), d_stacked.stride(0), per_split, **tiles, **common,
+        return thin.new_zeros(1, 3, I, r, dtype=torch.float32)
+    common = {"INDEXED": rows is not None, "COMPACT": compact, **_common(thin, r, kind)}
+    splits, per_split, tiles = _row_tiles("rows", N, I, thin)
+    partial = thin.new_empty((splits, N, 2 * r), dtype=torch.float32)
+    parts = loras.unbind()
+    strides = thin.stride(0), base[0].stride(0), d_down_thin.stride(0), d_h.stride(0)
+    glu_bwd_rows_kernel[(-(-N // tiles["TILE_N"]), splits)](
+        thin, *base, d_down_thin, d_h, rows, *parts, *d_base, partial, N, I, k, r,
+        *strides, d_base[0].stride(0), per_split, **tiles, **common,
     )  # fmt: skip
-    _sum_splits(partial, rows, d_stacked)
+    _sum_splits(partial, rows, d_thin, blank)
     tiles = _tiles("channels")
-    programs = triton.cdiv(I, tiles["TILE_I"])
-    splits, per_split = _split(N, tiles["TILE_N"], programs, stacked)
-    d_loras = stacked.new_empty(splits, 3, I, r, dtype=torch.float32)
+    programs = -(-I // tiles["TILE_I"])
+    splits, per_split = _split(N, tiles["TILE_N"], programs, thin)
+    d_loras = thin.new_empty((splits, 3, I, r), dtype=torch.float32)
     glu_bwd_channels_kernel[(programs, splits)](
-        stacked, gradient, rows, gate_B, up_B, down_A, d_loras, N, I, k, r, *scales,
-        stacked.stride(0), gradient.stride(0), per_split, **tiles, **common,
+        thin, *base, d_down_thin, d_h, rows, *parts, d_loras, N, I, k, r, *strides, per_split, **tiles, **common,
     )  # fmt: skip
-    return d_stacked, d_loras
+    return d_loras
 
 
-def reference_forward(
-    stacked: Tensor, gate_B: Tensor, up_B: Tensor, down_A: Tensor, k: int, scales, kind: str
-) -> Tensor:
-    """`glu_forward` in plain PyTorch, with its intermediates; differentiable."""
-    r = gate_B.shape[1]
-    gate_thin, up_thin, gate_base, up_base = stacked.split([r, r, k, k], dim=1)
+def reference_forward(thin: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """``(h[:, :k], h down_A')`` of `glu_forward` on all rows, in plain PyTorch; differentiable."""
+    gate_B, up_B, down_A = loras
+    gate_thin, up_thin = thin.chunk(2, dim=1)
+    k = base[0].shape[1]
     pad = (0, gate_B.shape[0] - k)
-    e = scales[0] * gate_thin @ gate_B.t() + F.pad(gate_base, pad)
-    g = scales[1] * up_thin @ up_B.t() + F.pad(up_base, pad)
     activation = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[kind]
-    h = activation(e) * g
-    return torch.cat((h[:, :k], h @ down_A), dim=1)
+    h = activation(gate_thin @ gate_B.t() + F.pad(base[0], pad)) * (up_thin @ up_B.t() + F.pad(base[1], pad))
+    return h[:, :k], h @ down_A
 
 
-def reference_backward(stacked, gradient, gate_B, up_B, down_A, k, scales, kind) -> tuple[Tensor, Tensor]:
-    """`glu_backward` by autograd over `reference_forward`."""
-    inputs = [tensor.detach().requires_grad_() for tensor in (stacked, gate_B, up_B, down_A)]
+def reference_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tensor, ...]:
+    """``(d gate_base, d up_base, d thin, d loras)`` of `glu_backward`, by autograd over `reference_forward`."""
+    thin, gate_base, up_base, loras = (tensor.detach().requires_grad_() for tensor in (thin, *base, loras))
     with torch.enable_grad():
-        output = reference_forward(*inputs, k, scales, kind)
-        scaled = torch.cat((gradient[:, :k], scales[2] * gradient[:, k:]), dim=1)
-        d_stacked, *d_loras = torch.autograd.grad(output, inputs, scaled)
-    return d_stacked, torch.stack(d_loras).float()[None]
+        outputs = reference_forward(thin, (gate_base, up_base), loras, kind)
+        return torch.autograd.grad(outputs, (gate_base, up_base, thin, loras), (d_h, d_down_thin))
 
 
-def _sum_splits(partial: Tensor, rows: Tensor | None, output: Tensor) -> None:
-    """Writes ``partial [splits, N, width]``, summed, into the first ``width`` columns of ``output``'s rows."""
+def _sum_splits(partial: Tensor, rows: Tensor | None, output: Tensor, blank: Tensor | None) -> None:
+    """Writes ``partial [splits, N, width]``, summed, into ``output``'s rows, and zeros into those of ``blank``."""
     splits, N, width = partial.shape
-    sum_splits_kernel[(triton.cdiv(N, 64),)](
-        partial, rows, output, N, width, output.stride(0), splits,
-        INDEXED=rows is not None, TILE_N=64, WIDTH=triton.next_power_of_2(width),
+    blank_stride, blanks = (0, 0) if blank is None else (blank.stride(0), blank.shape[1])
+    sum_splits_kernel[(-(-N // 64),)](
+        partial, rows, output, output if blank is None else blank, N, width, output.stride(0), splits,
+        blank_stride, blanks, INDEXED=rows is not None, TILE_N=64, WIDTH=1 << (width - 1).bit_length(),
     )  # fmt: skip
 
 
@@ -399,18 +433,23 @@ def _tiles(kernel: str) -> dict[str, int]:
 def _row_tiles(kernel: str, N: int, I: int, like: Tensor) -> tuple[int, int, dict[str, int]]:
     """Splits of the channels, channels of a split, and the tile of a kernel whose programs own rows."""
     tiles = _tiles(kernel)
-    splits, per_split = _split(I, tiles["TILE_I"], triton.cdiv(N, tiles["TILE_N"]), like)
+    splits, per_split = _split(I, tiles["TILE_I"], -(-N // tiles["TILE_N"]), like)
     return splits, per_split, tiles
 
 
 def _split(size: int, tile: int, programs: int, like: Tensor) -> tuple[int, int]:
     """Into how many parts to cut a loop over ``size`` so that the device is filled, and the (tile-aligned) part."""
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 2
-    splits = max(1, min(triton.cdiv(4 * processors, programs), triton.cdiv(size, 8 * tile)))
-    part = triton.cdiv(triton.cdiv(size, splits), tile) * tile
-    return triton.cdiv(size, part), part
+    processors = _processors(like.device) if like.is_cuda else 2
+    splits = max(1, min(-(-4 * processors // programs), -(-size // (8 * tile))))
+    part = -(-size // (splits * tile)) * tile
+    return -(-size // part), part
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _common(like: Tensor, r: int, kind: str) -> dict[str, int | str]:
     precision = "ieee" if like.dtype == torch.float32 else "tf32"
-    return {"KIND": KINDS[kind], "R": max(16, triton.next_power_of_2(r)), "PRECISION": precision}
+    return {"KIND": KINDS[kind], "R": max(16, 1 << (r - 1).bit_length()), "PRECISION": precision}

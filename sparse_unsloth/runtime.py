@@ -146,10 +146,11 @@ class LayerRuntime:
         if chosen is None:
             if hidden_states is None:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
-            scored = self.state.selector.rows_to_score(self.context.partition.context)
-            rows = hidden_states.flatten(0, -2).index_select(0, scored)
             select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-            chosen = select(self.layer, rows, getattr(self.sparsity, part) * self.context.scale)
+            sparsity = getattr(self.sparsity, part) * self.context.scale
+            chosen = select(self.layer, hidden_states, sparsity, self.context.partition.context)
+            if part == "mlp" and chosen.order is not None:
+                self.context.memo(self.layer.index)["order"] = chosen.order
             self.context.selections[key] = chosen
         return chosen
 

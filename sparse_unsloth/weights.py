@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,33 @@ class BaseWeight:
             return self.weight.detach().to(dtype)
         return dequantize_whole(self.weight.detach(), self.quant_state, dtype)
 
-    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``."""
-        if self.quant_state is None:
-            return self.weight.detach().index_select(0, index).to(dtype)
-        return dequantize_rows(self.weight.detach(), self.quant_state, index, dtype)
+    def rows(self, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``.
 
-    def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Input channels ``index`` (int64 ``[k]``): ``[out_features, k]`` in ``dtype``."""
+        ``out``, if given, is written instead; it may have more rows, which become zero.
+        """
         if self.quant_state is None:
-            return self.weight.detach().index_select(1, index).to(dtype)
-        return dequantize_columns(self.weight.detach(), self.quant_state, index, dtype)
+            return _select(self.weight.detach(), 0, index, dtype, out)
+        return dequantize_rows(self.weight.detach(), self.quant_state, index, dtype, out)
+
+    def columns(self, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Input channels ``index`` (int64 ``[k]``): ``[out_features, k]`` in ``dtype``; ``out`` as for `rows`."""
+        if self.quant_state is None:
+            return _select(self.weight.detach(), 1, index, dtype, out)
+        return dequantize_columns(self.weight.detach(), self.quant_state, index, dtype, out)
+
+
+def _select(weight: Tensor, dim: int, index: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    if out is None:
+        return weight.index_select(dim, index).to(dtype)
+    chosen = out.narrow(dim, 0, len(index))
+    if weight.dtype == dtype:
+        torch.index_select(weight, dim, index, out=chosen)
+    else:
+        chosen.copy_(weight.index_select(dim, index))
+    if out.shape[dim] > len(index):
+        out.narrow(dim, len(index), out.shape[dim] - len(index)).zero_()
+    return out
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,21 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
         AttachError: the layer type is not supported, or a 4-bit weight was repacked for CPU inference.
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    known = _bases.get(base)
+    if known is not None:
+        weight, state = base.weight, known.quant_state
+        same = known.weight is weight and known.bias is base.bias and getattr(weight, "quant_state", None) is state
+        if same and not getattr(state, "packing_format_for_cpu", False):
+            return known
+    known = _bases[base] = _read_base(base, name)
+    return known
+
+
+_bases: WeakKeyDictionary[nn.Module, BaseWeight] = WeakKeyDictionary()
+"""What `read_base` found: looking again costs host time at every call of every layer."""
+
+
+def _read_base(base: nn.Module, name: str) -> BaseWeight:
     kind = type(base).__name__
     quant_state = getattr(base.weight, "quant_state", None)
     if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):

@@ -267,7 +267,7 @@ def test_incoming_gradient_is_not_modified():
 @pytest.mark.parametrize("few", [1024, 0], ids=["few-channels", "many-channels"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_kernels_on_and_off_agree(roles, lora_branch, compensated, few, monkeypatch):
-    monkeypatch.setattr("sparse_unsloth.functions.mlp.FEW_CHANNELS", few)
+    monkeypatch.setattr("sparse_unsloth.functions.fused.FEW_CHANNELS", few)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
     float32 = {"dtype": torch.float32}

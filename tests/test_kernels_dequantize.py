@@ -32,15 +32,22 @@ def test_kernels_equal_references(kind, nested, shape, dtype):
     for index, axis, reference in ((rows, 0, dequantize.reference_rows), (columns, 1, dequantize.reference_columns)):
         expected = everything.index_select(axis, index)
         assert torch.equal(reference(packed, state, index, dtype), expected)
-        ours = dequantize._launch(packed, state, index, dtype, columns=axis == 1)
-        torch.testing.assert_close(ours, expected, **exact)
+        wider = list(expected.shape)
+        wider[axis] += 3
+        ours = torch.full((wider[0], wider[1] + 1), float("nan"), dtype=dtype, device=DEVICE)
+        dequantize._launch_chosen(packed, state, index, ours[:, :-1], columns=axis == 1)
+        torch.testing.assert_close(ours.narrow(axis, 0, len(index))[:, : expected.shape[1]], expected, **exact)
+        assert not ours[:, :-1].narrow(axis, len(index), 3).any()
+        assert ours[:, -1].isnan().all()
 
 
 def test_nothing_chosen():
     _, packed, state = pack((8, 64), "nf4", True)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    assert dequantize._launch(packed, state, none, torch.float32, columns=False).shape == (0, 64)
-    assert dequantize._launch(packed, state, none, torch.float32, columns=True).shape == (8, 0)
+    assert dequantize.dequantize_rows(packed, state, none, torch.float32).shape == (0, 64)
+    assert dequantize.dequantize_columns(packed, state, none, torch.float32).shape == (8, 0)
+    for columns in (False, True):
+        dequantize._launch_chosen(packed, state, none, torch.empty((0, 64) if not columns else (8, 0)), columns)
 
 
 def test_whole_weight_shares_no_memory():

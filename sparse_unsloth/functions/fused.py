@@ -1,11 +1,12 @@
 """The gated MLP through the kernels: one product in, one fused gated unit, one product out (design section 4).
 
-``[A_gate; A_up; W_gate[selected]; W_up[selected]]`` is one weight, ``[W_down[:, selected] | scale * B_down]`` another.
-Between them the kernels of `sparse_unsloth.kernels.glu` hold no ``[N, intermediate_size]`` tensor for context rows.
+``[A_gate; A_up; W_gate[selected]; W_up[selected]]`` is one weight, ``[W_down[:, selected] | B_down]`` another. Between
+them the kernels of `sparse_unsloth.kernels.glu` hold no ``[N, intermediate_size]`` tensor for context rows. Dense rows
+go through the same kernels, with base products on all channels.
 
 With few channels selected both products run over all rows: that costs next to nothing, spares gathering and scattering
 the context rows, and gives the dense rows their LoRA products as well. Same mathematics, and same gradients, as
-`sparse_unsloth.functions.mlp`; the launches are what this file saves.
+`sparse_unsloth.functions.mlp`; few launches are what this file is for.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from sparse_unsloth.functions.compensation import Compensation
-from sparse_unsloth.kernels.gated import gated_backward, gated_forward
+from sparse_unsloth.functions.products import product_fp32
+from sparse_unsloth.kernels.columns import add_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
+from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight
 
@@ -29,64 +31,61 @@ FEW_CHANNELS = 1024
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """What context rows need of one MLP.
+    """What one MLP needs beside its base weights.
 
     Args:
-        product_in: ``[2r + 2k, hidden]``: A_gate, A_up, and the selected rows of W_gate and W_up.
-        product_out: ``[hidden, k + r]``: the selected columns of W_down, and ``scale * B_down``.
-        gate_B, up_B, down_A: ``[I, r]`` (``down_A`` transposed), selected channels first.
-        order: int64 ``[I]``: which channel stands at each of those places.
+        product_in: ``[2r + 2k, hidden]``: scaled A_gate and A_up, and the selected rows of W_gate and W_up.
+        product_out: ``[hidden, k + r]``: the selected columns of W_down, and B_down.
+        ordered: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, selected channels first.
+        natural: ``[3, I, r]``: the same, all channels in their own order; None without dense rows.
+        order: int64 ``[P]``: which channel stands at each place of ``ordered``.
         k: the selected channels and, with zero base weights, as many others as bring it to a multiple of `ALIGNMENT`.
-        scales: LoRA's scales of gate, up and down.
+        r: LoRA's rank.
     """
 
     product_in: Tensor
     product_out: Tensor
-    gate_B: Tensor
-    up_B: Tensor
-    down_A: Tensor
+    ordered: Tensor
+    natural: Tensor | None
     order: Tensor
     k: int
-    scales: tuple[float, float, float]
-    activation: str
+    r: int
 
-    def unit(self, stacked: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``[h of the selected channels | h A_down']`` of ``rows``: `glu_forward`."""
-        return glu_forward(stacked, self.gate_B, self.up_B, self.down_A, self.k, self.scales, self.activation, rows)
-
-    def unit_backward(self, stacked: Tensor, d_unit: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`glu_backward`, for a gradient that came through `product_out` and so has its scale already."""
-        scales = (*self.scales[:2], 1.0)
-        return glu_backward(stacked, d_unit, self.gate_B, self.up_B, self.down_A, self.k, scales, self.activation, rows)
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.product_in, self.product_out, self.ordered, self.natural)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def fuse_weights(
-    weights: Sequence[Tensor],
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    bases: Sequence[BaseWeight],
+    channels: Tensor,
     order: Tensor,
-    num_selected: int,
+    loras: Sequence[Tensor],
     scales: tuple[float, float, float],
-    activation: str,
+    dtype: torch.dtype,
+    natural: bool,
 ) -> FusedWeights:
-    """`FusedWeights` of the selected ``weights`` (gate and up rows, down columns) and the LoRA ``pairs``.
+    """`FusedWeights` of gate, up and down.
 
-    ``order`` are the channels of the LoRA branch, the ``num_selected`` ones of ``weights`` first.
+    Args:
+        channels: int64: the selected ones.
+        order: int64 ``[P]``: the channels of the LoRA branch of context rows, ``channels`` first.
+        loras: A and B of gate, up, down.
+        scales: LoRA's, of gate, up, down.
+        natural: whether there are dense rows.
     """
-    (gate_A, gate_B), (up_A, up_B), (down_A, down_B) = pairs
-    gate, up, down = weights
-    k = min(triton.cdiv(num_selected, ALIGNMENT) * ALIGNMENT, len(order))
-    pad = gate.new_zeros(k - num_selected, gate.shape[1])
-    return FusedWeights(
-        product_in=torch.cat((gate_A, up_A, gate, pad, up, pad)),
-        product_out=torch.cat((down, pad.t(), down_B * scales[2]), dim=1),
-        gate_B=gate_B.index_select(0, order),
-        up_B=up_B.index_select(0, order),
-        down_A=down_A.t().index_select(0, order),
-        order=order,
-        k=k,
-        scales=scales,
-        activation=activation,
-    )
+    r, hidden = loras[0].shape
+    num_selected = len(channels)
+    k = min(-(-num_selected // ALIGNMENT) * ALIGNMENT, len(order))
+    product_in = channels.new_empty((2 * r + 2 * k, hidden), dtype=dtype)
+    product_out = channels.new_empty((hidden, k + r), dtype=dtype)
+    bases[0].rows(channels, dtype, out=product_in[2 * r : 2 * r + k])
+    bases[1].rows(channels, dtype, out=product_in[2 * r + k :])
+    bases[2].columns(channels, dtype, out=product_out[:, :k])
+    loras = [lora.detach().contiguous() for lora in loras]
+    ordered, whole = pack_mlp(loras, scales, order, product_in[: 2 * r], product_out[:, k:], natural)
+    return FusedWeights(product_in, product_out, ordered, whole, order, k, r)
 
 
 def channel_order(channels: Tensor, size: int) -> Tensor:
@@ -95,117 +94,162 @@ def channel_order(channels: Tensor, size: int) -> Tensor:
     return others.argsort(stable=True)
 
 
-@dataclass(frozen=True)
-class FusedContextRows:
-    """The gated MLP on gathered context rows, for many selected channels, or with compensation."""
-
-    weights: FusedWeights
-    compensation: Compensation | None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """``y [n, hidden]``, and what backward needs: the first product ``[n, 2r + 2k]`` and ``h A_down' [n, r]``."""
-        stacked = x @ self.weights.product_in.t()
-        unit = self.weights.unit(stacked)
-        y = unit @ self.weights.product_out.t()
-        if self.compensation is not None:
-            y += self.compensation.forward(x)
-        return y, (stacked, unit[:, self.weights.k :].clone())
-
-    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
-        """``dx``; adds the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)`` into ``gradients``."""
-        stacked, down_thin = saved
-        weights, r = self.weights, self.weights.gate_B.shape[1]
-        d_stacked, d_loras = weights.unit_backward(stacked, dy @ weights.product_out)
-        dx = d_stacked @ weights.product_in
-        if self.compensation is not None:
-            dx += self.compensation.input_gradient(dy)
-        dA = d_stacked[:, : 2 * r].t() @ x
-        gate, up, down = d_loras.sum(0).to(x.dtype)
-        gradients[0] += dA[:r]
-        gradients[1].index_add_(0, weights.order, gate)
-        gradients[2] += dA[r:]
-        gradients[3].index_add_(0, weights.order, up)
-        gradients[4].index_add_(1, weights.order, down.t())
-        gradients[5].addmm_(dy.t(), down_thin, alpha=weights.scales[2])
-        return dx
-
-
-@dataclass(frozen=True)
 class FusedMlp:
-    """The gated MLP on all rows at once, for few selected channels.
+    """The gated MLP of one forward and its backward.
 
     Args:
         partition: the roles of the rows; has context rows.
-        weights: of the context rows.
+        weights: of this MLP and these channels.
         bases: gate, up, down, for the dense rows; each is dequantised where it is used and freed again.
-        pairs: LoRA's ``(A, B)`` of gate, up, down, in the dtype of the products.
+        scales: LoRA's, of gate, up, down.
+        activation: key of `sparse_unsloth.kernels.glu.KINDS`.
+        compensation: added to context rows, which are then gathered.
     """
 
-    partition: TokenPartition
-    weights: FusedWeights
-    bases: Sequence[BaseWeight]
-    pairs: Sequence[tuple[Tensor, Tensor]]
+    def __init__(
+        self,
+        partition: TokenPartition,
+        weights: FusedWeights,
+        bases: Sequence[BaseWeight],
+        scales: tuple[float, float, float],
+        activation: str,
+        compensation: Compensation | None,
+    ):
+        self.partition, self.weights, self.bases = partition, weights, bases
+        self.scales, self.activation, self.compensation = scales, activation, compensation
+        self.gathered = weights.k > FEW_CHANNELS or compensation is not None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``y [M, hidden]``, and what backward needs beside ``x``: the first product, ``h A_down'``, and e, g."""
+        """``y [M, hidden]``, and what backward needs beside ``x [M, hidden]``."""
         weights, partition = self.weights, self.partition
-        gate_scale, up_scale, down_scale = weights.scales
-        r = weights.gate_B.shape[1]
-        stacked = x @ weights.product_in.t()
-        unit = weights.unit(stacked, partition.context)
-        if len(partition.padding):
+        k, r = weights.k, weights.r
+        source = x.index_select(0, partition.context) if self.gathered else x
+        stacked = source @ weights.product_in.t()
+        unit = stacked.new_empty((len(stacked), k + r))
+        rows = None if self.gathered else partition.context
+        thin, base = self._views(stacked)
+        glu_forward(thin, base, weights.ordered, unit[:, :k], unit[:, k:], self.activation, rows)
+        if self.gathered:
+            return self._forward_gathered(x, source, stacked, unit)
+        if partition.num_padding:
             unit.index_fill_(0, partition.padding, 0)
-        if not len(partition.dense):
-            return unit @ weights.product_out.t(), (stacked, unit[:, weights.k :].clone())
-        (_, gate_B), (_, up_B), (down_A, down_B) = self.pairs
-        rows, thin = x.index_select(0, partition.dense), stacked[:, : 2 * r].index_select(0, partition.dense)
-        e = (rows @ self.bases[0].dense(x.dtype).t()).addmm_(thin[:, :r], gate_B.t(), alpha=gate_scale)
-        g = (rows @ self.bases[1].dense(x.dtype).t()).addmm_(thin[:, r:], up_B.t(), alpha=up_scale)
-        h = gated_forward(e, g, weights.activation)
-        thin = h @ down_A.t()
-        unit[:, weights.k :].index_copy_(0, partition.dense, thin)
-        dense = (h @ self.bases[2].dense(x.dtype).t()).addmm_(thin, down_B.t(), alpha=down_scale)
-        down_thin = unit[:, weights.k :].clone()
+        dense, e, g = None, None, None
+        if partition.num_dense:
+            dense_x = x.index_select(0, partition.dense)
+            e, g = (dense_x @ base.dense(x.dtype).t() for base in self.bases[:2])
+            h = torch.empty_like(e)
+            glu_forward(
+                thin, (e, g), weights.natural, h, unit[:, k:], self.activation, partition.dense, True, unit[:, :k]
+            )
+            dense = h @ self.bases[2].dense(x.dtype).t()
         y = unit @ weights.product_out.t()
-        return y.index_copy_(0, partition.dense, dense), (stacked, down_thin, e, g)
+        if dense is not None:
+            add_rows(y, partition.dense, dense)
+        return y, (stacked, unit, e, g)
 
-    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """``dx`` and the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``."""
-        stacked, down_thin, *dense_saved = saved
+    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
+        """``dx`` and the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``; ``saved`` is what `forward` returned."""
+        if self.gathered:
+            return self._backward_gathered(dy, x, saved, loras)
+        stacked, unit, e, g = saved
         weights, partition = self.weights, self.partition
-        gate_scale, up_scale, down_scale = weights.scales
-        r = weights.gate_B.shape[1]
+        k, r = weights.k, weights.r
         d_unit = dy @ weights.product_out
-        d_stacked, d_loras = weights.unit_backward(stacked, d_unit, partition.context)
-        if len(partition.padding):
+        d_stacked = torch.empty_like(stacked)
+        (thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
+        d_context = glu_backward(
+            thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation,
+            partition.context,
+        )  # fmt: skip
+        if partition.num_padding:
             d_stacked.index_fill_(0, partition.padding, 0)
-        (_, gate_B), (_, up_B), (down_A, _) = self.pairs
-        gate_grad, up_grad, down_grad = (self._whole_width(part) for part in d_loras.sum(0))
-        if dense_saved:
-            e, g = dense_saved
-            dense = partition.dense
-            thin = stacked[:, : 2 * r].index_select(0, dense)
-            down_dthin = d_unit[:, weights.k :].index_select(0, dense)
-            dh = (dy.index_select(0, dense) @ self.bases[2].dense(x.dtype)).addmm_(down_dthin, down_A)
-            h, de, dg = gated_backward(dh, e, g, weights.activation)
-            d_dense = stacked.new_zeros(len(dense), stacked.shape[1])
-            torch.mm(de, gate_B * gate_scale, out=d_dense[:, :r])
-            torch.mm(dg, up_B * up_scale, out=d_dense[:, r : 2 * r])
-            d_stacked.index_copy_(0, dense, d_dense)
-            gate_grad.add_(de.t() @ thin[:, :r], alpha=gate_scale)
-            up_grad.add_(dg.t() @ thin[:, r:], alpha=up_scale)
-            down_grad.add_(h.t() @ down_dthin)
+        dense = d_dense = None
+        if e is not None:
+            d_h = dy.index_select(0, partition.dense) @ self.bases[2].dense(dy.dtype)
+            de, dg = torch.empty_like(e), torch.empty_like(g)
+            d_dense = glu_backward(
+                thin, (e, g), weights.natural, d_h, d_unit[:, k:], (de, dg), d_thin, self.activation,
+                partition.dense, True, d_stacked[:, 2 * r :],
+            )  # fmt: skip
+            dense = (de @ self.bases[0].dense(dy.dtype)).addmm_(dg, self.bases[1].dense(dy.dtype))
         dx = d_stacked @ weights.product_in
-        if dense_saved:
-            dx_dense = dx.index_select(0, dense).addmm_(de, self.bases[0].dense(x.dtype))
-            dx_dense.addmm_(dg, self.bases[1].dense(x.dtype))
-            dx.index_copy_(0, dense, dx_dense)
-        dA = d_stacked[:, : 2 * r].t() @ x
-        down_B_grad = (dy.t() @ down_thin).mul_(down_scale)
-        return dx, [dA[:r], gate_grad, dA[r:], up_grad, down_grad.t(), down_B_grad]
+        if dense is not None:
+            add_rows(dx, partition.dense, dense)
+        dA = product_fp32(d_thin.t(), x)
+        down_B = product_fp32(dy.t(), unit[:, k:])
+        return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
 
-    def _whole_width(self, gradient: Tensor) -> Tensor:
-        """A gradient ``[places, r]`` with its channels where they belong, zero where ``lora_branch`` left them out."""
-        size = self.pairs[0][1].shape[0]
-        place = gradient.new_zeros if len(gradient) < size else gradient.new_empty
-        return place(size, gradient.shape[1]).index_copy_(0, self.weights.order, gradient)
+    def _forward_gathered(self, x: Tensor, context_x: Tensor, stacked: Tensor, unit: Tensor):
+        weights, partition = self.weights, self.partition
+        k, r = weights.k, weights.r
+        context = unit @ weights.product_out.t()
+        if self.compensation is not None:
+            context += self.compensation.forward(context_x)
+        y = (torch.zeros_like if partition.num_padding else torch.empty_like)(x)
+        y.index_copy_(0, partition.context, context)
+        if not partition.num_dense:
+            return y, (stacked, unit[:, k:], context_x, None, None, None, None)
+        dense_x = x.index_select(0, partition.dense)
+        thin = dense_x @ weights.product_in[: 2 * r].t()
+        e, g = (dense_x @ base.dense(x.dtype).t() for base in self.bases[:2])
+        h, down_thin = torch.empty_like(e), thin.new_empty((len(thin), r))
+        glu_forward(thin, (e, g), weights.natural, h, down_thin, self.activation)
+        dense = (h @ self.bases[2].dense(x.dtype).t()).addmm_(down_thin, weights.product_out[:, k:].t())
+        y.index_copy_(0, partition.dense, dense)
+        return y, (stacked, unit[:, k:], context_x, thin, down_thin, e, g)
+
+    def _backward_gathered(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
+        stacked, unit_thin, context_x, thin, down_thin, e, g = saved
+        weights, partition = self.weights, self.partition
+        k, r = weights.k, weights.r
+        context_dy = dy.index_select(0, partition.context)
+        d_unit = context_dy @ weights.product_out
+        d_stacked = torch.empty_like(stacked)
+        (stacked_thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
+        d_context = glu_backward(
+            stacked_thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation
+        )
+        context_dx = d_stacked @ weights.product_in
+        if self.compensation is not None:
+            context_dx += self.compensation.input_gradient(context_dy)
+        dx = (torch.zeros_like if partition.num_padding else torch.empty_like)(x)
+        dx.index_copy_(0, partition.context, context_dx)
+        dA = product_fp32(d_thin.t(), context_x)
+        down_B = product_fp32(context_dy.t(), unit_thin)
+        d_dense = None
+        if e is not None:
+            dense_dy = dy.index_select(0, partition.dense)
+            d_h, d_down_thin = dense_dy @ self.bases[2].dense(dy.dtype), dense_dy @ weights.product_out[:, k:]
+            de, dg, d_thin = torch.empty_like(e), torch.empty_like(g), torch.empty_like(thin)
+            d_dense = glu_backward(thin, (e, g), weights.natural, d_h, d_down_thin, (de, dg), d_thin, self.activation)
+            dense_dx = (de @ self.bases[0].dense(dy.dtype)).addmm_(dg, self.bases[1].dense(dy.dtype))
+            dense_dx.addmm_(d_thin, weights.product_in[: 2 * r])
+            dx.index_copy_(0, partition.dense, dense_dx)
+            dA += product_fp32(d_thin.t(), x.index_select(0, partition.dense))
+            down_B += product_fp32(dense_dy.t(), down_thin)
+        return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
+
+    def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """gate and up thin ``[M, 2r]``, and their base products ``[M, k]``, of ``stacked [M, 2r + 2k]``."""
+        k, r = self.weights.k, self.weights.r
+        return stacked[:, : 2 * r], (stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :])
+
+    def _gradients(
+        self, dA: Tensor, down_B: Tensor, context: Tensor, dense: Tensor | None, loras: Sequence[Tensor]
+    ) -> list[Tensor]:
+        gate_scale, up_scale, down_scale = self.scales
+        r, order = self.weights.r, self.weights.order
+        gate_A, up_A = dA[:r], dA[r:]
+        if gate_scale != 1:
+            gate_A *= gate_scale
+        if up_scale != 1:
+            up_A *= up_scale
+        kept = (loras[1], loras[3], loras[4])
+        if len(order) == len(loras[1]):
+            gate_B, up_B, down_A = mlp_gradients(context, dense, order, kept, down_scale)
+        else:  # lora_branch="selected": context rows leave the other channels alone
+            size = (3, *loras[1].shape)
+            total = context.new_zeros(size) if dense is None else dense.sum(0)
+            gate_B, up_B, down = total.index_add_(1, order, context.sum(0))
+            down_A = down.t().mul_(down_scale)
+        return [gate_A, gate_B, up_A, up_B, down_A, down_B]

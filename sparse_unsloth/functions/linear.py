@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse_unsloth.functions import fused_linear
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.rows import RowProjection
 from sparse_unsloth.partition import TokenPartition
@@ -189,7 +189,7 @@ class _SparseLinear(torch.autograd.Function):
             if fused is not None:
                 outputs, thin = fused.forward(x)
                 ctx.save_for_backward(hidden_states, *loras, thin)
-                return tuple(y.unflatten(0, hidden_states.shape[:-1]) for y in outputs)
+                return tuple(y.view(*hidden_states.shape[:-1], -1) for y in outputs)
             ctx.save_for_backward(hidden_states, *loras)
             dense_input = x.index_select(0, partition.dense)
             context_input = x.index_select(0, partition.context)
@@ -215,8 +215,12 @@ class _SparseLinear(torch.autograd.Function):
             fused = _fused(plan, loras, x)
             if fused is not None:
                 dx, lora_gradients = fused.backward([dy.flatten(0, -2) for dy in gradients], x, *saved)
-                lora_gradients = [g.to(tensor.dtype) for g, tensor in zip(lora_gradients, loras, strict=True)]
-                return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
+                plan.kept.clear()
+                lora_gradients = [
+                    gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+                    for gradient, tensor in zip(lora_gradients, loras, strict=True)
+                ]
+                return dx.view(hidden_states.shape), None, *lora_gradients
             dense_input = x.index_select(0, plan.partition.dense)
             context_input = x.index_select(0, plan.partition.context)
             dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
@@ -243,31 +247,25 @@ class _SparseLinear(torch.autograd.Function):
         return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
 
 
-def _fused(
-    plan: _Plan, loras: Sequence[Tensor | None], x: Tensor
-) -> fused_linear.FusedOutSelected | fused_linear.FusedInSelected | None:
+def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSelected | FusedInSelected | None:
     """The parts through the kernels, where they can."""
-    parts, partition = plan.parts, plan.partition
-    plain = plan.lora_branch == "dense" and None not in loras and all(part.compensation is None for part in parts)
-    if not (plain and partition.context.numel() and use_kernels(x)):
+    fused = plan.kept.get("fused")
+    parts = plan.parts
+    if fused is not None or not (plan.partition.num_context and use_kernels(x)):
+        return fused
+    if plan.lora_branch != "dense" or len(parts) > 3 or None in loras or len({len(A) for A in loras[::2]}) > 1:
         return None
-    out_selected = all(part.out_index is not None for part in parts)
-    if not out_selected and (len(parts) > 1 or parts[0].in_index is None):
+    if any(part.compensation is not None for part in parts):
         return None
-    if not plan.kept:
-        selected = [gather_weight(part.base, None, part.out_index, part.in_index, x.dtype) for part in parts]
-        plan.kept["weights"] = fused_linear.FusedWeights(
-            A=torch.cat([A.detach().to(x.dtype) for A in loras[::2]]),
-            B=[B.detach().to(x.dtype) * part.scale for B, part in zip(loras[1::2], parts, strict=True)],
-            selected=torch.cat(selected) if len(selected) > 1 else selected[0],
-            scales=[part.scale for part in parts],
-        )
-    biases = [None if part.base.bias is None else part.base.bias.detach().to(x.dtype) for part in parts]
-    if out_selected:
+    scales = [part.scale for part in parts]
+    if all(part.out_index is not None for part in parts):
         bases, indices = [part.base for part in parts], [part.out_index for part in parts]
-        return fused_linear.FusedOutSelected(partition, plan.kept["weights"], bases, biases, indices)
-    (part,) = parts
-    return fused_linear.FusedInSelected(partition, plan.kept["weights"], part.base, biases[0], part.in_index)
+        fused = FusedOutSelected(plan.partition, bases, loras, scales, indices, x.dtype)
+    elif len(parts) == 1 and parts[0].in_index is not None:
+        fused = FusedInSelected(plan.partition, parts[0].base, loras, scales[0], parts[0].in_index, x.dtype)
+    if fused is not None:
+        plan.kept["fused"] = fused
+    return fused
 
 
 def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):

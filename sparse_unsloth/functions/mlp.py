@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
-from sparse_unsloth.functions.fused import (
-    FEW_CHANNELS,
-    FusedContextRows,
-    FusedMlp,
-    FusedWeights,
-    channel_order,
-    fuse_weights,
-)
+from sparse_unsloth.functions.fused import FusedMlp, FusedWeights, channel_order, fuse_weights
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import (
     cast_for_autocast,
@@ -46,6 +39,11 @@ from sparse_unsloth.kernels.gated import (
 )
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Projection
+
+KEPT_BYTES = 12 << 20
+"""Gathered weights of a layer up to this size stay from forward to recompute and backward; larger ones are gathered
+again.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,11 @@ class _Plan:
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
 
+    def forget(self) -> None:
+        """After backward: gives the gathered weights' memory back. A second backward gathers them again."""
+        self.kept.clear()
+        self.memo.pop("weights", None)
+
 
 def sparse_mlp(
     hidden_states: Tensor,
@@ -91,8 +94,9 @@ def sparse_mlp(
         mlp: the projections.
         lora_branch: "dense" or "selected".
         compensation: added to context rows.
-        memo: a dictionary for these channels: a recompute that is given the same one finds there what follows from
-            them alone. Weights are not kept in it: 28 layers of an 8B model would hold half a gigabyte.
+        memo: a dictionary for one forward and these channels: its recompute, given the same one, finds there the
+            order of the channels (key "order", which may be put in beforehand) and, up to `KEPT_BYTES` and until
+            backward, the gathered weights.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -147,24 +151,22 @@ class _SparseMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None) -> Tensor:
+        ctx.plan, ctx.lora_count = plan, len(loras)
         x = hidden_states.flatten(0, -2)
-        saved: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused_mlp(plan, loras, x)
             if fused is not None:
                 y, saved = fused.forward(x)
-                ctx.plan, ctx.lora_count = plan, len(loras)
-                ctx.save_for_backward(hidden_states, *loras, *saved)
-                return y.unflatten(0, hidden_states.shape[:-1])
-            y = torch.zeros_like(x)
-            for index, rows in _row_sets(plan, loras, x.dtype):
-                rows_y, rows_saved = rows.forward(x.index_select(0, index))
-                y.index_copy_(0, index, rows_y)
-                saved += rows_saved
-        ctx.plan = plan
-        ctx.lora_count = len(loras)
+                if fused.weights.nbytes > KEPT_BYTES:
+                    plan.forget()
+            else:
+                y, saved = torch.zeros_like(x), []
+                for index, rows in _row_sets(plan, loras, x.dtype):
+                    rows_y, rows_saved = rows.forward(x.index_select(0, index))
+                    y.index_copy_(0, index, rows_y)
+                    saved += rows_saved
         ctx.save_for_backward(hidden_states, *loras, *saved)
-        return y.unflatten(0, hidden_states.shape[:-1])
+        return y.view(hidden_states.shape)
 
     @staticmethod
     @once_differentiable
@@ -175,20 +177,20 @@ class _SparseMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused_mlp(ctx.plan, loras, x)
             if fused is not None:
-                dx, gradients = fused.backward(dy, x, saved)
-                gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, loras, strict=True)]
-                return dx.unflatten(0, hidden_states.shape[:-1]), None, *gradients
-            gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
-            dx = torch.zeros_like(x)
-            for number, (index, rows) in enumerate(_row_sets(ctx.plan, loras, x.dtype)):
-                rows_saved = saved[2 * number : 2 * number + 2]
-                rows_dx = rows.backward(dy.index_select(0, index), x.index_select(0, index), rows_saved, gradients)
-                dx.index_copy_(0, index, rows_dx)
+                dx, gradients = fused.backward(dy, x, saved, loras)
+                ctx.plan.forget()
+            else:
+                gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
+                dx = torch.zeros_like(x)
+                for number, (index, rows) in enumerate(_row_sets(ctx.plan, loras, x.dtype)):
+                    rows_saved = saved[2 * number : 2 * number + 2]
+                    rows_dx = rows.backward(dy.index_select(0, index), x.index_select(0, index), rows_saved, gradients)
+                    dx.index_copy_(0, index, rows_dx)
         gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
+            gradient if gradient is None or gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, loras, strict=True)
         ]
-        return dx.unflatten(0, hidden_states.shape[:-1]), None, *gradients
+        return dx.view(hidden_states.shape), None, *gradients
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,6 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
             for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
         ]
         compensation = plan.compensation and plan.compensation.to(weights[0].device, dtype)
-        if use_kernels(weights[0]) and _fusible(plan):
-            yield partition.context, FusedContextRows(_fuse(plan, weights, pairs), compensation)
-            return
         context = [
             row_projection(base, weight, pair, scale, **index, narrow=narrow)
             for base, weight, pair, scale, index in zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
@@ -272,32 +271,30 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
-    """The whole MLP through the kernels, where few channels are selected."""
-    few = len(plan.channels) <= FEW_CHANNELS and plan.compensation is None and plan.partition.context.numel()
-    if not (few and use_kernels(x) and _fusible(plan)):
+    """The MLP through the kernels, where they can: LoRA of one rank on all three projections, and no biases."""
+    fused = plan.kept.get("fused")
+    if fused is not None or not (plan.partition.num_context and use_kernels(x)):
+        return fused
+    if None in plan.ranks or len(set(plan.ranks)) > 1 or any(base.bias is not None for base in plan.bases):
         return None
-    if not plan.kept:
-        plan.kept["pairs"] = [tuple(t.detach().to(x.dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
-        gate, up, down = plan.bases
-        weights = (
-            gate.rows(plan.channels, x.dtype),
-            up.rows(plan.channels, x.dtype),
-            down.columns(plan.channels, x.dtype),
-        )
-        plan.kept["weights"] = _fuse(plan, weights, plan.kept["pairs"])
-    return FusedMlp(plan.partition, plan.kept["weights"], plan.bases, plan.kept["pairs"])
+    compensation = plan.compensation and plan.compensation.to(x.device, x.dtype)
+    fused = plan.kept["fused"] = FusedMlp(
+        plan.partition, _fused_weights(plan, loras, x), plan.bases, plan.scales, plan.activation, compensation
+    )
+    return fused
 
 
-def _fusible(plan: _Plan) -> bool:
-    """The kernels take LoRA of one rank on all three projections, and no biases."""
-    return None not in plan.ranks and len(set(plan.ranks)) == 1 and all(base.bias is None for base in plan.bases)
-
-
-def _fuse(plan: _Plan, weights: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> FusedWeights:
-    if plan.lora_branch == "selected":
-        order = plan.channels
-    else:
-        if "order" not in plan.memo:
-            plan.memo["order"] = channel_order(plan.channels, plan.bases[0].shape[0])
-        order = plan.memo["order"]
-    return fuse_weights(weights, pairs, order, len(plan.channels), plan.scales, plan.activation)
+def _fused_weights(plan: _Plan, loras: Sequence[Tensor], x: Tensor) -> FusedWeights:
+    weights = plan.memo.get("weights")
+    if weights is not None and weights.product_in.dtype == x.dtype:
+        return weights
+    order = plan.channels
+    if plan.lora_branch == "dense":
+        order = plan.memo.get("order")
+        if order is None:
+            order = plan.memo["order"] = channel_order(plan.channels, plan.bases[0].shape[0])
+    natural = plan.partition.num_dense > 0
+    weights = fuse_weights(plan.bases, plan.channels, order, loras, plan.scales, x.dtype, natural)
+    if weights.nbytes <= KEPT_BYTES:
+        plan.memo["weights"] = weights
+    return weights
