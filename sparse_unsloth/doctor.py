@@ -15,6 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from sparse_unsloth.backends.unsloth_sources import find_unsloth, read_contract
 from sparse_unsloth.data import REASONING_GYM, SMOLLM2, SMOLLM2_INSTALL
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.language_model import explain_backend
@@ -43,7 +44,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Every finding; those with status "problem" keep training from running here."""
-    return [*_versions(), _device(), _trl_without_gpu(), _backend(), _kernels(), *_quickstart()]
+    return [*_versions(), _device(), _trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
 
 
 def check_can_train(use_cpu: bool = False) -> None:
@@ -170,6 +171,25 @@ def _backend() -> Finding:
             cure="Give `--backend peft`, or backend='peft' to FastSparseLanguageModel.from_pretrained.",
         )
     return Finding("backend", f"{name} ({reason})")
+
+
+def _unsloth_hooks() -> list[Finding]:
+    """What the Unsloth backend replaces or relies on, each found in the installed sources or not."""
+    folder = find_unsloth()
+    if folder is None:
+        return [Finding("Unsloth's hooks", "Unsloth is not installed")]
+    cures = {
+        "layers": "This Unsloth has moved it, and attaching would fail. Install a version of the tested range, or give "
+        "backend='peft'.",
+        "loss": "This Unsloth has moved its fused loss. Install a version of the tested range, or set "
+        "exact_removal: false.",
+    }
+    return [
+        Finding(hook.what, f"found in unsloth/{hook.file}")
+        if hook.found
+        else Finding(hook.what, f"not in unsloth/{hook.file}", status="problem", cure=cures[hook.needed_by])
+        for hook in read_contract(folder)
+    ]
 
 
 def _kernels() -> Finding:

