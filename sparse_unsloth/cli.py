@@ -89,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--steps", type=_positive, help="optimiser steps of the dense and the sparse run")
     quickstart.add_argument("--test-size", type=_positive, help="held-out samples to evaluate on")
     quickstart.add_argument("--output-dir", default="runs/quickstart", help="default: %(default)s")
+
+    # Its words are its own: building their parser imports torch. No word is an option here, not even --help.
+    bench = commands.add_parser(
+        "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
+    )
+    bench.add_argument("words", nargs="*")
     return parser
 
 
@@ -161,6 +167,12 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.bench.speed import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -174,7 +186,14 @@ def _version() -> str:
     return f"sparse-unsloth {__version__}"
 
 
-COMMANDS = {"train": _train, "recipes": _recipes, "keys": _keys, "doctor": _doctor, "quickstart": _quickstart}
+COMMANDS = {
+    "train": _train,
+    "recipes": _recipes,
+    "keys": _keys,
+    "doctor": _doctor,
+    "quickstart": _quickstart,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

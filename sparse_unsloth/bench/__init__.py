@@ -1,0 +1,1 @@
+"""The benchmark of training steps, ``sparse-unsloth bench``: dense and sparse methods side by side."""

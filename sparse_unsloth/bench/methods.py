@@ -1,0 +1,110 @@
+"""What is compared: the methods, the sparsity of each, and how fast arithmetic lets it be."""
+
+from __future__ import annotations
+
+from sparse_unsloth.bench.shapes import Shape, shape_of
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.errors import ConfigError
+
+METHODS = {
+    "unsloth-dense": "Unsloth as it is, the baseline",
+    "unsloth-dense-exact": "Unsloth, dense, without work that has no effect",
+    "hooks-dense": "every hook of sparse-o2 installed, in a dense phase",
+    "sparse-o1": "preset o1, conservative",
+    "sparse-o2": "preset o2, aggressive",
+    "sparse-50": "half of the MLP channels, layer 0 and attention dense",
+    "sparse-25": "a quarter of the MLP channels, likewise",
+    "nothing-dropped": "the sparse path with every channel kept",
+    "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
+    "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
+}
+BASELINE = "unsloth-dense"
+EQUAL_TO_PLAIN = ("unsloth-dense-exact", "hooks-dense", "nothing-dropped")
+"""Methods that must compute what the plain model computes."""
+
+LLAMA_3_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
+TARGETS = {
+    ("math10k", "sparse-o2"): (2.1, 2.50),
+    ("codefeedback", "sparse-o2"): (1.45, 1.66),
+    ("wizardlm", "sparse-o2"): (2.0, 2.41),
+    ("csr170k", "sparse-o2"): (3.6, 4.89),
+    ("long8k", "sparse-o2"): (2.1, 2.62),
+    ("long16k", "sparse-o2"): (1.9, 2.43),
+    ("wizardlm", "sparse-50"): (1.35, 1.51),
+    ("wizardlm", "sparse-25"): (1.6, 1.89),
+}
+"""``(target, FLOP limit)`` of the speed-up over dense Unsloth on Llama-3-8B, as the project states them."""
+
+
+def methods_of(names: str) -> list[str]:
+    """Methods from names parted by commas.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    chosen = names.split(",")
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ConfigError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}")
+    return list(dict.fromkeys(chosen))
+
+
+def backend_of(method: str) -> str:
+    """ "unsloth" or "peft"."""
+    return "peft" if method.startswith("peft-") else "unsloth"
+
+
+def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> dict | None:
+    """The configuration of a method; None for a model that nothing is attached to.
+
+    Args:
+        estimator: a file that keeps the factors from one attaching to the next.
+    """
+    common = {"start_step": 0, "end_step": 1.0, "estimator": {"kind": "svd", "rank": 8, "path": estimator}}
+    if method in ("unsloth-dense", "peft-dense"):
+        return None
+    if method == "unsloth-dense-exact":
+        return {"preset": "dense"}
+    if method == "hooks-dense":
+        return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
+    if method in ("sparse-50", "sparse-25"):
+        return {"mlp": {f"1-{num_layers - 1}": 1 - int(method[-2:]) / 100}, **common}
+    if method == "nothing-dropped":
+        return {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}, **common}
+    return {"preset": method[-2:], **common}
+
+
+def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
+    """The speed-up over dense Unsloth, checkpointed, that the FLOPs allow: as stated in `TARGETS`, else counted.
+
+    Counted with the exact removal (logits of rows that bear loss; the last layer's Q, O and MLP of such rows), which
+    neither the PEFT backend nor ``hooks-dense`` has. Stated limits weigh attention a little less than `step_flops`.
+    """
+    if model == LLAMA_3_8B and (shape_name, method) in TARGETS:
+        return TARGETS[shape_name, method][1]
+    shape = shape_of(shape_name)
+    layers = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense").layer_sparsity(model.num_layers)
+    if method == "hooks-dense":
+        layers = [(0.0, 0.0)] * model.num_layers
+    removal = backend_of(method) == "unsloth" and method not in (BASELINE, "hooks-dense")
+    dense, ours = (
+        step_flops(
+            model,
+            sparsity,
+            shape.tokens - shape.context_tokens,
+            shape.context_tokens,
+            [shape.length] * shape.batch,
+            lora_rank=16,
+            checkpointing=True,
+            head_tokens=shape.batch * shape.outputs if removed else None,
+        ).total
+        for sparsity, removed in (([(0.0, 0.0)] * model.num_layers, False), (layers, removal))
+    )
+    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape))
+
+
+def _last_layer_flops(model: ModelShape, sparsity: tuple[float, float], shape: Shape) -> int:
+    """Forward, recompute and backward of what the last layer need not compute on context rows."""
+    widths = model.projections(*sparsity)
+    removed = sum(widths[name][0] * widths[name][1] for name in widths if name not in ("k_proj", "v_proj"))
+    return 3 * 2 * shape.context_tokens * removed

@@ -1,0 +1,94 @@
+"""What a benchmarked step trains on: named shapes, shapes of the user's own, and batches of random tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from sparse_unsloth.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` sequences of ``length`` tokens, the last ``outputs`` of each bearing loss."""
+
+    batch: int
+    length: int
+    outputs: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def context_tokens(self) -> int:
+        """Rows that a sparse layer may compute on chosen channels: the last prompt token is dense."""
+        return self.batch * max(self.length - self.outputs - 1, 0)
+
+
+SHAPES = {
+    "math10k": Shape(16, 512, 128),
+    "codefeedback": Shape(8, 1024, 512),
+    "wizardlm": Shape(4, 2048, 512),
+    "csr170k": Shape(16, 512, 3),
+    "long8k": Shape(1, 8192, 1024),
+    "long16k": Shape(1, 16384, 1024),
+}
+HOST = {"host": Shape(1, 256, 64)}
+"""So few tokens that a step takes as long as the host needs to launch it; asked for by name, not part of "all"."""
+CUSTOM = re.compile(r"custom-(\d+)-(0(?:\.\d+)?)")
+
+
+def custom_name(tokens: int, context_share: float) -> str:
+    """The name of one sequence of ``tokens``, of which ``context_share`` are prompt: ``custom-8192-0.75``."""
+    return f"custom-{tokens}-{context_share:g}"
+
+
+def shape_of(name: str) -> Shape:
+    """The shape of a name, custom ones too.
+
+    Raises:
+        ConfigError: no such shape, or a custom one without a token to predict.
+    """
+    if match := CUSTOM.fullmatch(name):
+        tokens, share = int(match[1]), float(match[2])
+        outputs = round(tokens * (1 - share))
+        if tokens < 2 or outputs < 1:
+            raise ConfigError(f"shape {name}: it needs at least two tokens, and one of them to learn")
+        return Shape(1, tokens, outputs)
+    try:
+        return (SHAPES | HOST)[name]
+    except KeyError:
+        names = ", ".join(SHAPES | HOST)
+        raise ConfigError(f"there is no shape {name!r}; shapes are {names}, and custom-TOKENS-SHARE") from None
+
+
+def shapes_of(names: str | None, tokens: int | None = None, context_share: float | None = None) -> dict[str, Shape]:
+    """The shapes that a command line asks for, by name and in its order.
+
+    Args:
+        names: "all", or names parted by commas; None is "all" unless a custom shape is described.
+        tokens, context_share: one of them, or both, add a custom shape (8192 tokens, 0.75).
+
+    Raises:
+        ConfigError: as `shape_of`.
+    """
+    custom = tokens is not None or context_share is not None
+    if names is None:
+        names = "" if custom else "all"
+    chosen = [part for name in names.split(",") if name for part in (SHAPES if name == "all" else (name,))]
+    if custom:
+        share = 0.75 if context_share is None else context_share
+        chosen.append(custom_name(8192 if tokens is None else tokens, share))
+    return {name: shape_of(name) for name in chosen}
+
+
+def make_batch(shape: Shape, vocab_size: int, seed: int, device: str) -> dict[str, torch.Tensor]:
+    """Random tokens, and labels on the outputs of each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, vocab_size, (shape.batch, shape.length), generator=generator)
+    labels = ids.clone()
+    labels[:, : shape.length - shape.outputs] = -100
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
