@@ -1,0 +1,138 @@
+"""Draws the table of ``sparse-unsloth bench``: reads ``speed.csv``, writes ``speed.md`` and ``speed.png`` beside it.
+
+    python benchmarks/draw_speed.py [benchmarks/results/speed.csv]
+
+Of each device, model, dtype and checkpointing mode the newest run is shown, whole: try things out with ``--out``
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, METHODS
+from sparse_unsloth.bench.shapes import HOST, SHAPES
+from sparse_unsloth.bench.table import Comparison, compare, read_rows
+
+RESULTS = Path(__file__).parent / "results" / "speed.csv"
+MODELS = {"llama8b": LLAMA_3_8B}
+"""Sizes by the name of the checkpoint's folder, for the FLOP limits."""
+PEFT_PAIR = "peft-dense", "peft-sparse-o2"
+
+
+def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]:
+    """Rows of the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`."""
+    runs: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        key = row["device"], row["model"], row["dtype"], row["checkpointing"]
+        if key not in runs or runs[key][0]["date"] != row["date"]:
+            runs[key] = []
+        runs[key].append(row)
+    shapes, methods = list(SHAPES | HOST), list(METHODS)
+
+    def place(row: dict) -> tuple:
+        shape = row["shape"]
+        return shapes.index(shape) if shape in shapes else len(shapes), shape, methods.index(row["method"])
+
+    return {key: sorted(run, key=place) for key, run in sorted(runs.items())}
+
+
+def markdown(runs: dict[tuple, list[dict]]) -> str:
+    """Every run as a heading, a table, and a line of its versions."""
+    lines = [
+        "# Step times",
+        "",
+        "Forward, backward and AdamW; median, with the 20th and 80th percentile. Speed-up and memory are against dense",
+        "Unsloth at the same shape in the same run. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT",
+        "methods use transformers' checkpointing where Unsloth's is named. Made by `benchmarks/draw_speed.py`.",
+        "",
+        "![Speed-up over dense Unsloth](speed.png)",
+    ]
+    heading = ("shape", "method", "ms", "p20 to p80", "tokens/s", "peak GiB", "memory", "speed-up", "target", "limit")
+    for key, run in runs.items():
+        lines += ["", f"## {title(key)}", ""]
+        lines += [f"| {' | '.join((*heading, 'of limit'))} |", f"| --- | --- |{' ---: |' * (len(heading) - 1)}"]
+        lines += [f"| {' | '.join(_cells(one))} |" for one in compare(run, MODELS.get(key[1]))]
+        lines += ["", f"{run[0]['date']}, commit {run[0]['commit']}, {run[0]['versions']}."]
+        lines += _peft(run)
+    return "\n".join(lines) + "\n"
+
+
+def title(key: tuple[str, str, str, str]) -> str:
+    device, model, dtype, checkpointing = key
+    return f"{device}, {model}, {dtype}, checkpointing {checkpointing}"
+
+
+def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
+    """Grouped bars of the speed-up, one panel for each run; targets are solid lines over their bars, limits dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6 * len(runs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, run) in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True):
+        shown = [one for one in compare(run, MODELS.get(key[1])) if one.speedup is not None]
+        shown = [one for one in shown if one.row["method"] != BASELINE and one.row["shape"] not in HOST]
+        shapes = list(dict.fromkeys(one.row["shape"] for one in shown))
+        methods = [name for name in METHODS if any(one.row["method"] == name for one in shown)]
+        width = 0.8 / max(len(methods), 1)
+        for number, method in enumerate(methods):
+            ours = [one for one in shown if one.row["method"] == method]
+            places = [shapes.index(one.row["shape"]) + (number - (len(methods) - 1) / 2) * width for one in ours]
+            bars = axes.bar(places, [one.speedup for one in ours], width, label=method)
+            axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+            for place, one in zip(places, ours, strict=True):
+                if one.target is not None:
+                    for height, style in ((one.target, "solid"), (one.limit, "dashed")):
+                        axes.hlines(height, place - width / 2, place + width / 2, "black", style)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(shapes)), shapes)
+        axes.set(ylabel="times dense Unsloth", title=title(key))
+        for value, style in (("target", "solid"), ("FLOP limit", "dashed")):
+            axes.plot([], [], color="black", linestyle=style, label=value)
+        axes.legend(fontsize="x-small", bbox_to_anchor=(1, 1), loc="upper left")
+    figure.savefig(path, dpi=120)
+
+
+def _cells(one: Comparison) -> tuple[str, ...]:
+    row, baseline = one.row, one.row["method"] == BASELINE
+    return (
+        row["shape"],
+        row["method"],
+        f"{row['median_ms']:.1f}",
+        f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
+        f"{one.tokens_per_second:.0f}",
+        f"{row['peak_gib']:.2f}",
+        _form(one.memory, "{:.2f}", baseline),
+        _form(one.speedup, "{:.2f}x", baseline),
+        _form(one.target, "{:.2f}x"),
+        _form(one.limit, "{:.2f}x", baseline),
+        _form(one.of_limit, "{:.0%}", baseline),
+    )
+
+
+def _form(value: float | None, form: str, blank: bool = False) -> str:
+    return "" if value is None or blank else form.format(value)
+
+
+def _peft(run: list[dict]) -> list[str]:
+    """What the PEFT backend gains over dense PEFT."""
+    dense, sparse = ({row["shape"]: row["median_ms"] for row in run if row["method"] == name} for name in PEFT_PAIR)
+    gains = [f"{shape} {dense[shape] / sparse[shape]:.2f}x" for shape in sparse if shape in dense]
+    return ["", f"PEFT backend, sparse-o2 over dense PEFT: {', '.join(gains)}."] if gains else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", type=Path, default=RESULTS)
+    table = parser.parse_args(argv).table
+    runs = newest_runs(read_rows(table))
+    if not runs:
+        parser.error(f"{table} has no rows yet")
+    table.with_suffix(".md").write_text(markdown(runs), encoding="utf-8")
+    draw(runs, table.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

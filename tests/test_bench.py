@@ -1,0 +1,355 @@
+"""The benchmark without a GPU: words, shapes, limits, equality checks, rows, drawing; no time decides a test."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.bench import checks, profiling, speed
+from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, TARGETS, flop_limit, methods_of, sparsity_of
+from sparse_unsloth.bench.shapes import SHAPES, Shape, custom_name, make_batch, shapes_of
+from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_rows, report
+from sparse_unsloth.cli import main
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.partition import TokenPartition
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import always, make_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def row(method, shape="wizardlm", date="2026-01-01T00:00:00+00:00", ms=100.0, **changes):
+    common = dict.fromkeys(COLUMNS, "x") | {"date": date, "model": "llama8b", "dtype": "4bit", "tokens": 8192}
+    figures = {"median_ms": ms, "p20_ms": ms - 1, "p80_ms": ms + 1, "peak_gib": ms / 10}
+    return common | figures | {"shape": shape, "method": method} | changes
+
+
+# -- Words and shapes -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_methods_and_shapes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in (*METHODS, *SHAPES, "--context-share"):
+        assert word in printed
+
+
+def test_the_script_is_the_command():
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage: sparse-unsloth bench" in done.stdout
+
+
+def test_importing_the_benchmark_leaves_unsloth_the_first_place():
+    code = "import sys, sparse_unsloth.bench.speed; print({'transformers', 'peft', 'trl'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--methods unsloth-dense,sparse-o3", "there is no method sparse-o3"),
+        ("--shapes wizard", "there is no shape 'wizard'"),
+        ("--context-share 1.5", "there is no shape 'custom-8192-1.5'"),
+        ("--tokens 1", "at least two tokens"),
+        ("--rounds 0", "--rounds must be at least 1, given 0"),
+    ],
+)
+def test_wrong_words(words, message, capsys):
+    assert main(["bench", "--model", "m", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_no_gpu(capsys):
+    assert main(["bench", "--model", "m"]) == 1
+    assert "CUDA GPU" in capsys.readouterr().err
+
+
+def test_shapes():
+    assert list(shapes_of(None)) == list(shapes_of("all")) == list(SHAPES)
+    assert "host" not in shapes_of("all")
+    assert shapes_of("host,long8k") == {"host": Shape(1, 256, 64), "long8k": SHAPES["long8k"]}
+    assert shapes_of(None, tokens=4096) == {"custom-4096-0.75": Shape(1, 4096, 1024)}
+    assert list(shapes_of("wizardlm", context_share=0.5)) == ["wizardlm", "custom-8192-0.5"]
+    assert shapes_of(custom_name(100, 0.9)) == {"custom-100-0.9": Shape(1, 100, 10)}
+    assert shapes_of("custom-100-0")["custom-100-0"].context_tokens == 0
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 20, 5), Shape(2, 8, 8)])
+def test_batches_have_the_context_rows_that_the_limits_count(shape):
+    first, again, other = (make_batch(shape, 50, seed, "cpu") for seed in (1, 1, 2))
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert not torch.equal(first["input_ids"], other["input_ids"])
+    assert (first["labels"] != -100).sum() == shape.batch * shape.outputs
+    assert len(TokenPartition.from_labels(first["labels"]).context) == shape.context_tokens
+
+
+def test_every_method_has_a_sparsity_that_is_one():
+    assert methods_of("sparse-o1,sparse-o1") == ["sparse-o1"]
+    for method in METHODS:
+        sparsity = sparsity_of(method, 32)
+        layers = SparsityConfig.from_any(sparsity).layer_sparsity(32) if sparsity else []
+        assert any(any(layer) for layer in layers) == (
+            method not in ("unsloth-dense", "peft-dense", "unsloth-dense-exact")
+        )
+    assert SparsityConfig.from_any(sparsity_of("sparse-25", 32)).layer_sparsity(32)[:2] == [(0, 0), (0.75, 0)]
+
+
+# -- Limits and ratios ------------------------------------------------------------------------------------------------
+
+
+def test_counted_limits_are_near_the_stated_ones(monkeypatch):
+    from sparse_unsloth.bench import methods
+
+    stated = dict(TARGETS)
+    monkeypatch.setattr(methods, "TARGETS", {})
+    for (shape, method), (target, limit) in stated.items():
+        counted = flop_limit(shape, method, LLAMA_3_8B)
+        assert target < limit
+        assert counted == pytest.approx(limit, rel=0.15), (shape, method)
+        assert 1 < flop_limit(shape, "unsloth-dense-exact", LLAMA_3_8B) < counted
+        assert flop_limit(shape, "unsloth-dense", LLAMA_3_8B) == flop_limit(shape, "hooks-dense", LLAMA_3_8B) == 1
+
+
+def test_ratios():
+    rows = [row("unsloth-dense", ms=200.0), row("sparse-o2", ms=100.0), row("sparse-o2", "host", ms=50.0)]
+    dense, sparse, host = compare(rows, LLAMA_3_8B)
+    assert (dense.speedup, sparse.speedup, sparse.memory, host.speedup) == (2 / 2, 2.0, 0.5, None)
+    assert (sparse.target, sparse.limit) == (2.0, 2.41)
+    assert sparse.of_limit == pytest.approx(2 / 2.41)
+    assert sparse.tokens_per_second == pytest.approx(81920)
+    assert host.limit is None
+    assert compare(rows, None)[1].of_limit is None
+    line = report(rows, LLAMA_3_8B, METHODS)
+    assert "2.00x the speed of dense, target 2x reached, 83% of the FLOP limit 2.41x, 0.50x the peak memory" in line
+    assert line.count("\n") == 0
+    assert report(rows, LLAMA_3_8B, ["sparse-o1"]) == ""
+
+
+# -- The table --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_appended(tmp_path):
+    table = tmp_path / "results" / "speed.csv"
+    append_rows(table, [row("unsloth-dense")])
+    before = table.read_text()
+    append_rows(table, [row("sparse-o2"), row("sparse-o1")])
+    assert table.read_text().startswith(before)
+    assert read_rows(table) == [row("unsloth-dense"), row("sparse-o2"), row("sparse-o1")]
+    with pytest.raises(ValueError, match="must have the columns"):
+        append_rows(table, [row("sparse-o2") | {"loss": 1}])
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="other columns"):
+        append_rows(table, [row("sparse-o2")])
+
+
+def test_the_committed_table_can_be_read_and_drawn(tmp_path):
+    table = tmp_path / "speed.csv"
+    table.write_bytes((ROOT / "benchmarks" / "results" / "speed.csv").read_bytes())
+    draw = load("draw_speed")
+    draw.main([str(table)])
+    assert (tmp_path / "speed.md").read_text() == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+
+
+def test_drawing_shows_the_newest_run(tmp_path):
+    table = tmp_path / "speed.csv"
+    new = "2026-02-02T00:00:00+00:00"
+    append_rows(
+        table,
+        [
+            row("sparse-o2", date=new, ms=30.0),
+            row("unsloth-dense", date=new, ms=60.0),
+            row("peft-dense", date=new, ms=80.0),
+            row("peft-sparse-o2", date=new, ms=40.0),
+            row("sparse-o2", "custom-8192-0.5", date=new, ms=77.0),
+            row("unsloth-dense", ms=999.0),
+            row("unsloth-dense", dtype="bf16", ms=555.0),
+        ],
+    )
+    load("draw_speed").main([str(table)])
+    text = (tmp_path / "speed.md").read_text()
+    assert "999.0" not in text
+    assert "| wizardlm | sparse-o2 | 30.0 | 29.0 to 31.0 | 273067 | 3.00 | 0.50 | 2.00x | 2.00x | 2.41x | 83% |" in text
+    assert "555.0" in text
+    assert "sparse-o2 over dense PEFT: wizardlm 2.00x." in text
+    assert text.index("| wizardlm | unsloth-dense") < text.index("| wizardlm | sparse-o2") < text.index("custom-8192")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- A run, its model and clock replaced ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return make_lora(hidden_size=32, intermediate_size=64)
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """Makes runs on the tiny model whose steps take 10 ms in the first round and 30 ms in the second."""
+    monkeypatch.setattr(speed, "describe", lambda args: dict.fromkeys(COLUMNS[:7], "x") | {"date": args.date})
+    monkeypatch.setattr(speed.signal, "signal", lambda *_: None)
+    turns = []
+
+    def time(self, method, name, shape):
+        assert (get_state(model) is not None) == (sparsity_of(method, 3) is not None)
+        turns.append((method, name))
+        self.times[method][name] += [10.0 if turns.count((method, name)) == 1 else 30.0]
+
+    monkeypatch.setattr(speed.Run, "_time", time)
+
+    def make(*words):
+        args = speed.parse(["--model", "m", "--date", "today", "--out", str(tmp_path / "speed.csv"), *words])
+        made = speed.Run(args, model)
+        made.turns = turns
+        return made
+
+    return make
+
+
+def written(run):
+    return [(r["method"], r["shape"], r["median_ms"], r["p20_ms"]) for r in read_rows(run.args.out)]
+
+
+def test_methods_take_turns_and_share_the_date(run, model):
+    made = run("--shapes", "host,wizardlm", "--rounds", "2")
+    assert made.measure(["unsloth-dense", "sparse-o2"])
+    assert [method for method, _ in made.turns[::2]] == ["unsloth-dense", "sparse-o2"] * 2
+    assert written(made) == [
+        (method, shape, 20.0, 14.0) for method in ("unsloth-dense", "sparse-o2") for shape in ("host", "wizardlm")
+    ]
+    assert {r["date"] for r in read_rows(made.args.out)} == {"today"}
+    assert get_state(model) is None
+
+
+def test_a_method_that_fails_its_check_has_no_rows(run, monkeypatch, capsys):
+    true = checks.masked_mlp
+    monkeypatch.setattr(checks, "masked_mlp", lambda *args: true(*args) * 1.1)
+    made = run("--shapes", "wizardlm")
+    assert not made.measure(["unsloth-dense", "sparse-50", "hooks-dense"])
+    assert [method for method, *_ in written(made)] == ["unsloth-dense", "hooks-dense"]
+    assert "sparse-50: NOT TIMED" in capsys.readouterr().out
+
+
+def test_a_stopped_job_keeps_what_it_measured(run, monkeypatch):
+    time = speed.Run._time
+
+    def stop(self, method, name, shape):
+        if len(self.turns) == 3:
+            raise SystemExit(143)
+        time(self, method, name, shape)
+
+    monkeypatch.setattr(speed.Run, "_time", stop)
+    made = run("--shapes", "host,wizardlm", "--rounds", "2")
+    with pytest.raises(SystemExit):
+        made.measure(["unsloth-dense", "sparse-50"])
+    assert [row[:2] for row in written(made)] == [
+        ("unsloth-dense", "host"),
+        ("unsloth-dense", "wizardlm"),
+        ("sparse-50", "host"),
+    ]
+
+
+def test_a_shape_without_memory_is_left_out(run, monkeypatch, capsys):
+    time = speed.Run._time
+
+    def full(self, method, name, shape):
+        if name == "long16k":
+            raise torch.OutOfMemoryError
+        time(self, method, name, shape)
+
+    monkeypatch.setattr(speed.Run, "_time", full)
+    made = run("--shapes", "long16k,wizardlm")
+    assert not made.measure(["unsloth-dense"])
+    assert [row[:2] for row in written(made)] == [("unsloth-dense", "wizardlm")]
+    assert "long16k: out of memory" in capsys.readouterr().out
+
+
+# -- Equality checks --------------------------------------------------------------------------------------------------
+
+
+def test_checks_pass_where_nothing_is_wrong(model):
+    plain = checks.loss_and_gradients(model)
+    assert checks.check(model, "unsloth-dense", plain) == "nothing to check"
+    attach(model, always())
+    found = checks.check(model, "sparse-o2", None)
+    for name in ("layers.0.mlp", "layers.1.mlp", "layers.0.qkv", "layers.1.o"):
+        assert f"{name} within" in found
+    detach(model)
+    for method in ("hooks-dense", "nothing-dropped"):
+        attach(model, sparsity_of(method, 3))
+        get_state(model).begin_training(driver="test", max_steps=100)
+        get_state(model).set_step(0)
+        assert "whole step: loss" in checks.check(model, method, plain)
+        detach(model)
+
+
+@pytest.mark.parametrize("name", ["masked_mlp", "masked_linear"])
+def test_a_wrong_layer_is_found(model, monkeypatch, name):
+    attach(model, always())
+    true = getattr(checks, name)
+
+    def wrong(x, partition, *rest):
+        y = true(x, partition, *rest)
+        return 1.1 * y if isinstance(y, torch.Tensor) else (*y[:-1], 1.1 * y[-1])
+
+    monkeypatch.setattr(checks, name, wrong)
+    with pytest.raises(checks.CheckFailed, match=r"differs from the masked one by 0\."):
+        checks.check(model, "sparse-o2", None)
+
+
+def test_a_wrong_step_is_found(model):
+    loss, gradients = checks.loss_and_gradients(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(checks.CheckFailed, match="loss"):
+        checks.check_model((loss * 1.01, gradients), (loss, gradients))
+    with pytest.raises(checks.CheckFailed, match=r"gradients differ from the plain model's by 0\.1"):
+        checks.check_model((loss, {name: 1.1 * value for name, value in gradients.items()}), (loss, gradients))
+    with pytest.raises(checks.CheckFailed, match="other parameters"):
+        checks.check_model((loss, {}), (loss, gradients))
+    assert issubclass(checks.CheckFailed, SparsityError)
+
+
+# -- The profile ------------------------------------------------------------------------------------------------------
+
+
+def test_overlapping_kernels_count_once():
+    assert profiling.covered([]) == 0
+    assert profiling.covered([(5, 6), (0, 2), (1, 3), (1.5, 2.5), (3, 4)]) == 5
+
+
+def test_a_profile_without_kernels():
+    text = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
+    assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in text
+    assert "aten::sum" in text
+
+
+# -- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_that_are_benchmarked_exist():
+    """The functions that benchmarks/kernels.py asks for by name, without running them."""
+    kernels = load("kernels")
+    assert kernels.find("glu", "glu_forward", "glu_backward", "reference_forward", "reference_backward")
+    assert kernels.find("dequantize", "dequantize_whole", "dequantize_rows", "dequantize_columns")
+    with pytest.raises(SystemExit, match=r"kernels/glu\.py has no glu_sideways"):
+        kernels.find("glu", "glu_forward", "glu_sideways")
