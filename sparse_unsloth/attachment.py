@@ -118,7 +118,7 @@ def attach(
         detach(model)
         raise
     _save_config_with_adapter(model)
-    if state.runtimes:
+    if state.hooked:
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()

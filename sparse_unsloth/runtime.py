@@ -241,10 +241,13 @@ class SparsityState:
         """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
 
         Raises:
-            AttachError: a hook is gone.
+            AttachError: a hook is gone, or FSDP sharded weights that the backend needs whole.
             EstimatorError: the estimator needs calibration samples and the data set gives none.
         """
         self.verify_hooks()
+        if self.backend_name == "unsloth":
+            for layer in filter(self.runtime, self.layers):
+                self.backend.refuse_sharded_weights(layer)
         if self.selector is None and self.runtimes:
             samples = self._samples_of(train_dataset, collate_fn)
             self.prepare(samples, last_chance=True)
@@ -309,7 +312,9 @@ class SparsityState:
         self.driver, self._scale = None, 0.0
 
     def metrics(self) -> dict[str, float]:
-        """What sparsity did since the last call; empty counts give zeros."""
+        """What sparsity did since the last call; empty counts give zeros, a model without sparse layers nothing."""
+        if not self.runtimes:
+            return {}
         tokens = max(self._context_tokens + self._dense_tokens, 1)
         mean = [sum(values) / self.num_layers for values in zip(*self.layer_sparsity, strict=True)]
         figures = {

@@ -20,7 +20,10 @@ from types import MethodType, ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -621,6 +624,36 @@ def test_a_release_without_a_function_is_refused(stand_in, name):
     delattr(stand_in.fast_lora, name)
     with pytest.raises(AttachError, match=rf"has no {name} in unsloth.kernels.fast_lora: its hook points moved"):
         attach(model, setting())
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+@pytest.mark.parametrize("sparsity", [{}, {"preset": "dense", "mlp": {}, "self_attn": {}}], ids=["sparse", "dense"])
+@pytest.mark.parametrize("how", ["FSDP2", "FSDP1", "FSDP1, flat"])
+def test_sharded_weights_are_refused(stand_in, process_group, how, sparsity):
+    """FSDP takes the weights when training begins, after the model was attached."""
+    model = stand_in.model()
+    attach(model, always(**sparsity))
+    layers = decoder_layers(model)
+    if how == "FSDP2":
+        for layer in layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        for layer in layers:
+            layer.requires_grad_(False)  # flat parameters must agree in it
+            FullyShardedDataParallel(layer, use_orig_params=how == "FSDP1", device_id=torch.device("cpu"))
+    with pytest.raises(AttachError, match=r"weight is sharded by FSDP.*backend='peft'"):
+        get_state(model).begin_training(object(), max_steps=10)
+    detach(model)
+    if not sparsity:
+        with pytest.raises(AttachError, match="weight is sharded by FSDP"):
+            attach(model, always())
 
 
 @pytest.mark.parametrize("slot", ["mlp", *SLOTS])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.errors import AttachError
@@ -102,8 +103,23 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
     return reasons
 
 
+def refuse_sharded_weights(layer: DecoderLayer) -> None:
+    """Raises AttachError if FSDP holds the layer's weights: the hooks read them where no unsharding reaches."""
+    for name, module in layer.projections().items():
+        for part in module.modules():
+            weight = getattr(part, "weight", None)
+            # FSDP1 leaves views in the place of parameters, or parameters that it marks.
+            flattened = "weight" in part.__dict__ or hasattr(weight, "_fsdp_flattened")
+            if isinstance(weight, Tensor) and (isinstance(weight, DTensor) or flattened):
+                raise AttachError(
+                    f"{layer.name}.{name}: its weight is sharded by FSDP, and the hooks of the Unsloth backend read "
+                    "whole weights. Load the model with backend='peft' for FSDP, or train with DDP (one model a GPU)."
+                )
+
+
 def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
     layer = runtime.layer
+    refuse_sharded_weights(layer)
     if part == "mlp":
         contract.check_mlp(layer)
         peft_backend.check(layer, "mlp")
