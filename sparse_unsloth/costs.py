@@ -140,6 +140,7 @@ def step_flops(
     input_requires_grad: bool | None = None,
     estimator_rank: int = 0,
     compensation_rank: int = 0,
+    last_layer_tokens: int | None = None,
 ) -> StepFlops:
     """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
@@ -165,6 +166,9 @@ def step_flops(
         estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
             forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
         compensation_rank: of the linear stand-in for the dropped MLP channels on context rows (frozen); 0 for none.
+        last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
+            that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
+            attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
 
     Raises:
         ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
@@ -188,11 +192,14 @@ def step_flops(
     forward, backward = Counter(), Counter()
     for layer, (mlp, self_attn) in enumerate(layer_sparsity):
         chosen = shape.projections(mlp, self_attn)
+        narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and last_layer_tokens is not None else ()
         for name, (inputs, outputs) in full.items():
             part = "mlp_base" if name in MLP else "attention_projections"
-            base = 2 * (dense_tokens * inputs * outputs + context_tokens * chosen[name][0] * chosen[name][1])
+            dense_rows, context_rows = (last_layer_tokens, 0) if name in narrowed else (dense_tokens, context_tokens)
+            base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
             rank = lora_rank if name in lora_targets else 0
-            lora_a, lora_b = 2 * tokens * inputs * rank, 2 * tokens * rank * outputs
+            rows = dense_rows + context_rows
+            lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
             input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
             forward[part] += base
             backward[part] += base * (input_gradient + trainable_base)
@@ -200,9 +207,10 @@ def step_flops(
             backward["lora"] += lora_a * (input_gradient + 1) + 2 * lora_b
         forward["attention_core"] += 2 * attention_product
         backward["attention_core"] += (5 if fused else 4) * attention_product
-        scored = (MLP[:2] if mlp > 0 else ()) + (ATTENTION[:3] if self_attn > 0 else ())
+        sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
+        scored = (MLP[:2] if sparse_mlp else ()) + (ATTENTION[:3] if self_attn > 0 else ())
         forward["estimator"] += sum(2 * context_tokens * estimator_rank * sum(full[name]) for name in scored)
-        if mlp > 0:
+        if sparse_mlp:
             stand_in = 2 * context_tokens * compensation_rank * 2 * shape.hidden_size
             forward["compensation"] += stand_in
             backward["compensation"] += stand_in
@@ -214,6 +222,11 @@ def step_flops(
         recompute=replace(layers, estimator=0) if checkpointing else Parts(),
         backward=Parts(**backward) + Parts(head=logits * (1 + trainable_base)),
     )
+
+
+def _narrowed(self_attn: float) -> tuple[str, ...]:
+    """Projections of the last layer that exact removal gives fewer rows."""
+    return ("o_proj", *MLP) if self_attn > 0 else ("q_proj", "o_proj", *MLP)
 
 
 def flops_ratio(

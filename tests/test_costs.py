@@ -259,6 +259,33 @@ def test_ratio():
     assert flops_ratio(SHAPE, [(0.01, 0.0)] * 3, 0, TOKENS, [SEQUENCE], RANK, estimator_rank=64) < 1
 
 
+@pytest.mark.parametrize(
+    ("mlp", "self_attn", "narrowed"),
+    [(0.0, 0.0, ("q_proj", "o_proj", *MLP)), (0.9, 0.5, ("o_proj", *MLP))],
+    ids=["dense", "sparse"],
+)
+def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
+    """What is saved is the projections of the other rows: each once forward, once for its input, LoRA's thrice."""
+    layers = [(0.9, 0.5), (0.9, 0.5), (mlp, self_attn)]
+    options = {"attention": "eager", "estimator_rank": 8, "compensation_rank": 2}
+    dense, context, loss = 20, 40, 18
+    whole, removed = (
+        step_flops(SHAPE, layers, dense, context, [SEQUENCE] * BATCH, RANK, last_layer_tokens=rows, **options)
+        for rows in (None, loss)
+    )
+    saved = 0
+    sizes, chosen = SHAPE.projections(), SHAPE.projections(mlp, self_attn)
+    for name in narrowed:
+        (inputs, outputs), (few_inputs, few_outputs) = sizes[name], chosen[name]
+        saved += 2 * 2 * ((dense - loss) * inputs * outputs + context * few_inputs * few_outputs)
+        saved += 3 * 2 * (dense + context - loss) * RANK * (inputs + outputs)
+    if mlp:
+        saved += 2 * context * 8 * (sum(sizes["gate_proj"]) + sum(sizes["up_proj"]))
+        saved += 2 * 2 * context * 2 * 2 * SHAPE.hidden_size
+    assert whole.total - removed.total == saved
+    assert whole.parts.attention_core == removed.parts.attention_core
+
+
 def test_published_recipe_on_llama_3_8b():
     """The aggressive recipe on 16 x 512 tokens, 128 outputs each, stays under the 2.50 that also drops idle work."""
     shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
