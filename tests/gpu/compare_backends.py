@@ -23,8 +23,10 @@ def sparsity_settings():
     common = {"criterion": "magnitude", "start_step": 0, "end_step": 1.0}
     return {
         "plain": None,
+        "exact-removal": {"preset": "dense"},
         "nothing-dropped": {"mlp": {"all": NOTHING_DROPPED}, "self_attn": {"all": NOTHING_DROPPED}, **common},
         "sparse": {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, **common},
+        "sparse, all rows": {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, "exact_removal": False, **common},
     }
 
 
