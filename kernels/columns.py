@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.partition import PADDING_PLACE
 
 
@@ -221,11 +222,12 @@ def split_columns(
     dense_tiles = -(-num_dense // tile_n) * sum(-(-width // tile_c) for width in widths)
     context_tiles = -(-num_context // tile_n) * sum(-(-count // tile_c) for count in counts)
     if dense_tiles + context_tiles:
-        split_columns_kernel[(dense_tiles + context_tiles,)](
+        arguments = (
             *_three(sources), rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
             *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), dense_tiles,
-            PARTS=len(sources), TILE_N=tile_n, TILE_C=tile_c,
         )  # fmt: skip
+        constants = {"PARTS": len(sources), "TILE_N": tile_n, "TILE_C": tile_c}
+        launch(split_columns_kernel, (dense_tiles + context_tiles,), arguments, constants)
     return dense, context
 
 
@@ -254,12 +256,17 @@ def join_columns(
     output = thin.new_empty(M * sum(widths))
     tile_n, tile_c = 64, 64
     if M:
-        join_columns_kernel[(-(-M // tile_n), sum(-(-width // tile_c) for width in widths))](
+        arguments = (
             thin, lora, dense, context, place, index, bias, output, M, *_three(widths, 0), *_three(counts, 0), r,
-            thin.stride(0), *lora.stride(), PARTS=len(widths), HAS_BIAS=bias is not None,
-            STEPS=max(counts).bit_length(), R=max(16, 1 << (r - 1).bit_length()), TILE_N=tile_n, TILE_C=tile_c,
-            PADDED=PADDING_PLACE, PRECISION="ieee" if thin.dtype == torch.float32 else "tf32",
+            thin.stride(0), *lora.stride(),
         )  # fmt: skip
+        constants = {
+            "PARTS": len(widths), "HAS_BIAS": bias is not None, "STEPS": max(counts).bit_length(),
+            "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c, "PADDED": PADDING_PLACE,
+            "PRECISION": "ieee" if thin.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+        grid = -(-M // tile_n), sum(-(-width // tile_c) for width in widths)
+        launch(join_columns_kernel, grid, arguments, constants)
     parts = output.split([M * width for width in widths])
     return [part.view(M, width) for part, width in zip(parts, widths, strict=True)]
 
@@ -268,9 +275,8 @@ def add_rows(output: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """``output[rows[i]] += values[i]``, in place, summed in fp32, for distinct rows. Returns ``output``."""
     n, width = values.shape
     if n:
-        add_rows_kernel[(-(-n // 8), -(-width // 512))](
-            output, rows, values, n, width, output.stride(0), values.stride(0), TILE_N=8, TILE_C=512, num_warps=4
-        )
+        arguments = (output, rows, values, n, width, output.stride(0), values.stride(0))
+        launch(add_rows_kernel, (-(-n // 8), -(-width // 512)), arguments, {"TILE_N": 8, "TILE_C": 512})
     return output
 
 

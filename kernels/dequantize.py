@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.launch import launch
+
 
 @triton.jit
 def _whole_kernel(
@@ -197,7 +199,7 @@ def _launch_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
     num_bytes, blocksize = flat.numel(), layout["BLOCKSIZE"]
     tile_blocks = max(1, 2048 // blocksize)
     grid = (-(-2 * num_bytes // (tile_blocks * blocksize)),)
-    _whole_kernel[grid](flat, *scales, output, num_bytes, TILE_BLOCKS=tile_blocks, **layout)
+    launch(_whole_kernel, grid, (flat, *scales, output, num_bytes), {**layout, "TILE_BLOCKS": tile_blocks})
     return output
 
 
@@ -208,10 +210,11 @@ def _launch_chosen(packed: Tensor, quant_state, index: Tensor, output: Tensor, c
         return
     # Columns: long tiles down the rows would re-read a packed sector for each column, so a tile spans all near columns.
     tile_rows, tile_columns = (8, 128) if columns else (1, 1024)
-    _dequantize_kernel[(-(-num_rows // tile_rows), -(-num_columns // tile_columns))](
+    arguments = (
         flat, *scales, index, output, num_rows, num_columns, len(index), in_features, output.stride(0),
-        COLUMNS=columns, TILE_ROWS=tile_rows, TILE_COLUMNS=tile_columns, **layout,
     )  # fmt: skip
+    constants = {**layout, "COLUMNS": columns, "TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns}
+    launch(_dequantize_kernel, (-(-num_rows // tile_rows), -(-num_columns // tile_columns)), arguments, constants)
 
 
 def _scales(quant_state) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
 from sparse_unsloth.kernels.glu import KINDS, _activation
+from sparse_unsloth.kernels.launch import launch
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def gated_forward(e: Tensor, g: Tensor, kind: str) -> Tensor:
     h = torch.empty_like(e)
     if h.numel():
         grid = (triton.cdiv(h.numel(), 1024),)
-        gated_fwd_kernel[grid](e, g, h, h.numel(), KIND=KINDS[kind], TILE=1024, num_warps=4)
+        launch(gated_fwd_kernel, grid, (e, g, h, h.numel()), {"KIND": KINDS[kind], "TILE": 1024})
     return h
 
 
@@ -49,7 +50,7 @@ def gated_backward(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> tuple[Tensor,
     h, de, dg = (torch.empty_like(e) for _ in range(3))
     if h.numel():
         grid = (triton.cdiv(h.numel(), 1024),)
-        gated_bwd_kernel[grid](dh, e, g, h, de, dg, h.numel(), KIND=KINDS[kind], TILE=1024, num_warps=4)
+        launch(gated_bwd_kernel, grid, (dh, e, g, h, de, dg, h.numel()), {"KIND": KINDS[kind], "TILE": 1024})
     return h, de, dg
 
 

@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_unsloth.kernels.launch import launch
+
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 TILES = {"forward": (64, 64, 4, 3), "rows": (128, 32, 4, 3), "channels": (64, 64, 4, 3)}
 """Rows and channels of a tile, warps, pipeline stages; found on an H100 with Llama-3-8B's sizes."""
@@ -338,13 +340,15 @@ def glu_forward(
     N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], h.shape[1]
     if N == 0:
         return
-    splits, per_split, tiles = _row_tiles("forward", N, I, thin)
+    tile = TILES["forward"]
+    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
     partial = thin.new_empty((splits, N, r), dtype=torch.float32)
-    glu_fwd_kernel[(-(-N // tiles["TILE_N"]), splits)](
+    arguments = (
         thin, *base, rows, *loras.unbind(), h, partial, N, I, k, r,
         thin.stride(0), base[0].stride(0), h.stride(0), per_split,
-        INDEXED=rows is not None, COMPACT=compact, **tiles, **_common(thin, r, kind),
     )  # fmt: skip
+    constants = _constants(thin, r, kind, tile, rows, compact)
+    launch(glu_fwd_kernel, (-(-N // tile[0]), splits), arguments, constants, *tile[2:])
     _sum_splits(partial, rows, down_thin, blank)
 
 
@@ -376,23 +380,25 @@ def glu_backward(
     N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], d_h.shape[1]
     if N == 0:
         return thin.new_zeros(1, 3, I, r, dtype=torch.float32)
-    common = {"INDEXED": rows is not None, "COMPACT": compact, **_common(thin, r, kind)}
-    splits, per_split, tiles = _row_tiles("rows", N, I, thin)
+    tile = TILES["rows"]
+    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
     partial = thin.new_empty((splits, N, 2 * r), dtype=torch.float32)
     parts = loras.unbind()
     strides = thin.stride(0), base[0].stride(0), d_down_thin.stride(0), d_h.stride(0)
-    glu_bwd_rows_kernel[(-(-N // tiles["TILE_N"]), splits)](
+    arguments = (
         thin, *base, d_down_thin, d_h, rows, *parts, *d_base, partial, N, I, k, r,
-        *strides, d_base[0].stride(0), per_split, **tiles, **common,
+        *strides, d_base[0].stride(0), per_split,
     )  # fmt: skip
+    constants = _constants(thin, r, kind, tile, rows, compact)
+    launch(glu_bwd_rows_kernel, (-(-N // tile[0]), splits), arguments, constants, *tile[2:])
     _sum_splits(partial, rows, d_thin, blank)
-    tiles = _tiles("channels")
-    programs = -(-I // tiles["TILE_I"])
-    splits, per_split = _split(N, tiles["TILE_N"], programs, thin)
+    tile = TILES["channels"]
+    programs = -(-I // tile[1])
+    splits, per_split = _split(N, tile[0], programs, thin)
     d_loras = thin.new_empty((splits, 3, I, r), dtype=torch.float32)
-    glu_bwd_channels_kernel[(programs, splits)](
-        thin, *base, d_down_thin, d_h, rows, *parts, d_loras, N, I, k, r, *strides, per_split, **tiles, **common,
-    )  # fmt: skip
+    arguments = (thin, *base, d_down_thin, d_h, rows, *parts, d_loras, N, I, k, r, *strides, per_split)
+    constants = _constants(thin, r, kind, tile, rows, compact)
+    launch(glu_bwd_channels_kernel, (programs, splits), arguments, constants, *tile[2:])
     return d_loras
 
 
@@ -419,22 +425,12 @@ def _sum_splits(partial: Tensor, rows: Tensor | None, output: Tensor, blank: Ten
     """Writes ``partial [splits, N, width]``, summed, into ``output``'s rows, and zeros into those of ``blank``."""
     splits, N, width = partial.shape
     blank_stride, blanks = (0, 0) if blank is None else (blank.stride(0), blank.shape[1])
-    sum_splits_kernel[(-(-N // 64),)](
+    arguments = (
         partial, rows, output, output if blank is None else blank, N, width, output.stride(0), splits,
-        blank_stride, blanks, INDEXED=rows is not None, TILE_N=64, WIDTH=1 << (width - 1).bit_length(),
+        blank_stride, blanks,
     )  # fmt: skip
-
-
-def _tiles(kernel: str) -> dict[str, int]:
-    tile_n, tile_i, warps, stages = TILES[kernel]
-    return {"TILE_N": tile_n, "TILE_I": tile_i, "num_warps": warps, "num_stages": stages}
-
-
-def _row_tiles(kernel: str, N: int, I: int, like: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Splits of the channels, channels of a split, and the tile of a kernel whose programs own rows."""
-    tiles = _tiles(kernel)
-    splits, per_split = _split(I, tiles["TILE_I"], -(-N // tiles["TILE_N"]), like)
-    return splits, per_split, tiles
+    constants = {"INDEXED": rows is not None, "TILE_N": 64, "WIDTH": 1 << (width - 1).bit_length()}
+    launch(sum_splits_kernel, (-(-N // 64),), arguments, constants)
 
 
 def _split(size: int, tile: int, programs: int, like: Tensor) -> tuple[int, int]:
@@ -450,6 +446,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _common(like: Tensor, r: int, kind: str) -> dict[str, int | str]:
-    precision = "ieee" if like.dtype == torch.float32 else "tf32"
-    return {"KIND": KINDS[kind], "R": max(16, 1 << (r - 1).bit_length()), "PRECISION": precision}
+def _constants(like: Tensor, r: int, kind: str, tile: tuple[int, ...], rows: Tensor | None, compact: bool) -> dict:
+    """The ``constexpr`` parameters of the gated kernels, in their order."""
+    return {
+        "KIND": KINDS[kind], "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile[0], "TILE_I": tile[1],
+        "INDEXED": rows is not None, "COMPACT": compact, "PRECISION": "ieee" if like.dtype == torch.float32 else "tf32",
+    }  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.launch import launch
+
 
 @triton.jit
 def _copy(
@@ -196,10 +198,9 @@ def pack_mlp(
     whole = product_in.new_empty((3, I, r)) if natural else None
     tile = 128
     programs = -(-H // tile) + -(-(I if natural else P) // tile)
-    pack_mlp_kernel[(programs,)](
-        *loras, order, product_in, product_out, ordered, whole, H, I, P, r, *scales, product_out.stride(0),
-        NATURAL=natural, R=1 << (r - 1).bit_length(), TILE=tile,
-    )  # fmt: skip
+    arguments = (*loras, order, product_in, product_out, ordered, whole, H, I, P, r, *scales, product_out.stride(0))
+    constants = {"NATURAL": natural, "R": 1 << (r - 1).bit_length(), "TILE": tile}
+    launch(pack_mlp_kernel, (programs,), arguments, constants)
     return ordered, whole
 
 
@@ -215,10 +216,12 @@ def pack_linear(
     A = As[0].new_empty((len(As) * r, in_features), dtype=dtype)
     B = As[0].new_empty((sum(widths), r), dtype=dtype)
     tile, fill = 128, 3 - len(As)
-    pack_linear_kernel[(-(-in_features // tile) + -(-max(widths) // tile),)](
+    arguments = (
         *As, *[As[0]] * fill, *Bs, *[Bs[0]] * fill, A, B, in_features, *widths, *[0] * fill, r,
-        *scales, *[0.0] * fill, PARTS=len(As), R=1 << (r - 1).bit_length(), TILE=tile,
+        *scales, *[0.0] * fill,
     )  # fmt: skip
+    constants = {"PARTS": len(As), "R": 1 << (r - 1).bit_length(), "TILE": tile}
+    launch(pack_linear_kernel, (-(-in_features // tile) + -(-max(widths) // tile),), arguments, constants)
     return A, B
 
 
@@ -235,10 +238,11 @@ def mlp_gradients(
     I, r = loras[0].shape
     gradients = tuple(torch.empty_like(lora, memory_format=torch.contiguous_format) for lora in loras)
     tile = 64
-    mlp_gradients_kernel[(-(-I // tile),)](
+    arguments = (
         context, dense, order, *gradients, I, I, r, len(context), 0 if dense is None else len(dense), down_scale,
-        HAS_DENSE=dense is not None, R=1 << (r - 1).bit_length(), TILE=tile,
     )  # fmt: skip
+    constants = {"HAS_DENSE": dense is not None, "R": 1 << (r - 1).bit_length(), "TILE": tile}
+    launch(mlp_gradients_kernel, (-(-I // tile),), arguments, constants)
     return gradients
 
 

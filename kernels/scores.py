@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.kernels.glu import KINDS, _activation
+from sparse_unsloth.kernels.launch import launch
 
 TILE_N = 64
 TILE_C = 64
@@ -177,11 +178,12 @@ def thin_products(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) 
     thin = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
     w = _padded(width)
     tile_h = max(32, 8192 // (w * hidden.element_size()))
-    thin_kernel[(-(-N // THIN_ROWS),)](
-        hidden, rows, down, thin, N, step if rows is None else step * rows.stride(0),
-        HIDDEN=size, WIDTH=width, W=w, TILE_ROWS=THIN_ROWS, TILE_H=tile_h, INDEXED=rows is not None,
-        PRECISION=_precision(hidden), num_warps=4, num_stages=3,
-    )  # fmt: skip
+    arguments = (hidden, rows, down, thin, N, step if rows is None else step * rows.stride(0))
+    constants = {
+        "HIDDEN": size, "WIDTH": width, "W": w, "TILE_ROWS": THIN_ROWS, "TILE_H": tile_h,
+        "INDEXED": rows is not None, "PRECISION": _precision(hidden),
+    }  # fmt: skip
+    launch(thin_kernel, (-(-N // THIN_ROWS),), arguments, constants)
     return thin
 
 
@@ -204,12 +206,13 @@ def mlp_scores(
     """
     width, channels = up.shape
     scores = torch.empty(channels, dtype=torch.float32, device=thin.device)
-    mlp_scores_kernel[(-(-channels // TILE_C),)](
-        thin, up, gate_bias, up_bias, gain, scores, thin.shape[0],
-        CHANNELS=channels, RANK=width // 2, R=_padded(width // 2), KIND=KINDS[kind],
-        TILE_N=TILE_N, TILE_C=TILE_C, HAS_BIAS=gate_bias is not None, HAS_GAIN=gain is not None,
-        PRECISION=_precision(thin), num_warps=4,
-    )  # fmt: skip
+    arguments = (thin, up, gate_bias, up_bias, gain, scores, thin.shape[0])
+    constants = {
+        "CHANNELS": channels, "RANK": width // 2, "R": _padded(width // 2), "KIND": KINDS[kind],
+        "TILE_N": TILE_N, "TILE_C": TILE_C, "HAS_BIAS": gate_bias is not None, "HAS_GAIN": gain is not None,
+        "PRECISION": _precision(thin),
+    }  # fmt: skip
+    launch(mlp_scores_kernel, (-(-channels // TILE_C),), arguments, constants)
     return scores
 
 
@@ -224,11 +227,12 @@ def attention_energies(thin: Tensor, up: Tensor, queries: int, keys: int, gain: 
     """
     rank = up.shape[0]
     energy = torch.empty(queries + 2 * keys, dtype=torch.float32, device=thin.device)
-    attention_energy_kernel[(-(-queries // TILE_C) + 2 * -(-keys // TILE_C),)](
-        thin, up, gain, energy, thin.shape[0],
-        QUERIES=queries, KEYS=keys, RANK=rank, R=_padded(rank), TILE_N=TILE_N, TILE_C=TILE_C,
-        HAS_GAIN=gain is not None, PRECISION=_precision(thin), num_warps=4,
-    )  # fmt: skip
+    arguments = (thin, up, gain, energy, thin.shape[0])
+    constants = {
+        "QUERIES": queries, "KEYS": keys, "RANK": rank, "R": _padded(rank), "TILE_N": TILE_N, "TILE_C": TILE_C,
+        "HAS_GAIN": gain is not None, "PRECISION": _precision(thin),
+    }  # fmt: skip
+    launch(attention_energy_kernel, (-(-queries // TILE_C) + 2 * -(-keys // TILE_C),), arguments, constants)
     return energy
 
 

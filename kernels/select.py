@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.launch import launch
+
 CHUNK = 16384
 """Scores that one program holds in registers."""
 
@@ -190,7 +192,7 @@ def top_order(scores: Tensor, count: int) -> Tensor:
     size = scores.shape[0]
     order = torch.empty(size, dtype=torch.int64, device=scores.device)
     block = min(CHUNK, max(256, 1 << (size - 1).bit_length()))
-    top_order_kernel[(1,)](scores, order, count, SIZE=size, BLOCK=block, num_warps=_warps(block))
+    launch(top_order_kernel, (1,), (scores, order, count), {"SIZE": size, "BLOCK": block}, _warps(block))
     return order
 
 
@@ -222,11 +224,12 @@ def attention_channels(
     v_start = k_start + sizes[2] + sizes[3]
     o_start = v_start + sizes[4] + sizes[5]
     heads, key_span, value_span = _tile(kv_heads, head_dim // halves, head_dim)
-    attention_channels_kernel[(2,)](
-        query_energy, key_energy, value_energy, output, keys, values, k_start, v_start, o_start,
-        KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim, HALVES=halves, HEADS=heads, KEY_SPAN=key_span,
-        VALUE_SPAN=value_span, num_warps=_warps(heads * value_span),
-    )  # fmt: skip
+    arguments = (query_energy, key_energy, value_energy, output, keys, values, k_start, v_start, o_start)
+    constants = {
+        "KV_HEADS": kv_heads, "GROUPS": groups, "HEAD_DIM": head_dim, "HALVES": halves, "HEADS": heads,
+        "KEY_SPAN": key_span, "VALUE_SPAN": value_span,
+    }  # fmt: skip
+    launch(attention_channels_kernel, (2,), arguments, constants, _warps(heads * value_span))
     return q, k, v, o
 
 
