@@ -379,8 +379,9 @@ class SparsityState:
         if context is not None and context.loss_only and not context.loss_reached:
             raise SparsityError(
                 "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
-                "over the model's own output head, so what it returned is not complete. Something replaced the head "
-                "or the model's forward; set exact_removal: false."
+                "over the model's own output head, so what it returned may not be complete. Something replaced the "
+                "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
+                "exact_removal: false."
             )
 
     def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
