@@ -22,6 +22,9 @@ from torch import Tensor
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.partition import PADDING_PLACE
 
+JOIN_TILES = (64, 64, 4)
+"""Rows and columns of a tile of `join_columns_kernel`, and the tiles of rows that share one search of the columns."""
+
 
 @triton.jit
 def _pick(source_0, source_1, source_2, part, at, mask, PARTS: tl.constexpr):
@@ -134,11 +137,10 @@ def join_columns_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_C: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_row = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_row < M
     part, i_tile = _part_of(tl.program_id(1), width_0, width_1, TILE_C, PARTS)
     width = _choose(part, width_0, width_1, width_2)
     k = _choose(part, k_0, k_1, k_2)
@@ -159,25 +161,29 @@ def join_columns_kernel(
     selected = selected & (tl.load(index + k_offset + low, mask=selected, other=-1) == o_column)
     o_r = tl.arange(0, R)
     m_r = o_r < r
-    b_thin = tl.load(
-        thin + o_row[:, None] * thin_stride + part * r + o_r[None, :], mask=m_row[:, None] & m_r[None, :], other=0.0
-    )
     at = (offset + o_column)[None, :] * lora_channel_stride + o_r[:, None] * lora_rank_stride
     b_lora = tl.load(lora + at, mask=m_r[:, None] & m_column[None, :], other=0.0)  # [R, TILE_C]
-    total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
     if HAS_BIAS:
-        total += tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
-    b_place = tl.load(place + o_row, mask=m_row, other=PADDED)
-    is_dense = b_place >= 0
-    is_context = (b_place < 0) & (b_place > PADDED)
-    at = b_place[:, None] * (width_0 + width_1 + width_2) + offset + o_column[None, :]
-    total += tl.load(dense + at, mask=is_dense[:, None] & m_column[None, :], other=0.0).to(tl.float32)
-    at = (-1 - b_place)[:, None] * (k_0 + k_1 + k_2) + k_offset + low[None, :]
-    total += tl.load(context + at, mask=is_context[:, None] & selected[None, :], other=0.0).to(tl.float32)
-    total = tl.where((b_place > PADDED)[:, None], total, 0.0)
+        b_bias = tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)
     base = output + offset.to(tl.int64) * M
-    mask = m_row[:, None] & m_column[None, :]
-    tl.store(base + o_row[:, None] * width + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
+    for i_row in range(ROW_TILES):
+        o_row = (tl.program_id(0).to(tl.int64) * ROW_TILES + i_row) * TILE_N + tl.arange(0, TILE_N)
+        m_row = o_row < M
+        mask = m_row[:, None] & m_r[None, :]
+        b_thin = tl.load(thin + o_row[:, None] * thin_stride + part * r + o_r[None, :], mask=mask, other=0.0)
+        total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
+        if HAS_BIAS:
+            total += b_bias[None, :]
+        b_place = tl.load(place + o_row, mask=m_row, other=PADDED)
+        is_dense = b_place >= 0
+        is_context = (b_place < 0) & (b_place > PADDED)
+        at = b_place[:, None] * (width_0 + width_1 + width_2) + offset + o_column[None, :]
+        total += tl.load(dense + at, mask=is_dense[:, None] & m_column[None, :], other=0.0).to(tl.float32)
+        at = (-1 - b_place)[:, None] * (k_0 + k_1 + k_2) + k_offset + low[None, :]
+        total += tl.load(context + at, mask=is_context[:, None] & selected[None, :], other=0.0).to(tl.float32)
+        total = tl.where((b_place > PADDED)[:, None], total, 0.0)
+        mask = m_row[:, None] & m_column[None, :]
+        tl.store(base + o_row[:, None] * width + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -254,7 +260,7 @@ def join_columns(
     """
     M, r = len(thin), lora.shape[1]
     output = thin.new_empty(M * sum(widths))
-    tile_n, tile_c = 64, 64
+    tile_n, tile_c, row_tiles = JOIN_TILES
     if M:
         arguments = (
             thin, lora, dense, context, place, index, bias, output, M, *_three(widths, 0), *_three(counts, 0), r,
@@ -262,10 +268,10 @@ def join_columns(
         )  # fmt: skip
         constants = {
             "PARTS": len(widths), "HAS_BIAS": bias is not None, "STEPS": max(counts).bit_length(),
-            "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c, "PADDED": PADDING_PLACE,
+            "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c, "ROW_TILES": row_tiles, "PADDED": PADDING_PLACE,
             "PRECISION": "ieee" if thin.dtype == torch.float32 else "tf32",
         }  # fmt: skip
-        grid = -(-M // tile_n), sum(-(-width // tile_c) for width in widths)
+        grid = -(-M // (tile_n * row_tiles)), sum(-(-width // tile_c) for width in widths)
         launch(join_columns_kernel, grid, arguments, constants)
     parts = output.split([M * width for width in widths])
     return [part.view(M, width) for part, width in zip(parts, widths, strict=True)]

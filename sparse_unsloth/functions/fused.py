@@ -104,6 +104,7 @@ class FusedMlp:
         scales: LoRA's, of gate, up, down.
         activation: key of `sparse_unsloth.kernels.glu.KINDS`.
         compensation: added to context rows, which are then gathered.
+        keep: whether dequantised base weights stay from forward to backward: for a recompute, whose backward is next.
     """
 
     def __init__(
@@ -114,10 +115,12 @@ class FusedMlp:
         scales: tuple[float, float, float],
         activation: str,
         compensation: Compensation | None,
+        keep: bool = False,
     ):
         self.partition, self.weights, self.bases = partition, weights, bases
         self.scales, self.activation, self.compensation = scales, activation, compensation
         self.gathered = weights.k > FEW_CHANNELS or compensation is not None
+        self._kept: list[Tensor | None] | None = [None, None, None] if keep else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``y [M, hidden]``, and what backward needs beside ``x [M, hidden]``."""
@@ -136,12 +139,12 @@ class FusedMlp:
         dense, e, g = None, None, None
         if partition.num_dense:
             dense_x = x.index_select(0, partition.dense)
-            e, g = (dense_x @ base.dense(x.dtype).t() for base in self.bases[:2])
+            e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
             h = torch.empty_like(e)
             glu_forward(
                 thin, (e, g), weights.natural, h, unit[:, k:], self.activation, partition.dense, True, unit[:, :k]
             )
-            dense = h @ self.bases[2].dense(x.dtype).t()
+            dense = h @ self._base(2, x.dtype).t()
         y = unit @ weights.product_out.t()
         if dense is not None:
             add_rows(y, partition.dense, dense)
@@ -165,13 +168,13 @@ class FusedMlp:
             d_stacked.index_fill_(0, partition.padding, 0)
         dense = d_dense = None
         if e is not None:
-            d_h = dy.index_select(0, partition.dense) @ self.bases[2].dense(dy.dtype)
+            d_h = dy.index_select(0, partition.dense) @ self._base(2, dy.dtype)
             de, dg = torch.empty_like(e), torch.empty_like(g)
             d_dense = glu_backward(
                 thin, (e, g), weights.natural, d_h, d_unit[:, k:], (de, dg), d_thin, self.activation,
                 partition.dense, True, d_stacked[:, 2 * r :],
             )  # fmt: skip
-            dense = (de @ self.bases[0].dense(dy.dtype)).addmm_(dg, self.bases[1].dense(dy.dtype))
+            dense = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
         dx = d_stacked @ weights.product_in
         if dense is not None:
             add_rows(dx, partition.dense, dense)
@@ -191,10 +194,10 @@ class FusedMlp:
             return y, (stacked, unit[:, k:], context_x, None, None, None, None)
         dense_x = x.index_select(0, partition.dense)
         thin = dense_x @ weights.product_in[: 2 * r].t()
-        e, g = (dense_x @ base.dense(x.dtype).t() for base in self.bases[:2])
+        e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
         h, down_thin = torch.empty_like(e), thin.new_empty((len(thin), r))
         glu_forward(thin, (e, g), weights.natural, h, down_thin, self.activation)
-        dense = (h @ self.bases[2].dense(x.dtype).t()).addmm_(down_thin, weights.product_out[:, k:].t())
+        dense = (h @ self._base(2, x.dtype).t()).addmm_(down_thin, weights.product_out[:, k:].t())
         y.index_copy_(0, partition.dense, dense)
         return y, (stacked, unit[:, k:], context_x, thin, down_thin, e, g)
 
@@ -219,15 +222,23 @@ class FusedMlp:
         d_dense = None
         if e is not None:
             dense_dy = dy.index_select(0, partition.dense)
-            d_h, d_down_thin = dense_dy @ self.bases[2].dense(dy.dtype), dense_dy @ weights.product_out[:, k:]
+            d_h, d_down_thin = dense_dy @ self._base(2, dy.dtype), dense_dy @ weights.product_out[:, k:]
             de, dg, d_thin = torch.empty_like(e), torch.empty_like(g), torch.empty_like(thin)
             d_dense = glu_backward(thin, (e, g), weights.natural, d_h, d_down_thin, (de, dg), d_thin, self.activation)
-            dense_dx = (de @ self.bases[0].dense(dy.dtype)).addmm_(dg, self.bases[1].dense(dy.dtype))
+            dense_dx = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
             dense_dx.addmm_(d_thin, weights.product_in[: 2 * r])
             dx.index_copy_(0, partition.dense, dense_dx)
             dA += product_fp32(d_thin.t(), x.index_select(0, partition.dense))
             down_B += product_fp32(dense_dy.t(), down_thin)
         return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
+
+    def _base(self, place: int, dtype: torch.dtype) -> Tensor:
+        """The whole weight of gate, up or down."""
+        if self._kept is None:
+            return self.bases[place].dense(dtype)
+        if self._kept[place] is None:
+            self._kept[place] = self.bases[place].dense(dtype)
+        return self._kept[place]
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """gate and up thin ``[M, 2r]``, and their base products ``[M, k]``, of ``stacked [M, 2r + 2k]``."""

@@ -253,7 +253,12 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
     parts = plan.parts
     if fused is not None or not (plan.partition.num_context and use_kernels(x)):
         return fused
-    if plan.lora_branch != "dense" or len(parts) > 3 or None in loras or len({len(A) for A in loras[::2]}) > 1:
+    if (
+        plan.lora_branch != "dense"
+        or len(parts) > 3
+        or any(lora is None for lora in loras)
+        or len({A.shape[0] for A in loras[::2]}) > 1
+    ):
         return None
     if any(part.compensation is not None for part in parts):
         return None

@@ -67,6 +67,7 @@ class _Plan:
     lora_branch: str
     compensation: Compensation | None
     memo: dict[str, Any]
+    recompute: bool
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
 
@@ -106,12 +107,14 @@ def sparse_mlp(
         channels=channels,
         bases=tuple(projection.base for projection in projections),
         scales=tuple(lora_scale(projection) for projection in projections),
-        ranks=tuple(None if projection.lora is None else len(projection.lora.A) for projection in projections),
+        ranks=tuple(None if projection.lora is None else projection.lora.A.shape[0] for projection in projections),
         activation=mlp.activation,
         lora_branch=lora_branch,
         compensation=compensation,
         memo={} if memo is None else memo,
+        recompute=memo is not None and "ran" in memo and torch.is_grad_enabled(),
     )
+    plan.memo["ran"] = True
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
     return _SparseMlp.apply(hidden_states, plan, *tensors)
 
@@ -279,8 +282,9 @@ def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedM
         return None
     compensation = plan.compensation and plan.compensation.to(x.device, x.dtype)
     fused = plan.kept["fused"] = FusedMlp(
-        plan.partition, _fused_weights(plan, loras, x), plan.bases, plan.scales, plan.activation, compensation
-    )
+        plan.partition, _fused_weights(plan, loras, x), plan.bases, plan.scales, plan.activation, compensation,
+        plan.recompute,
+    )  # fmt: skip
     return fused
 
 
