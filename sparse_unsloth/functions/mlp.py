@@ -160,7 +160,7 @@ class _SparseMlp(torch.autograd.Function):
             fused = _fused_mlp(plan, loras, x)
             if fused is not None:
                 y, saved = fused.forward(x)
-                if fused.weights.nbytes > KEPT_BYTES:
+                if fused.weights.nbytes > KEPT_BYTES and not plan.recompute:
                     plan.forget()
             else:
                 y, saved = torch.zeros_like(x), []
