@@ -95,6 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
         "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
     )
     bench.add_argument("words", nargs="*")
+
+    study = commands.add_parser(
+        "study",
+        help="study low rank: toy matrices, a model's spectra, pruned adapters",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    study.add_argument("words", nargs="*")
     return parser
 
 
@@ -173,6 +181,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return main(arguments.words)
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.study.cli import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -193,6 +207,7 @@ COMMANDS = {
     "doctor": _doctor,
     "quickstart": _quickstart,
     "bench": _bench,
+    "study": _study,
 }
 
 if __name__ == "__main__":
