@@ -90,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--test-size", type=_positive, help="held-out samples to evaluate on")
     quickstart.add_argument("--output-dir", default="runs/quickstart", help="default: %(default)s")
 
+    estimate = commands.add_parser(
+        "estimate",
+        help="say before training what sparsity will gain: tokens, FLOPs, time, memory",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    estimate.add_argument("words", nargs="*")
+
     # Its words are its own: building their parser imports torch. No word is an option here, not even --help.
     bench = commands.add_parser(
         "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
@@ -187,6 +195,12 @@ def _study(arguments: argparse.Namespace) -> int:
     return main(arguments.words)
 
 
+def _estimate(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.forecast.command import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -207,6 +221,7 @@ COMMANDS = {
     "doctor": _doctor,
     "quickstart": _quickstart,
     "bench": _bench,
+    "estimate": _estimate,
     "study": _study,
 }
 

@@ -141,6 +141,7 @@ def step_flops(
     estimator_rank: int = 0,
     compensation_rank: int = 0,
     last_layer_tokens: int | None = None,
+    padding_tokens: int = 0,
 ) -> StepFlops:
     """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
@@ -169,6 +170,8 @@ def step_flops(
         last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
             that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
             attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
+        padding_tokens: further rows that dense parts compute like any other, and sparse parts leave out. (Their
+            sequences are as long as `seq_lengths` says, and their logits count as `head_tokens` says.)
 
     Raises:
         ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
@@ -179,7 +182,7 @@ def step_flops(
         raise ConfigError(f"attention is {attention!r}; it must be 'fused' or 'eager'")
     if unknown := set(lora_targets) - {*ATTENTION, *MLP}:
         raise ConfigError(f"lora_targets has {sorted(unknown)}; known projections are {', '.join((*ATTENTION, *MLP))}")
-    tokens = dense_tokens + context_tokens
+    tokens = dense_tokens + context_tokens + padding_tokens
     if head_tokens is None:
         head_tokens = tokens
     if input_requires_grad is None:
@@ -195,7 +198,10 @@ def step_flops(
         narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and last_layer_tokens is not None else ()
         for name, (inputs, outputs) in full.items():
             part = "mlp_base" if name in MLP else "attention_projections"
-            dense_rows, context_rows = (last_layer_tokens, 0) if name in narrowed else (dense_tokens, context_tokens)
+            padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else padding_tokens
+            dense_rows, context_rows = dense_tokens + padding_rows, context_tokens
+            if name in narrowed:
+                dense_rows, context_rows = last_layer_tokens, 0
             base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
             rank = lora_rank if name in lora_targets else 0
             rows = dense_rows + context_rows

@@ -131,10 +131,19 @@ def raw_backend(source: str | Path, overrides: Iterable[str] = ()) -> Any:
     Raises:
         RecipeError: no such recipe, or it cannot be read.
     """
-    values = dict(_Document(find_recipe(str(source))).values)
-    values |= {path[0]: _parsed(value) for path, value in parse_overrides(overrides) if len(path) == 1}
+    values = raw_values(source, overrides)
     backend = values.get("backend", "auto")
     return "peft" if backend == "auto" and values.get("use_cpu") is True else backend
+
+
+def raw_values(source: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a recipe's file and the command line set, before anything is checked; no values inside blocks.
+
+    Raises:
+        RecipeError: as `raw_backend`.
+    """
+    values = dict(_Document(find_recipe(str(source))).values)
+    return values | {path[0]: _parsed(value) for path, value in parse_overrides(overrides) if len(path) == 1}
 
 
 def parse_overrides(words: Iterable[str]) -> list[tuple[tuple[str, ...], Any]]:

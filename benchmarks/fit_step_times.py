@@ -1,0 +1,30 @@
+"""Fits step times to ``speed.csv`` and stores them in the package, for `sparse-unsloth estimate`.
+
+    python benchmarks/fit_step_times.py [benchmarks/results/speed.csv]
+
+Run it after rows were appended: a test fails while the stored figures are not those of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparse_unsloth.bench.table import read_rows
+from sparse_unsloth.forecast.measured import STORED, fit_table, save
+
+RESULTS = Path(__file__).parent / "results" / "speed.csv"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", type=Path, default=RESULTS)
+    fitted = fit_table(read_rows(parser.parse_args(argv).table))
+    save(fitted)
+    for one in fitted:
+        print(f"{one.device}, {one.backend}, {one.dtype}: {one.rows} rows, {one.step_time}\n  {one.errors}")
+    print(f"written to {STORED}")
+
+
+if __name__ == "__main__":
+    main()

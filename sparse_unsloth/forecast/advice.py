@@ -1,0 +1,130 @@
+"""What follows from an estimate, in plain sentences: what to expect, whether it is worth it, what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparse_unsloth.forecast.estimate import Estimate
+
+WORTH_IT = 1.1
+"""Speed-up of the whole training from which sparsity may be worth what it costs in quality."""
+WORTH_SAYING = 1.02
+FEW_CONTEXT = 0.5
+MUCH_PADDING = 0.1
+MANY_CUT = 0.05
+
+
+def advice(estimate: Estimate) -> list[str]:
+    """Sentences in the order of their weight; the first says what to expect."""
+    return [*_expectation(estimate), *_hints(estimate)]
+
+
+def _expectation(estimate: Estimate) -> Iterator[str]:
+    share = estimate.tokens.context_share
+    if estimate.tokens.context == 0:
+        yield (
+            "No token is context: every token bears loss, or predicts one that does, so nothing can be sparse. Give "
+            "prompt and completion columns (completion_only_loss), or messages with assistant_only_loss: true."
+        )
+        return
+    begin = f"{share:.0%} of your tokens are context"
+    if estimate.sparse is None:
+        best = _best_preset(estimate)
+        yield f"{begin}; this recipe is dense. {best}"
+    elif estimate.speedup is None:
+        yield (
+            f"{begin}: a dense step has {estimate.flops_ratio:.2f}x the FLOPs of a sparse one. No step of this backend "
+            "was measured, so the speed-up is not predicted; it is below that."
+        )
+    else:
+        yield (
+            f"{begin}: expect about {estimate.speedup:.2f}x for a sparse step{_range(estimate, estimate.speedup)} and "
+            f"{estimate.whole_speedup:.2f}x for the whole training, of which {estimate.sparse_share:.0%} is sparse."
+        )
+    yield from _worth(estimate)
+
+
+def _worth(estimate: Estimate) -> Iterator[str]:
+    if estimate.sparse is None:
+        return
+    gain = estimate.whole_speedup
+    if gain is None:
+        share = estimate.sparse_share
+        gain = 1 / (share / estimate.flops_ratio + 1 - share)
+    free = estimate.free_speedup
+    if gain < WORTH_IT:
+        instead = "train densely (sparsity: dense)"
+        if free is not None and estimate.exact_removal and free > WORTH_SAYING:
+            instead += f", which the exact removal makes {free:.2f}x as fast as it would be, with the same results"
+        what = f"gains only some {gain - 1:.0%} here" if gain > WORTH_SAYING else "gains no time here"
+        yield f"Not worth it: sparsity costs quality, and {what}. Rather {instead}."
+    else:
+        yield (
+            "Sparsity costs quality, more on small models: compare with a dense run that stops after the same time "
+            f"({1 / gain:.0%} of the steps) before you rely on it."
+        )
+    if free is not None and estimate.exact_removal and gain >= WORTH_IT and free > 0.8 * gain:
+        yield f"Most of that comes without any approximation: `sparsity: dense` alone is expected at {free:.2f}x."
+
+
+def _hints(estimate: Estimate) -> Iterator[str]:
+    tokens = estimate.tokens
+    if 0 < tokens.context_share < FEW_CONTEXT:
+        yield (
+            "Only prompt tokens can be sparse: instructions, examples, documents or tool descriptions gain where they "
+            "stand in the prompt (or in a user or system turn), not in the answer. If all turns of a conversation "
+            "are answers to train on, that is as it should be."
+        )
+    padding = tokens.share("padding")
+    if padding > MUCH_PADDING:
+        yield (
+            f"{padding:.0%} of the rows that a dense step computes are padding: packing: true, or the Unsloth backend "
+            "(padding-free by itself), does without them, at no cost."
+        )
+    if estimate.sparse is not None and estimate.sparse_as_trained.host_bound:
+        yield (
+            f"With {tokens.rows:.0f} rows a micro-batch the host's launches take longer than the GPU's sparse step: a "
+            "larger per_device_train_batch_size (and fewer gradient_accumulation_steps) gains more."
+        )
+    if estimate.sparse is not None and not estimate.dense_layer_0:
+        yield (
+            "Layer 0's MLP is sparse in this recipe; on a small model it costs more quality than all others together. "
+            "Leave it dense."
+        )
+    if estimate.sparse is not None and estimate.sparse_share == 0:
+        yield "No optimiser step lies between start_step and end_step: the whole training will be dense."
+    if estimate.sparse is not None and tokens.context:
+        yield from _presets(estimate)
+    if tokens.truncated > MANY_CUT * tokens.samples:
+        yield (
+            f"{tokens.truncated} of {tokens.samples} samples are as long as max_length, so most likely cut: what is "
+            "cut off is answer, unless truncation_mode says otherwise."
+        )
+    if tokens.dropped:
+        yield (
+            f"{tokens.dropped} of {tokens.samples} samples are left out: within max_length none of their tokens bears "
+            "loss. Raise max_length, or shorten the prompts."
+        )
+    if tokens.without_loss:
+        yield f"{tokens.without_loss} of {tokens.samples} samples bear no loss: they cost time and teach nothing."
+
+
+def _presets(estimate: Estimate) -> Iterator[str]:
+    told = [f"{name} {preset.speedup or preset.flops_ratio:.2f}x" for name, preset in estimate.presets.items()]
+    if told:
+        what = "a sparse step" if estimate.fitted else "FLOPs of a step, dense over sparse"
+        yield f"Presets on this data, {what}: {', '.join(told)} (o1 is the conservative one)."
+
+
+def _best_preset(estimate: Estimate) -> str:
+    told = [f"{name} about {preset.speedup or preset.flops_ratio:.2f}x" for name, preset in estimate.presets.items()]
+    unit = "" if estimate.fitted else " fewer FLOPs"
+    return f"A sparse step would give: {', '.join(told)}{unit}." if told else ""
+
+
+def _range(estimate: Estimate, speedup: float) -> str:
+    """The speed-up within the usual error of predictions, where that is known."""
+    error = estimate.fitted.errors.speedup_median
+    return "" if error is None else f" ({speedup / (1 + error):.2f}x to {speedup * (1 + error):.2f}x)"

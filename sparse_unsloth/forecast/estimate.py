@@ -1,0 +1,269 @@
+"""The estimate of one training: tokens, FLOPs, time, memory and advice, from a checked recipe and nothing run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_unsloth.bench.table import read_rows
+from sparse_unsloth.config import PRESETS, SparsityConfig
+from sparse_unsloth.data import load_dataset_for
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
+from sparse_unsloth.forecast.memory import Memory, peak_memory
+from sparse_unsloth.forecast.model import Model, backend_of, read_model
+from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
+from sparse_unsloth.forecast.work import Plan, Work, batch_work
+
+if TYPE_CHECKING:
+    from sparse_unsloth.recipe import Recipe
+
+SAMPLES = 1000
+"""Samples that are looked at unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, on one GPU, of the average micro-batch.
+
+    ``milliseconds`` is None where no step like it was measured; ``host_bound`` says that launching takes longer than
+    computing.
+    """
+
+    flops: float
+    milliseconds: float | None
+    host_bound: bool
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What another sparsity would give: sparse steps against dense ones, both as the backend runs them."""
+
+    flops_ratio: float
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that `sparse-unsloth estimate` says.
+
+    Attributes:
+        model, dataset, backend, backend_reason: what would be trained, and by what.
+        tokens: of the data set.
+        sequences, accumulation: samples of a micro-batch, and micro-batches of an optimiser step on one GPU.
+        dense: a step of the backend as it is; ``dense_exact`` with the exact removal (Unsloth backend, else None).
+        sparse, sparse_exact: a sparse step, likewise; None for a recipe without sparsity.
+        exact_removal: whether the training would use the exact removal.
+        optimiser_steps, sparse_share: of the whole training, and how much of it is sparse.
+        presets: the shipped presets on this model and data.
+        fitted: the measurements behind the times; None where there are none.
+        memory: the predicted peak.
+        dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
+    """
+
+    model: Model
+    dataset: str
+    backend: str
+    backend_reason: str
+    tokens: TokenStatistics
+    sequences: int
+    accumulation: int
+    dense: Step
+    dense_exact: Step | None
+    sparse: Step | None
+    sparse_exact: Step | None
+    exact_removal: bool
+    optimiser_steps: int
+    sparse_share: float
+    presets: dict[str, Preset]
+    fitted: Fitted | None
+    memory: Memory
+    dense_layer_0: bool
+
+    @property
+    def dense_as_trained(self) -> Step:
+        """A dense step of this training: with the exact removal where it is on."""
+        return self.dense_exact if self.exact_removal and self.dense_exact else self.dense
+
+    @property
+    def sparse_as_trained(self) -> Step | None:
+        """A sparse step of this training, likewise."""
+        return self.sparse_exact if self.exact_removal and self.sparse_exact else self.sparse
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """FLOPs of the backend's own dense step over those of a sparse one: the limit of the speed-up."""
+        return None if self.sparse_as_trained is None else self.dense.flops / self.sparse_as_trained.flops
+
+    @property
+    def speedup(self) -> float | None:
+        """Predicted: a sparse step against the backend's own dense step."""
+        return None if self.sparse_as_trained is None else _ratio(self.dense, self.sparse_as_trained)
+
+    @property
+    def whole_speedup(self) -> float | None:
+        """Predicted for the whole training, dense phases included; its set-up (calibration) is not."""
+        if self.speedup is None:
+            return None
+        sparse, other = self.sparse_as_trained.milliseconds, self.dense_as_trained.milliseconds
+        return self.dense.milliseconds / (self.sparse_share * sparse + (1 - self.sparse_share) * other)
+
+    @property
+    def free_speedup(self) -> float | None:
+        """Predicted for dense training with the exact removal, which changes no result."""
+        return None if self.dense_exact is None else _ratio(self.dense, self.dense_exact)
+
+    def as_dict(self) -> dict:
+        """Plain data, advice included."""
+        from sparse_unsloth.forecast.advice import advice
+
+        tokens = asdict(self.tokens) | {
+            "context_share": self.tokens.context_share,
+            "shares_of_rows": {role: self.tokens.share(role) for role in ("context", "dense", "padding")},
+            "rows_per_micro_batch": self.tokens.rows,
+        }
+        ratios = ("flops_ratio", "speedup", "whole_speedup", "free_speedup")
+        return (
+            asdict(self)
+            | {"tokens": tokens, "memory": self.memory.gib()}
+            | {name: getattr(self, name) for name in ratios}
+            | {"advice": advice(self)}
+        )
+
+
+def estimate(
+    recipe: Recipe, samples: int | None = SAMPLES, device: str | None = None, speed_table: str | Path | None = None
+) -> Estimate:
+    """Estimates the training that ``recipe`` describes. Reads the model's configuration and tokenizer, not its weights.
+
+    Args:
+        recipe: as `load_recipe` gives it.
+        samples: how many to look at, drawn by the recipe's seed; None for all.
+        device: a part of the name of a measured GPU; None takes the newest measurements.
+        speed_table: rows of `sparse-unsloth bench` to fit instead of the package's own.
+
+    Raises:
+        SparsityError: model or data are out of reach, do not fit the recipe, or nothing bears loss.
+    """
+    model, tokenizer = read_model(recipe)
+    backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
+    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss)
+    batches, tokens = read_tokens(recipe, data, tokenizer, backend, model.model_type, samples)
+    fitted = None
+    if not recipe.training.use_cpu:
+        dtype = "4bit" if model.in_4bit else "bf16"
+        fitted = choose(_fits(speed_table, model), backend, dtype, device)
+    plan = _plan(recipe, model, backend)
+    unsloth, accumulation = backend == "unsloth", recipe.training.gradient_accumulation_steps
+
+    def step(plan: Plan, removal: bool) -> Step:
+        return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
+
+    dense = step(plan.dense(), removal=False)
+    dense_exact = step(plan.dense(), removal=True) if unsloth else None
+    removal = unsloth and recipe.sparsity.exact_removal
+    is_sparse = plan.sparse_parts > 0
+    presets = {}
+    for name in PRESETS:
+        layers = SparsityConfig(preset=name).layer_sparsity(model.shape.num_layers)
+        if any(map(any, layers)):
+            other = step(replace(plan, layers=tuple(map(tuple, layers))), removal)
+            presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
+    count = _optimiser_steps(recipe, tokens)
+    return Estimate(
+        model=model,
+        dataset=recipe.data.dataset_name,
+        backend=backend,
+        backend_reason=reason,
+        tokens=tokens,
+        sequences=recipe.training.per_device_train_batch_size,
+        accumulation=accumulation,
+        dense=dense,
+        dense_exact=dense_exact,
+        sparse=step(plan, removal=False) if is_sparse else None,
+        sparse_exact=step(plan, removal=True) if is_sparse and unsloth else None,
+        exact_removal=removal,
+        optimiser_steps=count,
+        sparse_share=len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0,
+        presets=presets,
+        fitted=fitted,
+        memory=_memory(recipe, model, plan, batches),
+        dense_layer_0=model.layers[0][0] == 0,
+    )
+
+
+def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
+    sparsity = recipe.sparsity
+    scores = sparsity.criterion == "estimator" and sparsity.estimator.kind != "static"
+    return Plan(
+        model.shape,
+        model.layers,
+        backend,
+        checkpointing=recipe.training.gradient_checkpointing,
+        chunked_loss=backend == "peft" and recipe.training.loss_type == "chunked_nll",
+        lora_rank=recipe.model.lora_r,
+        lora_targets=model.lora_targets,
+        estimator_rank=sparsity.estimator.rank if scores else 0,
+        compensation_rank=sparsity.estimator.compensation_rank,
+        eager_attention=model.eager_attention,
+    )
+
+
+def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None) -> Step:
+    """The average micro-batch, times those of an optimiser step."""
+    flops = sum(work.flops for work in works) * accumulation / len(works)
+    if fitted is None:
+        return Step(flops, None, host_bound=False)
+    model = fitted.step_time
+    milliseconds = sum(model(work) for work in works) * accumulation / len(works)
+    return Step(flops, milliseconds, sum(map(model.host, works)) > sum(map(model.device, works)))
+
+
+def _ratio(slow: Step, fast: Step) -> float | None:
+    return None if slow.milliseconds is None else slow.milliseconds / fast.milliseconds
+
+
+def _fits(speed_table: str | Path | None, model: Model) -> list[Fitted]:
+    if speed_table is None:
+        return load()
+    if not Path(speed_table).is_file():
+        raise ConfigError(f"--speed-table: there is no file {speed_table}")
+    rows = read_rows(Path(speed_table))
+    fitted = fit_table(rows, MODELS | {Path(model.name).name: model.shape})
+    if not fitted:
+        raise ConfigError(
+            f"--speed-table: {speed_table} has too few rows to fit, which must be of {', '.join(MODELS)} or of "
+            f"{Path(model.name).name}, dense and sparse: `sparse-unsloth bench --model DIR --methods "
+            "unsloth-dense,sparse-o1,sparse-o2 --shapes all,host` measures them."
+        )
+    return fitted
+
+
+def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
+    training = recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    micro_batches = tokens.micro_batches * tokens.dataset_samples / tokens.samples
+    return max(math.ceil(micro_batches / training.gradient_accumulation_steps * training.num_train_epochs), 1)
+
+
+def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch]) -> Memory:
+    checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
+    rows = max(batch.rows for batch in batches)
+    return peak_memory(
+        model.shape,
+        linear=model.linear,
+        other=model.other,
+        adapter=model.adapter,
+        rows=rows,
+        checkpointing=checkpointing[plan.checkpointing],
+        in_4bit=model.in_4bit,
+        weight_bytes=model.weight_bytes,
+        activation_bytes=4 if recipe.training.use_cpu and not recipe.training.bf16 else 2,
+        logit_rows=rows if plan.backend == "peft" and not plan.chunked_loss else 0,
+        estimator_rank=plan.estimator_rank,
+        sparse_parts=plan.sparse_parts,
+    )

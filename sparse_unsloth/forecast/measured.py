@@ -1,0 +1,241 @@
+"""From the table of measured steps (``benchmarks/results/speed.csv``) to fitted step times, stored in the package."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sparse_unsloth.bench.methods import LLAMA_3_8B, backend_of, sparsity_of
+from sparse_unsloth.bench.shapes import shape_of
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.forecast.memory import peak_memory
+from sparse_unsloth.forecast.step_time import StepTime, fit, leave_one_out
+from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.forecast.work import Plan, Work, batch_work
+
+STORED = Path(__file__).with_name("step_times.json")
+MODELS = {"llama8b": LLAMA_3_8B}
+"""Sizes of measured models by the name of the checkpoint's folder."""
+NOT_OURS = ("unsloth-dense", "peft-dense")
+"""Methods whose time does not depend on the code of this package."""
+LEFT_OUT = ("hooks-dense", "nothing-dropped")
+"""Methods that nobody trains with."""
+SAME_CODE = datetime.timedelta(days=1)
+"""Rows of our own methods that are older than the newest one by more than this were measured on older code."""
+FEWEST = 4
+"""Rows that a fit needs, dense and sparse ones among them."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of predictions by a fit to all other rows, relative to what was measured (0.05 is 5 %).
+
+    ``step`` is of step times, ``speedup`` of speed-ups over the dense baseline at the same shape; None without one.
+    ``memory`` is of the peak that `peak_memory` states, which is not fitted to anything.
+    """
+
+    step_median: float
+    step_worst: float
+    speedup_median: float | None
+    speedup_worst: float | None
+    memory_median: float
+    memory_worst: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Step times of one GPU, backend and dtype, and where they come from.
+
+    Attributes:
+        device: the GPU's name.
+        backend: "unsloth" or "peft".
+        dtype: "4bit" or "bf16", of the base weights.
+        step_time: the fitted model.
+        errors: how well it predicts rows that it was not fitted to.
+        rows: how many it was fitted to; ``newest`` the date of the newest run, ``commits`` the code that was measured.
+        smallest, largest: FLOPs of the measured steps; beyond them it extrapolates.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    step_time: StepTime
+    errors: Errors
+    rows: int
+    newest: str
+    commits: tuple[str, ...]
+    smallest: float
+    largest: float
+
+
+def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
+    """The newest row of each device, model, dtype, checkpointing, method and shape, without those of older code."""
+    newest: dict[tuple, dict] = {}
+    names = ("device", "model", "dtype", "checkpointing", "method", "shape")
+    for row in sorted(rows, key=lambda row: _date(row)):
+        if row["method"] not in LEFT_OUT:
+            newest[tuple(row[name] for name in names)] = dict(row)
+    ours = [_date(row) for row in newest.values() if row["method"] not in NOT_OURS]
+    limit = max(ours) - SAME_CODE if ours else None
+    return [row for row in newest.values() if row["method"] in NOT_OURS or _date(row) >= limit]
+
+
+def work_of_row(row: Mapping, model: ModelShape) -> Work:
+    """What the measured step had to compute."""
+    plan, batch, removal = plan_of_row(row, model)
+    return batch_work(plan, batch, removal)
+
+
+def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool]:
+    """The measured model and method, its batch, and whether the exact removal was on."""
+    shape, method = shape_of(row["shape"]), row["method"]
+    sparsity = SparsityConfig.from_any(sparsity_of(method, model.num_layers))
+    backend = backend_of(method)
+    plan = Plan(
+        model,
+        tuple(tuple(layer) for layer in sparsity.layer_sparsity(model.num_layers)),
+        backend,
+        checkpointing=row["checkpointing"] != "False",
+        estimator_rank=sparsity.estimator.rank,
+    )
+    loss = shape.batch * shape.outputs
+    lengths = (shape.length,) * shape.batch
+    batch = MicroBatch(shape.tokens - shape.context_tokens, shape.context_tokens, 0, loss, lengths)
+    return plan, batch, method not in NOT_OURS
+
+
+def memory_of_row(row: Mapping, model: ModelShape) -> float:
+    """The peak in GiB that `peak_memory` states for the measured step, for a model without a tied head."""
+    plan, batch, _ = plan_of_row(row, model)
+    projections = model.projections().values()
+    checkpointing = {"False": "off", "True": "on"}.get(row["checkpointing"], "unsloth")
+    if checkpointing == "unsloth" and plan.backend == "peft":
+        checkpointing = "on"
+    return peak_memory(
+        model,
+        linear=model.num_layers * sum(inputs * outputs for inputs, outputs in projections),
+        other=model.hidden_size * (2 * model.vocab_size + 2 * model.num_layers + 1),
+        adapter=model.num_layers * plan.lora_rank * sum(inputs + outputs for inputs, outputs in projections),
+        rows=batch.rows,
+        checkpointing=checkpointing,
+        in_4bit=row["dtype"] == "4bit",
+        logit_rows=batch.rows if plan.backend == "peft" else 0,
+        estimator_rank=plan.estimator_rank,
+        sparse_parts=plan.sparse_parts,
+    ).gib()["peak"]
+
+
+def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None = None) -> list[Fitted]:
+    """A fit for each device, backend and dtype that was measured dense and sparse.
+
+    Args:
+        rows: of the table, as `sparse_unsloth.bench.table.read_rows` gives them.
+        models: sizes by the name of the model; `MODELS` by default. Rows of other models are not used.
+    """
+    models = MODELS if models is None else models
+    groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for row in usable_rows(row for row in rows if row["model"] in models):
+        groups[row["device"], backend_of(row["method"]), row["dtype"]].append(row)
+    fitted = []
+    for (device, backend, dtype), group in sorted(groups.items()):
+        if len(group) < FEWEST or len({row["method"] in NOT_OURS for row in group}) < 2:
+            continue
+        steps = [(work_of_row(row, models[row["model"]]), row["median_ms"]) for row in group]
+        peaks = [memory_of_row(row, models[row["model"]]) for row in group]
+        fitted.append(
+            Fitted(
+                device,
+                backend,
+                dtype,
+                step_time=fit(steps),
+                errors=_errors(group, leave_one_out(steps), peaks),
+                rows=len(group),
+                newest=max(row["date"] for row in group),
+                commits=tuple(sorted({row["commit"] for row in group})),
+                smallest=float(min(work.flops for work, _ in steps)),
+                largest=float(max(work.flops for work, _ in steps)),
+            )
+        )
+    return fitted
+
+
+def save(fitted: list[Fitted], path: Path = STORED) -> None:
+    """Writes the fits where `load` finds them."""
+    path.write_text(json.dumps([asdict(one) for one in fitted], indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: Path = STORED) -> list[Fitted]:
+    """The fits that come with the package."""
+    return [
+        Fitted(
+            **one
+            | {
+                "step_time": StepTime(**one["step_time"]),
+                "errors": Errors(**one["errors"]),
+                "commits": tuple(one["commits"]),
+            }
+        )
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def choose(fitted: list[Fitted], backend: str, dtype: str, device: str | None = None) -> Fitted | None:
+    """The fit for a training: of ``device`` if that is given, else the newest one; None where nothing was measured.
+
+    Args:
+        device: a part of the GPU's name, in any case ("h200").
+
+    Raises:
+        ConfigError: no GPU of that name was measured.
+    """
+    if device is not None:
+        known = sorted({one.device for one in fitted})
+        fitted = [one for one in fitted if device.lower() in one.device.lower()]
+        if not fitted:
+            raise ConfigError(
+                f"--device {device}: no steps were measured on such a GPU; known are {', '.join(known) or 'none'}. "
+                "Measure yours with `sparse-unsloth bench --out mine.csv`, and give --speed-table mine.csv."
+            )
+    same = [one for one in fitted if one.backend == backend]
+    exact = [one for one in same if one.dtype == dtype]
+    return max(exact or same, key=lambda one: one.newest, default=None)
+
+
+def _errors(group: list[dict], predicted: list[float], peaks: list[float]) -> Errors:
+    memory = [abs(ours / row["peak_gib"] - 1) for row, ours in zip(group, peaks, strict=True)]
+    steps = [abs(ours / row["median_ms"] - 1) for row, ours in zip(group, predicted, strict=True)]
+    names = ("model", "checkpointing", "shape")
+    dense = {
+        tuple(row[name] for name in names): (row["median_ms"], ours)
+        for row, ours in zip(group, predicted, strict=True)
+        if row["method"] in NOT_OURS
+    }
+    speedups = []
+    for row, ours in zip(group, predicted, strict=True):
+        base = dense.get(tuple(row[name] for name in names))
+        if base is not None and row["method"] not in NOT_OURS:
+            speedups.append(abs(base[1] / ours / (base[0] / row["median_ms"]) - 1))
+    return Errors(
+        _rounded(statistics.median(steps)),
+        _rounded(max(steps)),
+        _rounded(statistics.median(speedups)) if speedups else None,
+        _rounded(max(speedups)) if speedups else None,
+        _rounded(statistics.median(memory)),
+        _rounded(max(memory)),
+    )
+
+
+def _rounded(error: float) -> float:
+    return math.ceil(error * 1000) / 1000
+
+
+def _date(row: Mapping) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(row["date"])

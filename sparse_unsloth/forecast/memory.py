@@ -1,0 +1,85 @@
+"""Predicted peak of the GPU memory that a training step allocates, part by part, and what it assumes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from sparse_unsloth.costs import ModelShape
+
+GIB = 2**30
+BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A parameter in NF4 with nested quantisation: half a byte, a byte for 64 of them, four for 256 of those."""
+BYTES_ADAPTER = 16
+"""Of a trained parameter: float32 weight, gradient, and AdamW's two moments."""
+ASSUMPTIONS = (
+    "weights: NF4 with nested quantisation 0.516 bytes a parameter, embeddings, norms and head in 16 bits",
+    "adapter: 16 bytes a parameter (float32 weight, gradient, AdamW's two moments)",
+    "activations in 16 bits: a layer keeps 2 x intermediate + 7 x hidden numbers a row for its backward, which itself "
+    "needs intermediate + 6 x hidden more, in one layer at a time; checkpointing keeps only each layer's input "
+    "(Unsloth's on the host), and one layer's numbers",
+    "logits: in chunks that fit beside the activations, except for plain transformers' loss, which holds all of them",
+    "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they hold, at the peak of the largest micro-batch."""
+
+    weights: float
+    adapter: float
+    kept_activations: float
+    working_set: float
+    estimator: float
+
+    @property
+    def peak(self) -> float:
+        return sum(asdict(self).values())
+
+    def gib(self) -> dict[str, float]:
+        """The parts and their ``peak``, in GiB."""
+        return {name: value / GIB for name, value in {**asdict(self), "peak": self.peak}.items()}
+
+
+def peak_memory(
+    shape: ModelShape,
+    *,
+    linear: int,
+    other: int,
+    adapter: int,
+    rows: int,
+    checkpointing: str,
+    in_4bit: bool,
+    weight_bytes: int = 2,
+    activation_bytes: int = 2,
+    logit_rows: int = 0,
+    estimator_rank: int = 0,
+    sparse_parts: int = 0,
+) -> Memory:
+    """The peak in a step that is dense somewhere, as all with a dense phase or a dense layer are.
+
+    Args:
+        shape: of the model.
+        linear, other, adapter: parameters of its layers' linear modules, other frozen ones, trained ones.
+        rows: of the largest micro-batch, padding included.
+        checkpointing: "unsloth" (layer inputs on the host), "on", or "off".
+        in_4bit: whether the linear modules are in 4 bits.
+        weight_bytes: of all other parameters; ``activation_bytes`` of a number in an activation.
+        logit_rows: rows whose logits are held at once, in 16 and 32 bits and their gradient; 0 where they are chunked.
+        estimator_rank, sparse_parts: factors in float32 for each sparse part.
+    """
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    row = rows * activation_bytes
+    kept = row * (2 * inner + 7 * hidden)
+    working = row * (inner + 6 * hidden) + (hidden * inner * activation_bytes if in_4bit else 0)
+    stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
+    if checkpointing != "off":
+        working += kept
+    logits = logit_rows * shape.vocab_size * (activation_bytes + 4 + 4)
+    return Memory(
+        weights=linear * (BYTES_4BIT if in_4bit else weight_bytes) + other * weight_bytes,
+        adapter=adapter * BYTES_ADAPTER,
+        kept_activations=stored,
+        working_set=max(working, logits),
+        estimator=4 * estimator_rank * sparse_parts * 2 * (hidden + inner),
+    )

@@ -1,0 +1,195 @@
+"""What a model is without its weights: its configuration, built on the meta device, with the recipe's adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
+from sparse_unsloth.data import DataError, resolve_model
+from sparse_unsloth.errors import AttachError, ConfigError
+
+if TYPE_CHECKING:
+    from sparse_unsloth.recipe import Recipe
+
+UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""Families that Unsloth runs on its fast path, by ``model_type``."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as far as its training's cost is concerned.
+
+    Attributes:
+        name: as the recipe names it; ``model_type`` is transformers' name of its family.
+        shape: its sizes.
+        linear: frozen parameters of the decoder layers' linear modules, which 4-bit loading quantises.
+        other: all other frozen parameters: embeddings, norms, head (a tied head counts once).
+        adapter: trained parameters.
+        lora_targets: which of the seven projections have an adapter.
+        layers: ``(mlp, self_attn)`` sparsity of each layer under the recipe.
+        in_4bit: whether the base weights are loaded in 4 bits.
+        weight_bytes: of a parameter that is not in 4 bits.
+        eager_attention: whether attention is computed without a fused kernel.
+    """
+
+    name: str
+    model_type: str
+    shape: ModelShape
+    linear: int
+    other: int
+    adapter: int
+    lora_targets: tuple[str, ...]
+    layers: tuple[tuple[float, float], ...]
+    in_4bit: bool
+    weight_bytes: int
+    eager_attention: bool
+
+
+def read_model(recipe: Recipe) -> tuple[Model, Any]:
+    """The model of ``recipe`` and its tokenizer.
+
+    Raises:
+        DataError: configuration or tokenizer cannot be had.
+        AttachError: the model has no layers with a sparse path, or the recipe's adapters have none.
+        ConfigError: the recipe names layers or modules that the model does not have.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sparse_unsloth.backends.peft import check
+    from sparse_unsloth.layers import find_layers
+
+    arguments, training = recipe.model, recipe.training
+    config, tokenizer = _configuration(recipe)
+    shape = ModelShape.from_config(config)
+    layers = recipe.sparsity.layer_sparsity(shape.num_layers)
+    quantised = vars(config).pop("quantization_config", None)
+    with _quiet():
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=training.trust_remote_code)
+        except ValueError as error:
+            raise ConfigError(f"{arguments.model_name_or_path}: {error}") from error
+        found = find_layers(model)
+        frozen = sum(parameter.numel() for parameter in model.parameters())
+        linear = sum(
+            module.weight.numel()
+            for layer in found
+            for module in layer.module.modules()
+            if isinstance(module, torch.nn.Linear)
+        )
+        targets = arguments.lora_target_modules or [*ATTENTION, *MLP]
+        try:
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=arguments.lora_r,
+                    lora_alpha=arguments.lora_alpha,
+                    lora_dropout=arguments.lora_dropout,
+                    target_modules=targets[0] if targets == ["all-linear"] else targets,
+                    modules_to_save=arguments.lora_modules_to_save,
+                    use_dora=arguments.use_dora,
+                ),
+            )
+        except ValueError as error:
+            raise ConfigError(f"{arguments.model_name_or_path}: {error}") from error
+    found = find_layers(model)
+    for layer, sparsity in zip(found, layers, strict=True):
+        for part in ("mlp", "self_attn"):
+            if getattr(sparsity, part) > 0:
+                check(layer, part)
+    projections = found[0].projections()
+    _check_length(recipe, config)
+    return Model(
+        name=arguments.model_name_or_path,
+        model_type=config.get_text_config().model_type,
+        shape=shape,
+        linear=linear,
+        other=frozen - linear,
+        adapter=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        lora_targets=tuple(name.partition(".")[2] for name, module in projections.items() if hasattr(module, "lora_A")),
+        layers=tuple(tuple(layer) for layer in layers),
+        in_4bit=arguments.load_in_4bit or bool(quantised and dict(_mapping(quantised)).get("load_in_4bit")),
+        weight_bytes=_weight_bytes(recipe, config),
+        eager_attention=arguments.attn_implementation == "eager",
+    ), tokenizer
+
+
+def backend_of(recipe: Recipe, model_type: str, on_cpu: bool) -> tuple[str, str]:
+    """``(backend, reason)`` of the machine that will train: "auto" means Unsloth where a GPU could run it.
+
+    Raises:
+        AttachError: Unsloth is asked for, and has no fast path for this family.
+    """
+    fast = model_type in UNSLOTH_FAMILIES
+    if recipe.backend == "unsloth" and not fast:
+        raise AttachError(
+            f"backend: unsloth: {model_type} is not on Unsloth's fast path ({', '.join(UNSLOTH_FAMILIES)}), which the "
+            "sparse layers need. Set backend: peft."
+        )
+    if recipe.backend != "auto":
+        return recipe.backend, "as asked"
+    if on_cpu:
+        return "peft", "use_cpu"
+    return ("unsloth", "as on a CUDA GPU") if fast else ("peft", f"{model_type} is not on Unsloth's fast path")
+
+
+def _configuration(recipe: Recipe) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    arguments = recipe.model
+    name = resolve_model(arguments.model_name_or_path)
+    hub = {"revision": arguments.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(name, **hub)
+            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model_name_or_path: configuration and tokenizer of {arguments.model_name_or_path!r} cannot be read; it "
+            "must be a folder with a transformers checkpoint, or a hub name that can be reached from here. (Their few "
+            f"small files suffice: no weights are needed.)\n{error}"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
+
+
+def _check_length(recipe: Recipe, config: Any) -> None:
+    limit, asked = getattr(config.get_text_config(), "max_position_embeddings", None), recipe.training.max_length
+    if limit is not None and asked is not None and asked > limit:
+        raise ConfigError(
+            f"max_length: {asked} is beyond the {limit} positions of {recipe.model.model_name_or_path}; lower it."
+        )
+
+
+def _weight_bytes(recipe: Recipe, config: Any) -> int:
+    import torch
+
+    asked = recipe.model.dtype
+    dtype = getattr(config, "dtype", None) if asked in (None, "auto") else getattr(torch, asked)
+    if asked in (None, "auto") and not recipe.training.use_cpu:
+        return 2  # the backends load bfloat16 or float16 on a GPU
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+
+
+def _mapping(quantised: Any) -> Any:
+    return quantised if isinstance(quantised, dict) else vars(quantised)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,87 @@
+"""How long a step takes: a model of six numbers, fitted to the table of measured steps.
+
+    time = larger of host and device        (rounded off where the two meet)
+    device = a * products + b * attention + c * rows + d * sparse rows
+    host = e * layers + f * sparse parts
+
+`Work` says what the six factors are. All six are positive, and are found by least squares on the logarithm of the time,
+so on relative errors. A weak pull to rough values of a data-centre GPU decides what the rows leave open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from sparse_unsloth.forecast.work import Work
+
+SHARPNESS = 8
+"""Of the larger of host and device: they overlap, but not wholly."""
+PULL = 0.03
+"""Weight of the pull, as a relative error of one step for a coefficient off by a factor of e."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds for each 10^12 FLOPs, for each 10^9 elements, and for each layer or sparse part on the host."""
+
+    products: float
+    attention: float
+    rows: float
+    sparse_rows: float
+    host_layer: float
+    host_sparse_part: float
+
+    def device(self, work: Work) -> float:
+        """Milliseconds that the GPU computes."""
+        tera = self.products * work.products + self.attention * work.attention
+        return tera / 1e12 + (self.rows * work.rows + self.sparse_rows * work.sparse_rows) / 1e9
+
+    def host(self, work: Work) -> float:
+        """Milliseconds that the host needs to launch it."""
+        return self.host_layer * work.layers + self.host_sparse_part * work.sparse_parts
+
+    def __call__(self, work: Work) -> float:
+        """Milliseconds of one micro-batch: forward and backward, the optimiser's update included."""
+        host, device = self.host(work), self.device(work)
+        longer, shorter = max(host, device), min(host, device)
+        return longer * (1 + (shorter / longer) ** SHARPNESS) ** (1 / SHARPNESS)
+
+    @property
+    def teraflops(self) -> float:
+        """10^12 FLOPs of products a second."""
+        return 1000 / self.products
+
+
+ROUGHLY = StepTime(products=1.7, attention=2.5, rows=50, sparse_rows=30, host_layer=3, host_sparse_part=2)
+"""600 and 400 TFLOP/s, some 80 bytes an element at 3 TB/s, some hundred launches a layer."""
+STARTS = (0.1, 1.0, 5.0)
+"""The fit begins with this many times the rough host time: a side that is never the larger would not move."""
+
+
+def fit(steps: Sequence[tuple[Work, float]]) -> StepTime:
+    """The coefficients that explain measured steps best.
+
+    Args:
+        steps: work, and milliseconds; at least one.
+    """
+    import numpy
+    from scipy.optimize import least_squares
+
+    rough = numpy.log(astuple(ROUGHLY))
+    measured = numpy.log([milliseconds for _, milliseconds in steps])
+
+    def errors(logarithms: numpy.ndarray) -> numpy.ndarray:
+        predict = StepTime(*numpy.exp(logarithms))
+        differences = [math.log(predict(work)) for work, _ in steps] - measured
+        return numpy.concatenate([differences, PULL * (logarithms - rough)])
+
+    tries = [least_squares(errors, rough + numpy.log([1, 1, 1, 1, start, start])) for start in STARTS]
+    best = min(tries, key=lambda result: result.cost)
+    return StepTime(*(float(f"{value:.4g}") for value in numpy.exp(best.x)))
+
+
+def leave_one_out(steps: Sequence[tuple[Work, float]]) -> list[float]:
+    """What each step would be predicted to take, in milliseconds, by a fit to all others."""
+    return [fit([*steps[:index], *steps[index + 1 :]])(work) for index, (work, _) in enumerate(steps)]

@@ -1,0 +1,265 @@
+"""The micro-batches that a recipe will train on, made by TRL itself around a stand-in for the model, and their tokens.
+
+No weights are needed: TRL applies the template, the loss setting, truncation and packing to the data, whatever model it
+is given, so a model of a few thousand numbers does. Batches come from its own data loader, in the order of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparse_unsloth.data import DataError
+from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from trl import SFTConfig, SFTTrainer
+
+    from sparse_unsloth.recipe import Recipe
+
+PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
+PADDED_FAMILIES = ("gemma2", "gpt_oss")
+"""Families whose batches Unsloth pads where nothing is said; all others it trains padding-free."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward by role, and the lengths of its sequences as attention computes them, padding included.
+
+    ``dense``, ``context`` and ``padding`` are all rows; ``loss`` those that bear loss, dense ones as a rule.
+    """
+
+    dense: int
+    context: int
+    padding: int
+    loss: int
+    lengths: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.dense + self.context + self.padding
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, percentiles and maximum of a count of tokens."""
+
+    mean: float
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+    max: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> Spread:
+        import numpy
+
+        p10, p50, p90, p99 = (float(value) for value in numpy.percentile(counts, (10, 50, 90, 99)))
+        return cls(sum(counts) / len(counts), p10, p50, p90, p99, max(counts))
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the tokens of a data set are, under one template, loss setting and layout.
+
+    Attributes:
+        layout: "padded", "padding-free" or "packed".
+        dataset_samples, samples: in the data set; looked at.
+        dropped: samples that TRL left out, because nothing that bears loss was left within ``max_length`` (unpacked
+            layouts only).
+        without_loss: samples that are trained and bear no loss.
+        truncated: samples as long as ``max_length``, so most likely cut.
+        length, output: tokens of a sample, and those of them that have a label.
+        context_share: context rows over all rows that are not padding.
+        context, dense, padding: rows of all micro-batches, by role.
+        micro_batches: how many; ``rows`` of one, on average.
+    """
+
+    layout: str
+    dataset_samples: int
+    samples: int
+    dropped: int
+    without_loss: int
+    truncated: int
+    length: Spread
+    output: Spread
+    context: int
+    dense: int
+    padding: int
+    micro_batches: int
+
+    @property
+    def context_share(self) -> float:
+        return self.context / (self.context + self.dense)
+
+    @property
+    def rows(self) -> float:
+        return (self.context + self.dense + self.padding) / self.micro_batches
+
+    def share(self, role: str) -> float:
+        """Of "context", "dense" or "padding" among all rows that are computed in a dense step."""
+        return getattr(self, role) / (self.context + self.dense + self.padding)
+
+
+def read_tokens(
+    recipe: Recipe, data: Dataset, tokenizer: Any, backend: str, model_type: str, samples: int | None
+) -> tuple[list[MicroBatch], TokenStatistics]:
+    """The micro-batches of (a sample of) one epoch, and what they hold.
+
+    Args:
+        recipe: the training; its data arguments are not read.
+        data: as `load_dataset_for` gives it.
+        tokenizer: of the model.
+        backend: "unsloth" or "peft"; Unsloth trains padding-free unless told otherwise.
+        model_type: of the model's configuration.
+        samples: at most so many samples, drawn by the recipe's seed; None for all.
+
+    Raises:
+        DataError: the data set is empty, TRL cannot prepare it, or no sample bears loss.
+    """
+    total = len(data)
+    if total == 0:
+        raise DataError(f"{recipe.data.dataset_name}: the data set is empty; there is nothing to train on.")
+    if samples is not None and total > samples:
+        data = data.shuffle(seed=recipe.training.seed).select(range(samples))
+    looked_at = len(data)
+    padding_free = is_padding_free(recipe, backend, model_type)
+    with _stand_in_trainer(recipe.training, data, tokenizer, backend) as trainer:
+        prepared = trainer.train_dataset
+        if len(prepared) == 0:
+            raise _no_loss(recipe, looked_at)
+        documents = list(_documents(prepared))
+        if not any(outputs for _, outputs in documents):
+            raise _no_loss(recipe, looked_at)
+        if padding_free:
+            trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
+        batches = [
+            _roles(batch, recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
+            for batch in trainer.get_train_dataloader()
+        ]
+    packed = recipe.training.packing
+    lengths = [length for length, _ in documents]
+    limit = recipe.training.max_length
+    return batches, TokenStatistics(
+        layout=PACKED if packed else PADDING_FREE if padding_free else PADDED,
+        dataset_samples=total,
+        samples=looked_at,
+        dropped=0 if packed else looked_at - len(prepared),
+        without_loss=sum(outputs == 0 for _, outputs in documents),
+        truncated=sum(length == limit for length in lengths),
+        length=Spread.of(lengths),
+        output=Spread.of([outputs for _, outputs in documents]),
+        context=sum(batch.context for batch in batches),
+        dense=sum(batch.dense for batch in batches),
+        padding=sum(batch.padding for batch in batches),
+        micro_batches=len(batches),
+    )
+
+
+def is_padding_free(recipe: Recipe, backend: str, model_type: str) -> bool:
+    """Whether unpacked batches are flattened into one row: under Unsloth by default, elsewhere where it is asked for.
+
+    (TRL packs into padding-free batches too, with its best-fit strategies; that is its own affair.)
+    """
+    if recipe.training.packing:
+        return False
+    if backend != "unsloth" or "padding_free" in recipe.given:
+        return bool(recipe.training.padding_free)
+    return model_type not in PADDED_FAMILIES
+
+
+@contextlib.contextmanager
+def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backend: str) -> Iterator[SFTTrainer]:
+    """TRL's trainer over a model of a few numbers, with ``data`` prepared as it would be trained."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTTrainer
+
+    size = min(training.per_device_train_batch_size, len(data))
+    changes = {
+        "activation_offloading": False, "dataloader_drop_last": not training.packing, "dataloader_num_workers": 0,
+        "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None, "eval_strategy": "no",
+        "gradient_checkpointing": False, "loss_type": "nll", "model_init_kwargs": None,
+        "per_device_train_batch_size": size, "report_to": [], "torch_compile": False, "use_cpu": True,
+        "use_liger_kernel": False,
+    }  # fmt: skip
+    arguments = copy.copy(training)
+    if backend == "unsloth" and not training.packing:
+        # There the layout is Unsloth's own affair, and TRL's check of max_length does not run.
+        changes["padding_free"] = False
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), _quiet():
+        for name, value in {**changes, "output_dir": folder}.items():
+            setattr(arguments, name, value)
+        config = LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        )
+        try:
+            trainer = SFTTrainer(
+                LlamaForCausalLM(config), arguments, train_dataset=data, processing_class=copy.deepcopy(tokenizer)
+            )
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise DataError(f"TRL cannot prepare this data set: {error}") from error
+        yield trainer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice about a model that will never run."""
+    loggers = [logging.getLogger(name) for name in ("trl", "transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _documents(prepared: Dataset) -> Iterator[tuple[int, int]]:
+    """``(tokens, tokens with a label)`` of each sample; packed rows are taken apart where their lengths are known."""
+    for row in prepared:
+        labels = row["labels"]
+        start = 0
+        for length in row.get("seq_lengths") or [len(labels)]:
+            part = labels[start : start + length]
+            yield length, sum(label != IGNORE_INDEX for label in part)
+            start += length
+
+
+def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) -> MicroBatch:
+    labels, positions = batch["labels"], batch.get("position_ids")
+    roles = TokenPartition.from_labels(
+        labels,
+        batch.get("attention_mask"),
+        positions,
+        dense_tokens=dense_tokens,
+        padding_masked=padding_masked,
+    )
+    rows, columns = labels.shape
+    lengths = [columns] * rows
+    if positions is not None:
+        starts = (positions.flatten() == 0).nonzero().flatten().tolist()
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
+
+
+def _no_loss(recipe: Recipe, samples: int) -> DataError:
+    limit = recipe.training.max_length
+    return DataError(
+        f"{recipe.data.dataset_name}: none of {samples} samples bears loss. Either the prompts alone fill max_length "
+        f"({limit}), so that truncation leaves no answer: raise max_length; or no token has a label: look at the "
+        "answer column, the chat template and completion_only_loss / assistant_only_loss."
+    )

@@ -1,0 +1,132 @@
+"""How much there is to compute in one micro-batch: FLOPs, and what else its time depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, StepFlops, step_flops
+from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.last_layer import WORTH_REMOVING
+from sparse_unsloth.loss import ROW_MULTIPLE
+
+TRL_ROWS = 256
+"""TRL's chunked loss computes logits in multiples of so many rows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model and how it is trained, as far as costs depend on it.
+
+    Attributes:
+        shape: of the model.
+        layers: ``(mlp, self_attn)`` sparsity of each layer.
+        backend: "unsloth" or "peft".
+        checkpointing: whether the layers run forward twice.
+        chunked_loss: TRL's loss over rows with loss only, whose logits are computed twice (PEFT backend).
+        lora_rank, lora_targets: of the adapters.
+        estimator_rank: of the factors that score channels; 0 where nothing is scored.
+        compensation_rank: of the stand-in for dropped channels; 0 for none.
+    """
+
+    shape: ModelShape
+    layers: tuple[tuple[float, float], ...]
+    backend: str = "unsloth"
+    checkpointing: bool = True
+    chunked_loss: bool = False
+    lora_rank: int = 16
+    lora_targets: Collection[str] = (*ATTENTION, *MLP)
+    estimator_rank: int = 8
+    compensation_rank: int = 0
+    eager_attention: bool = False
+
+    def dense(self) -> Plan:
+        """The same training without sparsity."""
+        return replace(self, layers=((0.0, 0.0),) * len(self.layers))
+
+    @property
+    def sparse_parts(self) -> int:
+        """MLPs and attentions that are sparse."""
+        return sum((mlp > 0) + (attention > 0) for mlp, attention in self.layers)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the time of one micro-batch depends on.
+
+    Attributes:
+        products: FLOPs of all matrix products outside the attention core.
+        attention: FLOPs of the attention core.
+        rows: rows times layers times hidden size: what norms, residuals and the like must pass over.
+        sparse_rows: context rows times sparse parts times hidden size: gathering, scoring, scattering.
+        layers, sparse_parts: how many of each the host has to launch.
+    """
+
+    products: int
+    attention: int
+    rows: int
+    sparse_rows: int
+    layers: int
+    sparse_parts: int
+
+    @property
+    def flops(self) -> int:
+        return self.products + self.attention
+
+
+def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
+    """FLOPs of one micro-batch; without a context row it is dense.
+
+    Args:
+        removal: leave out what no loss depends on, where enough rows bear none (Unsloth backend only): logits, and the
+            last layer behind its keys and values.
+    """
+    sparse = plan.sparse_parts > 0 and batch.context > 0
+    removal = removal and plan.backend == "unsloth"
+    head, last_layer = batch.rows, None
+    if removal:
+        head = min(head, _up(max(batch.dense, batch.loss), ROW_MULTIPLE))
+        if batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
+            last_layer = batch.loss
+    elif plan.chunked_loss:
+        head = min(head, _up(batch.loss, TRL_ROWS))
+    flops = step_flops(
+        plan.shape,
+        plan.layers if sparse else plan.dense().layers,
+        dense_tokens=batch.dense + (0 if sparse else batch.context),
+        context_tokens=batch.context if sparse else 0,
+        padding_tokens=batch.padding,
+        seq_lengths=batch.lengths,
+        lora_rank=plan.lora_rank,
+        lora_targets=plan.lora_targets,
+        checkpointing=plan.checkpointing,
+        head_tokens=head,
+        last_layer_tokens=last_layer,
+        attention="eager" if plan.eager_attention else "fused",
+        estimator_rank=plan.estimator_rank,
+        compensation_rank=plan.compensation_rank,
+    )
+    if plan.chunked_loss and plan.backend == "peft":
+        again = replace(flops.recompute, head=flops.forward.head)
+        flops = replace(flops, recompute=again)
+    return flops
+
+
+def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
+    """What the time of one micro-batch depends on; arguments as `batch_flops`."""
+    flops = batch_flops(plan, batch, removal)
+    core, hidden = flops.parts.attention_core, plan.shape.hidden_size
+    parts = plan.sparse_parts if batch.context else 0
+    return Work(
+        products=flops.total - core,
+        attention=core,
+        rows=batch.rows * plan.shape.num_layers * hidden,
+        sparse_rows=batch.context * parts * hidden,
+        layers=plan.shape.num_layers,
+        sparse_parts=parts,
+    )
+
+
+def _up(rows: int, multiple: int) -> int:
+    return math.ceil(max(rows, 1) / multiple) * multiple
