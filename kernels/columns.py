@@ -161,8 +161,8 @@ def join_columns_kernel(
     selected = selected & (tl.load(index + k_offset + low, mask=selected, other=-1) == o_column)
     o_r = tl.arange(0, R)
     m_r = o_r < r
-    at = (offset + o_column)[None, :] * lora_channel_stride + o_r[:, None] * lora_rank_stride
-    b_lora = tl.load(lora + at, mask=m_r[:, None] & m_column[None, :], other=0.0)  # [R, TILE_C]
+    o_lora = (offset + o_column)[None, :] * lora_channel_stride + o_r[:, None] * lora_rank_stride
+    b_lora = tl.load(lora + o_lora, mask=m_r[:, None] & m_column[None, :], other=0.0)  # [R, TILE_C]
     if HAS_BIAS:
         b_bias = tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)
     base = output + offset.to(tl.int64) * M
