@@ -1,0 +1,218 @@
+"""One LoRA layer whose A and B show, while its forward runs, only the components that were chosen for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparse_unsloth.rank.config import RankConfig, RankError
+
+
+class ShownLinear(nn.Linear):
+    """A LoRA factor whose ``weight`` is the whole parameter, or inside a forward its chosen rows or columns.
+
+    Everything that computes with ``lora_A[adapter].weight`` (PEFT's own forward, the sparse functions, Unsloth's)
+    computes with the chosen components thereby; what works on parameters (optimisers, checkpoints) sees all of them.
+    """
+
+    _rank_layer: RankLayer
+    _rank_dim: int
+
+    @property
+    def weight(self) -> Tensor:
+        whole = self._parameters["weight"]
+        layer = self.__dict__.get("_rank_layer")
+        return whole if layer is None else layer.show(whole, self._rank_dim)
+
+
+@dataclass
+class _Choice:
+    """The components of one forward of one layer; chosen when they are first asked for, then the same to its end."""
+
+    source: Tensor | None
+    """The layer's input, ``[..., in]``; None where it is not known before the branch is computed."""
+    index: Tensor | None = None
+    made: bool = False
+    weights: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+
+
+class RankLayer:
+    """The importances of one layer's components, and which of them its forward computes.
+
+    Args:
+        name: of the module in the model.
+        module: PEFT's LoRA layer.
+        adapter: whose factors these are.
+
+    Attributes:
+        importance: moving average of the contextual importance, fp32 ``[r]``; sums to one once a step is done.
+        pending: sum of the contextual importances of this step's forwards; ``forwards`` of them.
+        idle: optimiser steps since a component was last chosen, fp32 ``[r]``.
+        unused: 1 where no forward of this step chose the component, else 0.
+        dead: bool ``[r]``, components that are pruned; None while there are none.
+        forced: int64, the components to compute whatever the mode; None: as training wants it.
+    """
+
+    def __init__(self, name: str, module: nn.Module, adapter: str, config: RankConfig):
+        self.name, self.module, self.adapter = name, module, adapter
+        self.A: ShownLinear = module.lora_A[adapter]
+        self.B: ShownLinear = module.lora_B[adapter]
+        self.rank = len(self.whole_A)
+        self.kept = config.kept(self.rank)
+        self.selects = False
+        """Whether forwards choose, or (warm-up) compute everything and only take note of importances."""
+        zeros = torch.zeros(self.rank, dtype=torch.float32, device=self.whole_A.device)
+        self.importance, self.pending, self.idle = zeros, zeros.clone(), zeros.clone()
+        self.unused = torch.ones_like(zeros)
+        self.dead: Tensor | None = None
+        self.forced: Tensor | None = None
+        self.forwards = 0
+        self._config = config
+        self._choice: _Choice | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def whole_A(self) -> Tensor:
+        """``[r, in]``, the parameter."""
+        return nn.Module.__getattr__(self.A, "weight")
+
+    @property
+    def whole_B(self) -> Tensor:
+        """``[out, r]``, the parameter."""
+        return nn.Module.__getattr__(self.B, "weight")
+
+    def install(self) -> None:
+        """Lets the factors show what is chosen. (Their class changes; names, parameters and state dict do not.)"""
+        for factor, dim in ((self.A, 0), (self.B, 1)):
+            factor.__class__ = ShownLinear
+            factor.__dict__.update(_rank_layer=self, _rank_dim=dim)
+
+    def uninstall(self) -> None:
+        for factor in (self.A, self.B):
+            factor.__class__ = nn.Linear
+            del factor.__dict__["_rank_layer"], factor.__dict__["_rank_dim"]
+
+    def open(self, source: Tensor | None) -> None:
+        """A forward begins; until `close` the factors show the components chosen for ``source``."""
+        if self.module.training and not self.module.merged and not self.module.disable_adapters:
+            self._choice = _Choice(source)
+
+    def close(self) -> None:
+        self._choice = None
+
+    def show(self, whole: Tensor, dim: int) -> Tensor:
+        """What the factor with parameter ``whole`` shows now: ``whole``, or ``k`` of its rows (0) or columns (1).
+
+        Raises:
+            RankError: FSDP shards the factor.
+        """
+        if self.forced is not None:
+            return whole.index_select(dim, self.forced)
+        choice = self._choice
+        if choice is None:
+            return whole
+        if not choice.made:
+            choice.index, choice.made = self._choose(choice.source), True
+        if choice.index is None:
+            return whole
+        key = (dim, torch.is_grad_enabled())
+        if key not in choice.weights:
+            choice.weights[key] = whole.index_select(dim, choice.index)
+        return choice.weights[key]
+
+    @torch.no_grad()
+    def _choose(self, source: Tensor | None) -> Tensor | None:
+        """int64 ``[kept]``, ascending; None: all. The same input at the same step gives the same components again.
+
+        So the recompute under gradient checkpointing computes what its forward did; it takes note of the importances a
+        second time, which their mean over the step's forwards does not feel.
+        """
+        if isinstance(self.whole_A, DTensor):
+            raise RankError(
+                f"{self.name}: FSDP shards this adapter, and components are chosen from whole factors. Train with DDP, "
+                "or keep LoRA parameters out of the sharding."
+            )
+        if self.importance.device != self.whole_A.device:
+            self._follow(self.whole_A.device)
+        contextual = self.contextual_importance(source)
+        self.pending += contextual
+        self.forwards += 1
+        if not self.selects or self.kept >= self.rank:
+            return None
+        weight = self._config.importance_lambda
+        score = torch.lerp(contextual, self.importance, weight)
+        if self.dead is not None:
+            score = score.masked_fill_(self.dead, -1.0)
+        index = score.topk(self.kept).indices.sort().values
+        self.unused.index_fill_(0, index, 0.0)
+        return index
+
+    def _follow(self, device: torch.device) -> None:
+        """To where the model was moved, or loaded (from the meta device there is nothing to bring along)."""
+        for name in ("importance", "pending", "idle", "unused", "dead"):
+            value = getattr(self, name)
+            if value is not None:
+                fresh = torch.ones_like if name == "unused" else torch.zeros_like
+                setattr(self, name, fresh(value, device=device) if value.is_meta else value.to(device))
+
+    @torch.no_grad()
+    def contextual_importance(self, source: Tensor | None) -> Tensor:
+        """``|x A_i| |B_i|`` over at most ``score_rows`` rows of ``source`` (None: ``|A_i| |B_i|``), fp32 ``[r]``.
+
+        It sums to one, or is zero where all of it is (B is zero at the beginning, or every row).
+        """
+        norm_A, norm_B = self._factor_norms()
+        if source is not None:
+            rows = source.detach().flatten(0, -2)
+            rows = rows[:: -(-len(rows) // self._config.score_rows)] if len(rows) else rows
+            with torch.autocast(rows.device.type, enabled=False):
+                norm_A = _norms(rows @ self.whole_A.to(rows.dtype).t(), 0)
+        importance = norm_A * norm_B
+        return importance / importance.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _factor_norms(self) -> tuple[Tensor, Tensor]:
+        """``|A_i|`` and ``|B_i|``; weights change only between steps."""
+        if self._norms is None:
+            self._norms = (_norms(self.whole_A, 1), _norms(self.whole_B, 0))
+        return self._norms
+
+    def weights_changed(self) -> None:
+        self._norms = None
+
+    @torch.no_grad()
+    def bury(self, index: Tensor) -> None:
+        """Sets the components ``index`` (int64) to zero in A and B, and marks them as pruned."""
+        if self.dead is None:
+            self.dead = torch.zeros(self.rank, dtype=torch.bool, device=self.importance.device)
+        self.dead.index_fill_(0, index, True)
+        self.importance.index_fill_(0, index, 0.0)
+        self.zero_dead()
+
+    @torch.no_grad()
+    def zero_dead(self) -> None:
+        for whole, dim in ((self.whole_A, 0), (self.whole_B, 1)):
+            whole.index_fill_(dim, self.dead.nonzero()[:, 0], 0.0)
+        self.weights_changed()
+
+    def best(self, ratio: float) -> Tensor:
+        """int64, ascending: the share ``ratio`` of the components that has been most important, pruned ones left out.
+
+        Before the first step, when nothing has been accumulated, by ``|A_i| |B_i|``.
+        """
+        score = self.importance
+        if not bool(score.any()):
+            score = self.contextual_importance(None)
+        alive = self.rank if self.dead is None else int((~self.dead).sum())
+        if self.dead is not None:
+            score = score.masked_fill(self.dead, -1.0)
+        count = min(alive, max(1, round(ratio * self.rank)))
+        return score.topk(count).indices.sort().values
+
+
+def _norms(matrix: Tensor, dim: int) -> Tensor:
+    """L2 norms along ``dim``, fp32, accumulated in no less."""
+    accumulator = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, dim=dim, dtype=accumulator).float()

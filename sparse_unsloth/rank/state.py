@@ -1,0 +1,174 @@
+"""What a rank-sparse model carries between steps; kept outside the module tree, so no checkpoint holds it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparse_unsloth.rank.config import RankConfig, RankError
+from sparse_unsloth.rank.layer import RankLayer
+
+logger = logging.getLogger("sparse_unsloth")
+
+STATE_NAME = "rank_state.safetensors"
+"""The file that ``save_pretrained`` writes beside the adapter, and ``load_adapter`` reads back."""
+_KEPT = ("importance", "idle")
+MAX_BLIND_STEPS = 3
+
+
+class RankState:
+    """The layers, the step, and what happens between two optimiser steps.
+
+    Attributes:
+        step: optimiser steps done.
+        handles: hooks that `remove` takes off.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[RankLayer], config: RankConfig, adapter: str):
+        self.model, self.layers, self.config, self.adapter = weakref.ref(model), layers, config, adapter
+        self.step = 0
+        self.handles: list[RemovableHandle] = []
+        self._zero_again = False
+        self._blind_steps = 0
+        self._set_mode()
+
+    def on_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Of every optimiser in the process; those that do not train this model are none of ours."""
+        anchor = self.layers[0].whole_A
+        if any(parameter is anchor for group in optimizer.param_groups for parameter in group["params"]):
+            self.advance(optimizer)
+
+    @torch.no_grad()
+    def advance(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """An optimiser step is done: averages move on, and every ``prune_after`` steps idle components are pruned.
+
+        PyTorch optimisers call this by themselves; call it after each step of anything else.
+
+        Raises:
+            RankError: for several steps no forward reached a LoRA layer, so nothing would ever be sparse.
+        """
+        seen = [layer for layer in self.layers if layer.forwards]
+        if not seen:
+            # Some loaders make an optimiser's state by a step without a forward.
+            self._blind_steps += 1
+            if self._blind_steps < MAX_BLIND_STEPS:
+                return
+            raise RankError(
+                f"{MAX_BLIND_STEPS} optimiser steps were done, and no training forward passed any of the "
+                f"{len(self.layers)} rank-sparse layers. Apply to the model that is trained, after everything that "
+                "replaces its modules."
+            )
+        self._blind_steps = 0
+        if self.step == 0 and len(seen) < len(self.layers):
+            missed = [layer.name for layer in self.layers if not layer.forwards]
+            logger.warning("%d rank-sparse layers did not run in the first step: %s ...", len(missed), missed[0])
+        self.step += 1
+        pending = [layer.pending for layer in seen]
+        torch._foreach_div_(pending, [float(layer.forwards) for layer in seen])
+        # As long as few steps are averaged, all count alike.
+        weight = max(1 - self.config.importance_decay, 1 / self.step)
+        torch._foreach_lerp_([layer.importance for layer in seen], pending, weight)
+        torch._foreach_zero_(pending)
+        for layer in seen:
+            layer.forwards = 0
+        if seen[0].selects:
+            idle, unused = [layer.idle for layer in seen], [layer.unused for layer in seen]
+            torch._foreach_add_(idle, 1.0)
+            torch._foreach_mul_(idle, unused)
+            torch._foreach_zero_(unused)
+            torch._foreach_add_(unused, 1.0)
+            if self.config.prune_after and self.step % self.config.prune_after == 0:
+                self._prune(optimizer)
+        if self._zero_again:
+            for layer in self.layers:
+                if layer.dead is not None:
+                    layer.zero_dead()
+        for layer in self.layers:
+            layer.weights_changed()
+        self._set_mode()
+
+    def _set_mode(self) -> None:
+        for layer in self.layers:
+            layer.selects = self.step >= self.config.warmup_steps
+
+    def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Zeroes components that no forward chose in the last ``prune_after`` steps, and their moments.
+
+        The training forward does not change by it. Shapes stay, so DDP, resuming and every optimiser go on: a zero
+        component has zero gradients, and with zero moments it stays where it is. At least ``kept`` components remain,
+        as those were chosen in the last step.
+        """
+        for layer in self.layers:
+            idle = layer.idle
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # Ranks see other batches; only what is idle on all of them may go.
+                torch.distributed.all_reduce(idle, torch.distributed.ReduceOp.MIN)
+            going = idle >= self.config.prune_after
+            if layer.dead is not None:
+                going &= ~layer.dead
+            index = going.nonzero()[:, 0]
+            if len(index):
+                layer.bury(index)
+                self._forget_moments(layer, index, optimizer)
+
+    def _forget_moments(self, layer: RankLayer, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        for whole, dim in ((layer.whole_A, 0), (layer.whole_B, 1)):
+            kept = {} if optimizer is None else optimizer.state.get(whole, {})
+            values = [value for value in kept.values() if torch.is_tensor(value) and value.numel() > 1]
+            for value in values:
+                if value.shape == whole.shape:
+                    value.index_fill_(dim, index, 0)
+            # Moments of another form (8-bit ones, say) cannot be cut; they fade, and their updates are taken back.
+            self._zero_again |= optimizer is None or any(value.shape != whole.shape for value in values)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the state into ``folder``, so that `load` goes on where this run stands."""
+        tensors: dict[str, Tensor] = {}
+        for layer in self.layers:
+            tensors |= {f"{layer.name}.{name}": getattr(layer, name).cpu() for name in _KEPT}
+            if layer.dead is not None:
+                tensors[f"{layer.name}.dead"] = layer.dead.cpu()
+        metadata = {
+            "step": str(self.step),
+            "zero_again": str(self._zero_again),
+        }
+        save_file(tensors, Path(folder) / STATE_NAME, metadata)
+
+    def load(self, folder: str | Path) -> None:
+        """Takes over the state that `save` wrote.
+
+        Raises:
+            RankError: the file is missing or damaged, or of layers with other names or ranks.
+        """
+        path = Path(folder) / STATE_NAME
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise RankError(
+                f"{path}: cannot be read ({error}). Start afresh without it, or from another one."
+            ) from None
+        shapes = {name: tuple(value.shape) for name, value in tensors.items() if name.endswith(".importance")}
+        expected = {f"{layer.name}.importance": (layer.rank,) for layer in self.layers}
+        if shapes != expected:
+            other = next(iter(set(shapes.items()) ^ set(expected.items())))
+            raise RankError(f"{path}: is of other layers or ranks than this model's (first: {other[0]}, {other[1]}).")
+        for layer in self.layers:
+            for name in _KEPT:
+                setattr(layer, name, tensors[f"{layer.name}.{name}"].to(layer.importance.device))
+            dead = tensors.get(f"{layer.name}.dead")
+            layer.dead = None if dead is None else dead.to(layer.importance.device)
+            layer.pending.zero_()
+            layer.unused.fill_(1.0)
+            layer.forwards = 0
+            layer.weights_changed()
+        self.step, self._zero_again = int(metadata["step"]), metadata["zero_again"] == "True"
+        self._set_mode()
