@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparse_unsloth.attachment import attach, detach, get_state
+    from sparse_unsloth.autosparsity.search import calibrate
     from sparse_unsloth.callback import SparsityCallback
     from sparse_unsloth.config import SparsityConfig
     from sparse_unsloth.language_model import FastSparseLanguageModel
@@ -19,10 +20,11 @@ _HOMES = {
     "SparsityCallback": "callback",
     "SparsityConfig": "config",
     "attach": "attachment",
+    "calibrate": "autosparsity.search",
     "detach": "attachment",
     "get_state": "attachment",
 }
-__all__ = ["FastSparseLanguageModel", "SparsityCallback", "SparsityConfig", "attach", "detach", "get_state"]
+__all__ = ["FastSparseLanguageModel", "SparsityCallback", "SparsityConfig", "attach", "calibrate", "detach", "get_state"]
 
 
 def __getattr__(name: str) -> Any:

@@ -98,6 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     estimate.add_argument("words", nargs="*")
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure on your data what sparsity costs in each layer, and choose it",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    calibrate.add_argument("words", nargs="*")
+
     # Its words are its own: building their parser imports torch. No word is an option here, not even --help.
     bench = commands.add_parser(
         "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
@@ -201,6 +209,12 @@ def _estimate(arguments: argparse.Namespace) -> int:
     return main(arguments.words)
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.autosparsity.command import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -221,6 +235,7 @@ COMMANDS = {
     "doctor": _doctor,
     "quickstart": _quickstart,
     "bench": _bench,
+    "calibrate": _calibrate,
     "estimate": _estimate,
     "study": _study,
 }

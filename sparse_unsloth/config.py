@@ -267,7 +267,13 @@ class SparsityConfig(_Config):
         if not isinstance(data, dict):
             what = "is empty" if data is None else f"holds a {type(data).__name__}"
             raise ConfigError(f"{path}: must hold a mapping of SparsityConfig keys, but {what}")
-        return cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
+        config = cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
+        estimator = config.estimator.path
+        if estimator is not None and not Path(estimator).is_absolute() and (path.parent / estimator).exists():
+            # A relative path is looked for beside the file first, so that their folder can be moved.
+            beside = config.estimator.model_copy(update={"path": str((path.parent / estimator).absolute())})
+            config = config.model_copy(update={"estimator": beside})
+        return config
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes every field to a YAML or JSON file (by suffix), wholly or not at all; `from_file` restores it exactly.

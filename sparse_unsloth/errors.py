@@ -19,3 +19,7 @@ class EstimatorError(SparsityError):
 
 class BackendError(SparsityError):
     """A backend that cannot run here, or cannot load what was asked."""
+
+
+class CalibrationError(SparsityError):
+    """Samples that sparsity cannot be calibrated on, or a budget that cannot be kept."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.errors import BackendError
+from sparse_unsloth.errors import BackendError, CalibrationError
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -95,7 +95,8 @@ class FastSparseLanguageModel:
             model: from `from_pretrained`.
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
-            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, or a preset ("o1", "o2", "dense").
+            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("o1", "o2", "dense"), or
+                "auto": `calibrate` chooses each layer's on ``calibration_samples``, at its default budget.
             calibration_samples: batches as the model receives them, for estimators that calibrate; without them the
                 trainer's first samples are taken when training begins.
             **kwargs: as Unsloth's ``get_peft_model`` takes them (``use_gradient_checkpointing="unsloth"``,
@@ -104,8 +105,15 @@ class FastSparseLanguageModel:
         Raises:
             AttachError, ConfigError, EstimatorError: see `attach`.
             BackendError: the backend cannot do what an argument asks for.
+            CalibrationError: see `calibrate`; or "auto" without samples.
         """
-        config = SparsityConfig.from_any(sparsity)
+        auto = isinstance(sparsity, str) and sparsity == "auto"
+        if auto and not calibration_samples:
+            raise CalibrationError(
+                "sparsity='auto' needs calibration_samples: a few batches of your data as the model receives them, "
+                "from the trainer's collator; or run `sparse-unsloth calibrate` and give its sparsity.yaml."
+            )
+        config = SparsityConfig.from_any(None if auto else sparsity)
         backend = _load_backend(model.__dict__.get("_sparse_backend", "peft"))
         model = backend.add_lora(
             model,
@@ -117,6 +125,13 @@ class FastSparseLanguageModel:
             **kwargs,
         )
         model.__dict__["_sparse_backend"] = backend.NAME
+        if auto:
+            from sparse_unsloth.autosparsity.report import summary
+            from sparse_unsloth.autosparsity.search import calibrate
+
+            result = calibrate(model, calibration_samples, lora_rank=r)
+            print(*summary(result), sep="\n")
+            config = result.config
         print(attach(model, config, calibration_samples))
         return model
 

@@ -1,0 +1,118 @@
+"""FLOPs of a recipe: of the context tokens' frozen products alone, which a budget is of, and of a whole training step.
+
+The first does not depend on the data, the second does: where 24 % of the tokens are context, half of their products is
+a small part of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparse_unsloth.costs import ModelShape, step_flops
+
+if TYPE_CHECKING:
+    from sparse_unsloth.autosparsity.probe import ProbeBatch
+    from sparse_unsloth.config import LayerSparsity
+
+
+def frozen_share(
+    shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0, compensation_rank: int = 0
+) -> float:
+    """FLOPs of one context token's products with frozen weights, over the dense ones.
+
+    Forward and the gradient of the input, with estimator and compensation; no LoRA, attention core or head.
+    """
+    dense = _frozen(shape, [(0.0, 0.0)] * shape.num_layers, 0, 0)
+    return _frozen(shape, recipe, estimator_rank, compensation_rank) / dense
+
+
+def part_cost(
+    shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0, compensation_rank: int = 0
+) -> float:
+    """The share that ``part`` ("mlp", "self_attn") of one layer has in `frozen_share`: parts add up to a recipe's."""
+    one = replace(shape, num_layers=1)
+    pair = (sparsity, 0.0) if part == "mlp" else (0.0, sparsity)
+    whole = _frozen(one, [(0.0, 0.0)], 0, 0)
+    inputs_outputs = shape.projections()
+    other = [
+        size
+        for name, size in inputs_outputs.items()
+        if (name in ("gate_proj", "up_proj", "down_proj")) != (part == "mlp")
+    ]
+    spent = _frozen(one, [pair], estimator_rank, compensation_rank) - 4 * sum(a * b for a, b in other)
+    return spent / (whole * shape.num_layers)
+
+
+def _frozen(shape: ModelShape, recipe, estimator_rank: int, compensation_rank: int) -> int:
+    parts = step_flops(
+        shape,
+        recipe,
+        dense_tokens=0,
+        context_tokens=1,
+        seq_lengths=[],
+        lora_rank=0,
+        head_tokens=0,
+        input_requires_grad=True,
+        estimator_rank=estimator_rank,
+        compensation_rank=compensation_rank,
+    ).parts
+    return parts.mlp_base + parts.attention_projections + parts.estimator + parts.compensation
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """Tokens of sample batches by role, without padding, and the lengths of their rows.
+
+    A row counts as one sequence: where it packs several, the attention core is counted too large.
+    """
+
+    dense_tokens: int
+    context_tokens: int
+    loss_tokens: int
+    row_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Sequence[ProbeBatch]) -> DataShape:
+        lengths = []
+        for batch in batches:
+            rows, width = batch.partition.shape
+            lengths += batch.partition.rows.div(width, rounding_mode="floor").bincount(minlength=rows).tolist()
+        return cls(
+            dense_tokens=sum(batch.partition.num_dense for batch in batches),
+            context_tokens=sum(batch.partition.num_context for batch in batches),
+            loss_tokens=sum(len(batch.partition.loss) for batch in batches),
+            row_lengths=tuple(lengths),
+        )
+
+    @property
+    def context_share(self) -> float:
+        """Context tokens over all tokens."""
+        return self.context_tokens / max(self.context_tokens + self.dense_tokens, 1)
+
+    def step_ratio(
+        self,
+        shape: ModelShape,
+        recipe: Sequence[LayerSparsity],
+        lora_rank: int,
+        estimator_rank: int = 0,
+        compensation_rank: int = 0,
+    ) -> float:
+        """FLOPs of a training step with ``recipe`` over those of the dense one: no checkpointing, logits of the
+        loss-bearing rows alone."""
+
+        def total(layers, *ranks: int) -> int:
+            return step_flops(
+                shape,
+                layers,
+                self.dense_tokens,
+                self.context_tokens,
+                self.row_lengths,
+                lora_rank,
+                head_tokens=self.loss_tokens,
+                estimator_rank=ranks[0],
+                compensation_rank=ranks[1],
+            ).total
+
+        return total(recipe, estimator_rank, compensation_rank) / total([(0.0, 0.0)] * shape.num_layers, 0, 0)

@@ -1,0 +1,198 @@
+"""``sparse-unsloth calibrate``: its words, and the model and data as a training of the same recipe would have them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sparse_unsloth.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparse_unsloth.autosparsity.search import Calibration
+    from sparse_unsloth.recipe import Recipe
+
+BATCH = 8
+"""Samples that share one choice of channels, as in the calibration at the start of a training."""
+
+DESCRIPTION = """\
+Measures on a few dozen samples of your data what sparsity costs in each layer, and chooses the sparsity of each for a
+FLOP budget or a bound on the loss. Writes sparsity.yaml (for a recipe's `sparsity:`), the estimator, and a report.
+
+RECIPE is a YAML file or the name of a shipped one; its layer rules play no part, the rest of its sparsity block does.
+MODEL and DATASET are what a recipe has as model_name_or_path and dataset_name. Any key of a recipe can be set by
+--key value. A second start with the same model, data and settings goes on from what was measured."""
+
+EPILOG = """\
+examples:
+  sparse-unsloth calibrate quickstart --budget 0.5 --output-dir runs/mine
+  sparse-unsloth calibrate Qwen/Qwen3-8B my.jsonl --max-loss 0.01 --load_in_4bit true --max_length 2048
+  sparse-unsloth train my.yaml --sparsity runs/mine/sparsity.yaml"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options that are not keys of a recipe; names come before them, and are not parsed here."""
+    from sparse_unsloth.autosparsity.search import ATTENTION_LEVELS, MLP_LEVELS
+
+    parser = argparse.ArgumentParser(
+        prog="sparse-unsloth calibrate",
+        usage="sparse-unsloth calibrate RECIPE|MODEL DATASET [options] [--key value ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument(
+        "--budget",
+        type=float,
+        help="FLOPs of context tokens' products with frozen weights, as a share of the dense ones (default: 0.5)",
+    )
+    bound.add_argument("--max-loss", type=float, help="instead: increase of the answer loss allowed, in nats")
+    for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
+        text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
+        parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
+    for name, count, text in (
+        ("samples", 32, "to calibrate the estimator on"),
+        ("probe-samples", 16, "others, to measure losses on"),
+        ("held-out-samples", 16, "others still, to check the recipe on"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"{text} (default: {count})")
+    parser.add_argument("--output-dir", default="runs/calibrate", help="default: %(default)s")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Calibrates what ``words`` ask for, and prints the outcome.
+
+    Raises:
+        SparsityError: see `calibrate_recipe`; `CalibrationError` for wrong words.
+    """
+    parser = build_parser()
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return 0
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    names, options = list(words[:first]), list(words[first:])
+    arguments, overrides = parser.parse_known_args(options)
+    if len(names) not in (1, 2):
+        raise CalibrationError(f"calibrate takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+    counts = (arguments.samples, arguments.probe_samples, arguments.held_out_samples)
+    if min(counts[:2]) < 1 or counts[2] < 0:
+        raise CalibrationError(f"--samples and --probe-samples must be 1 or more, held-out 0 or more; given {counts}.")
+    bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
+    recipe = _recipe(names, overrides, arguments.output_dir)
+    result = calibrate_recipe(
+        recipe,
+        arguments.output_dir,
+        counts,
+        bounds,
+        mlp_levels=arguments.mlp_levels,
+        attention_levels=arguments.attention_levels,
+    )
+    from sparse_unsloth.autosparsity.report import RECIPE_FILE, REPORT_FILE, summary
+
+    print("\n".join(f"- {line}" for line in summary(result)))
+    folder = Path(arguments.output_dir)
+    print(f"sparse-unsloth: the recipe is {folder / RECIPE_FILE}, the report {folder / REPORT_FILE}")
+    return 0
+
+
+def _recipe(names: list[str], overrides: list[str], output_dir: str) -> Recipe:
+    """The checked recipe; for a model and a data set it is written down first."""
+    from sparse_unsloth.language_model import explain_backend
+    from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
+
+    overrides = [*overrides, "--output_dir", str(Path(output_dir) / "trainer")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = names[0]
+        if len(names) == 2:
+            source = str(Path(folder) / "calibrate.yaml")
+            given = yaml.safe_dump({"model_name_or_path": names[0], "dataset_name": names[1]})
+            Path(source).write_text(given, encoding="utf-8")
+        asked = raw_backend(source, overrides)
+        if asked in BACKENDS and explain_backend(asked)[0] == "unsloth":
+            # It patches TRL and transformers, so it comes before the recipe's keys are read from TRL.
+            importlib.import_module("unsloth")
+        return load_recipe(source, overrides)
+
+
+def calibrate_recipe(
+    recipe: Recipe, output_dir: str | Path, counts: tuple[int, int, int], bounds: Mapping[str, float], **options: Any
+) -> Calibration:
+    """Calibrates the model of ``recipe`` on the first samples of its data, and writes everything to ``output_dir``.
+
+    Args:
+        recipe: its layer rules play no part; the rest of its sparsity block (estimator, schedule, ...) is kept.
+        output_dir: for sparsity.yaml, estimator.safetensors, report and measurements.
+        counts: samples to calibrate the estimator on, to measure losses on, and to hold out.
+        bounds: ``budget`` or ``max_loss``, or neither.
+        options: further ones of `calibrate`.
+
+    Raises:
+        SparsityError: see `calibrate` and `build_trainer`.
+    """
+    from sparse_unsloth.autosparsity.report import save
+    from sparse_unsloth.autosparsity.search import calibrate
+
+    model, samples, probe_samples, held_out = load(recipe, counts)
+    result = calibrate(
+        model,
+        samples,
+        probe_samples=probe_samples,
+        held_out=held_out,
+        config=recipe.sparsity,
+        lora_rank=recipe.model.lora_r,
+        output_dir=output_dir,
+        **bounds,
+        **options,
+    )
+    save(result, Path(output_dir), recipe.data.dataset_name)
+    return result
+
+
+def load(recipe: Recipe, counts: tuple[int, int, int]) -> tuple[nn.Module, list, list, list]:
+    """The model with its adapters, dense and not attached, and three lists of batches of different samples."""
+    from sparse_unsloth.attachment import detach
+    from sparse_unsloth.config import SparsityConfig
+    from sparse_unsloth.train import build_trainer
+
+    trainer, _ = build_trainer(replace(recipe, sparsity=SparsityConfig()))
+    detach(trainer.model)
+    loader = trainer.get_train_dataloader()
+    rows = []
+    for row in loader.dataset:
+        rows.append(row)
+        if len(rows) == sum(counts):
+            break
+    groups = divide(rows, counts)
+    batches = (
+        [loader.collate_fn(group[start : start + BATCH]) for start in range(0, len(group), BATCH)] for group in groups
+    )
+    return trainer.model, *batches
+
+
+def divide(rows: Sequence[Any], counts: tuple[int, int, int]) -> list[list[Any]]:
+    """``rows`` in groups of ``counts``; in the same proportions where there are fewer.
+
+    Raises:
+        CalibrationError: not even one row for each of the first two groups.
+    """
+    if len(rows) < 2:
+        raise CalibrationError(
+            f"The data set has {len(rows)} samples; calibration needs at least 2, and a few dozen to mean something."
+        )
+    if len(rows) < sum(counts):
+        share = len(rows) / sum(counts)
+        first = max(1, int(counts[0] * share))
+        counts = (first, max(1, int(counts[1] * share)), len(rows))
+    ends = [counts[0], counts[0] + counts[1], sum(counts)]
+    return [list(rows[start:end]) for start, end in zip((0, *ends), ends, strict=False)]

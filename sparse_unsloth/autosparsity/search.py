@@ -1,0 +1,448 @@
+"""`calibrate`: from samples to a recipe. Measure each part alone, allocate, measure the whole, correct, allocate again.
+
+Parts interact: on SmolLM2-135M the divergence that 29 half-sparse MLPs bring together is several times the sum of what
+each brings alone. So after a joint measurement that the curves did not foretell, each part is measured once more beside
+the others (made dense, or sparse where it was dense), the curves are rescaled to that, and the allocation is repeated.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparse_unsloth.autosparsity.allocation import Option, allocate
+from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cost
+from sparse_unsloth.autosparsity.curves import Curves, PartKey
+from sparse_unsloth.autosparsity.estimators import CandidateEstimators, fit_estimators
+from sparse_unsloth.autosparsity.journal import Journal, journal_key
+from sparse_unsloth.autosparsity.probe import (
+    Change,
+    LossProbe,
+    Measured,
+    ProbeBatch,
+    Recipe,
+    attached,
+    prepare_batches,
+)
+from sparse_unsloth.calibration import CapturedEnergy, energy_captured
+from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.errors import CalibrationError, EstimatorError
+from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.layer_rules import collect, share
+from sparse_unsloth.layers import DecoderLayer, find_layers
+from sparse_unsloth.selection import ChannelSelector
+
+MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
+ATTENTION_LEVELS = (0.25, 0.5, 0.75)
+BUDGET = 0.5
+ROUNDS = 2
+JOURNAL_FILE = "measurements.jsonl"
+RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
+"""A prediction within either of what was measured (share of it; nats) is good enough to stop."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One allocation and its joint measurement.
+
+    Args:
+        recipe: the sparsities tried.
+        share: FLOPs of the context tokens' frozen products, of the dense ones.
+        predicted, measured: increase of the answer loss, nats; predicted before it was measured.
+        divergence: measured, nats.
+        corrected: whether the curves had been rescaled by a joint measurement before.
+    """
+
+    recipe: Recipe
+    share: float
+    predicted: float
+    measured: float
+    divergence: float
+    corrected: bool
+
+    @property
+    def foretold(self) -> bool:
+        """Whether the prediction is within `RELATIVE_ERROR` or `ABSOLUTE_ERROR` of what was measured."""
+        return abs(self.predicted - self.measured) <= max(RELATIVE_ERROR * abs(self.measured), ABSOLUTE_ERROR)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The recipe on samples that played no part: losses in nats."""
+
+    dense_loss: float
+    increase: float
+    divergence: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Args:
+        config: the recipe, ready for `attach`; without an estimator's path until it is saved.
+        estimator: what the recipe was measured with; None for criteria without one.
+        asked: ``{"budget": 0.5}`` or ``{"max_loss": 0.01}``.
+        dense_loss: of the answers, nats, on the samples that losses were measured on; ``positions`` of them.
+        alone: by part and sparsity, what each part brings alone.
+        rounds: every allocation tried, the chosen one being ``chosen``.
+        predicted: increase of the answer loss, nats, by the curves as they stood in the end.
+        captured: share of the oracle's energy, by layer; None where nothing is sparse or the prompts are all alike.
+        step_flops: FLOPs of a training step on these samples, sparse over dense (`DataShape`).
+        held_out: None without such samples.
+    """
+
+    config: SparsityConfig
+    estimator: Estimator | None
+    layers: list[DecoderLayer]
+    model_name: str
+    asked: dict[str, float]
+    dense_loss: float
+    positions: int
+    alone: dict[PartKey, dict[float, Measured]]
+    rounds: list[Round]
+    chosen: Round
+    predicted: float
+    captured: CapturedEnergy | None
+    data: DataShape
+    step_flops: float
+    held_out: HeldOut | None
+
+    @property
+    def speedup(self) -> float:
+        """Of a sparse step, if time followed FLOPs."""
+        return 1 / self.step_flops
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    budget: float | None = None,
+    max_loss: float | None = None,
+    probe_samples: Sequence[Mapping[str, Any]] | None = None,
+    held_out: Sequence[Mapping[str, Any]] | None = None,
+    config: SparsityConfig | Mapping[str, Any] | str | Path | None = None,
+    mlp_levels: Sequence[float] = MLP_LEVELS,
+    attention_levels: Sequence[float] = ATTENTION_LEVELS,
+    lora_rank: int = 16,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Finds each layer's sparsity for this model and these samples; the model is then as before.
+
+    Args:
+        model: with its adapters as training will begin with them (under Unsloth they must be there), not attached. Base
+            weights are frozen.
+        samples: batches as the model receives them, with ``labels``: the estimator is calibrated on them.
+        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient, estimator and
+            compensation) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
+        max_loss: or: the increase of the answer loss that may be measured, in nats. The FLOPs are then the least that
+            were found. Neither: ``budget=0.5``.
+        probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
+            that (all of them, where there is one), so that estimates are not judged on what they were fitted to.
+        held_out: further batches; recipe and dense model are compared on them in the end.
+        config: everything but the layer rules: estimator, dense tokens, schedule, seed.
+        mlp_levels, attention_levels: sparsities to choose from, besides 0; empty leaves that part dense.
+        lora_rank: for the predicted FLOPs of a step.
+        output_dir: measurements are kept there, and a second start with the same model, samples and settings goes on
+            from them; so does nothing without it.
+        progress: show bars on a terminal.
+
+    Raises:
+        CalibrationError: samples without context, labels or loss; levels or bounds that are none; a bound that no
+            recipe keeps; a model that is attached.
+        AttachError: a layer has no sparse path.
+        EstimatorError: the estimator cannot be calibrated.
+    """
+    asked = _asked(budget, max_loss)
+    base = SparsityConfig.from_any(config)
+    levels = {"mlp": _levels("mlp_levels", mlp_levels), "self_attn": _levels("attention_levels", attention_levels)}
+    if not any(levels.values()):
+        raise CalibrationError("mlp_levels and attention_levels are both empty, so nothing could be made sparse.")
+    samples, probe_samples = _divide(samples, probe_samples)
+    shape = ModelShape.from_config(model.config)
+    layers = find_layers(model)
+    highest = {part: max(values, default=0.0) for part, values in levels.items()}
+    every = base.model_copy(
+        update={
+            "preset": None,
+            **{part: {"all": value} if value else {} for part, value in highest.items()},
+            # The estimator comes ready-made: a path would be read or written here.
+            "estimator": base.estimator.model_copy(update={"path": None}),
+        }
+    )
+    costs = _Costs(shape, base, levels)
+    if "budget" in asked:
+        costs.check_reachable(asked["budget"])
+    with attached(model, every) as state:
+        masked = state.backend_name != "unsloth"
+        device = next(model.parameters()).device
+        batches = prepare_batches(probe_samples, device, base, masked)
+        kept_apart = prepare_batches(held_out, device, base, masked) if held_out else []
+        settings = {
+            "levels": levels,
+            "config": every.model_dump(mode="json"),
+            "backend": state.backend_name,
+            "version": importlib.metadata.version("sparse-unsloth"),
+        }
+        key = journal_key(model, layers, [*samples, *probe_samples, *(held_out or ())], settings)
+        journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
+        fitted = fit_estimators(model, layers, every, levels["mlp"], samples, progress)
+        probe = LossProbe(state, fitted.estimator, fitted.stand_ins, journal, progress)
+        search = _Search(probe, batches, levels, costs, asked)
+        chosen = search.run()
+        recipe = chosen.recipe
+        apart = _hold_out(probe, recipe, kept_apart)
+    final = _config(base, recipe, fitted)
+    estimator = fitted.final(recipe)
+    judged = held_out or probe_samples
+    data = DataShape.of([*batches, *kept_apart])
+    return Calibration(
+        config=final,
+        estimator=estimator,
+        layers=layers,
+        model_name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        asked=asked,
+        dense_loss=search.dense.loss,
+        positions=sum(len(batch.labels) for batch in batches),
+        alone=search.alone,
+        rounds=search.rounds,
+        chosen=chosen,
+        predicted=search.predict(recipe),
+        captured=_captured(model, layers, final, estimator, judged, progress),
+        data=data,
+        step_flops=data.step_ratio(shape, recipe, lora_rank, *costs.ranks),
+        held_out=apart,
+    )
+
+
+class _Costs:
+    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products."""
+
+    def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
+        scores = config.criterion == "estimator" and config.estimator.kind != "static"
+        self.ranks = (config.estimator.rank if scores else 0, config.estimator.compensation_rank)
+        self._shape, self._levels = shape, levels
+        self._part = {
+            (part, sparsity): part_cost(shape, part, sparsity, *self.ranks)
+            for part, values in levels.items()
+            for sparsity in (0.0, *values)
+        }
+
+    def part(self, part: str, sparsity: float) -> float:
+        return self._part[part, sparsity]
+
+    def share(self, recipe: Recipe) -> float:
+        return frozen_share(self._shape, recipe, *self.ranks)
+
+    def bound(self, budget: float) -> float:
+        """``budget`` less the parts that are no candidates."""
+        fixed = sum(
+            part_cost(self._shape, part, 0.0, *self.ranks) for part, values in self._levels.items() if not values
+        )
+        return budget - fixed * self._shape.num_layers
+
+    def check_reachable(self, budget: float) -> None:
+        top = LayerSparsity(*(max(self._levels[part], default=0.0) for part in ("mlp", "self_attn")))
+        least = self.share((top,) * self._shape.num_layers)
+        if budget < least:
+            raise CalibrationError(
+                f"budget: {budget:g} cannot be reached: with every layer at its highest level (MLP {top.mlp:g}, "
+                f"attention {top.self_attn:g}) context tokens still compute {least:.3g} of their dense FLOPs. Ask for "
+                f"at least {least:.3g}, or give higher mlp_levels or attention_levels."
+            )
+
+
+class _Search:
+    """Curves, allocations and joint measurements on one set of batches."""
+
+    def __init__(
+        self,
+        probe: LossProbe,
+        batches: Sequence[ProbeBatch],
+        levels: Mapping[str, Sequence[float]],
+        costs: _Costs,
+        asked: Mapping[str, float],
+    ):
+        self._probe, self._batches, self._levels, self._costs, self._asked = probe, batches, levels, costs, asked
+        self._parts: list[PartKey] = [
+            (layer.index, part) for layer in probe.layers for part, values in levels.items() if values
+        ]
+        self.dense = probe.measure(probe.dense, batches, "Dense loss")
+        self.alone: dict[PartKey, dict[float, Measured]] = {part: {} for part in self._parts}
+        self.rounds: list[Round] = []
+        # Around which the curves add up, what was measured there, and loss over divergence there.
+        self._anchor, self._at_anchor, self._ratio = probe.dense, 0.0, 1.0
+
+    def run(self) -> Round:
+        changes = [Change(*part, level) for part in self._parts for level in self._levels[part[1]]]
+        found = self._probe.measure_changes(self._probe.dense, changes, self._batches, "Each part alone")
+        for change, measured in found.items():
+            self.alone[change.index, change.part][change.sparsity] = measured._replace(
+                loss=measured.loss - self.dense.loss
+            )
+        self._curves = Curves.fit(
+            {part: {level: m.divergence for level, m in values.items()} for part, values in self.alone.items()}
+        )
+        tried: dict[Recipe, Round] = {}
+        for number in range(ROUNDS + 1):
+            recipe = self._allocate()
+            if recipe in tried:
+                break
+            tried[recipe] = outcome = self._measure(recipe, number)
+            self.rounds.append(outcome)
+            if number == ROUNDS or (outcome.foretold and self._keeps_bound(outcome)):
+                break
+            self._correct(outcome)
+        return self._best()
+
+    def predict(self, recipe: Recipe) -> float:
+        """Increase of the answer loss, nats, by the curves as they stand."""
+        return self._ratio * max(0.0, self._divergence(recipe))
+
+    def _divergence(self, recipe: Recipe) -> float:
+        chosen, anchor = (self._curves.total(_parts_of(r, self._parts)) for r in (recipe, self._anchor))
+        return self._at_anchor + chosen - anchor
+
+    def _allocate(self) -> Recipe:
+        options = {
+            part: [
+                Option(level, self._curves.increase(part, level), self._costs.part(part[1], level))
+                for level in (0.0, *self._levels[part[1]])
+            ]
+            for part in self._parts
+        }
+        if "budget" in self._asked:
+            chosen = allocate(options, flops=self._costs.bound(self._asked["budget"]))
+        else:
+            spent = self._at_anchor - self._curves.total(_parts_of(self._anchor, self._parts))
+            chosen = allocate(options, loss=max(0.0, self._asked["max_loss"] / self._ratio - spent))
+        return _recipe(chosen, len(self._probe.layers))
+
+    def _measure(self, recipe: Recipe, number: int) -> Round:
+        predicted = self.predict(recipe)
+        measured = self._probe.measure(recipe, self._batches, f"All together, round {number + 1}")
+        increase = measured.loss - self.dense.loss
+        return Round(recipe, self._costs.share(recipe), predicted, increase, measured.divergence, number > 0)
+
+    def _correct(self, outcome: Round) -> None:
+        """Rescales the curves to what each part adds beside the others of this recipe."""
+        changes = []
+        for part in self._parts:
+            now = getattr(outcome.recipe[part[0]], part[1])
+            changes.append(Change(*part, 0.0 if now else min(self._levels[part[1]])))
+        found = self._probe.measure_changes(outcome.recipe, changes, self._batches, "Each part beside the others")
+        marginal = {}
+        for change, measured in found.items():
+            now = getattr(outcome.recipe[change.index], change.part)
+            step = measured.divergence - outcome.divergence
+            marginal[change.index, change.part] = (now, -step) if now else (change.sparsity, step)
+        self._curves.rescale(marginal)
+        self._anchor, self._at_anchor = outcome.recipe, outcome.divergence
+        if outcome.divergence > 0:
+            # Labels that the dense model thinks unlikely can make it negative or huge.
+            self._ratio = min(2.0, max(0.5, outcome.measured / outcome.divergence))
+
+    def _keeps_bound(self, outcome: Round) -> bool:
+        return "budget" in self._asked or outcome.measured <= self._asked["max_loss"]
+
+    def _best(self) -> Round:
+        if "budget" in self._asked:
+            return min(self.rounds, key=lambda outcome: outcome.divergence)
+        kept = [outcome for outcome in self.rounds if self._keeps_bound(outcome) and any(map(any, outcome.recipe))]
+        if not kept:
+            least = min((m.divergence, part, level) for part, of in self.alone.items() for level, m in of.items())
+            raise CalibrationError(
+                f"max_loss: no recipe was found that raises the answer loss by at most {self._asked['max_loss']:g}. "
+                f"The part that costs least, layer {least[1][0]}'s {least[1][1]} at {least[2]:g}, costs {least[0]:.2g} "
+                f"alone; {len(self.rounds)} recipes were measured, the lowest at "
+                f"{min(outcome.measured for outcome in self.rounds):.2g}. Allow more, or give lower levels."
+            )
+        return min(kept, key=lambda outcome: outcome.share)
+
+
+def _asked(budget: float | None, max_loss: float | None) -> dict[str, float]:
+    if budget is not None and max_loss is not None:
+        raise CalibrationError("budget and max_loss are both given; give one, the other follows.")
+    if max_loss is not None:
+        if not max_loss > 0:
+            raise CalibrationError(f"max_loss: must be above 0 nats, given {max_loss!r}.")
+        return {"max_loss": float(max_loss)}
+    budget = BUDGET if budget is None else budget
+    if not 0 < budget < 1:
+        raise CalibrationError(f"budget: must be between 0 and 1, a share of the dense FLOPs, given {budget!r}.")
+    return {"budget": float(budget)}
+
+
+def _levels(name: str, levels: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(sorted({share(level) for level in levels} - {0.0}))
+    except ValueError as error:
+        raise CalibrationError(f"{name}: {error}, given {list(levels)!r}.") from None
+    return values
+
+
+def _divide(samples, probe_samples) -> tuple[list, list]:
+    samples = list(samples or ())
+    if not samples:
+        raise CalibrationError("There are no calibration samples; the data set is empty.")
+    if probe_samples is not None:
+        return samples, list(probe_samples)
+    return (samples[::2], samples[1::2]) if len(samples) > 1 else (samples, samples)
+
+
+def _parts_of(recipe: Recipe, parts: Sequence[PartKey]) -> dict[PartKey, float]:
+    return {part: getattr(recipe[part[0]], part[1]) for part in parts}
+
+
+def _recipe(chosen: Mapping[PartKey, float], num_layers: int) -> Recipe:
+    return tuple(
+        LayerSparsity(chosen.get((index, "mlp"), 0.0), chosen.get((index, "self_attn"), 0.0))
+        for index in range(num_layers)
+    )
+
+
+def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -> SparsityConfig:
+    kind = base.estimator.kind if fitted.estimator is None else fitted.estimator.kind
+    estimator = base.estimator.model_copy(update={"kind": kind, "path": None})
+    rules = {part: collect({i: getattr(s, part) for i, s in enumerate(recipe)}) for part in ("mlp", "self_attn")}
+    return base.model_copy(update={"preset": None, **rules, "estimator": estimator})
+
+
+def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch]) -> HeldOut | None:
+    if not batches:
+        return None
+    dense = probe.measure(probe.dense, batches, "Held out, dense")
+    sparse = probe.measure(recipe, batches, "Held out, sparse")
+    positions = sum(len(batch.labels) for batch in batches)
+    return HeldOut(dense.loss, sparse.loss - dense.loss, sparse.divergence, positions)
+
+
+def _captured(
+    model: nn.Module,
+    layers: list[DecoderLayer],
+    config: SparsityConfig,
+    estimator: Estimator | None,
+    samples: Sequence[Mapping[str, Any]],
+    progress: bool,
+) -> CapturedEnergy | None:
+    sparsity = config.layer_sparsity(len(layers))
+    if not any(map(any, sparsity)):
+        return None
+    selectors = {"recipe": ChannelSelector(config, layers, estimator)}
+    options = {"dense_tokens": config.dense_tokens, "progress": progress}
+    try:
+        return energy_captured(model, layers, sparsity, selectors, samples, **options)["recipe"]
+    except EstimatorError:  # all prompts are alike: judged with the text that they share, or not at all
+        try:
+            return energy_captured(model, layers, sparsity, selectors, samples, skip_shared=False, **options)["recipe"]
+        except EstimatorError:
+            return None
