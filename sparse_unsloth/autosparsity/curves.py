@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 SHRINKAGE = 0.2
 """Weight of the median curve of all parts of a kind: a part that measured nothing is not taken to be free."""
-LEAST = 1e-6
-"""Nats: divisors are at least this."""
+LEAST = 1e-9
+"""Nats: keeps quotients of nothing finite."""
 
 PartKey = tuple[int, str]
 
@@ -55,18 +55,29 @@ class Curves:
     def total(self, chosen: Mapping[PartKey, float]) -> float:
         return sum(self.increase(part, sparsity) for part, sparsity in chosen.items())
 
-    def rescale(self, marginal: Mapping[PartKey, tuple[float, float]]) -> None:
-        """Makes the curves agree with what parts add beside the others.
+    def rescale(
+        self, chosen: Mapping[PartKey, float], groups: Sequence[Sequence[PartKey]], marginal: Sequence[float]
+    ) -> None:
+        """Makes the curves agree with what groups of parts add beside the others of a recipe.
+
+        A group's factor is the geometric mean of its own and of that of all groups of its kind: half of what sets it
+        apart is believed. Parts in no group, dense ones, have their kind's factor.
 
         Args:
-            marginal: by part, a sparsity and what it adds there in the recipe's company, nats. Noise is damped by the
-                kind's medians, as in `fit`.
+            chosen: the recipe, by part.
+            groups: its sparse parts, each group of one kind.
+            marginal: what each group adds, nats; noise can make it negative.
         """
-        for kind in {part[1] for part in marginal}:
-            mine = {part: pair for part, pair in marginal.items() if part[1] == kind}
-            seen = {part: max(0.0, value) for part, (_, value) in mine.items()}
-            alone = {part: self.values[part][sparsity] for part, (sparsity, _) in mine.items()}
-            damp_seen = SHRINKAGE * statistics.median(seen.values())
-            damp_alone = max(SHRINKAGE * statistics.median(alone.values()), LEAST)
-            for part in mine:
-                self.factors[part] = (seen[part] + damp_seen) / (alone[part] + damp_alone)
+        alone = [sum(self.values[part][chosen[part]] for part in group) for group in groups]
+        seen = [max(0.0, value) for value in marginal]
+        overall = (sum(seen) + LEAST) / (sum(alone) + LEAST)
+        factors = dict.fromkeys(self.values, overall)
+        for kind in {group[0][1] for group in groups}:
+            mine = [number for number, group in enumerate(groups) if group[0][1] == kind]
+            total_seen, total_alone = (sum(values[n] for n in mine) + LEAST for values in (seen, alone))
+            factors |= {part: total_seen / total_alone for part in factors if part[1] == kind}
+            for number in mine:
+                # A tenth of the kind's own keeps a group that measured nothing from being free.
+                own = (seen[number] + 0.1 * total_seen) / (alone[number] + 0.1 * total_alone)
+                factors |= dict.fromkeys(groups[number], (own * total_seen / total_alone) ** 0.5)
+        self.factors = factors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext, SparsityStat
 from sparse_unsloth.selection import ChannelSelector
 
 NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
+MAX_POSITIONS = 1024
+"""Of a batch, at most so many loss-bearing positions, evenly spaced: their log-probabilities are kept."""
 LAYOUT = ("attention_mask", "position_ids", "packed_seq_lengths")
 
 Recipe = tuple[LayerSparsity, ...]
@@ -44,24 +46,21 @@ class Measured(NamedTuple):
     divergence: float
 
 
-class Change(NamedTuple):
-    """Another sparsity for one part ("mlp", "self_attn") of one layer."""
-
-    index: int
-    part: str
-    sparsity: float
-
-    def apply(self, recipe: Recipe) -> Recipe:
-        changed = recipe[self.index]._replace(**{self.part: self.sparsity})
-        return (*recipe[: self.index], changed, *recipe[self.index + 1 :])
+def with_sparsity(recipe: Recipe, parts: Iterable[tuple[int, str]], sparsity: float) -> Recipe:
+    """``recipe`` with another sparsity for some parts, ``(layer index, "mlp" | "self_attn")``."""
+    changed = list(recipe)
+    for index, part in parts:
+        changed[index] = changed[index]._replace(**{part: sparsity})
+    return tuple(changed)
 
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """A batch on the model's device, its roles, and the labels ``[n]`` of its loss-bearing rows."""
+    """A batch on the model's device, its roles, the loss-bearing rows ``[n]`` that are looked at, and their labels."""
 
     inputs: dict[str, Any]
     partition: TokenPartition
+    rows: Tensor
     labels: Tensor
 
 
@@ -94,7 +93,8 @@ def prepare_batches(
         )
         if len(partition.loss):
             inputs = {name: value for name, value in moved.items() if name not in NOT_FOR_FORWARD}
-            batches.append(ProbeBatch(inputs, partition, labels.flatten()[partition.loss + 1]))
+            rows = partition.loss[:: -(-len(partition.loss) // MAX_POSITIONS)]
+            batches.append(ProbeBatch(inputs, partition, rows, labels.flatten()[rows + 1]))
     if not batches:
         raise CalibrationError(
             f"None of the {len(samples)} sample batches has a loss-bearing position, so no loss can be measured: every "
@@ -114,8 +114,8 @@ class LossProbe:
 
     Contexts are handed to the forward directly, so the model's own flags stay those of evaluation, and only the modules
     that ask for theirs before they compute sparsely say that they train. (Unsloth's forwards differ in evaluation, and
-    have no dropout: there every flag is that of training.) The change of one part needs the layers from there on only:
-    those below answer with what they gave under the reference recipe.
+    have no dropout: there every flag is that of training.) A recipe that differs from another needs the layers from the
+    first difference on only: those below answer with what they gave under the other one.
 
     Args:
         state: of the model, attached with every candidate part sparse.
@@ -135,59 +135,62 @@ class LossProbe:
         self.layers: list[DecoderLayer] = state.layers
         self._state, self._estimator, self._stand_ins = state, estimator, stand_ins
         self._journal, self._progress = journal, progress
+        self._candidates = state.expected_parts()
         if state.selector is None:
             state.estimator = estimator
             state.selector = ChannelSelector(state.config, state.layers, estimator)
 
     @property
+    def candidates(self) -> set[tuple[int, str]]:
+        """``(layer index, "mlp" | "self_attn")`` of all that can be made sparse."""
+        return self._candidates
+
+    @property
     def dense(self) -> Recipe:
         return (LayerSparsity(0.0, 0.0),) * len(self.layers)
 
-    def measure(self, recipe: Recipe, batches: Sequence[ProbeBatch], title: str) -> Measured:
-        """What ``recipe`` gives on ``batches``."""
-        sums = []
-        for number, batch in enumerate(self._bar(batches, title, "batch")):
-            name = f"{_digest(recipe)} {_batch_digest(batch)} {number}"
-            if name not in self._journal:
-                with self._running():
-                    dense = self._dense(batch)
-                    self._set(recipe)
-                    self._journal.put(name, self._compare(batch, dense))
-            sums.append(self._journal[name])
-        return _mean(sums, batches)
+    def measure(
+        self, recipes: Sequence[Recipe], batches: Sequence[ProbeBatch], title: str, reference: Recipe | None = None
+    ) -> list[Measured]:
+        """What each of ``recipes`` gives on ``batches``.
 
-    def measure_changes(
-        self, reference: Recipe, changes: Sequence[Change], batches: Sequence[ProbeBatch], title: str
-    ) -> dict[Change, Measured]:
-        """What ``reference`` gives with each one of ``changes``."""
-        sums: dict[Change, list[Sequence[float]]] = {change: [] for change in changes}
-        with self._bar(None, title, "measurement", total=len(changes) * len(batches)) as bar:
+        Args:
+            reference: recipes near this one (None: the dense model) need only the layers from the first that differs.
+        """
+        reference = self.dense if reference is None else reference
+        sums: list[list[Sequence[float]]] = [[] for _ in recipes]
+        with self._bar(title, len(recipes) * len(batches)) as bar:
             for number, batch in enumerate(batches):
-                prefix = f"{_digest(reference)} {_batch_digest(batch)} {number}"
-                names = {change: f"{prefix} {change.index}.{change.part}={change.sparsity}" for change in changes}
-                missing = sorted(change for change, name in names.items() if name not in self._journal)
-                bar.update(len(changes) - len(missing))
+                names = [f"{_digest(recipe)} {_batch_digest(batch)} {number}" for recipe in recipes]
+                missing = {
+                    name: recipe for name, recipe in zip(names, recipes, strict=True) if name not in self._journal
+                }
+                bar.update(len(recipes) - len(missing))
                 if missing:
                     with self._running():
-                        for change, values in self._replay(reference, missing, batch):
-                            self._journal.put(names[change], values)
+                        for name, values in self._replay(reference, missing, batch):
+                            self._journal.put(name, values)
                             bar.update()
-                for change, name in names.items():
-                    sums[change].append(self._journal[name])
-        return {change: _mean(values, batches) for change, values in sums.items()}
+                for name, values in zip(names, sums, strict=True):
+                    values.append(self._journal[name])
+        return [_mean(values, batches) for values in sums]
 
     def _replay(
-        self, reference: Recipe, changes: Sequence[Change], batch: ProbeBatch
-    ) -> Iterator[tuple[Change, list[float]]]:
-        dense = self._dense(batch)
-        outputs = self._record(reference, batch)
-        for change in changes:
-            self._set(change.apply(reference))
-            with self._answering(outputs, change.index):
-                yield change, self._compare(batch, dense)
+        self, reference: Recipe, recipes: Mapping[str, Recipe], batch: ProbeBatch
+    ) -> Iterator[tuple[str, list[float]]]:
+        first = {name: _first_difference(reference, recipe) for name, recipe in recipes.items()}
+        outputs, dense = self._record(self.dense, batch)
+        if reference != self.dense:
+            outputs, _ = self._record(reference, batch)
+        for name in sorted(recipes, key=lambda name: (first[name], name)):
+            self._set(recipes[name])
+            with self._answering(outputs, first[name]):
+                sparse = self._forward(batch)
+            loss = F.nll_loss(sparse, batch.labels.to(sparse.device), reduction="sum")
+            yield name, [loss.item(), F.kl_div(sparse, dense, reduction="sum", log_target=True).item()]
 
-    def _record(self, recipe: Recipe, batch: ProbeBatch) -> list[Any]:
-        """What each layer returns under ``recipe``."""
+    def _record(self, recipe: Recipe, batch: ProbeBatch) -> tuple[list[Any], Tensor]:
+        """What each layer returns under ``recipe``, and the log-probabilities."""
         outputs: list[Any] = [None] * len(self.layers)
 
         def keep(index: int):
@@ -199,11 +202,10 @@ class LossProbe:
         handles = [layer.module.register_forward_hook(keep(layer.index)) for layer in self.layers]
         try:
             self._set(recipe)
-            self._forward(batch)
+            return outputs, self._forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
 
     @contextmanager
     def _answering(self, outputs: Sequence[Any], below: int) -> Iterator[None]:
@@ -226,7 +228,9 @@ class LossProbe:
             runtime.sparsity = recipe[index]
         if self._stand_ins:
             self._estimator.compensation = {
-                index: self._stand_ins[index, sparsity.mlp] for index, sparsity in enumerate(recipe) if sparsity.mlp
+                index: self._stand_ins[index, sparsity.mlp]
+                for index, sparsity in enumerate(recipe)
+                if (index, sparsity.mlp) in self._stand_ins
             }
 
     @contextmanager
@@ -237,19 +241,9 @@ class LossProbe:
                 module.training = True
             yield
 
-    def _dense(self, batch: ProbeBatch) -> Tensor:
-        self._set(self.dense)
-        return self._forward(batch)
-
-    def _compare(self, batch: ProbeBatch, dense: Tensor) -> list[float]:
-        """Sums over the positions of one batch: loss and divergence of the recipe that is set."""
-        sparse = self._forward(batch)
-        loss = F.nll_loss(sparse, batch.labels.to(sparse.device), reduction="sum")
-        return [loss.item(), F.kl_div(sparse, dense, reduction="sum", log_target=True).item()]
-
     def _forward(self, batch: ProbeBatch) -> Tensor:
         """Log-probabilities ``[n, vocab]`` of one batch's loss-bearing rows, fp32."""
-        model, rows = self._state.model, batch.partition.loss
+        model, rows = self._state.model, batch.rows
         head = model.get_output_embeddings()
 
         def narrow(module: nn.Module, args: tuple) -> tuple:
@@ -269,8 +263,8 @@ class LossProbe:
             )
         return logits[0].float().log_softmax(-1)
 
-    def _bar(self, items, title: str, unit: str, **options):
-        return tqdm(items, desc=title, unit=unit, disable=None if self._progress else True, **options)
+    def _bar(self, title: str, total: int):
+        return tqdm(total=total, desc=title, unit="forward", disable=None if self._progress else True)
 
 
 @contextmanager
@@ -291,8 +285,14 @@ def attached(model: nn.Module, config: SparsityConfig) -> Iterator[SparsityState
 
 
 def _mean(sums: Sequence[Sequence[float]], batches: Sequence[ProbeBatch]) -> Measured:
-    positions = sum(len(batch.partition.loss) for batch in batches)
+    positions = sum(len(batch.labels) for batch in batches)
     return Measured(*(sum(column) / positions for column in zip(*sums, strict=True)))
+
+
+def _first_difference(reference: Recipe, recipe: Recipe) -> int:
+    """The layer below which both recipes are alike; the last one where they are alike throughout."""
+    pairs = zip(reference, recipe, strict=True)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), len(recipe) - 1)
 
 
 def _digest(recipe: Recipe) -> str:

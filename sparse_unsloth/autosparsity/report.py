@@ -46,7 +46,7 @@ def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig
 
 def summary(result: Calibration) -> list[str]:
     """The outcome in a few sentences."""
-    chosen, held_out = result.chosen, result.held_out
+    chosen, held_out = result.chosen, result.held_out.get("calibrated")
     lines = [
         f"Context tokens compute {chosen.share:.1%} of their dense frozen products; "
         f"{result.data.context_share:.1%} of the tokens are context, so a step takes {result.step_flops:.1%} of its "
@@ -57,10 +57,10 @@ def summary(result: Calibration) -> list[str]:
     ]
     if held_out is not None:
         error = abs(result.predicted - held_out.increase)
+        share = f" ({error / abs(held_out.increase):.0%})" if held_out.increase else ""
         lines.append(
-            f"Held out, {held_out.positions} positions: {held_out.dense_loss:.3f} dense, {_signed(held_out.increase)} "
-            f"sparse (divergence {held_out.divergence:.3f}); the prediction is off by {error:.3f}"
-            + (f", {error / abs(held_out.increase):.0%}." if held_out.increase else ".")
+            f"Held out, {held_out.positions} other positions: {held_out.dense_loss:.3f} dense, "
+            f"{_signed(held_out.increase)} sparse; the prediction is off by {error:.3f}{share}."
         )
     first = result.rounds[0]
     if len(result.rounds) > 1:
@@ -89,7 +89,18 @@ def markdown(result: Calibration, dataset: str = "") -> str:
         ["round", "frozen FLOPs of context", "predicted", "measured", "divergence", "chosen"],
         [_round(number, outcome, result.chosen) for number, outcome in enumerate(result.rounds, start=1)],
     )
-    lines += ["", "Loss increases in nats; a prediction is made before its measurement.", "", "## Layers", ""]
+    lines += ["", "Loss increases in nats; a prediction is made before its measurement."]
+    if result.held_out:
+        lines += ["", "## Held out", ""]
+        lines += _table(
+            ["recipe", "frozen FLOPs of context", "loss increase", "divergence"],
+            [
+                [name, f"{found.share:.1%}", _signed(found.increase), f"{found.divergence:.3f}"]
+                for name, found in result.held_out.items()
+            ],
+        )
+        lines += ["", "Presets run with the same estimator, without compensation."]
+    lines += ["", "## Layers", ""]
     lines += _table(*_layer_table(result))
     lines += [
         "",
@@ -120,7 +131,7 @@ def figures(result: Calibration, dataset: str = "") -> dict[str, Any]:
         "rounds": [asdict(outcome) | {"foretold": outcome.foretold} for outcome in result.rounds],
         "chosen_round": number + 1,
         "predicted": result.predicted,
-        "held_out": None if result.held_out is None else asdict(result.held_out),
+        "held_out": {name: asdict(found) for name, found in result.held_out.items()},
         "context_share": result.data.context_share,
         "frozen_share": result.chosen.share,
         "step_flops": result.step_flops,

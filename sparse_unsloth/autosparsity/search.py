@@ -1,8 +1,8 @@
 """`calibrate`: from samples to a recipe. Measure each part alone, allocate, measure the whole, correct, allocate again.
 
-Parts interact: on SmolLM2-135M the divergence that 29 half-sparse MLPs bring together is several times the sum of what
-each brings alone. So after a joint measurement that the curves did not foretell, each part is measured once more beside
-the others (made dense, or sparse where it was dense), the curves are rescaled to that, and the allocation is repeated.
+Parts interact, the more the sparser they are. So after a joint measurement that the curves did not foretell, groups of
+neighbouring MLPs and of attention are measured beside the others, the curves are rescaled to that, and the allocation
+is repeated.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sparse_unsloth.autosparsity.curves import Curves, PartKey
 from sparse_unsloth.autosparsity.estimators import CandidateEstimators, fit_estimators
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import (
-    Change,
     LossProbe,
     Measured,
     ProbeBatch,
     Recipe,
     attached,
     prepare_batches,
+    with_sparsity,
 )
 from sparse_unsloth.calibration import CapturedEnergy, energy_captured
 from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
-from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.estimates import Estimator, sparse_parts
 from sparse_unsloth.layer_rules import collect, share
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.selection import ChannelSelector
@@ -42,6 +42,11 @@ MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)
 BUDGET = 0.5
 ROUNDS = 2
+"""Corrections by measuring each part beside the others, at most."""
+GROUPS = 6
+"""Of the layers: single parts beside the others measure mostly noise, and cost five times as much."""
+TIGHTENINGS = 4
+"""Further allocations, at most, where those did not keep a loss bound; each costs one joint measurement."""
 JOURNAL_FILE = "measurements.jsonl"
 RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
 """A prediction within either of what was measured (share of it; nats) is good enough to stop."""
@@ -74,8 +79,9 @@ class Round:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The recipe on samples that played no part: losses in nats."""
+    """A recipe on samples that played no part: losses in nats, FLOPs as `Round.share`."""
 
+    share: float
     dense_loss: float
     increase: float
     divergence: float
@@ -96,7 +102,7 @@ class Calibration:
         predicted: increase of the answer loss, nats, by the curves as they stood in the end.
         captured: share of the oracle's energy, by layer; None where nothing is sparse or the prompts are all alike.
         step_flops: FLOPs of a training step on these samples, sparse over dense (`DataShape`).
-        held_out: None without such samples.
+        held_out: by "calibrated" and the names of the presets, for comparison; empty without such samples.
     """
 
     config: SparsityConfig
@@ -113,7 +119,7 @@ class Calibration:
     captured: CapturedEnergy | None
     data: DataShape
     step_flops: float
-    held_out: HeldOut | None
+    held_out: dict[str, HeldOut]
 
     @property
     def speedup(self) -> float:
@@ -144,8 +150,8 @@ def calibrate(
         samples: batches as the model receives them, with ``labels``: the estimator is calibrated on them.
         budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient, estimator and
             compensation) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
-        max_loss: or: the increase of the answer loss that may be measured, in nats. The FLOPs are then the least that
-            were found. Neither: ``budget=0.5``.
+        max_loss: or: what may be measured as increase of the answer loss and as divergence from the dense model, in
+            nats. The FLOPs are then the least that were found. Neither: ``budget=0.5``.
         probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
             that (all of them, where there is one), so that estimates are not judged on what they were fitted to.
         held_out: further batches; recipe and dense model are compared on them in the end.
@@ -200,7 +206,7 @@ def calibrate(
         search = _Search(probe, batches, levels, costs, asked)
         chosen = search.run()
         recipe = chosen.recipe
-        apart = _hold_out(probe, recipe, kept_apart)
+        apart = _hold_out(probe, recipe, kept_apart, costs) if kept_apart else {}
     final = _config(base, recipe, fitted)
     estimator = fitted.final(recipe)
     judged = held_out or probe_samples
@@ -261,6 +267,42 @@ class _Costs:
             )
 
 
+@dataclass(frozen=True)
+class _Joint:
+    """The whole's divergence from the sum of the curves: ``divergence (sum / total)^power``, 0 for the dense model.
+
+    Through what was measured at one recipe, and with the slope there: curves that were rescaled beside the others are
+    that slope, so the power is their sum over the divergence. Before any measurement it is the sum itself.
+
+    Args:
+        sum, divergence: at that recipe, nats.
+        ratio: answer loss over divergence there.
+    """
+
+    sum: float = 1.0
+    divergence: float = 1.0
+    ratio: float = 1.0
+
+    @classmethod
+    def at(cls, outcome: Round, total: float) -> _Joint:
+        if total <= 0 or outcome.divergence <= 0:
+            return cls()
+        # Labels that the dense model thinks unlikely can make the ratio negative or huge.
+        return cls(total, outcome.divergence, min(2.0, max(0.5, outcome.measured / outcome.divergence)))
+
+    @property
+    def _power(self) -> float:
+        return min(4.0, max(0.5, self.sum / self.divergence))
+
+    def loss(self, total: float) -> float:
+        """Increase of the answer loss, nats, where the curves add up to ``total``."""
+        return self.ratio * self.divergence * (max(0.0, total) / self.sum) ** self._power
+
+    def total(self, loss: float) -> float:
+        """The sum of the curves that gives ``loss``."""
+        return self.sum * (loss / self.ratio / self.divergence) ** (1 / self._power)
+
+
 class _Search:
     """Curves, allocations and joint measurements on one set of batches."""
 
@@ -276,41 +318,40 @@ class _Search:
         self._parts: list[PartKey] = [
             (layer.index, part) for layer in probe.layers for part, values in levels.items() if values
         ]
-        self.dense = probe.measure(probe.dense, batches, "Dense loss")
+        (self.dense,) = probe.measure([probe.dense], batches, "Dense loss")
         self.alone: dict[PartKey, dict[float, Measured]] = {part: {} for part in self._parts}
         self.rounds: list[Round] = []
-        # Around which the curves add up, what was measured there, and loss over divergence there.
-        self._anchor, self._at_anchor, self._ratio = probe.dense, 0.0, 1.0
+        self._joint = _Joint()
 
     def run(self) -> Round:
-        changes = [Change(*part, level) for part in self._parts for level in self._levels[part[1]]]
-        found = self._probe.measure_changes(self._probe.dense, changes, self._batches, "Each part alone")
-        for change, measured in found.items():
-            self.alone[change.index, change.part][change.sparsity] = measured._replace(
-                loss=measured.loss - self.dense.loss
-            )
+        alone = [(part, level) for part in self._parts for level in self._levels[part[1]]]
+        recipes = [with_sparsity(self._probe.dense, [part], level) for part, level in alone]
+        found = self._probe.measure(recipes, self._batches, "Each part alone")
+        for (part, level), measured in zip(alone, found, strict=True):
+            self.alone[part][level] = measured._replace(loss=measured.loss - self.dense.loss)
         self._curves = Curves.fit(
             {part: {level: m.divergence for level, m in values.items()} for part, values in self.alone.items()}
         )
-        tried: dict[Recipe, Round] = {}
-        for number in range(ROUNDS + 1):
+        for number in range(ROUNDS + 1 + TIGHTENINGS):
             recipe = self._allocate()
-            if recipe in tried:
+            if recipe in [outcome.recipe for outcome in self.rounds]:
                 break
-            tried[recipe] = outcome = self._measure(recipe, number)
+            outcome = self._measure(recipe)
             self.rounds.append(outcome)
-            if number == ROUNDS or (outcome.foretold and self._keeps_bound(outcome)):
+            kept = self._keeps_bound(outcome)
+            if kept and (outcome.foretold or number >= ROUNDS):
                 break
-            self._correct(outcome)
+            if number < ROUNDS:
+                self._correct(outcome)
+            self._joint = _Joint.at(outcome, self._total(recipe))
         return self._best()
 
     def predict(self, recipe: Recipe) -> float:
         """Increase of the answer loss, nats, by the curves as they stand."""
-        return self._ratio * max(0.0, self._divergence(recipe))
+        return self._joint.loss(self._total(recipe))
 
-    def _divergence(self, recipe: Recipe) -> float:
-        chosen, anchor = (self._curves.total(_parts_of(r, self._parts)) for r in (recipe, self._anchor))
-        return self._at_anchor + chosen - anchor
+    def _total(self, recipe: Recipe) -> float:
+        return self._curves.total({part: getattr(recipe[part[0]], part[1]) for part in self._parts})
 
     def _allocate(self) -> Recipe:
         options = {
@@ -323,36 +364,36 @@ class _Search:
         if "budget" in self._asked:
             chosen = allocate(options, flops=self._costs.bound(self._asked["budget"]))
         else:
-            spent = self._at_anchor - self._curves.total(_parts_of(self._anchor, self._parts))
-            chosen = allocate(options, loss=max(0.0, self._asked["max_loss"] / self._ratio - spent))
+            # The divergence keeps the bound too, where the labels happen to suffer less.
+            chosen = allocate(options, loss=self._joint.total(self._asked["max_loss"] * min(1.0, self._joint.ratio)))
         return _recipe(chosen, len(self._probe.layers))
 
-    def _measure(self, recipe: Recipe, number: int) -> Round:
-        predicted = self.predict(recipe)
-        measured = self._probe.measure(recipe, self._batches, f"All together, round {number + 1}")
+    def _measure(self, recipe: Recipe) -> Round:
+        predicted, number = self.predict(recipe), len(self.rounds) + 1
+        (measured,) = self._probe.measure([recipe], self._batches, f"All together, round {number}")
         increase = measured.loss - self.dense.loss
-        return Round(recipe, self._costs.share(recipe), predicted, increase, measured.divergence, number > 0)
+        return Round(recipe, self._costs.share(recipe), predicted, increase, measured.divergence, number > 1)
 
     def _correct(self, outcome: Round) -> None:
-        """Rescales the curves to what each part adds beside the others of this recipe."""
-        changes = []
-        for part in self._parts:
-            now = getattr(outcome.recipe[part[0]], part[1])
-            changes.append(Change(*part, 0.0 if now else min(self._levels[part[1]])))
-        found = self._probe.measure_changes(outcome.recipe, changes, self._batches, "Each part beside the others")
-        marginal = {}
-        for change, measured in found.items():
-            now = getattr(outcome.recipe[change.index], change.part)
-            step = measured.divergence - outcome.divergence
-            marginal[change.index, change.part] = (now, -step) if now else (change.sparsity, step)
-        self._curves.rescale(marginal)
-        self._anchor, self._at_anchor = outcome.recipe, outcome.divergence
-        if outcome.divergence > 0:
-            # Labels that the dense model thinks unlikely can make it negative or huge.
-            self._ratio = min(2.0, max(0.5, outcome.measured / outcome.divergence))
+        """Rescales the curves to what groups of parts add beside the others of this recipe: each is made dense once."""
+        groups = self._groups(outcome.recipe)
+        without = [with_sparsity(outcome.recipe, group, 0.0) for group in groups]
+        found = self._probe.measure(without, self._batches, "Groups beside the others", outcome.recipe)
+        chosen = {part: getattr(outcome.recipe[part[0]], part[1]) for part in self._parts}
+        marginal = [outcome.divergence - measured.divergence for measured in found]
+        self._curves.rescale(chosen, groups, marginal)
+
+    def _groups(self, recipe: Recipe) -> list[list[PartKey]]:
+        """The sparse parts, by kind and by neighbouring layers, `GROUPS` of a kind at most."""
+        size = -(-len(recipe) // GROUPS)
+        groups: dict[tuple[str, int], list[PartKey]] = {}
+        for index, part in self._parts:
+            if getattr(recipe[index], part):
+                groups.setdefault((part, index // size), []).append((index, part))
+        return list(groups.values())
 
     def _keeps_bound(self, outcome: Round) -> bool:
-        return "budget" in self._asked or outcome.measured <= self._asked["max_loss"]
+        return "budget" in self._asked or max(outcome.measured, outcome.divergence) <= self._asked["max_loss"]
 
     def _best(self) -> Round:
         if "budget" in self._asked:
@@ -364,7 +405,7 @@ class _Search:
                 f"max_loss: no recipe was found that raises the answer loss by at most {self._asked['max_loss']:g}. "
                 f"The part that costs least, layer {least[1][0]}'s {least[1][1]} at {least[2]:g}, costs {least[0]:.2g} "
                 f"alone; {len(self.rounds)} recipes were measured, the lowest at "
-                f"{min(outcome.measured for outcome in self.rounds):.2g}. Allow more, or give lower levels."
+                f"{min(max(o.measured, o.divergence) for o in self.rounds):.2g}. Allow more, or give lower levels."
             )
         return min(kept, key=lambda outcome: outcome.share)
 
@@ -399,10 +440,6 @@ def _divide(samples, probe_samples) -> tuple[list, list]:
     return (samples[::2], samples[1::2]) if len(samples) > 1 else (samples, samples)
 
 
-def _parts_of(recipe: Recipe, parts: Sequence[PartKey]) -> dict[PartKey, float]:
-    return {part: getattr(recipe[part[0]], part[1]) for part in parts}
-
-
 def _recipe(chosen: Mapping[PartKey, float], num_layers: int) -> Recipe:
     return tuple(
         LayerSparsity(chosen.get((index, "mlp"), 0.0), chosen.get((index, "self_attn"), 0.0))
@@ -417,13 +454,20 @@ def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -
     return base.model_copy(update={"preset": None, **rules, "estimator": estimator})
 
 
-def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch]) -> HeldOut | None:
-    if not batches:
-        return None
-    dense = probe.measure(probe.dense, batches, "Held out, dense")
-    sparse = probe.measure(recipe, batches, "Held out, sparse")
+def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], costs: _Costs) -> dict[str, HeldOut]:
+    """The recipe, and the presets that sparsify candidates only, on ``batches``."""
+    tried = {"calibrated": recipe}
+    for name in ("o1", "o2"):
+        preset = tuple(SparsityConfig(preset=name).layer_sparsity(len(recipe)))
+        if probe.candidates >= set(sparse_parts(preset)):
+            tried[name] = preset
+    dense, *all_measured = probe.measure([probe.dense, *tried.values()], batches, "Held out")
     positions = sum(len(batch.labels) for batch in batches)
-    return HeldOut(dense.loss, sparse.loss - dense.loss, sparse.divergence, positions)
+    found = {}
+    for (name, one), measured in zip(tried.items(), all_measured, strict=True):
+        increase = measured.loss - dense.loss
+        found[name] = HeldOut(costs.share(one), dense.loss, increase, measured.divergence, positions)
+    return found
 
 
 def _captured(
