@@ -170,7 +170,8 @@ def _keys(arguments: argparse.Namespace) -> int:
         return 1
     table = Table("key", "type", "default", "what it does", box=None, pad_edge=False)
     for key in keys:
-        kind = "a preset, a file or a block" if key.name == "sparsity" else describe(key.kind)
+        kinds = {"sparsity": "a preset, a file or a block", "rank": "a block"}
+        kind = kinds.get(key.name) or describe(key.kind)
         table.add_row(key.name, kind, str(key.default), key.help.replace("%%", "%").replace("[", "\\["))
     Console().print(table)
     return 0

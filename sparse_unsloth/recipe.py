@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data import DataArguments
 from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.rank.config import RankConfig, RankError
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -60,6 +61,7 @@ class Recipe:
         training, model, data: the typed blocks that they fill.
         sparsity: what is sparse, and when.
         backend: ``"auto"``, ``"unsloth"`` or ``"peft"``.
+        rank: which rank components of the adapter are computed; None: all of them.
     """
 
     name: str
@@ -69,12 +71,15 @@ class Recipe:
     data: DataArguments
     sparsity: SparsityConfig
     backend: str
+    rank: RankConfig | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes a recipe that `load_recipe` reads back to an equal one, the sparsity spelled out in full."""
         resolved = {key: value for key, value in self.given.items() if key not in UNSAVED}
         resolved |= {"backend": self.backend, "output_dir": self.training.output_dir}
         resolved["sparsity"] = self.sparsity.model_dump(mode="json")
+        if self.rank is not None:
+            resolved["rank"] = vars(self.rank)
         Path(path).write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -170,6 +175,9 @@ def recipe_keys() -> dict[str, Key]:
     keys = {"backend": Key("backend", Literal[BACKENDS], "auto", "What runs the model.", "sparse_unsloth")}
     keys["sparsity"] = Key(
         "sparsity", Any, None, "A preset (dense, o1, o2), a file, or a block of SparsityConfig.", "sparse_unsloth"
+    )
+    keys["rank"] = Key(
+        "rank", Any, None, "A block of RankConfig: compute only the rank components that matter.", "sparse_unsloth"
     )
     for block in _blocks().values():
         hints = typing.get_type_hints(block)
@@ -277,7 +285,7 @@ def _build(document: _Document) -> Recipe:
         place = document.places.get(key, f"{document.name}: {key}")
         if key not in keys:
             problems.append(f"{place}: unknown key{_nearest(str(key), keys)}")
-        elif key == "sparsity":
+        elif key in ("sparsity", "rank"):
             values[key] = value.parsed() if isinstance(value, _Words) else value
         else:
             try:
@@ -285,6 +293,7 @@ def _build(document: _Document) -> Recipe:
             except RecipeError as error:
                 problems.append(f"{place}: {error}")
     sparsity = _sparsity(document, values.pop("sparsity", None))
+    rank = _rank(document, values.pop("rank", None))
     for needed in ("model_name_or_path", "dataset_name"):
         if document.values.get(needed) is None:
             problems.append(f"{document.name}: {needed} is missing")
@@ -306,7 +315,7 @@ def _build(document: _Document) -> Recipe:
     if problems:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
-    return Recipe(name, _plain(given), sparsity=sparsity, backend=values.get("backend", "auto"), **blocks)
+    return Recipe(name, _plain(given), sparsity=sparsity, rank=rank, backend=values.get("backend", "auto"), **blocks)
 
 
 def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:
@@ -314,6 +323,16 @@ def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:
         return SparsityConfig.from_any(value)
     except ConfigError as error:
         document.problems += _lines(error, document.places.get("sparsity", document.name))
+        return None
+
+
+def _rank(document: _Document, value: Any) -> RankConfig | None:
+    try:
+        return RankConfig.from_any(value)
+    except RankError as error:
+        problem = f"{document.places.get('rank', document.name)}: {str(error).removeprefix('rank: ')}"
+        hint = "" if isinstance(value, Mapping) else " The estimator's rank is sparsity.estimator.rank, LoRA's lora_r."
+        document.problems.append(problem + hint)
         return None
 
 

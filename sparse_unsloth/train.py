@@ -21,10 +21,12 @@ from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data import DataError, load_dataset_for, resolve_model
 from sparse_unsloth.doctor import check_can_train, environment
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
+from sparse_unsloth.rank import apply as apply_rank
+from sparse_unsloth.rank import save_pruned_checkpoint
 from sparse_unsloth.recipe import Recipe, RecipeError
 
 RECIPE_FILE, METRICS_FILE, ENVIRONMENT_FILE = "recipe.yaml", "metrics.json", "environment.json"
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, PRUNED_FOLDER = "adapter", "adapter-pruned"
 ESTIMATOR_FILE = "estimator.safetensors"
 BNB_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
@@ -111,6 +113,8 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
+        if recipe.rank is not None and recipe.rank.retain_ratio is not None:
+            save_pruned_checkpoint(trainer.model, folder / PRUNED_FOLDER, recipe.rank.retain_ratio)
         _write_json(folder / METRICS_FILE, metrics)
     return RunResult(folder, metrics)
 
@@ -177,6 +181,8 @@ def build_trainer(
         sparsity=_with_estimator_path(recipe, checkpoint),
         **({"use_dora": True} if arguments.use_dora else {}),
     )
+    if recipe.rank is not None:
+        apply_rank(model, **vars(recipe.rank))
     timer = StepTimer(recipe.sparsity, model.config.get_text_config().num_hidden_layers)
     trainer = SFTTrainer(
         model=model,

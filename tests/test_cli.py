@@ -209,7 +209,7 @@ def test_saved_recipe_reads_back(recipe, tmp_path):
         ({"learning_rte": 1}, r"mine\.yaml:5: learning_rte: unknown key; did you mean learning_rate\?"),
         ({"max_seq_length": 1}, r"max_seq_length: unknown key; did you mean max_length\?"),
         ({"start_step": 1}, r"start_step: unknown key; did you mean sparsity\.start_step\?"),
-        ({"rank": 1}, r"rank: unknown key; did you mean sparsity\.estimator\.rank\?"),
+        ({"rank": 1}, r"rank: must be a block of target_density, .* sparsity\.estimator\.rank, LoRA's lora_r"),
         ({"xyzzy": 1}, r"xyzzy: unknown key; `sparse-unsloth keys` lists the valid ones"),
         ({"max_length": "long"}, r"mine\.yaml:5: max_length: must be an integer or null, given 'long'"),
         ({"learning_rate": [1]}, r"learning_rate: must be a number, given \[1\]"),
@@ -233,6 +233,11 @@ def test_saved_recipe_reads_back(recipe, tmp_path):
         ({"sparsity": {"mlp": {"1-3": 1.0}}}, r"sparsity: mlp\.1-3: must be a number in \[0, 1\)"),
         ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, o1, o2\) nor a file"),
         ({"sparsity": "none.yaml"}, "sparsity: .*none.yaml"),
+        (
+            {"rank": {"target_densty": 0.1}},
+            r"mine\.yaml:\d+: rank: target_densty: unknown key; did you mean target_density",
+        ),
+        ({"rank": {"target_density": 0}}, r"rank: target_density must be a number in \(0, 1\]"),
         ({"use_peft": False}, "use_peft: false: .* for full training use `trl sft`"),
         ({"load_in_8bit": True}, "load_in_8bit: has no sparse path"),
         ({"lora_task_type": "SEQ_CLS"}, "lora_task_type: must be CAUSAL_LM, given 'SEQ_CLS'"),
@@ -416,6 +421,31 @@ def test_resumed_training_ends_where_the_whole_one_does(training, tmp_path, esti
     assert_same(whole, adapter(run))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["step_times"]["sparse"] == [True, False], "the schedule goes on at the third step"
+
+
+def test_rank_block_trains_resumes_and_leaves_a_pruned_adapter(training, checkpoint, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    options = {"target_density": 0.5, "warmup_steps": 1, "prune_after": 1, "retain_ratio": 0.25, "score_rows": 32}
+    words = ["train", training, *(word for key, value in options.items() for word in (f"--rank.{key}", str(value)))]
+    assert main(words) == 0
+    run = tmp_path / "run"
+    whole, pruned = (
+        adapter(run),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), run / "adapter-pruned"),
+    )
+    resolved = load_recipe(run / "recipe.yaml")
+    assert vars(resolved.rank) == options | {"importance_lambda": 0.15, "importance_decay": 0.95}
+    assert {len(p) for n, p in pruned.named_parameters() if "lora_A" in n} == {1}
+    assert any((tensor == 0).all(1).any() for name, tensor in whole.items() if "lora_A" in name), "some were pruned"
+    assert (run / "checkpoint-2" / "rank_state.safetensors").is_file()
+
+    shutil.rmtree(run / "checkpoint-4")
+    assert main([*words, "--resume_from_checkpoint"]) == 0
+    assert_same(whole, adapter(run))
+    assert main([*words, "--rank.target_density", "1", "--output_dir", str(tmp_path / "all")]) == 0
+    assert any((adapter(tmp_path / "all")[name] - whole[name]).abs().max() > 1e-5 for name in whole)
 
 
 def test_dense_run_differs_from_sparse_run(training, tmp_path):

@@ -3,13 +3,29 @@
 With ``A [r, in]``, ``B [out, r]`` and the set ``S`` of components that a layer chose for this batch, the branch is
 ``scale * sum over i in S of (x A_i') B_i'``. Gradients are exact for this forward, ``S`` constant: by autograd, through
 the selection of rows of ``A`` and columns of ``B``. See `RankConfig` for how ``S`` is chosen.
+
+The names below are loaded when first used: recipes are checked without importing torch.
 """
 
-from sparse_unsloth.rank.apply import apply, get_rank_state, remove
-from sparse_unsloth.rank.checkpoint import retained, save_pruned_checkpoint
-from sparse_unsloth.rank.config import RankConfig, RankError
-from sparse_unsloth.rank.patching import patch
+import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from sparse_unsloth.rank.application import apply, get_rank_state, remove
+    from sparse_unsloth.rank.checkpoint import retained, save_pruned_checkpoint
+    from sparse_unsloth.rank.config import RankConfig, RankError
+    from sparse_unsloth.rank.patching import patch
+
+_HOMES = {
+    "RankConfig": "config",
+    "RankError": "config",
+    "apply": "application",
+    "get_rank_state": "application",
+    "patch": "patching",
+    "remove": "application",
+    "retained": "checkpoint",
+    "save_pruned_checkpoint": "checkpoint",
+}
 __all__ = [
     "RankConfig",
     "RankError",
@@ -20,3 +36,9 @@ __all__ = [
     "retained",
     "save_pruned_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_unsloth.rank.apply import get_rank_state
+from sparse_unsloth.rank.application import get_rank_state
 from sparse_unsloth.rank.config import RankError
 from sparse_unsloth.rank.state import RankState
 

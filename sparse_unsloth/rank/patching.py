@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sparse_unsloth.rank.apply import apply
+from sparse_unsloth.rank.application import apply
 from sparse_unsloth.rank.config import RankConfig, RankError
 
 _undo: list[Callable[[], None]] = []
