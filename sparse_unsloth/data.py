@@ -294,7 +294,10 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset:
 
     name = arguments.dataset_name
     if from_file:
-        return datasets.load_dataset(FILE_LOADERS[Path(name).suffix], data_files=name, split=split)
+        try:
+            return datasets.load_dataset(FILE_LOADERS[Path(name).suffix], data_files=name, split=split)
+        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(f"dataset_name: {name} is empty, or cannot be read: {_first_line(error)}") from error
     try:
         return datasets.load_dataset(name, arguments.dataset_config, split=split)
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:

@@ -13,10 +13,10 @@ from sparse_unsloth.config import PRESETS, SparsityConfig
 from sparse_unsloth.data import load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
-from sparse_unsloth.forecast.memory import Memory, peak_memory
+from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
-from sparse_unsloth.forecast.work import Plan, Work, batch_work
+from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
 
 if TYPE_CHECKING:
     from sparse_unsloth.recipe import Recipe
@@ -252,18 +252,25 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
 
 def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch]) -> Memory:
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
-    rows = max(batch.rows for batch in batches)
+    largest = max(batches, key=lambda batch: batch.rows)
+    activation_bytes = 4 if recipe.training.use_cpu and not recipe.training.bf16 else 2
+    head = max(logit_rows(plan, batch, recipe.sparsity.exact_removal) for batch in batches)
+    logits = 0.0
+    if plan.backend == "unsloth":
+        logits = fused_logits(model.shape, head)
+    elif not plan.chunked_loss:
+        logits = plain_logits(model.shape, head, activation_bytes)
     return peak_memory(
         model.shape,
         linear=model.linear,
         other=model.other,
         adapter=model.adapter,
-        rows=rows,
+        rows=largest.rows,
         checkpointing=checkpointing[plan.checkpointing],
         in_4bit=model.in_4bit,
         weight_bytes=model.weight_bytes,
-        activation_bytes=4 if recipe.training.use_cpu and not recipe.training.bf16 else 2,
-        logit_rows=rows if plan.backend == "peft" and not plan.chunked_loss else 0,
+        activation_bytes=activation_bytes,
+        logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
     )

@@ -16,10 +16,10 @@ from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.memory import peak_memory
+from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.step_time import StepTime, fit, leave_one_out
 from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.forecast.work import Plan, Work, batch_work
+from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
 
 STORED = Path(__file__).with_name("step_times.json")
 MODELS = {"llama8b": LLAMA_3_8B}
@@ -114,11 +114,12 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
 
 def memory_of_row(row: Mapping, model: ModelShape) -> float:
     """The peak in GiB that `peak_memory` states for the measured step, for a model without a tied head."""
-    plan, batch, _ = plan_of_row(row, model)
+    plan, batch, removal = plan_of_row(row, model)
     projections = model.projections().values()
     checkpointing = {"False": "off", "True": "on"}.get(row["checkpointing"], "unsloth")
     if checkpointing == "unsloth" and plan.backend == "peft":
         checkpointing = "on"
+    loss = fused_logits if plan.backend == "unsloth" else plain_logits
     return peak_memory(
         model,
         linear=model.num_layers * sum(inputs * outputs for inputs, outputs in projections),
@@ -127,7 +128,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         rows=batch.rows,
         checkpointing=checkpointing,
         in_4bit=row["dtype"] == "4bit",
-        logit_rows=batch.rows if plan.backend == "peft" else 0,
+        logits=loss(model, logit_rows(plan, batch, removal)),
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
     ).gib()["peak"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from sparse_unsloth.costs import ModelShape
@@ -11,13 +12,16 @@ BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A parameter in NF4 with nested quantisation: half a byte, a byte for 64 of them, four for 256 of those."""
 BYTES_ADAPTER = 16
 """Of a trained parameter: float32 weight, gradient, and AdamW's two moments."""
+BYTES_LOGIT, LOSS_BUDGET = 16, 4 * GIB
+"""Of unsloth_zoo's fused loss: what a logit takes with its gradient, and what a chunk may take at most."""
 ASSUMPTIONS = (
     "weights: NF4 with nested quantisation 0.516 bytes a parameter, embeddings, norms and head in 16 bits",
     "adapter: 16 bytes a parameter (float32 weight, gradient, AdamW's two moments)",
     "activations in 16 bits: a layer keeps 2 x intermediate + 7 x hidden numbers a row for its backward, which itself "
     "needs intermediate + 6 x hidden more, in one layer at a time; checkpointing keeps only each layer's input "
     "(Unsloth's on the host), and one layer's numbers",
-    "logits: in chunks that fit beside the activations, except for plain transformers' loss, which holds all of them",
+    "logits: Unsloth's fused loss takes up to 4 GiB for a chunk of them (16 bytes each); TRL's chunked loss next to "
+    "nothing; plain transformers' loss holds all of them",
     "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
 )
 
@@ -52,7 +56,7 @@ def peak_memory(
     in_4bit: bool,
     weight_bytes: int = 2,
     activation_bytes: int = 2,
-    logit_rows: int = 0,
+    logits: float = 0,
     estimator_rank: int = 0,
     sparse_parts: int = 0,
 ) -> Memory:
@@ -65,7 +69,7 @@ def peak_memory(
         checkpointing: "unsloth" (layer inputs on the host), "on", or "off".
         in_4bit: whether the linear modules are in 4 bits.
         weight_bytes: of all other parameters; ``activation_bytes`` of a number in an activation.
-        logit_rows: rows whose logits are held at once, in 16 and 32 bits and their gradient; 0 where they are chunked.
+        logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 where they are next to nothing.
         estimator_rank, sparse_parts: factors in float32 for each sparse part.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -75,7 +79,6 @@ def peak_memory(
     stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
     if checkpointing != "off":
         working += kept
-    logits = logit_rows * shape.vocab_size * (activation_bytes + 4 + 4)
     return Memory(
         weights=linear * (BYTES_4BIT if in_4bit else weight_bytes) + other * weight_bytes,
         adapter=adapter * BYTES_ADAPTER,
@@ -83,3 +86,15 @@ def peak_memory(
         working_set=max(working, logits),
         estimator=4 * estimator_rank * sparse_parts * 2 * (hidden + inner),
     )
+
+
+def fused_logits(shape: ModelShape, rows: int) -> float:
+    """Bytes of one chunk of Unsloth's fused loss over ``rows``; a GPU with less than 8 GiB free takes smaller ones."""
+    whole = rows * shape.vocab_size * BYTES_LOGIT
+    budget = LOSS_BUDGET - rows * shape.hidden_size * 2
+    return whole if whole <= budget else whole / (4 * math.ceil(whole / budget / 4))
+
+
+def plain_logits(shape: ModelShape, rows: int, activation_bytes: int = 2) -> float:
+    """Bytes of all logits, in float32 too, and of their gradient."""
+    return rows * shape.vocab_size * (activation_bytes + 4 + 4)

@@ -141,6 +141,8 @@ def read_tokens(
         documents = list(_documents(prepared))
         if not any(outputs for _, outputs in documents):
             raise _no_loss(recipe, looked_at)
+        # A last batch that is not full would count as much as a full one.
+        trainer.args.dataloader_drop_last = len(prepared) >= recipe.training.per_device_train_batch_size
         if padding_free:
             trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
         batches = [
@@ -185,13 +187,10 @@ def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backen
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
 
-    size = min(training.per_device_train_batch_size, len(data))
     changes = {
-        "activation_offloading": False, "dataloader_drop_last": not training.packing, "dataloader_num_workers": 0,
-        "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None, "eval_strategy": "no",
-        "gradient_checkpointing": False, "loss_type": "nll", "model_init_kwargs": None,
-        "per_device_train_batch_size": size, "report_to": [], "torch_compile": False, "use_cpu": True,
-        "use_liger_kernel": False,
+        "activation_offloading": False, "dataloader_num_workers": 0, "dataloader_persistent_workers": False,
+        "dataloader_prefetch_factor": None, "eval_strategy": "no", "gradient_checkpointing": False, "loss_type": "nll",
+        "model_init_kwargs": None, "report_to": [], "torch_compile": False, "use_cpu": True, "use_liger_kernel": False,
     }  # fmt: skip
     arguments = copy.copy(training)
     if backend == "unsloth" and not training.packing:

@@ -84,13 +84,9 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     """
     sparse = plan.sparse_parts > 0 and batch.context > 0
     removal = removal and plan.backend == "unsloth"
-    head, last_layer = batch.rows, None
-    if removal:
-        head = min(head, _up(max(batch.dense, batch.loss), ROW_MULTIPLE))
-        if batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
-            last_layer = batch.loss
-    elif plan.chunked_loss:
-        head = min(head, _up(batch.loss, TRL_ROWS))
+    last_layer = None
+    if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
+        last_layer = batch.loss
     flops = step_flops(
         plan.shape,
         plan.layers if sparse else plan.dense().layers,
@@ -101,7 +97,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         lora_rank=plan.lora_rank,
         lora_targets=plan.lora_targets,
         checkpointing=plan.checkpointing,
-        head_tokens=head,
+        head_tokens=logit_rows(plan, batch, removal),
         last_layer_tokens=last_layer,
         attention="eager" if plan.eager_attention else "fused",
         estimator_rank=plan.estimator_rank,
@@ -111,6 +107,13 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         again = replace(flops.recompute, head=flops.forward.head)
         flops = replace(flops, recompute=again)
     return flops
+
+
+def logit_rows(plan: Plan, batch: MicroBatch, removal: bool) -> int:
+    """Rows whose logits are computed; arguments as `batch_flops`."""
+    if removal and plan.backend == "unsloth":
+        return min(batch.rows, _up(max(batch.dense, batch.loss), ROW_MULTIPLE))
+    return min(batch.rows, _up(batch.loss, TRL_ROWS)) if plan.chunked_loss else batch.rows
 
 
 def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
