@@ -62,8 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
     for name, count, text in (
         ("samples", 32, "to calibrate the estimator on"),
-        ("probe-samples", 16, "others, to measure losses on"),
-        ("held-out-samples", 16, "others still, to check the recipe on"),
+        ("probe-samples", 96, "others, to measure losses on"),
+        ("part-samples", 16, "of these, to measure single parts on"),
+        ("held-out-samples", 96, "others still, to check the recipe on"),
     ):
         parser.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"{text} (default: {count})")
     parser.add_argument("--output-dir", default="runs/calibrate", help="default: %(default)s")
@@ -86,8 +87,10 @@ def main(words: Sequence[str]) -> int:
     if len(names) not in (1, 2):
         raise CalibrationError(f"calibrate takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
     counts = (arguments.samples, arguments.probe_samples, arguments.held_out_samples)
-    if min(counts[:2]) < 1 or counts[2] < 0:
-        raise CalibrationError(f"--samples and --probe-samples must be 1 or more, held-out 0 or more; given {counts}.")
+    if min(*counts[:2], arguments.part_samples) < 1 or counts[2] < 0:
+        raise CalibrationError(
+            "--samples, --probe-samples and --part-samples must be 1 or more, --held-out-samples 0 or more."
+        )
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
     recipe = _recipe(names, overrides, arguments.output_dir)
     result = calibrate_recipe(
@@ -95,6 +98,7 @@ def main(words: Sequence[str]) -> int:
         arguments.output_dir,
         counts,
         bounds,
+        part_batches=-(-arguments.part_samples // BATCH),
         mlp_levels=arguments.mlp_levels,
         attention_levels=arguments.attention_levels,
     )

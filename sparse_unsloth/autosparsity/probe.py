@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext, SparsityState
 from sparse_unsloth.selection import ChannelSelector
+from sparse_unsloth.tensor_file import raw_bytes
 
 NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
 MAX_POSITIONS = 1024
@@ -62,6 +64,15 @@ class ProbeBatch:
     partition: TokenPartition
     rows: Tensor
     labels: Tensor
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of everything that decides its losses."""
+        digest = hashlib.sha256()
+        for name, value in sorted({**self.inputs, "labels": self.labels, "rows": self.rows}.items()):
+            content = raw_bytes(value) if isinstance(value, Tensor) else repr(value).encode()
+            digest.update(f"{name} {list(getattr(value, 'shape', ()))}".encode() + content)
+        return digest.hexdigest()[:12]
 
 
 def prepare_batches(
@@ -160,8 +171,8 @@ class LossProbe:
         reference = self.dense if reference is None else reference
         sums: list[list[Sequence[float]]] = [[] for _ in recipes]
         with self._bar(title, len(recipes) * len(batches)) as bar:
-            for number, batch in enumerate(batches):
-                names = [f"{_digest(recipe)} {_batch_digest(batch)} {number}" for recipe in recipes]
+            for batch in batches:
+                names = [f"{_digest(recipe)} {batch.digest}" for recipe in recipes]
                 missing = {
                     name: recipe for name, recipe in zip(names, recipes, strict=True) if name not in self._journal
                 }
@@ -297,9 +308,3 @@ def _first_difference(reference: Recipe, recipe: Recipe) -> int:
 
 def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(repr([tuple(sparsity) for sparsity in recipe]).encode()).hexdigest()[:12]
-
-
-def _batch_digest(batch: ProbeBatch) -> str:
-    ids = batch.inputs.get("input_ids")
-    text = repr(None if ids is None else (tuple(ids.shape), ids.flatten().tolist()))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -43,6 +43,7 @@ ATTENTION_LEVELS = (0.25, 0.5, 0.75)
 BUDGET = 0.5
 ROUNDS = 2
 """Corrections by measuring each part beside the others, at most."""
+PART_BATCHES = 2
 GROUPS = 6
 """Of the layers: single parts beside the others measure mostly noise, and cost five times as much."""
 TIGHTENINGS = 4
@@ -134,6 +135,7 @@ def calibrate(
     budget: float | None = None,
     max_loss: float | None = None,
     probe_samples: Sequence[Mapping[str, Any]] | None = None,
+    part_batches: int = PART_BATCHES,
     held_out: Sequence[Mapping[str, Any]] | None = None,
     config: SparsityConfig | Mapping[str, Any] | str | Path | None = None,
     mlp_levels: Sequence[float] = MLP_LEVELS,
@@ -154,6 +156,7 @@ def calibrate(
             nats. The FLOPs are then the least that were found. Neither: ``budget=0.5``.
         probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
             that (all of them, where there is one), so that estimates are not judged on what they were fitted to.
+        part_batches: single parts are measured on so many of these alone; recipes on all.
         held_out: further batches; recipe and dense model are compared on them in the end.
         config: everything but the layer rules: estimator, dense tokens, schedule, seed.
         mlp_levels, attention_levels: sparsities to choose from, besides 0; empty leaves that part dense.
@@ -199,11 +202,11 @@ def calibrate(
             "backend": state.backend_name,
             "version": importlib.metadata.version("sparse-unsloth"),
         }
-        key = journal_key(model, layers, [*samples, *probe_samples, *(held_out or ())], settings)
+        key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
         fitted = fit_estimators(model, layers, every, levels["mlp"], samples, progress)
         probe = LossProbe(state, fitted.estimator, fitted.stand_ins, journal, progress)
-        search = _Search(probe, batches, levels, costs, asked)
+        search = _Search(probe, batches, part_batches, levels, costs, asked)
         chosen = search.run()
         recipe = chosen.recipe
         apart = _hold_out(probe, recipe, kept_apart, costs) if kept_apart else {}
@@ -310,11 +313,13 @@ class _Search:
         self,
         probe: LossProbe,
         batches: Sequence[ProbeBatch],
+        part_batches: int,
         levels: Mapping[str, Sequence[float]],
         costs: _Costs,
         asked: Mapping[str, float],
     ):
-        self._probe, self._batches, self._levels, self._costs, self._asked = probe, batches, levels, costs, asked
+        self._probe, self._levels, self._costs, self._asked = probe, levels, costs, asked
+        self._batches, self._few = batches, batches[:part_batches]
         self._parts: list[PartKey] = [
             (layer.index, part) for layer in probe.layers for part, values in levels.items() if values
         ]
@@ -326,9 +331,9 @@ class _Search:
     def run(self) -> Round:
         alone = [(part, level) for part in self._parts for level in self._levels[part[1]]]
         recipes = [with_sparsity(self._probe.dense, [part], level) for part, level in alone]
-        found = self._probe.measure(recipes, self._batches, "Each part alone")
+        dense, *found = self._probe.measure([self._probe.dense, *recipes], self._few, "Each part alone")
         for (part, level), measured in zip(alone, found, strict=True):
-            self.alone[part][level] = measured._replace(loss=measured.loss - self.dense.loss)
+            self.alone[part][level] = measured._replace(loss=measured.loss - dense.loss)
         self._curves = Curves.fit(
             {part: {level: m.divergence for level, m in values.items()} for part, values in self.alone.items()}
         )
@@ -377,10 +382,10 @@ class _Search:
     def _correct(self, outcome: Round) -> None:
         """Rescales the curves to what groups of parts add beside the others of this recipe: each is made dense once."""
         groups = self._groups(outcome.recipe)
-        without = [with_sparsity(outcome.recipe, group, 0.0) for group in groups]
-        found = self._probe.measure(without, self._batches, "Groups beside the others", outcome.recipe)
+        recipes = [outcome.recipe, *(with_sparsity(outcome.recipe, group, 0.0) for group in groups)]
+        whole, *found = self._probe.measure(recipes, self._few, "Groups beside the others", outcome.recipe)
         chosen = {part: getattr(outcome.recipe[part[0]], part[1]) for part in self._parts}
-        marginal = [outcome.divergence - measured.divergence for measured in found]
+        marginal = [whole.divergence - measured.divergence for measured in found]
         self._curves.rescale(chosen, groups, marginal)
 
     def _groups(self, recipe: Recipe) -> list[list[PartKey]]:
