@@ -448,6 +448,33 @@ def test_rank_block_trains_resumes_and_leaves_a_pruned_adapter(training, checkpo
     assert any((adapter(tmp_path / "all")[name] - whole[name]).abs().max() > 1e-5 for name in whole)
 
 
+def test_rank_benchmark_measures_and_goes_on_where_it_stopped(training, checkpoint, tmp_path, capsys):
+    import importlib.util
+
+    path = Path(__file__).parent.parent / "benchmarks" / "rank.py"
+    spec = importlib.util.spec_from_file_location("rank_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    words = f"speed --model {checkpoint} --backend peft --rank 32 --density 0.25 --baseline 8 --batch 1 --length 16"
+    benchmark.main([*words.split(), "--steps", "2", "--rounds", "1", "--out", str(tmp_path / "out")])
+    assert "no LoRA at all would be" in capsys.readouterr().out
+    rows = benchmark.read_csv(tmp_path / "out" / "speed.csv")
+    low, high, sparse = (float(row["step_flops"]) - float(row["base_flops"]) for row in rows)
+    assert (high, sparse) == (4 * low, low), "LoRA's FLOPs go with the components that are computed"
+
+    words = f"quality --recipe {training} --steps 3 --rank 16 --densities 0.25 --baseline 4 --warmup 1 --seeds"
+    held_out = ["--", "--dataset_test_size", "9", "--save_strategy", "no"]
+    for seeds in ("0", "0 1"):
+        for folder in tmp_path.glob("run*"):
+            shutil.rmtree(folder)
+        benchmark.main([*words.split(), *seeds.split(), "--out", str(tmp_path / "out"), *held_out])
+    printed = capsys.readouterr().out
+    assert "sparse r=16 at 0.25: answer loss" in printed
+    assert "2 seeds" in printed
+    rows = benchmark.read_csv(tmp_path / "out" / "quality.csv")
+    assert [row["seed"] for row in rows] == list("000111"), "the first seed's runs were not run again"
+
+
 def test_dense_run_differs_from_sparse_run(training, tmp_path):
     assert main(["train", training]) == 0
     assert main(["train", training, "--sparsity", "dense", "--output_dir", str(tmp_path / "dense")]) == 0

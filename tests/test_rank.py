@@ -618,6 +618,17 @@ def test_patch_makes_models_rank_sparse_and_is_undone(tmp_path):
         rank.patch(target_density=2)
 
 
+class _Namespace:
+    """An attention module as its own forward sees it, but for the projections."""
+
+    def __init__(self, module, projections):
+        self.__dict__.update(projections)
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
 # -- Together with channel sparsity -----------------------------------------------------------------------------------
 
 
@@ -653,6 +664,47 @@ def test_with_channel_sparsity(chosen, order):
     assert_same(gradients, {name: gradient * kept[name] for name, gradient in wanted.items()})
     dense, _ = loss_and_gradients(make(), make_batch())
     assert abs(dense - loss) > 1e-6
+
+
+def test_fused_forwards_read_factors_chosen_by_the_input_of_their_block(chosen):
+    """As under Unsloth, where blocks read their projections' factors and call no projection."""
+
+    def fused(module, x):
+        adapter, base = module.active_adapters[0], module.base_layer
+        branch = (x @ module.lora_A[adapter].weight.t()) @ module.lora_B[adapter].weight.t()
+        return x @ base.weight.t() + module.scaling[adapter] * branch
+
+    class Calls:
+        """Stands where a projection stood, and never calls it."""
+
+        def __init__(self, module):
+            self.module = module
+
+        def __call__(self, x):
+            return fused(self.module, x)
+
+    model = make()
+    state = apply(model)
+    for layer in model.base_model.model.model.layers:
+        attention = layer.self_attn
+        projections = {name: Calls(getattr(attention, name)) for name in TARGETS[:4]}
+        forward, namespace = type(attention).forward, _Namespace(attention, projections)
+        attention.forward = lambda *a, forward=forward, namespace=namespace, **k: forward(namespace, *a, **k)
+    inputs = {}
+    for layer in model.base_model.model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda m, a, output, key=layer: inputs.update({key: output}))
+    chosen.clear()
+    loss, gradients = loss_and_gradients(model, make_batch())
+    expected, wanted = loss_and_gradients(mask_components(make(), chosen), make_batch())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_same(gradients, wanted)
+    by_name = {layer.name: layer for layer in state.layers}
+    for index, layer in enumerate(model.base_model.model.model.layers):
+        for name, source in (("v_proj", inputs[layer]), ("o_proj", None)):
+            full_name = f"base_model.model.model.layers.{index}.self_attn.{name}"
+            found = by_name[full_name]
+            score = torch.lerp(found.contextual_importance(source), found.importance, 0.15)
+            assert sorted(score.topk(4).indices.tolist()) == chosen[full_name].tolist()
 
 
 @pytest.mark.parametrize("order", ["rank first", "rank last"])
