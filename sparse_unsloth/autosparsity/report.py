@@ -51,28 +51,20 @@ def summary(result: Calibration) -> list[str]:
         f"Context tokens compute {chosen.share:.1%} of their dense frozen products; "
         f"{result.data.context_share:.1%} of the tokens are context, so a step takes {result.step_flops:.1%} of its "
         f"dense FLOPs: {result.speedup:.2f}x if time followed FLOPs.",
-        f"Answer loss {result.dense_loss:.3f} dense, {_signed(chosen.measured)} sparse (divergence "
-        f"{chosen.divergence:.3f}) on {result.positions} loss-bearing positions; the curves say "
-        f"{_signed(result.predicted)}.",
+        f"Divergence from the dense model, what sparsity adds to the loss of its own answers: {chosen.predicted:.3f} "
+        f"nats predicted, {chosen.divergence:.3f} measured on {result.positions} answer tokens"
+        + (f", {held_out.divergence:.3f} on {held_out.positions} held-out ones." if held_out is not None else "."),
+        f"Loss of the labels: {result.dense_loss:.3f} dense, {_signed(chosen.measured)} sparse"
+        + (f"; held out {held_out.dense_loss:.3f} and {_signed(held_out.increase)}." if held_out is not None else "."),
     ]
-    if held_out is not None:
-        error = abs(result.predicted - held_out.increase)
-        share = f" ({error / abs(held_out.increase):.0%})" if held_out.increase else ""
-        lines.append(
-            f"Held out, {held_out.positions} other positions: {held_out.dense_loss:.3f} dense, "
-            f"{_signed(held_out.increase)} sparse; the prediction is off by {error:.3f}{share}."
-        )
     first = result.rounds[0]
-    if len(result.rounds) > 1:
+    if first.divergence > first.predicted and not first.foretold:
         lines.append(
-            f"Together the parts did not cost what they cost alone: {_signed(first.predicted)} was predicted for the "
-            f"first allocation and {_signed(first.measured)} measured. Each part was measured again beside the others, "
-            f"and the allocation repeated: {len(result.rounds)} rounds."
+            f"Together the parts cost more than alone: {first.predicted:.3f} was predicted for the first allocation, "
+            f"{first.divergence:.3f} measured. Groups were measured beside the others, and the allocation repeated."
         )
-    if len(result.rounds) > 1 and not result.rounds[-1].foretold:
-        lines.append(
-            f"The last round's prediction is still off by more than {RELATIVE_ERROR:.0%}: trust the measured figure."
-        )
+    if not chosen.foretold:
+        lines.append(f"The prediction is off by more than {RELATIVE_ERROR:.0%}: trust the measured figure.")
     return lines
 
 
@@ -80,20 +72,20 @@ def markdown(result: Calibration, dataset: str = "") -> str:
     """The report: outcome, rounds, sensitivity of each layer, picture."""
     asked = ", ".join(f"{name} {value:g}" for name, value in result.asked.items())
     lines = [
-        f"# Calibrated sparsity: {result.model_name}" + (f" on {dataset}" if dataset else ""),
+        f"# Calibrated sparsity: {Path(result.model_name).name}" + (f" on {dataset}" if dataset else ""),
         "",
         f"Asked: {asked}.",
     ]
     lines += ["", *(f"- {line}" for line in summary(result)), "", "## Rounds", ""]
     lines += _table(
-        ["round", "frozen FLOPs of context", "predicted", "measured", "divergence", "chosen"],
+        ["round", "frozen FLOPs of context", "divergence predicted", "measured", "loss of labels", "chosen"],
         [_round(number, outcome, result.chosen) for number, outcome in enumerate(result.rounds, start=1)],
     )
-    lines += ["", "Loss increases in nats; a prediction is made before its measurement."]
+    lines += ["", "Nats; a prediction is made before its measurement."]
     if result.held_out:
         lines += ["", "## Held out", ""]
         lines += _table(
-            ["recipe", "frozen FLOPs of context", "loss increase", "divergence"],
+            ["recipe", "frozen FLOPs of context", "loss of labels", "divergence"],
             [
                 [name, f"{found.share:.1%}", _signed(found.increase), f"{found.divergence:.3f}"]
                 for name, found in result.held_out.items()
@@ -130,7 +122,6 @@ def figures(result: Calibration, dataset: str = "") -> dict[str, Any]:
         "positions": result.positions,
         "rounds": [asdict(outcome) | {"foretold": outcome.foretold} for outcome in result.rounds],
         "chosen_round": number + 1,
-        "predicted": result.predicted,
         "held_out": {name: asdict(found) for name, found in result.held_out.items()},
         "context_share": result.data.context_share,
         "frozen_share": result.chosen.share,
@@ -200,7 +191,7 @@ def _layer_table(result: Calibration) -> tuple[list[str], list[list[str]]]:
 
 
 def _round(number: int, outcome: Round, chosen: Round) -> list[str]:
-    figures = [_signed(outcome.predicted), _signed(outcome.measured), f"{outcome.divergence:.3f}"]
+    figures = [f"{outcome.predicted:.3f}", f"{outcome.divergence:.3f}", _signed(outcome.measured)]
     return [str(number), f"{outcome.share:.1%}", *figures, "yes" if outcome is chosen else ""]
 
 
