@@ -350,6 +350,25 @@ def test_steps_that_never_reach_the_layers_are_an_error():
         optimizer.step()
 
 
+def test_steps_that_go_unnoticed_are_told(monkeypatch, caplog):
+    monkeypatch.setattr("sparse_unsloth.rank.layer.STUCK_FORWARDS", 3)
+    model, state, layer = one_layer()
+    for _ in range(4):
+        model(torch.randn(3, 8))
+    assert caplog.text.count("3 forwards since the last optimiser step") == 1
+    state.advance()
+    assert layer.forwards == 0
+
+
+def test_loaded_weights_are_looked_at_again():
+    _, _, layer = one_layer()
+    x = torch.randn(5, 8)
+    layer.contextual_importance(x)
+    with torch.no_grad():
+        layer.whole_B.mul_(torch.arange(6.0))
+    torch.testing.assert_close(layer.contextual_importance(x), importance_of(layer, x))
+
+
 def prunable(**options):
     """A layer whose component 1 is never chosen once the others count for more, with momentum in every moment."""
     model, state, layer = one_layer(prune_after=4, importance_lambda=0.5, **options)

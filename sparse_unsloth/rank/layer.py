@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.rank.config import RankConfig, RankError
+
+logger = logging.getLogger("sparse_unsloth")
+
+STUCK_FORWARDS = 1000
+"""More than gradient accumulation makes between two steps."""
 
 
 class ShownLinear(nn.Linear):
@@ -72,7 +78,7 @@ class RankLayer:
         self.forwards = 0
         self._config = config
         self._choice: _Choice | None = None
-        self._norms: tuple[Tensor, Tensor] | None = None
+        self._norms: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     @property
     def whole_A(self) -> Tensor:
@@ -140,6 +146,14 @@ class RankLayer:
         contextual = self.contextual_importance(source)
         self.pending += contextual
         self.forwards += 1
+        if self.forwards == STUCK_FORWARDS:
+            logger.warning(
+                "%s: %d forwards since the last optimiser step that rank-sparse LoRA took note of; no step means no "
+                "choice. If your optimiser is none of PyTorch's, or keeps copies of the parameters, call "
+                "get_rank_state(model).advance() after each step.",
+                self.name,
+                STUCK_FORWARDS,
+            )
         if not self.selects or self.kept >= self.rank:
             return None
         weight = self._config.importance_lambda
@@ -174,10 +188,12 @@ class RankLayer:
         return importance / importance.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _factor_norms(self) -> tuple[Tensor, Tensor]:
-        """``|A_i|`` and ``|B_i|``; weights change only between steps."""
-        if self._norms is None:
-            self._norms = (_norms(self.whole_A, 1), _norms(self.whole_B, 0))
-        return self._norms
+        """``|A_i|`` and ``|B_i|``, computed again where something wrote to the weights."""
+        # Fused optimisers may write past the version counters, so steps call `weights_changed` as well.
+        versions = self.whole_A._version, self.whole_B._version
+        if self._norms is None or self._norms[0] != versions:
+            self._norms = versions, _norms(self.whole_A, 1), _norms(self.whole_B, 0)
+        return self._norms[1:]
 
     def weights_changed(self) -> None:
         self._norms = None
