@@ -286,6 +286,69 @@ def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
     assert whole.parts.attention_core == removed.parts.attention_core
 
 
+class NaiveRemoval(NaiveSparse):
+    """The same with a last layer that computes rows without loss no further than their keys and values."""
+
+    def __init__(self, layer_sparsity, dense_rows, estimator_rank, loss_rows):
+        super().__init__(layer_sparsity, dense_rows, estimator_rank, compensation_rank=0)
+        self.loss = self.dense[:loss_rows]
+
+    def densely(self, name, weights, x):
+        weight, a, b = weights[name]
+        return x @ weight.T + (x @ a.T) @ b.T
+
+    def project(self, name, weights, x, channels, axis):
+        if weights is self.layers[-1] and (name == "o_proj" or (name == "q_proj" and not self.layer_sparsity[-1][1])):
+            y = self.densely(name, weights, x[self.loss])
+            return x.new_zeros(TOKENS, y.shape[1]).index_copy(0, self.loss, y)
+        return super().project(name, weights, x, channels, axis)
+
+    def mlp(self, weights, x, sparsity):
+        if weights is not self.layers[-1]:
+            return super().mlp(weights, x, sparsity)
+        rows = x[self.loss]
+        h = torch.nn.functional.silu(self.densely("gate_proj", weights, rows)) * self.densely("up_proj", weights, rows)
+        return torch.zeros_like(x).index_copy(0, self.loss, self.densely("down_proj", weights, h))
+
+
+@pytest.mark.parametrize("last", [(0.0, 0.0), (0.9, 0.5)], ids=["dense", "sparse"])
+@pytest.mark.parametrize("first", [(0.0, 0.0), (0.9, 0.5)], ids=["dense", "sparse"])
+def test_exact_removal_against_gathered_products(first, last):
+    layers = [first, first, last]
+    dense, loss, rank = 30, 24, 8
+    model = NaiveRemoval(layers, dense, rank, loss)
+    x = torch.randn(TOKENS, SHAPE.hidden_size, requires_grad=True)
+    forward, result = count(lambda: model(x, head_rows=loss))
+    backward, _ = count(result.backward)
+    flops = step_flops(
+        SHAPE,
+        layers,
+        dense,
+        TOKENS - dense,
+        [SEQUENCE] * BATCH,
+        RANK,
+        head_tokens=loss,
+        last_layer_tokens=loss,
+        attention="eager",
+        input_requires_grad=True,
+        estimator_rank=rank,
+    )
+    assert flops.forward.total == forward
+    assert flops.backward.total == backward
+
+
+def test_padding_is_left_out_of_sparse_parts_only():
+    def parts(layers, **rows):
+        return step_flops(
+            SHAPE, layers, 20, rows.pop("context", 30), [SEQUENCE] * BATCH, RANK, head_tokens=0, **rows
+        ).parts
+
+    mlps = [(0.5, 0.0)] * 3
+    assert parts(mlps, padding_tokens=10).mlp_base == parts(mlps).mlp_base
+    assert parts(mlps, padding_tokens=10).attention_projections == parts(mlps, context=40).attention_projections
+    assert parts(DENSE, padding_tokens=10) == parts(DENSE, context=40)
+
+
 def test_published_recipe_on_llama_3_8b():
     """The aggressive recipe on 16 x 512 tokens, 128 outputs each, stays under the 2.50 that also drops idle work."""
     shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
