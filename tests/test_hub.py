@@ -1,4 +1,4 @@
-"""Pushing an attached model to the hub sends what a plain PEFT model sends, and its sparsity; no hub is there, so it is recorded."""
+"""Pushing an attached model to the hub sends what a plain one sends, and its sparsity; the hub is only recorded."""
 
 import sys
 from pathlib import Path
