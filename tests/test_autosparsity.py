@@ -26,7 +26,7 @@ from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, make_batch, make_lora
+from tiny import always, make_base, make_batch, make_lora
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
 CONFIG = {"estimator": {"rank": 4}}
@@ -200,6 +200,27 @@ def test_families_never_seen_complete_and_attach(family, tmp_path):
         assert factors.gain.keys() == result.estimator.layers[name].gain.keys()
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "nf4"])
+def test_weights_of_16_and_4_bits_calibrate(weights):
+    base = make_base("llama", dtype=torch.bfloat16 if weights == "bfloat16" else torch.float32)
+    if weights == "nf4":
+        import bitsandbytes as bnb
+
+        for layer in base.model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                old = getattr(layer.mlp, name)
+                packed = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+                packed.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(layer.mlp, name, packed.to("cpu"))
+    model = make_lora(base=base)
+    result = run(model, budget=0.5)
+    assert result.chosen.divergence > 0
+    attach(model, result.config.model_copy(update={"start_step": 0, "end_step": 1.0}), batches())
+    model(**make_batch(0)).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 def test_a_loss_bound_is_kept_and_more_of_it_saves_more():
     shares = []
     for max_loss in (0.001, 0.02):
@@ -329,8 +350,6 @@ def test_report_and_recipe_in_files(tmp_path):
 
 
 def test_auto_calibrates_in_get_peft_model(capsys):
-    from tiny import make_base
-
     from sparse_unsloth import FastSparseLanguageModel
 
     options = {"r": 4, "use_gradient_checkpointing": False}

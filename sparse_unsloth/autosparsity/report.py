@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -207,6 +208,6 @@ def _signed(value: float) -> str:
 def _machine() -> str:
     found = environment()
     names = ("sparse-unsloth", "torch", "transformers", "trl", "peft", "scipy")
-    packages = ", ".join(f"{name} {found['packages'].get(name, '?')}" for name in names)
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     processor = ", ".join(found["gpus"]) or f"{found['processor']}, {found['torch_threads']} threads"
     return f"{processor}; Python {found['python']}; {packages}."
