@@ -443,6 +443,17 @@ def test_optimisers_with_other_moments_cannot_bring_pruned_components_back():
     assert not layer.whole_B[:, 1].any()
 
 
+def test_pruned_components_are_never_chosen(chosen):
+    """Not even where nothing has any importance."""
+    model, state, layer = one_layer(importance_lambda=0.0)
+    model(torch.randn(3, 8))
+    state.advance()
+    layer.bury(torch.tensor([0, 2, 5]))
+    model(torch.zeros(3, 8))
+    assert chosen[layer.name].tolist() == [1, 3, 4]
+    assert layer.best(1.0).tolist() == [1, 3, 4]
+
+
 def test_at_least_the_computed_components_stay():
     model, _, layer = one_layer(prune_after=1, target_density=0.5)
     optimizer = torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3)
@@ -478,19 +489,23 @@ def test_resumed_training_ends_where_the_whole_one_does(tmp_path):
     model = make(dtype=torch.float32)
     optimizer = torch.optim.AdamW(loras(model).values(), lr=0.01)
     state = rank.apply(model, **RESUME)
-    train(model, 6, optimizer)
+    train(model, 7, optimizer)
     model.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    assert any(layer.dead is not None for layer in state.layers), "something was pruned before the checkpoint"
-    whole = train(model, 6, optimizer, start=6)
+    pruned = sum(layer.dead.sum() for layer in state.layers if layer.dead is not None)
+    assert pruned > 0, "something was pruned before the checkpoint"
+    # The next pruning, at step 9, counts idle steps from before the checkpoint.
+    whole = train(model, 2, optimizer, start=7)
+    assert sum(layer.dead.sum() for layer in state.layers if layer.dead is not None) > pruned
+    whole += train(model, 3, optimizer, start=9)
 
     resumed = make(dtype=torch.float32, seed=0)
     optimizer = torch.optim.AdamW(loras(resumed).values(), lr=0.01)
     again = rank.apply(resumed, **RESUME)
     resumed.load_adapter(tmp_path, "default", is_trainable=True)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-    assert again.step == 6
-    assert train(resumed, 6, optimizer, start=6) == whole
+    assert again.step == 7
+    assert train(resumed, 5, optimizer, start=7) == whole
     assert_same(values(model), values(resumed), rtol=0, atol=0)
 
 
