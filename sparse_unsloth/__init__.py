@@ -24,7 +24,15 @@ _HOMES = {
     "detach": "attachment",
     "get_state": "attachment",
 }
-__all__ = ["FastSparseLanguageModel", "SparsityCallback", "SparsityConfig", "attach", "calibrate", "detach", "get_state"]
+__all__ = [
+    "FastSparseLanguageModel",
+    "SparsityCallback",
+    "SparsityConfig",
+    "attach",
+    "calibrate",
+    "detach",
+    "get_state",
+]
 
 
 def __getattr__(name: str) -> Any:

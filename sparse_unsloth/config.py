@@ -269,10 +269,12 @@ class SparsityConfig(_Config):
             raise ConfigError(f"{path}: must hold a mapping of SparsityConfig keys, but {what}")
         config = cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
         estimator = config.estimator.path
-        if estimator is not None and not Path(estimator).is_absolute() and (path.parent / estimator).exists():
-            # A relative path is looked for beside the file first, so that their folder can be moved.
-            beside = config.estimator.model_copy(update={"path": str((path.parent / estimator).absolute())})
-            config = config.model_copy(update={"estimator": beside})
+        if estimator is not None and estimator.endswith(".safetensors") and not os.path.isabs(estimator):
+            # A file beside this one comes first, so that their folder can be moved.
+            beside = os.path.abspath(path.parent / estimator)
+            if os.path.isfile(beside):
+                found = config.estimator.model_copy(update={"path": beside})
+                config = config.model_copy(update={"estimator": found})
         return config
 
     def save(self, path: str | os.PathLike) -> None:
