@@ -111,6 +111,8 @@ _bases: WeakKeyDictionary[nn.Module, BaseWeight] = WeakKeyDictionary()
 
 def _read_base(base: nn.Module, name: str) -> BaseWeight:
     kind = type(base).__name__
+    if "FakeQuantized" in kind:
+        raise AttachError(f"{name}: {kind} trains quantisation-aware, which has no sparse path. Use its plain layer.")
     quant_state = getattr(base.weight, "quant_state", None)
     if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):
         if quant_state is None:
@@ -134,7 +136,8 @@ def _read_base(base: nn.Module, name: str) -> BaseWeight:
 def read_projection(module: nn.Module, name: str = "projection") -> Projection | None:
     """The projection as it stands now, or None where only the module's own forward is right.
 
-    None is returned while adapters are merged or disabled, or while several are active: the caller then delegates.
+    None is returned while adapters are merged or disabled, while several are active, and where weights or activations
+    are fake-quantised (quantisation-aware training): the caller then delegates.
 
     Raises:
         AttachError: as `read_base`.
@@ -150,15 +153,29 @@ def read_projection(module: nn.Module, name: str = "projection") -> Projection |
     if not active:
         return Projection(base)
     adapter = active[0]
+    if is_fake_quantised(module, adapter):
+        return None
     lora = Lora(module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter]))
     return Projection(base, lora)
+
+
+def is_fake_quantised(module: nn.Module, adapter: str) -> bool:
+    """Whether a projection's base or LoRA matrices, or their inputs, pass through torchao's fake quantisers."""
+    base = module._modules.get("base_layer", module)
+    return any(
+        part._modules.get("weight_fake_quantizer") is not None
+        or part._modules.get("activation_fake_quantizer") is not None
+        or "FakeQuantized" in type(part).__name__
+        for part in (base, module.lora_A[adapter], module.lora_B[adapter])
+    )
 
 
 def check_adapters(module: nn.Module, name: str) -> None:
     """Refuse LoRA variants that the sparse functions do not compute.
 
     Raises:
-        AttachError: DoRA or another LoRA variant, ``lora_dropout > 0``, or a LoRA bias; the message says what to set.
+        AttachError: DoRA or another LoRA variant, ``lora_dropout > 0``, a LoRA bias, or fake quantisation; the message
+            says what to set.
     """
     if not hasattr(module, "lora_A"):
         return
@@ -179,3 +196,8 @@ def check_adapters(module: nn.Module, name: str) -> None:
             )
         if getattr(module, "lora_bias", {}).get(adapter, False):
             raise AttachError(f"{name}: adapter {adapter!r} has a LoRA bias. Set lora_bias=False.")
+        if is_fake_quantised(module, adapter):
+            raise AttachError(
+                f"{name}: weights or activations are fake-quantised (quantisation-aware training), which the sparse "
+                "functions would leave out. Train without qat_scheme, or leave this layer dense."
+            )

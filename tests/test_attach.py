@@ -267,7 +267,7 @@ def test_state_never_enters_a_checkpoint(tmp_path):
     torch.testing.assert_close(merged(**batch).logits, reloaded(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["disabled", "merged", "two adapters"])
+@pytest.mark.parametrize("how", ["disabled", "merged", "two adapters", "fake quantisation"])
 def test_adapters_that_the_functions_do_not_know_are_left_to_peft(how):
     plain, model = make_lora(), make_lora()
     attach(model, always())
@@ -279,6 +279,10 @@ def test_adapters_that_the_functions_do_not_know_are_left_to_peft(how):
     for each in (plain, model):
         if how == "merged":
             each.merge_adapter()
+        elif how == "fake quantisation":  # prepared after attaching, as torchao does it
+            for module in list(each.modules()):
+                if hasattr(module, "lora_A"):
+                    module.base_layer.weight_fake_quantizer = torch.nn.Identity()
         else:
             torch.manual_seed(9)
             each.add_adapter("second", each.peft_config["default"])
@@ -349,6 +353,13 @@ def bad_models():
         model.get_base_model().model.layers[1].mlp.act_fn = torch.nn.Tanh()
         return model
 
+    def fake_quantised(side):
+        model = make_lora()
+        projection = model.get_base_model().model.layers[1].mlp.up_proj
+        part = projection.base_layer if side == "weight" else projection.lora_A["default"]
+        part.add_module(f"{side}_fake_quantizer", torch.nn.Identity())
+        return model
+
     def unreached():
         model = make_lora()
         layer = model.get_base_model().model.layers[1]
@@ -361,6 +372,8 @@ def bad_models():
         "lora bias": (lambda: lora(lora_bias=True), "Set lora_bias=False"),
         "full fine-tuning": (trainable, "is trainable, and the sparse functions compute no gradient"),
         "float8": (int8, "layer type Linear .* is not supported.*load_in_4bit"),
+        "fake-quantised weight": (lambda: fake_quantised("weight"), "fake-quantised.*Train without qat_scheme"),
+        "fake-quantised input": (lambda: fake_quantised("activation"), "fake-quantised.*Train without qat_scheme"),
         "extra scale": (scaled, "computes something else than the projections"),
         "activation": (activation, "activation Tanh.* has no sparse path"),
         "not a decoder": (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "has no decoder layer"),
