@@ -268,7 +268,8 @@ def join_columns(
         )  # fmt: skip
         constants = {
             "PARTS": len(widths), "HAS_BIAS": bias is not None, "STEPS": max(counts).bit_length(),
-            "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c, "ROW_TILES": row_tiles, "PADDED": PADDING_PLACE,
+            "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c,
+            "ROW_TILES": row_tiles, "PADDED": PADDING_PLACE,
             "PRECISION": "ieee" if thin.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         grid = -(-M // (tile_n * row_tiles)), sum(-(-width // tile_c) for width in widths)
