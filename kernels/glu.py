@@ -155,7 +155,7 @@ def glu_bwd_rows_kernel(
     down_A,  # [I, r] each; all of these as in the forward
     d_gate_base,  # [M or N, k], rows as in gate_base
     d_up_base,
-    partial,  # fp32 [SPLITS, N, 2r]: d gate_thin | d up_thin over the channels of a split
+    partial,  # fp32 [SPLITS, N, width]: d gate_thin | d up_thin (| h down_A', DOWN) over the channels of a split
     N,
     I,
     k,
@@ -173,6 +173,7 @@ def glu_bwd_rows_kernel(
     INDEXED: tl.constexpr,
     COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    DOWN: tl.constexpr,
 ):
     o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m_row = o_place < N
@@ -184,6 +185,7 @@ def glu_bwd_rows_kernel(
     b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
     d_gate = tl.zeros([TILE_N, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_N, R], dtype=tl.float32)
+    total = tl.zeros([TILE_N, R], dtype=tl.float32)
     start = i_split * channels_per_split
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
         o_channel = i_channel + tl.arange(0, TILE_I)
@@ -208,22 +210,30 @@ def glu_bwd_rows_kernel(
             tl.store(d_up_base + at, dg, mask=mask)
         d_gate += tl.dot(de, b_gate, input_precision=PRECISION)
         d_up += tl.dot(dg, b_up, input_precision=PRECISION)
+        if DOWN:
+            total += tl.dot((value * g).to(dtype), b_down, input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
-    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * 2 * r + o_r[None, :]
+    width = (3 if DOWN else 2) * r
+    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * width + o_r[None, :]
     tl.store(at, d_gate, mask=mask)
     tl.store(at + r, d_up, mask=mask)
+    if DOWN:
+        tl.store(at + 2 * r, total, mask=mask)
 
 
 @triton.jit
 def sum_splits_kernel(
     partial,  # fp32 [SPLITS, N, width]
     rows,  # int64 [N] (INDEXED only)
-    output,  # row `rows[n]` at `output + rows[n] * stride`
+    output,  # the first `first` columns: row `rows[n]` at `output + rows[n] * stride`
+    rest,  # the others, likewise
     blank,  # the same rows of another matrix, set to zero in their first `blanks` columns
     N,
     width,
+    first,
     stride,
+    rest_stride,
     splits,
     blank_stride,
     blanks,
@@ -241,7 +251,10 @@ def sum_splits_kernel(
         at = partial + (i_split * N + o_place[:, None]) * width + o_column[None, :]
         total += tl.load(at, mask=mask, other=0.0)
     dtype = output.dtype.element_ty
-    tl.store(output + o_row[:, None] * stride + o_column[None, :], total.to(dtype), mask=mask)
+    at = output + o_row[:, None] * stride + o_column[None, :]
+    tl.store(at, total.to(dtype), mask=mask & (o_column < first)[None, :])
+    at = rest + o_row[:, None] * rest_stride + (o_column - first)[None, :]
+    tl.store(at, total.to(dtype), mask=mask & (o_column >= first)[None, :])
     for i_column in range(0, blanks, WIDTH):
         at = blank + o_row[:, None] * blank_stride + i_column + o_column[None, :]
         nothing = tl.zeros([TILE_N, WIDTH], dtype=dtype)
@@ -366,6 +379,7 @@ def glu_backward(
     rows: Tensor | None = None,
     compact: bool = False,
     blank: Tensor | None = None,
+    down_thin: Tensor | None = None,
 ) -> Tensor:
     """Writes the gradients of ``base`` and ``thin``, and returns those of ``loras``; arguments as in `glu_forward`.
 
@@ -374,6 +388,7 @@ def glu_backward(
         d_down_thin: ``[M, r]``.
         d_base: two ``[M, k]`` with one row stride, compact where ``base`` is; written.
         d_thin: ``[M, 2r]``, written.
+        down_thin: ``[M, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
 
     Returns:
         fp32 ``[splits, 3, I, r]``, still to be summed over the splits; the last of the three is the gradient of
@@ -384,16 +399,16 @@ def glu_backward(
         return thin.new_zeros(1, 3, I, r, dtype=torch.float32)
     tile = TILES["rows"]
     splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
-    partial = thin.new_empty((splits, N, 2 * r), dtype=torch.float32)
+    partial = thin.new_empty((splits, N, (2 if down_thin is None else 3) * r), dtype=torch.float32)
     parts = loras.unbind()
     strides = thin.stride(0), base[0].stride(0), d_down_thin.stride(0), d_h.stride(0)
     arguments = (
         thin, *base, d_down_thin, d_h, rows, *parts, *d_base, partial, N, I, k, r,
         *strides, d_base[0].stride(0), per_split,
     )  # fmt: skip
-    constants = _constants(thin, r, kind, tile, rows, compact)
+    constants = _constants(thin, r, kind, tile, rows, compact) | {"DOWN": down_thin is not None}
     launch(glu_bwd_rows_kernel, (-(-N // tile[0]), splits), arguments, constants)
-    _sum_splits(partial, rows, d_thin, blank)
+    _sum_splits(partial, rows, d_thin, blank, down_thin)
     tile = TILES["channels"]
     programs = -(-I // tile[1])
     splits, per_split = _split(N, tile[0], programs, thin)
@@ -423,13 +438,18 @@ def reference_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tenso
         return torch.autograd.grad(outputs, (gate_base, up_base, thin, loras), (d_h, d_down_thin))
 
 
-def _sum_splits(partial: Tensor, rows: Tensor | None, output: Tensor, blank: Tensor | None) -> None:
-    """Writes ``partial [splits, N, width]``, summed, into ``output``'s rows, and zeros into those of ``blank``."""
+def _sum_splits(
+    partial: Tensor, rows: Tensor | None, output: Tensor, blank: Tensor | None, rest: Tensor | None = None
+) -> None:
+    """Writes ``partial [splits, N, width]``, summed, into ``output``'s rows (columns beyond its own into those of
+    ``rest``), and zeros into those of ``blank``.
+    """
     splits, N, width = partial.shape
+    rest = output if rest is None else rest
     blank_stride, blanks = (0, 0) if blank is None else (blank.stride(0), blank.shape[1])
     arguments = (
-        partial, rows, output, output if blank is None else blank, N, width, output.stride(0), splits,
-        blank_stride, blanks,
+        partial, rows, output, rest, output if blank is None else blank, N, width, output.shape[1],
+        output.stride(0), rest.stride(0), splits, blank_stride, blanks,
     )  # fmt: skip
     constants = {"INDEXED": rows is not None, "TILE_N": 64, "WIDTH": 1 << (width - 1).bit_length()}
     launch(sum_splits_kernel, (-(-N // 64),), arguments, constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from sparse_unsloth.functions.activations import ACTIVATIONS
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ADDING_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""The parts of a decoder layer whose two outputs are added to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class DecoderLayer:
     def groups(self) -> int:
         """Query heads that share one key head."""
         return self.num_heads // self.num_kv_heads
+
+    @functools.cached_property
+    def adds_mlp_output(self) -> bool:
+        """Whether the MLP's output goes into the residual stream as it is, at most scaled, and the layer ends there.
+
+        Told by the layer's parts: a norm behind the MLP (Gemma2, OLMo2) would be one more.
+        """
+        return {name for name, _ in self.module.named_children()} <= ADDING_PARTS
 
     def projections(self) -> dict[str, nn.Module]:
         """``{"mlp.gate_proj": module, ..., "self_attn.o_proj": module}``, in a fixed order."""

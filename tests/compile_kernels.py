@@ -56,9 +56,11 @@ def compile_glu(kind: str, r: int = 16) -> None:
     layouts = ((None, False), (rows, False), (rows, True)) if kind == "silu" else ((rows, False),)
     for index, compact in layouts:
         glu.glu_forward(stacked[:, : 2 * r], base, loras, unit[:, :k], unit[:, k:], kind, index, compact, unit[:, :k])
-        glu.glu_backward(
-            stacked[:, : 2 * r], base, loras, unit[:, :k], unit[:, k:], base, d_thin, kind, index, compact, unit[:, :k]
-        )
+        for down_thin in (None, draw(M, r)):
+            glu.glu_backward(
+                stacked[:, : 2 * r], base, loras, unit[:, :k], unit[:, k:], base, d_thin, kind, index, compact,
+                unit[:, :k], down_thin,
+            )  # fmt: skip
 
 
 def compile_columns() -> None:

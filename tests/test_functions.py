@@ -292,6 +292,43 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, few, monkeypa
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddp"])
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("few", [1024, 0], ids=["few-channels", "many-channels"])
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
+def test_a_recompute_that_nobody_reads(roles, compensated, few, choice, monkeypatch, poison):
+    """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
+    monkeypatch.setattr("sparse_unsloth.functions.fused.FEW_CHANNELS", few)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+    generator = torch.Generator().manual_seed(8)
+    partition = make_partition(roles)
+    float32 = {"dtype": torch.float32}
+    gate, up = (make_projection(INTERMEDIATE, HIDDEN, generator, **float32) for _ in range(2))
+    mlp = GatedMlp(gate, up, make_projection(HIDDEN, INTERMEDIATE, generator, **float32), "silu")
+    compensation = make_compensation(generator, **float32) if compensated else None
+    x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
+    inputs, weights = [x, *loras_of(gate, up, mlp.down)], torch.randn(x.shape, generator=generator)
+    channels = subset(INTERMEDIATE, 4, generator)
+
+    def run(first_with_gradients, **changes):
+        memo = {}
+        with torch.set_grad_enabled(first_with_gradients):
+            first = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
+        again = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
+        return first, again, torch.autograd.grad((again * weights).sum(), inputs)
+
+    first, again, expected = run(False)
+    torch.testing.assert_close(again, first)
+    assert first.any()
+    for with_gradients in (False, True):
+        other_first, other, gradients = run(with_gradients, output_is_added=True)
+        torch.testing.assert_close(other_first, first)
+        assert other.any() == with_gradients
+        for left, right in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "cuda")
     with pytest.raises(BackendError, match="must be auto, torch or triton"):

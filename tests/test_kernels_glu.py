@@ -37,9 +37,16 @@ def run(thin, gate_base, up_base, loras, d_h, d_down_thin, kind, rows=None, comp
     assert not blank[chosen][:, :k].any()
     assert blank[:, k].isnan().all()
     assert blank.isnan().sum() == len(thin) + k * (len(thin) - len(blank[chosen]))
-    d_loras = glu.glu_backward(
-        thin, base, loras, d_h, d_down_thin, d_base, d_thin, kind, rows, compact, blank[:, :0]
-    ).sum(0)
+    gradients = (thin, base, loras, d_h, d_down_thin, d_base, d_thin, kind, rows, compact, blank[:, :0])
+    d_loras = glu.glu_backward(*gradients).sum(0)
+    first = [tensor.clone() for tensor in (*d_base, d_thin)]
+    down_thin = thin.new_empty(len(thin), r + 2)
+    again = glu.glu_backward(*gradients, down_thin[:, 1:-1]).sum(0)
+    torch.testing.assert_close(again, d_loras, rtol=0, atol=0)
+    for tensor, before in zip((*d_base, d_thin), first, strict=True):
+        torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(down_thin[chosen][:, 1:-1], unit[chosen][:, k:], rtol=2e-3, atol=2e-3)
+    assert down_thin[:, (0, -1)].isnan().all()
     places = slice(None) if compact else chosen
     return h[places], unit[chosen][:, k:], d_base[0][places], d_base[1][places], d_thin[chosen], d_loras
 

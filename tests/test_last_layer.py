@@ -1,16 +1,24 @@
-"""Rows without loss in the last layer: which rows, and when a forward may leave them out.
+"""Work without effect: rows without loss in the last layer, and the output of an MLP's recompute.
 
 That loss and gradients stay the same is shown with Unsloth's own forwards in `test_unsloth_contract`.
 """
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from sparse_unsloth import attach
+from sparse_unsloth.functions.mlp import _GluRows
 from sparse_unsloth.last_layer import WORTH_REMOVING, every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import SparseContext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import always, loss_and_gradients, make_batch, make_lora
 
 LABELS = torch.tensor([[-100, -100, 5, 6, -100], [-100, 7, -100, -100, 8]])
 LOSS = [1, 2, 5, 8]
@@ -124,3 +132,30 @@ def test_heads(batch):
     assert not loss_is_fused(Model(FakeQuantised(4, 9)), batch)
     wrapped = nn.ModuleDict({"original_module": nn.Linear(4, 9), "modules_to_save": nn.ModuleDict()})
     assert loss_is_fused(Model(wrapped), batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "skips"),
+    [("llama", {}, True), ("granite", {}, True), ("gemma2", {}, False), ("llama", {"exact_removal": False}, False)],
+)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recompute_leaves_out_what_nobody_reads(family, changes, skips, reentrant, monkeypatch):
+    """The MLP's output in a recompute, unless a norm stands behind it; gradients are those without checkpointing."""
+    asked, forward = [], _GluRows.forward
+
+    def watched(self, x, unread=False):
+        asked.append(unread)
+        return forward(self, x, unread)
+
+    monkeypatch.setattr(_GluRows, "forward", watched)
+    model, batch = make_lora(family), make_batch()
+    attach(model, always(mlp={"1-2": 0.6}, self_attn={}, estimator={"kind": "svd", "rank": 4}, **changes))
+    expected = loss_and_gradients(model, batch)
+    assert not any(asked)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss, gradients = loss_and_gradients(model, batch)
+    assert any(asked) == (skips and reentrant)
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(gradients[name], gradient, msg=lambda text, name=name: f"{name}: {text}")

@@ -93,6 +93,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         runtime.state.config.lora_branch,
         runtime.compensation(),
         runtime.context.memo(runtime.layer.index),
+        output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
     )
 
 

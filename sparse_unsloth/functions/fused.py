@@ -122,12 +122,17 @@ class FusedMlp:
         self.gathered = weights.k > FEW_CHANNELS or compensation is not None
         self._kept: list[Tensor | None] | None = [None, None, None] if keep else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``y [M, hidden]``, and what backward needs beside ``x [M, hidden]``."""
+    def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """``y [M, hidden]``, and what backward needs beside ``x [M, hidden]``.
+
+        With ``unread`` nobody reads ``y``: it is zero, and only what backward needs is computed.
+        """
         weights, partition = self.weights, self.partition
         k, r = weights.k, weights.r
         source = x.index_select(0, partition.context) if self.gathered else x
         stacked = source @ weights.product_in.t()
+        if unread:
+            return torch.zeros_like(x), self._save_only(x, source, stacked)
         unit = stacked.new_empty((len(stacked), k + r))
         rows = None if self.gathered else partition.context
         thin, base = self._views(stacked)
@@ -148,38 +153,51 @@ class FusedMlp:
         y = unit @ weights.product_out.t()
         if dense is not None:
             add_rows(y, partition.dense, dense)
-        return y, (stacked, unit, e, g)
+        return y, (stacked, unit[:, k:], e, g)
+
+    def _save_only(self, x: Tensor, source: Tensor, stacked: Tensor) -> tuple[Tensor | None, ...]:
+        """What `forward` saves, without ``h A_down'``, which backward then computes along the way."""
+        thin = e = g = None
+        if self.partition.num_dense:
+            dense_x = x.index_select(0, self.partition.dense)
+            e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
+            if self.gathered:
+                thin = dense_x @ self.weights.product_in[: 2 * self.weights.r].t()
+        return (stacked, None, source, thin, None, e, g) if self.gathered else (stacked, None, e, g)
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
         """``dx`` and the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``; ``saved`` is what `forward` returned."""
         if self.gathered:
             return self._backward_gathered(dy, x, saved, loras)
-        stacked, unit, e, g = saved
+        stacked, down_thin, e, g = saved
         weights, partition = self.weights, self.partition
         k, r = weights.k, weights.r
         d_unit = dy @ weights.product_out
         d_stacked = torch.empty_like(stacked)
+        missing = dy.new_empty((len(dy), r)) if down_thin is None else None
         (thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
         d_context = glu_backward(
             thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation,
-            partition.context,
+            partition.context, down_thin=missing,
         )  # fmt: skip
         if partition.num_padding:
             d_stacked.index_fill_(0, partition.padding, 0)
+            if missing is not None:
+                missing.index_fill_(0, partition.padding, 0)
         dense = d_dense = None
         if e is not None:
             d_h = dy.index_select(0, partition.dense) @ self._base(2, dy.dtype)
             de, dg = torch.empty_like(e), torch.empty_like(g)
             d_dense = glu_backward(
                 thin, (e, g), weights.natural, d_h, d_unit[:, k:], (de, dg), d_thin, self.activation,
-                partition.dense, True, d_stacked[:, 2 * r :],
+                partition.dense, True, d_stacked[:, 2 * r :], missing,
             )  # fmt: skip
             dense = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
         dx = d_stacked @ weights.product_in
         if dense is not None:
             add_rows(dx, partition.dense, dense)
         dA = product_fp32(d_thin.t(), x)
-        down_B = product_fp32(dy.t(), unit[:, k:])
+        down_B = product_fp32(dy.t(), down_thin if missing is None else missing)
         return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
 
     def _forward_gathered(self, x: Tensor, context_x: Tensor, stacked: Tensor, unit: Tensor):
@@ -202,34 +220,40 @@ class FusedMlp:
         return y, (stacked, unit[:, k:], context_x, thin, down_thin, e, g)
 
     def _backward_gathered(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
-        stacked, unit_thin, context_x, thin, down_thin, e, g = saved
+        stacked, context_down_thin, context_x, thin, down_thin, e, g = saved
         weights, partition = self.weights, self.partition
         k, r = weights.k, weights.r
         context_dy = dy.index_select(0, partition.context)
         d_unit = context_dy @ weights.product_out
         d_stacked = torch.empty_like(stacked)
         (stacked_thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
+        unread = context_down_thin is None
+        missing = context_dy.new_empty((len(context_dy), r)) if unread else None
         d_context = glu_backward(
-            stacked_thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation
-        )
+            stacked_thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation,
+            down_thin=missing,
+        )  # fmt: skip
         context_dx = d_stacked @ weights.product_in
         if self.compensation is not None:
             context_dx += self.compensation.input_gradient(context_dy)
         dx = (torch.zeros_like if partition.num_padding else torch.empty_like)(x)
         dx.index_copy_(0, partition.context, context_dx)
         dA = product_fp32(d_thin.t(), context_x)
-        down_B = product_fp32(context_dy.t(), unit_thin)
+        down_B = product_fp32(context_dy.t(), missing if unread else context_down_thin)
         d_dense = None
         if e is not None:
             dense_dy = dy.index_select(0, partition.dense)
             d_h, d_down_thin = dense_dy @ self._base(2, dy.dtype), dense_dy @ weights.product_out[:, k:]
             de, dg, d_thin = torch.empty_like(e), torch.empty_like(g), torch.empty_like(thin)
-            d_dense = glu_backward(thin, (e, g), weights.natural, d_h, d_down_thin, (de, dg), d_thin, self.activation)
+            missing = torch.empty_like(d_down_thin) if unread else None
+            d_dense = glu_backward(
+                thin, (e, g), weights.natural, d_h, d_down_thin, (de, dg), d_thin, self.activation, down_thin=missing
+            )
             dense_dx = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
             dense_dx.addmm_(d_thin, weights.product_in[: 2 * r])
             dx.index_copy_(0, partition.dense, dense_dx)
             dA += product_fp32(d_thin.t(), x.index_select(0, partition.dense))
-            down_B += product_fp32(dense_dy.t(), down_thin)
+            down_B += product_fp32(dense_dy.t(), missing if unread else down_thin)
         return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
 
     def _base(self, place: int, dtype: torch.dtype) -> Tensor:

@@ -68,6 +68,7 @@ class _Plan:
     compensation: Compensation | None
     memo: dict[str, Any]
     recompute: bool
+    unread: bool
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
 
@@ -85,6 +86,7 @@ def sparse_mlp(
     lora_branch: str = "dense",
     compensation: Compensation | None = None,
     memo: dict[str, Any] | None = None,
+    output_is_added: bool = False,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
@@ -98,10 +100,17 @@ def sparse_mlp(
         memo: a dictionary for one forward and these channels: its recompute, given the same one, finds there the
             order of the channels (key "order", which may be put in beforehand) and, up to `KEPT_BYTES` and until
             backward, the gathered weights.
+        output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
+            to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
+            saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
+    memo = {} if memo is None else memo
+    recompute = "first with gradients" in memo and torch.is_grad_enabled()
+    unread = recompute and output_is_added and not memo["first with gradients"]
+    memo.setdefault("first with gradients", torch.is_grad_enabled())
     plan = _Plan(
         partition=partition,
         channels=channels,
@@ -111,10 +120,10 @@ def sparse_mlp(
         activation=mlp.activation,
         lora_branch=lora_branch,
         compensation=compensation,
-        memo={} if memo is None else memo,
-        recompute=memo is not None and "ran" in memo and torch.is_grad_enabled(),
+        memo=memo,
+        recompute=recompute,
+        unread=unread,
     )
-    plan.memo["ran"] = True
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
     return _SparseMlp.apply(hidden_states, plan, *tensors)
 
@@ -159,14 +168,15 @@ class _SparseMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused_mlp(plan, loras, x)
             if fused is not None:
-                y, saved = fused.forward(x)
+                y, saved = fused.forward(x, plan.unread)
                 if fused.weights.nbytes > KEPT_BYTES and not plan.recompute:
                     plan.forget()
             else:
                 y, saved = torch.zeros_like(x), []
                 for index, rows in _row_sets(plan, loras, x.dtype):
-                    rows_y, rows_saved = rows.forward(x.index_select(0, index))
-                    y.index_copy_(0, index, rows_y)
+                    rows_y, rows_saved = rows.forward(x.index_select(0, index), plan.unread)
+                    if rows_y is not None:
+                        y.index_copy_(0, index, rows_y)
                     saved += rows_saved
         ctx.save_for_backward(hidden_states, *loras, *saved)
         return y.view(hidden_states.shape)
@@ -211,17 +221,20 @@ class _GluRows:
     lora_index: Tensor | None
     compensation: Compensation | None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """``y [n, hidden]`` and what backward needs beside ``x``: the pre-activations of gate and up ``[n, I]``, or,
-        where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
+    def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """``y [n, hidden]`` (None if ``unread``) and what backward needs beside ``x``: the pre-activations of gate and
+        up ``[n, I]``, or, where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
         e, g = self.gate.combine(gate_base, self.gate.thin(x)), self.up.combine(up_base, self.up.thin(x))
+        saved = (e, g) if self.gate.out_index is None else (gate_base, up_base)
+        if unread:
+            return None, saved
         h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
         y = self.down.combine(self.down.base(h), self.down.thin(h))
         if self.compensation is not None:
             y += self.compensation.forward(x)
-        return y, (e, g) if self.gate.out_index is None else (gate_base, up_base)
+        return y, saved
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
         """``dx``; ``saved`` is what `forward` returned; adds the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``."""
