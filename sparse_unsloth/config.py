@@ -165,8 +165,9 @@ class SparsityConfig(_Config):
     lora_branch: Literal["dense", "selected"] = "dense"
     """Whether context rows keep the LoRA branch of unselected channels."""
     exact_removal: Switch = True
-    """Whether rows without loss are left out where nothing reads them (Unsloth backend): logits, loss, and the last
-    layer after its keys and values. Same loss, same gradients, in dense training and phases too."""
+    """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
+    after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient
+    checkpointing recomputes it. Same loss, same gradients."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
