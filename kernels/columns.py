@@ -1,13 +1,13 @@
 """Projections with selected channels: rows split by role on the way in, put together on the way out.
 
 A *wide* side carries the selected channels: the outputs of Q, K and V side by side, or the input of O. Its dense rows
-use all channels, its context rows the selected ones; the matrix products work on compact rows of either kind, and the
-rank-r LoRA products on all rows. ``place`` says where a row stands: ``d`` among the dense rows, ``-1 - c`` among the
-context rows, `PADDING_PLACE` nowhere.
+use all channels, its context rows the selected ones; the matrix products work on compact rows of either kind, each with
+the rank-r LoRA products of all parts in its first columns. ``place`` says where a row stands: ``d`` among the dense
+rows, ``-1 - c`` among the context rows, `PADDING_PLACE` nowhere.
 
 Bytes (bf16), M rows, w channels, k selected, n_d dense, n_c context rows: `split_columns` reads and writes
-``2 (n_d w + n_c k)`` each; `join_columns` reads as much and the rank-r products, and writes ``2 M w``; `add_rows` reads
-``4 n h`` and writes ``2 n h``. Selected columns cost a 32-byte sector each unless they neighbour.
+``2 (n_d w + n_c k)`` each; `join_columns` reads as much and the rank-r products, and writes ``2 M w``. Selected columns
+cost a 32-byte sector each unless they neighbour.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def split_columns_kernel(
     source_0,  # [M, width_p] by part
     source_1,
     source_2,
+    thin,  # [M, lead]
     rows,  # int64 [n_d + n_c]: dense rows, then context rows
     index,  # int64 [k_0 + k_1 + k_2]: the parts' selected columns, each ascending
-    dense,  # [n_d, width_0 + width_1 + width_2]
-    context,  # [n_c, k_0 + k_1 + k_2]
+    dense,  # [n_d, lead + width_0 + width_1 + width_2]
+    context,  # [n_c, lead + k_0 + k_1 + k_2]
     n_dense,
     n_context,
     width_0,
@@ -74,12 +75,16 @@ def split_columns_kernel(
     stride_0,
     stride_1,
     stride_2,
+    lead,
     dense_tiles,  # programs for the dense rows; the others are for the context rows
     PARTS: tl.constexpr,
+    LEAD: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
     i_program = tl.program_id(0)
+    o_lead = tl.arange(0, LEAD)
+    m_lead = (o_lead < lead)[None, :]
     if i_program < dense_tiles:
         row_tiles = tl.cdiv(n_dense, TILE_N)
         part, i_tile = _part_of(i_program // row_tiles, width_0, width_1, TILE_C, PARTS)
@@ -90,9 +95,14 @@ def split_columns_kernel(
         row = tl.load(rows + o_place, mask=o_place < n_dense, other=0)
         at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + o_column[None, :]
         value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
-        offset = _choose(part, 0, width_0, width_0 + width_1)
-        total = width_0 + width_1 + width_2
-        tl.store(dense + o_place[:, None].to(tl.int64) * total + offset + o_column[None, :], value, mask=mask)
+        offset = lead + _choose(part, 0, width_0, width_0 + width_1)
+        total = lead + width_0 + width_1 + width_2
+        p_row = dense + o_place[:, None].to(tl.int64) * total
+        tl.store(p_row + offset + o_column[None, :], value, mask=mask)
+        if (part == 0) & (i_tile == 0):
+            mask = (o_place < n_dense)[:, None] & m_lead
+            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=mask, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_thin, mask=mask)
     else:
         i_program -= dense_tiles
         row_tiles = tl.cdiv(n_context, TILE_N)
@@ -106,20 +116,25 @@ def split_columns_kernel(
         column = tl.load(index + offset + o_column, mask=o_column < k, other=0)
         at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + column[None, :]
         value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
-        total = k_0 + k_1 + k_2
-        tl.store(context + o_place[:, None].to(tl.int64) * total + offset + o_column[None, :], value, mask=mask)
+        total = lead + k_0 + k_1 + k_2
+        p_row = context + o_place[:, None].to(tl.int64) * total
+        tl.store(p_row + lead + offset + o_column[None, :], value, mask=mask)
+        if (part == 0) & (i_tile == 0):
+            mask = (o_place < n_context)[:, None] & m_lead
+            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=mask, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_thin, mask=mask)
 
 
 @triton.jit
 def join_columns_kernel(
-    thin,  # [M, PARTS * r]
     lora,  # [width_0 + width_1 + width_2, r] at two strides
-    dense,  # [n_d, width_0 + width_1 + width_2]
-    context,  # [n_c, k_0 + k_1 + k_2]
+    dense,  # [n_d, PARTS * r + width_0 + width_1 + width_2]
+    context,  # [n_c, PARTS * r + k_0 + k_1 + k_2]
     place,  # int64 [M]
     index,  # int64 [k_0 + k_1 + k_2]
     bias,  # [width_0 + width_1 + width_2] (HAS_BIAS only)
     output,  # the parts' [M, width_p], one behind the other
+    thin,  # [M, PARTS * r]: the first columns of dense and context, written
     M,
     width_0,
     width_1,
@@ -128,7 +143,6 @@ def join_columns_kernel(
     k_1,
     k_2,
     r,
-    thin_stride,
     lora_channel_stride,
     lora_rank_stride,
     PARTS: tl.constexpr,
@@ -166,79 +180,64 @@ def join_columns_kernel(
     if HAS_BIAS:
         b_bias = tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)
     base = output + offset.to(tl.int64) * M
+    lead = PARTS * r
     for i_row in range(ROW_TILES):
         o_row = (tl.program_id(0).to(tl.int64) * ROW_TILES + i_row) * TILE_N + tl.arange(0, TILE_N)
         m_row = o_row < M
-        mask = m_row[:, None] & m_r[None, :]
-        b_thin = tl.load(thin + o_row[:, None] * thin_stride + part * r + o_r[None, :], mask=mask, other=0.0)
-        total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
-        if HAS_BIAS:
-            total += b_bias[None, :]
         b_place = tl.load(place + o_row, mask=m_row, other=PADDED)
         is_dense = b_place >= 0
         is_context = (b_place < 0) & (b_place > PADDED)
-        at = b_place[:, None] * (width_0 + width_1 + width_2) + offset + o_column[None, :]
-        total += tl.load(dense + at, mask=is_dense[:, None] & m_column[None, :], other=0.0).to(tl.float32)
-        at = (-1 - b_place)[:, None] * (k_0 + k_1 + k_2) + k_offset + low[None, :]
-        total += tl.load(context + at, mask=is_context[:, None] & selected[None, :], other=0.0).to(tl.float32)
+        p_dense = dense + b_place[:, None] * (lead + width_0 + width_1 + width_2)
+        p_context = context + (-1 - b_place)[:, None] * (lead + k_0 + k_1 + k_2)
+        o_thin = part * r + o_r[None, :]
+        b_thin = tl.load(p_dense + o_thin, mask=is_dense[:, None] & m_r[None, :], other=0.0)
+        b_thin += tl.load(p_context + o_thin, mask=is_context[:, None] & m_r[None, :], other=0.0)
+        if i_tile == 0:
+            tl.store(thin + o_row[:, None] * lead + o_thin, b_thin, mask=m_row[:, None] & m_r[None, :])
+        total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
+        if HAS_BIAS:
+            total += b_bias[None, :]
+        mask = is_dense[:, None] & m_column[None, :]
+        total += tl.load(p_dense + lead + offset + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = is_context[:, None] & selected[None, :]
+        total += tl.load(p_context + lead + k_offset + low[None, :], mask=mask, other=0.0).to(tl.float32)
         total = tl.where((b_place > PADDED)[:, None], total, 0.0)
         mask = m_row[:, None] & m_column[None, :]
         tl.store(base + o_row[:, None] * width + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def add_rows_kernel(
-    output,  # [M, width]
-    rows,  # int64 [n]
-    values,  # [n, width]
-    n,
-    width,
-    output_stride,
-    values_stride,
-    TILE_N: tl.constexpr,
-    TILE_C: tl.constexpr,
-):
-    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    o_column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
-    m_row = o_place < n
-    row = tl.load(rows + o_place, mask=m_row, other=0)
-    mask = m_row[:, None] & (o_column < width)[None, :]
-    value = tl.load(values + o_place[:, None].to(tl.int64) * values_stride + o_column[None, :], mask=mask, other=0.0)
-    at = output + row[:, None] * output_stride + o_column[None, :]
-    total = tl.load(at, mask=mask, other=0.0).to(tl.float32) + value.to(tl.float32)
-    tl.store(at, total.to(output.dtype.element_ty), mask=mask)
-
-
 def split_columns(
-    sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
+    thin: Tensor, sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """``(all columns of the dense rows, selected columns of the context rows)``, the parts side by side.
+    """``(all columns of the dense rows, selected columns of the context rows)``: ``thin``, then the parts side by side.
 
     Args:
+        thin: ``[M, lead]``, contiguous.
         sources: one to three ``[M, width_p]``, rows contiguous.
         rows: int64 ``[n]``: the dense rows, then the context rows.
         num_dense: how many of them are dense.
         index: int64: the parts' selected columns, one part after the other; ``counts`` of each.
     """
     widths = [source.shape[1] for source in sources]
-    num_context = len(rows) - num_dense
-    dense = sources[0].new_empty((num_dense, sum(widths)))
-    context = sources[0].new_empty((num_context, sum(counts)))
+    num_context, lead = len(rows) - num_dense, thin.shape[1]
+    dense = sources[0].new_empty((num_dense, lead + sum(widths)))
+    context = sources[0].new_empty((num_context, lead + sum(counts)))
     tile_n, tile_c = 16, 128
     dense_tiles = -(-num_dense // tile_n) * sum(-(-width // tile_c) for width in widths)
     context_tiles = -(-num_context // tile_n) * sum(-(-count // tile_c) for count in counts)
     if dense_tiles + context_tiles:
         arguments = (
-            *_three(sources), rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
-            *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), dense_tiles,
+            *_three(sources), thin, rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
+            *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), lead, dense_tiles,
         )  # fmt: skip
-        constants = {"PARTS": len(sources), "TILE_N": tile_n, "TILE_C": tile_c}
+        constants = {
+            "PARTS": len(sources), "LEAD": 1 << (lead - 1).bit_length(), "TILE_N": tile_n, "TILE_C": tile_c
+        }  # fmt: skip
         launch(split_columns_kernel, (dense_tiles + context_tiles,), arguments, constants)
     return dense, context
 
 
 def join_columns(
-    thin: Tensor,
     lora: Tensor,
     dense: Tensor,
     context: Tensor,
@@ -247,63 +246,60 @@ def join_columns(
     widths: Sequence[int],
     counts: Sequence[int],
     bias: Tensor | None = None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """By part ``[M, width_p]``: the LoRA product (and bias) on all rows, and the base products where they belong.
 
     Args:
-        thin: ``[M, parts * r]``.
         lora: ``[sum of widths, r]``, any strides.
-        dense, context: as `split_columns` gives them, contiguous.
+        dense, context: contiguous, as `split_columns` gives them, with ``parts * r`` columns in front.
         place: int64 ``[M]``, see the file's head.
         index, counts: as in `split_columns`.
         bias: ``[sum of widths]`` or None.
+
+    Returns:
+        The parts, and those columns in front of all rows, ``[M, parts * r]``; rows that stand nowhere are zero.
     """
-    M, r = len(thin), lora.shape[1]
-    output = thin.new_empty(M * sum(widths))
+    M, r = len(place), lora.shape[1]
+    output, thin = lora.new_empty(M * sum(widths)), lora.new_empty((M, len(widths) * r))
     tile_n, tile_c, row_tiles = JOIN_TILES
     if M:
         arguments = (
-            thin, lora, dense, context, place, index, bias, output, M, *_three(widths, 0), *_three(counts, 0), r,
-            thin.stride(0), *lora.stride(),
+            lora, dense, context, place, index, bias, output, thin, M, *_three(widths, 0), *_three(counts, 0), r,
+            *lora.stride(),
         )  # fmt: skip
         constants = {
             "PARTS": len(widths), "HAS_BIAS": bias is not None, "STEPS": max(counts).bit_length(),
             "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile_n, "TILE_C": tile_c,
             "ROW_TILES": row_tiles, "PADDED": PADDING_PLACE,
-            "PRECISION": "ieee" if thin.dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if lora.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         grid = -(-M // (tile_n * row_tiles)), sum(-(-width // tile_c) for width in widths)
         launch(join_columns_kernel, grid, arguments, constants)
     parts = output.split([M * width for width in widths])
-    return [part.view(M, width) for part, width in zip(parts, widths, strict=True)]
+    return [part.view(M, width) for part, width in zip(parts, widths, strict=True)], thin
 
 
-def add_rows(output: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """``output[rows[i]] += values[i]``, in place, summed in fp32, for distinct rows. Returns ``output``."""
-    n, width = values.shape
-    if n:
-        arguments = (output, rows, values, n, width, output.stride(0), values.stride(0))
-        launch(add_rows_kernel, (-(-n // 8), -(-width // 512)), arguments, {"TILE_N": 8, "TILE_C": 512})
-    return output
-
-
-def reference_split(sources, rows, num_dense, index, counts) -> tuple[Tensor, Tensor]:
+def reference_split(thin, sources, rows, num_dense, index, counts) -> tuple[Tensor, Tensor]:
     """`split_columns` in plain PyTorch."""
     dense, context = rows[:num_dense], rows[num_dense:]
     selected = [
         source.index_select(0, context).index_select(1, part)
         for source, part in zip(sources, index.split(list(counts)), strict=True)
     ]
-    return torch.cat([source.index_select(0, dense) for source in sources], dim=1), torch.cat(selected, dim=1)
+    whole = [source.index_select(0, dense) for source in (thin, *sources)]
+    return torch.cat(whole, dim=1), torch.cat([thin.index_select(0, context), *selected], dim=1)
 
 
-def reference_join(thin, lora, dense, context, place, index, widths, counts, bias=None) -> list[Tensor]:
+def reference_join(lora, dense, context, place, index, widths, counts, bias=None) -> tuple[list[Tensor], Tensor]:
     """`join_columns` in plain PyTorch."""
-    outputs = []
+    outputs, lead = [], len(widths) * lora.shape[1]
     is_dense, is_context = place >= 0, (place < 0) & (place > PADDING_PLACE)
+    thin = lora.new_zeros(len(place), lead)
+    thin[is_dense] = dense[place[is_dense], :lead]
+    thin[is_context] = context[-1 - place[is_context], :lead]
     parts = zip(
-        thin.chunk(len(widths), dim=1), lora.split(list(widths)), dense.split(list(widths), dim=1),
-        context.split(list(counts), dim=1), index.split(list(counts)),
+        thin.chunk(len(widths), dim=1), lora.split(list(widths)), dense[:, lead:].split(list(widths), dim=1),
+        context[:, lead:].split(list(counts), dim=1), index.split(list(counts)),
         [None] * len(widths) if bias is None else bias.split(list(widths)), strict=True,
     )  # fmt: skip
     for part_thin, part_lora, part_dense, part_context, part_index, part_bias in parts:
@@ -314,12 +310,7 @@ def reference_join(thin, lora, dense, context, place, index, widths, counts, bia
         y[rows[:, None], part_index[None, :]] += part_context[-1 - place[rows]]
         y[place == PADDING_PLACE] = 0
         outputs.append(y)
-    return outputs
-
-
-def reference_add_rows(output: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`add_rows` in plain PyTorch, out of place."""
-    return output.index_add(0, rows, values)
+    return outputs, thin
 
 
 def _three(items: Sequence, filler=None) -> tuple:

@@ -27,11 +27,14 @@ def _whole_kernel(
     nested_code,  # fp32 [256] (nested only)
     nested_absmax,  # fp32 [blocks / nested_blocksize] (nested only)
     offset,  # fp32 [1] (nested only)
-    output,  # [out * in]
+    output,  # [out, in]
     num_bytes,
+    in_features,
+    output_stride,  # of its rows (STRIDED only: no block crosses rows; else they lie one behind the other)
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    STRIDED: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
     i_block = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
@@ -48,7 +51,11 @@ def _whole_kernel(
     low = tl.load(code + (byte & 15)) * scale[:, None]
     value = tl.interleave(high, low).to(output.dtype.element_ty)  # [TILE_BLOCKS, BLOCKSIZE]
     o_element = o_block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(output + o_element, value, mask=o_element < 2 * num_bytes)
+    mask = o_element < 2 * num_bytes
+    if STRIDED:
+        row = o_block * BLOCKSIZE // in_features
+        o_element += (row * (output_stride - in_features))[:, None]
+    tl.store(output + o_element, value, mask=mask)
 
 
 @triton.jit
@@ -100,11 +107,19 @@ def _dequantize_kernel(
     )
 
 
-def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
-    """The weight, ``[out_features, in_features]`` in ``dtype``, in fresh memory."""
+def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight, ``[out_features, in_features]`` in ``dtype``, in fresh memory, or in ``out``, whose rows may lie
+    apart.
+    """
     if not packed.is_cuda:
-        return reference_whole(packed, quant_state, dtype)
-    return _launch_whole(packed, quant_state, dtype)
+        whole = reference_whole(packed, quant_state, dtype)
+        return whole if out is None else out.copy_(whole)
+    if out is None:
+        out = torch.empty(tuple(quant_state.shape), dtype=dtype, device=packed.device)
+    elif not out.is_contiguous() and quant_state.shape[1] % quant_state.blocksize:
+        return out.copy_(dequantize_whole(packed, quant_state, dtype))
+    _launch_whole(packed, quant_state, out)
+    return out
 
 
 def dequantize_rows(
@@ -193,14 +208,14 @@ def _arguments(packed: Tensor, quant_state) -> _Arguments:
     return kept
 
 
-def _launch_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
-    _, flat, scales, layout, shape = _arguments(packed, quant_state)
-    output = torch.empty(shape, dtype=dtype, device=flat.device)
+def _launch_whole(packed: Tensor, quant_state, output: Tensor) -> None:
+    _, flat, scales, layout, (_, in_features) = _arguments(packed, quant_state)
     num_bytes, blocksize = flat.numel(), layout["BLOCKSIZE"]
     tile_blocks = max(1, 2048 // blocksize)
     grid = (-(-2 * num_bytes // (tile_blocks * blocksize)),)
-    launch(_whole_kernel, grid, (flat, *scales, output, num_bytes), {**layout, "TILE_BLOCKS": tile_blocks})
-    return output
+    strided = output.stride(0) != in_features
+    arguments = (flat, *scales, output, num_bytes, in_features, output.stride(0))
+    launch(_whole_kernel, grid, arguments, {**layout, "STRIDED": strided, "TILE_BLOCKS": tile_blocks})
 
 
 def _launch_chosen(packed: Tensor, quant_state, index: Tensor, output: Tensor, columns: bool) -> None:

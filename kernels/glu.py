@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from sparse_unsloth.kernels.launch import launch
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-TILES = {"forward": (64, 64), "compact": (32, 64), "rows": (64, 64), "channels": (64, 64)}
+TILES = {"forward": (64, 64), "streamed": (32, 64), "rows": (64, 64), "channels": (64, 64)}
 """Rows and channels of a tile; of sixteen, the best or within 3 % of it on an H200 with Llama-3-8B's sizes (the forward
-has one more for dense rows, whose base products it streams)."""
+has one more for many selected channels, whose base products it streams)."""
+FEW_CHANNELS = 1024
 ALIGNMENT = 16
 """`k` is best a multiple of it, so that rows of the stacked products stay aligned for wide loads."""
 
@@ -76,22 +77,14 @@ def _base(pointer, stride, o_row, m_row, o_channel, k):
 
 
 @triton.jit
-def _rows(rows, o_place, m_row, INDEXED: tl.constexpr, COMPACT: tl.constexpr):
-    """Where the thin and the base products of these places stand."""
-    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
-    return o_row, (o_place if COMPACT else o_row)
-
-
-@triton.jit
 def glu_fwd_kernel(
-    thin,  # [M, >= 2r]: gate_thin | up_thin
-    gate_base,  # [M or N, k]: row `rows[n]`, or n itself where COMPACT
-    up_base,  # likewise
-    rows,  # int64 [N]: the rows to work on (INDEXED only; else the first N)
+    thin,  # [N, >= 2r]: gate_thin | up_thin
+    gate_base,  # [N, k]
+    up_base,  # [N, k]
     gate_B,  # [I, r]
     up_B,  # [I, r]
     down_A,  # [I, r]: down_A transposed
-    output,  # h [M or N, k], rows as in gate_base
+    output,  # h [N, k]
     partial,  # fp32 [SPLITS, N, r]: h down_A' over the channels of a split
     N,
     I,
@@ -105,13 +98,10 @@ def glu_fwd_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
-    INDEXED: tl.constexpr,
-    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_place < N
-    o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
+    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_row < N
     i_split = tl.program_id(1)
     b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)  # [TILE_N, R]
     b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
@@ -125,20 +115,20 @@ def glu_fwd_kernel(
         e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION)  # [TILE_N, TILE_I]
         g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
         if i_channel < k:
-            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
-            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
         value, _ = _activation(e, KIND)
         h = (value * g).to(output.dtype.element_ty)
         if i_channel < k:
             tl.store(
-                output + o_base[:, None].to(tl.int64) * output_stride + o_channel[None, :],
+                output + o_row[:, None].to(tl.int64) * output_stride + o_channel[None, :],
                 h,
                 mask=m_row[:, None] & (o_channel[None, :] < k),
             )
         total += tl.dot(h, _thin(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
-    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * r + o_r[None, :]
+    at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * r + o_r[None, :]
     tl.store(at, total, mask=mask)
 
 
@@ -147,13 +137,12 @@ def glu_bwd_rows_kernel(
     thin,
     gate_base,
     up_base,
-    d_down_thin,  # [M, r]: the gradient of h down_A'
-    d_h,  # [M or N, k]: the gradient of h[:, :k], rows as in gate_base
-    rows,
+    d_down_thin,  # [N, r]: the gradient of h down_A'
+    d_h,  # [N, k]: the gradient of h[:, :k]
     gate_B,
     up_B,
     down_A,  # [I, r] each; all of these as in the forward
-    d_gate_base,  # [M or N, k], rows as in gate_base
+    d_gate_base,  # [N, k]; may be gate_base itself
     d_up_base,
     partial,  # fp32 [SPLITS, N, width]: d gate_thin | d up_thin (| h down_A', DOWN) over the channels of a split
     N,
@@ -170,14 +159,11 @@ def glu_bwd_rows_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
-    INDEXED: tl.constexpr,
-    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
     DOWN: tl.constexpr,
 ):
-    o_place = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_place < N
-    o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
+    o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_row < N
     i_split = tl.program_id(1)
     dtype = d_gate_base.dtype.element_ty
     b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
@@ -197,14 +183,14 @@ def glu_bwd_rows_kernel(
         g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
         dh = tl.dot(b_down_thin, tl.trans(b_down), input_precision=PRECISION)
         if i_channel < k:
-            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
-            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
-            dh += _base(d_h, d_h_stride, o_base, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
+            dh += _base(d_h, d_h_stride, o_row, m_row, o_channel, k)
         value, slope = _activation(e, KIND)
         de = (dh * g * slope).to(dtype)
         dg = (dh * value).to(dtype)
         if i_channel < k:
-            at = o_base[:, None].to(tl.int64) * d_base_stride + o_channel[None, :]
+            at = o_row[:, None].to(tl.int64) * d_base_stride + o_channel[None, :]
             mask = m_row[:, None] & (o_channel[None, :] < k)
             tl.store(d_gate_base + at, de, mask=mask)
             tl.store(d_up_base + at, dg, mask=mask)
@@ -215,7 +201,7 @@ def glu_bwd_rows_kernel(
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
     width = (3 if DOWN else 2) * r
-    at = partial + (i_split.to(tl.int64) * N + o_place[:, None]) * width + o_r[None, :]
+    at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * width + o_r[None, :]
     tl.store(at, d_gate, mask=mask)
     tl.store(at + r, d_up, mask=mask)
     if DOWN:
@@ -225,40 +211,29 @@ def glu_bwd_rows_kernel(
 @triton.jit
 def sum_splits_kernel(
     partial,  # fp32 [SPLITS, N, width]
-    rows,  # int64 [N] (INDEXED only)
-    output,  # the first `first` columns: row `rows[n]` at `output + rows[n] * stride`
-    rest,  # the others, likewise
-    blank,  # the same rows of another matrix, set to zero in their first `blanks` columns
+    output,  # the first `first` columns
+    rest,  # the others
     N,
     width,
     first,
     stride,
     rest_stride,
     splits,
-    blank_stride,
-    blanks,
-    INDEXED: tl.constexpr,
     TILE_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    o_place = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
-    m_row = o_place < N
-    o_row = tl.load(rows + o_place, mask=m_row, other=0) if INDEXED else o_place
+    o_row = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    m_row = o_row < N
     o_column = tl.arange(0, WIDTH)
     mask = m_row[:, None] & (o_column[None, :] < width)
     total = tl.zeros([TILE_N, WIDTH], dtype=tl.float32)
     for i_split in range(splits):
-        at = partial + (i_split * N + o_place[:, None]) * width + o_column[None, :]
-        total += tl.load(at, mask=mask, other=0.0)
-    dtype = output.dtype.element_ty
+        total += tl.load(partial + (i_split * N + o_row[:, None]) * width + o_column[None, :], mask=mask, other=0.0)
+    total = total.to(output.dtype.element_ty)
     at = output + o_row[:, None] * stride + o_column[None, :]
-    tl.store(at, total.to(dtype), mask=mask & (o_column < first)[None, :])
+    tl.store(at, total, mask=mask & (o_column < first)[None, :])
     at = rest + o_row[:, None] * rest_stride + (o_column - first)[None, :]
-    tl.store(at, total.to(dtype), mask=mask & (o_column >= first)[None, :])
-    for i_column in range(0, blanks, WIDTH):
-        at = blank + o_row[:, None] * blank_stride + i_column + o_column[None, :]
-        nothing = tl.zeros([TILE_N, WIDTH], dtype=dtype)
-        tl.store(at, nothing, mask=m_row[:, None] & (i_column + o_column[None, :] < blanks))
+    tl.store(at, total, mask=mask & (o_column >= first)[None, :])
 
 
 @triton.jit
@@ -268,7 +243,6 @@ def glu_bwd_channels_kernel(
     up_base,
     d_down_thin,
     d_h,
-    rows,
     gate_B,
     up_B,
     down_A,  # all of these as in `glu_bwd_rows_kernel`
@@ -286,8 +260,6 @@ def glu_bwd_channels_kernel(
     R: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
-    INDEXED: tl.constexpr,
-    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i_channel = tl.program_id(0) * TILE_I
@@ -303,9 +275,8 @@ def glu_bwd_channels_kernel(
     d_down = tl.zeros([TILE_I, R], dtype=tl.float32)
     start = i_split * rows_per_split
     for i_row in range(start, min(start + rows_per_split, N), TILE_N):
-        o_place = i_row + tl.arange(0, TILE_N)
-        m_row = o_place < N
-        o_row, o_base = _rows(rows, o_place, m_row, INDEXED, COMPACT)
+        o_row = i_row + tl.arange(0, TILE_N)
+        m_row = o_row < N
         b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
         b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
         b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
@@ -313,9 +284,9 @@ def glu_bwd_channels_kernel(
         g = tl.dot(b_up_thin, b_up, input_precision=PRECISION)
         dh = tl.dot(b_down_thin, b_down, input_precision=PRECISION)
         if i_channel < k:
-            e += _base(gate_base, base_stride, o_base, m_row, o_channel, k)
-            g += _base(up_base, base_stride, o_base, m_row, o_channel, k)
-            dh += _base(d_h, d_h_stride, o_base, m_row, o_channel, k)
+            e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
+            g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
+            dh += _base(d_h, d_h_stride, o_row, m_row, o_channel, k)
         value, slope = _activation(e, KIND)
         d_gate += tl.dot(tl.trans((dh * g * slope).to(dtype)), b_gate_thin, input_precision=PRECISION)
         d_up += tl.dot(tl.trans((dh * value).to(dtype)), b_up_thin, input_precision=PRECISION)
@@ -329,42 +300,29 @@ def glu_bwd_channels_kernel(
 
 
 def glu_forward(
-    thin: Tensor,
-    base: tuple[Tensor, Tensor],
-    loras: Tensor,
-    h: Tensor,
-    down_thin: Tensor,
-    kind: str,
-    rows: Tensor | None = None,
-    compact: bool = False,
-    blank: Tensor | None = None,
+    thin: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, h: Tensor, down_thin: Tensor, kind: str
 ) -> None:
-    """Writes ``h[:, :k]`` and ``h down_A'`` of the rows.
+    """Writes ``h[:, :k]`` and ``h down_A'``.
 
     Args:
-        thin: ``[M, 2r]``: gate_thin, up_thin, LoRA's scales in them.
-        base: gate_base, up_base ``[M, k]`` with one row stride.
+        thin: ``[N, 2r]``: gate_thin, up_thin, LoRA's scales in them.
+        base: gate_base, up_base ``[N, k]`` with one row stride.
         loras: ``[3, I, r]``: gate_B, up_B, and LoRA's scale times down_A transposed, contiguous.
-        h: ``[M, k]``, written.
-        down_thin: ``[M, r]``, written.
+        h: ``[N, k]``, written.
+        down_thin: ``[N, r]``, written.
         kind: "silu", "gelu" or "gelu_tanh".
-        rows: int64 ``[N]``: work on these rows alone, and leave the others unwritten; None for all.
-        compact: ``base`` and ``h`` hold just the N rows, in their order.
-        blank: ``[M, any]``: zeros are written into these rows of it.
     """
-    N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], h.shape[1]
+    N, (I, r), k = len(thin), loras.shape[1:], h.shape[1]
     if N == 0:
         return
-    tile = TILES["compact" if compact else "forward"]
+    tile = TILES["forward" if k <= FEW_CHANNELS else "streamed"]
     splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
     partial = thin.new_empty((splits, N, r), dtype=torch.float32)
     arguments = (
-        thin, *base, rows, *loras.unbind(), h, partial, N, I, k, r,
-        thin.stride(0), base[0].stride(0), h.stride(0), per_split,
+        thin, *base, *loras.unbind(), h, partial, N, I, k, r, thin.stride(0), base[0].stride(0), h.stride(0), per_split,
     )  # fmt: skip
-    constants = _constants(thin, r, kind, tile, rows, compact)
-    launch(glu_fwd_kernel, (-(-N // tile[0]), splits), arguments, constants)
-    _sum_splits(partial, rows, down_thin, blank)
+    launch(glu_fwd_kernel, (-(-N // tile[0]), splits), arguments, _constants(thin, r, kind, tile))
+    _sum_splits(partial, down_thin)
 
 
 def glu_backward(
@@ -376,46 +334,41 @@ def glu_backward(
     d_base: tuple[Tensor, Tensor],
     d_thin: Tensor,
     kind: str,
-    rows: Tensor | None = None,
-    compact: bool = False,
-    blank: Tensor | None = None,
     down_thin: Tensor | None = None,
 ) -> Tensor:
     """Writes the gradients of ``base`` and ``thin``, and returns those of ``loras``; arguments as in `glu_forward`.
 
     Args:
-        d_h: ``[M, k]``, compact where ``base`` is.
-        d_down_thin: ``[M, r]``.
-        d_base: two ``[M, k]`` with one row stride, compact where ``base`` is; written.
-        d_thin: ``[M, 2r]``, written.
-        down_thin: ``[M, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
+        d_h: ``[N, k]``.
+        d_down_thin: ``[N, r]``.
+        d_base: two ``[N, k]`` with one row stride, written; may be ``base`` itself.
+        d_thin: ``[N, 2r]``, written; may be ``thin`` itself.
+        down_thin: ``[N, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
 
     Returns:
         fp32 ``[splits, 3, I, r]``, still to be summed over the splits; the last of the three is the gradient of
         down_A (transposed) but for LoRA's scale.
     """
-    N, (I, r), k = len(thin) if rows is None else len(rows), loras.shape[1:], d_h.shape[1]
+    N, (I, r), k = len(thin), loras.shape[1:], d_h.shape[1]
     if N == 0:
         return thin.new_zeros(1, 3, I, r, dtype=torch.float32)
-    tile = TILES["rows"]
-    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
-    partial = thin.new_empty((splits, N, (2 if down_thin is None else 3) * r), dtype=torch.float32)
     parts = loras.unbind()
     strides = thin.stride(0), base[0].stride(0), d_down_thin.stride(0), d_h.stride(0)
-    arguments = (
-        thin, *base, d_down_thin, d_h, rows, *parts, *d_base, partial, N, I, k, r,
-        *strides, d_base[0].stride(0), per_split,
-    )  # fmt: skip
-    constants = _constants(thin, r, kind, tile, rows, compact) | {"DOWN": down_thin is not None}
-    launch(glu_bwd_rows_kernel, (-(-N // tile[0]), splits), arguments, constants)
-    _sum_splits(partial, rows, d_thin, blank, down_thin)
     tile = TILES["channels"]
     programs = -(-I // tile[1])
     splits, per_split = _split(N, tile[0], programs, thin)
     d_loras = thin.new_empty((splits, 3, I, r), dtype=torch.float32)
-    arguments = (thin, *base, d_down_thin, d_h, rows, *parts, d_loras, N, I, k, r, *strides, per_split)
-    constants = _constants(thin, r, kind, tile, rows, compact)
-    launch(glu_bwd_channels_kernel, (programs, splits), arguments, constants)
+    arguments = (thin, *base, d_down_thin, d_h, *parts, d_loras, N, I, k, r, *strides, per_split)
+    launch(glu_bwd_channels_kernel, (programs, splits), arguments, _constants(thin, r, kind, tile))
+    tile = TILES["rows"]  # last: it may write over what the other kernel reads
+    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
+    partial = thin.new_empty((splits, N, (2 if down_thin is None else 3) * r), dtype=torch.float32)
+    arguments = (
+        thin, *base, d_down_thin, d_h, *parts, *d_base, partial, N, I, k, r, *strides, d_base[0].stride(0), per_split,
+    )  # fmt: skip
+    constants = _constants(thin, r, kind, tile) | {"DOWN": down_thin is not None}
+    launch(glu_bwd_rows_kernel, (-(-N // tile[0]), splits), arguments, constants)
+    _sum_splits(partial, d_thin, down_thin)
     return d_loras
 
 
@@ -438,20 +391,12 @@ def reference_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tenso
         return torch.autograd.grad(outputs, (gate_base, up_base, thin, loras), (d_h, d_down_thin))
 
 
-def _sum_splits(
-    partial: Tensor, rows: Tensor | None, output: Tensor, blank: Tensor | None, rest: Tensor | None = None
-) -> None:
-    """Writes ``partial [splits, N, width]``, summed, into ``output``'s rows (columns beyond its own into those of
-    ``rest``), and zeros into those of ``blank``.
-    """
+def _sum_splits(partial: Tensor, output: Tensor, rest: Tensor | None = None) -> None:
+    """Writes ``partial [splits, N, width]``, summed, into ``output``, and columns beyond its own into ``rest``."""
     splits, N, width = partial.shape
     rest = output if rest is None else rest
-    blank_stride, blanks = (0, 0) if blank is None else (blank.stride(0), blank.shape[1])
-    arguments = (
-        partial, rows, output, rest, output if blank is None else blank, N, width, output.shape[1],
-        output.stride(0), rest.stride(0), splits, blank_stride, blanks,
-    )  # fmt: skip
-    constants = {"INDEXED": rows is not None, "TILE_N": 64, "WIDTH": 1 << (width - 1).bit_length()}
+    arguments = (partial, output, rest, N, width, output.shape[1], output.stride(0), rest.stride(0), splits)
+    constants = {"TILE_N": 64, "WIDTH": 1 << (width - 1).bit_length()}
     launch(sum_splits_kernel, (-(-N // 64),), arguments, constants)
 
 
@@ -468,9 +413,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _constants(like: Tensor, r: int, kind: str, tile: tuple[int, ...], rows: Tensor | None, compact: bool) -> dict:
+def _constants(like: Tensor, r: int, kind: str, tile: tuple[int, ...]) -> dict:
     """The ``constexpr`` parameters of the gated kernels, in their order."""
     return {
         "KIND": KINDS[kind], "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile[0], "TILE_I": tile[1],
-        "INDEXED": rows is not None, "COMPACT": compact, "PRECISION": "ieee" if like.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if like.dtype == torch.float32 else "tf32",
     }  # fmt: skip

@@ -39,7 +39,6 @@ def pack_mlp_kernel(
     product_in,  # first 2r rows, H wide: scaled gate_A, up_A
     product_out,  # H rows of r columns at a stride: down_B
     ordered,  # [3, P, r]: gate_B, up_B, scaled down_A transposed, channels by `order`
-    natural,  # [3, I, r]: likewise, all channels (NATURAL only)
     H,
     I,
     P,
@@ -48,7 +47,6 @@ def pack_mlp_kernel(
     up_scale,
     down_scale,
     product_out_stride,
-    NATURAL: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -77,11 +75,6 @@ def pack_mlp_kernel(
         tl.store(target, b_gate, mask=mask)
         tl.store(target + P * r, b_up, mask=mask)
         tl.store(target + 2 * P * r, value.to(dtype), mask=mask)
-        if NATURAL:
-            m_channel = o_place < I
-            _copy(gate_B, natural, o_place, o_r, m_channel, m_r, 1.0, r, 1, r, 1)
-            _copy(up_B, natural + I * r, o_place, o_r, m_channel, m_r, 1.0, r, 1, r, 1)
-            _copy(down_A, natural + 2 * I * r, o_place, o_r, m_channel, m_r, down_scale, 1, I, r, 1)
 
 
 @triton.jit
@@ -178,30 +171,26 @@ def pack_mlp(
     order: Tensor,
     product_in: Tensor,
     product_out: Tensor,
-    natural: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Writes LoRA's share of the two products, and returns what the gated unit reads, in the products' dtype.
 
     Args:
         loras: gate_A ``[r, H]``, gate_B ``[I, r]``, up_A, up_B, down_A ``[r, I]``, down_B ``[H, r]``, contiguous.
         scales: LoRA's scales of gate, up and down: the first two go into ``product_in``, the last into down_A.
-        order: int64 ``[P]``: the channels of context rows.
+        order: int64 ``[P]``: the channels, in the gated unit's order.
         product_in: ``[2r, H]``, contiguous, written: gate_A, up_A.
         product_out: ``[H, r]`` at any row stride, written: down_B.
-        natural: whether the second copy is wanted.
 
     Returns:
-        ``[3, P, r]``: gate_B, up_B, down_A transposed, channels by ``order``; and ``[3, I, r]``, all channels, or None.
+        ``[3, P, r]``: gate_B, up_B, down_A transposed, channels by ``order``.
     """
     (r, H), (I, _), P = loras[0].shape, loras[1].shape, len(order)
     ordered = product_in.new_empty((3, P, r))
-    whole = product_in.new_empty((3, I, r)) if natural else None
     tile = 128
-    programs = -(-H // tile) + -(-(I if natural else P) // tile)
-    arguments = (*loras, order, product_in, product_out, ordered, whole, H, I, P, r, *scales, product_out.stride(0))
-    constants = {"NATURAL": natural, "R": 1 << (r - 1).bit_length(), "TILE": tile}
-    launch(pack_mlp_kernel, (programs,), arguments, constants)
-    return ordered, whole
+    programs = -(-H // tile) + -(-P // tile)
+    arguments = (*loras, order, product_in, product_out, ordered, H, I, P, r, *scales, product_out.stride(0))
+    launch(pack_mlp_kernel, (programs,), arguments, {"R": 1 << (r - 1).bit_length(), "TILE": tile})
+    return ordered
 
 
 def pack_linear(
@@ -246,12 +235,12 @@ def mlp_gradients(
     return gradients
 
 
-def reference_pack_mlp(loras, scales, order, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`pack_mlp` in plain PyTorch: the two shares of the products, the ordered and the natural copy."""
+def reference_pack_mlp(loras, scales, order, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`pack_mlp` in plain PyTorch: the two shares of the products, and the ordered copy."""
     gate_A, gate_B, up_A, up_B, down_A, down_B = loras
     product_in = torch.cat((gate_A * scales[0], up_A * scales[1])).to(dtype)
     natural = torch.stack((gate_B, up_B, down_A.t() * scales[2])).to(dtype)
-    return product_in, down_B.to(dtype), natural[:, order], natural
+    return product_in, down_B.to(dtype), natural[:, order]
 
 
 def reference_pack_linear(As, Bs, scales, dtype) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,15 @@ class BaseWeight:
     def device(self) -> torch.device:
         return self.weight.device
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight, ``[out_features, in_features]`` in ``dtype``; for 4-bit fresh, never a shared buffer."""
-        if self.quant_state is None:
-            return self.weight.detach().to(dtype)
-        return dequantize_whole(self.weight.detach(), self.quant_state, dtype)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The whole weight, ``[out_features, in_features]`` in ``dtype``; for 4-bit fresh, never a shared buffer.
+
+        ``out``, if given, is written instead; its rows may lie apart.
+        """
+        if self.quant_state is not None:
+            return dequantize_whole(self.weight.detach(), self.quant_state, dtype, out)
+        weight = self.weight.detach().to(dtype)
+        return weight if out is None else out.copy_(weight)
 
     def rows(self, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``.

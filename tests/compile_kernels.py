@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, scores, select
+from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -50,35 +50,40 @@ def draw(*shape: int) -> Tensor:
 
 def compile_glu(kind: str, r: int = 16) -> None:
     M, k, I = 40, 32, 96
-    stacked, loras, rows = draw(M, 2 * r + 2 * k), draw(3, I, r), torch.arange(30)
-    unit, d_thin = draw(M, k + r), draw(M, 2 * r)
+    stacked, loras = draw(M, 2 * r + 2 * k), draw(3, I, r)
+    unit, thin = draw(M, k + r), stacked[:, : 2 * r]
     base = stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :]
-    layouts = ((None, False), (rows, False), (rows, True)) if kind == "silu" else ((rows, False),)
-    for index, compact in layouts:
-        glu.glu_forward(stacked[:, : 2 * r], base, loras, unit[:, :k], unit[:, k:], kind, index, compact, unit[:, :k])
-        for down_thin in (None, draw(M, r)):
-            glu.glu_backward(
-                stacked[:, : 2 * r], base, loras, unit[:, :k], unit[:, k:], base, d_thin, kind, index, compact,
-                unit[:, :k], down_thin,
-            )  # fmt: skip
+    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
+    for down_thin in (None, draw(M, r)):
+        glu.glu_backward(thin, base, loras, unit[:, r:], unit[:, :r], base, thin, kind, down_thin)
 
 
 def compile_columns() -> None:
     for widths, counts, bias in (([70, 20, 20], [9, 4, 20], True), ([130], [33], False)):
-        sources, total = [draw(40, width) for width in widths], sum(widths)
+        lead, total = 16 * len(widths), sum(widths)
         index, place = torch.zeros(sum(counts), dtype=torch.int64), torch.arange(40)
-        columns.split_columns(sources, torch.arange(40), 10, index, counts)
+        sources = [draw(40, width) for width in widths]
+        columns.split_columns(draw(40, lead), sources, torch.arange(40), 10, index, counts)
         columns.join_columns(
-            draw(40, 16 * len(widths)), draw(total, 16), draw(10, total), draw(30, sum(counts)), place, index, widths,
-            counts, draw(total) if bias else None,
+            draw(total, 16), draw(10, lead + total), draw(30, lead + sum(counts)), place, index, widths, counts,
+            draw(total) if bias else None,
         )  # fmt: skip
-    columns.add_rows(draw(40, 64), torch.arange(10), draw(10, 64))
+
+
+def compile_norms() -> None:
+    natural, sorted_rows = norms.Order(None, 0, 40), norms.Order(torch.arange(40), 10, 40)
+    for order in (natural, sorted_rows):
+        norms.add_norm(draw(40, 64), None, None, draw(64), 1e-5, order)
+        norms.add_norm(draw(40, 64), draw(40, 64), order, draw(64), 1e-5, order)
+        norms.add_rows(draw(40, 64), draw(40, 64), order)
+        norms.norm_backward(draw(40, 64), order, draw(40, 64), torch.rand(40), draw(64), draw(40, 64), order)
 
 
 def compile_dequantize() -> None:
     for kind, nested in (("nf4", True), ("fp4", False)):
         packed, state = quantize_4bit(torch.randn(64, 128), quant_type=kind, compress_statistics=nested)
-        dequantize._launch_whole(packed, state, torch.bfloat16)
+        for output in (draw(64, 128), draw(64, 130)[:, 2:]):
+            dequantize._launch_whole(packed, state, output)
         for in_columns in (False, True):
             output = draw(64, 16) if in_columns else draw(16, 128)
             dequantize._launch_chosen(packed, state, torch.arange(9), output, in_columns)
@@ -87,10 +92,10 @@ def compile_dequantize() -> None:
 def compile_lora() -> None:
     H, I, r = 64, 96, 16
     loras = [torch.randn(*shape) for shape in ((r, H), (I, r), (r, H), (I, r), (r, I), (H, r))]
-    for natural in (True, False):
-        lora.pack_mlp(loras, (1.0, 2.0, 0.5), torch.arange(I), draw(2 * r, H), draw(H, r + 8)[:, 8:], natural)
+    lora.pack_mlp(loras, (1.0, 2.0, 0.5), torch.arange(I), draw(2 * r, H), draw(H, r + 8)[:, 8:])
+    for both in (True, False):
         lora.mlp_gradients(
-            torch.randn(2, 3, I, r), torch.randn(2, 3, I, r) if natural else None, torch.arange(I),
+            torch.randn(2, 3, I, r), torch.randn(2, 3, I, r) if both else None, torch.arange(I),
             (loras[1], loras[3], loras[4]), 0.5,
         )  # fmt: skip
     for parts in (1, 3):
@@ -110,13 +115,14 @@ def compile_selection() -> None:
 
 
 def main() -> None:
-    for module in ("columns", "dequantize", "gated", "glu", "lora", "scores", "select"):
+    for module in ("columns", "dequantize", "gated", "glu", "lora", "norms", "scores", "select"):
         importlib.import_module(f"sparse_unsloth.kernels.{module}").launch = compile_instead
     for kind in glu.KINDS:
         compile_glu(kind)
         gated.gated_forward(draw(8, 64), draw(8, 64), kind)
         gated.gated_backward(draw(8, 64), draw(8, 64), draw(8, 64), kind)
     compile_columns()
+    compile_norms()
     compile_dequantize()
     compile_lora()
     compile_selection()

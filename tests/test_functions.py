@@ -264,10 +264,10 @@ def test_incoming_gradient_is_not_modified():
 @pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddd", "c"])
 @pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize("compensated", [True, False])
-@pytest.mark.parametrize("few", [1024, 0], ids=["few-channels", "many-channels"])
+@pytest.mark.parametrize("chunk", [4096, 2], ids=["whole", "chunks"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_kernels_on_and_off_agree(roles, lora_branch, compensated, few, monkeypatch):
-    monkeypatch.setattr("sparse_unsloth.functions.fused.FEW_CHANNELS", few)
+def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkeypatch):
+    monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
     float32 = {"dtype": torch.float32}
@@ -294,12 +294,12 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, few, monkeypa
 
 @pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddp"])
 @pytest.mark.parametrize("compensated", [True, False])
-@pytest.mark.parametrize("few", [1024, 0], ids=["few-channels", "many-channels"])
+@pytest.mark.parametrize("chunk", [4096, 2], ids=["whole", "chunks"])
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_a_recompute_that_nobody_reads(roles, compensated, few, choice, monkeypatch, poison):
+def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkeypatch, poison):
     """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
-    monkeypatch.setattr("sparse_unsloth.functions.fused.FEW_CHANNELS", few)
+    monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)

@@ -25,7 +25,14 @@ def test_kernels_equal_references(kind, nested, shape, dtype):
     if shape[1] % 64 == 0:  # where blocks cross rows bitsandbytes' CPU kernel is wrong
         torch.testing.assert_close(everything, dequantize_4bit(packed, state).to(dtype), rtol=2e-6, atol=0)
     exact = {"rtol": 2e-6 if DEVICE == "cuda" else 0, "atol": 0}  # a GPU fuses the nested scale's multiply and add
-    torch.testing.assert_close(dequantize._launch_whole(packed, state, dtype), everything, **exact)
+    whole = torch.full(tuple(state.shape), float("nan"), dtype=dtype, device=packed.device)
+    dequantize._launch_whole(packed, state, whole)
+    torch.testing.assert_close(whole, everything, **exact)
+    if state.shape[1] % state.blocksize == 0:
+        wide = torch.full((state.shape[0], state.shape[1] + 3), float("nan"), dtype=dtype, device=packed.device)
+        dequantize._launch_whole(packed, state, wide[:, 2:-1])
+        torch.testing.assert_close(wide[:, 2:-1], everything, **exact)
+        assert wide[:, (0, 1, -1)].isnan().all()
     torch.testing.assert_close(dequantize.reference_whole(packed, state, dtype), everything, **exact)
     rows = torch.tensor([0, 2, shape[0] - 1], device=DEVICE)
     columns = torch.tensor([1, 2, 31, 33, shape[1] - 1], device=DEVICE)

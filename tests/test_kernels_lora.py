@@ -24,14 +24,11 @@ def test_pack_mlp_equals_reference(H, I, r, dtype, selected):
     scales = (0.5, 2.0, 1.5)
     product_in = torch.full((2 * r, H), float("nan"), device=DEVICE, dtype=dtype)
     product_out = torch.full((H, r + 4), float("nan"), device=DEVICE, dtype=dtype)
-    copies = lora.pack_mlp(loras, scales, order, product_in, product_out[:, 4:], natural=True)
-    ours = product_in, product_out[:, 4:], *copies
+    ordered = lora.pack_mlp(loras, scales, order, product_in, product_out[:, 4:])
+    ours = product_in, product_out[:, 4:], ordered
     for left, right in zip(ours, lora.reference_pack_mlp(loras, scales, order, dtype), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3 if dtype != torch.float32 else 1e-6, atol=1e-3)
     assert product_out[:, :4].isnan().all()
-    ordered, none = lora.pack_mlp(loras, scales, order, product_in, product_out[:, 4:], natural=False)
-    assert none is None
-    assert torch.equal(ordered, copies[0])
 
 
 @pytest.mark.parametrize("widths", [(300, 20, 130), (5, 129), (64,)])

@@ -1,12 +1,9 @@
 """The gated MLP through the kernels: one product in, one fused gated unit, one product out (design section 4).
 
-``[A_gate; A_up; W_gate[selected]; W_up[selected]]`` is one weight, ``[W_down[:, selected] | B_down]`` another. Between
-them the kernels of `sparse_unsloth.kernels.glu` hold no ``[N, intermediate_size]`` tensor for context rows. Dense rows
-go through the same kernels, with base products on all channels.
-
-With few channels selected both products run over all rows: that costs next to nothing, spares gathering and scattering
-the context rows, and gives the dense rows their LoRA products as well. Same mathematics, and same gradients, as
-`sparse_unsloth.functions.mlp`; few launches are what this file is for.
+Rows come sorted by role, dense ones first. For either kind ``[A_gate; A_up; W_gate; W_up]`` is one stack and
+``[B_down | W_down]`` another: whole weights for dense rows, their selected channels for context rows. Between them the
+kernels of `sparse_unsloth.kernels.glu` hold no ``[N, intermediate_size]`` tensor for context rows. Same mathematics,
+and same gradients, as `sparse_unsloth.functions.mlp`; few launches are what this file is for.
 """
 
 from __future__ import annotations
@@ -19,73 +16,13 @@ from torch import Tensor
 
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.products import product_fp32
-from sparse_unsloth.kernels.columns import add_rows
+from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
-from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight
 
-FEW_CHANNELS = 1024
-"""Up to so many selected channels both products run over all rows."""
-
-
-@dataclass(frozen=True)
-class FusedWeights:
-    """What one MLP needs beside its base weights.
-
-    Args:
-        product_in: ``[2r + 2k, hidden]``: scaled A_gate and A_up, and the selected rows of W_gate and W_up.
-        product_out: ``[hidden, k + r]``: the selected columns of W_down, and B_down.
-        ordered: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, selected channels first.
-        natural: ``[3, I, r]``: the same, all channels in their own order; None without dense rows.
-        order: int64 ``[P]``: which channel stands at each place of ``ordered``.
-        k: the selected channels and, with zero base weights, as many others as bring it to a multiple of `ALIGNMENT`.
-        r: LoRA's rank.
-    """
-
-    product_in: Tensor
-    product_out: Tensor
-    ordered: Tensor
-    natural: Tensor | None
-    order: Tensor
-    k: int
-    r: int
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.product_in, self.product_out, self.ordered, self.natural)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def fuse_weights(
-    bases: Sequence[BaseWeight],
-    channels: Tensor,
-    order: Tensor,
-    loras: Sequence[Tensor],
-    scales: tuple[float, float, float],
-    dtype: torch.dtype,
-    natural: bool,
-) -> FusedWeights:
-    """`FusedWeights` of gate, up and down.
-
-    Args:
-        channels: int64: the selected ones.
-        order: int64 ``[P]``: the channels of the LoRA branch of context rows, ``channels`` first.
-        loras: A and B of gate, up, down.
-        scales: LoRA's, of gate, up, down.
-        natural: whether there are dense rows.
-    """
-    r, hidden = loras[0].shape
-    num_selected = len(channels)
-    k = min(-(-num_selected // ALIGNMENT) * ALIGNMENT, len(order))
-    product_in = channels.new_empty((2 * r + 2 * k, hidden), dtype=dtype)
-    product_out = channels.new_empty((hidden, k + r), dtype=dtype)
-    bases[0].rows(channels, dtype, out=product_in[2 * r : 2 * r + k])
-    bases[1].rows(channels, dtype, out=product_in[2 * r + k :])
-    bases[2].columns(channels, dtype, out=product_out[:, :k])
-    loras = [lora.detach().contiguous() for lora in loras]
-    ordered, whole = pack_mlp(loras, scales, order, product_in[: 2 * r], product_out[:, k:], natural)
-    return FusedWeights(product_in, product_out, ordered, whole, order, k, r)
+CHUNK = 4096
+"""Dense rows whose wide intermediates are held at a time in a backward that computes them anew."""
 
 
 def channel_order(channels: Tensor, size: int) -> Tensor:
@@ -94,197 +31,165 @@ def channel_order(channels: Tensor, size: int) -> Tensor:
     return others.argsort(stable=True)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """What one kind of rows is multiplied with.
+
+    Args:
+        into: ``[2r + 2k, hidden]``: scaled A_gate and A_up, and the channels of W_gate and W_up.
+        out: ``[r + k, hidden]``: B_down and the channels of W_down, transposed.
+        ordered: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, by ``order``.
+        order: int64 ``[P]``: which channel stands at each place of ``ordered``.
+    """
+
+    into: Stack
+    out: Stack
+    ordered: Tensor
+    order: Tensor
+
+
 class FusedMlp:
     """The gated MLP of one forward and its backward.
 
     Args:
-        partition: the roles of the rows; has context rows.
-        weights: of this MLP and these channels.
-        bases: gate, up, down, for the dense rows; each is dequantised where it is used and freed again.
+        num_dense, num_context: rows of either kind.
+        bases: gate, up, down; 4-bit ones are dequantised where they are used and freed again.
+        loras: A and B of gate, up, down.
         scales: LoRA's, of gate, up, down.
         activation: key of `sparse_unsloth.kernels.glu.KINDS`.
-        compensation: added to context rows, which are then gathered.
-        keep: whether dequantised base weights stay from forward to backward: for a recompute, whose backward is next.
+        channels: int64: the channels of context rows.
+        order: int64 ``[P]``: the channels of the LoRA branch of context rows, ``channels`` first.
+        compensation: added to context rows.
+        dtype: of the products.
     """
 
     def __init__(
         self,
-        partition: TokenPartition,
-        weights: FusedWeights,
+        num_dense: int,
+        num_context: int,
         bases: Sequence[BaseWeight],
+        loras: Sequence[Tensor],
         scales: tuple[float, float, float],
         activation: str,
+        channels: Tensor,
+        order: Tensor,
         compensation: Compensation | None,
-        keep: bool = False,
+        dtype: torch.dtype,
     ):
-        self.partition, self.weights, self.bases = partition, weights, bases
-        self.scales, self.activation, self.compensation = scales, activation, compensation
-        self.gathered = weights.k > FEW_CHANNELS or compensation is not None
-        self._kept: list[Tensor | None] | None = [None, None, None] if keep else None
+        self.num_dense, self.num_context = num_dense, num_context
+        self.bases, self.scales, self.activation = bases, scales, activation
+        self.channels, self.order, self.compensation, self.dtype = channels, order, compensation, dtype
+        self.loras = [lora.detach().contiguous() for lora in loras]
+        self.r = loras[0].shape[0]
 
-    def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """``y [M, hidden]``, and what backward needs beside ``x [M, hidden]``.
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``y [n, hidden]``, and with ``keep`` what backward need not compute anew; ``x [n, hidden]``."""
+        y, saved = x.new_empty(x.shape), []
+        for rows, weights in self._kinds():
+            stacked = weights.into.spread(x[rows])
+            thin, base = self._views(stacked)
+            unit = stacked.new_empty((len(stacked), weights.out.size))
+            glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
+            weights.out.collect(unit, out=y[rows])
+            if keep:
+                saved += [stacked, unit[:, : self.r].contiguous()]
+        if self.compensation is not None and self.num_context:
+            y[self.num_dense :] += self.compensation.forward(x[self.num_dense :])
+        return y, tuple(saved)
 
-        With ``unread`` nobody reads ``y``: it is zero, and only what backward needs is computed.
+    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """``dx`` and the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``.
+
+        Args:
+            dy, x: ``[n, hidden]``.
+            saved: what `forward` returned; empty: its products are computed here.
         """
-        weights, partition = self.weights, self.partition
-        k, r = weights.k, weights.r
-        source = x.index_select(0, partition.context) if self.gathered else x
-        stacked = source @ weights.product_in.t()
-        if unread:
-            return torch.zeros_like(x), self._save_only(x, source, stacked)
-        unit = stacked.new_empty((len(stacked), k + r))
-        rows = None if self.gathered else partition.context
-        thin, base = self._views(stacked)
-        glu_forward(thin, base, weights.ordered, unit[:, :k], unit[:, k:], self.activation, rows)
-        if self.gathered:
-            return self._forward_gathered(x, source, stacked, unit)
-        if partition.num_padding:
-            unit.index_fill_(0, partition.padding, 0)
-        dense, e, g = None, None, None
-        if partition.num_dense:
-            dense_x = x.index_select(0, partition.dense)
-            e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
-            h = torch.empty_like(e)
-            glu_forward(
-                thin, (e, g), weights.natural, h, unit[:, k:], self.activation, partition.dense, True, unit[:, :k]
-            )
-            dense = h @ self._base(2, x.dtype).t()
-        y = unit @ weights.product_out.t()
-        if dense is not None:
-            add_rows(y, partition.dense, dense)
-        return y, (stacked, unit[:, k:], e, g)
+        dx, saved = dy.new_empty(dy.shape), list(saved)
+        sums: list[Tensor] | None = None
+        partial: dict[bool, list[Tensor]] = {False: [], True: []}
+        for rows, weights in self._kinds():
+            kept = (saved.pop(0), saved.pop(0)) if saved else None
+            size = rows.stop - rows.start
+            step = CHUNK if kept is None and weights.order is not self.order else size
+            for start in range(rows.start, rows.stop, step):
+                chunk = slice(start, min(start + step, rows.stop))
+                d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
+                partial[weights.order is self.order].append(d_loras)
+                sums = products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
+        if self.compensation is not None and self.num_context:
+            dx[self.num_dense :] += self.compensation.input_gradient(dy[self.num_dense :])
+        return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
-    def _save_only(self, x: Tensor, source: Tensor, stacked: Tensor) -> tuple[Tensor | None, ...]:
-        """What `forward` saves, without ``h A_down'``, which backward then computes along the way."""
-        thin = e = g = None
-        if self.partition.num_dense:
-            dense_x = x.index_select(0, self.partition.dense)
-            e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
-            if self.gathered:
-                thin = dense_x @ self.weights.product_in[: 2 * self.weights.r].t()
-        return (stacked, None, source, thin, None, e, g) if self.gathered else (stacked, None, e, g)
-
-    def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
-        """``dx`` and the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``; ``saved`` is what `forward` returned."""
-        if self.gathered:
-            return self._backward_gathered(dy, x, saved, loras)
-        stacked, down_thin, e, g = saved
-        weights, partition = self.weights, self.partition
-        k, r = weights.k, weights.r
-        d_unit = dy @ weights.product_out
-        d_stacked = torch.empty_like(stacked)
-        missing = dy.new_empty((len(dy), r)) if down_thin is None else None
+    def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
+        """Writes ``dx``; returns the partial gradients of `glu_backward`, and those of A_gate, A_up and of B_down."""
+        r = self.r
+        d_unit = weights.out.spread(dy)
+        if kept is None:
+            stacked, down_thin = weights.into.spread(x), dy.new_empty((len(dy), r))
+            d_stacked, missing = stacked, down_thin  # nobody else reads it
+        else:
+            (stacked, down_thin), missing = kept, None
+            d_stacked = torch.empty_like(stacked)
         (thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
-        d_context = glu_backward(
-            thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation,
-            partition.context, down_thin=missing,
-        )  # fmt: skip
-        if partition.num_padding:
-            d_stacked.index_fill_(0, partition.padding, 0)
-            if missing is not None:
-                missing.index_fill_(0, partition.padding, 0)
-        dense = d_dense = None
-        if e is not None:
-            d_h = dy.index_select(0, partition.dense) @ self._base(2, dy.dtype)
-            de, dg = torch.empty_like(e), torch.empty_like(g)
-            d_dense = glu_backward(
-                thin, (e, g), weights.natural, d_h, d_unit[:, k:], (de, dg), d_thin, self.activation,
-                partition.dense, True, d_stacked[:, 2 * r :], missing,
-            )  # fmt: skip
-            dense = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
-        dx = d_stacked @ weights.product_in
-        if dense is not None:
-            add_rows(dx, partition.dense, dense)
-        dA = product_fp32(d_thin.t(), x)
-        down_B = product_fp32(dy.t(), down_thin if missing is None else missing)
-        return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
+        d_loras = glu_backward(
+            thin, base, weights.ordered, d_unit[:, r:], d_unit[:, :r], d_base, d_thin, self.activation, missing
+        )
+        del d_unit
+        weights.into.collect(d_stacked, out=dx)
+        return d_loras, product_fp32(d_thin.t(), x), product_fp32(dy.t(), down_thin)
 
-    def _forward_gathered(self, x: Tensor, context_x: Tensor, stacked: Tensor, unit: Tensor):
-        weights, partition = self.weights, self.partition
-        k, r = weights.k, weights.r
-        context = unit @ weights.product_out.t()
-        if self.compensation is not None:
-            context += self.compensation.forward(context_x)
-        y = (torch.zeros_like if partition.num_padding else torch.empty_like)(x)
-        y.index_copy_(0, partition.context, context)
-        if not partition.num_dense:
-            return y, (stacked, unit[:, k:], context_x, None, None, None, None)
-        dense_x = x.index_select(0, partition.dense)
-        thin = dense_x @ weights.product_in[: 2 * r].t()
-        e, g = (dense_x @ self._base(place, x.dtype).t() for place in range(2))
-        h, down_thin = torch.empty_like(e), thin.new_empty((len(thin), r))
-        glu_forward(thin, (e, g), weights.natural, h, down_thin, self.activation)
-        dense = (h @ self._base(2, x.dtype).t()).addmm_(down_thin, weights.product_out[:, k:].t())
-        y.index_copy_(0, partition.dense, dense)
-        return y, (stacked, unit[:, k:], context_x, thin, down_thin, e, g)
+    def _kinds(self):
+        """Yields ``(rows, weights)`` of each kind of rows that there are, one kind's weights at a time."""
+        end = self.num_dense + self.num_context
+        for rows, channels in ((slice(0, self.num_dense), None), (slice(self.num_dense, end), self.channels)):
+            if rows.stop > rows.start:
+                yield rows, self._weights(channels)
 
-    def _backward_gathered(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], loras: Sequence[Tensor]):
-        stacked, context_down_thin, context_x, thin, down_thin, e, g = saved
-        weights, partition = self.weights, self.partition
-        k, r = weights.k, weights.r
-        context_dy = dy.index_select(0, partition.context)
-        d_unit = context_dy @ weights.product_out
-        d_stacked = torch.empty_like(stacked)
-        (stacked_thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
-        unread = context_down_thin is None
-        missing = context_dy.new_empty((len(context_dy), r)) if unread else None
-        d_context = glu_backward(
-            stacked_thin, base, weights.ordered, d_unit[:, :k], d_unit[:, k:], d_base, d_thin, self.activation,
-            down_thin=missing,
-        )  # fmt: skip
-        context_dx = d_stacked @ weights.product_in
-        if self.compensation is not None:
-            context_dx += self.compensation.input_gradient(context_dy)
-        dx = (torch.zeros_like if partition.num_padding else torch.empty_like)(x)
-        dx.index_copy_(0, partition.context, context_dx)
-        dA = product_fp32(d_thin.t(), context_x)
-        down_B = product_fp32(context_dy.t(), missing if unread else context_down_thin)
-        d_dense = None
-        if e is not None:
-            dense_dy = dy.index_select(0, partition.dense)
-            d_h, d_down_thin = dense_dy @ self._base(2, dy.dtype), dense_dy @ weights.product_out[:, k:]
-            de, dg, d_thin = torch.empty_like(e), torch.empty_like(g), torch.empty_like(thin)
-            missing = torch.empty_like(d_down_thin) if unread else None
-            d_dense = glu_backward(
-                thin, (e, g), weights.natural, d_h, d_down_thin, (de, dg), d_thin, self.activation, down_thin=missing
-            )
-            dense_dx = (de @ self._base(0, dy.dtype)).addmm_(dg, self._base(1, dy.dtype))
-            dense_dx.addmm_(d_thin, weights.product_in[: 2 * r])
-            dx.index_copy_(0, partition.dense, dense_dx)
-            dA += product_fp32(d_thin.t(), x.index_select(0, partition.dense))
-            down_B += product_fp32(dense_dy.t(), missing if unread else down_thin)
-        return dx, self._gradients(dA, down_B, d_context, d_dense, loras)
-
-    def _base(self, place: int, dtype: torch.dtype) -> Tensor:
-        """The whole weight of gate, up or down."""
-        if self._kept is None:
-            return self.bases[place].dense(dtype)
-        if self._kept[place] is None:
-            self._kept[place] = self.bases[place].dense(dtype)
-        return self._kept[place]
+    def _weights(self, channels: Tensor | None) -> _Weights:
+        gate, up, down = self.bases
+        if channels is None:
+            order = _natural(gate.shape[0], self.loras[0].device)
+            into, out = stack_rows([gate, up], 2 * self.r, self.dtype), stack_columns(down, self.r, self.dtype)
+        else:
+            order = self.order
+            into = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
+            out = stack_columns(down, self.r, self.dtype, channels, ALIGNMENT)
+        ordered = pack_mlp(self.loras, self.scales, order, into.lead, out.lead.t())
+        return _Weights(into, out, ordered, order)
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """gate and up thin ``[M, 2r]``, and their base products ``[M, k]``, of ``stacked [M, 2r + 2k]``."""
-        k, r = self.weights.k, self.weights.r
+        """gate and up thin ``[n, 2r]``, and their base products ``[n, k]``, of ``stacked [n, 2r + 2k]``."""
+        r = self.r
+        k = (stacked.shape[1] - 2 * r) // 2
         return stacked[:, : 2 * r], (stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :])
 
-    def _gradients(
-        self, dA: Tensor, down_B: Tensor, context: Tensor, dense: Tensor | None, loras: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _gradients(self, dA: Tensor, down_B: Tensor, context: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
         gate_scale, up_scale, down_scale = self.scales
-        r, order = self.weights.r, self.weights.order
+        r, order, loras = self.r, self.order, self.loras
         gate_A, up_A = dA[:r], dA[r:]
         if gate_scale != 1:
             gate_A *= gate_scale
         if up_scale != 1:
             up_A *= up_scale
         kept = (loras[1], loras[3], loras[4])
-        if len(order) == len(loras[1]):
-            gate_B, up_B, down_A = mlp_gradients(context, dense, order, kept, down_scale)
+        dense = None if not dense else dense[0] if len(dense) == 1 else torch.cat(dense)
+        if context and len(order) == len(loras[1]):
+            gate_B, up_B, down_A = mlp_gradients(context[0], dense, order, kept, down_scale)
+        elif not context:
+            gate_B, up_B, down_A = mlp_gradients(dense, None, _natural(len(loras[1]), dense.device), kept, down_scale)
         else:  # lora_branch="selected": context rows leave the other channels alone
-            size = (3, *loras[1].shape)
-            total = context.new_zeros(size) if dense is None else dense.sum(0)
-            gate_B, up_B, down = total.index_add_(1, order, context.sum(0))
+            total = context[0].new_zeros((3, *loras[1].shape)) if dense is None else dense.sum(0)
+            gate_B, up_B, down = total.index_add_(1, order, context[0].sum(0))
             down_A = down.t().mul_(down_scale)
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
+
+
+_orders: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _natural(size: int, device: torch.device) -> Tensor:
+    """int64 ``[size]``: channels in their own order."""
+    key = (size, device)
+    if key not in _orders:
+        _orders[key] = torch.arange(size, device=device)
+    return _orders[key]

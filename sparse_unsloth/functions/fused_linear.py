@@ -1,8 +1,9 @@
-"""Q, K, V and O with few launches: LoRA over all rows, base products over compact dense and context rows.
+"""Q, K, V and O with few launches: stacks of LoRA and base weights over dense and context rows sorted by role.
 
 Same mathematics, and same gradients, as `sparse_unsloth.functions.linear`, for one to three parts that all have LoRA of
-one rank, and no compensation, with ``lora_branch="dense"``. The way in splits rows by role, the way out joins them
-(`sparse_unsloth.kernels.columns`): Q, K, V join their outputs, O splits its input; backward mirrors that.
+one rank, and no compensation, with ``lora_branch="dense"``. Q, K, V take rows by role and join their outputs in the
+natural order, O splits its input by role and leaves its output so (`sparse_unsloth.kernels.columns`); backward mirrors
+that. In a dense part every row is a dense one, in its natural order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparse_unsloth.functions.products import product_fp32
-from sparse_unsloth.kernels.columns import add_rows, join_columns, split_columns
+from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
+from sparse_unsloth.kernels.columns import join_columns, split_columns
 from sparse_unsloth.kernels.lora import pack_linear
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight
@@ -23,11 +25,11 @@ class FusedOutSelected:
     """Several projections of one input that select output channels (Q, K, V), for one forward and its backward.
 
     Args:
-        partition: the roles of the rows; has context rows.
-        bases: by part; each is dequantised where it is used and freed again.
+        partition: the roles of the rows.
+        bases: by part; 4-bit ones are dequantised where they are used and freed again.
         loras: A and B of each part in turn.
         scales: LoRA's, by part.
-        indices: by part, int64 ``[k]``, ascending.
+        indices: by part, int64 ``[k]``, ascending: the channels of context rows.
         dtype: of the products.
     """
 
@@ -40,58 +42,67 @@ class FusedOutSelected:
         indices: Sequence[Tensor],
         dtype: torch.dtype,
     ):
-        self.partition, self.bases, self.scales = partition, bases, scales
+        self.partition, self.bases, self.scales, self.indices, self.dtype = partition, bases, scales, indices, dtype
         self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
         self.A, self.B = _pack(loras, scales, dtype)
         self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
-        self.selected = self.A.new_empty((sum(self.counts), self.A.shape[1]))
-        for base, index, out in zip(bases, indices, self.selected.split(self.counts), strict=True):
-            base.rows(index, dtype, out=out)
+
+    def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """`forward` of rows in their natural order, ``x [M, in_features]``."""
+        return self.forward(x.index_select(0, self.partition.rows))
+
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`backward` likewise: ``dx [M, in_features]``."""
+        rows = self.partition.rows
+        sorted_dx, loras = self.backward(gradients, x.index_select(0, rows), thin)
+        return place_rows(sorted_dx, self.partition, x), loras
 
     def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """The outputs, and ``x A'`` of all parts side by side, which backward needs."""
-        partition = self.partition
-        thin = x @ self.A.t()
-        compact = x.index_select(0, partition.rows)
-        context = compact[partition.num_dense :] @ self.selected.t()
-        dense = x.new_empty((partition.num_dense, sum(self.widths)))
-        if partition.num_dense:
-            for base, out in zip(self.bases, dense.split(self.widths, dim=1), strict=True):
-                torch.mm(compact[: partition.num_dense], base.dense(x.dtype).t(), out=out)
+        """The outputs, ``[M, width]`` each, and ``x A'`` of all parts side by side, which backward needs.
+
+        Args:
+            x: ``[n, in_features]``, by role.
+        """
+        partition, products = self.partition, []
+        for rows, indices in _kinds(partition, self.indices):
+            stack = self._stack(indices) if rows.stop > rows.start else None
+            width = len(self.A) + sum(self.widths if indices is None else self.counts)
+            products.append(x.new_empty((0, width)) if stack is None else stack.spread(x[rows]))
         bias = None
         if any(base.bias is not None for base in self.bases):
             bias = torch.cat([
                 x.new_zeros(base.shape[0]) if base.bias is None else base.bias.detach().to(x.dtype)
                 for base in self.bases
             ])  # fmt: skip
-        outputs = join_columns(
-            thin, self.B, dense, context, partition.place, self.index, self.widths, self.counts, bias
-        )
-        return outputs, thin
+        return join_columns(self.B, *products, partition.place, self.index, self.widths, self.counts, bias)
 
     def backward(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``dx`` and the LoRA gradients ``(dA, dB)`` of each part in turn."""
-        partition, r = self.partition, self.A.shape[0] // len(self.bases)
+        """``dx [n, in_features]`` by role, and the LoRA gradients ``(dA, dB)`` of each part in turn."""
+        partition, lead = self.partition, len(self.A)
+        r = lead // len(self.bases)
         gradients = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in gradients]
         if partition.num_padding:
             gradients = [dy.index_fill(0, partition.padding, 0) for dy in gradients]
-        dense, context = split_columns(gradients, partition.rows, partition.num_dense, self.index, self.counts)
         d_thin = torch.empty_like(thin)
         for dy, B, out in zip(gradients, self.B.split(self.widths), d_thin.split(r, dim=1), strict=True):
             torch.mm(dy, B, out=out)
-        compact = x.new_empty((len(partition.rows), x.shape[1]))
-        torch.mm(context, self.selected, out=compact[partition.num_dense :])
-        if partition.num_dense:
-            target = compact[: partition.num_dense]
-            for part, (dy, base) in enumerate(zip(dense.split(self.widths, dim=1), self.bases, strict=True)):
-                weight = base.dense(x.dtype)
-                target = target.addmm_(dy, weight) if part else torch.mm(dy, weight, out=target)
-        dx = add_rows(d_thin @ self.A, partition.rows, compact)
-        dAs = product_fp32(d_thin.t(), x).split(r)
+        split = split_columns(d_thin, gradients, partition.rows, partition.num_dense, self.index, self.counts)
+        dx, dA = x.new_empty(x.shape), None
+        for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
+            if rows.stop > rows.start:
+                self._stack(indices).collect(dy, out=dx[rows])
+                product = product_fp32(dy[:, :lead].t(), x[rows])
+                dA = product if dA is None else dA.add_(product)
         loras: list[Tensor] = []
-        for dy, part_thin, dA, scale in zip(gradients, thin.split(r, dim=1), dAs, self.scales, strict=True):
-            loras += [dA if scale == 1 else dA.mul_(scale), product_fp32(dy.t(), part_thin)]
+        parts = zip(gradients, thin.split(r, dim=1), dA.split(r), self.scales, strict=True)
+        for dy, part_thin, part_dA, scale in parts:
+            loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_thin)]
         return dx, loras
+
+    def _stack(self, indices: Sequence[Tensor] | None) -> Stack:
+        stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
+        stack.lead.copy_(self.A)
+        return stack
 
 
 class FusedInSelected:
@@ -106,41 +117,72 @@ class FusedInSelected:
         index: Tensor,
         dtype: torch.dtype,
     ):
-        self.partition, self.base, self.scale, self.index = partition, base, scale, index
+        self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
         self.A, self.B = _pack(loras, [scale], dtype)
-        self.selected = self.A.new_empty((base.shape[0], len(index)))
-        base.columns(index, dtype, out=self.selected)
 
-    def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """The output, and ``x A'``, which backward needs."""
+    def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """`forward` with the output in its natural order, ``[M, out_features]``."""
+        y, thin = self.forward(x)
+        return [place_rows(y, self.partition, x)], thin
+
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`backward` from the gradient in its natural order alone."""
+        (dy,) = gradients
+        return self.backward(dy, dy.index_select(0, self.partition.rows), x, thin)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output ``[n, out_features]`` by role, bias included, and ``x A'``, which backward needs.
+
+        Args:
+            x: ``[M, in_features]``, in its natural order.
+        """
         partition, bias = self.partition, self.base.bias
         x = x if x.stride(-1) == 1 else x.contiguous()
         thin = x @ self.A.t()
-        dense, context = split_columns([x], partition.rows, partition.num_dense, self.index, [len(self.index)])
-        compact = x.new_empty((len(partition.rows), self.base.shape[0]))
-        torch.mm(context, self.selected.t(), out=compact[partition.num_dense :])
-        if partition.num_dense:
-            torch.mm(dense, self.base.dense(x.dtype).t(), out=compact[: partition.num_dense])
-        y = thin @ self.B.t() if bias is None else torch.addmm(bias.detach().to(x.dtype), thin, self.B.t())
-        add_rows(y, partition.rows, compact)
-        return [y.index_fill_(0, partition.padding, 0) if partition.num_padding else y], thin
-
-    def backward(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``dx`` and the LoRA gradients ``[dA, dB]``."""
-        partition, (dy,) = self.partition, gradients
         if partition.num_padding:
-            dy = dy.index_fill(0, partition.padding, 0)
-        d_thin = dy @ self.B
-        compact = dy.index_select(0, partition.rows)
-        context = compact[partition.num_dense :] @ self.selected
-        dense = x.new_empty((partition.num_dense, x.shape[1]))
-        if partition.num_dense:
-            torch.mm(compact[: partition.num_dense], self.base.dense(x.dtype), out=dense)
-        (dx,) = join_columns(
-            d_thin, self.A.t(), dense, context, partition.place, self.index, [x.shape[1]], [len(self.index)]
+            thin.index_fill_(0, partition.padding, 0)
+        split = split_columns(thin, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
+        y = x.new_empty((len(partition.rows), self.base.shape[0]))
+        for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
+            if rows.stop > rows.start:
+                self._stack(index).collect(part, out=y[rows])
+        return y if bias is None else y.add_(bias.detach().to(y.dtype)), thin
+
+    def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``dx [M, in_features]`` and the LoRA gradients ``[dA, dB]``.
+
+        Args:
+            dy: ``[M, out_features]`` in its natural order; ``sorted_dy [n, out_features]``: the same by role.
+        """
+        partition, products = self.partition, []
+        lead, width = thin.shape[1], x.shape[1]
+        for rows, index in _kinds(partition, self.index):
+            empty = lead + (width if index is None else len(index))
+            there = rows.stop > rows.start
+            products.append(self._stack(index).spread(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
+        (dx,), d_thin = join_columns(
+            self.A.t(), *products, partition.place, self.index, [width], [len(self.index)]
         )
         dA = product_fp32(d_thin.t(), x)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
+
+    def _stack(self, index: Tensor | None) -> Stack:
+        stack = stack_columns(self.base, len(self.A), self.dtype, index)
+        stack.lead.copy_(self.B.t())
+        return stack
+
+
+def _kinds(partition: TokenPartition, selected):
+    """``(rows by role, None)`` of the dense rows, and ``(rows by role, selected)`` of the context rows."""
+    num_dense = partition.num_dense
+    return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
+
+
+def place_rows(values: Tensor, partition: TokenPartition, like: Tensor) -> Tensor:
+    """``values [n, width]`` by role, in their natural order ``[M, width]``; padding rows are zero."""
+    shape = (like.shape[0], values.shape[1])
+    target = values.new_zeros(shape) if partition.num_padding else values.new_empty(shape)
+    return target.index_copy_(0, partition.rows, values)
 
 
 def _pack(loras: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ class _SparseLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused(plan, loras, x)
             if fused is not None:
-                outputs, thin = fused.forward(x)
+                outputs, thin = fused.forward_natural(x)
                 ctx.save_for_backward(hidden_states, *loras, thin)
                 return tuple(y.view(*hidden_states.shape[:-1], -1) for y in outputs)
             ctx.save_for_backward(hidden_states, *loras)
@@ -214,13 +214,9 @@ class _SparseLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused(plan, loras, x)
             if fused is not None:
-                dx, lora_gradients = fused.backward([dy.flatten(0, -2) for dy in gradients], x, *saved)
+                dx, lora_gradients = fused.backward_natural([dy.flatten(0, -2) for dy in gradients], x, *saved)
                 plan.kept.clear()
-                lora_gradients = [
-                    gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
-                    for gradient, tensor in zip(lora_gradients, loras, strict=True)
-                ]
-                return dx.view(hidden_states.shape), None, *lora_gradients
+                return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
             dense_input = x.index_select(0, plan.partition.dense)
             context_input = x.index_select(0, plan.partition.context)
             dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
@@ -251,7 +247,7 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
     """The parts through the kernels, where they can."""
     fused = plan.kept.get("fused")
     parts = plan.parts
-    if fused is not None or not (plan.partition.num_context and use_kernels(x)):
+    if fused is not None or not (len(plan.partition.rows) and use_kernels(x)):
         return fused
     if (
         plan.lora_branch != "dense"
@@ -263,14 +259,24 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
     if any(part.compensation is not None for part in parts):
         return None
     scales = [part.scale for part in parts]
-    if all(part.out_index is not None for part in parts):
-        bases, indices = [part.base for part in parts], [part.out_index for part in parts]
+    if all(part.in_index is None for part in parts):
+        none = plan.partition.dense[:0]
+        bases = [part.base for part in parts]
+        indices = [none if part.out_index is None else part.out_index for part in parts]
         fused = FusedOutSelected(plan.partition, bases, loras, scales, indices, x.dtype)
-    elif len(parts) == 1 and parts[0].in_index is not None:
+    elif len(parts) == 1:
         fused = FusedInSelected(plan.partition, parts[0].base, loras, scales[0], parts[0].in_index, x.dtype)
     if fused is not None:
         plan.kept["fused"] = fused
     return fused
+
+
+def as_loras(gradients: Sequence[Tensor | None], loras: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """``gradients`` in the dtypes of the LoRA matrices that they belong to."""
+    return [
+        gradient if gradient is None or gradient.dtype == lora.dtype else gradient.to(lora.dtype)
+        for gradient, lora in zip(gradients, loras, strict=True)
+    ]
 
 
 def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.compensation import Compensation
-from sparse_unsloth.functions.fused import FusedMlp, FusedWeights, channel_order, fuse_weights
+from sparse_unsloth.functions.fused import FusedMlp, channel_order
+from sparse_unsloth.functions.fused_linear import place_rows
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import (
+    as_loras,
     cast_for_autocast,
     check_rows,
     context_mask,
@@ -39,11 +41,6 @@ from sparse_unsloth.kernels.gated import (
 )
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Projection
-
-KEPT_BYTES = 12 << 20
-"""Gathered weights of a layer up to this size stay from forward to recompute and backward; larger ones are gathered
-again.
-"""
 
 
 @dataclass(frozen=True)
@@ -66,16 +63,11 @@ class _Plan:
     activation: str
     lora_branch: str
     compensation: Compensation | None
-    memo: dict[str, Any]
-    recompute: bool
+    order: Tensor | None
     unread: bool
+    keep: bool
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
-
-    def forget(self) -> None:
-        """After backward: gives the gathered weights' memory back. A second backward gathers them again."""
-        self.kept.clear()
-        self.memo.pop("weights", None)
 
 
 def sparse_mlp(
@@ -97,9 +89,8 @@ def sparse_mlp(
         mlp: the projections.
         lora_branch: "dense" or "selected".
         compensation: added to context rows.
-        memo: a dictionary for one forward and these channels: its recompute, given the same one, finds there the
-            order of the channels (key "order", which may be put in beforehand) and, up to `KEPT_BYTES` and until
-            backward, the gathered weights.
+        memo: a dictionary for one forward and these channels, by which its recompute is known; the order of the
+            channels may be put in beforehand (key "order").
         output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
             to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
             saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
@@ -108,9 +99,7 @@ def sparse_mlp(
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
     memo = {} if memo is None else memo
-    recompute = "first with gradients" in memo and torch.is_grad_enabled()
-    unread = recompute and output_is_added and not memo["first with gradients"]
-    memo.setdefault("first with gradients", torch.is_grad_enabled())
+    unread = is_recompute(memo) and output_is_added
     plan = _Plan(
         partition=partition,
         channels=channels,
@@ -120,12 +109,18 @@ def sparse_mlp(
         activation=mlp.activation,
         lora_branch=lora_branch,
         compensation=compensation,
-        memo=memo,
-        recompute=recompute,
+        order=memo.get("order"),
         unread=unread,
+        keep=torch.is_grad_enabled(),
     )
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
     return _SparseMlp.apply(hidden_states, plan, *tensors)
+
+
+def is_recompute(memo: dict[str, Any]) -> bool:
+    """Whether a forward computes anew, with gradients, what one with the same ``memo`` computed without."""
+    first = memo.setdefault("first with gradients", torch.is_grad_enabled())
+    return torch.is_grad_enabled() and not first
 
 
 def masked_mlp(
@@ -168,9 +163,10 @@ class _SparseMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused_mlp(plan, loras, x)
             if fused is not None:
-                y, saved = fused.forward(x, plan.unread)
-                if fused.weights.nbytes > KEPT_BYTES and not plan.recompute:
-                    plan.forget()
+                y, saved = x.new_zeros(()).expand(x.shape), ()
+                if not plan.unread:
+                    rows_y, saved = fused.forward(x.index_select(0, plan.partition.rows), plan.keep)
+                    y = place_rows(rows_y, plan.partition, x)
             else:
                 y, saved = torch.zeros_like(x), []
                 for index, rows in _row_sets(plan, loras, x.dtype):
@@ -190,8 +186,11 @@ class _SparseMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused_mlp(ctx.plan, loras, x)
             if fused is not None:
-                dx, gradients = fused.backward(dy, x, saved, loras)
-                ctx.plan.forget()
+                partition = ctx.plan.partition
+                rows_dy, rows_x = (tensor.index_select(0, partition.rows) for tensor in (dy, x))
+                dx, gradients = fused.backward(rows_dy, rows_x, saved)
+                dx = place_rows(dx, partition, x)
+                ctx.plan.kept.clear()
             else:
                 gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
                 dx = torch.zeros_like(x)
@@ -199,11 +198,7 @@ class _SparseMlp(torch.autograd.Function):
                     rows_saved = saved[2 * number : 2 * number + 2]
                     rows_dx = rows.backward(dy.index_select(0, index), x.index_select(0, index), rows_saved, gradients)
                     dx.index_copy_(0, index, rows_dx)
-        gradients = [
-            gradient if gradient is None or gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, loras, strict=True)
-        ]
-        return dx.view(hidden_states.shape), None, *gradients
+        return dx.view(hidden_states.shape), None, *as_loras(gradients, loras)
 
 
 @dataclass(frozen=True)
@@ -288,30 +283,17 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
     """The MLP through the kernels, where they can: LoRA of one rank on all three projections, and no biases."""
-    fused = plan.kept.get("fused")
-    if fused is not None or not (plan.partition.num_context and use_kernels(x)):
+    fused, partition = plan.kept.get("fused"), plan.partition
+    if fused is not None or not (len(partition.rows) and use_kernels(x)):
         return fused
     if None in plan.ranks or len(set(plan.ranks)) > 1 or any(base.bias is not None for base in plan.bases):
         return None
+    order = plan.channels if plan.lora_branch == "selected" else plan.order
+    if order is None and partition.num_context:
+        order = channel_order(plan.channels, plan.bases[0].shape[0])
     compensation = plan.compensation and plan.compensation.to(x.device, x.dtype)
     fused = plan.kept["fused"] = FusedMlp(
-        plan.partition, _fused_weights(plan, loras, x), plan.bases, plan.scales, plan.activation, compensation,
-        plan.recompute,
+        partition.num_dense, partition.num_context, plan.bases, loras, plan.scales, plan.activation, plan.channels,
+        order, compensation, x.dtype,
     )  # fmt: skip
     return fused
-
-
-def _fused_weights(plan: _Plan, loras: Sequence[Tensor], x: Tensor) -> FusedWeights:
-    weights = plan.memo.get("weights")
-    if weights is not None and weights.product_in.dtype == x.dtype:
-        return weights
-    order = plan.channels
-    if plan.lora_branch == "dense":
-        order = plan.memo.get("order")
-        if order is None:
-            order = plan.memo["order"] = channel_order(plan.channels, plan.bases[0].shape[0])
-    natural = plan.partition.num_dense > 0
-    weights = fuse_weights(plan.bases, plan.channels, order, loras, plan.scales, x.dtype, natural)
-    if weights.nbytes <= KEPT_BYTES:
-        plan.memo["weights"] = weights
-    return weights

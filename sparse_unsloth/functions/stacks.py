@@ -1,0 +1,104 @@
+"""Several weights as one: LoRA's rank-r matrix in front, then base weights, whole or only their selected channels.
+
+One product with a stack gives all of their products side by side, one more takes all gradients back. 4-bit weights have
+to be written out anyway, so they are dequantised into one matrix; whole 16-bit weights stay where they are, and their
+products are put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_unsloth.weights import BaseWeight
+
+
+class Stack:
+    """Matrices ``[size_i, H]``, one below the other: ``[size, H]``.
+
+    Args:
+        lead: the first ``r`` rows, a view into the first block; written by who makes the stack.
+        blocks: what is multiplied, in order, of any strides.
+    """
+
+    __slots__ = ("blocks", "lead", "size")
+
+    def __init__(self, lead: Tensor, blocks: Sequence[Tensor]):
+        self.lead, self.blocks = lead, tuple(blocks)
+        self.size = sum(block.shape[0] for block in blocks)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x S'``: ``[n, H]`` to ``[n, size]``."""
+        if len(self.blocks) == 1:
+            return x @ self.blocks[0].t()
+        y = x.new_empty((x.shape[0], self.size))
+        start = 0
+        for block in self.blocks:
+            end = start + block.shape[0]
+            torch.mm(x, block.t(), out=y[:, start:end])
+            start = end
+        return y
+
+    def collect(self, y: Tensor, out: Tensor) -> None:
+        """Writes ``y S``, ``[n, size]`` to ``[n, H]``, into ``out``."""
+        start = 0
+        for block in self.blocks:
+            end = start + block.shape[0]
+            part = y if len(self.blocks) == 1 else y[:, start:end]
+            if start:
+                out.addmm_(part, block)
+            else:
+                torch.mm(part, block, out=out)
+            start = end
+
+
+def stack_rows(
+    bases: Sequence[BaseWeight], lead: int, dtype: torch.dtype, indices: Sequence[Tensor] | None = None, pad: int = 1
+) -> Stack:
+    """Output channels of weights of one input, one weight below the other.
+
+    Args:
+        lead: rows that stay free in front.
+        indices: int64, ascending, by weight; None for whole weights.
+        pad: the rows of each weight are filled up with zeros to a multiple of it.
+    """
+    width = bases[0].shape[1]
+    if indices is None and _in_place(bases, dtype):
+        front = bases[0].weight.new_empty((lead, width))
+        return Stack(front, (front, *(base.weight.detach() for base in bases)))
+    sizes = [base.shape[0] for base in bases]
+    if indices is not None:
+        sizes = [min(-(-len(index) // pad) * pad, size) for index, size in zip(indices, sizes, strict=True)]
+    whole = torch.empty((lead + sum(sizes), width), dtype=dtype, device=bases[0].device)
+    start = lead
+    for number, (base, size) in enumerate(zip(bases, sizes, strict=True)):
+        out = whole[start : start + size]
+        base.dense(dtype, out=out) if indices is None else base.rows(indices[number], dtype, out=out)
+        start += size
+    return Stack(whole[:lead], (whole,))
+
+
+def stack_columns(
+    base: BaseWeight, lead: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1
+) -> Stack:
+    """Input channels of a weight, as rows of the stack, so that `Stack.collect` multiplies with the weight itself.
+
+    ``lead`` is transposed likewise: ``[lead, out_features]``, one column of LoRA's B a row. Other arguments as in
+    `stack_rows`.
+    """
+    height, size = base.shape
+    if index is None and _in_place([base], dtype):
+        front = base.weight.new_empty((height, lead)).t()
+        return Stack(front, (front, base.weight.detach().t()))
+    if index is not None:
+        size = min(-(-len(index) // pad) * pad, size)
+    whole = torch.empty((height, lead + size), dtype=dtype, device=base.device)
+    out = whole[:, lead:]
+    base.dense(dtype, out=out) if index is None else base.columns(index, dtype, out=out)
+    return Stack(whole[:, :lead].t(), (whole.t(),))
+
+
+def _in_place(bases: Sequence[BaseWeight], dtype: torch.dtype) -> bool:
+    return all(base.quant_state is None and base.weight.dtype == dtype for base in bases)
