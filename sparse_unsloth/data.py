@@ -210,15 +210,15 @@ def _reasoning_gym(arguments: DataArguments, evaluation: bool) -> tuple[Dataset,
     if evaluation and not arguments.dataset_test_size:
         raise DataError("dataset_test_size: say how many held-out samples reasoning-gym shall generate.")
 
-    train = _generate(tasks, options, arguments.dataset_size, f"train {arguments.dataset_seed}", seen=set())
+    train = generate_questions(tasks, options, arguments.dataset_size, f"train {arguments.dataset_seed}", seen=set())
     test = None
     if evaluation:
         seen = {row["question"] for row in train}
-        test = _generate(tasks, options, arguments.dataset_test_size, f"test {arguments.dataset_seed}", seen)
+        test = generate_questions(tasks, options, arguments.dataset_test_size, f"test {arguments.dataset_seed}", seen)
     return Dataset.from_list(train), None if test is None else Dataset.from_list(test)
 
 
-def _generate(tasks: list[str], options: dict, size: int, seed: str, seen: set[str]) -> list[dict[str, str]]:
+def generate_questions(tasks: list[str], options: dict, size: int, seed: str, seen: set[str]) -> list[dict[str, str]]:
     """``size`` samples in equal parts of each task, shuffled, without the questions in ``seen``."""
     rows = []
     rng = random.Random(seed)

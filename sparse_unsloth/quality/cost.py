@@ -1,0 +1,220 @@
+"""What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
+
+FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), without gradient checkpointing:
+frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins, and the calibration passes.
+Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
+
+Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
+Llama-3-8B, never the time of this benchmark's masks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
+from sparse_unsloth.bench.shapes import shape_of
+from sparse_unsloth.bench.table import read_rows
+from sparse_unsloth.costs import ModelShape, attention_pairs, step_flops
+from sparse_unsloth.forecast.measured import usable_rows
+from sparse_unsloth.layer_rules import expand
+from sparse_unsloth.quality.arms import Arm, StepPlan
+from sparse_unsloth.quality.batches import Counts
+
+BASELINES = ("unsloth-dense-exact", "unsloth-dense")
+"""Of measured times; the first that the run has."""
+SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
+"""Methods of speed.csv that leave out this share of the MLP channels of every layer but the first."""
+
+
+def training_flops(
+    shape: ModelShape, arm: Arm, plans: Sequence[StepPlan], counts: Sequence[Counts], lora_rank: int, factor_rank: int
+) -> list[int]:
+    """FLOPs of each step of one seed.
+
+    Args:
+        plans, counts: of each step.
+    """
+    layers, inner = shape.num_layers, shape.intermediate_size
+    attention = [0.0] * layers
+    if arm.self_attn:
+        attention = expand(arm.self_attn, attention)
+    totals = []
+    for plan, count in zip(plans, counts, strict=True):
+        sparse_attention = plan.mode.attention
+        total = _head(shape, count.loss) + _core(shape, attention_pairs(count.lengths))
+        for layer in range(layers):
+            mlp = 1 - plan.keep[layer] / inner
+            kind = plan.mode.kind if plan.keep[layer] < inner or sparse_attention else "dense"
+            row = _Row(
+                shape=replace(shape, num_layers=1),
+                mlp=mlp if kind != "dense" else 0.0,
+                self_attn=attention[layer] if sparse_attention else 0.0,
+                backward_only=kind == "backward",
+                below=plan.mode.cut and layer < arm.cut,
+                above=plan.mode.cut and layer + 1 < arm.cut,
+                first=layer == 0,
+                last=layer == layers - 1,
+                lora_rank=lora_rank,
+                factor_rank=factor_rank if plan.mode.contextual else 0,
+                stand_in_rank=arm.compensation if plan.mode.compensation else 0,
+            )
+            context = count.context + plan.mode.last * len(count.lengths)
+            dense = count.dense + count.context - context
+            total += dense * _row_flops(row, "dense") + context * _row_flops(row, "context")
+            total += count.loss * _row_flops(row, "loss")
+        totals.append(total)
+    return totals
+
+
+@dataclass(frozen=True)
+class _Row:
+    shape: ModelShape
+    mlp: float
+    self_attn: float
+    backward_only: bool
+    below: bool
+    above: bool
+    first: bool
+    last: bool
+    lora_rank: int
+    factor_rank: int
+    stand_in_rank: int
+
+
+@cache
+def _row_flops(row: _Row, role: str) -> int:
+    """Of one row of ``role`` ("dense", "context"), or what a row that bears loss adds in the last layer ("loss")."""
+    options = {
+        "lora_rank": row.lora_rank,
+        "seq_lengths": (),
+        "head_tokens": 0,
+        "input_requires_grad": not row.first,
+    }
+    none = [(0.0, 0.0)]
+    # A mask that keeps nothing is a sparsity of 1, which a configuration never has.
+    sparse = [(min(row.mlp, 1 - 1e-9), row.self_attn)]
+    if row.last:
+        # Behind keys and values only rows with loss are computed, densely.
+        if role == "loss":
+            whole, rest = (
+                step_flops(row.shape, none, 1, 0, last_layer_tokens=tokens, **options).total for tokens in (1, 0)
+            )
+            return whole - rest
+        rows = (0, 1) if role == "context" else (1, 0)
+        return step_flops(row.shape, [(0.0, row.self_attn)], *rows, last_layer_tokens=0, **options).total
+    if role == "loss":
+        return 0
+    if role == "dense":
+        return step_flops(row.shape, none, 1, 0, **options).total
+    step = step_flops(
+        row.shape, sparse, 0, 1, estimator_rank=row.factor_rank, compensation_rank=row.stand_in_rank, **options
+    )
+    forward = step.forward.total
+    if row.backward_only:
+        forward = step_flops(row.shape, none, 0, 1, **options).forward.total + step.forward.estimator
+    if not row.above:
+        return forward + step.backward.total
+    return forward + _cut_backward(row)
+
+
+def _cut_backward(row: _Row) -> int:
+    """Of a context row whose output receives no gradient: only what answers read of its keys and values."""
+    total = 0
+    for name in ("k_proj", "v_proj"):
+        inputs, outputs = row.shape.projections()[name]
+        total += 2 * row.lora_rank * (2 * outputs + inputs)
+        if not (row.below or row.first):
+            total += 2 * inputs * outputs + 2 * row.lora_rank * inputs
+    return total
+
+
+def _head(shape: ModelShape, rows: int) -> int:
+    return 2 * 2 * rows * shape.hidden_size * shape.vocab_size
+
+
+def _core(shape: ModelShape, pairs: int) -> int:
+    """Attention's products: two forward, five backward, whatever is cut."""
+    return shape.num_layers * (2 + 5) * 2 * pairs * shape.num_heads * shape.head_dim
+
+
+def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -> int:
+    """Of the dense forward over some batches, as a calibration pass runs it."""
+    counts = list(counts)
+    tokens = sum(count.dense + count.context for count in counts)
+    lengths = [length for count in counts for length in count.lengths]
+    dense = [(0.0, 0.0)] * shape.num_layers
+    return step_flops(shape, dense, tokens, 0, lengths, lora_rank, head_tokens=0).forward.total
+
+
+class StepTimes:
+    """A sparse step's share of the dense step's time, from a table of measured steps.
+
+    Rows of older code are left out (`usable_rows`). Where the method was measured (half, or a quarter, of the MLP channels), its shares are interpolated over the context
+    share. For every other setting, the share of the FLOP saving that turned into time, of all sparse methods measured,
+    is interpolated instead.
+    """
+
+    def __init__(self, path: Path):
+        rows = [row for row in usable_rows(read_rows(path)) if row["model"] == "llama8b" and row["dtype"] == "4bit"]
+        newest = {(row["device"], row["shape"], row["method"]): row["median_ms"] for row in rows}
+        self._shares: dict[str, dict[float, list[float]]] = {}
+        self._realised: dict[float, list[float]] = {}
+        for (device, name, method), milliseconds in newest.items():
+            base = next((newest[device, name, base] for base in BASELINES if (device, name, base) in newest), None)
+            if not method.startswith("sparse-") or method not in METHODS or base is None or name == "host":
+                continue
+            shape = shape_of(name)
+            context, share = shape.context_tokens / shape.tokens, milliseconds / base
+            self._shares.setdefault(method, {}).setdefault(context, []).append(share)
+            saving = 1 - 1 / flop_limit(name, method, LLAMA_3_8B)
+            self._realised.setdefault(context, []).append((1 - share) / saving)
+        if not self._realised:
+            raise ValueError(f"{path} has no sparse step of llama8b in 4 bit beside its dense one; measure some first")
+
+    def share(self, flops: float, context: float, method: str | None = None) -> float:
+        """Of a step that needs ``flops`` of the dense step's, at a context share; ``method`` as measured."""
+        if method in self._shares:
+            return _interpolated(self._shares[method], context)
+        return 1 - (1 - flops) * _interpolated(self._realised, context)
+
+    def source(self, method: str | None) -> str:
+        """How `share` knows."""
+        return "measured" if method in self._shares else "scaled"
+
+
+def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
+    places = sorted(points)
+    return float(np.interp(at, places, [float(np.median(points[place])) for place in places]))
+
+
+def measured_method(arm: Arm) -> str | None:
+    """The method of speed.csv whose sparse step is that of ``arm``."""
+    shares = set(arm.mlp.values())
+    plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix and arm.ramp == 0
+    plain = plain and not arm.last and not arm.selected_lora and arm.outputs == 1 and list(arm.mlp) == ["1-29"]
+    return SPARSE_METHODS.get(next(iter(shares))) if plain and len(shares) == 1 else None
+
+
+def costs(
+    arm: Arm, flops: Sequence[int], dense_flops: Sequence[int], calibration: int, times: StepTimes, context: float
+) -> tuple[float, float]:
+    """``(FLOPs, time)`` of a run over those of the dense run.
+
+    Args:
+        flops: of each step; ``dense_flops`` of each step of the whole dense run, which has the same batches.
+        calibration: FLOPs of calibration passes.
+        context: context share of the tokens.
+    """
+    method, total = measured_method(arm), sum(dense_flops)
+    shares = Counter(round(own / dense, 4) for own, dense in zip(flops, dense_flops, strict=False))
+    time = sum(
+        number * (1.0 if share >= 0.9995 else times.share(share, context, method)) for share, number in shares.items()
+    )
+    return (sum(flops) + calibration) / total, time / len(dense_flops) + calibration / total

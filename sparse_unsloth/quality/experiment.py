@@ -1,0 +1,236 @@
+"""Runs one setting on one task: calibrate, train all seeds in lockstep, evaluate under both forwards, count the cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.kernels.select import reference_attention_channels
+from sparse_unsloth.layer_rules import expand
+from sparse_unsloth.quality.arms import RANK, STATIC, Arm
+from sparse_unsloth.quality.batches import Batches, evaluation_batches, training_batches
+from sparse_unsloth.quality.cost import StepTimes, costs, forward_flops, training_flops
+from sparse_unsloth.quality.evaluation import Figures, evaluate
+from sparse_unsloth.quality.fitting import FACTOR_RANK, SAMPLES, Calibration, calibrate, fit_stand_ins
+from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
+from sparse_unsloth.quality.network import DENSE, layer_forward, read_network
+from sparse_unsloth.quality.tasks import Items
+from sparse_unsloth.selection import keep_count
+
+FIT_BATCHES = 8
+"""Training batches that stand-ins are fitted on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all settings of a task share.
+
+    Attributes:
+        steps: of the dense run.
+        items: training items of each seed; they are repeated after ``items / batch_size`` steps.
+        rate: peak learning rate, after a warm-up over the first ``warmup`` of the steps, then linear to 0.
+    """
+
+    steps: int
+    items: int
+    seeds: int = 5
+    batch_size: int = 16
+    rate: float = 1e-3
+    warmup: float = 0.06
+    lora_rank: int = 16
+    lora_alpha: int = 32
+
+    def rates(self, steps: int) -> list[float]:
+        """The learning rate of each of ``steps`` steps, as transformers' linear schedule with warm-up has it."""
+        warm = max(1, round(self.warmup * steps))
+        return [
+            self.rate * (step / warm if step < warm else (steps - step) / max(1, steps - warm)) for step in range(steps)
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting: figures and costs of each seed, training losses (means over seeds), and the seconds that it took."""
+
+    dense: list[Figures]
+    sparse: list[Figures]
+    cost_flops: list[float]
+    cost_time: list[float]
+    losses: list[float]
+    train_seconds: float
+    seconds: float
+
+
+class Experiment:
+    """A task, its data on the device, the model, and what calibration found; settings run one after the other.
+
+    Args:
+        model: the base model, fp32, on the device.
+        items: training items of each seed, at least ``settings.items``; held-out items are ``test``.
+        calibration_items: of each seed, what channels and stand-ins are calibrated on.
+        dtype: of frozen weights and products.
+        layer: `layer_forward`, or it compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        items: Sequence[Items],
+        test: Items,
+        calibration_items: Sequence[Items],
+        times: StepTimes,
+        dtype: torch.dtype,
+        layer: Callable = layer_forward,
+        test_batch: int = 50,
+    ):
+        device, seeds = next(model.parameters()).device, range(settings.seeds)
+        self.settings, self._times = settings, times
+        self.network = read_network(model, dtype, settings.lora_alpha / settings.lora_rank)
+        items = [own.first(settings.items) for own in items]
+        self.batches = training_batches(items, settings.batch_size, settings.steps, seeds, device)
+        self._test, order = evaluation_batches(test, test_batch, settings.seeds, device)
+        self._parts = test.parts[order].tolist()
+        self._fit = training_batches(calibration_items, settings.batch_size, FIT_BATCHES, seeds, device)
+        self.calibration = calibrate(model, calibration_items, min(SAMPLES, len(calibration_items[0])))
+        self.adapters = Adapters(self.network, seeds, settings.lora_rank)
+        self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK, RANK)
+        self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, layer)
+        self._dense_flops = [self._flops(Arm(), seed) for seed in seeds]
+
+    def run(self, arm: Arm, progress: Callable[[str], None] = lambda text: None) -> Outcome:
+        """Trains and evaluates ``arm``."""
+        began = time.perf_counter()
+        shape, steps = self.network.shape, round(self.settings.steps * arm.steps)
+        plans = arm.plan(steps, shape.num_layers, shape.intermediate_size)
+        full = arm.keep(shape.num_layers, shape.intermediate_size)
+        self.lockstep.reset()
+        generator = torch.Generator(self.network.head.device).manual_seed(0)
+        choose(self.sparsity, arm, self.calibration, generator)
+        if arm.compensation:
+            self.sparsity.keep(full)
+            fit_stand_ins(
+                self.lockstep, self._fit_batches(self._fit, 0), self._fit.layout, arm.compensation, arm.stream
+            )
+        refits = {round(share * steps) for share in arm.refits}
+        losses, last = torch.zeros(steps, device=self.network.head.device), None
+        self._synchronize()
+        started = time.perf_counter()
+        for step, (plan, rate) in enumerate(zip(plans, self.settings.rates(steps), strict=True)):
+            if step in refits:
+                self.sparsity.keep(full)
+                batches = self._fit_batches(self.batches, step - FIT_BATCHES)
+                fit_stand_ins(self.lockstep, batches, self.batches.layout, arm.compensation, arm.stream)
+                last = None
+            if arm.selector == "random" and plan.mode != DENSE:
+                draw(self.sparsity, generator)
+                last = None
+            if plan.mode != DENSE and plan.keep != last:
+                self.sparsity.keep(plan.keep)
+                last = plan.keep
+            self.lockstep.step(self.batches.batch(step), self.batches.layout, plan.mode, rate)
+            losses[step] = self.lockstep.losses.mean()
+            if step and step % max(1, steps // 4) == 0:
+                progress(f"step {step} of {steps}, loss {losses[step].item():.3f}")
+        self._synchronize()
+        train_seconds = time.perf_counter() - started
+        dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
+        mode, sparse = arm.mode._replace(cut=False), dense
+        if mode.kind == "forward":
+            self.sparsity.keep(full)
+            sparse = evaluate(self.lockstep, self._test, self._parts, mode)
+        spent = [self._costs(arm, seed) for seed in range(self.settings.seeds)]
+        return Outcome(
+            dense=dense,
+            sparse=sparse,
+            cost_flops=[flops for flops, _ in spent],
+            cost_time=[seconds for _, seconds in spent],
+            losses=losses.tolist(),
+            train_seconds=train_seconds,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _fit_batches(self, batches: Batches, start: int) -> list:
+        start = max(0, start)
+        return [batches.batch(step) for step in range(start, min(start + FIT_BATCHES, len(batches)))]
+
+    def _flops(self, arm: Arm, seed: int) -> list[int]:
+        shape, steps = self.network.shape, round(self.settings.steps * arm.steps)
+        plans = arm.plan(steps, shape.num_layers, shape.intermediate_size)
+        counts = [self.batches.counts[step][seed] for step in range(steps)]
+        return training_flops(shape, arm, plans, counts, self.settings.lora_rank, FACTOR_RANK)
+
+    def _costs(self, arm: Arm, seed: int) -> tuple[float, float]:
+        """Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins."""
+        shape, rank = self.network.shape, self.settings.lora_rank
+        calibration = 0
+        if arm.mode.kind != "dense" and arm.selector != "random":
+            counts = [step[seed] for step in self._fit.counts[: -(-SAMPLES // self.settings.batch_size)]]
+            calibration += 2 * forward_flops(shape, counts, rank)
+        if arm.compensation:
+            counts = [step[seed] for step in self._fit.counts]
+            calibration += 2 * (1 + len(arm.refits)) * forward_flops(shape, counts, rank)
+        share = self.batches.context_share
+        return costs(arm, self._flops(arm, seed), self._dense_flops[seed], calibration, self._times, share)
+
+    def _synchronize(self) -> None:
+        if self.network.head.is_cuda:
+            torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def choose(sparsity: Sparsity, arm: Arm, calibration: Calibration, generator: torch.Generator) -> None:
+    """Writes what decides the channels of ``arm``: ranks or factors, masks of attention, layers that are cut."""
+    tensors = sparsity.tensors
+    norms = calibration.norms.square()[:, None]
+    if arm.contextual:
+        for name in ("down", "up_gate", "up_up"):
+            getattr(tensors, name).copy_(getattr(calibration, name))
+        gains = {
+            "prior": calibration.gain,
+            "whitened": torch.ones_like(calibration.gain),
+            "product": calibration.energy.sqrt(),
+            "prior-norms": calibration.gain * norms,
+        }
+        tensors.gain.copy_(gains[arm.selector])
+    if arm.selector == "random":
+        draw(sparsity, generator)
+    else:
+        energy = calibration.energy * norms if arm.selector == STATIC[1] else calibration.energy
+        sparsity.ranks.copy_(energy.argsort(dim=-1, descending=True).argsort(dim=-1))
+    tensors.output_channels.fill_(True)
+    if arm.outputs < 1:
+        sparsity.keep_on_outputs(arm.outputs)
+    cut = torch.arange(len(tensors.cut)) < (0 if arm.cut is None else arm.cut)
+    tensors.cut.copy_(cut)
+    _choose_attention(sparsity, arm, calibration.attention)
+
+
+@torch.no_grad()
+def draw(sparsity: Sparsity, generator: torch.Generator) -> None:
+    """New random ranks."""
+    scores = torch.rand(sparsity.ranks.shape, generator=generator, device=sparsity.ranks.device)
+    sparsity.ranks.copy_(scores.argsort(dim=-1).argsort(dim=-1))
+
+
+def _choose_attention(sparsity: Sparsity, arm: Arm, energies: tuple[Tensor, Tensor, Tensor]) -> None:
+    shape, tensors = sparsity.shape, sparsity.tensors
+    size, groups = shape.num_kv_heads * shape.head_dim, shape.num_heads // shape.num_kv_heads
+    for name in "qkvo":
+        getattr(tensors, name).fill_(True)
+    for layer, share in enumerate(expand(arm.self_attn, [0.0] * shape.num_layers)):
+        for seed in range(len(energies[0][0]) if share else 0):
+            counts = keep_count(size // 2, share), keep_count(size, share)
+            of = (energy[layer, seed] for energy in energies)
+            q, k, v, o = reference_attention_channels(*of, *counts, groups, shape.head_dim, True)
+            if arm.pairing == "naive":
+                q = (k[:, None] * groups + torch.arange(groups, device=k.device)).flatten()
+                o = v
+            for name, channels in zip("qkvo", (q, k, v, o), strict=True):
+                mask = getattr(tensors, name)[layer, seed]
+                mask.fill_(False)
+                mask[channels] = True
