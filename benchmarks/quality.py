@@ -1,9 +1,9 @@
 """What sparsity costs in quality, at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
 
-    python benchmarks/quality.py prepare --data .quality/data.npz           # no GPU: generates and tokenises the tasks
-    python benchmarks/quality.py pilot --data ... --model ... --seconds 200 # step times, and how near dense is to its end
-    python benchmarks/quality.py run --data ... --model ... --tasks A --steps 900 --seconds 520
-    python benchmarks/quality.py report                                     # quality.md and quality.png from quality.csv
+    python benchmarks/quality.py prepare                     # no GPU: generates and tokenises the tasks
+    python benchmarks/quality.py pilot --seconds 200         # step times, and how near its plateau dense training is
+    python benchmarks/quality.py run --tasks A --steps 900 --seconds 520
+    python benchmarks/quality.py report                      # quality.md and quality.png from quality.csv
 
 `run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
 begins no setting that would not end within --seconds.

@@ -1,5 +1,6 @@
 """The quality benchmark's lockstep harness against the library itself, its costs, and its tables."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,14 +10,24 @@ import torch
 
 from sparse_unsloth import attach
 from sparse_unsloth.attachment import get_state
-from sparse_unsloth.quality.batches import Batches, Layout
+from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.quality.arms import ARMS
+from sparse_unsloth.quality.batches import Batches, Counts, Layout, training_batches
+from sparse_unsloth.quality.cost import StepTimes, measured_method, training_flops
+from sparse_unsloth.quality.experiment import Experiment, Settings, choose
 from sparse_unsloth.quality.fitting import calibrate, fit_stand_ins
 from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
-from sparse_unsloth.quality.network import DENSE, PROJECTIONS, Mode, read_network
-from sparse_unsloth.quality.tasks import Items
+from sparse_unsloth.quality.network import DENSE, PROJECTIONS, Mode, layer_forward, read_network
+from sparse_unsloth.quality.report import draw as draw_report
+from sparse_unsloth.quality.report import markdown
+from sparse_unsloth.quality.table import DenseCurve, append_rows, holm, read_rows, with_equivalents
+from sparse_unsloth.quality.tasks import Items, worked_steps
+from sparse_unsloth.selection import keep_count
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import loras, loss_and_gradients, make_batch, make_lora
+from tiny import loras, loss_and_gradients, make_base, make_batch, make_lora
+
+SPEED = Path(__file__).parents[1] / "benchmarks" / "results" / "speed.csv"
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 """Norms, rotary angles and losses of transformers are fp32, whatever the weights are."""
@@ -169,3 +180,236 @@ def test_compensation_equals_the_library():
         tensors.stand_in_up[index, 0] = known.up
         tensors.stand_in_bias[index, 0] = known.bias
     assert_equals_library(harness, Mode("forward", compensation=True), model, batch, **CLOSE)
+
+
+def make_items(seed, count=48, vocab=96):
+    """Items of prompts of three lengths, whose answer repeats tokens of the prompt."""
+    rng = np.random.default_rng(seed)
+    prompts, answers = rng.choice([9, 14, 20], count), rng.integers(2, 5, count)
+    lengths = prompts + answers
+    tokens = rng.integers(3, vocab, (count, lengths.max()))
+    tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    return Items(tokens, lengths, prompts, rng.integers(0, 2, count))
+
+
+STEPS = 10
+
+
+def make_experiment(steps=STEPS, layers=12, dtype=torch.float32, layer=layer_forward):
+    model = make_base("llama", num_hidden_layers=layers).eval().requires_grad_(False)
+    settings = Settings(steps, items=48, seeds=2, batch_size=8, lora_rank=4, lora_alpha=8)
+    items = [make_items(seed) for seed in range(2)]
+    return Experiment(model, settings, items, make_items(9, 20), items, StepTimes(SPEED), dtype, layer, test_batch=8)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return make_experiment()
+
+
+def test_batches_hold_the_items_in_little_padding():
+    items = [make_items(seed) for seed in range(2)]
+    batches = training_batches(items, size=8, steps=7, seeds=(0, 1), device="cpu")
+    assert batches.layout.groups[0][1] >= batches.layout.groups[-1][1]
+    seen = set()
+    for step in range(6):
+        batch = batches.batch(step)
+        assert batch.ids.shape == (2, batches.layout.rows)
+        start = 0
+        for count, length in batches.layout.groups:
+            rows = batch.ids[0, start : start + count * length].view(count, length)
+            seen |= {tuple(row[row > 0].tolist()) for row in rows}
+            start += count * length
+    own = {tuple(row[:length].tolist()) for row, length in zip(items[0].tokens, items[0].lengths, strict=True)}
+    assert seen == own, "an epoch shows every item once"
+    first, counts = batches.batch(6), batches.counts[6][1]
+    assert not torch.equal(first.ids, batches.batch(0).ids), "the second epoch has an order of its own"
+    assert counts.context == int(first.context[1].sum())
+    assert counts.loss == int((first.weights[1] > 0).sum())
+    assert counts.dense + counts.context == sum(counts.lengths)
+    assert not (first.context & (first.last | first.output)).any()
+    after = first.ids[1].roll(-1)[first.loss_rows[1]]
+    real = first.weights[1] > 0
+    assert torch.equal(first.targets[1][real], after[real].long())
+    assert 0 < batches.padding_share < 0.3
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains(name, experiment):
+    outcome = experiment.run(ARMS[name])
+    assert len(outcome.losses) == round(STEPS * ARMS[name].steps)
+    assert all(np.isfinite(outcome.losses))
+    assert all(0 < figures.answer_nll < 20 for figures in (*outcome.dense, *outcome.sparse))
+    if ARMS[name].mode.kind == "forward":
+        assert outcome.sparse[0].answer_nll != outcome.dense[0].answer_nll
+    else:
+        assert outcome.sparse == outcome.dense
+
+
+def test_runs_repeat_and_seeds_differ(experiment):
+    first, second = (experiment.run(ARMS["comp-25-layers"]) for _ in range(2))
+    assert first.dense == second.dense
+    assert first.losses == second.losses
+    assert first.dense[0] != first.dense[1]
+
+
+def test_exact_forwards_cut_gradients_only():
+    experiment = make_experiment(steps=2, layers=3, dtype=torch.float64)
+    lockstep, batch, layout = experiment.lockstep, experiment.batches.batch(0), experiment.batches.layout
+    torch.manual_seed(0)
+    lockstep.adapters.master.normal_(0, 0.1)
+    lockstep.adapters.refresh()
+    whole, losses = lockstep.gradients(batch, layout, DENSE), lockstep.losses.clone()
+    choose(lockstep.sparsity, ARMS["backward-0"], experiment.calibration, torch.Generator())
+    lockstep.sparsity.keep((128, 40, 40))
+    lockstep.sparsity.tensors.cut.copy_(torch.tensor([True, True, False]))
+    for mode in (Mode("backward"), Mode("backward", contextual=True), DENSE._replace(cut=True)):
+        changed = lockstep.gradients(batch, layout, mode)
+        torch.testing.assert_close(lockstep.losses, losses)
+        same = [torch.allclose(one, other) for one, other in zip(whole, changed, strict=True)]
+        assert not all(same)
+        # The last layer is reached by answers alone, so nothing of it is cut.
+        assert all(same[-14:-6]) or mode.kind == "backward"
+    lockstep.sparsity.keep((128, 128, 128))
+    for one, other in zip(whole, lockstep.gradients(batch, layout, Mode("backward")), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_steps_are_those_of_adamw_with_clipping():
+    experiment = make_experiment(steps=2, layers=3)
+    lockstep, batches = experiment.lockstep, experiment.batches
+    expected = lockstep.adapters.master[:1].clone().requires_grad_()
+    optimiser = torch.optim.AdamW([expected], lr=0.01, weight_decay=0.0)
+    for step in range(2):
+        gradients = lockstep.gradients(batches.batch(step), batches.layout, DENSE)
+        expected.grad = torch.cat([gradient[:1].flatten(1) for gradient in gradients], dim=1)
+        torch.nn.utils.clip_grad_norm_([expected], 1.0)
+        optimiser.step()
+        lockstep.step(batches.batch(step), batches.layout, DENSE, 0.01)
+        torch.testing.assert_close(lockstep.adapters.master[:1], expected.detach())
+
+
+def test_plans_follow_the_schedule():
+    plans = ARMS["comp-25-alternate"].plan(100, 30, 1536)
+    sparse = [step for step, plan in enumerate(plans) if plan.mode != DENSE]
+    assert sparse == list(range(6, 90, 2))
+    assert plans[6].keep == (1536, *[384] * 29)
+    assert all(plan.mode == DENSE for plan in ARMS["dense"].plan(10, 30, 1536))
+    kept = [plan.keep[1] for plan in ARMS["ramp"].plan(100, 30, 1536)]
+    assert kept[5] == 384
+    assert kept[60] == keep_count(1536, 0.75 * 35 / 50)
+    assert kept[95] == 1536
+    layers = [sum(count < 1536 for count in plan.keep) for plan in ARMS["comp-25-layers"].plan(100, 30, 1536)]
+    assert layers[0] == 0
+    assert 10 < np.mean(layers[5:90]) < 19
+
+
+SMOLLM2_SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152)
+COUNT = Counts(dense=96, context=1216, loss=80, lengths=(82,) * 16)
+
+
+def one_step(name, step=0, steps=1, **changes):
+    arm = dataclasses.replace(ARMS[name], start=0, end=1.0, **changes)
+    plans = arm.plan(steps, 30, 1536)
+    return training_flops(SMOLLM2_SHAPE, arm, plans, [COUNT] * steps, lora_rank=16, factor_rank=8)[step]
+
+
+def counted(sparsity, **options):
+    tokens = COUNT.dense, COUNT.context
+    removed = {"head_tokens": COUNT.loss, "last_layer_tokens": COUNT.loss}
+    return step_flops(SMOLLM2_SHAPE, sparsity, *tokens, COUNT.lengths, 16, **removed, **options)
+
+
+def test_flops_are_those_of_the_cost_model():
+    dense, half = [(0.0, 0.0)] * 30, [(0.0, 0.0), *[(0.5, 0.0)] * 29]
+    assert one_step("dense") == counted(dense).total
+    assert one_step("default") == counted(half, estimator_rank=8).total
+    assert one_step("comp-50") == counted(half, compensation_rank=64).total
+    mixed = [(0.0, 0.0)] * 10 + [(0.0, 0.5)] * 20
+    assert one_step("attention-50") == pytest.approx(counted(mixed).total, rel=1e-3)
+    backward = counted(dense).forward.total + counted(half, estimator_rank=8).backward.total
+    backward += counted(half, estimator_rank=8).forward.estimator
+    assert one_step("backward-25", mlp={"1-29": 0.5}) == backward
+
+
+def test_cut_rows_cost_what_their_keys_and_values_need():
+    dense = one_step("dense")
+    saved = dense - one_step("cut")
+    per_layer = {name: inputs * outputs for name, (inputs, outputs) in SMOLLM2_SHAPE.projections().items()}
+    # Layers 1 to 28 skip the input gradient of all frozen products; layer 0 those of O and the MLP; 29 that of K and V.
+    skipped = 28 * sum(per_layer.values()) + sum(per_layer[name] for name in per_layer if name not in "qkv")
+    skipped -= sum(per_layer[f"{name}_proj"] for name in "qkv")
+    frozen = 2 * COUNT.context * skipped
+    assert frozen < saved < 1.3 * frozen
+
+
+def test_times_are_measured_ones_or_scaled(tmp_path):
+    times = StepTimes(SPEED)
+    assert 0.4 < times.share(0.5, 0.75) < 1
+    assert times.share(1.0, 0.75) == 1
+    assert times.share(0.5, 0.75) < times.share(0.7, 0.75)
+    text = SPEED.read_text().splitlines()
+    rows = [line.replace("sparse-o2", "sparse-50") for line in text if "H200" in line and "sparse-o2" in line]
+    table = tmp_path / "speed.csv"
+    table.write_text("\n".join([text[0], *[line for line in text[1:] if "H200" in line], *rows]) + "\n")
+    measured = StepTimes(table)
+    assert measured.source(measured_method(ARMS["default"])) == "measured"
+    assert measured.share(0.7, 0.749, "sparse-50") == pytest.approx(387.76 / 743.81, rel=0.02)
+    assert measured_method(ARMS["comp-25"]) == "sparse-25"
+    assert measured_method(ARMS["cut"]) is None
+    assert measured_method(ARMS["comp-25-layers"]) is None
+
+
+def make_rows(values, task="A"):
+    """Rows of ``{config: (cost, losses by seed)}``."""
+    common = {"date": "2026-11-26T00:00:00+00:00", "commit": "abc", "device": "cpu", "task": task}
+    return [
+        {
+            **common, "config": config, "seed": seed, "cost_flops": cost, "cost_time": cost, "answer_nll": loss,
+            "answer_nll_sparse_forward": loss, "token_accuracy": 0.9, "exact_match": 0.8,
+            "equivalent_dense_steps": float("nan"),
+        }
+        for config, (cost, losses) in values.items()
+        for seed, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+CURVE = {"dense": (1.0, (0.1, 0.11, 0.1)), "dense-50": (0.5, (0.2, 0.22, 0.2)), "dense-30": (0.3, (0.4, 0.44, 0.4))}
+
+
+def test_equivalent_steps_interpolate_logarithms():
+    curve = DenseCurve([(1.0, 0.1), (0.5, 0.2), (0.3, 0.4)])
+    assert curve.share(0.2) == pytest.approx(0.5)
+    assert curve.share(np.sqrt(0.1 * 0.2)) == pytest.approx(np.sqrt(0.5))
+    assert curve.loss(np.sqrt(0.5)) == pytest.approx(np.sqrt(0.1 * 0.2))
+    assert np.isnan(curve.share(0.5))
+    assert np.isnan(curve.loss(0.2))
+    assert 1 < curve.share(0.08) < 2
+    flat = DenseCurve([(1.0, 0.21), (0.5, 0.2), (0.3, 0.4)])
+    assert flat.share(0.2) == pytest.approx(0.5), "a longer training that is worse could have stopped earlier"
+
+
+def test_report_finds_what_beats_and_what_loses_to_a_shorter_run(tmp_path):
+    better, worse = (0.12, 0.131, 0.121), (0.3, 0.34, 0.31)
+    rows = make_rows({**CURVE, "default": (0.6, better), "random": (0.6, worse)})
+    append_rows(tmp_path / "quality.csv", rows[:5])
+    append_rows(tmp_path / "quality.csv", rows[5:])
+    read = read_rows(tmp_path / "quality.csv")
+    known = {row["config"]: row["equivalent_dense_steps"] for row in with_equivalents(read)}
+    assert known["default"] > 0.6 > known["random"] > 0.3
+    text = markdown(read)
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert lines["default"][9].startswith("-0.0")
+    assert float(lines["default"][10].strip("<")) < 0.05
+    assert lines["random"][9].startswith("+0.1")
+    draw_report(read, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_holm_steps_down():
+    assert holm([0.01, 0.04, 0.03, float("nan")])[:3] == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_steps_of_a_sum_are_written_out():
+    assert worked_steps("42 - 25 - 73") == "42 - 25 = 17, 17 - 73 = -56. The answer is -56"
+    assert worked_steps("-4 + 10 - 3") == "-4 + 10 = 6, 6 - 3 = 3. The answer is 3"

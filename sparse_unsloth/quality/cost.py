@@ -1,8 +1,8 @@
 """What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
 
 FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), without gradient checkpointing:
-frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins, and the calibration passes.
-Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
+frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins and calibration passes. What
+is only selected of LoRA branches, and what answer tokens leave out, is not deducted. Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
 
 Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
 Llama-3-8B, never the time of this benchmark's masks.
@@ -156,9 +156,9 @@ def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -
 class StepTimes:
     """A sparse step's share of the dense step's time, from a table of measured steps.
 
-    Rows of older code are left out (`usable_rows`). Where the method was measured (half, or a quarter, of the MLP channels), its shares are interpolated over the context
-    share. For every other setting, the share of the FLOP saving that turned into time, of all sparse methods measured,
-    is interpolated instead.
+    Rows of older code are left out (`usable_rows`). Where the method was measured (half, or a quarter, of the MLP
+    channels), its shares are interpolated over the context share. For every other setting, the share of the FLOP saving
+    that turned into time, of all sparse methods measured, is interpolated instead.
     """
 
     def __init__(self, path: Path):

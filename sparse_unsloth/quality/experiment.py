@@ -1,4 +1,4 @@
-"""Runs one setting on one task: calibrate, train all seeds in lockstep, evaluate under both forwards, count the cost."""
+"""Runs a setting on a task: calibrate, train all seeds in lockstep, evaluate under both forwards, count the cost."""
 
 from __future__ import annotations
 
