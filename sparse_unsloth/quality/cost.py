@@ -1,8 +1,9 @@
 """What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
 
 FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), without gradient checkpointing:
-frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins and calibration passes. What
-is only selected of LoRA branches, and what answer tokens leave out, is not deducted. Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
+frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins and calibration passes.
+Where only part of a LoRA branch is computed, or of an answer token, nothing is deducted. Dense and sparse runs both
+leave out work without effect (DESIGN.md section 5).
 
 Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
 Llama-3-8B, never the time of this benchmark's masks.

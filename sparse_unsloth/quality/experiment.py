@@ -54,7 +54,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One setting: figures and costs of each seed, training losses (means over seeds), and the seconds that it took."""
+    """One setting: figures and costs of each seed, training losses (means over seeds), the seconds that its
+    steps took (without capturing graphs), and the whole."""
 
     dense: list[Figures]
     sparse: list[Figures]
@@ -119,7 +120,7 @@ class Experiment:
         refits = {round(share * steps) for share in arm.refits}
         losses, last = torch.zeros(steps, device=self.network.head.device), None
         self._synchronize()
-        started = time.perf_counter()
+        started, captured = time.perf_counter(), self.lockstep.capture_seconds
         for step, (plan, rate) in enumerate(zip(plans, self.settings.rates(steps), strict=True)):
             if step in refits:
                 self.sparsity.keep(full)
@@ -137,7 +138,7 @@ class Experiment:
             if step and step % max(1, steps // 4) == 0:
                 progress(f"step {step} of {steps}, loss {losses[step].item():.3f}")
         self._synchronize()
-        train_seconds = time.perf_counter() - started
+        train_seconds = time.perf_counter() - started - (self.lockstep.capture_seconds - captured)
         dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
         mode, sparse = arm.mode._replace(cut=False), dense
         if mode.kind == "forward":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -147,7 +148,12 @@ class Sparsity:
 
 
 class Lockstep:
-    """Optimiser steps of all adapters: AdamW, each seed's gradient clipped to norm 1."""
+    """Optimiser steps of all adapters: AdamW, each seed's gradient clipped to norm 1.
+
+    Attributes:
+        losses: ``[seeds]``, of the last batch.
+        capture_seconds: spent on capturing graphs, compilation included.
+    """
 
     def __init__(self, network: Network, adapters: Adapters, sparsity: Sparsity, layer: Callable = layer_forward):
         self.network, self.adapters, self.sparsity, self._layer = network, adapters, sparsity, layer
@@ -165,6 +171,7 @@ class Lockstep:
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self._rotary: dict[Layout, tuple[Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.capture_seconds = 0.0
 
     def reset(self) -> None:
         """Fresh adapters, and an optimiser without memory."""
@@ -182,7 +189,10 @@ class Lockstep:
         self._rate.fill_(rate)
         key = (mode, layout, batch.targets.shape)
         if key not in self._graphs:
+            began = time.perf_counter()
             self._graphs[key] = self._capture(batch, layout, mode)
+            torch.cuda.synchronize()
+            self.capture_seconds += time.perf_counter() - began
         graph, static = self._graphs[key]
         _copy(static, batch)
         graph.replay()

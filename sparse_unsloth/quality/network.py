@@ -328,6 +328,8 @@ def run(
     """
     x = F.embedding(ids, network.embedding)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.is_grad_enabled():
+        x.requires_grad_()  # so that the first layer is compiled together with the others
     for index, weights in enumerate(network.layers):
         selection = None if mode == DENSE else sparsity(index)
         x = layer(x, weights, adapters[index], selection, roles, rotary, network, layout, mode)
