@@ -42,36 +42,40 @@ def training_flops(
     Args:
         plans, counts: of each step.
     """
-    layers, inner = shape.num_layers, shape.intermediate_size
-    attention = [0.0] * layers
-    if arm.self_attn:
-        attention = expand(arm.self_attn, attention)
+    units: dict[StepPlan, tuple[int, int, int]] = {}
     totals = []
     for plan, count in zip(plans, counts, strict=True):
-        sparse_attention = plan.mode.attention
-        total = _head(shape, count.loss) + _core(shape, attention_pairs(count.lengths))
-        for layer in range(layers):
-            mlp = 1 - plan.keep[layer] / inner
-            kind = plan.mode.kind if plan.keep[layer] < inner or sparse_attention else "dense"
-            row = _Row(
-                shape=replace(shape, num_layers=1),
-                mlp=mlp if kind != "dense" else 0.0,
-                self_attn=attention[layer] if sparse_attention else 0.0,
-                backward_only=kind == "backward",
-                below=plan.mode.cut and layer < arm.cut,
-                above=plan.mode.cut and layer + 1 < arm.cut,
-                first=layer == 0,
-                last=layer == layers - 1,
-                lora_rank=lora_rank,
-                factor_rank=factor_rank if plan.mode.contextual else 0,
-                stand_in_rank=arm.compensation if plan.mode.compensation else 0,
-            )
-            context = count.context + plan.mode.last * len(count.lengths)
-            dense = count.dense + count.context - context
-            total += dense * _row_flops(row, "dense") + context * _row_flops(row, "context")
-            total += count.loss * _row_flops(row, "loss")
-        totals.append(total)
+        if plan not in units:
+            units[plan] = _plan_flops(shape, arm, plan, lora_rank, factor_rank)
+        dense, context, loss = units[plan]
+        sparse_rows = count.context + plan.mode.last * len(count.lengths)
+        dense_rows = count.dense + count.context - sparse_rows
+        total = dense_rows * dense + sparse_rows * context + count.loss * loss
+        totals.append(total + _head(shape, count.loss) + _core(shape, attention_pairs(count.lengths)))
     return totals
+
+
+def _plan_flops(shape: ModelShape, arm: Arm, plan: StepPlan, lora_rank: int, factor_rank: int) -> tuple[int, int, int]:
+    """FLOPs of all layers for one dense row, one context row, and what a row that bears loss adds."""
+    layers, inner = shape.num_layers, shape.intermediate_size
+    attention = expand(arm.self_attn, [0.0] * layers) if plan.mode.attention else [0.0] * layers
+    found = []
+    for layer in range(layers):
+        row = _Row(
+            shape=replace(shape, num_layers=1),
+            mlp=1 - plan.keep[layer] / inner if plan.mode.kind != "dense" else 0.0,
+            self_attn=attention[layer],
+            backward_only=plan.mode.kind == "backward",
+            below=plan.mode.cut and layer < arm.cut,
+            above=plan.mode.cut and layer + 1 < arm.cut,
+            first=layer == 0,
+            last=layer == layers - 1,
+            lora_rank=lora_rank,
+            factor_rank=factor_rank if plan.mode.contextual else 0,
+            stand_in_rank=arm.compensation if plan.mode.compensation else 0,
+        )
+        found.append([_row_flops(row, role) for role in ("dense", "context", "loss")])
+    return tuple(sum(column) for column in zip(*found, strict=True))
 
 
 @dataclass(frozen=True)
