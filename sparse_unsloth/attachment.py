@@ -111,6 +111,7 @@ def attach(
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
         removed = _remove_rows_without_loss(state)
+        _replace_whole_layers(state)
         _register_hooks(state)
         _probe(state)
         state.prepare(calibration_samples)
@@ -198,6 +199,23 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
     return "; ".join(
         [", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in reasons.items())]
     )
+
+
+def _replace_whole_layers(state: SparsityState) -> None:
+    """Lets the layers of a sparse model run as a whole where that is faster, dense ones among them too."""
+    if state.backend_name != "unsloth" or not state.runtimes:
+        return
+    runtimes = [
+        state.runtime(layer) or LayerRuntime(state, layer, sparsity)
+        for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True)
+    ]
+    state.backend.install_whole_layers(runtimes)
+    installed = {id(module) for module in state.hooked}
+    state.whole_layers = {
+        runtime.layer.index: runtime
+        for runtime in runtimes
+        if runtime.layer.index not in state.runtimes and id(runtime.layer.module) in installed
+    }
 
 
 def _register_hooks(state: SparsityState) -> None:

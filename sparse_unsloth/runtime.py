@@ -76,7 +76,7 @@ class LayerRuntime:
     """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
 
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
-    (`SparseContext.loss_only`).
+    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them.
     """
 
     def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
@@ -85,6 +85,7 @@ class LayerRuntime:
         self.sparsity = sparsity
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
+        self.handed: tuple[Tensor, Tensor, Tensor] | None = None
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
@@ -126,6 +127,14 @@ class LayerRuntime:
         """
         return self._selection("self_attn", hidden_states)
 
+    def mlp_of_context(self, context_rows: Tensor) -> MlpSelection:
+        """The MLP's selection of this forward, from its input on the context rows alone, ``[n, hidden_size]``."""
+        return self._selection("mlp", context_rows, every_row=True)
+
+    def attention_of_context(self, context_rows: Tensor | None) -> AttentionSelection:
+        """The attention's likewise; None once Q, K, V have chosen."""
+        return self._selection("self_attn", context_rows, every_row=True)
+
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
         self.context.ran.add((self.layer.index, part))
@@ -140,7 +149,7 @@ class LayerRuntime:
         return estimator.compensation.get(self.layer.index)
 
     @torch.no_grad()
-    def _selection(self, part: str, hidden_states: Tensor | None):
+    def _selection(self, part: str, hidden_states: Tensor | None, every_row: bool = False):
         key = (self.layer.index, part)
         chosen = self.context.selections.get(key)
         if chosen is None:
@@ -148,7 +157,8 @@ class LayerRuntime:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
             select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
             sparsity = getattr(self.sparsity, part) * self.context.scale
-            chosen = select(self.layer, hidden_states, sparsity, self.context.partition.context)
+            rows = None if every_row else self.context.partition.context
+            chosen = select(self.layer, hidden_states, sparsity, rows)
             if part == "mlp" and chosen.order is not None:
                 self.context.memo(self.layer.index)["order"] = chosen.order
             self.context.selections[key] = chosen
@@ -165,6 +175,7 @@ class SparsityState:
         hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
         runtimes: the layers that the configuration makes sparse, by index.
+        whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
         last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
         driver: the callback, or whatever else sets the step; None outside training.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
@@ -181,6 +192,7 @@ class SparsityState:
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity)
         }
+        self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
         self.driver: object | None = None
         self.estimator: Estimator | None = None
@@ -208,7 +220,7 @@ class SparsityState:
         """What a hooked layer works with; None for a layer that nothing is hooked in."""
         if self.last_layer is not None and self.last_layer.layer is layer:
             return self.last_layer
-        return self.runtimes.get(layer.index)
+        return self.runtimes.get(layer.index) or self.whole_layers.get(layer.index)
 
     def prepare(self, samples: list[Mapping[str, Any]] | None, last_chance: bool = False) -> None:
         """Builds, loads or calibrates the estimator if that can be done now.

@@ -24,6 +24,7 @@ from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import check_adapters, read_base, read_projection
 
 NAME = "peft"
+PARTS = ("mlp", "self_attn")
 PROBE_TOKENS = 8
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.backends import peft as peft_backend
+from sparse_unsloth.backends import unsloth_layer
+from sparse_unsloth.backends.peft import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.layers import DecoderLayer
@@ -27,7 +30,6 @@ from sparse_unsloth.weights import read_projection
 logger = logging.getLogger("sparse_unsloth")
 
 NAME = "unsloth"
-PARTS = ("mlp", "self_attn")
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 
 
@@ -103,6 +105,23 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
     return reasons
 
 
+def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> int:
+    """Replaces the forward of whole layers, once their parts are hooked, where they have the form for it.
+
+    Returns:
+        Of how many.
+    """
+    contract, count = Contract(), 0
+    for runtime in runtimes:
+        if not unsloth_layer.can_replace(runtime):
+            continue
+        if "_sparse_original" not in runtime.layer.self_attn.__dict__:
+            _install(contract, runtime, "self_attn")
+        unsloth_layer.replace(runtime)
+        count += 1
+    return count
+
+
 def refuse_sharded_weights(layer: DecoderLayer) -> None:
     """Raises AttachError if FSDP holds the layer's weights: the hooks read them where no unsharding reaches."""
     for name, module in layer.projections().items():
@@ -147,12 +166,15 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether the functions that `install` put there are still the ones that run."""
     if "apply_qkv" not in module.__dict__:
-        return peft_backend.is_installed(module)
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        return forward is unsloth_layer.layer_forward or peft_backend.is_installed(module)
     return module.apply_qkv is _apply_qkv and module.apply_o is _apply_o and "_sparse_runtime" in module.__dict__
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     runtime: LayerRuntime = self._sparse_runtime
+    if runtime.handed is not None:
+        return runtime.handed
     partition = runtime.partition("self_attn", self)
     modules = (self.q_proj, self.k_proj, self.v_proj)
     projections = None if partition is None else [read_projection(module) for module in modules]
@@ -173,6 +195,8 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
 
 def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
+    if runtime.handed is not None:
+        return attention_output
     partition = runtime.partition("self_attn", self)
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:

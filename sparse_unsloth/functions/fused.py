@@ -115,7 +115,9 @@ class FusedMlp:
                 chunk = slice(start, min(start + step, rows.stop))
                 d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
                 partial[weights.order is self.order].append(d_loras)
-                sums = products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
+                sums = (
+                    products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
+                )
         if self.compensation is not None and self.num_context:
             dx[self.num_dense :] += self.compensation.input_gradient(dy[self.num_dense :])
         return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))

@@ -160,9 +160,7 @@ class FusedInSelected:
             empty = lead + (width if index is None else len(index))
             there = rows.stop > rows.start
             products.append(self._stack(index).spread(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
-        (dx,), d_thin = join_columns(
-            self.A.t(), *products, partition.place, self.index, [width], [len(self.index)]
-        )
+        (dx,), d_thin = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
         dA = product_fp32(d_thin.t(), x)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
 

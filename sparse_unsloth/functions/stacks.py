@@ -80,9 +80,7 @@ def stack_rows(
     return Stack(whole[:lead], (whole,))
 
 
-def stack_columns(
-    base: BaseWeight, lead: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1
-) -> Stack:
+def stack_columns(base: BaseWeight, lead: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1) -> Stack:
     """Input channels of a weight, as rows of the stack, so that `Stack.collect` multiplies with the weight itself.
 
     ``lead`` is transposed likewise: ``[lead, out_features]``, one column of LoRA's B a row. Other arguments as in

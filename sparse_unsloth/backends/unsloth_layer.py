@@ -1,0 +1,136 @@
+"""Whole decoder layers of Unsloth's Llama form: everything but the attention itself in two functions.
+
+The attention module still runs as it is, with Unsloth's RoPE, head norms and attention dispatch: its ``apply_qkv`` is
+handed Q, K, V that are computed already, its ``apply_o`` leaves its input alone. Wherever the two functions do not
+apply, the layer's own forward runs, with the hooks that are in it. Exact, and for speed alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends import peft as peft_backend
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.implementation import use_kernels
+from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
+from sparse_unsloth.functions.mlp import is_recompute
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.runtime import LayerRuntime
+from sparse_unsloth.weights import Projection, read_projection
+
+FORWARD = "LlamaDecoderLayer_fast_forward"
+"""The forward of ``unsloth.models.llama`` that is replaced: Llama's, Mistral's, Qwen2's and Qwen3's layers have it."""
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+               "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+def can_replace(runtime: LayerRuntime) -> bool:
+    """Whether the layer has the form that the two functions compute, and LoRA as they need it."""
+    layer = runtime.layer
+    module = layer.module
+    llama = sys.modules.get("unsloth.models.llama")
+    norms = [getattr(module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    return (
+        runtime.state.config.lora_branch == "dense"
+        and type(module).forward is getattr(llama, FORWARD, None)
+        and layer.adds_mlp_output
+        and all(_is_plain_norm(norm) for norm in norms)
+        and _suit(layer)
+    )
+
+
+def replace(runtime: LayerRuntime) -> None:
+    """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
+    peft_backend.replace_forward(runtime.layer.module, layer_forward, runtime)
+
+
+def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    runtime: LayerRuntime = self._sparse_runtime
+    plan = None if args else _plan(runtime, hidden_states, kwargs)
+    if plan is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    *handed, residual = before_attention(hidden_states, plan)
+    runtime.handed = tuple(handed)
+    try:
+        attention_output, *_ = self.self_attn(hidden_states=hidden_states, **kwargs)
+    finally:
+        runtime.handed = None
+    for part in peft_backend.PARTS:
+        if runtime.is_sparse(part):
+            runtime.record_run(part)
+    return (behind_attention(attention_output, residual, plan),)
+
+
+def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> LayerPlan | None:
+    """What this call computes, or None where the layer's own forward must."""
+    context, layer = runtime.context, runtime.layer
+    module = layer.module
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
+        return None
+    training = module.training and layer.self_attn.training and layer.mlp.training
+    if not training or arguments.get("use_cache") or arguments.get("output_attentions"):
+        return None
+    if arguments.get("past_key_value") is not None or arguments.get("past_key_values") is not None:
+        return None
+    weight, device = module.input_layernorm.weight, hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    if not (dtype == hidden_states.dtype == weight.dtype and hidden_states.is_contiguous()):
+        return None
+    if weight.requires_grad or not use_kernels(hidden_states):
+        return None
+    modules = layer.projections()
+    projections = [read_projection(modules[name]) for name in PROJECTIONS]
+    if any(projection is None or projection.lora is None for projection in projections):
+        return None
+    attention, mlp = (
+        Rows(context.partition, True) if runtime.is_sparse(part) else Rows(context.every_row_dense(), False)
+        for part in ("self_attn", "mlp")
+    )
+    return LayerPlan(
+        input_norm=_norm(module.input_layernorm),
+        output_norm=_norm(module.post_attention_layernorm),
+        attention=attention,
+        mlp=mlp,
+        projections=projections,
+        activation=layer.activation,
+        compensation=runtime.compensation() if mlp.sparse else None,
+        choose_attention=runtime.attention_of_context,
+        choose_mlp=runtime.mlp_of_context,
+        unread=runtime.state.config.exact_removal and is_recompute(context.memo(layer.index)),
+        keep=torch.is_grad_enabled(),
+    )
+
+
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _is_plain_norm(norm: nn.Module | None) -> bool:
+    """A frozen RMS norm that multiplies with its weight as it is (Gemma's adds one)."""
+    return (
+        norm is not None
+        and hasattr(norm, "variance_epsilon")
+        and getattr(norm, "bias", None) is None
+        and not norm.weight.requires_grad
+    )
+
+
+def _suit(layer: DecoderLayer) -> bool:
+    """Whether every projection has LoRA, of one rank where they are computed together, and the MLP no bias."""
+    try:
+        for part in peft_backend.PARTS:
+            peft_backend.check(layer, part)
+    except AttachError:
+        return False
+    modules = layer.projections()
+    found: list[Projection | None] = [read_projection(modules[name]) for name in PROJECTIONS]
+    if any(projection is None or projection.lora is None for projection in found):
+        return False
+    ranks = [projection.lora.A.shape[0] for projection in found]
+    biased = [projection for projection in found[4:] if projection.base.bias is not None]
+    return len(set(ranks[:3])) == len(set(ranks[4:])) == 1 and not biased

@@ -1,0 +1,213 @@
+"""A decoder layer on both sides of its attention, each as one function with few launches.
+
+Before attention: norm, and Q, K, V. Behind it: O, residual sum, norm, gated MLP, residual sum. The norm writes its rows
+sorted by role, so that neither the projections nor the MLP gather or scatter anything. Same mathematics as the layer's
+own norms around `sparse_unsloth.functions.linear` and `sparse_unsloth.functions.mlp`; the residual sums are rounded once
+less. A part that is dense treats every row as a dense one, in its natural order.
+
+In a recompute that nobody reads (gradient checkpointing) the MLP is left out: its backward computes what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.fused import FusedMlp, channel_order
+from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
+from sparse_unsloth.functions.linear import as_loras, lora_tensors
+from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.weights import Projection
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm with a frozen weight ``[hidden_size]``."""
+
+    weight: Tensor
+    eps: float
+
+
+class Rows:
+    """The rows of a part: those of a sparse one by role, those of a dense one as they come.
+
+    Args:
+        partition: the roles; of a dense part, every row is dense.
+        sparse: which of the two it is.
+    """
+
+    def __init__(self, partition: TokenPartition, sparse: bool):
+        self.partition, self.sparse = partition, sparse
+        size = partition.num_dense + partition.num_context
+        self.order = Order(partition.place if sparse else None, partition.num_dense, size)
+
+    def sort(self, values: Tensor) -> Tensor:
+        """``values [M, width]`` in this order."""
+        return values.index_select(0, self.partition.rows) if self.sparse else values
+
+    def context(self, values: Tensor) -> Tensor:
+        """The context rows of ``values`` in this order."""
+        return values[self.partition.num_dense :]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One call of a layer.
+
+    Args:
+        input_norm, output_norm: before attention and before the MLP.
+        attention, mlp: their rows.
+        projections: of q, k, v, o, gate, up, down; all have LoRA, q, k, v of one rank, and gate, up, down too.
+        activation: of the MLP.
+        compensation: of its dropped channels.
+        choose_attention, choose_mlp: a part's selection from its normalised context rows ``[n, hidden_size]``; called
+            for sparse parts alone.
+        unread: nobody will read the layer's output.
+        keep: backward follows, and may find what forward computed.
+    """
+
+    input_norm: Norm
+    output_norm: Norm
+    attention: Rows
+    mlp: Rows
+    projections: Sequence[Projection]
+    activation: str
+    compensation: Compensation | None
+    choose_attention: Callable[[Tensor], AttentionSelection]
+    choose_mlp: Callable[[Tensor], MlpSelection]
+    unread: bool
+    keep: bool
+
+    def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Channels of q, k, v, o; none in a dense part."""
+        if not self.attention.sparse:
+            return (self.attention.partition.context,) * 4
+        chosen = self.choose_attention(None if normed is None else self.attention.context(normed))
+        return chosen.q, chosen.k, chosen.v, chosen.o
+
+
+def before_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(Q, K, V, residual)`` of ``hidden_states [..., hidden_size]``; the residual is ``hidden_states``."""
+    return _BeforeAttention.apply(hidden_states, plan, *_loras(plan.projections[:3]))
+
+
+def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
+    """The layer's output ``[..., hidden_size]``.
+
+    Args:
+        attention_output: ``[..., heads * head_dim]``, before o_proj.
+        residual: as `before_attention` gave it.
+    """
+    return _BehindAttention.apply(attention_output, residual, plan, *_loras(plan.projections[3:]))
+
+
+class _BeforeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, *loras: Tensor):
+        x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
+        with without_autocast(x):
+            _, normed, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order)
+            projections = plan.projections[:3]
+            fused = FusedOutSelected(
+                rows.partition, [projection.base for projection in projections], loras,
+                [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
+            )  # fmt: skip
+            outputs, thin = fused.forward(normed)
+        ctx.plan, ctx.fused = plan, fused
+        ctx.save_for_backward(hidden_states, normed, scale, thin, *loras)
+        return *(y.view(*hidden_states.shape[:-1], -1) for y in outputs), hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        hidden_states, normed, scale, thin, *loras = ctx.saved_tensors
+        plan, x = ctx.plan, hidden_states.flatten(0, -2)
+        *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
+        with without_autocast(x):
+            d_normed, lora_gradients = ctx.fused.backward(gradients, normed, thin)
+            order, weight = plan.attention.order, plan.input_norm.weight
+            dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
+        return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
+
+
+class _BehindAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
+        a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
+        output, *projections = plan.projections[3:]
+        norm, rows = plan.output_norm, plan.mlp
+        with without_autocast(a):
+            o = FusedInSelected(
+                plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
+                a.dtype,
+            )  # fmt: skip
+            y, thin = o.forward(a)
+            total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
+            del y
+            mlp = _mlp(plan, projections, loras[2:], normed)
+            if plan.unread:
+                saved, result = (), stream.new_zeros(()).expand(stream.shape)
+            else:
+                y, saved = mlp.forward(normed, plan.keep)
+                result = add_rows(total, y, rows.order)
+        ctx.plan, ctx.o, ctx.mlp, ctx.num_loras = plan, o, mlp, len(loras)
+        ctx.save_for_backward(attention_output, thin, total, normed, scale, *loras, *saved)
+        return result.view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        attention_output, thin, total, normed, scale, *rest = ctx.saved_tensors
+        loras, saved, plan = rest[: ctx.num_loras], rest[ctx.num_loras :], ctx.plan
+        a, dy = attention_output.flatten(0, -2), gradient.flatten(0, -2).contiguous()
+        with without_autocast(a):
+            d_normed, mlp_gradients = ctx.mlp.backward(plan.mlp.sort(dy), normed, saved)
+            d_total, d_sorted = norm_backward(
+                d_normed, plan.mlp.order, total, scale, plan.output_norm.weight, dy, plan.attention.order
+            )
+            del d_normed
+            da, o_gradients = ctx.o.backward(d_total, d_sorted, a, thin)
+        lora_gradients = as_loras([*o_gradients, *mlp_gradients], loras)
+        return da.view(attention_output.shape), d_total.view(gradient.shape), None, *lora_gradients
+
+
+def _mlp(plan: LayerPlan, projections: Sequence[Projection], loras: Sequence[Tensor], normed: Tensor) -> FusedMlp:
+    partition, bases = plan.mlp.partition, [projection.base for projection in projections]
+    channels = order = partition.context  # of a dense part, none
+    if plan.mlp.sparse:
+        chosen = plan.choose_mlp(plan.mlp.context(normed))
+        channels = chosen.channels
+        order = channel_order(channels, bases[0].shape[0]) if chosen.order is None else chosen.order
+    compensation = plan.compensation and plan.compensation.to(normed.device, normed.dtype)
+    return FusedMlp(
+        partition.num_dense, partition.num_context, bases, loras,
+        tuple(projection.lora.scale for projection in projections), plan.activation, channels, order, compensation,
+        normed.dtype,
+    )  # fmt: skip
+
+
+def _loras(projections: Sequence[Projection]) -> list[Tensor]:
+    return [tensor for projection in projections for tensor in lora_tensors(projection)]
+
+
+class without_autocast:  # noqa: N801 (a context manager by its verb, as torch's own)
+    """``torch.autocast(device, enabled=False)`` in a tenth of its host time."""
+
+    __slots__ = ("before", "device")
+
+    def __init__(self, like: Tensor):
+        self.device = like.device.type
+
+    def __enter__(self) -> None:
+        self.before = torch.is_autocast_enabled(self.device)
+        torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_enabled(self.device, self.before)

@@ -1,0 +1,173 @@
+"""Whole decoder layers in two functions, against the same layers hooked part by part, through Triton's interpreter.
+
+The layers are transformers', in the form that Unsloth's class forward has; on the GPU tests/gpu/test_unsloth.py compares
+Unsloth's own.
+"""
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth_layer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import always, loss_and_gradients, make_base, make_batch, make_lora
+
+contract_file = Path(__file__).parent / "test_unsloth_contract.py"
+spec = importlib.util.spec_from_file_location("whole_layers_contract", contract_file)
+contract = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(contract)
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
+)
+
+
+def fast_forward(self, hidden_states, **kwargs):
+    """Llama's layer as Unsloth's class forward returns it."""
+    return (modeling_llama.LlamaDecoderLayer.forward(self, hidden_states, **kwargs),)
+
+
+class FastLayer(modeling_llama.LlamaDecoderLayer):
+    """Calls give the tensor that transformers' model wants, the forward the tuple that Unsloth's returns."""
+
+    forward = fast_forward
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)[0]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    stand_in = contract.StandIn(monkeypatch)
+    setattr(stand_in.llama, unsloth_layer.FORWARD, fast_forward)
+    return stand_in
+
+
+def make_model(stand_in, checkpointing=False, family="llama", lora=make_lora):
+    model = lora(base=make_base(family, use_cache=False))
+    fast_lora = stand_in.fast_lora
+    for layer in contract.decoder_layers(model):
+        layer.__class__, layer.self_attn.__class__ = FastLayer, contract.SlotAttention
+        layer.mlp.forward = MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
+        layer.self_attn.apply_qkv, layer.self_attn.apply_o = fast_lora.apply_lora_qkv, fast_lora.apply_lora_o
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    return model.train()
+
+
+def spy(monkeypatch):
+    """The layers whose second function ran, in order."""
+    ran = []
+    original = unsloth_layer.behind_attention
+    monkeypatch.setattr(
+        unsloth_layer, "behind_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
+    )
+    return ran
+
+
+RULES = {
+    "both": {"mlp": {"1-2": 0.6}, "self_attn": {"2": 0.5}},
+    "attention alone": {"mlp": {}, "self_attn": {"0-1": 0.5}},
+    "no dense rows": {"mlp": {"0-1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
+    "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, "reentrant", True])
+@pytest.mark.parametrize("rules", RULES)
+def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpointing):
+    model = make_model(stand_in, checkpointing)
+    configuration = always(**RULES[rules])
+    if checkpointing is True:
+        configuration["exact_removal"] = False
+    expected = attach(model, {**configuration, "exact_removal": False}) and loss_and_gradients(model, make_batch())
+    assert all(runtime.handed is None for runtime in get_state(model).runtimes.values())
+    detach(model)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    ran = spy(monkeypatch)
+    attach(model, {**configuration, "exact_removal": False})
+    ran.clear()
+    ours = loss_and_gradients(model, make_batch())
+    assert len(ran) == (6 if checkpointing else 3)
+    assert get_state(model).ran == get_state(model).expected_parts()
+    contract.assert_same(ours, expected)
+
+
+def test_a_recompute_leaves_the_mlp_out(stand_in, monkeypatch):
+    """With exact removal; gradients are those of a step without checkpointing."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    outcomes = []
+    for checkpointing in (False, "reentrant"):
+        model = make_model(stand_in, checkpointing)
+        attach(model, {**always(**RULES["both"]), "exact_removal": False})
+        get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
+        ran = spy(monkeypatch)
+        outcomes.append(loss_and_gradients(model, make_batch()))
+        assert [plan.unread for plan in ran].count(True) == (3 if checkpointing else 0)
+    contract.assert_same(*outcomes)
+
+
+def test_grouped_biases_and_packed_rows(stand_in, monkeypatch):
+    """Qwen2's biases on Q, K, V stay dense."""
+    outcomes = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+        model = make_model(stand_in)
+        with torch.no_grad():
+            for layer in contract.decoder_layers(model):
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    base = getattr(layer.self_attn, name).base_layer
+                    values = torch.linspace(-0.2, 0.2, base.out_features)
+                    base.bias = torch.nn.Parameter(values, requires_grad=False)
+        attach(model, {**always(**RULES["both"]), "exact_removal": False})
+        outcomes.append(loss_and_gradients(model, contract.packed_batch()))
+    contract.assert_same(*reversed(outcomes))
+
+
+def test_other_calls_run_the_layers_own_forward(stand_in, monkeypatch):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model, batch = make_model(stand_in), make_batch()
+    forwards = [layer.forward for layer in contract.decoder_layers(model)]
+    expected = model(**batch).loss
+    attach(model, {**always(**RULES["both"]), "exact_removal": False})
+    ran = spy(monkeypatch)
+    model.eval()
+    torch.testing.assert_close(model(**batch).loss, expected)
+    model.train()
+    with model.disable_adapter():
+        model(**batch)
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    contract.decoder_layers(model)[0].input_layernorm.weight.requires_grad_(True)
+    assert not ran
+    model(**batch)
+    assert len(ran) == 2
+    copied = copy.deepcopy(model)
+    assert contract.decoder_layers(copied)[1].forward.__self__ is contract.decoder_layers(copied)[1]
+    detach(model)
+    for layer, forward in zip(contract.decoder_layers(model), forwards, strict=True):
+        assert layer.forward == forward
+        assert not {name for name in layer.self_attn.__dict__ if name.startswith("_sparse")}
+        assert "_sparse_runtime" not in layer.__dict__
+
+
+@pytest.mark.parametrize("why", ["another forward", "trained norm", "selected", "no lora on v"])
+def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
+    targets = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] + ["v_proj"] * (why != "no lora on v")
+    model = make_model(stand_in, lora=lambda base: make_lora(base=base, targets=targets))
+    if why == "another forward":
+        setattr(stand_in.llama, unsloth_layer.FORWARD, None)
+    if why == "trained norm":
+        for layer in contract.decoder_layers(model):
+            layer.input_layernorm.weight.requires_grad_(True)
+    changes = {"lora_branch": "selected"} if why == "selected" else {}
+    attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False, **changes})
+    assert all("forward" not in layer.__dict__ for layer in contract.decoder_layers(model))
