@@ -100,9 +100,9 @@ def split_columns_kernel(
         p_row = dense + o_place[:, None].to(tl.int64) * total
         tl.store(p_row + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            mask = (o_place < n_dense)[:, None] & m_lead
-            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=mask, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_thin, mask=mask)
+            m_thin = (o_place < n_dense)[:, None] & m_lead
+            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=m_thin, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_thin, mask=m_thin)
     else:
         i_program -= dense_tiles
         row_tiles = tl.cdiv(n_context, TILE_N)
@@ -120,9 +120,9 @@ def split_columns_kernel(
         p_row = context + o_place[:, None].to(tl.int64) * total
         tl.store(p_row + lead + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            mask = (o_place < n_context)[:, None] & m_lead
-            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=mask, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_thin, mask=mask)
+            m_thin = (o_place < n_context)[:, None] & m_lead
+            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=m_thin, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_thin, mask=m_thin)
 
 
 @triton.jit
