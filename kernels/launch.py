@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
+_knobs = getattr(triton, "knobs", None)
+_MAX_INT32 = 2147483647
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _device = getattr(torch._C, "_cuda_getDevice", None)
 
@@ -42,20 +44,25 @@ def launch(
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
         return
     device = _device()
-    key: list[object] = [kernel, device, num_warps, num_stages, *constants.values()]
-    values: list[Tensor | int | float | None] = []
+    bits = 1  # three for each argument: what Triton would specialise by
+    dtypes: list[object] = []
+    values: list[int | float | None] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            key += (argument.dtype, address & 15)
-            values.append(address)  # as a number it needs no look-up by the driver
-            continue
-        values.append(argument)
-        if isinstance(argument, int):
-            key.append(1 if argument == 1 else 2 + (argument & 15 == 0) + 2 * (argument > 2147483647))
+        if type(argument) is int:
+            values.append(argument)
+            if argument == 1:
+                bits <<= 3
+            else:
+                bits = bits << 3 | 1 | (not argument & 15) << 1 | (argument > _MAX_INT32) << 2
+        elif argument is None or type(argument) is float:
+            values.append(argument)
+            bits = bits << 3 | (2 if argument is None else 4)
         else:
-            key.append(argument if argument is None else float)
-    key = tuple(key)
+            address = argument.data_ptr()
+            values.append(address)  # as a number it needs no look-up by the driver
+            dtypes.append(argument.dtype)
+            bits = bits << 3 | (6 if address & 15 else 4)
+    key = (kernel, device, num_warps, num_stages, bits, *dtypes, *constants.values())
     known = _compiled.get(key)
     if known is None:
         _check(kernel, arguments, constants)
@@ -77,9 +84,10 @@ def _check(kernel: Any, arguments: Sequence, constants: dict[str, Any]) -> None:
 
 def _hooked() -> bool:
     """Whether a profiler listens to Triton's launches; those take Triton's own path."""
-    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
-    return runtime is not None and any(
-        getattr(hook, "calls", True) != []
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
-        if hook is not None
+    runtime = _knobs and _knobs.runtime
+    if not runtime:
+        return False
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(enter is not None and getattr(enter, "calls", True)) or bool(
+        leave is not None and getattr(leave, "calls", True)
     )

@@ -16,7 +16,7 @@ ROWS = {"natural": None, "both": (5, 7, 2), "context": (0, 14, 0), "dense": (3, 
 def make_order(rows, seed=0):
     if rows is None:
         return norms.Order(None, 0, 14)
-    num_dense, num_context, num_padding = rows
+    num_dense, num_context, _ = rows
     generator = torch.Generator().manual_seed(seed)
     natural = torch.randperm(14, generator=generator)
     place = torch.empty(14, dtype=torch.int64)

@@ -8,6 +8,7 @@ apply, the layer's own forward runs, with the hooks that are in it. Exact, and f
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +25,6 @@ from sparse_unsloth.weights import Projection, read_projection
 
 FORWARD = "LlamaDecoderLayer_fast_forward"
 """The forward of ``unsloth.models.llama`` that is replaced: Llama's, Mistral's, Qwen2's and Qwen3's layers have it."""
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-               "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
 def can_replace(runtime: LayerRuntime) -> bool:
@@ -83,10 +82,14 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         return None
     if weight.requires_grad or not use_kernels(hidden_states):
         return None
-    modules = layer.projections()
-    projections = [read_projection(modules[name]) for name in PROJECTIONS]
-    if any(projection is None or projection.lora is None for projection in projections):
-        return None
+    memo = context.memo(layer.index)
+    recompute = is_recompute(memo)
+    projections = memo.pop("projections", None) if recompute else None
+    if projections is None:
+        projections = [read_projection(module) for module in _modules(layer)]
+        if any(projection is None or projection.lora is None for projection in projections):
+            return None
+        memo["projections"] = projections
     attention, mlp = (
         Rows(context.partition, True) if runtime.is_sparse(part) else Rows(context.every_row_dense(), False)
         for part in ("self_attn", "mlp")
@@ -101,9 +104,16 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         compensation=runtime.compensation() if mlp.sparse else None,
         choose_attention=runtime.attention_of_context,
         choose_mlp=runtime.mlp_of_context,
-        unread=runtime.state.config.exact_removal and is_recompute(context.memo(layer.index)),
+        unread=recompute and runtime.state.config.exact_removal,
         keep=torch.is_grad_enabled(),
     )
+
+
+def _modules(layer: DecoderLayer) -> Iterator[nn.Module]:
+    """The projections q, k, v, o, gate, up, down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 def _norm(module: nn.Module) -> Norm:
@@ -127,8 +137,7 @@ def _suit(layer: DecoderLayer) -> bool:
             peft_backend.check(layer, part)
     except AttachError:
         return False
-    modules = layer.projections()
-    found: list[Projection | None] = [read_projection(modules[name]) for name in PROJECTIONS]
+    found: list[Projection | None] = [read_projection(module) for module in _modules(layer)]
     if any(projection is None or projection.lora is None for projection in found):
         return False
     ranks = [projection.lora.A.shape[0] for projection in found]

@@ -8,7 +8,7 @@ and same gradients, as `sparse_unsloth.functions.mlp`; few launches are what thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
 from sparse_unsloth.weights import BaseWeight
 
-CHUNK = 4096
-"""Dense rows whose wide intermediates are held at a time in a backward that computes them anew."""
+CHUNK = 2048
+"""Rows whose wide intermediates are held at a time where they are not kept for backward."""
 
 
 def channel_order(channels: Tensor, size: int) -> Tensor:
@@ -86,11 +86,12 @@ class FusedMlp:
         """``y [n, hidden]``, and with ``keep`` what backward need not compute anew; ``x [n, hidden]``."""
         y, saved = x.new_empty(x.shape), []
         for rows, weights in self._kinds():
-            stacked = weights.into.spread(x[rows])
-            thin, base = self._views(stacked)
-            unit = stacked.new_empty((len(stacked), weights.out.size))
-            glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
-            weights.out.collect(unit, out=y[rows])
+            for chunk in self._chunks(rows, weights, keep):
+                stacked = weights.into.spread(x[chunk])
+                thin, base = self._views(stacked)
+                unit = stacked.new_empty((len(stacked), weights.out.size))
+                glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
+                weights.out.collect(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
         if self.compensation is not None and self.num_context:
@@ -109,10 +110,7 @@ class FusedMlp:
         partial: dict[bool, list[Tensor]] = {False: [], True: []}
         for rows, weights in self._kinds():
             kept = (saved.pop(0), saved.pop(0)) if saved else None
-            size = rows.stop - rows.start
-            step = CHUNK if kept is None and weights.order is not self.order else size
-            for start in range(rows.start, rows.stop, step):
-                chunk = slice(start, min(start + step, rows.stop))
+            for chunk in self._chunks(rows, weights, kept is not None):
                 d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
                 partial[weights.order is self.order].append(d_loras)
                 sums = (
@@ -140,7 +138,13 @@ class FusedMlp:
         weights.into.collect(d_stacked, out=dx)
         return d_loras, product_fp32(d_thin.t(), x), product_fp32(dy.t(), down_thin)
 
-    def _kinds(self):
+    def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
+        """``rows`` in parts, unless ``whole`` or those of context rows."""
+        step = rows.stop - rows.start if whole or weights.order is self.order else CHUNK
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop))
+
+    def _kinds(self) -> Iterator[tuple[slice, _Weights]]:
         """Yields ``(rows, weights)`` of each kind of rows that there are, one kind's weights at a time."""
         end = self.num_dense + self.num_context
         for rows, channels in ((slice(0, self.num_dense), None), (slice(self.num_dense, end), self.channels)):

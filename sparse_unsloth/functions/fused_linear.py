@@ -8,7 +8,7 @@ that. In a dense part every row is a dense one, in its natural order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class FusedOutSelected:
         scales: LoRA's, by part.
         indices: by part, int64 ``[k]``, ascending: the channels of context rows.
         dtype: of the products.
+        keep: whether the stacks stay from forward to backward: for a recompute, whose backward is next.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class FusedOutSelected:
         scales: Sequence[float],
         indices: Sequence[Tensor],
         dtype: torch.dtype,
+        keep: bool = False,
     ):
         self.partition, self.bases, self.scales, self.indices, self.dtype = partition, bases, scales, indices, dtype
         self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
         self.A, self.B = _pack(loras, scales, dtype)
         self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
+        self._kept: dict[bool, Stack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` of rows in their natural order, ``x [M, in_features]``."""
@@ -100,9 +103,12 @@ class FusedOutSelected:
         return dx, loras
 
     def _stack(self, indices: Sequence[Tensor] | None) -> Stack:
-        stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
-        stack.lead.copy_(self.A)
-        return stack
+        def make() -> Stack:
+            stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
+            stack.lead.copy_(self.A)
+            return stack
+
+        return _once(self._kept, indices is None, make)
 
 
 class FusedInSelected:
@@ -116,9 +122,11 @@ class FusedInSelected:
         scale: float,
         index: Tensor,
         dtype: torch.dtype,
+        keep: bool = False,
     ):
         self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
         self.A, self.B = _pack(loras, [scale], dtype)
+        self._kept: dict[bool, Stack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` with the output in its natural order, ``[M, out_features]``."""
@@ -165,15 +173,27 @@ class FusedInSelected:
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
 
     def _stack(self, index: Tensor | None) -> Stack:
-        stack = stack_columns(self.base, len(self.A), self.dtype, index)
-        stack.lead.copy_(self.B.t())
-        return stack
+        def make() -> Stack:
+            stack = stack_columns(self.base, len(self.A), self.dtype, index)
+            stack.lead.copy_(self.B.t())
+            return stack
+
+        return _once(self._kept, index is None, make)
 
 
 def _kinds(partition: TokenPartition, selected):
     """``(rows by role, None)`` of the dense rows, and ``(rows by role, selected)`` of the context rows."""
     num_dense = partition.num_dense
     return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
+
+
+def _once(kept: dict[bool, Stack] | None, which: bool, make: Callable[[], Stack]) -> Stack:
+    """``make()``, or what it made before where that is kept."""
+    if kept is None:
+        return make()
+    if which not in kept:
+        kept[which] = make()
+    return kept[which]
 
 
 def place_rows(values: Tensor, partition: TokenPartition, like: Tensor) -> Tensor:

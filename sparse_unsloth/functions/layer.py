@@ -69,7 +69,7 @@ class LayerPlan:
         compensation: of its dropped channels.
         choose_attention, choose_mlp: a part's selection from its normalised context rows ``[n, hidden_size]``; called
             for sparse parts alone.
-        unread: nobody will read the layer's output.
+        unread: a recompute, whose backward is next: nobody will read the layer's output.
         keep: backward follows, and may find what forward computed.
     """
 
@@ -118,6 +118,7 @@ class _BeforeAttention(torch.autograd.Function):
             fused = FusedOutSelected(
                 rows.partition, [projection.base for projection in projections], loras,
                 [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
+                plan.unread,
             )  # fmt: skip
             outputs, thin = fused.forward(normed)
         ctx.plan, ctx.fused = plan, fused
@@ -146,7 +147,7 @@ class _BehindAttention(torch.autograd.Function):
         with without_autocast(a):
             o = FusedInSelected(
                 plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
-                a.dtype,
+                a.dtype, plan.unread,
             )  # fmt: skip
             y, thin = o.forward(a)
             total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
@@ -197,7 +198,7 @@ def _loras(projections: Sequence[Projection]) -> list[Tensor]:
     return [tensor for projection in projections for tensor in lora_tensors(projection)]
 
 
-class without_autocast:  # noqa: N801 (a context manager by its verb, as torch's own)
+class without_autocast:
     """``torch.autocast(device, enabled=False)`` in a tenth of its host time."""
 
     __slots__ = ("before", "device")
