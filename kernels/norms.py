@@ -4,7 +4,7 @@
 the gradient that comes along the residual stream. The stream lies in its natural order, what goes into a part or comes
 out of it may lie by role: ``place`` (`sparse_unsloth.partition.TokenPartition.place`) says where a row stands there.
 
-Bytes (bf16), M rows of H: `add_norm` reads ``4 M H`` and writes ``4 M H`` (half of each without the addition, or without
+Bytes (bf16), M rows of H: `add_norm` reads ``4 M H`` and writes ``4 M H`` (half of each without the addition or without
 the norm); `norm_backward` reads ``6 M H`` and writes ``2 M H``, or ``4 M H`` with the second copy.
 """
 

@@ -2,8 +2,8 @@
 
 Before attention: norm, and Q, K, V. Behind it: O, residual sum, norm, gated MLP, residual sum. The norm writes its rows
 sorted by role, so that neither the projections nor the MLP gather or scatter anything. Same mathematics as the layer's
-own norms around `sparse_unsloth.functions.linear` and `sparse_unsloth.functions.mlp`; the residual sums are rounded once
-less. A part that is dense treats every row as a dense one, in its natural order.
+norms around `sparse_unsloth.functions.linear` and `sparse_unsloth.functions.mlp`; the gradients of residual sums are
+rounded once less. A part that is dense treats every row as a dense one, in its natural order.
 
 In a recompute that nobody reads (gradient checkpointing) the MLP is left out: its backward computes what it needs.
 """
