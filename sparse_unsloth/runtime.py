@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.distributed import has_group, is_main, rank, world_size
 from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.estimator import Estimator, obtain_estimator
 from sparse_unsloth.functions.compensation import Compensation
@@ -21,6 +22,7 @@ from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.sharing import shared_estimator
 
 if TYPE_CHECKING:
     from sparse_unsloth.loss import LossRemoval
@@ -197,6 +199,7 @@ class SparsityState:
         self.driver: object | None = None
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
+        self._shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
         self.ran: set[tuple[int, str]] = set()
@@ -234,35 +237,62 @@ class SparsityState:
         """
         if self.selector is not None or not self.runtimes:
             return
-        if self.config.criterion == "estimator":
-            self.estimator = obtain_estimator(
-                self.model,
+        if self.config.criterion != "estimator":
+            self._use(None)
+        elif last_chance or is_main():  # rank 0 makes it once for all, see `begin_training`
+            estimator = self._obtain(samples, wait=not last_chance)
+            if estimator is not None:
+                self._use(estimator)
+
+    def _use(self, estimator: Estimator | None) -> None:
+        self.estimator = estimator
+        self.selector = ChannelSelector(self.config, self.layers, estimator)
+
+    def _obtain(self, samples: list[Mapping[str, Any]] | None, wait: bool) -> Estimator | None:
+        return obtain_estimator(
+            self.model,
+            self.layers,
+            self.layer_sparsity,
+            self.config.estimator,
+            samples=samples,
+            wait=wait,
+            dense_tokens=self.config.dense_tokens,
+            seed=self.config.seed,
+        )
+
+    def _prepare_for_all(self, train_dataset, collate_fn) -> None:
+        """`prepare`, once for all processes."""
+        if world_size() == 1 or not has_group() or self.config.criterion != "estimator":
+            if self.selector is None:
+                self.prepare(self._samples_of(train_dataset, collate_fn), last_chance=True)
+            return
+        if self._shared:
+            return
+        self._use(
+            shared_estimator(
                 self.layers,
                 self.layer_sparsity,
-                self.config.estimator,
-                samples=samples,
-                wait=not last_chance,
-                dense_tokens=self.config.dense_tokens,
-                seed=self.config.seed,
+                self.estimator,
+                lambda: self._samples_of(train_dataset, collate_fn),
+                lambda samples: self._obtain(samples, wait=False),
             )
-            if self.estimator is None:
-                return
-        self.selector = ChannelSelector(self.config, self.layers, self.estimator)
+        )
+        self._shared = True
 
     def begin_training(self, driver: object, max_steps: int, train_dataset=None, collate_fn=None) -> None:
         """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
+
+        Of several processes every one must call it: the estimator of rank 0 becomes that of all.
 
         Raises:
             AttachError: a hook is gone, or FSDP sharded weights that the backend needs whole.
             EstimatorError: the estimator needs calibration samples and the data set gives none.
         """
         self.verify_hooks()
-        if self.backend_name == "unsloth":
-            for layer in filter(self.runtime, self.layers):
-                self.backend.refuse_sharded_weights(layer)
-        if self.selector is None and self.runtimes:
-            samples = self._samples_of(train_dataset, collate_fn)
-            self.prepare(samples, last_chance=True)
+        for layer in filter(self.runtime, self.layers):
+            self.backend.refuse_sharded_weights(layer)
+        if self.runtimes:
+            self._prepare_for_all(train_dataset, collate_fn)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self._reset_counts()
 
@@ -370,6 +400,13 @@ class SparsityState:
             scale = 0.0
         if scale > 0:
             if self.selector is None:
+                if rank():
+                    raise EstimatorError(
+                        f"Rank {rank()} has no estimator yet: rank 0 hands its own out when training begins. Train "
+                        "through a trainer that was built after attaching, or let every rank call "
+                        "get_state(model).begin_training(driver, max_steps) before its first step, with "
+                        "torch.distributed initialised."
+                    )
                 raise EstimatorError(
                     f"The estimator of kind {self.config.estimator.kind!r} still waits for calibration samples. Train "
                     "through a transformers or TRL trainer (it then takes the first training samples), or pass "
@@ -441,7 +478,8 @@ class SparsityState:
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message)
+            if is_main():
+                logger.warning(message)
 
     def _reset_counts(self) -> None:
         self._forwards = self._sparse_forwards = self._context_tokens = self._dense_tokens = 0
