@@ -237,9 +237,7 @@ def work_fsdp2(args: argparse.Namespace) -> None:
         use_gradient_checkpointing=True, **options,
     )  # fmt: skip
     sparsity = sparsity_of("sparse-o2", model.config.num_hidden_layers) | {"start_step": SPARSE_STEP}
-    model = FastSparseLanguageModel.get_peft_model(
-        model, r=16, sparsity=sparsity, use_gradient_checkpointing=True
-    )
+    model = FastSparseLanguageModel.get_peft_model(model, r=16, sparsity=sparsity, use_gradient_checkpointing=True)
     vocabulary = model.config.vocab_size
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     model, optimiser = accelerator.prepare(model.train(), optimiser)
@@ -284,7 +282,15 @@ def table(path: Path) -> str:
     """Markdown of a table of rows: the newest of each cell, efficiency and speed-up beside it."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = {
-            (row["device"], row["model"], row["dtype"], row["engine"], row["method"], row["shape"], int(row["gpus"])): row
+            (
+                row["device"],
+                row["model"],
+                row["dtype"],
+                row["engine"],
+                row["method"],
+                row["shape"],
+                int(row["gpus"]),
+            ): row
             for row in csv.DictReader(file)
         }
     lines = [

@@ -138,6 +138,8 @@ def detach(model: nn.Module) -> None:
     if state is None:
         raise AttachError("This model is not attached.")
     model = state.model
+    if state.planner is not None:
+        state.planner.restore()
     for module in state.hooked:
         state.backend.uninstall(module)
     for handle in state.handles:

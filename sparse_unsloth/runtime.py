@@ -20,6 +20,7 @@ from sparse_unsloth.estimator import Estimator, obtain_estimator
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.memory_budget import CheckpointPlanner
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
 from sparse_unsloth.sharing import shared_estimator
@@ -199,6 +200,7 @@ class SparsityState:
         self.driver: object | None = None
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
+        self.planner: CheckpointPlanner | None = None
         self._shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
@@ -293,6 +295,8 @@ class SparsityState:
             self.backend.refuse_sharded_weights(layer)
         if self.runtimes:
             self._prepare_for_all(train_dataset, collate_fn)
+        if self.config.memory_budget is not None and self.planner is None:
+            self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self._reset_counts()
 
@@ -351,6 +355,9 @@ class SparsityState:
 
     def end_training(self) -> None:
         """Forgets the driver; the next training brings its own."""
+        if self.planner is not None:
+            self.planner.restore()
+            self.planner = None
         self.driver, self._scale = None, 0.0
 
     def metrics(self) -> dict[str, float]:
@@ -367,6 +374,8 @@ class SparsityState:
             "sparsity/mean_mlp": mean[0] * self._scale,
             "sparsity/mean_self_attn": mean[1] * self._scale,
         }
+        if self.planner is not None:
+            figures["sparsity/kept_layers"] = float(self.planner.num_kept)
         self._reset_counts()
         return figures
 
@@ -383,6 +392,8 @@ class SparsityState:
             kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
         scale = self._current_scale() if self.runtimes else 0.0
         if kwargs.get("labels") is None:
+            if self.planner is not None:
+                self.planner.restore()
             if self.runtimes:
                 self._say_once(
                     "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
@@ -393,6 +404,8 @@ class SparsityState:
         if not (self.runtimes or loss_only):
             return None
         partition = self._partition(kwargs)
+        if self.planner is not None:
+            self.planner.plan(partition, scale if len(partition.context) else 0.0)
         self._forwards += 1
         self._context_tokens += len(partition.context)
         self._dense_tokens += len(partition.dense)

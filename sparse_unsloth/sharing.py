@@ -43,7 +43,9 @@ def shared_estimator(
         EstimatorError: the ranks hold different base weights, or it cannot be made.
     """
     sharded = any(is_sharded(layer.module) for layer in layers)
-    if not (sharded or uses_fsdp()):  # accelerate may leave ranks other than 0 without weights until FSDP hands them out
+    if not (
+        sharded or uses_fsdp()
+    ):  # accelerate may leave ranks other than 0 without weights until FSDP hands them out
         _check_same_weights(layers, layer_sparsity)
     if from_main(lambda: made is not None):
         estimator = from_main(lambda: _portable(made, layers))

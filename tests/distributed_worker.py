@@ -1,7 +1,7 @@
 """What two processes and one both compute in `test_distributed`; launched as one of two ranks, or alone.
 
-    accelerate launch ... tests/distributed_worker.py OUT
-    python tests/distributed_worker.py OUT
+accelerate launch ... tests/distributed_worker.py OUT
+python tests/distributed_worker.py OUT
 """
 
 import json
@@ -128,6 +128,7 @@ ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4
 
 def run_trainer(folder: Path, processes: int, estimator: Path) -> dict:
     """Four steps of four samples each, with an estimator that is calibrated when training begins."""
+    from accelerate import DistributedType, PartialState
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(
@@ -149,6 +150,9 @@ def run_trainer(folder: Path, processes: int, estimator: Path) -> dict:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         average_tokens_across_devices=True,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate has FSDP for accelerators only, so the CPU has to pass for one.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = make_lora()
     kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(estimator)}
     attach(model, always(mlp={"1-2": 0.5}, self_attn={"1-2": 0.5}, estimator=kind, start_step=1, end_step=3))
@@ -207,7 +211,7 @@ def message_of(function) -> str:
 
 
 def main(folder: Path) -> None:
-    from accelerate import DistributedType, PartialState
+    from accelerate import PartialState
 
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
@@ -217,8 +221,6 @@ def main(folder: Path) -> None:
         return
     PartialState(cpu=True)
     how = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
-    if how == "fsdp2":  # accelerate has FSDP for accelerators only, so the CPU has to pass for one
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     rank = dist.get_rank()
     results = {"how": how, "world": dist.get_world_size()}
     results["trainer"] = run_trainer(folder, RANKS, folder / "estimator.safetensors")

@@ -43,7 +43,9 @@ def one(tmp_path_factory):
 def assert_same(ours, expected):
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.slow
