@@ -4,12 +4,13 @@
     python benchmarks/long_sequence.py --model /tmp/llama8b --out runs/long --seconds 140 --tiled
     python benchmarks/long_sequence.py --draw runs/long/long_sequence.csv
 
-A *cell* is a layout (``single``: one document, 1024 of its tokens bear loss; ``packed``: documents of 4096 tokens, 512 of
-them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host; ``budget``:
-as few layers as ``memory_budget`` allows, sparse method only; ``none``), a method and a length. Cells come in order of
-interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table is not timed
-again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of lengths.
-``longest`` doubles the packed tokens until a step does not fit, then halves the gap; its row holds the longest that did.
+A *cell* is a layout (``single``: one document, 1024 of its tokens bear loss; ``packed``: documents of 4096 tokens, 512
+of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host;
+``budget``: as few layers as ``memory_budget`` allows, sparse method only; ``none``), a method and a length. Cells come
+in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
+is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
+lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
+halves the gap; its row holds the longest that did.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ COLUMNS = (
 DENSE = "unsloth-dense"
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 DOCUMENT, DOCUMENT_OUTPUTS, OUTPUTS = 4096, 512, 1024
-LONGEST_STEP = 16384
+LONGEST_STEP = 65536
 """How near the bisection comes to the longest sequence that fits."""
+LONG_DOCUMENT = 65536
+"""Longer single documents take minutes a step's cell, and come last."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def plan(lengths: list[int], methods: list[str], layouts: list[str], modes: list
             for method in methods:
                 if mode != "budget" or method != DENSE:
                     cells.append(Cell(layout, mode, method, tokens))
-    return cells
+    return sorted(cells, key=lambda cell: cell.layout == "single" and cell.tokens > LONG_DOCUMENT)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -192,6 +195,13 @@ class Run:
             if best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
                 stopped = "; stopped by the time limit, more may fit"
                 break
+            if (
+                cell.checkpointing != "none"
+                and not self.args.cpu
+                and host_bytes(self.model, tokens) > free_host_bytes()
+            ):
+                stopped = "; the host's memory ends here, more fits on the GPU"
+                break
             try:
                 milliseconds, peak = self.one_step(cell, tokens)
                 best = tokens
@@ -285,6 +295,18 @@ def set_checkpointing(model, on: bool, cpu: bool) -> None:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
+
+
+def host_bytes(model, tokens: int) -> int:
+    """What Unsloth's checkpointing puts on the host: every layer's input."""
+    config = model.config.get_text_config()
+    return tokens * config.hidden_size * 2 * config.num_hidden_layers
+
+
+def free_host_bytes() -> float:
+    """Four fifths of the memory that the host has to give."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, str]:

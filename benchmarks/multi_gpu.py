@@ -2,10 +2,10 @@
 
     python benchmarks/multi_gpu.py --model /tmp/llama8b --small /tmp/llama8 --out runs/multi-gpu --seconds 440
 
-``ddp``: Unsloth, 4-bit, one whole model on each GPU (torchrun). In one launch rank 0 is timed alone, the other GPUs idle,
-then all together; efficiency is the time alone over the time together. ``fsdp2`` and ``fsdp2-4bit``: the PEFT backend
-with ``recipes/accelerate/fsdp2.yaml`` on a smaller model, in 16 and in 4 bits, dense phase and sparse phase. Rows go to
-``multi_gpu.csv`` in the output folder as they come; what the seconds do not allow is left out and said.
+``ddp``: Unsloth, 4-bit, one whole model on each GPU (torchrun). In one launch rank 0 is timed alone, the other GPUs
+idle, then all together; efficiency is the time alone over the time together. ``fsdp2`` and ``fsdp2-4bit``: the PEFT
+backend with ``recipes/accelerate/fsdp2.yaml`` on a smaller model, in 16 and in 4 bits, dense phase and sparse phase.
+Rows go to ``multi_gpu.csv`` in the output folder as they come; what the seconds do not allow is left out and said.
 ``--cpu`` rehearses all of it with gloo (PEFT backend only; tiny models and shapes).
 
     python benchmarks/multi_gpu.py --draw benchmarks/results/multi_gpu.csv      # the table beside it
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
 import os
 import subprocess
@@ -249,7 +250,7 @@ def work_fsdp2(args: argparse.Namespace) -> None:
         print(f"{args.worker}: {pieces} of {total} parameters in pieces on {worker.size} ranks", flush=True)
     count = 0
 
-    def step() -> float:
+    def step(shape) -> float:
         nonlocal count
         count += 1
         batch = make_batch(shape, vocabulary, 10_000 * worker.rank + count, accelerator.device)
@@ -272,7 +273,7 @@ def work_fsdp2(args: argparse.Namespace) -> None:
         state.set_step(at)
         for name, shape in args.shapes.items():
             if worker.goes_on():
-                worker.time(step, method, name, worker.size)
+                worker.time(functools.partial(step, shape), method, name, worker.size)
         if at:
             state.verify_step()
     dist.destroy_process_group()
@@ -281,20 +282,10 @@ def work_fsdp2(args: argparse.Namespace) -> None:
 def table(path: Path) -> str:
     """Markdown of a table of rows: the newest of each cell, efficiency and speed-up beside it."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = {
-            (
-                row["device"],
-                row["model"],
-                row["dtype"],
-                row["engine"],
-                row["method"],
-                row["shape"],
-                int(row["gpus"]),
-            ): row
-            for row in csv.DictReader(file)
-        }
+        names = ("device", "model", "dtype", "engine", "method", "shape")
+        rows = {(*(row[name] for name in names), int(row["gpus"])): row for row in csv.DictReader(file)}
     lines = [
-        "| device | model | engine | method | shape a GPU | GPUs | ms | tokens/s | peak GiB | efficiency | over dense |",
+        "| device | model | engine | method | a GPU | GPUs | ms | tokens/s | peak GiB | efficiency | over dense |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, row in rows.items():

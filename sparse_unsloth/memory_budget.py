@@ -2,8 +2,8 @@
 
 Checkpointing runs each layer's forward twice to save memory. What a layer would keep instead is known beforehand: the
 rows of this micro-batch by role, and how many channels its context rows keep. A sparse MLP keeps little of them, so
-sparse layers come first. The result is the same: the flag of each decoder layer (transformers' ``gradient_checkpointing``,
-which Unsloth reads too) only decides whether its activations are kept or computed again.
+sparse layers come first. The result is the same: the flag of each decoder layer (transformers'
+``gradient_checkpointing``, which Unsloth reads too) only decides whether its activations are kept or computed again.
 """
 
 from __future__ import annotations

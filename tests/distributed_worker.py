@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth import attach, get_state
 from sparse_unsloth.errors import SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))

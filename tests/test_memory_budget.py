@@ -1,4 +1,4 @@
-"""Checkpointing as little as the memory allows: the same gradients, fewer forwards, and the layers that were predicted."""
+"""Checkpointing as little as the memory allows: same gradients, fewer forwards, the layers that were predicted."""
 
 import sys
 from collections import Counter
@@ -182,7 +182,7 @@ def test_the_prediction_is_near_what_a_sparse_mlp_really_keeps():
 def test_a_share_needs_a_gpu():
     model = make_lora()
     attach(model, always(memory_budget=0.5))
-    with pytest.raises(ConfigError, match="memory_budget: 0.5 is a share of a GPU's memory, and the model is on cpu"):
+    with pytest.raises(ConfigError, match=r"memory_budget: 0\.5 is a share of a GPU's memory, and the model is on cpu"):
         get_state(model).begin_training("test", max_steps=3)
 
 

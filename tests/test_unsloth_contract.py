@@ -294,6 +294,7 @@ def check_memory_budget(base: nn.Module) -> None:
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
     state.begin_training("test", max_steps=10)
+    state.set_step(0)
     original = memory_budget.allocated
     for room, kept in ((0, 0), (2**29, 3)):
         memory_budget.allocated = lambda device, room=room: 2 * 2**30 - room

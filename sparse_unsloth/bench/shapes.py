@@ -97,8 +97,8 @@ def make_batch(shape: Shape, vocab_size: int, seed: int, device: str) -> dict[st
     labels[:, : shape.length - shape.outputs] = -100
     batch = {"input_ids": ids, "labels": labels}
     if shape.packed is not None:
-        documents = max(1, shape.packed // shape.length)
-        rows = max(1, shape.batch // documents)
+        fewest = -(-shape.tokens // max(shape.packed, shape.length))
+        rows = next(rows for rows in range(fewest, shape.batch + 1) if shape.batch % rows == 0)
         labels[:, 0] = -100
         lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32)
         batch = {name: value.view(rows, -1) for name, value in batch.items()}
