@@ -111,8 +111,8 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
     if isinstance(base.weight, DTensor):
         raise AttachError(
             f"{name}: its weight is in pieces on several GPUs where the sparse functions read it. With FSDP2 wrap "
-            "whole decoder layers (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP), so that they are gathered there; tensor "
-            "parallelism has no sparse path."
+            "whole decoder layers (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP), so that they are gathered there; "
+            "tensor parallelism has no sparse path."
         )
     known = _bases[base] = _read_base(base, name)
     return known
