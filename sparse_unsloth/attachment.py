@@ -20,6 +20,7 @@ from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import CONTEXT_ARGUMENT, LayerRuntime, SparseContext, SparsityState
 from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count
+from sparse_unsloth.weights import forget_bases
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -119,6 +120,7 @@ def attach(
         detach(model)
         raise
     _save_config_with_adapter(model)
+    forget_bases(module for layer in layers for module in layer.projections().values())
     if state.hooked:
         from sparse_unsloth.callback import register_with_trainers
 
@@ -136,6 +138,8 @@ def detach(model: nn.Module) -> None:
     if state is None:
         raise AttachError("This model is not attached.")
     model = state.model
+    if state.planner is not None:
+        state.planner.restore()
     for module in state.hooked:
         state.backend.uninstall(module)
     for handle in state.handles:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import attention_energy, base_weight, mlp_energy, mlp_values
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import sparse_parts
@@ -323,7 +324,7 @@ class _Runs:
 
         handles = []
         devices = sorted({parameter.device.index for parameter in self._model.parameters() if parameter.is_cuda})
-        bar = tqdm(self.batches, desc=title, unit="batch", disable=None if self._progress else True)
+        bar = tqdm(self.batches, desc=title, unit="batch", disable=None if self._progress and is_main() else True)
         try:
             for layer, part in parts:
                 module = layer.mlp if part == "mlp" else layer.self_attn

@@ -126,13 +126,15 @@ def _train(arguments: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(arguments.overrides):
         arguments.print_help()
         return 0
+    from sparse_unsloth.distributed import is_main
     from sparse_unsloth.language_model import explain_backend
     from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
 
     asked = raw_backend(arguments.recipe, arguments.overrides)
     if asked in BACKENDS:
         backend, reason = explain_backend(asked)
-        print(f"sparse-unsloth: backend {backend} ({reason})")
+        if is_main():
+            print(f"sparse-unsloth: backend {backend} ({reason})")
         if backend == "unsloth":
             # It patches TRL and transformers, so it comes before the recipe's keys are read from TRL.
             importlib.import_module("unsloth")
@@ -141,7 +143,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from sparse_unsloth.train import run
 
     result = run(recipe)
-    print(f"sparse-unsloth: trained {result.metrics['steps']} steps; adapter and metrics are in {result.folder}")
+    if is_main():
+        print(f"sparse-unsloth: trained {result.metrics['steps']} steps; adapter and metrics are in {result.folder}")
     return 0
 
 

@@ -68,6 +68,14 @@ def _fraction(value: object) -> float:
     return float(value)
 
 
+def _budget(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError("must be a number above 0: up to 1 a share of the GPU's memory, above that GiB")
+    return float(value)
+
+
 def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -168,6 +176,10 @@ class SparsityConfig(_Config):
     """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
     after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient
     checkpointing recomputes it. Same loss, same gradients."""
+    memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
+    """Peak memory that training may take on a GPU: up to 1 a share of the GPU's, above that GiB. Within it as many
+    layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
+    Needs gradient checkpointing to be on; None leaves it as it is."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

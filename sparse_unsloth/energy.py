@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.weights import BaseWeight, read_base
+from sparse_unsloth.weights import BaseWeight, gather_base
 
 CHUNK_ELEMENTS = 2**25
 """Of the widest intermediate; more rows are taken piece by piece."""
@@ -41,8 +41,11 @@ def column_energy(rows: Tensor, width: int, values: Callable[[Tensor], Tensor]) 
 
 
 def base_weight(layer: DecoderLayer, projection: str) -> BaseWeight:
-    """The frozen weight of ``projection`` ("mlp.gate_proj", ...) in ``layer``, without its LoRA branch."""
-    return read_base(layer.projections()[projection], f"{layer.name}.{projection}")
+    """The frozen weight of ``projection`` ("mlp.gate_proj", ...) in ``layer``, without its LoRA branch.
+
+    Outside a forward a weight that FSDP2 holds in pieces is gathered: every rank must come here then.
+    """
+    return gather_base(layer.projections()[projection], f"{layer.name}.{projection}")
 
 
 def mlp_values(layer: DecoderLayer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

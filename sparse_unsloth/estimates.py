@@ -79,6 +79,11 @@ class Estimator:
 
     gathers = True
 
+    def placed(self, devices: Mapping[int, torch.device | str]) -> Estimator:
+        """The same estimator with each layer's compensation on its device, and nothing that it put there so far."""
+        compensation = {index: part.to(devices[index], torch.float32) for index, part in self.compensation.items()}
+        return Estimator(self.kind, self.rank, self.layers, compensation, self.compensation_sparsity)
+
     @property
     def max_rows(self) -> int:
         """How many rows of a batch are looked at, at most."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_unsloth.calibration import DroppedMoments, LayerStatistics, Statistics, collect_statistics
+from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import ENERGIES, FACTORED, Estimator, Factors, LayerEstimate, sparse_parts
@@ -107,7 +108,7 @@ def obtain_estimator(
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
     if path is not None:
-        save_estimator(estimator, path, layers, *_name_and_revision(model))
+        save_estimator(estimator, path, layers, *_name_and_revision(model), write=is_main())
     return estimator
 
 
@@ -141,9 +142,10 @@ def build_estimator(
     if kind in CALIBRATED_KINDS and statistics is None:
         raise _needs_samples(kind)
     parts = sparse_parts(layer_sparsity)
+    quiet = None if progress and is_main() else True
     estimates: dict[int, LayerEstimate] = {}
     compensation: dict[int, Compensation] = {}
-    for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=None if progress else True):
+    for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=quiet):
         layer, before = layers[index], estimates.get(index, LayerEstimate())
         known = None if kind == "svd" else _statistics_of(statistics, layer, part, inputs=kind != "static")
         factors = {} if kind == "static" else _factorise(layer, part, config.rank, known, seed)

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
 from sparse_unsloth.errors import BackendError, CalibrationError
 
 logger = logging.getLogger("sparse_unsloth")
@@ -69,7 +70,7 @@ class FastSparseLanguageModel:
         model.__dict__["_sparse_backend"] = chosen.NAME
         saved = Path(model_name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
-            print(attach(model, saved if sparsity is None else sparsity))
+            _say(attach(model, saved if sparsity is None else sparsity))
         elif sparsity is not None:
             raise BackendError(
                 "sparsity= of from_pretrained is for adapter folders; give it to get_peft_model instead."
@@ -129,10 +130,17 @@ class FastSparseLanguageModel:
             from sparse_unsloth.autosparsity.report import summary
             from sparse_unsloth.autosparsity.search import calibrate
 
-            result = calibrate(model, calibration_samples, lora_rank=r)
-            print(*summary(result), sep="\n")
-            config = result.config
-        print(attach(model, config, calibration_samples))
+            def choose() -> tuple[SparsityConfig, list[str]]:
+                result = calibrate(model, calibration_samples, lora_rank=r)
+                return result.config, summary(result)
+
+            if world_size() > 1 and not has_group():
+                from accelerate import PartialState
+
+                PartialState()
+            config, lines = from_main(choose)
+            _say(*lines)
+        _say(attach(model, config, calibration_samples))
         return model
 
     @staticmethod
@@ -154,7 +162,7 @@ def choose_backend(backend: Backend = "auto") -> ModuleType:
     """
     name, reason = explain_backend(backend)
     if backend == "auto":
-        print(f"sparse_unsloth: backend {name} ({reason})")
+        _say(f"sparse_unsloth: backend {name} ({reason})")
     return _load_backend(name)
 
 
@@ -171,6 +179,8 @@ def explain_backend(backend: Backend = "auto") -> tuple[str, str]:
         obstacle = "no CUDA GPU"
     elif not installed:
         obstacle = "Unsloth is not installed"
+    elif uses_fsdp():
+        obstacle = "FSDP shards the weights, which Unsloth's fused functions read whole"
     else:
         obstacle = None
     if backend == "unsloth" and obstacle:
@@ -178,6 +188,12 @@ def explain_backend(backend: Backend = "auto") -> tuple[str, str]:
     if backend == "peft":
         return "peft", "as asked"
     return ("peft", obstacle) if obstacle else ("unsloth", "CUDA GPU and Unsloth found")
+
+
+def _say(*lines: Any) -> None:
+    """Prints on one of the processes that were launched together."""
+    if is_main():
+        print(*lines, sep="\n")
 
 
 def _backend_name(model: nn.Module) -> str:

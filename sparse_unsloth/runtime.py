@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.distributed import has_group, is_main, rank, world_size
 from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.estimator import Estimator, obtain_estimator
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.memory_budget import CheckpointPlanner
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.sharing import shared_estimator
 
 if TYPE_CHECKING:
     from sparse_unsloth.loss import LossRemoval
@@ -197,6 +200,8 @@ class SparsityState:
         self.driver: object | None = None
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
+        self.planner: CheckpointPlanner | None = None
+        self._shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
         self.ran: set[tuple[int, str]] = set()
@@ -234,35 +239,64 @@ class SparsityState:
         """
         if self.selector is not None or not self.runtimes:
             return
-        if self.config.criterion == "estimator":
-            self.estimator = obtain_estimator(
-                self.model,
+        if self.config.criterion != "estimator":
+            self._use(None)
+        elif last_chance or is_main():  # rank 0 makes it once for all, see `begin_training`
+            estimator = self._obtain(samples, wait=not last_chance)
+            if estimator is not None:
+                self._use(estimator)
+
+    def _use(self, estimator: Estimator | None) -> None:
+        self.estimator = estimator
+        self.selector = ChannelSelector(self.config, self.layers, estimator)
+
+    def _obtain(self, samples: list[Mapping[str, Any]] | None, wait: bool) -> Estimator | None:
+        return obtain_estimator(
+            self.model,
+            self.layers,
+            self.layer_sparsity,
+            self.config.estimator,
+            samples=samples,
+            wait=wait,
+            dense_tokens=self.config.dense_tokens,
+            seed=self.config.seed,
+        )
+
+    def _prepare_for_all(self, train_dataset, collate_fn) -> None:
+        """`prepare`, once for all processes."""
+        if world_size() == 1 or not has_group() or self.config.criterion != "estimator":
+            if self.selector is None:
+                self.prepare(self._samples_of(train_dataset, collate_fn), last_chance=True)
+            return
+        if self._shared:
+            return
+        self._use(
+            shared_estimator(
                 self.layers,
                 self.layer_sparsity,
-                self.config.estimator,
-                samples=samples,
-                wait=not last_chance,
-                dense_tokens=self.config.dense_tokens,
-                seed=self.config.seed,
+                self.estimator,
+                lambda: self._samples_of(train_dataset, collate_fn),
+                lambda samples: self._obtain(samples, wait=False),
             )
-            if self.estimator is None:
-                return
-        self.selector = ChannelSelector(self.config, self.layers, self.estimator)
+        )
+        self._shared = True
 
     def begin_training(self, driver: object, max_steps: int, train_dataset=None, collate_fn=None) -> None:
         """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
+
+        Of several processes every one must call it: the estimator of rank 0 becomes that of all.
 
         Raises:
             AttachError: a hook is gone, or FSDP sharded weights that the backend needs whole.
             EstimatorError: the estimator needs calibration samples and the data set gives none.
         """
         self.verify_hooks()
-        if self.backend_name == "unsloth":
-            for layer in filter(self.runtime, self.layers):
-                self.backend.refuse_sharded_weights(layer)
-        if self.selector is None and self.runtimes:
-            samples = self._samples_of(train_dataset, collate_fn)
-            self.prepare(samples, last_chance=True)
+        for layer in filter(self.runtime, self.layers):
+            self.backend.refuse_sharded_weights(layer)
+        if self.runtimes:
+            self._prepare_for_all(train_dataset, collate_fn)
+        if self.config.memory_budget is not None and self.planner is None:
+            self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self._reset_counts()
 
@@ -321,6 +355,9 @@ class SparsityState:
 
     def end_training(self) -> None:
         """Forgets the driver; the next training brings its own."""
+        if self.planner is not None:
+            self.planner.restore()
+            self.planner = None
         self.driver, self._scale = None, 0.0
 
     def metrics(self) -> dict[str, float]:
@@ -337,6 +374,8 @@ class SparsityState:
             "sparsity/mean_mlp": mean[0] * self._scale,
             "sparsity/mean_self_attn": mean[1] * self._scale,
         }
+        if self.planner is not None:
+            figures["sparsity/kept_layers"] = float(self.planner.num_kept)
         self._reset_counts()
         return figures
 
@@ -353,6 +392,8 @@ class SparsityState:
             kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
         scale = self._current_scale() if self.runtimes else 0.0
         if kwargs.get("labels") is None:
+            if self.planner is not None:
+                self.planner.restore()
             if self.runtimes:
                 self._say_once(
                     "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
@@ -363,6 +404,8 @@ class SparsityState:
         if not (self.runtimes or loss_only):
             return None
         partition = self._partition(kwargs)
+        if self.planner is not None:
+            self.planner.plan(partition, scale if len(partition.context) else 0.0)
         self._forwards += 1
         self._context_tokens += len(partition.context)
         self._dense_tokens += len(partition.dense)
@@ -370,6 +413,13 @@ class SparsityState:
             scale = 0.0
         if scale > 0:
             if self.selector is None:
+                if rank():
+                    raise EstimatorError(
+                        f"Rank {rank()} has no estimator yet: rank 0 hands its own out when training begins. Train "
+                        "through a trainer that was built after attaching, or let every rank call "
+                        "get_state(model).begin_training(driver, max_steps) before its first step, with "
+                        "torch.distributed initialised."
+                    )
                 raise EstimatorError(
                     f"The estimator of kind {self.config.estimator.kind!r} still waits for calibration samples. Train "
                     "through a transformers or TRL trainer (it then takes the first training samples), or pass "
@@ -441,7 +491,8 @@ class SparsityState:
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message)
+            if is_main():
+                logger.warning(message)
 
     def _reset_counts(self) -> None:
         self._forwards = self._sparse_forwards = self._context_tokens = self._dense_tokens = 0

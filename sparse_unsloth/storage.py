@@ -35,11 +35,13 @@ def save_estimator(
     layers: list[DecoderLayer],
     model_name: str = "",
     revision: str = "",
+    write: bool = True,
 ) -> None:
     """Writes one safetensors file, at once or not at all, with what `load_estimator` checks in its metadata.
 
     Args:
         model_name, revision: told to whoever loads the file for another model; ``layers`` identify the weights.
+        write: False on the other ranks of a sharded model, which only take part in gathering its weights.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -68,7 +70,8 @@ def save_estimator(
         "compensation_sparsity": json.dumps(estimator.compensation_sparsity),
         "versions": json.dumps({name: _version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
     }
-    write_tensors(Path(path), tensors, metadata)
+    if write:
+        write_tensors(Path(path), tensors, metadata)
 
 
 def load_estimator(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows, dequantize_whole
@@ -96,28 +98,57 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
     """The frozen weight of ``module``, an ``nn.Linear`` or bitsandbytes ``Linear4bit``, bare or wrapped by PEFT.
 
     Raises:
-        AttachError: the layer type is not supported, or a 4-bit weight was repacked for CPU inference.
+        AttachError: the layer type is not supported, a 4-bit weight was repacked for CPU inference, or the weight is
+            in pieces on several processes (see `gather_base`).
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     known = _bases.get(base)
     if known is not None:
         weight, state = base.weight, known.quant_state
-        same = known.weight is weight and known.bias is base.bias and getattr(weight, "quant_state", None) is state
+        same = known.weight is weight and known.bias is base.bias and _quant_state(base) is state
         if same and not getattr(state, "packing_format_for_cpu", False):
             return known
+    if isinstance(base.weight, DTensor):
+        raise AttachError(
+            f"{name}: its weight is in pieces on several GPUs where the sparse functions read it. With FSDP2 wrap "
+            "whole decoder layers (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP), so that they are gathered there; "
+            "tensor parallelism has no sparse path."
+        )
     known = _bases[base] = _read_base(base, name)
     return known
+
+
+def gather_base(module: nn.Module, name: str = "projection") -> BaseWeight:
+    """`read_base` outside a forward: a weight that FSDP2 holds in pieces is gathered, and every rank must come here."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not isinstance(base.weight, DTensor):
+        return read_base(module, name)
+    found = _read_base(base, name)
+    bias = found.bias.full_tensor() if isinstance(found.bias, DTensor) else found.bias
+    return BaseWeight(found.weight.full_tensor(), found.quant_state, bias)
+
+
+def forget_bases(modules: Iterable[nn.Module]) -> None:
+    """Lets go of the weights that `read_base` remembers of ``modules``: FSDP may replace them now."""
+    for module in modules:
+        _bases.pop(module.get_base_layer() if hasattr(module, "get_base_layer") else module, None)
 
 
 _bases: WeakKeyDictionary[nn.Module, BaseWeight] = WeakKeyDictionary()
 """What `read_base` found: looking again costs host time at every call of every layer."""
 
 
+def _quant_state(base: nn.Module) -> Any:
+    """bitsandbytes keeps it on the weight, and on the layer, where FSDP's copies of the weight lost it."""
+    state = getattr(base.weight, "quant_state", None)
+    return base.__dict__.get("quant_state") if state is None else state
+
+
 def _read_base(base: nn.Module, name: str) -> BaseWeight:
     kind = type(base).__name__
     if "FakeQuantized" in kind:
         raise AttachError(f"{name}: {kind} trains quantisation-aware, which has no sparse path. Use its plain layer.")
-    quant_state = getattr(base.weight, "quant_state", None)
+    quant_state = _quant_state(base)
     if kind in ("Linear4bit", "LinearNF4", "LinearFP4"):
         if quant_state is None:
             raise AttachError(f"{name}: the 4-bit weight is not quantised yet; move the model to its device first.")

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import MethodType, ModuleType
 
@@ -103,6 +104,7 @@ def examine() -> dict[str, str]:
         found[f"{family}: training step"] = failure_of(compare_steps, bases[family], expected[family])
     found["rows without loss"] = failure_of(check_rows_of_the_last_layer, bases["llama"])
     found["two forwards in flight"] = failure_of(check_two_forwards_in_flight, bases["llama"])
+    found["memory budget"] = failure_of(check_memory_budget, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
     return {name: text for name, text in found.items() if text}
 
@@ -277,6 +279,32 @@ def check_two_forwards_in_flight(base: nn.Module) -> None:
         loss.backward()
     ours = {name: parameter.grad for name, parameter in loras(model).items()}
     assert_same((0.0, ours), (0.0, {name: expected[0][name] + expected[1][name] for name in ours}))
+
+
+def check_memory_budget(base: nn.Module) -> None:
+    """A layer that keeps its activations runs once a step, and the gradients are the same."""
+    from sparse_unsloth import memory_budget
+
+    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), make_batch()
+    attach(model, SETTINGS["sparse"])
+    expected = loss_and_gradients(model, batch)
+    detach(model)
+    attach(model, {**SETTINGS["sparse"], "memory_budget": 2.0})
+    state, calls = get_state(model), Counter()
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
+    state.begin_training("test", max_steps=10)
+    state.set_step(0)
+    original = memory_budget.allocated
+    for room, kept in ((0, 0), (2**29, 3)):
+        memory_budget.allocated = lambda device, room=room: 2 * 2**30 - room
+        calls.clear()
+        assert_same(loss_and_gradients(model, batch), expected, f"{kept} kept")
+        assert state.planner.num_kept == kept
+        assert set(calls.values()) == {1 if kept else 2}, calls
+    memory_budget.allocated = original
+    state.end_training()
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
 def check_left_padding(base: nn.Module) -> None:

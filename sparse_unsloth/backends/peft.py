@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.errors import AttachError, BackendError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
@@ -113,6 +115,39 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
         part = SelectedProjection(projection, out_index=getattr(channels, name[0]))
     (output,) = sparse_linear(hidden_states, partition, [part], runtime.state.config.lora_branch)
     return output
+
+
+def refuse_sharded_weights(layer: DecoderLayer) -> None:
+    """Refuses weights that are not whole where the sparse functions read them: in the MLP and in each projection.
+
+    FSDP2 gathers a unit's weights while its own forward and backward run, so a unit must be the MLP or hold it (or a
+    projection of attention, or hold that): decoder layers do.
+
+    Raises:
+        AttachError: FSDP1, DeepSpeed ZeRO-3, or FSDP2 units within the MLP or within a projection.
+    """
+    for name, module in layer.projections().items():
+        inner = list(module.modules())
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            raise AttachError(
+                f"{layer.name}.{name}: DeepSpeed ZeRO-3 partitions its weight and gathers it module by module, where "
+                "the sparse functions do not look. Use FSDP2 (fsdp_version: 2), ZeRO-2 or DDP."
+            )
+        if any(is_flattened(part) for part in inner):
+            raise AttachError(
+                f"{layer.name}.{name}: FSDP1 flattened its weight. Use FSDP2 (fsdp_version: 2 in accelerate's "
+                "configuration), or DDP."
+            )
+        if any(isinstance(part, FSDPModule) for part in inner[0 if name.startswith("mlp") else 1 :]):
+            raise AttachError(
+                f"{layer.name}.{name}: FSDP2 gathers its weight by itself, after the sparse functions read it. Wrap "
+                "whole decoder layers (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)."
+            )
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether FSDP1 holds the module's weight: it leaves a view in the parameter's place, or marks the parameter."""
+    return "weight" in module.__dict__ or hasattr(getattr(module, "weight", None), "_fsdp_flattened")
 
 
 def check(layer: DecoderLayer, part: str) -> None:
@@ -254,7 +289,7 @@ def load(
             bnb_4bit_compute_dtype=dtype,
         )
     if device_map == "sequential":  # Unsloth's default: one device
-        device_map = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+        device_map = {"": _device()} if torch.cuda.is_available() and (load_in_4bit or not uses_fsdp()) else None
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
     model = AutoModelForCausalLM.from_pretrained(
         model_name, config=config, dtype=dtype, device_map=device_map, **hub, **kwargs
@@ -363,6 +398,11 @@ def _prepare(model: nn.Module, use_gradient_checkpointing: bool | str) -> None:
     elif use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+
+
+def _device() -> int:
+    """The GPU of this process. A script may load the model before the trainer's arguments tell torch which it is."""
+    return local_rank() if world_size() > 1 else torch.cuda.current_device()
 
 
 def _default_dtype() -> torch.dtype:

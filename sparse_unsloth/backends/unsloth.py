@@ -127,9 +127,8 @@ def refuse_sharded_weights(layer: DecoderLayer) -> None:
     for name, module in layer.projections().items():
         for part in module.modules():
             weight = getattr(part, "weight", None)
-            # FSDP1 leaves views in the place of parameters, or parameters that it marks.
-            flattened = "weight" in part.__dict__ or hasattr(weight, "_fsdp_flattened")
-            if isinstance(weight, Tensor) and (isinstance(weight, DTensor) or flattened):
+            sharded = isinstance(weight, DTensor) or peft_backend.is_flattened(part)
+            if isinstance(weight, Tensor) and sharded:
                 raise AttachError(
                     f"{layer.name}.{name}: its weight is sharded by FSDP, and the hooks of the Unsloth backend read "
                     "whole weights. Load the model with backend='peft' for FSDP, or train with DDP (one model a GPU)."

@@ -12,11 +12,15 @@ from sparse_unsloth.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shape:
-    """``batch`` sequences of ``length`` tokens, the last ``outputs`` of each bearing loss."""
+    """``batch`` sequences of ``length`` tokens, the last ``outputs`` of each bearing loss.
+
+    With ``packed`` they come as documents of longer rows, at most so many tokens in each, as TRL packs them.
+    """
 
     batch: int
     length: int
     outputs: int
+    packed: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -91,4 +95,13 @@ def make_batch(shape: Shape, vocab_size: int, seed: int, device: str) -> dict[st
     ids = torch.randint(10, vocab_size, (shape.batch, shape.length), generator=generator)
     labels = ids.clone()
     labels[:, : shape.length - shape.outputs] = -100
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+    batch = {"input_ids": ids, "labels": labels}
+    if shape.packed is not None:
+        fewest = -(-shape.tokens // max(shape.packed, shape.length))
+        rows = next(rows for rows in range(fewest, shape.batch + 1) if shape.batch % rows == 0)
+        labels[:, 0] = -100
+        lengths = torch.full((shape.batch,), shape.length, dtype=torch.int32)
+        batch = {name: value.view(rows, -1) for name, value in batch.items()}
+        batch["position_ids"] = torch.arange(shape.length).repeat(shape.batch).view(rows, -1)
+        batch["packed_seq_lengths"] = lengths
+    return {name: value.to(device) for name, value in batch.items()}

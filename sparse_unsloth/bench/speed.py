@@ -150,30 +150,56 @@ def load_model(args: argparse.Namespace, backend: str) -> nn.Module:
 
 
 class Stepper:
-    """One training step after another on fresh batches."""
+    """One training step after another on fresh batches.
 
-    def __init__(self, model: nn.Module, shape: Shape):
-        self.model, self.shape, self.count = model, shape, 0
+    Args:
+        model: outermost.
+        shape: of the batches.
+        forward: what is called in the model's place, a DDP wrapper of it for one.
+        seed: of the batches; each rank has its own.
+    """
+
+    def __init__(self, model: nn.Module, shape: Shape, forward: nn.Module | None = None, seed: int = 0):
+        self.model, self.shape, self.count = model, shape, seed
+        self.forward = model if forward is None else forward
+        self.device = next(model.parameters()).device
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def __call__(self) -> float:
         """Milliseconds of the step."""
         self.count += 1
-        batch = make_batch(self.shape, self.model.config.vocab_size, self.count, "cuda")
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = self.model(**batch).loss
+        batch = make_batch(self.shape, self.model.config.vocab_size, self.count, self.device)
+        clock = _Clock(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.forward(**batch).loss
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        end.record()
-        torch.cuda.synchronize()
+        milliseconds = clock.milliseconds()
         if not torch.isfinite(loss):
             raise SparsityError(f"the loss is {loss.item()}")
-        return start.elapsed_time(end)
+        return milliseconds
+
+
+class _Clock:
+    """Milliseconds since it was made, by events of the GPU; on a CPU (rehearsals) by the clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            self.start.record()
+        else:
+            self.start = time.perf_counter()
+
+    def milliseconds(self) -> float:
+        if not self.cuda:
+            return 1000 * (time.perf_counter() - self.start)
+        self.end.record()
+        torch.cuda.synchronize()
+        return self.start.elapsed_time(self.end)
 
 
 class Run:

@@ -74,8 +74,8 @@ def peak_memory(
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     row = rows * activation_bytes
-    kept = row * (2 * inner + 7 * hidden)
-    working = row * (inner + 6 * hidden) + (hidden * inner * activation_bytes if in_4bit else 0)
+    kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
+    working = backward_working_set(shape, rows, in_4bit, activation_bytes)
     stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
     if checkpointing != "off":
         working += kept
@@ -86,6 +86,32 @@ def peak_memory(
         working_set=max(working, logits),
         estimator=4 * estimator_rank * sparse_parts * 2 * (hidden + inner),
     )
+
+
+def layer_activations(
+    shape: ModelShape,
+    rows: int,
+    dense_rows: int,
+    *,
+    kept_channels: int = 0,
+    lora_rank: int = 0,
+    activation_bytes: int = 2,
+) -> float:
+    """Bytes that one layer without checkpointing keeps for its backward.
+
+    Args:
+        rows: of the micro-batch.
+        dense_rows: those of them that keep gate and up on every channel: all, or in a sparse MLP the dense ones.
+        kept_channels, lora_rank: of a sparse MLP, whose other rows keep so much of gate and up.
+    """
+    inner = dense_rows * 2 * shape.intermediate_size + (rows - dense_rows) * (2 * kept_channels + 4 * lora_rank)
+    return activation_bytes * (inner + 7 * rows * shape.hidden_size)
+
+
+def backward_working_set(shape: ModelShape, rows: int, in_4bit: bool, activation_bytes: int = 2) -> float:
+    """Bytes that the backward of one layer needs beside them, for a moment."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    return activation_bytes * (rows * (inner + 6 * hidden) + (hidden * inner if in_4bit else 0))
 
 
 def fused_logits(shape: ModelShape, rows: int) -> float:

@@ -1,0 +1,106 @@
+"""Draws the table of ``long_sequence.py``: ``long_sequence.md`` and ``.png`` beside the CSV, from its newest rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DENSE = "unsloth-dense"
+
+
+def newest(rows: list[dict]) -> dict[tuple, dict]:
+    """The last row of each cell, by (tiled, layout, checkpointing, method, tokens)."""
+    cells: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        tokens = 0 if row["layout"] == "longest" else row["tokens"]
+        cells[row["tiled"], row["layout"], row["checkpointing"], row["method"], tokens] = row
+    return dict(sorted(cells.items()))
+
+
+def baseline(cells: dict[tuple, dict], key: tuple) -> dict | None:
+    """Dense Unsloth at the same layout and length; a budget is compared with dense checkpointed as Unsloth does."""
+    tiled, layout, mode, _, tokens = key
+    row = cells.get((tiled, layout, "unsloth" if mode == "budget" else mode, DENSE, tokens))
+    return row if row is not None and row["median_ms"] else None
+
+
+def markdown(rows: list[dict]) -> str:
+    cells = newest(rows)
+    first = rows[-1]
+    lines = [
+        "# Long sequences",
+        "",
+        f"{first['device']}, {first['model']}, {first['dtype']}; commit {first['commit']}, {first['versions']}.",
+        "Speed-up and memory are against dense Unsloth of the same run: at the same layout, length and checkpointing,",
+        "for `budget` with every layer checkpointed. Made by `benchmarks/long_sequence.py --draw`.",
+        "",
+        "![Tokens a second and peak memory](long_sequence.png)",
+        "",
+        "| layout | tokens | checkpointing | tiled MLP | method | ms | tokens/s | speed-up | peak GiB | memory | |",
+        "| --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    lines += [f"| {' | '.join(_cells(row, baseline(cells, key)))} |" for key, row in cells.items()]
+    lines += ["", "In rows `longest` the speed-up is the ratio of the lengths."]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict, dense: dict | None) -> tuple[str, ...]:
+    took, faster, memory = row["median_ms"], "", ""
+    if took and dense is not None and row["method"] != DENSE:
+        lengths, longest = row["tokens"] / dense["tokens"], row["layout"] == "longest"
+        faster = f"{lengths if longest else lengths * dense['median_ms'] / took:.2f}x"
+        if dense["peak_gib"] and not longest:
+            memory = f"{row['peak_gib'] / dense['peak_gib']:.2f}x"
+    return (
+        row["layout"],
+        str(row["tokens"]),
+        row["checkpointing"],
+        "yes" if row["tiled"] == "True" else "no",
+        row["method"],
+        f"{took:.0f}" if took else "",
+        f"{row['tokens'] / took * 1000:.0f}" if took else "",
+        faster,
+        f"{row['peak_gib']:.1f}" if took else "",
+        memory,
+        row["outcome"],
+    )
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Tokens a second and peak memory over the length, one line for each method and mode."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple, list[dict]] = {}
+    for (tiled, layout, mode, method, _), row in newest(rows).items():
+        if row["median_ms"] and layout != "longest":
+            lines.setdefault((layout, mode, tiled, method), []).append(row)
+    layouts = [name for name in ("single", "packed") if any(key[0] == name for key in lines)]
+    figure = Figure(figsize=(6 * max(len(layouts), 1), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, max(len(layouts), 1), squeeze=False)
+    for column, layout in enumerate(layouts):
+        for (where, mode, tiled, method), of in lines.items():
+            if where != layout:
+                continue
+            label = f"{method}, {mode}" + (", tiled" if tiled == "True" else "")
+            looks = {
+                "linestyle": {"unsloth": "-", "budget": "--", "none": ":"}[mode],
+                "color": "C0" if method == DENSE else "C1",
+                "marker": "x" if tiled == "True" else "o",
+                "label": label,
+            }
+            of = sorted(of, key=lambda row: row["tokens"])
+            tokens = [row["tokens"] / 1024 for row in of]
+            axes[0][column].plot(tokens, [row["tokens"] / row["median_ms"] * 1000 for row in of], **looks)
+            axes[1][column].plot(tokens, [row["peak_gib"] for row in of], **looks)
+        axes[0][column].set(title=f"{layout} documents", ylabel="tokens/s", ylim=(0, None))
+        axes[1][column].set(xlabel="tokens a step, thousands (1024)", ylabel="peak GiB", ylim=(0, None))
+        for row in axes:
+            row[column].set_xscale("log", base=2)
+        axes[0][column].legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def main(path: Path, rows: list[dict]) -> None:
+    path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    draw(rows, path.with_suffix(".png"))

@@ -1,0 +1,359 @@
+"""Long sequences: speed, peak memory and the longest that fits, dense Unsloth beside ours in the same process.
+
+    python benchmarks/long_sequence.py --model /tmp/llama8b --out runs/long --seconds 400
+    python benchmarks/long_sequence.py --model /tmp/llama8b --out runs/long --seconds 140 --tiled
+    python benchmarks/long_sequence.py --draw runs/long/long_sequence.csv
+
+A *cell* is a layout (``single``: one document, 1024 of its tokens bear loss; ``packed``: documents of 4096 tokens, 512
+of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host;
+``budget``: as few layers as ``memory_budget`` allows, sparse method only; ``none``), a method and a length. Cells come
+in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
+is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
+lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
+halves the gap; its row holds the longest that did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = (
+    "date", "commit", "device", "versions", "model", "dtype", "checkpointing", "tiled", "layout", "method", "tokens",
+    "median_ms", "p20_ms", "p80_ms", "peak_gib", "outcome",
+)  # fmt: skip
+DENSE = "unsloth-dense"
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+DOCUMENT, DOCUMENT_OUTPUTS, OUTPUTS = 4096, 512, 1024
+LONGEST_STEP = 65536
+"""How near the bisection comes to the longest sequence that fits."""
+LONG_DOCUMENT = 65536
+"""Longer single documents take minutes a step's cell, and come last."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    layout: str
+    checkpointing: str
+    method: str
+    tokens: int
+
+    @property
+    def row(self) -> tuple:
+        """All lengths of it."""
+        return self.layout, self.checkpointing, self.method
+
+    @property
+    def key(self) -> tuple:
+        """As `key_of` tells it from a row of the table."""
+        return *self.row, None if self.layout == "longest" else self.tokens
+
+
+def plan(lengths: list[int], methods: list[str], layouts: list[str], modes: list[str]) -> list[Cell]:
+    """The cells in order of interest: first what most users run."""
+    cells = []
+    order = [("single", "unsloth"), ("packed", "unsloth"), ("longest", "unsloth"), ("packed", "budget")]
+    order += [("packed", "none"), ("longest", "none"), ("longest", "budget"), ("single", "budget"), ("single", "none")]
+    for layout, mode in order:
+        if layout not in layouts or mode not in modes:
+            continue
+        for tokens in lengths if layout != "longest" else lengths[-1:]:
+            for method in methods:
+                if mode != "budget" or method != DENSE:
+                    cells.append(Cell(layout, mode, method, tokens))
+    return sorted(cells, key=lambda cell: cell.layout == "single" and cell.tokens > LONG_DOCUMENT)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--out", type=Path, default=Path("runs/long"))
+    parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit")
+    parser.add_argument("--methods", default=f"{DENSE},sparse-o2")
+    parser.add_argument("--layouts", default="single,packed,longest")
+    parser.add_argument("--modes", default="unsloth,budget,none", help="of checkpointing")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--tiled", action="store_true", help="Unsloth's tiled MLP, in layers that are not sparse")
+    parser.add_argument("--memory-budget", type=float, default=0.9, help="of the mode budget")
+    parser.add_argument("--seconds", type=float, default=400, help="of everything")
+    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU, through PEFT")
+    parser.add_argument("--draw", type=Path, help="only draw this table")
+    args = parser.parse_args(argv)
+    args.rank, args.checkpointing = 16, "True" if args.cpu else "unsloth"
+    args.lengths = [int(text) for text in args.lengths.split(",")]
+    return args
+
+
+class Run:
+    """One loaded model, the cells that are left of the plan, and the table."""
+
+    def __init__(self, args: argparse.Namespace, began: float):
+        import torch
+
+        self.args, self.deadline, self.torch = args, began + args.seconds, torch
+        self.path = args.out / "long_sequence.csv"
+        self.tiled = str(args.tiled)
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.done = {(row["tiled"], *key_of(row)) for row in read(self.path)}
+        self.out_of_memory: set[tuple] = set()
+        self.took: dict[tuple, float] = {}
+
+    def go(self) -> bool:
+        """Whether the whole plan is done now."""
+        args = self.args
+        cells = plan(args.lengths, args.methods.split(","), args.layouts.split(","), args.modes.split(","))
+        left = [cell for cell in cells if (self.tiled, *cell.key) not in self.done]
+        print(f"{len(cells) - len(left)} of {len(cells)} cells are in {self.path} already", flush=True)
+        if not left:
+            return True
+        self.model = load(args)
+        attached = None
+        for number, cell in enumerate(left):
+            if cell.row in self.out_of_memory:
+                continue
+            if self.expected(cell) > self.deadline - time.time():
+                print(f"{cell}: left out, too little time", flush=True)
+                if number == len(left) - 1 or time.time() > self.deadline:
+                    break
+                continue
+            wanted = (cell.method, cell.checkpointing)
+            if attached != wanted:
+                self.attach(*wanted)
+                attached = wanted
+            try:
+                (self.longest if cell.layout == "longest" else self.measure)(cell)
+            except self.torch.OutOfMemoryError:
+                self.out_of_memory.add(cell.row)
+                self.write(cell, outcome="out of memory")
+        return False
+
+    def expected(self, cell: Cell) -> float:
+        """Seconds that a cell will need, from the one before it in its row; a guess for the first."""
+        if cell.layout == "longest":
+            return 60
+        before = self.took.get(cell.row)
+        if before is None:
+            return 15
+        return before * (4 if cell.layout == "single" else 2)
+
+    def attach(self, method: str, checkpointing: str) -> None:
+        from sparse_unsloth import attach, detach, get_state
+        from sparse_unsloth.bench.checks import check
+        from sparse_unsloth.bench.methods import sparsity_of
+
+        if get_state(self.model) is not None:
+            detach(self.model)
+        set_checkpointing(self.model, checkpointing != "none", self.args.cpu)
+        factors = str(self.args.out / "estimator.safetensors")
+        sparsity = sparsity_of(method, self.model.config.num_hidden_layers, factors)
+        if sparsity is None:
+            return
+        if checkpointing == "budget":
+            sparsity |= {"memory_budget": self.args.memory_budget}
+        report = attach(self.model, sparsity)
+        state = get_state(self.model)
+        state.begin_training(driver="benchmark", max_steps=1_000_000)
+        state.set_step(0)
+        if not self.args.cpu:
+            print(f"{report}\n{check(self.model, method, None)}", flush=True)
+
+    def shape(self, layout: str, tokens: int):
+        from sparse_unsloth.bench.shapes import Shape
+
+        if layout == "single":
+            return Shape(1, tokens, min(OUTPUTS, tokens // 2))
+        length = min(DOCUMENT, tokens)
+        outputs = DOCUMENT_OUTPUTS if length == DOCUMENT else length // 8
+        return Shape(tokens // length, length, outputs, packed=max(self.args.lengths))
+
+    def measure(self, cell: Cell) -> None:
+        """Times the cell and writes its row; fewer steps where one takes long."""
+        from sparse_unsloth.bench.speed import Stepper, quantiles
+
+        began = time.time()
+        self.forget()
+        step = Stepper(self.model, self.shape(cell.layout, cell.tokens))
+        times = [step()]
+        self.reset_peak()
+        steps = 2 if times[0] > 8000 else 3 if times[0] > 3000 else 5
+        times = [step() for _ in range(steps)]
+        self.took[cell.row] = time.time() - began
+        self.write(cell, quantiles(times), self.peak(), f"{steps} steps{self.kept()}")
+
+    def longest(self, cell: Cell) -> None:
+        """Doubles the tokens while a step fits, then halves the gap; one step each."""
+        best, failed, tokens = 0, None, self.args.lengths[-1]
+        milliseconds = peak = 0.0
+        stopped = ""
+        while failed is None or failed - best > LONGEST_STEP:
+            if best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
+                stopped = "; stopped by the time limit, more may fit"
+                break
+            if (
+                cell.checkpointing != "none"
+                and not self.args.cpu
+                and host_bytes(self.model, tokens) > free_host_bytes()
+            ):
+                stopped = "; the host's memory ends here, more fits on the GPU"
+                break
+            try:
+                milliseconds, peak = self.one_step(cell, tokens)
+                best = tokens
+            except self.torch.OutOfMemoryError:
+                failed = tokens
+            self.forget()
+            print(f"  {cell.method} {cell.checkpointing}: {tokens} {'fits' if best == tokens else 'does not fit'}")
+            if self.args.cpu and best >= 4 * self.args.lengths[-1]:
+                stopped = "; rehearsal"
+                break
+            tokens = best * 2 if failed is None else (best + failed) // 2 // DOCUMENT * DOCUMENT
+            if tokens <= best:
+                break
+        self.write(cell, (milliseconds,) * 3, peak, f"longest that fits{stopped}{self.kept()}", tokens=best)
+
+    def one_step(self, cell: Cell, tokens: int) -> tuple[float, float]:
+        from sparse_unsloth.bench.speed import Stepper
+
+        self.forget()
+        self.reset_peak()
+        return Stepper(self.model, self.shape("packed", tokens))(), self.peak()
+
+    def forget(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.torch.cuda.is_available():
+            self.torch.cuda.empty_cache()
+
+    def reset_peak(self) -> None:
+        if self.torch.cuda.is_available():
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float:
+        return self.torch.cuda.max_memory_allocated() / 2**30 if self.torch.cuda.is_available() else 0.0
+
+    def kept(self) -> str:
+        """How many layers the memory budget kept without checkpointing in the last forward."""
+        from sparse_unsloth import get_state
+
+        state = get_state(self.model)
+        planner = None if state is None else state.planner
+        return "" if planner is None else f"; {planner.num_kept} layers kept"
+
+    def write(self, cell: Cell, times=(0.0, 0.0, 0.0), peak: float = 0.0, outcome: str = "", tokens=None) -> None:
+        row = {
+            **describe_run(self.args), "checkpointing": cell.checkpointing, "tiled": self.tiled, "layout": cell.layout,
+            "method": cell.method, "tokens": cell.tokens if tokens is None else tokens, "peak_gib": round(peak, 3),
+            "outcome": outcome,
+            **dict(zip(("median_ms", "p20_ms", "p80_ms"), (round(value, 1) for value in times), strict=True)),
+        }  # fmt: skip
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        rate = row["tokens"] / times[0] * 1000 if times[0] else 0
+        print(
+            f"{cell.layout:8} {cell.checkpointing:8} {cell.method:14} {row['tokens']:8d}  {times[0]:9.1f} ms "
+            f"{rate:7.0f} tokens/s  {peak:6.2f} GiB  {outcome}",
+            flush=True,
+        )
+
+
+def load(args: argparse.Namespace):
+    """The model of `sparse_unsloth.bench.speed.load_model`, with room for the longest row, tiled MLPs if asked for."""
+    from sparse_unsloth.bench.shapes import Shape
+    from sparse_unsloth.bench.speed import load_model
+
+    args.shapes = {"longest": Shape(1, max(args.lengths), 1)}
+    model = load_model(args, "peft" if args.cpu else "unsloth")
+    if args.tiled and not args.cpu:
+        from unsloth_zoo.tiled_mlp import patch_mlp
+
+        for module in model.modules():
+            if module.__class__.__name__.endswith("MLP") and "forward" in module.__dict__:
+                fused = module.__dict__["forward"]
+                patch_mlp(module)
+                module._unsloth_forward = fused  # as when tiling is patched before LoRA is fused
+    return model
+
+
+def set_checkpointing(model, on: bool, cpu: bool) -> None:
+    """Of all layers, as the backend keeps it."""
+    from sparse_unsloth import FastSparseLanguageModel
+
+    FastSparseLanguageModel.for_training(
+        model, use_gradient_checkpointing=(True if cpu else "unsloth") if on else False
+    )
+    if not on:
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+
+
+def host_bytes(model, tokens: int) -> int:
+    """What Unsloth's checkpointing puts on the host: every layer's input."""
+    config = model.config.get_text_config()
+    return tokens * config.hidden_size * 2 * config.num_hidden_layers
+
+
+def free_host_bytes() -> float:
+    """Four fifths of the memory that the host has to give."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, str]:
+    from sparse_unsloth.bench.speed import describe
+
+    args.date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    if args.cpu:
+        return dict.fromkeys(COLUMNS[:6], "cpu")
+    found = describe(args)
+    return {name: found[name] for name in COLUMNS[:6]}
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            row
+            | {"tokens": int(row["tokens"]), "median_ms": float(row["median_ms"]), "peak_gib": float(row["peak_gib"])}
+            for row in csv.DictReader(file)
+        ]
+
+
+def key_of(row: dict) -> tuple:
+    """The cell of a row; the longest sequence that fits has a length of its own, so it counts as the plan's."""
+    tokens = row["tokens"] if row["layout"] != "longest" else None
+    return row["layout"], row["checkpointing"], row["method"], tokens
+
+
+def main(argv: list[str]) -> int:
+    began = time.time()
+    args = parse(argv)
+    if args.draw is not None:
+        import draw_long_sequence
+
+        draw_long_sequence.main(args.draw, read(args.draw))
+        return 0
+    if not args.cpu:
+        import unsloth  # noqa: F401  # first, as it asks
+    complete = Run(args, began).go()
+    print("complete" if complete else "run again for what is left", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    folder = sys.path.pop(0)  # whose kernels.py would answer to transformers' `import kernels`
+    if "--draw" in sys.argv:
+        sys.path.insert(0, folder)
+    sys.exit(main(sys.argv[1:]))

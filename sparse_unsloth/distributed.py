@@ -1,0 +1,93 @@
+"""Several processes (torchrun, accelerate): which one this is, and what the first one makes for all.
+
+Channels are chosen by each rank for its own rows, so training needs nothing of this; only what is made once, before it,
+is shared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sparse_unsloth.errors import SparsityError
+
+Value = TypeVar("Value")
+
+
+def rank() -> int:
+    """The number of this process among those that were launched together; 0 if it is alone."""
+    return dist.get_rank() if has_group() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes were launched together."""
+    return dist.get_world_size() if has_group() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """The number of this process on its host, which is also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and reports."""
+    return rank() == 0
+
+
+def uses_fsdp() -> bool:
+    """Whether accelerate was launched with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+
+
+def has_group() -> bool:
+    """Whether the processes can talk to each other: a trainer's arguments set that up, or accelerate's state."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def from_main(make: Callable[[], Value], together: bool = False) -> Value:
+    """What ``make`` returns on rank 0, on every rank; its tensors must be on the CPU.
+
+    Every rank must call it. An error of rank 0 is raised on all of them, so none waits in vain.
+
+    Args:
+        make: called on rank 0 alone, or, with ``together``, on every rank (it takes part in collectives); the others'
+            results are dropped then, so that all ranks hold the very same numbers.
+        together: as said.
+
+    Raises:
+        SparsityError: ``make`` failed on rank 0; there its own error is raised.
+    """
+    if not has_group() or dist.get_world_size() == 1:
+        return make()
+    error, value = None, None
+    if together or is_main():
+        try:
+            value = make()
+        except Exception as caught:
+            if together and not is_main():
+                raise
+            error = caught
+    message = [(None, value) if error is None else (f"{type(error).__name__}: {error}", None)]
+    dist.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    failure, value = message[0]
+    if failure is not None:
+        raise SparsityError(f"Rank 0 failed, and rank {rank()} stops with it. {failure}")
+    return value
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds parameters of ``module`` in pieces."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the parameters of ``module`` are."""
+    return next(module.parameters()).device

@@ -1,0 +1,76 @@
+"""One estimator for all ranks: rank 0 makes it, or had it, and the others get the very same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from sparse_unsloth.distributed import device_of, from_main, is_sharded, uses_fsdp
+from sparse_unsloth.errors import EstimatorError
+from sparse_unsloth.estimates import sparse_parts
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.storage import fingerprint
+
+if TYPE_CHECKING:
+    from sparse_unsloth.config import LayerSparsity
+    from sparse_unsloth.estimates import Estimator
+
+Samples = list[Mapping[str, Any]] | None
+
+
+def shared_estimator(
+    layers: list[DecoderLayer],
+    layer_sparsity: Sequence[LayerSparsity],
+    made: Estimator | None,
+    read_samples: Callable[[], Samples],
+    make: Callable[[Samples], Estimator],
+) -> Estimator:
+    """Rank 0's estimator, on every rank, which all must call this. Training under way needs no such communication.
+
+    With whole weights (DDP) rank 0 alone calibrates, and the others wait. Weights in pieces (FSDP2) are gathered layer
+    by layer, so there every rank runs the same pass on rank 0's samples.
+
+    Args:
+        layers, layer_sparsity: of the model.
+        made: this rank's estimator, if it has one; only rank 0's counts.
+        read_samples: the calibration samples, for when there is none.
+        make: an estimator from them.
+
+    Raises:
+        EstimatorError: the ranks hold different base weights, or it cannot be made.
+    """
+    sharded = any(is_sharded(layer.module) for layer in layers)
+    if not (
+        sharded or uses_fsdp()
+    ):  # accelerate may leave ranks other than 0 without weights until FSDP hands them out
+        _check_same_weights(layers, layer_sparsity)
+    if from_main(lambda: made is not None):
+        estimator = from_main(lambda: _portable(made, layers))
+    elif sharded:
+        samples = from_main(read_samples)
+        estimator = from_main(lambda: _portable(make(samples), layers), together=True)
+    else:
+        estimator = from_main(lambda: _portable(make(read_samples()), layers))
+    return estimator.placed({layer.index: device_of(layer.module) for layer in layers})
+
+
+def _portable(estimator: Estimator, layers: list[DecoderLayer]) -> Estimator:
+    return estimator.placed({layer.index: "cpu" for layer in layers})
+
+
+def _check_same_weights(layers: list[DecoderLayer], layer_sparsity: Sequence[LayerSparsity]) -> None:
+    digest = hashlib.sha256()
+    for index, part in sparse_parts(layer_sparsity):
+        digest.update(fingerprint(layers[index], part).encode())
+    every: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(every, digest.hexdigest())
+    other = [number for number, one in enumerate(every) if one != every[0]]
+    if other:
+        raise EstimatorError(
+            f"Rank {', '.join(map(str, other))} holds other base weights than rank 0, so they cannot share an "
+            "estimator (nor train one model). Load the same checkpoint on every rank, in the same dtype; random "
+            "weights need the same seed."
+        )
