@@ -60,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
         text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
         parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
+    parser.add_argument(
+        "--output-levels", type=float, nargs="*", default=(), metavar="SHARE",
+        help="sparsities to choose from for output tokens too, with --max-loss (default: none, they stay dense)",
+    )  # fmt: skip
     for name, count, text in (
         ("samples", 32, "to calibrate the estimator on"),
         ("probe-samples", 96, "others, to measure losses on"),
@@ -101,6 +105,7 @@ def main(words: Sequence[str]) -> int:
         part_batches=-(-arguments.part_samples // BATCH),
         mlp_levels=arguments.mlp_levels,
         attention_levels=arguments.attention_levels,
+        output_levels=arguments.output_levels,
     )
     from sparse_unsloth.autosparsity.report import RECIPE_FILE, REPORT_FILE, summary
 
