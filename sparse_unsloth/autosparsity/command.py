@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sparse_unsloth.errors import CalibrationError
+from sparse_unsloth.words import parse, recipe_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,14 +80,10 @@ def main(words: Sequence[str]) -> int:
         SparsityError: see `calibrate_recipe`; `CalibrationError` for wrong words.
     """
     parser = build_parser()
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
+    parsed = parse(parser, words, CalibrationError)
+    if parsed is None:
         return 0
-    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
-    names, options = list(words[:first]), list(words[first:])
-    arguments, overrides = parser.parse_known_args(options)
-    if len(names) not in (1, 2):
-        raise CalibrationError(f"calibrate takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+    names, arguments, overrides = parsed
     counts = (arguments.samples, arguments.probe_samples, arguments.held_out_samples)
     if min(*counts[:2], arguments.part_samples) < 1 or counts[2] < 0:
         raise CalibrationError(
@@ -116,17 +110,12 @@ def main(words: Sequence[str]) -> int:
 
 
 def _recipe(names: list[str], overrides: list[str], output_dir: str) -> Recipe:
-    """The checked recipe; for a model and a data set it is written down first."""
+    """The checked recipe."""
     from sparse_unsloth.language_model import explain_backend
     from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
 
     overrides = [*overrides, "--output_dir", str(Path(output_dir) / "trainer")]
-    with tempfile.TemporaryDirectory() as folder:
-        source = names[0]
-        if len(names) == 2:
-            source = str(Path(folder) / "calibrate.yaml")
-            given = yaml.safe_dump({"model_name_or_path": names[0], "dataset_name": names[1]})
-            Path(source).write_text(given, encoding="utf-8")
+    with recipe_source(names) as source:
         asked = raw_backend(source, overrides)
         if asked in BACKENDS and explain_backend(asked)[0] == "unsloth":
             # It patches TRL and transformers, so it comes before the recipe's keys are read from TRL.

@@ -136,7 +136,9 @@ class Observer:
             size = layer.intermediate_size if mlp else layer.num_kv_heads * layer.head_dim
             kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
             figures["overlap"] = torch.stack(kept).mean()
-        rows = (observation.places if tier_alone else observation.rows).get(TIERS["output " if name.startswith("output ") else ""])
+        rows = (observation.places if tier_alone else observation.rows).get(
+            TIERS["output " if name.startswith("output ") else ""]
+        )
         if rows is None or not len(rows):
             return
         inputs = hidden_states.detach().flatten(0, -2).index_select(0, rows)
