@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -31,13 +31,20 @@ LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "m
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep."""
+    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep.
+
+    ``output_*`` says the same of output tokens.
+    """
 
     name: str
     mlp: float
     self_attn: float
     mlp_channels: tuple[int, int]
     key_channels: tuple[int, int]
+    output_mlp: float = 0.0
+    output_self_attn: float = 0.0
+    output_mlp_channels: int | None = None
+    output_key_channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,8 @@ class AttachReport:
         ]
         for first, last, layer in self._runs():
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
-            mlp = "dense" if not layer.mlp else f"{layer.mlp_channels[0]} of {layer.mlp_channels[1]} channels"
-            attention = (
-                "dense" if not layer.self_attn else f"{layer.key_channels[0]} of {layer.key_channels[1]} channels"
-            )
+            mlp = _kept(layer.mlp, layer.mlp_channels, layer.output_mlp, layer.output_mlp_channels)
+            attention = _kept(layer.self_attn, layer.key_channels, layer.output_self_attn, layer.output_key_channels)
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
         if self.exact_removal:
             lines.append(f"  rows without loss: left out of {self.exact_removal}")
@@ -71,11 +76,17 @@ class AttachReport:
         """Neighbouring layers that were treated alike."""
         runs: list[tuple[int, int, LayerReport]] = []
         for index, layer in enumerate(self.layers):
-            if runs and (layer.mlp, layer.self_attn) == (runs[-1][2].mlp, runs[-1][2].self_attn):
+            if runs and replace(layer, name="") == replace(runs[-1][2], name=""):
                 runs[-1] = (runs[-1][0], index, layer)
             else:
                 runs.append((index, index, layer))
         return runs
+
+
+def _kept(sparsity: float, channels: tuple[int, int], output: float, output_channels: int | None) -> str:
+    if not sparsity:
+        return "dense"
+    return f"{channels[0]} of {channels[1]} channels" + (f" (output tokens {output_channels})" if output else "")
 
 
 def attach(
@@ -293,7 +304,7 @@ def _probe(state: SparsityState) -> None:
 
 def _report(state: SparsityState, exact_removal: str) -> AttachReport:
     rows = []
-    for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
+    for layer, sparsity, output in zip(state.layers, state.layer_sparsity, state.output_sparsity, strict=True):
         keys = layer.num_kv_heads * layer.head_dim
         rows.append(
             LayerReport(
@@ -302,6 +313,10 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
                 self_attn=sparsity.self_attn,
                 mlp_channels=(keep_count(layer.intermediate_size, sparsity.mlp), layer.intermediate_size),
                 key_channels=(keep_count(keys, sparsity.self_attn), keys),
+                output_mlp=output.mlp,
+                output_self_attn=output.self_attn,
+                output_mlp_channels=keep_count(layer.intermediate_size, output.mlp),
+                output_key_channels=keep_count(keys, output.self_attn),
             )
         )
     return AttachReport(state.backend_name, tuple(rows), exact_removal)

@@ -263,7 +263,7 @@ class _Runs:
                 )
             roles = {name: batch.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths")}
             partition = TokenPartition.from_labels(batch["labels"], **roles, dense_tokens=dense_tokens)
-            starts = _sequence_starts(batch["labels"], **roles).flatten()
+            starts = sequence_starts(batch["labels"], **roles).flatten()
             rows = partition.context[~starts[partition.context]]
             if len(rows):
                 self.batches.append((batch, rows))
@@ -370,7 +370,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _sequence_starts(
+def sequence_starts(
     labels: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,

@@ -4,16 +4,22 @@ This module imports transformers; ``sparse_unsloth`` itself imports it only when
 """
 
 import logging
+from pathlib import Path
 
 from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.distributed import is_main
+from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
 
 logger = logging.getLogger(__name__)
 
 
 class SparsityCallback(TrainerCallback):
     """Tells a sparse model which optimiser step it is in, and logs what sparsity did.
+
+    Looks at the chosen channels (``explain_steps``) go to ``explain.jsonl`` in the trainer's output folder, for
+    `sparse-unsloth explain`; their means join the log line that follows, and so do the figures of each layer where the
+    trainer reports to an integration. The trainer's ``log_history`` has both.
 
     Every ``Trainer`` built after a model was attached has one already (``register_with_trainers``). On a model that is
     not attached it does nothing; of several instances in one trainer only the first one drives.
@@ -42,6 +48,8 @@ class SparsityCallback(TrainerCallback):
             collate_fn=getattr(train_dataloader, "collate_fn", None),
         )
         self._sparsity, self._trainer_state = sparsity, state
+        if state.global_step == 0 and state.is_world_process_zero:
+            Path(args.output_dir, RECORDS_FILE).unlink(missing_ok=True)  # of an earlier run
         _warn_if_never_sparse(sparsity, state.max_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -55,13 +63,23 @@ class SparsityCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self._drives() or logs is None or "loss" not in logs:
             return
-        metrics = self._sparsity.metrics()
-        logs.update(metrics)
+        metrics, records = self._sparsity.metrics(), self._sparsity.observer.take()
+        details = {}
+        if records:
+            metrics |= means(records[-1])
+            details = by_layer(records[-1])
+            if state.is_world_process_zero:
+                append(Path(args.output_dir), records)
+        logs.update(metrics | (details if args.report_to else {}))
+        metrics |= details
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._drives():
+            records = self._sparsity.observer.take()
+            if records and state.is_world_process_zero:
+                append(Path(args.output_dir), records)
             self._sparsity.end_training()
         self._sparsity = self._trainer_state = None
 

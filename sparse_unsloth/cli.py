@@ -106,6 +106,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("words", nargs="*")
 
+    explain = commands.add_parser(
+        "explain",
+        help="say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    explain.add_argument("words", nargs="*")
+
     # Its words are its own: building their parser imports torch. No word is an option here, not even --help.
     bench = commands.add_parser(
         "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
@@ -219,6 +227,12 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return main(arguments.words)
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.explain.command import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -241,6 +255,7 @@ COMMANDS = {
     "bench": _bench,
     "calibrate": _calibrate,
     "estimate": _estimate,
+    "explain": _explain,
     "study": _study,
 }
 

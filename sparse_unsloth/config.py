@@ -149,6 +149,23 @@ class EstimatorConfig(_Config):
         return rank
 
 
+class OutputSparsity(_Config):
+    """Layer rules for output tokens, as `SparsityConfig` has them for context; without a rule a layer is dense."""
+
+    mlp: Rules = {}
+    self_attn: Rules = {}
+
+
+def _output_rules(value: object) -> object:
+    """One share for every layer, or a mapping of the two parts."""
+    if value is None or isinstance(value, Mapping | OutputSparsity):
+        return {} if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a share such as 0.25, or a mapping such as {'mlp': {'1-29': 0.25}}")
+    everywhere = {"all": share(value)}
+    return {"mlp": everywhere, "self_attn": everywhere} if value else {}
+
+
 class SparsityConfig(_Config):
     """Per-layer sparsity, estimator, tokens and schedule of a sparse training run.
 
@@ -168,6 +185,9 @@ class SparsityConfig(_Config):
     """What ranks the channels; all but `estimator` are baselines for study."""
     dense_tokens: Literal["output", "none"] = "output"
     """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
+    output_sparsity: Annotated[OutputSparsity, BeforeValidator(_output_rules)] = OutputSparsity()
+    """Tiered sparsity: what output tokens leave out, on channels of their own; the last prompt token stays dense. One
+    share, or `{mlp: rules, self_attn: rules}`; of each layer at most its own `mlp` and `self_attn`. 0: dense."""
     rope_pairs: Switch = True
     """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
     lora_branch: Literal["dense", "selected"] = "dense"
@@ -186,6 +206,11 @@ class SparsityConfig(_Config):
     """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
     ramp: Annotated[float, BeforeValidator(_fraction)] = 0.0
     """Share of the training before `end_step` over which sparsity falls linearly to 0."""
+    refresh_steps: Positive = 1
+    """Optimiser steps for which a layer keeps the channels that it chose; 1 chooses anew in every forward."""
+    explain_steps: NonNegative = 50
+    """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
+    the best ones would (`sparse-unsloth explain`); 0 never looks."""
     seed: NonNegative = 3407
     """Of the randomised factorisation, the calibration sample and the `random` criterion."""
 
@@ -206,6 +231,13 @@ class SparsityConfig(_Config):
         if isinstance(start, float) and isinstance(end, float) and ramp > end - start + 1e-9:
             raise ValueError(f"must fit between start_step and end_step: at most {round(end - start, 9)}")
         return ramp
+
+    @field_validator("output_sparsity")
+    @classmethod
+    def _output_tokens_are_told_apart(cls, output: OutputSparsity, info: ValidationInfo) -> OutputSparsity:
+        if (output.mlp or output.self_attn) and info.data.get("dense_tokens") == "none":
+            raise ValueError("must be 0 with dense_tokens 'none', where output tokens are context like the others")
+        return output
 
     @property
     def schedule(self) -> Schedule:
@@ -232,6 +264,22 @@ class SparsityConfig(_Config):
             base[0] = 0.0
             problems += absent_layers(part, getattr(self, part), num_layers)
             parts.append(expand(getattr(self, part), base))
+        if problems:
+            raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
+        return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
+
+    def output_layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
+        """What output tokens leave out in each layer: `output_sparsity`, at most what `layer_sparsity` says.
+
+        Raises:
+            ConfigError: rules name layers that the model does not have.
+        """
+        parts, problems = [], []
+        for part in LayerSparsity._fields:
+            rules = getattr(self.output_sparsity, part)
+            problems += absent_layers(f"output_sparsity.{part}", rules, num_layers)
+            own = (getattr(layer, part) for layer in self.layer_sparsity(num_layers))
+            parts.append([min(pair) for pair in zip(expand(rules, [0.0] * num_layers), own, strict=True)])
         if problems:
             raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
         return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
@@ -400,7 +448,7 @@ def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
     for name, field in _model_at(cls, location[:-1]).model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names |= {nested: f"{parent}{name}.{nested}" for nested in field.annotation.model_fields}
-        names[name] = f"{parent}{name}"
+    names |= {name: f"{parent}{name}" for name in _model_at(cls, location[:-1]).model_fields}
     near = difflib.get_close_matches(location[-1], names, n=1)
     if near:
         return f"; did you mean {names[near[0]]}?"

@@ -5,7 +5,8 @@ padding-free. Roles follow from the labels as the model receives them (not shift
 
 - an *output token* has a label, `labels[t] != -100`;
 - a *loss-bearing* row predicts one, `labels[t + 1] != -100` inside the same document, so the last prompt token is one;
-- *dense* rows are both together, *context* rows the other tokens, *padding* rows neither.
+- *dense* rows are both together, *context* rows the other tokens, *padding* rows neither;
+- with tiers, output tokens are sparse as well, on channels of their own; the last prompt token stays dense.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class TokenPartition:
     """Rows of the flattened `[batch * sequence]` tokens by role; each tensor ascending, int64, on the labels' device.
 
     `dense`, `context` and `padding` are disjoint and cover every row; `loss` holds the rows that bear loss, a subset of
-    `dense` unless the partition was made with `dense_tokens="none"`.
+    `dense` unless the partition was made with `dense_tokens="none"`. Of a partition with tiers, ``output`` holds the
+    output tokens, a subset of `dense`, and ``output_loss`` those of them that bear loss; else both are None.
     """
 
     shape: tuple[int, int]
@@ -37,6 +39,8 @@ class TokenPartition:
     context: Tensor
     padding: Tensor
     loss: Tensor
+    output: Tensor | None = None
+    output_loss: Tensor | None = None
 
     @classmethod
     def from_labels(
@@ -47,6 +51,7 @@ class TokenPartition:
         packed_seq_lengths: Tensor | None = None,
         dense_tokens: Literal["output", "none"] = "output",
         padding_masked: bool = True,
+        tiers: bool = False,
     ) -> TokenPartition:
         """Splits the tokens of one forward; the host waits for the device once.
 
@@ -63,6 +68,7 @@ class TokenPartition:
             dense_tokens: "output" as above; "none" makes every token that is not padding a context row.
             padding_masked: whether the model keeps tokens from attending to padding. Where it does not, masked rows
                 with a token behind them (left padding) are read by that token, and count as tokens like any other.
+            tiers: also find the output tokens; needs ``dense_tokens="output"``.
 
         The first label of a document counts as an output token, but no row of the document before it bears its loss
         (Unsloth masks it there, and TRL's and transformers' collators never set it).
@@ -71,7 +77,7 @@ class TokenPartition:
             ConfigError: labels that are not one integer per token; an attention mask, position ids or lengths that do
                 not fit them.
         """
-        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens)
+        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers)
         starts, tail, covered = _documents(labels, position_ids, packed_seq_lengths)
         output = labels != IGNORE_INDEX
         loss = (output & ~starts).roll(-1, dims=1)
@@ -89,9 +95,13 @@ class TokenPartition:
             dense = torch.zeros_like(dense)
 
         role = (~dense).long() + padding.long()  # 0 dense, 1 context, 2 padding
-        by_role, by_loss = torch.stack((role, (~loss).long())).flatten(1).argsort(dim=1, stable=True)
-        counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered))
-        num_dense, num_padding, num_loss, num_covered = counts.tolist()  # the one host sync
+        others = ((~output).long(), (~(output & loss)).long()) if tiers else ()
+        by_role, by_loss, *by_output = (
+            torch.stack((role, (~loss).long(), *others)).flatten(1).argsort(dim=1, stable=True)
+        )
+        output_counts = (output.sum(), (output & loss).sum()) if tiers else ()
+        counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered, *output_counts))
+        num_dense, num_padding, num_loss, num_covered, *num_output = counts.tolist()  # the one host sync
         if num_covered > labels.numel():
             raise ConfigError(
                 f"packed_seq_lengths sum to {num_covered} tokens, but the labels of shape {list(labels.shape)} hold "
@@ -104,6 +114,10 @@ class TokenPartition:
             context=by_role[num_dense:num_tokens],
             padding=by_role[num_tokens:],
             loss=by_loss[:num_loss],
+            **{
+                name: rows[:count]
+                for name, rows, count in zip(("output", "output_loss"), by_output, num_output, strict=False)
+            },
         )
 
     @functools.cached_property
@@ -134,6 +148,35 @@ class TokenPartition:
         place.index_copy_(0, self.dense, count[: self.num_dense])
         return place.index_copy_(0, self.context, -1 - count[: self.num_context])
 
+    @functools.cached_property
+    def without_output(self) -> TokenPartition:
+        """The same with the output tokens as padding, for what the other rows compute; needs tiers, no host sync."""
+        role = self._roles(dense=0, context=1, padding=2).index_fill_(0, self.output, 2)
+        dense = self.num_dense - len(self.output)
+        return self._by_role(role, dense, self.num_context)
+
+    @functools.cached_property
+    def output_alone(self) -> TokenPartition:
+        """The output tokens as the context rows and all others as padding; needs tiers, no host sync."""
+        return self._by_role(self._roles(2, 2, 2).index_fill_(0, self.output, 1), 0, len(self.output))
+
+    @functools.cached_property
+    def output_as_context(self) -> TokenPartition:
+        """The output tokens as the context rows, the context as dense rows; needs tiers, no host sync."""
+        role = self._roles(dense=0, context=0, padding=2).index_fill_(0, self.output, 1)
+        return self._by_role(role, self.num_dense + self.num_context - len(self.output), len(self.output))
+
+    def _roles(self, dense: int, context: int, padding: int) -> Tensor:
+        roles = torch.empty(self.shape[0] * self.shape[1], dtype=torch.uint8, device=self.dense.device)
+        for rows, role in ((self.dense, dense), (self.context, context), (self.padding, padding)):
+            roles.index_fill_(0, rows, role)
+        return roles
+
+    def _by_role(self, role: Tensor, num_dense: int, num_context: int) -> TokenPartition:
+        rows = role.argsort(stable=True)
+        end = num_dense + num_context
+        return TokenPartition(self.shape, rows[:num_dense], rows[num_dense:end], rows[end:], self.loss)
+
     @property
     def context_share(self) -> float:
         """Context rows over all rows that are not padding; 0 where there are none. Needs no host sync."""
@@ -162,9 +205,11 @@ def _at_the_end(rows: Tensor) -> Tensor:
     return rows.flip(1).cumprod(1).flip(1).bool()
 
 
-def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens) -> None:
+def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers) -> None:
     if dense_tokens not in ("output", "none"):
         raise ConfigError(f"dense_tokens is {dense_tokens!r}; it must be 'output' or 'none'.")
+    if tiers and dense_tokens == "none":
+        raise ConfigError("dense_tokens is 'none', so there are no dense rows of which output tokens could be a tier.")
     if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ConfigError(
             f"labels are {labels.dtype} of shape {list(labels.shape)}; contextual sparsity needs one integer label per "

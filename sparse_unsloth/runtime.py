@@ -13,15 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparse_unsloth.calibration import sequence_starts
 from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.distributed import has_group, is_main, rank, world_size
 from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.estimator import Estimator, obtain_estimator
+from sparse_unsloth.explain.observer import Observation, Observer
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.memory_budget import CheckpointPlanner
 from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
 from sparse_unsloth.sharing import shared_estimator
 
@@ -45,13 +48,17 @@ class SparseContext:
         scale: share of the configured sparsity; at 0 every layer is dense.
         loss_only: the last layer leaves out the rows without loss.
         loss_reached: set by the loss that makes this right.
+        step: optimiser steps done, or None where nothing counts them.
+        observation: where this forward is one that `explain` looks at.
     """
 
-    def __init__(self, partition: TokenPartition, scale: float, loss_only: bool = False):
+    def __init__(self, partition: TokenPartition, scale: float, loss_only: bool = False, step: int | None = None):
         self.partition = partition
         self.scale = scale
         self.loss_only = loss_only
         self.loss_reached = False
+        self.step = step
+        self.observation: Observation | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self._memos: dict[int, dict[str, Any]] = {}
@@ -75,24 +82,33 @@ class SparseContext:
         return self._derived["every row"]
 
 
+DENSE = LayerSparsity(0.0, 0.0)
+
+
 class LayerRuntime:
     """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
 
+    ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
     (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them.
     """
 
-    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
+    def __init__(
+        self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity, output: LayerSparsity = DENSE
+    ):
         self.state = state
         self.layer = layer
         self.sparsity = sparsity
+        self.output = output
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
         self.handed: tuple[Tensor, Tensor, Tensor] | None = None
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
-        return self.context is not None and self.context.scale > 0 and getattr(self.sparsity, part) > 0
+        if self.context is None or self.context.scale == 0:
+            return False
+        return getattr(self.sparsity, part) > 0 or getattr(self.output, part) > 0
 
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
@@ -114,29 +130,38 @@ class LayerRuntime:
         """
         return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
 
-    def mlp_channels(self, hidden_states: Tensor) -> Tensor:
-        """int64 ``[k]``: the MLP channels of this forward; ``hidden_states [..., hidden_size]`` is the MLP's input."""
-        return self._selection("mlp", hidden_states).channels
+    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> tuple[Tensor | None, Tensor | None]:
+        """int64 ``[k]``: the MLP channels that context rows and output tokens keep in this forward; None: all of them.
 
-    def no_channels(self) -> Tensor:
-        """int64 ``[0]``, for a partition without context rows."""
-        return self.context.partition.dense[:0]
+        Args:
+            hidden_states: the MLP's input, ``[..., hidden_size]``.
+            partition: what `partition` gave for the MLP.
+        """
+        chosen, output = self._tiers("mlp", hidden_states, partition)
+        if output is None:
+            # Without context rows there is nothing to choose, and nothing that the choice would change.
+            return (partition.dense[:0] if chosen is None else chosen.channels), None
+        return (None if chosen is None else chosen.channels), output.channels
 
-    def attention_channels(self, hidden_states: Tensor | None = None) -> AttentionSelection:
-        """The attention channels of this forward; ``hidden_states`` is the input of Q, K, V.
+    def attention_channels(
+        self, partition: TokenPartition, hidden_states: Tensor | None = None
+    ) -> tuple[AttentionSelection | None, AttentionSelection | None]:
+        """The attention channels of context rows and of output tokens, None: all of them; arguments as `mlp_channels`.
+
+        ``hidden_states`` is the input of Q, K, V.
 
         Raises:
             AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
         """
-        return self._selection("self_attn", hidden_states)
+        return self._tiers("self_attn", hidden_states, partition)
 
     def mlp_of_context(self, context_rows: Tensor) -> MlpSelection:
         """The MLP's selection of this forward, from its input on the context rows alone, ``[n, hidden_size]``."""
-        return self._selection("mlp", context_rows, every_row=True)
+        return self._selection("mlp", "mlp", context_rows, self.sparsity.mlp, None)
 
     def attention_of_context(self, context_rows: Tensor | None) -> AttentionSelection:
         """The attention's likewise; None once Q, K, V have chosen."""
-        return self._selection("self_attn", context_rows, every_row=True)
+        return self._selection("self_attn", "self_attn", context_rows, self.sparsity.self_attn, None)
 
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
@@ -151,20 +176,38 @@ class LayerRuntime:
             return None
         return estimator.compensation.get(self.layer.index)
 
+    def _tiers(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        context, output = None, None
+        if len(partition.context) and getattr(self.sparsity, part) > 0:
+            rows = self.context.partition.context
+            context = self._selection(part, part, hidden_states, getattr(self.sparsity, part), rows)
+        if partition.output is not None and len(partition.output) and getattr(self.output, part) > 0:
+            # By the tokens that bear loss, because the last layer may compute no others (exact removal).
+            whole = self.context.partition
+            rows = whole.output_loss if len(whole.output_loss) else whole.output
+            output = self._selection(part, f"output {part}", hidden_states, getattr(self.output, part), rows)
+        return context, output
+
     @torch.no_grad()
-    def _selection(self, part: str, hidden_states: Tensor | None, every_row: bool = False):
-        key = (self.layer.index, part)
+    def _selection(self, part: str, name: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
+        """The choice by ``rows`` of ``hidden_states``; None: these are the tier's rows alone."""
+        key = (self.layer.index, name)
         chosen = self.context.selections.get(key)
         if chosen is None:
             if hidden_states is None:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
-            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-            sparsity = getattr(self.sparsity, part) * self.context.scale
-            rows = None if every_row else self.context.partition.context
-            chosen = select(self.layer, hidden_states, sparsity, rows)
+            sparsity, step = sparsity * self.context.scale, self.context.step
+            chosen = self.state.kept.find(key, step, sparsity)
+            if chosen is None:
+                select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+                chosen = select(self.layer, hidden_states, sparsity, rows)
+                self.state.kept.put(key, step, sparsity, chosen)
             if part == "mlp" and chosen.order is not None:
-                self.context.memo(self.layer.index)["order"] = chosen.order
+                memo = self.context.memo(self.layer.index)
+                (memo if name == part else memo.setdefault("output", {}))["order"] = chosen.order
             self.context.selections[key] = chosen
+        if self.context.observation is not None and hidden_states is not None:
+            self.state.observer.see(self.context.observation, self.layer, name, hidden_states, chosen, rows is None)
         return chosen
 
 
@@ -177,9 +220,12 @@ class SparsityState:
         backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
         hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
+        layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
         last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
+        kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
+        observer: what `explain` reports (`SparsityConfig.explain_steps`).
         driver: the callback, or whatever else sets the step; None outside training.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
     """
@@ -190,14 +236,18 @@ class SparsityState:
         self.layers = layers
         self.config = config
         self.layer_sparsity = config.layer_sparsity(len(layers))
+        self.output_sparsity = config.output_layer_sparsity(len(layers))
+        self.tiers = any(map(any, self.output_sparsity))
         self.runtimes = {
-            layer.index: LayerRuntime(self, layer, sparsity)
-            for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
+            layer.index: LayerRuntime(self, layer, sparsity, output)
+            for layer, sparsity, output in zip(layers, self.layer_sparsity, self.output_sparsity, strict=True)
             if any(sparsity)
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
         self.driver: object | None = None
+        self.kept = KeptSelections(config.refresh_steps)
+        self.observer = Observer(config.explain_steps)
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
@@ -206,6 +256,7 @@ class SparsityState:
         self.handles: list[RemovableHandle | LossRemoval] = []
         self.ran: set[tuple[int, str]] = set()
         self._scale = 0.0
+        self._step: int | None = None
         self._max_steps = 0
         self._verified = False
         self._sparse_forwards_in_step = 0
@@ -298,6 +349,8 @@ class SparsityState:
         if self.config.memory_budget is not None and self.planner is None:
             self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
+        self.kept.clear()
+        self.observer.clear()
         self._reset_counts()
 
     def verify_hooks(self) -> None:
@@ -330,7 +383,8 @@ class SparsityState:
 
     def set_step(self, step: int) -> None:
         """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
-        self._scale = self.config.schedule.scale(step, self._max_steps)
+        self._scale, self._step = self.config.schedule.scale(step, self._max_steps), step
+        self.observer.begin_step(step, self._scale > 0)
         self._sparse_forwards_in_step = 0
         self.ran.clear()
 
@@ -358,7 +412,8 @@ class SparsityState:
         if self.planner is not None:
             self.planner.restore()
             self.planner = None
-        self.driver, self._scale = None, 0.0
+        self.driver, self._scale, self._step = None, 0.0, None
+        self.kept.clear()
 
     def metrics(self) -> dict[str, float]:
         """What sparsity did since the last call; empty counts give zeros, a model without sparse layers nothing."""
@@ -376,6 +431,12 @@ class SparsityState:
         }
         if self.planner is not None:
             figures["sparsity/kept_layers"] = float(self.planner.num_kept)
+        if self.tiers:
+            means = [sum(values) / self.num_layers for values in zip(*self.output_sparsity, strict=True)]
+            figures |= {
+                "sparsity/mean_output_mlp": means[0] * self._scale,
+                "sparsity/mean_output_self_attn": means[1] * self._scale,
+            }
         self._reset_counts()
         return figures
 
@@ -409,7 +470,7 @@ class SparsityState:
         self._forwards += 1
         self._context_tokens += len(partition.context)
         self._dense_tokens += len(partition.dense)
-        if not len(partition.context):
+        if not (len(partition.context) or (self.tiers and len(partition.output))):
             scale = 0.0
         if scale > 0:
             if self.selector is None:
@@ -426,11 +487,19 @@ class SparsityState:
                     "calibration_samples= to get_peft_model() or attach(), or set estimator kind 'svd', which needs "
                     "none."
                 )
+            if self._step is None and self.config.refresh_steps > 1:
+                self._say_once(
+                    f"refresh_steps is {self.config.refresh_steps}, but nothing counts the optimiser steps (no "
+                    "trainer, no set_step()), so channels are chosen anew in every forward."
+                )
             self._sparse_forwards += 1
             self._sparse_forwards_in_step += torch.is_grad_enabled()
         elif self.last_layer is None:
             return None
-        return SparseContext(partition, scale, loss_only and worth_removing(partition))
+        context = SparseContext(partition, scale, loss_only and worth_removing(partition), self._step)
+        if scale > 0 and self.observer.wants(self._step):
+            context.observation = self._observe(partition, scale, kwargs)
+        return context
 
     def close_forward(self, context: SparseContext | None) -> None:
         """Checks a forward that ended well.
@@ -446,6 +515,18 @@ class SparsityState:
                 "exact_removal: false."
             )
 
+    def _observe(self, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]) -> Observation:
+        layout = (arguments.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths"))
+        starts = sequence_starts(arguments["labels"], *layout)
+        tiers = (("", self.layer_sparsity), ("output ", self.output_sparsity))
+        sparsity = {
+            (index, f"{prefix}{part}"): value * scale
+            for prefix, layers in tiers
+            for index, layer in enumerate(layers)
+            for part, value in layer._asdict().items()
+        }
+        return self.observer.open(self._step, partition, starts, self.layers, sparsity)
+
     def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
         """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
         layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
@@ -457,6 +538,7 @@ class SparsityState:
             dense_tokens=self.config.dense_tokens,
             # Unsloth drops the mask in training, and tokens attend to padding on their left.
             padding_masked=self.backend_name != "unsloth",
+            tiers=self.tiers,
         )
 
     def _current_scale(self) -> float:

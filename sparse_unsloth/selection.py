@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from sparse_unsloth.estimates import Estimator
 
 
+MAX_KEPT = 2
+"""Selections kept of each part by a criterion that looks at no row: of context rows and of output tokens."""
+
+
 @dataclass(frozen=True, eq=False)
 class MlpSelection:
     """The MLP channels that context rows keep.
@@ -72,7 +76,7 @@ class ChannelSelector:
         self._rope_pairs = config.rope_pairs
         layer_sparsity = config.layer_sparsity(len(layers))
         self._criterion: Criterion = make_criterion(config.criterion, estimator, layer_sparsity, config.seed)
-        self._kept: dict[tuple[int, str, torch.device], tuple[float, MlpSelection | AttentionSelection]] = {}
+        self._kept: dict[tuple[int, str, torch.device], dict[float, MlpSelection | AttentionSelection]] = {}
 
     def mlp(
         self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows: Tensor | None = None
@@ -125,12 +129,12 @@ class ChannelSelector:
             return score(layer, hidden_states)
 
     def _constant(self, layer, part, hidden_states, sparsity, rows, choose):
-        """``choose``, or for a criterion that looks at no row, its last result at the same sparsity."""
+        """``choose``, or for a criterion that looks at no row, an earlier result at the same sparsity."""
         if not self._criterion.constant:
             return choose(layer, hidden_states, sparsity, rows)
-        key = (layer.index, part, hidden_states.device)
-        last, selection = self._kept.get(key, (None, None))
-        if last != sparsity:
-            selection = choose(layer, hidden_states, sparsity, rows)
-            self._kept[key] = (sparsity, selection)
-        return selection
+        kept = self._kept.setdefault((layer.index, part, hidden_states.device), {})
+        if sparsity not in kept:
+            while len(kept) >= MAX_KEPT:
+                del kept[next(iter(kept))]
+            kept[sparsity] = choose(layer, hidden_states, sparsity, rows)
+        return kept[sparsity]

@@ -20,6 +20,8 @@ from trl import SFTTrainer
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data import DataError, load_dataset_for, resolve_model
 from sparse_unsloth.doctor import check_can_train, environment
+from sparse_unsloth.explain.records import RECORDS_FILE
+from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
@@ -87,6 +89,8 @@ class RunResult:
 def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResult:
     """Trains what ``recipe`` describes and writes recipe, adapter, metrics and environment into its ``output_dir``.
 
+    Where channels were looked at (``explain_steps``), what `sparse-unsloth explain` says is written there too.
+
     Raises:
         SparsityError: this machine cannot train it, the folder holds another run, or model or data are out of reach.
     """
@@ -116,6 +120,8 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         if recipe.rank is not None and recipe.rank.retain_ratio is not None:
             save_pruned_checkpoint(trainer.model, folder / PRUNED_FOLDER, recipe.rank.retain_ratio)
         _write_json(folder / METRICS_FILE, metrics)
+        if (folder / RECORDS_FILE).is_file():
+            write_explanation(folder)
     return RunResult(folder, metrics)
 
 

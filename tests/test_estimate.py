@@ -9,10 +9,11 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.forecast.command import _recipe, _split
+from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.forecast.command import _recipe, build_parser
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.recipe import load_recipe
+from sparse_unsloth.words import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from words import questions, save_checkpoint, save_rows, text
@@ -150,7 +151,7 @@ def test_samples_that_are_looked_at(recipe):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "nll"}, {"lora_target_modules": ["q_proj", "v_proj"]}])
-@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("is_sparse", [False, True, "tiers"])
 def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpointing):
     """The real trainer's model on the real trainer's batch."""
     from sparse_unsloth import get_state
@@ -158,7 +159,8 @@ def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpo
 
     if "lora_target_modules" in changes and (is_sparse or checkpointing):
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")
-    sparsity = ALWAYS if is_sparse else "dense"
+    tiers = {"output_sparsity": {"mlp": {"1-2": 0.5}, "self_attn": {"1": 0.25}}} if is_sparse == "tiers" else {}
+    sparsity = {**ALWAYS, **tiers} if is_sparse else "dense"
     source = recipe(sparsity=sparsity, gradient_checkpointing=checkpointing, **changes)
     expected = estimate(load_recipe(source))
     trainer, _ = build_trainer(load_recipe(source))
@@ -270,8 +272,10 @@ def test_command_with_model_and_data_set(recipe, checkpoint, capsys):
 
 
 def test_names_come_before_options():
-    assert _split(["a", "b", "--max_length", "5", "--json"]) == (["a", "b"], ["--max_length", "5", "--json"])
-    assert _split([]) == ([], [])
+    names, arguments, overrides = parse(build_parser(), ["a", "b", "--max_length", "5", "--json"], ConfigError)
+    assert (names, arguments.json, overrides) == (["a", "b"], True, ["--max_length", "5"])
+    with pytest.raises(ConfigError, match="given nothing"):
+        parse(build_parser(), ["--json"], ConfigError)
     with pytest.raises(SparsityError, match="there is no shipped recipe"):
         _recipe(["nothing"], [], None)
 

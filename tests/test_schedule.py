@@ -104,6 +104,7 @@ class FakeState:
         self.driver = None
         self.calls = []
         self.since_log = 0
+        self.observer = SimpleNamespace(take=list)
 
     def begin_training(self, driver, max_steps, train_dataset=None, collate_fn=None):
         self.driver, self.max_steps = driver, max_steps

@@ -30,12 +30,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
-from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth import attach, calibrate, detach, get_state
+from sparse_unsloth.autosparsity.search import Calibration
 from sparse_unsloth.backends import unsloth as backend
 from sparse_unsloth.errors import AttachError, SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora
+from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """What Unsloth runs through its fast path."""
@@ -49,6 +50,8 @@ SETTINGS = {
     "sparse": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
     "last layer dense": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}),
     "no dense rows": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, dense_tokens="none"),
+    "tiers": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, output_sparsity=0.4),
+    "tiers below": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}, output_sparsity=0.4),
 }
 
 
@@ -93,6 +96,8 @@ def examine() -> dict[str, str]:
     # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
     expected = {family: reference_steps(family) for family in COMPARED}
     bases = {family: make_base(family) for family in FAMILIES}
+    weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
+    calibrated = {name: calibration_of(make_lora(base=copy.deepcopy(base))) for name, base in weights.items()}
 
     import unsloth  # noqa: F401
 
@@ -105,6 +110,8 @@ def examine() -> dict[str, str]:
     found["rows without loss"] = failure_of(check_rows_of_the_last_layer, bases["llama"])
     found["two forwards in flight"] = failure_of(check_two_forwards_in_flight, bases["llama"])
     found["memory budget"] = failure_of(check_memory_budget, bases["llama"])
+    for name, base in weights.items():
+        found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
     return {name: text for name, text in found.items() if text}
 
@@ -315,6 +322,35 @@ def check_left_padding(base: nn.Module) -> None:
     assert_same(loss_and_gradients(model, batch), expected)
 
 
+def calibration_of(model: nn.Module) -> Calibration:
+    """With few levels; output tokens are candidates too."""
+    return calibrate(
+        model,
+        [make_batch(seed) for seed in range(4)],
+        max_loss=0.05,
+        config={"estimator": {"rank": 4}},
+        mlp_levels=(0.25, 0.75),
+        attention_levels=(0.5,),
+        output_levels=(0.25,),
+        progress=False,
+    )
+
+
+def compare_calibrations(base: nn.Module, expected: Calibration) -> None:
+    """The same sensitivities and recipe as with the PEFT backend, and a model that is as it was."""
+    model = fused_by_unsloth(base, checkpointing=True)
+    before = loss_and_gradients(model, make_batch())
+    found = calibration_of(model)
+    assert get_state(model) is None
+    for part, curve in expected.alone.items():
+        for level, measured in curve.items():
+            ours, theirs = found.alone[part][level].divergence, measured.divergence
+            assert abs(ours - theirs) <= 1e-3 * theirs + 1e-6, f"{part} at {level}: {ours}, {theirs}"
+    assert found.chosen.recipe == expected.chosen.recipe
+    assert any(map(any, found.chosen.recipe))
+    assert_same(loss_and_gradients(model, make_batch()), before, "after the calibration")
+
+
 def packed_batch():
     """`make_batch` without padding, as TRL under Unsloth sends it: one row, and the documents' lengths."""
     padded = make_batch()
@@ -357,8 +393,9 @@ class Rotary(nn.Module):
 
 def replace_gpu_kernels() -> None:
     """Unsloth's Triton kernels by the same mathematics, and what it does only when it loads a model itself."""
+    import bitsandbytes
     from transformers import Trainer
-    from unsloth.kernels import fast_lora, swiglu
+    from unsloth.kernels import fast_lora, swiglu, utils
     from unsloth.models import llama, mistral
 
     def rms_norm(norm, x, gemma=False, **kwargs):
@@ -369,6 +406,11 @@ def replace_gpu_kernels() -> None:
         cos, sin = cos[positions][:, None], sin[positions][:, None]
         return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
 
+    def dequantize(weight, quant_state=None, out=None, use_global_buffer=False):
+        return weight if quant_state is None else bitsandbytes.functional.dequantize_4bit(weight, quant_state)
+
+    for module in (fast_lora, utils):
+        module.fast_dequantize = dequantize
     llama.fast_rms_layernorm = rms_norm
     llama.fast_rope_embedding = mistral.fast_rope_embedding = rope
     fast_lora.swiglu_fg_kernel = lambda e, g: F.silu(e) * g

@@ -39,6 +39,22 @@ def make_base(family: str = "llama", seed: int = 0, dtype=torch.float32, **chang
     return model
 
 
+def pack_nf4(base):
+    """``base`` with its decoder layers' projections in NF4, in place."""
+    import bitsandbytes as bnb
+
+    for layer in base.model.layers:
+        for part in (layer.mlp, layer.self_attn):
+            for name, old in list(part.named_children()):
+                if isinstance(old, torch.nn.Linear):
+                    packed = bnb.nn.Linear4bit(
+                        old.in_features, old.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+                    )
+                    packed.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+                    setattr(part, name, packed.to("cpu"))
+    return base
+
+
 def make_lora(
     family: str = "llama", seed: int = 0, dtype=torch.float32, base=None, lora_b=0.05, targets=None, **changes
 ):

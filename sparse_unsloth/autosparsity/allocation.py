@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,16 +15,16 @@ GAP = 1e-6
 
 
 class Option(NamedTuple):
-    """One sparsity of a part: the loss that it adds, in nats, and its FLOPs, in any unit common to all parts."""
+    """One sparsity of a part, or one of each tier: the loss it adds, in nats, and its FLOPs, in any common unit."""
 
-    sparsity: float
+    sparsity: Any
     loss: float
     flops: float
 
 
 def allocate(
     options: Mapping[Part, Sequence[Option]], *, flops: float | None = None, loss: float | None = None
-) -> dict[Part, float]:
+) -> dict[Part, Any]:
     """Chooses one option of each part; exactly one of the two bounds is given.
 
     Args:

@@ -65,13 +65,15 @@ def _frozen(shape: ModelShape, recipe, estimator_rank: int, compensation_rank: i
 class DataShape:
     """Tokens of sample batches by role, without padding, and the lengths of their rows.
 
-    A row counts as one sequence: where it packs several, the attention core is counted too large.
+    ``output_tokens`` are those dense ones that may have a sparsity of their own; 0 without tiers. A row counts as one
+    sequence: where it packs several, the attention core is counted too large.
     """
 
     dense_tokens: int
     context_tokens: int
     loss_tokens: int
     row_lengths: tuple[int, ...]
+    output_tokens: int = 0
 
     @classmethod
     def of(cls, batches: Sequence[ProbeBatch]) -> DataShape:
@@ -84,6 +86,7 @@ class DataShape:
             context_tokens=sum(batch.partition.num_context for batch in batches),
             loss_tokens=sum(len(batch.partition.loss) for batch in batches),
             row_lengths=tuple(lengths),
+            output_tokens=sum(len(batch.partition.output) for batch in batches if batch.partition.output is not None),
         )
 
     @property
@@ -98,11 +101,14 @@ class DataShape:
         lora_rank: int,
         estimator_rank: int = 0,
         compensation_rank: int = 0,
+        output: Sequence[LayerSparsity] | None = None,
     ) -> float:
-        """FLOPs of a training step with ``recipe`` over those of the dense one: no checkpointing, logits of the
-        loss-bearing rows alone."""
+        """FLOPs of a training step with ``recipe``, and ``output`` for output tokens, over those of the dense one.
 
-        def total(layers, *ranks: int) -> int:
+        No checkpointing, logits of the loss-bearing rows alone.
+        """
+
+        def total(layers, output, *ranks: int) -> int:
             return step_flops(
                 shape,
                 layers,
@@ -113,6 +119,9 @@ class DataShape:
                 head_tokens=self.loss_tokens,
                 estimator_rank=ranks[0],
                 compensation_rank=ranks[1],
+                output_sparsity=output,
+                output_tokens=self.output_tokens,
             ).total
 
-        return total(recipe, estimator_rank, compensation_rank) / total([(0.0, 0.0)] * shape.num_layers, 0, 0)
+        dense = [(0.0, 0.0)] * shape.num_layers
+        return total(recipe, output, estimator_rank, compensation_rank) / total(dense, None, 0, 0)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sparse_unsloth.errors import CalibrationError
+from sparse_unsloth.words import parse, recipe_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
         text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
         parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
+    parser.add_argument(
+        "--output-levels", type=float, nargs="*", default=(), metavar="SHARE",
+        help="sparsities to choose from for output tokens too, with --max-loss (default: none, they stay dense)",
+    )  # fmt: skip
     for name, count, text in (
         ("samples", 32, "to calibrate the estimator on"),
         ("probe-samples", 96, "others, to measure losses on"),
@@ -78,14 +80,10 @@ def main(words: Sequence[str]) -> int:
         SparsityError: see `calibrate_recipe`; `CalibrationError` for wrong words.
     """
     parser = build_parser()
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
+    parsed = parse(parser, words, CalibrationError)
+    if parsed is None:
         return 0
-    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
-    names, options = list(words[:first]), list(words[first:])
-    arguments, overrides = parser.parse_known_args(options)
-    if len(names) not in (1, 2):
-        raise CalibrationError(f"calibrate takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+    names, arguments, overrides = parsed
     counts = (arguments.samples, arguments.probe_samples, arguments.held_out_samples)
     if min(*counts[:2], arguments.part_samples) < 1 or counts[2] < 0:
         raise CalibrationError(
@@ -101,6 +99,7 @@ def main(words: Sequence[str]) -> int:
         part_batches=-(-arguments.part_samples // BATCH),
         mlp_levels=arguments.mlp_levels,
         attention_levels=arguments.attention_levels,
+        output_levels=arguments.output_levels,
     )
     from sparse_unsloth.autosparsity.report import RECIPE_FILE, REPORT_FILE, summary
 
@@ -111,17 +110,12 @@ def main(words: Sequence[str]) -> int:
 
 
 def _recipe(names: list[str], overrides: list[str], output_dir: str) -> Recipe:
-    """The checked recipe; for a model and a data set it is written down first."""
+    """The checked recipe."""
     from sparse_unsloth.language_model import explain_backend
     from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
 
     overrides = [*overrides, "--output_dir", str(Path(output_dir) / "trainer")]
-    with tempfile.TemporaryDirectory() as folder:
-        source = names[0]
-        if len(names) == 2:
-            source = str(Path(folder) / "calibrate.yaml")
-            given = yaml.safe_dump({"model_name_or_path": names[0], "dataset_name": names[1]})
-            Path(source).write_text(given, encoding="utf-8")
+    with recipe_source(names) as source:
         asked = raw_backend(source, overrides)
         if asked in BACKENDS and explain_backend(asked)[0] == "unsloth":
             # It patches TRL and transformers, so it comes before the recipe's keys are read from TRL.

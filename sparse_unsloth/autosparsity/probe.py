@@ -32,7 +32,25 @@ MAX_POSITIONS = 1024
 """Of a batch, at most so many loss-bearing positions, evenly spaced: their log-probabilities are kept."""
 LAYOUT = ("attention_mask", "position_ids", "packed_seq_lengths")
 
-Recipe = tuple[LayerSparsity, ...]
+
+class TieredSparsity(NamedTuple):
+    """`LayerSparsity` of context rows, and of output tokens where these are a tier of their own."""
+
+    mlp: float = 0.0
+    self_attn: float = 0.0
+    output_mlp: float = 0.0
+    output_self_attn: float = 0.0
+
+    @property
+    def context(self) -> LayerSparsity:
+        return LayerSparsity(self.mlp, self.self_attn)
+
+    @property
+    def output(self) -> LayerSparsity:
+        return LayerSparsity(self.output_mlp, self.output_self_attn)
+
+
+Recipe = tuple[TieredSparsity, ...]
 """The sparsity of every layer."""
 
 
@@ -49,7 +67,7 @@ class Measured(NamedTuple):
 
 
 def with_sparsity(recipe: Recipe, parts: Iterable[tuple[int, str]], sparsity: float) -> Recipe:
-    """``recipe`` with another sparsity for some parts, ``(layer index, "mlp" | "self_attn")``."""
+    """``recipe`` with another sparsity for some parts, ``(layer index, field of TieredSparsity)``."""
     changed = list(recipe)
     for index, part in parts:
         changed[index] = changed[index]._replace(**{part: sparsity})
@@ -76,9 +94,13 @@ class ProbeBatch:
 
 
 def prepare_batches(
-    samples: Sequence[Mapping[str, Any]], device: torch.device, config: SparsityConfig, padding_masked: bool = True
+    samples: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    config: SparsityConfig,
+    padding_masked: bool = True,
+    tiers: bool = False,
 ) -> list[ProbeBatch]:
-    """The samples that bear loss.
+    """The samples that bear loss; with ``tiers`` output tokens can have a sparsity of their own.
 
     Raises:
         CalibrationError: no samples, one without labels, none with a loss-bearing position, or none with a context
@@ -101,6 +123,7 @@ def prepare_batches(
             **{name: moved.get(name) for name in LAYOUT},
             dense_tokens=config.dense_tokens,
             padding_masked=padding_masked,
+            tiers=tiers,
         )
         if len(partition.loss):
             inputs = {name: value for name, value in moved.items() if name not in NOT_FOR_FORWARD}
@@ -158,7 +181,7 @@ class LossProbe:
 
     @property
     def dense(self) -> Recipe:
-        return (LayerSparsity(0.0, 0.0),) * len(self.layers)
+        return (TieredSparsity(),) * len(self.layers)
 
     def measure(
         self, recipes: Sequence[Recipe], batches: Sequence[ProbeBatch], title: str, reference: Recipe | None = None
@@ -236,7 +259,7 @@ class LossProbe:
 
     def _set(self, recipe: Recipe) -> None:
         for index, runtime in self._state.runtimes.items():
-            runtime.sparsity = recipe[index]
+            runtime.sparsity, runtime.output = recipe[index].context, recipe[index].output
         if self._stand_ins:
             self._estimator.compensation = {
                 index: self._stand_ins[index, sparsity.mlp]
@@ -263,7 +286,7 @@ class LossProbe:
 
         handle = head.register_forward_pre_hook(narrow)
         try:
-            context = SparseContext(batch.partition, scale=1.0 if batch.partition.num_context else 0.0)
+            context = SparseContext(batch.partition, scale=1.0)
             logits = model(**batch.inputs, use_cache=False, **{CONTEXT_ARGUMENT: context}).logits
         finally:
             handle.remove()

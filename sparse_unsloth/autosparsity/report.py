@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 RECIPE_FILE, ESTIMATOR_FILE = "sparsity.yaml", "estimator.safetensors"
 REPORT_FILE, FIGURES_FILE, PICTURE_FILE = "report.md", "report.json", "sensitivity.png"
-PART_NAMES = {"mlp": "MLP", "self_attn": "attention"}
+PART_NAMES = {
+    "mlp": "MLP",
+    "self_attn": "attention",
+    "output_mlp": "MLP, output tokens",
+    "output_self_attn": "attention, output tokens",
+}
 CAPTURED = {"mlp": "mlp", "self_attn": "v"}
+"""What the energy captured is of, by part; it is measured on context rows."""
 
 
 def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig:
@@ -48,8 +54,9 @@ def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig
 def summary(result: Calibration) -> list[str]:
     """The outcome in a few sentences."""
     chosen, held_out = result.chosen, result.held_out.get("calibrated")
+    whose = "Context and output tokens" if any(any(layer.output) for layer in chosen.recipe) else "Context tokens"
     lines = [
-        f"Context tokens compute {chosen.share:.1%} of their dense frozen products; "
+        f"{whose} compute {chosen.share:.1%} of their dense frozen products; "
         f"{result.data.context_share:.1%} of the tokens are context, so a step takes {result.step_flops:.1%} of its "
         f"dense FLOPs: {result.speedup:.2f}x if time followed FLOPs.",
         f"Divergence from the dense model, what sparsity adds to the loss of its own answers: {chosen.predicted:.3f} "
@@ -166,11 +173,17 @@ def _draw_alone(axes: Axes, result: Calibration, part: str) -> None:
 def _draw_recipe(axes: Axes, result: Calibration, part: str) -> None:
     chosen = [getattr(sparsity, part) for sparsity in result.chosen.recipe]
     axes.bar(range(len(chosen)), chosen, color="tab:blue", alpha=0.6, label="sparsity")
-    captured = getattr(result.captured, CAPTURED[part], {}) if result.captured is not None else {}
+    captured = _captured(result, part)
     if captured:
         axes.plot(list(captured), list(captured.values()), "k.", label="energy captured, of the oracle's")
     axes.set(xlabel="layer", ylim=(0, 1.05), title=f"{PART_NAMES[part]}, together")
     axes.legend(fontsize="small", loc="lower right")
+
+
+def _captured(result: Calibration, part: str) -> dict[int, float]:
+    if result.captured is None or part not in CAPTURED:
+        return {}
+    return getattr(result.captured, CAPTURED[part])
 
 
 def _layer_table(result: Calibration) -> tuple[list[str], list[list[str]]]:
@@ -184,7 +197,7 @@ def _layer_table(result: Calibration) -> tuple[list[str], list[list[str]]]:
         row = [str(index)]
         for part in parts:
             value, curve = getattr(sparsity, part), result.alone[index, part]
-            shares = getattr(result.captured, CAPTURED[part], {}) if result.captured is not None else {}
+            shares = _captured(result, part)
             row += [f"{value:g}" if value else "dense", f"{shares[index]:.2f}" if index in shares else ""]
             row += [f"{curve[level].divergence:.4f}" for level in levels[part]]
         body.append(row)

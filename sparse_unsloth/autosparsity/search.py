@@ -2,6 +2,7 @@
 
 Parts interact, the more the sparser they are. So after a joint measurement groups of neighbouring MLPs and of attention
 are measured beside the others, the curves are rescaled to that, the allocation is repeated, and the best recipe kept.
+With `output_levels` output tokens are candidates of their own, with curves of their own ("output_mlp", ...).
 
 What is foretold is the divergence from the dense model, the expected increase of the loss on its own answers. The loss
 of the labels follows it on a model that gives such answers. On one that was not trained on them yet it also moves with
@@ -28,12 +29,13 @@ from sparse_unsloth.autosparsity.probe import (
     Measured,
     ProbeBatch,
     Recipe,
+    TieredSparsity,
     attached,
     prepare_batches,
     with_sparsity,
 )
 from sparse_unsloth.calibration import CapturedEnergy, energy_captured
-from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.config import OutputSparsity, SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.estimates import Estimator, sparse_parts
@@ -52,6 +54,8 @@ GROUPS = 6
 TIGHTENINGS = 4
 """Further allocations, at most, where those did not keep a loss bound; each costs one joint measurement."""
 JOURNAL_FILE = "measurements.jsonl"
+PARTS, TIER = ("mlp", "self_attn"), "output_"
+"""Of a layer; with this before them, the same of output tokens (fields of `TieredSparsity`)."""
 RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
 """A prediction within either of what was measured (share of it; nats) is as good as asked for."""
 
@@ -62,7 +66,7 @@ class Round:
 
     Args:
         recipe: the sparsities tried.
-        share: FLOPs of the context tokens' frozen products, of the dense ones.
+        share: FLOPs of the context tokens' frozen products (with tiers, of the output tokens' too), of the dense ones.
         predicted: divergence, nats, as foretold before it was measured.
         divergence: as measured: what sparsity adds to the loss of the dense model's own answers.
         measured: increase of the loss of the labels, nats.
@@ -142,6 +146,7 @@ def calibrate(
     config: SparsityConfig | Mapping[str, Any] | str | Path | None = None,
     mlp_levels: Sequence[float] = MLP_LEVELS,
     attention_levels: Sequence[float] = ATTENTION_LEVELS,
+    output_levels: Sequence[float] = (),
     lora_rank: int = 16,
     output_dir: str | Path | None = None,
     progress: bool = True,
@@ -162,6 +167,8 @@ def calibrate(
         held_out: further batches; recipe and dense model are compared on them in the end.
         config: everything but the layer rules: estimator, dense tokens, schedule, seed.
         mlp_levels, attention_levels: sparsities to choose from, besides 0; empty leaves that part dense.
+        output_levels: sparsities to choose from for output tokens, of MLP and attention alike, never above that of the
+            same part's context; needs ``max_loss``. None by default.
         lora_rank: for the predicted FLOPs of a step.
         output_dir: measurements are kept there, and a second start with the same model, samples and settings goes on
             from them; so does nothing without it.
@@ -178,14 +185,20 @@ def calibrate(
     levels = {"mlp": _levels("mlp_levels", mlp_levels), "self_attn": _levels("attention_levels", attention_levels)}
     if not any(levels.values()):
         raise CalibrationError("mlp_levels and attention_levels are both empty, so nothing could be made sparse.")
+    if output_levels and "budget" in asked:
+        raise CalibrationError("output_levels need max_loss: a budget is of the context tokens' FLOPs alone.")
+    output = _levels("output_levels", output_levels)
+    levels |= {f"{TIER}{part}": output if values else () for part, values in levels.items()}
+    tiers = bool(output)
     samples, probe_samples = _divide(samples, probe_samples)
     shape = ModelShape.from_config(model.config)
     layers = find_layers(model)
-    highest = {part: max(values, default=0.0) for part, values in levels.items()}
+    highest = {part: {"all": max(values)} if values else {} for part, values in levels.items()}
     every = base.model_copy(
         update={
             "preset": None,
-            **{part: {"all": value} if value else {} for part, value in highest.items()},
+            **{part: highest[part] for part in PARTS},
+            "output_sparsity": OutputSparsity(**{part: highest[f"{TIER}{part}"] for part in PARTS}),
             # The estimator comes ready-made: a path would be read or written here.
             "estimator": base.estimator.model_copy(update={"path": None}),
         }
@@ -196,8 +209,9 @@ def calibrate(
     with attached(model, every) as state:
         masked = state.backend_name != "unsloth"
         device = next(model.parameters()).device
-        batches = prepare_batches(probe_samples, device, base, masked)
-        kept_apart = prepare_batches(held_out, device, base, masked) if held_out else []
+        batches = prepare_batches(probe_samples, device, base, masked, tiers)
+        kept_apart = prepare_batches(held_out, device, base, masked, tiers) if held_out else []
+        costs.weigh(DataShape.of(batches))
         settings = {
             "levels": levels,
             "config": every.model_dump(mode="json"),
@@ -229,13 +243,20 @@ def calibrate(
         chosen=chosen,
         captured=_captured(model, layers, final, estimator, judged, progress),
         data=data,
-        step_flops=data.step_ratio(shape, recipe, lora_rank, *costs.ranks),
+        step_flops=data.step_ratio(
+            shape,
+            [layer.context for layer in recipe],
+            lora_rank,
+            *costs.ranks,
+            output=[layer.output for layer in recipe],
+        ),
         held_out=apart,
     )
 
 
 class _Costs:
-    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products."""
+    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products; with tiers, of the output
+    tokens' products as well."""
 
     def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
         scores = config.criterion == "estimator" and config.estimator.kind != "static"
@@ -243,25 +264,39 @@ class _Costs:
         self._shape, self._levels = shape, levels
         self._part = {
             (part, sparsity): part_cost(shape, part, sparsity, *self.ranks)
-            for part, values in levels.items()
-            for sparsity in (0.0, *values)
+            for part in PARTS
+            for sparsity in {0.0, *levels[part], *levels[f"{TIER}{part}"]}
         }
+        # Compensation stands in for context rows alone.
+        self._output_part = {key: part_cost(shape, *key, self.ranks[0]) for key in self._part}
+        self._tiers = any(levels[f"{TIER}{part}"] for part in PARTS)
+        # Of all rows that may be sparse, how many are output tokens.
+        self._output = 0.0
 
-    def part(self, part: str, sparsity: float) -> float:
-        return self._part[part, sparsity]
+    def weigh(self, data: DataShape) -> None:
+        """How much output tokens count beside context tokens: as many as there are of them."""
+        if self._tiers:
+            self._output = data.output_tokens / (data.output_tokens + data.context_tokens)
+
+    def part(self, part: str, sparsity: float, output: float) -> float:
+        """Of one layer's ``part`` at these sparsities of context rows and output tokens."""
+        context = self._part[part, sparsity]
+        return (1 - self._output) * context + self._output * self._output_part[part, output]
 
     def share(self, recipe: Recipe) -> float:
-        return frozen_share(self._shape, recipe, *self.ranks)
+        context = frozen_share(self._shape, [layer.context for layer in recipe], *self.ranks)
+        if not self._output:
+            return context
+        output = frozen_share(self._shape, [layer.output for layer in recipe], self.ranks[0])
+        return (1 - self._output) * context + self._output * output
 
     def bound(self, budget: float) -> float:
         """``budget`` less the parts that are no candidates."""
-        fixed = sum(
-            part_cost(self._shape, part, 0.0, *self.ranks) for part, values in self._levels.items() if not values
-        )
+        fixed = sum(part_cost(self._shape, part, 0.0, *self.ranks) for part in PARTS if not self._levels[part])
         return budget - fixed * self._shape.num_layers
 
     def check_reachable(self, budget: float) -> None:
-        top = LayerSparsity(*(max(self._levels[part], default=0.0) for part in ("mlp", "self_attn")))
+        top = TieredSparsity(*(max(self._levels[part], default=0.0) for part in PARTS))
         least = self.share((top,) * self._shape.num_layers)
         if budget < least:
             raise CalibrationError(
@@ -352,17 +387,32 @@ class _Search:
 
     def _allocate(self) -> Recipe:
         options = {
-            part: [
-                Option(level, self._curves.increase(part, level), self._costs.part(part[1], level))
-                for level in (0.0, *self._levels[part[1]])
-            ]
-            for part in self._parts
+            (layer.index, part): self._options(layer.index, part) for layer in self._probe.layers for part in PARTS
         }
+        options = {part: choices for part, choices in options.items() if len(choices) > 1}
         if "budget" in self._asked:
             chosen = allocate(options, flops=self._costs.bound(self._asked["budget"]))
         else:
             chosen = allocate(options, loss=self._joint.invert(self._asked["max_loss"] / self._excess))
-        return _recipe(chosen, len(self._probe.layers))
+        recipe = self._probe.dense
+        for (index, part), (context, output) in chosen.items():
+            recipe = with_sparsity(recipe, [(index, part)], context)
+            recipe = with_sparsity(recipe, [(index, f"{TIER}{part}")], output)
+        return recipe
+
+    def _options(self, index: int, part: str) -> list[Option]:
+        """Each sparsity of context rows with each of output tokens that is not above it."""
+        tier = f"{TIER}{part}"
+        return [
+            Option(
+                (level, output),
+                self._curves.increase((index, part), level) + self._curves.increase((index, tier), output),
+                self._costs.part(part, level, output),
+            )
+            for level in (0.0, *self._levels[part])
+            for output in (0.0, *self._levels[tier])
+            if output <= level
+        ]
 
     def _measure(self, recipe: Recipe) -> Round:
         predicted, number = self._joint.predict(self._total(recipe)), len(self.rounds) + 1
@@ -436,27 +486,21 @@ def _divide(samples, probe_samples) -> tuple[list, list]:
     return (samples[::2], samples[1::2]) if len(samples) > 1 else (samples, samples)
 
 
-def _recipe(chosen: Mapping[PartKey, float], num_layers: int) -> Recipe:
-    return tuple(
-        LayerSparsity(chosen.get((index, "mlp"), 0.0), chosen.get((index, "self_attn"), 0.0))
-        for index in range(num_layers)
-    )
-
-
 def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -> SparsityConfig:
     kind = base.estimator.kind if fitted.estimator is None else fitted.estimator.kind
     estimator = base.estimator.model_copy(update={"kind": kind, "path": None})
-    rules = {part: collect({i: getattr(s, part) for i, s in enumerate(recipe)}) for part in ("mlp", "self_attn")}
-    return base.model_copy(update={"preset": None, **rules, "estimator": estimator})
+    rules = {name: collect({i: getattr(s, name) for i, s in enumerate(recipe)}) for name in TieredSparsity._fields}
+    output = OutputSparsity(**{part: rules.pop(f"{TIER}{part}") for part in PARTS})
+    return base.model_copy(update={"preset": None, **rules, "output_sparsity": output, "estimator": estimator})
 
 
 def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], costs: _Costs) -> dict[str, HeldOut]:
     """The recipe, and the presets that sparsify candidates only, on ``batches``."""
     tried = {"calibrated": recipe}
     for name in ("o1", "o2"):
-        preset = tuple(SparsityConfig(preset=name).layer_sparsity(len(recipe)))
+        preset = SparsityConfig(preset=name).layer_sparsity(len(recipe))
         if probe.candidates >= set(sparse_parts(preset)):
-            tried[name] = preset
+            tried[name] = tuple(TieredSparsity(*layer) for layer in preset)
     dense, *all_measured = probe.measure([probe.dense, *tried.values()], batches, "Held out")
     positions = sum(len(batch.labels) for batch in batches)
     found = {}

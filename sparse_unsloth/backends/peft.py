@@ -23,7 +23,8 @@ from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, Decode
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import LayerRuntime
-from sparse_unsloth.weights import check_adapters, read_base, read_projection
+from sparse_unsloth.selection import AttentionSelection
+from sparse_unsloth.weights import Projection, check_adapters, read_base, read_projection
 
 NAME = "peft"
 PARTS = ("mlp", "self_attn")
@@ -86,7 +87,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
         return _original(self, hidden_states, *args, **kwargs)
-    channels = runtime.mlp_channels(hidden_states) if len(partition.context) else runtime.no_channels()
+    channels, output_channels = runtime.mlp_channels(hidden_states, partition)
     runtime.record_run("mlp")
     return sparse_mlp(
         hidden_states,
@@ -97,6 +98,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         runtime.compensation(),
         runtime.context.memo(runtime.layer.index),
         output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
+        output_channels=output_channels,
     )
 
 
@@ -107,12 +109,10 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     projection = None if partition is None else read_projection(self)
     if projection is None:
         return _original(self, hidden_states, *args, **kwargs)
+    chosen = runtime.attention_channels(partition, None if name == "o_proj" else hidden_states)
+    part = select(projection, name[0], *chosen)
     if name == "o_proj":
-        part = SelectedProjection(projection, in_index=runtime.attention_channels().o)
         runtime.record_run("self_attn")
-    else:
-        channels = runtime.attention_channels(hidden_states)
-        part = SelectedProjection(projection, out_index=getattr(channels, name[0]))
     (output,) = sparse_linear(hidden_states, partition, [part], runtime.state.config.lora_branch)
     return output
 
@@ -148,6 +148,16 @@ def refuse_sharded_weights(layer: DecoderLayer) -> None:
 def is_flattened(module: nn.Module) -> bool:
     """Whether FSDP1 holds the module's weight: it leaves a view in the parameter's place, or marks the parameter."""
     return "weight" in module.__dict__ or hasattr(getattr(module, "weight", None), "_fsdp_flattened")
+
+
+def select(
+    projection: Projection, name: str, chosen: AttentionSelection | None, output: AttentionSelection | None
+) -> SelectedProjection:
+    """The projection called ``name`` ("q", "k", "v", "o") with the channels of context rows and of output tokens."""
+    channels, output_channels = (None if tier is None else getattr(tier, name) for tier in (chosen, output))
+    if name == "o":
+        return SelectedProjection(projection, in_index=channels, output_in_index=output_channels)
+    return SelectedProjection(projection, out_index=channels, output_out_index=output_channels)
 
 
 def check(layer: DecoderLayer, part: str) -> None:

@@ -184,11 +184,8 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
         query, *others = (SelectedProjection(projection) for projection in projections)
         (q,) = sparse_linear(hidden_states, partition, [query], lora_branch)
         return q, *sparse_linear(hidden_states, context.every_row_dense(), others, lora_branch)
-    channels = runtime.attention_channels(hidden_states)
-    parts = [
-        SelectedProjection(projection, out_index=index)
-        for projection, index in zip(projections, (channels.q, channels.k, channels.v), strict=True)
-    ]
+    chosen = runtime.attention_channels(context.partition, hidden_states)
+    parts = [peft_backend.select(*each, *chosen) for each in zip(projections, "qkv", strict=True)]
     return sparse_linear(hidden_states, context.partition, parts, lora_branch)
 
 
@@ -200,7 +197,7 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:
         return self._sparse_original[1](self, attention_output, *args, **kwargs)
-    part = SelectedProjection(projection, in_index=runtime.attention_channels().o if len(partition.context) else None)
+    part = peft_backend.select(projection, "o", *runtime.attention_channels(partition))
     runtime.record_run("self_attn")
     return sparse_linear(attention_output, partition, [part], runtime.state.config.lora_branch)[0]
 

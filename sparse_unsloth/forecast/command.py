@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
 
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.words import parse, recipe_source
 
 DESCRIPTION = """\
 Says, before any training, what sparsity will gain: the context share of the data under this template and loss setting,
@@ -55,15 +52,12 @@ def main(words: Sequence[str]) -> int:
         SparsityError: see `estimate`; `ConfigError` for wrong words.
     """
     parser = build_parser()
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
+    parsed = parse(parser, words, ConfigError)
+    if parsed is None:
         return 0
-    names, options = _split(words)
-    arguments, overrides = parser.parse_known_args(options)
+    names, arguments, overrides = parsed
     if arguments.samples < 0:
         raise ConfigError(f"--samples must be 0 (all) or more, given {arguments.samples}")
-    if len(names) not in (1, 2):
-        raise ConfigError(f"estimate takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}")
     from sparse_unsloth.forecast.estimate import estimate
     from sparse_unsloth.forecast.text import report
 
@@ -73,23 +67,12 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words before the first option, and the others."""
-    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
-    return list(words[:first]), list(words[first:])
-
-
 def _recipe(names: list[str], overrides: list[str], preset: str | None):
-    """The checked recipe; for a model and a data set it is written down first."""
+    """The checked recipe; with a model and a data set, the preset o1 unless another is given."""
     if preset is not None:
         overrides = [*overrides, "--sparsity", preset]
-    if len(names) == 1:
-        return _on_any_machine(names[0], overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "estimate.yaml"
-        given = {"model_name_or_path": names[0], "dataset_name": names[1], "sparsity": "o1"}
-        file.write_text(yaml.safe_dump(given), encoding="utf-8")
-        return _on_any_machine(str(file), overrides)
+    with recipe_source(names, sparsity="o1") as source:
+        return _on_any_machine(source, overrides)
 
 
 def _on_any_machine(source: str, overrides: list[str]):

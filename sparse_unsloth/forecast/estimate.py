@@ -170,7 +170,7 @@ def estimate(
     for name in PRESETS:
         layers = SparsityConfig(preset=name).layer_sparsity(model.shape.num_layers)
         if any(map(any, layers)):
-            other = step(replace(plan, layers=tuple(map(tuple, layers))), removal)
+            other = step(replace(plan, layers=tuple(map(tuple, layers)), output_layers=None), removal)
             presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
     return Estimate(
@@ -209,6 +209,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         estimator_rank=sparsity.estimator.rank if scores else 0,
         compensation_rank=sparsity.estimator.compensation_rank,
         eager_attention=model.eager_attention,
+        output_layers=model.output_layers,
     )
 
 

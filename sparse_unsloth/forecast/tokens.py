@@ -35,7 +35,8 @@ PADDED_FAMILIES = ("gemma2", "gpt_oss")
 class MicroBatch:
     """Rows of one forward by role, and the lengths of its sequences as attention computes them, padding included.
 
-    ``dense``, ``context`` and ``padding`` are all rows; ``loss`` those that bear loss, dense ones as a rule.
+    ``dense``, ``context`` and ``padding`` are all rows; ``loss`` those that bear loss, dense ones as a rule, and
+    ``output`` the output tokens among the dense ones.
     """
 
     dense: int
@@ -43,6 +44,7 @@ class MicroBatch:
     padding: int
     loss: int
     lengths: tuple[int, ...]
+    output: int = 0
 
     @property
     def rows(self) -> int:
@@ -246,13 +248,15 @@ def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) ->
         positions,
         dense_tokens=dense_tokens,
         padding_masked=padding_masked,
+        tiers=dense_tokens == "output",
     )
     rows, columns = labels.shape
     lengths = [columns] * rows
     if positions is not None:
         starts = (positions.flatten() == 0).nonzero().flatten().tolist()
         lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
-    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
+    output = 0 if roles.output is None else len(roles.output)
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths), output)
 
 
 def _no_loss(recipe: Recipe, samples: int) -> DataError:

@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         shape: of the model.
-        layers: ``(mlp, self_attn)`` sparsity of each layer.
+        layers: ``(mlp, self_attn)`` sparsity of each layer; ``output_layers`` that of output tokens, None for dense.
         backend: "unsloth" or "peft".
         checkpointing: whether the layers run forward twice.
         chunked_loss: TRL's loss over rows with loss only, whose logits are computed twice (PEFT backend).
@@ -40,10 +40,11 @@ class Plan:
     estimator_rank: int = 8
     compensation_rank: int = 0
     eager_attention: bool = False
+    output_layers: tuple[tuple[float, float], ...] | None = None
 
     def dense(self) -> Plan:
         """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers))
+        return replace(self, layers=((0.0, 0.0),) * len(self.layers), output_layers=None)
 
     @property
     def sparse_parts(self) -> int:
@@ -59,7 +60,8 @@ class Work:
         products: FLOPs of all matrix products outside the attention core.
         attention: FLOPs of the attention core.
         rows: rows times layers times hidden size: what norms, residuals and the like must pass over.
-        sparse_rows: context rows times sparse parts times hidden size: gathering, scoring, scattering.
+        sparse_rows: context rows (and output tokens, where they are a tier) times sparse parts times hidden size:
+            gathering, scoring, scattering.
         layers, sparse_parts: how many of each the host has to launch.
     """
 
@@ -82,7 +84,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         removal: leave out what no loss depends on, where enough rows bear none (Unsloth backend only): logits, and the
             last layer behind its keys and values.
     """
-    sparse = plan.sparse_parts > 0 and batch.context > 0
+    sparse = plan.sparse_parts > 0 and _sparse_rows(plan, batch) > 0
     removal = removal and plan.backend == "unsloth"
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
@@ -102,6 +104,8 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         attention="eager" if plan.eager_attention else "fused",
         estimator_rank=plan.estimator_rank,
         compensation_rank=plan.compensation_rank,
+        output_sparsity=plan.output_layers if sparse else None,
+        output_tokens=batch.output,
     )
     if plan.chunked_loss and plan.backend == "peft":
         again = replace(flops.recompute, head=flops.forward.head)
@@ -120,15 +124,21 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     """What the time of one micro-batch depends on; arguments as `batch_flops`."""
     flops = batch_flops(plan, batch, removal)
     core, hidden = flops.parts.attention_core, plan.shape.hidden_size
-    parts = plan.sparse_parts if batch.context else 0
+    sparse_rows = _sparse_rows(plan, batch)
+    parts = plan.sparse_parts if sparse_rows else 0
     return Work(
         products=flops.total - core,
         attention=core,
         rows=batch.rows * plan.shape.num_layers * hidden,
-        sparse_rows=batch.context * parts * hidden,
+        sparse_rows=sparse_rows * parts * hidden,
         layers=plan.shape.num_layers,
         sparse_parts=parts,
     )
+
+
+def _sparse_rows(plan: Plan, batch: MicroBatch) -> int:
+    tiered = plan.output_layers is not None and any(map(any, plan.output_layers))
+    return batch.context + (batch.output if tiered else 0)
 
 
 def _up(rows: int, multiple: int) -> int:

@@ -1,0 +1,210 @@
+"""Looks at the channels of a forward now and then: against the step before, and against the oracle.
+
+Two neighbouring steps are looked at, every `SparsityConfig.explain_steps` sparse ones: the first for its channels, the
+second for what is recorded. All other steps cost nothing; figures stay on the device until they are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparse_unsloth.energy import attention_energy, mlp_energy
+from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count, key_channel_scores
+
+if TYPE_CHECKING:
+    from sparse_unsloth.layers import DecoderLayer
+    from sparse_unsloth.partition import TokenPartition
+
+ORACLE_ROWS = 1024
+"""At most so many rows, evenly spaced, are computed exactly for the oracle."""
+TIERS = {"": "context", "output ": "output"}
+"""What stands before a part's name, and the rows of a partition that it is about."""
+
+
+@dataclass
+class Observation:
+    """One forward that is looked at.
+
+    Args:
+        step: optimiser steps done before it.
+        compare: whether it is recorded; else only its channels are kept, for the next one.
+        rows: by tier ("context", "output"), int64: those that the oracle looks at, without first tokens.
+        places: the same rows by their place among those of the tier.
+        record: what the host knows of it already.
+    """
+
+    step: int
+    compare: bool
+    rows: dict[str, Tensor]
+    places: dict[str, Tensor]
+    record: dict[str, Any]
+    channels: dict[tuple[int, str], tuple[Tensor, ...]] = field(default_factory=dict)
+    figures: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
+
+
+class Observer:
+    """Of one model's training.
+
+    Args:
+        every: sparse steps between two records; 0: never.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.clear()
+
+    def clear(self) -> None:
+        """Before a training."""
+        self._next = 0
+        self._sparse_steps = 0
+        self._due: int | None = None
+        self._before: Observation | None = None
+        self._last: Observation | None = None
+        self._done: list[Observation] = []
+
+    def begin_step(self, step: int, sparse: bool) -> None:
+        """Called before each optimiser step."""
+        self._due = None
+        if not self.every or not sparse:
+            return
+        if self._sparse_steps % self.every < 2:
+            self._due = step
+        self._sparse_steps += 1
+
+    def wants(self, step: int | None) -> bool:
+        """Whether a forward in ``step`` is to be looked at: the first one with gradients of a step that is due."""
+        return step is not None and self._due == step and torch.is_grad_enabled()
+
+    def open(
+        self, step: int, partition: TokenPartition, starts: Tensor, layers: list[DecoderLayer], sparsity: dict
+    ) -> Observation:
+        """Begins to look at a forward.
+
+        Args:
+            partition: its roles.
+            starts: bool ``[batch, sequence]``, the first tokens of documents: attention sinks, which hold nearly all
+                energy of a layer, and say nothing of the others.
+            layers: all of the model.
+            sparsity: by ``(layer index, part)``, of this forward.
+        """
+        compare = self._last is not None and self._last.step == step - 1
+        rows, places = {}, {}
+        if compare:
+            for tier in TIERS.values():
+                chosen = getattr(partition, tier)
+                if chosen is not None and len(chosen):
+                    place = (~starts.flatten()[chosen]).nonzero().flatten()
+                    places[tier] = place[:: max(1, -(-len(place) // ORACLE_ROWS))]
+                    rows[tier] = chosen[places[tier]]
+        found = Observation(step, compare, rows, places, _counts(step, partition, layers, sparsity))
+        self._due = None
+        if compare:
+            self._done.append(found)
+        self._before, self._last = self._last, found
+        return found
+
+    @torch.no_grad()
+    def see(
+        self,
+        observation: Observation,
+        layer: DecoderLayer,
+        name: str,
+        hidden_states: Tensor,
+        selection: MlpSelection | AttentionSelection,
+        tier_alone: bool = False,
+    ) -> None:
+        """Notes the channels of one part (``name``: "mlp", "output self_attn", ...); a recompute changes nothing.
+
+        Args:
+            hidden_states: the part's input; with ``tier_alone`` that of the tier's rows only.
+        """
+        key = (layer.index, name)
+        if key in observation.channels:
+            return
+        mlp = isinstance(selection, MlpSelection)
+        channels = (selection.channels,) if mlp else (selection.k, selection.v)
+        observation.channels[key] = channels
+        if not observation.compare:
+            return
+        figures = observation.figures[key] = {}
+        before = self._before.channels.get(key)
+        if before is not None and [len(one) for one in before] == [len(one) for one in channels]:
+            size = layer.intermediate_size if mlp else layer.num_kv_heads * layer.head_dim
+            kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
+            figures["overlap"] = torch.stack(kept).mean()
+        rows = (observation.places if tier_alone else observation.rows).get(
+            TIERS["output " if name.startswith("output ") else ""]
+        )
+        if rows is None or not len(rows):
+            return
+        inputs = hidden_states.detach().flatten(0, -2).index_select(0, rows)
+        if mlp:
+            figures["captured"] = _share(mlp_energy(layer, inputs), channels[0])
+            return
+        energy = attention_energy(layer, inputs)
+        scores = key_channel_scores(energy.q, energy.k, layer.groups, layer.head_dim)
+        figures["captured"] = (_share(scores, channels[0]) + _share(energy.v, channels[1])) / 2
+
+    def take(self) -> list[dict[str, Any]]:
+        """The records since the last call, as plain data; the host waits for the device."""
+        done, self._done = [each for each in self._done if each.figures], []
+        return [_plain(observation) for observation in done]
+
+
+def _overlap(before: Tensor, now: Tensor, size: int) -> Tensor:
+    """The share of ``now`` that was in ``before``."""
+    was = torch.zeros(size, device=now.device).index_fill_(0, before.to(now.device), 1.0)
+    return was.index_select(0, now).mean()
+
+
+def _share(energy: Tensor, kept: Tensor) -> Tensor:
+    """Energy of the channels ``kept`` over that of the best as many."""
+    best = energy.topk(len(kept)).values.sum()
+    return (energy.index_select(0, kept).sum() / best.clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def _counts(step: int, partition: TokenPartition, layers: list[DecoderLayer], sparsity: dict) -> dict[str, Any]:
+    """What the numbers of rows and channels tell, without the device."""
+    rows = max(partition.num_dense + partition.num_context, 1)
+    saved, weights, by_part = 0.0, 0, {}
+    for layer in layers:
+        keys, queries = (heads * layer.head_dim for heads in (layer.num_kv_heads, layer.num_heads))
+        sizes = {
+            "mlp": (layer.intermediate_size, 3 * layer.hidden_size * layer.intermediate_size),
+            "self_attn": (keys, layer.hidden_size * (2 * queries + 2 * keys)),
+        }
+        for part, (channels, weight) in sizes.items():
+            weights += weight
+            share = 0.0
+            for prefix, tier in TIERS.items():
+                left_out, of_tier = sparsity.get((layer.index, f"{prefix}{part}"), 0.0), getattr(partition, tier)
+                if left_out and of_tier is not None:
+                    share += len(of_tier) / rows * (1 - keep_count(channels, left_out) / channels)
+            by_part[layer.index, part] = share
+            saved += share * weight
+    return {
+        "step": step,
+        "context_share": partition.context_share,
+        "saved_flops": saved / weights,
+        "saved_by_part": by_part,
+    }
+
+
+def _plain(observation: Observation) -> dict[str, Any]:
+    record = dict(observation.record)
+    saved = record.pop("saved_by_part")
+    keys = list(observation.figures)
+    flat = [(key, what, value) for key in keys for what, value in observation.figures[key].items()]
+    values = torch.stack([value.to("cpu", torch.float32) for *_, value in flat]).tolist() if flat else []
+    layers: dict[tuple[int, str], dict[str, Any]] = {}
+    for index, name in sorted(keys):
+        layers[index, name] = {"layer": index, "part": name}
+        if not name.startswith("output "):
+            layers[index, name]["saved_flops"] = saved[index, name]
+    for (key, what, _), value in zip(flat, values, strict=True):
+        layers[key][what] = value
+    return record | {"layers": list(layers.values())}

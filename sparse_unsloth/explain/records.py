@@ -1,0 +1,77 @@
+"""Records of looked-at steps as files and log lines; one is what `Observer.take` gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_unsloth.errors import ConfigError
+
+RECORDS_FILE = "explain.jsonl"
+FIGURES = ("captured", "overlap")
+
+
+def append(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds ``records`` to the file in ``folder``, a line each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / RECORDS_FILE, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records in ``folder`` in the order of their steps; a resumed run's later record of a step counts.
+
+    Raises:
+        ConfigError: there are none, or the file is no such file. A last line that was cut off is left out.
+    """
+    path = folder / RECORDS_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {RECORDS_FILE}. It must be the output folder of a training that had two sparse steps in "
+            "a row and explain_steps above 0 in its sparsity block (default 50), and has logged since."
+        )
+    records: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            records[record["step"]] = record
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ConfigError(f"{path}: line {number} is no record of a step; the file is damaged.") from None
+    if not records:
+        raise ConfigError(f"{path}: holds no whole record yet.")
+    return [records[step] for step in sorted(records)]
+
+
+def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:
+    """One figure of one part, by layer, where it is known."""
+    return {row["layer"]: row[what] for row in record["layers"] if row["part"] == part and what in row}
+
+
+def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The parts that occur: "mlp", "self_attn", and those of output tokens."""
+    return sorted({row["part"] for record in records for row in record["layers"]})
+
+
+def means(record: Mapping[str, Any]) -> dict[str, float]:
+    """Log lines: each figure's mean over the layers, and what the forward saved."""
+    lines = {"sparsity/saved_flops": record["saved_flops"]}
+    for part in parts([record]):
+        for what in FIGURES:
+            found = values(record, part, what)
+            if found:
+                lines[f"sparsity/{what}/{part.replace(' ', '_')}"] = sum(found.values()) / len(found)
+    return lines
+
+
+def by_layer(record: Mapping[str, Any]) -> dict[str, float]:
+    """Log lines: each figure of each layer."""
+    return {
+        f"sparsity/{what}/{row['part'].replace(' ', '_')}/layer_{row['layer']:02}": row[what]
+        for row in record["layers"]
+        for what in (*FIGURES, "saved_flops")
+        if what in row
+    }

@@ -1,0 +1,154 @@
+"""What the records of a run say: a table by layer, a few sentences, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_unsloth.explain.records import FIGURES, parts, read, values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REPORT_FILE, PICTURE_FILE = "explain.md", "explain.png"
+NAMES = {
+    "mlp": "MLP",
+    "self_attn": "attention",
+    "output mlp": "MLP, output tokens",
+    "output self_attn": "attention, output tokens",
+}
+TITLES = {"captured": "energy captured, of the oracle's", "overlap": "channels kept from the step before"}
+UNSTABLE, POOR = 0.5, 0.7
+"""Below these shares a sentence says so."""
+
+
+def write(folder: Path, out: Path | None = None) -> str:
+    """Writes report and picture of the run in ``folder`` into ``out`` (None: there); returns the report.
+
+    Raises:
+        ConfigError: the folder has no records.
+    """
+    records = read(folder)
+    out = folder if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(records)
+    (out / REPORT_FILE).write_text(text, encoding="utf-8")
+    draw(records, out / PICTURE_FILE)
+    return text
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The run in a few sentences."""
+    last = records[-1]
+    steps = f"{len(records)} looks, steps {records[0]['step']} to {last['step']}."
+    lines = [
+        f"{steps} {_mean(records, 'context_share'):.1%} of the tokens are context; a sparse forward leaves out "
+        f"{_mean(records, 'saved_flops'):.1%} of the layers' products with frozen weights."
+    ]
+    for part in parts(records):
+        told = []
+        for what in FIGURES:
+            found = layer_means(records, part, what)
+            if found:
+                worst = min(found, key=found.get)
+                mean = sum(found.values()) / len(found)
+                told.append(f"{TITLES[what]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
+        lines.append(f"{NAMES[part]}: {'; '.join(told)}.")
+    lines += _advice(records)
+    return lines
+
+
+def layer_means(records: Sequence[Mapping[str, Any]], part: str, what: str) -> dict[int, float]:
+    """One figure of one part by layer, averaged over the records that have it."""
+    found: dict[int, list[float]] = {}
+    for record in records:
+        for layer, value in values(record, part, what).items():
+            found.setdefault(layer, []).append(value)
+    return {layer: sum(of) / len(of) for layer, of in sorted(found.items())}
+
+
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """Sentences, the table by layer, the picture."""
+    lines = ["# What sparsity did", "", *(f"- {line}" for line in summary(records)), ""]
+    present = parts(records)
+    columns = [(part, what) for part in present for what in (*FIGURES, "saved_flops")]
+    table = {column: layer_means(records, *column) for column in columns}
+    columns = [column for column in columns if table[column]]
+    short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved"}
+    heading = ["layer", *(f"{NAMES[part]}: {short[what]}" for part, what in columns)]
+    lines += [f"| {' | '.join(heading)} |", f"|{' ---: |' * len(heading)}"]
+    for layer in sorted({layer for column in columns for layer in table[column]}):
+        cells = [f"{table[column][layer]:.1%}" if layer in table[column] else "" for column in columns]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Means over the looks. *captured*: energy of the chosen channels over that of the best as many, on up to 1024 "
+        "rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: share of "
+        "the channels that the step before, another batch, had chosen too. *saved*: share of the part's products with "
+        "frozen weights that a sparse forward leaves out, of all tokens.",
+        "",
+        f"![By layer and by step]({PICTURE_FILE})",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """By layer above, by step below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    (captured, overlap), (steps, savings) = figure.subplots(2, 2)
+    for axes, what in ((captured, "captured"), (overlap, "overlap")):
+        _draw_layers(axes, records, what)
+    for part in parts(records):
+        for what, style in (("captured", "-"), ("overlap", "--")):
+            of = {r["step"]: values(r, part, what) for r in records}
+            line = {step: sum(found.values()) / len(found) for step, found in of.items() if found}
+            if line:
+                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{NAMES[part]}, {what}")
+    steps.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
+    steps.legend(fontsize="small")
+    for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen products left out")):
+        savings.plot([r["step"] for r in records], [r[name] for r in records], marker=".", label=label)
+    savings.set(xlabel="optimiser step", ylim=(0, 1.05), title="share of tokens and FLOPs")
+    savings.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Mean over the looks, and the band from the least to the greatest."""
+    for part in parts(records):
+        found = layer_means(records, part, what)
+        if not found:
+            continue
+        every = [values(record, part, what) for record in records]
+        low, high = ([pick(of[layer] for of in every if layer in of) for layer in found] for pick in (min, max))
+        (line,) = axes.plot(list(found), list(found.values()), marker=".", label=NAMES[part])
+        axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[what])
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def _advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for part in parts(records):
+        poor = [str(layer) for layer, share in layer_means(records, part, "captured").items() if share < POOR]
+        if poor:
+            lines.append(
+                f"{NAMES[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. Calibrate "
+                "the estimator on your own data (kind prior), or leave them less sparse."
+            )
+        shifting = [str(layer) for layer, share in layer_means(records, part, "overlap").items() if share < UNSTABLE]
+        if shifting:
+            lines.append(
+                f"{NAMES[part]}: more than half of the channels are new in every step in layers "
+                f"{', '.join(shifting)}: with refresh_steps above 1 they would be stale."
+            )
+    return lines
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(record[name] for record in records) / len(records)

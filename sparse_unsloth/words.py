@@ -1,0 +1,51 @@
+"""Words of the commands that take ``RECIPE``, or ``MODEL DATASET``, and then options and keys of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from sparse_unsloth.errors import SparsityError
+
+
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str], error: type[SparsityError]
+) -> tuple[list[str], argparse.Namespace, list[str]] | None:
+    """``(names, options of the parser, overrides of the recipe)``, or None where help was asked for and printed.
+
+    Args:
+        parser: of the options that are not keys of a recipe; the names come before them.
+        words: of the command line, after the command.
+        error: what to raise.
+
+    Raises:
+        SparsityError: of that kind, where there are not one or two names.
+    """
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return None
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    names = list(words[:first])
+    arguments, overrides = parser.parse_known_args(list(words[first:]))
+    if len(names) not in (1, 2):
+        command = parser.prog.rpartition(" ")[2]
+        raise error(f"{command} takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+    return names, arguments, overrides
+
+
+@contextmanager
+def recipe_source(names: Sequence[str], **keys: str) -> Iterator[str]:
+    """What `load_recipe` takes: the recipe that is named, or a file that names model and data set, with ``keys``."""
+    if len(names) == 1:
+        yield names[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        given = {"model_name_or_path": names[0], "dataset_name": names[1], **keys}
+        file.write_text(yaml.safe_dump(given), encoding="utf-8")
+        yield str(file)
