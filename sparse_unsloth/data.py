@@ -414,7 +414,7 @@ def stored_splits(
             raise DataError(
                 "dataset_streaming: say with dataset_size (and dataset_test_size) how many samples to read."
             )
-        return _first_rows(prepare(_load(arguments, split, from_file)), arguments, (split, size, key), size)
+        return _first_rows(lambda: prepare(_load(arguments, split, from_file)), arguments, (split, size, key), size)
 
     size = arguments.dataset_size
     train = read("train" if from_file else arguments.dataset_train_split, size and size + (held_out or 0))
@@ -434,8 +434,8 @@ def stored_splits(
     return train, test
 
 
-def _first_rows(stream: IterableDataset, arguments: DataArguments, key: tuple, size: int) -> Dataset:
-    """The first ``size`` rows of ``stream``, written to the cache of `datasets` once."""
+def _first_rows(stream: Callable[[], IterableDataset], arguments: DataArguments, key: tuple, size: int) -> Dataset:
+    """The first ``size`` rows of a stream, written to the cache of `datasets` once; it is not opened a second time."""
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -443,11 +443,13 @@ def _first_rows(stream: IterableDataset, arguments: DataArguments, key: tuple, s
     version = path.stat().st_mtime_ns if path.is_file() else None
     fingerprint = Hasher.hash((vars(arguments), version, key))
     try:
-        return datasets.Dataset.from_generator(lambda: stream.take(size), fingerprint=fingerprint)
+        return datasets.Dataset.from_generator(lambda: iter(stream().take(size)), fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         if isinstance(cause, datasets.exceptions.SchemaInferenceError):
             return datasets.Dataset.from_list([])
+        if isinstance(cause, DataError):
+            raise cause from None
         raise DataError(f"dataset_name: {arguments.dataset_name!r} cannot be read: {_first_line(cause)}") from error
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config import PRESETS, SparsityConfig
-from sparse_unsloth.data import load_dataset_for
+from sparse_unsloth.data import LengthFilter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
@@ -150,7 +150,9 @@ def estimate(
     """
     model, tokenizer = read_model(recipe)
     backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
-    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss)
+    length = recipe.training.max_length
+    fits = LengthFilter(tokenizer, length) if recipe.data.dataset_drop_long and length is not None else None
+    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss, fits=fits)
     batches, tokens = read_tokens(recipe, data, tokenizer, backend, model.model_type, samples)
     fitted = None
     if not recipe.training.use_cpu:
