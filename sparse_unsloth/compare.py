@@ -1,4 +1,4 @@
-"""``sparse-unsloth compare``: runs side by side, runs that differ in their seed as one group, paired tests between groups.
+"""``sparse-unsloth compare``: runs side by side, seeds as one group, paired tests between groups.
 
 Runs are told apart by their resolved recipes, so a group cannot mix settings. Where two groups share seeds, a metric's
 differences are tested over seeds (paired t); where they share one seed only, an evaluation's scores are tested over its

@@ -114,7 +114,6 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
     seconds = time.perf_counter() - started
     memory = peak_memory()
     trainer.save_model(str(folder / ADAPTER_FOLDER))
-    evaluation = None if trainer.eval_dataset is None else trainer.evaluate()
     metrics = {
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss,
@@ -122,7 +121,6 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         "setup_seconds": timer.setup_seconds,
         "median_step_seconds": {kind: timer.times.median(kind == "sparse") for kind in ("dense", "sparse")},
         "step_times": asdict(timer.times),
-        "evaluation": evaluation,
         "memory": memory,
         **throughput(trainer, timer.times.seconds),
         "log": trainer.state.log_history,
@@ -131,6 +129,11 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         if recipe.rank is not None and recipe.rank.retain_ratio is not None:
             save_pruned_checkpoint(trainer.model, folder / PRUNED_FOLDER, recipe.rank.retain_ratio)
         _write_json(folder / METRICS_FILE, metrics)
+    if trainer.eval_dataset is not None:
+        # Afterwards: should it fail, the training and its figures are safe.
+        metrics["evaluation"] = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            _write_json(folder / METRICS_FILE, metrics)
     return RunResult(folder, metrics)
 
 
