@@ -127,7 +127,8 @@ def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Pat
         "backend": arguments.backend, "dataset_name": arguments.work / f"{name}.jsonl",
         "dataset_size": arguments.samples, "dataset_test_size": arguments.held_out,
         "max_steps": arguments.steps, "learning_rate": 5e-4, "save_strategy": "no",
-        "logging_steps": 5, "disable_tqdm": "true", "optim": "adamw_torch", **arguments.changes,
+        "logging_steps": max(1, arguments.steps // 24), "disable_tqdm": "true", "optim": "adamw_torch",
+        **arguments.changes,
     }  # fmt: skip
     words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
     recipe = load_recipe(name, [*words, *SPARSITY[kind]])
