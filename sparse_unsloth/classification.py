@@ -124,7 +124,7 @@ def load_tokenizer(model_name: str, **hub: Any) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(model_name), **hub)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DataError(f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {first}") from error
     tokenizer.padding_side = "right"

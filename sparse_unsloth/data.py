@@ -290,7 +290,7 @@ def length_filter(arguments: DataArguments, model_name: str, max_length: int | N
 
     try:
         return LengthFilter(AutoTokenizer.from_pretrained(resolve_model(model_name), **hub), max_length)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {_first_line(error)}"
         ) from error
@@ -437,6 +437,7 @@ def stored_splits(
 def _first_rows(stream: Callable[[], IterableDataset], arguments: DataArguments, key: tuple, size: int) -> Dataset:
     """The first ``size`` rows of a stream, written to the cache of `datasets` once; it is not opened a second time."""
     import datasets
+    from datasets.arrow_writer import SchemaInferenceError
     from datasets.fingerprint import Hasher
 
     path = Path(arguments.dataset_name)
@@ -446,7 +447,7 @@ def _first_rows(stream: Callable[[], IterableDataset], arguments: DataArguments,
         return datasets.Dataset.from_generator(lambda: iter(stream().take(size)), fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, datasets.exceptions.SchemaInferenceError):
+        if isinstance(cause, SchemaInferenceError):
             return datasets.Dataset.from_list([])
         if isinstance(cause, DataError):
             raise cause from None
