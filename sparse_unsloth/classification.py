@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from sparse_unsloth.data import DataArguments, DataError, resolve_model, stored_splits
+from sparse_unsloth.data import DataArguments, resolve_model
+from sparse_unsloth.errors import DataError
+from sparse_unsloth.stored import stored_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
