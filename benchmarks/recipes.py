@@ -197,15 +197,19 @@ def main() -> None:
         if now - began + (now - started) + EVALUATION_SECONDS > arguments.seconds:
             break
     limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
-    suite = ["--suite", "humaneval", "--execute-code", "--max-new-tokens", "320", "--batch-size", "164", *limit]
+    longest = "8" if arguments.cpu else "320"
+    suite = ["--suite", "humaneval", "--execute-code", "--max-new-tokens", longest, "--batch-size", "164", *limit]
     command("evaluate", *folders["codefeedback"], *suite)
     command("evaluate", folders["codefeedback"][0], "--base", *suite)
-    for name in RECIPES:
+    gather(folders, arguments.out)
+    missing = [name for name in ("scipy", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"== not compared here, {', '.join(missing)} is missing: unpack runs.tar.gz and compare its folders")
+    for name in () if missing else RECIPES:
         folder = arguments.work / f"comparison-{name}"
         command("compare", *folders[name], "--output-dir", folder)
         for suffix in ("md", "json", "png"):
             shutil.copy(folder / f"comparison.{suffix}", arguments.out / f"{name}.{suffix}")
-    gather(folders, arguments.out)
     base = folders["codefeedback"][0] / "evaluation-base" / "humaneval" / "results.json"
     print(
         f"== base model: {json.loads(base.read_text())['scores']}; all done after {time.perf_counter() - began:.0f} s"

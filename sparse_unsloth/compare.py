@@ -31,6 +31,8 @@ NOT_A_SETTING = (
     "resume_from_checkpoint",
     "disable_tqdm",
 )
+ORDER = ("training loss", "held-out", "tokens/s", "dense step", "sparse step", "training seconds", "peak")
+"""What rows begin with, from the top; scores come last."""
 LOWER_IS_BETTER = ("loss", "seconds", "GiB")
 DESCRIPTION = """\
 Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens a second, seconds,
@@ -153,6 +155,9 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
         first), ``p_value``, and ``p_holm``, corrected for all tests of the table.
     """
     metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.values))
+    metrics.sort(
+        key=lambda name: next((place for place, text in enumerate(ORDER) if name.startswith(text)), len(ORDER))
+    )
     table: dict[str, list[dict[str, Any] | None]] = {}
     tests: list[dict[str, Any]] = []
     for metric in metrics:

@@ -34,7 +34,6 @@ TIMEOUT = 3.0
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 # Where a completion of the bare function ends, as in the paper that introduced HumanEval.
 _ENDS = re.compile(r"\n(?:class |def |#|if |print\()")
-_EVALPLUS_SCORES = re.compile(r"pass@(\d+):\s+([\d.]+)")
 
 
 def read_problems(path: str | None = None) -> dict[str, dict[str, Any]]:
@@ -174,15 +173,21 @@ def score_with_evalplus(samples: Path, problems: str | None = None, seconds: flo
         EvaluationError: EvalPlus is missing, or failed.
     """
     _need("evalplus", "evalplus")
-    command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples.resolve())]
+    samples = samples.resolve()
+    details = samples.with_name(samples.name.replace(".jsonl", "_eval_results.json"))
+    # EvalPlus would show an earlier result instead of scoring.
+    details.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
     more = {"HUMANEVAL_OVERRIDE_PATH": str(Path(problems).resolve())} if problems else {}
-    output = run_limited([*command, "--i_just_wanna_run"], seconds, home=str(Path.home()), **more)
-    parts = re.split(r"humaneval\+", output)
-    scores = {f"plus_pass@{k}": float(value) for k, value in _EVALPLUS_SCORES.findall(parts[-1])} if parts[1:] else {}
-    scores |= {f"pass@{k}": float(value) for k, value in _EVALPLUS_SCORES.findall(parts[0])}
-    if not scores:
-        raise EvaluationError(f"evalplus printed no score:\n{output[-2000:]}")
-    return {"scores": scores, "items": {}, "network": "reachable: EvalPlus reads its data from GitHub"}
+    run_limited(command, seconds, home=str(Path.home()), **more)
+    if not details.is_file():
+        raise EvaluationError(f"evalplus left no {details}.")
+    base, plus = {}, {}
+    for task, found in json.loads(details.read_text(encoding="utf-8"))["eval"].items():
+        base[task] = float(found[0]["base_status"] == "pass")
+        plus[task] = base[task] * float(found[0]["plus_status"] == "pass")
+    scores = {"plus_pass@1": sum(plus.values()) / len(plus), "pass@1": sum(base.values()) / len(base)}
+    return {"scores": scores, "items": plus, "network": "reachable: EvalPlus reads its data from GitHub"}
 
 
 def run_limited(command: list[str], seconds: float, home: str | None = None, **environment: str) -> str:
@@ -250,7 +255,4 @@ def evaluate_humaneval(
 
 def _need(module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise EvaluationError(
-            f"this needs {package}, which is not installed: `pip install {package}` (or `pip install "
-            "'sparse-unsloth[eval]'`)."
-        )
+        raise EvaluationError(f"this needs {package}, which is not installed: `pip install {package}`.")
