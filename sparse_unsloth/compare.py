@@ -33,7 +33,8 @@ NOT_A_SETTING = (
 )
 ORDER = ("training loss", "held-out", "tokens/s", "dense step", "sparse step", "training seconds", "peak")
 """What rows begin with, from the top; scores come last."""
-LOWER_IS_BETTER = ("loss", "seconds", "GiB")
+BETTER = {"lower": ("loss", "seconds", "GiB"), "higher": ("accuracy", "tokens/s", "pass@", " mean", " score")}
+"""By words in a metric's name; of others a picture does not say."""
 DESCRIPTION = """\
 Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens a second, seconds,
 peak memory. Runs of the same recipe that differ only in their seed form a group: mean, standard deviation, and paired
@@ -298,9 +299,10 @@ def draw(groups: Sequence[Group], comparison: Mapping[str, Any], path: Path) -> 
         for index, (cell, colour) in enumerate(zip(comparison["metrics"][metric], colours, strict=True)):
             if cell is not None:
                 axis.bar(index, cell["mean"], yerr=cell["spread"], color=colour, capsize=4)
-        better = "lower" if any(word in metric for word in LOWER_IS_BETTER) else "higher"
-        axis.set_title(f"{metric} ({better} is better)", fontsize="small")
+        better = next((f"\n{side} is better" for side, found in BETTER.items() if any(w in metric for w in found)), "")
+        axis.set_title(f"{metric}{better}", fontsize="small")
         axis.set_xticks([])
+        axis.set_xlim(-0.6, len(groups) - 0.4)
     for axis in axes[len(metrics) + 1 :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
