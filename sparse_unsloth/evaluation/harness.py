@@ -25,7 +25,7 @@ TASKS = {
     "arithmetic": ("gsm8k",),
 }  # fmt: skip
 """lm-eval's own, by suite. It has no SVAMP and no MAWPS: give their files by ``--data``."""
-OPTION = r"(true|false|(?:answer|solution|option|ending)\s?[1-5])"
+OPTION = r"(?i)(true|false|(?:answer|solution|option|ending)\s?[1-5])"
 NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
 PREFERRED = ("exact_match", "acc_norm", "acc")
 """The metric of a task that its suite is averaged over, by lm-eval's names."""

@@ -17,6 +17,7 @@ from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, pl
 from sparse_unsloth.forecast.model import Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
+from sparse_unsloth.recipe import SEQ_CLS
 
 if TYPE_CHECKING:
     from sparse_unsloth.recipe import Recipe
@@ -148,6 +149,8 @@ def estimate(
     Raises:
         SparsityError: model or data are out of reach, do not fit the recipe, or nothing bears loss.
     """
+    if recipe.model.lora_task_type == SEQ_CLS:
+        raise ConfigError("estimate counts the tokens of text recipes; a classifier (SEQ_CLS) it cannot estimate yet.")
     model, tokenizer = read_model(recipe)
     backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
     length = recipe.training.max_length
