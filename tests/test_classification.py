@@ -251,3 +251,12 @@ def test_unsloth_has_no_heads(tmp_path):
     words_ = ["--use_cpu", "--bf16", "false", "--backend", "unsloth", "--output_dir", str(tmp_path)]
     with pytest.raises(BackendError, match="no fast path for classification heads"):
         build_trainer(load_recipe("glue-rte", words_))
+
+
+@pytest.mark.parametrize("command", ["estimate", "calibrate"])
+def test_what_takes_no_classifier_says_so(command, tmp_path, capsys):
+    from sparse_unsloth.cli import main
+
+    words_ = [command, "glue-rte", "--use_cpu", "true", "--bf16", "false"]
+    assert main([*words_, *(["--output-dir", str(tmp_path)] if command == "calibrate" else [])]) == 2
+    assert "(SEQ_CLS)" in capsys.readouterr().err
