@@ -22,7 +22,7 @@ from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.partition import is_sequence_classifier, partition_of
 from sparse_unsloth.selection import keep_count, key_channel_scores, top_channels
 
 if TYPE_CHECKING:
@@ -262,8 +262,9 @@ class _Runs:
                     "tokens have no roles. Pass batches as the trainer's collator makes them."
                 )
             roles = {name: batch.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths")}
-            partition = TokenPartition.from_labels(batch["labels"], **roles, dense_tokens=dense_tokens)
-            starts = sequence_starts(batch["labels"], **roles).flatten()
+            partition = partition_of(model, batch, dense_tokens)
+            tokens = batch["input_ids"] if is_sequence_classifier(model) else batch["labels"]
+            starts = sequence_starts(tokens, **roles).flatten()
             rows = partition.context[~starts[partition.context]]
             if len(rows):
                 self.batches.append((batch, rows))

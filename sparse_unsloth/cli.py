@@ -120,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("words", nargs="*")
 
+    for name, text in (
+        ("evaluate", "judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI"),
+        ("compare", "compare runs and seeds: loss, scores, tokens a second, memory, with paired tests"),
+    ):
+        command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        command.add_argument("words", nargs="*")
+
     study = commands.add_parser(
         "study",
         help="study low rank: toy matrices, a model's spectra, pruned adapters",
@@ -233,6 +240,18 @@ def _explain(arguments: argparse.Namespace) -> int:
     return main(arguments.words)
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.evaluation.command import main
+
+    return main(arguments.words)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from sparse_unsloth.compare import main
+
+    return main(arguments.words)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -254,7 +273,9 @@ COMMANDS = {
     "quickstart": _quickstart,
     "bench": _bench,
     "calibrate": _calibrate,
+    "compare": _compare,
     "estimate": _estimate,
+    "evaluate": _evaluate,
     "explain": _explain,
     "study": _study,
 }

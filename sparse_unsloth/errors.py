@@ -23,3 +23,7 @@ class BackendError(SparsityError):
 
 class CalibrationError(SparsityError):
     """Samples that sparsity cannot be calibrated on, or a budget that cannot be kept."""
+
+
+class DataError(SparsityError):
+    """Data or a model file that is missing, out of reach, or not in a form that can be trained on."""

@@ -12,11 +12,12 @@ padding-free. Roles follow from the labels as the model receives them (not shift
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 
@@ -94,22 +95,66 @@ class TokenPartition:
         if dense_tokens == "none":
             dense = torch.zeros_like(dense)
 
+        return cls._from_masks(dense, padding, loss, covered, output if tiers else None)
+
+    @classmethod
+    def from_sequences(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pad_token_id: int | None = None,
+        dense_tokens: Literal["output", "none"] = "output",
+    ) -> TokenPartition:
+        """Splits the tokens of a sequence classifier's forward, which has one label a sequence, none a token.
+
+        The head reads one row of each sequence, the last one that is no padding token (`pooled_positions`). That row
+        bears the loss and is dense; the others are context. Rows that nothing reads are padding: masked ones, and
+        without a mask those behind the pooled row, which causal attention keeps from it.
+
+        Args:
+            input_ids: integers ``[batch, sequence]``.
+            attention_mask: ``[batch, sequence]``, 0 marks padding; the pooled row is none even so.
+            pad_token_id: of the model's configuration.
+            dense_tokens: "output" as above; "none" makes the pooled row context too (published for GLUE).
+
+        Raises:
+            ConfigError: tokens that are not ``[batch, sequence]`` integers, or a mask that does not fit them.
+        """
+        _check(input_ids, attention_mask, None, None, dense_tokens, False)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        pooled = pooled_positions(input_ids, pad_token_id)[:, None]
+        loss = positions == pooled
+        padding = (positions > pooled) if attention_mask is None else (attention_mask == 0) & ~loss
+        dense = torch.zeros_like(loss) if dense_tokens == "none" else loss
+        return cls._from_masks(dense, padding, loss, loss.new_zeros((), dtype=torch.int64))
+
+    @classmethod
+    def _from_masks(
+        cls, dense: Tensor, padding: Tensor, loss: Tensor, covered: Tensor, output: Tensor | None = None
+    ) -> TokenPartition:
+        """Row numbers from bool masks ``[batch, sequence]``; ``covered`` counts the tokens of packed documents.
+
+        ``output`` marks the output tokens, where they are wanted apart.
+
+        Raises:
+            ConfigError: more tokens covered than there are.
+        """
         role = (~dense).long() + padding.long()  # 0 dense, 1 context, 2 padding
-        others = ((~output).long(), (~(output & loss)).long()) if tiers else ()
+        others = () if output is None else ((~output).long(), (~(output & loss)).long())
         by_role, by_loss, *by_output = (
             torch.stack((role, (~loss).long(), *others)).flatten(1).argsort(dim=1, stable=True)
         )
-        output_counts = (output.sum(), (output & loss).sum()) if tiers else ()
+        output_counts = () if output is None else (output.sum(), (output & loss).sum())
         counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered, *output_counts))
         num_dense, num_padding, num_loss, num_covered, *num_output = counts.tolist()  # the one host sync
-        if num_covered > labels.numel():
+        if num_covered > dense.numel():
             raise ConfigError(
-                f"packed_seq_lengths sum to {num_covered} tokens, but the labels of shape {list(labels.shape)} hold "
-                f"only {labels.numel()}: truncate the lengths together with the tokens."
+                f"packed_seq_lengths sum to {num_covered} tokens, but the labels of shape {list(dense.shape)} hold "
+                f"only {dense.numel()}: truncate the lengths together with the tokens."
             )
-        num_tokens = labels.numel() - num_padding
+        num_tokens = dense.numel() - num_padding
         return cls(
-            shape=tuple(labels.shape),
+            shape=tuple(dense.shape),
             dense=by_role[:num_dense],
             context=by_role[num_dense:num_tokens],
             padding=by_role[num_tokens:],
@@ -183,6 +228,50 @@ class TokenPartition:
         return len(self.context) / max(len(self.context) + len(self.dense), 1)
 
 
+def partition_of(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    dense_tokens: Literal["output", "none"] = "output",
+    padding_masked: bool = True,
+) -> TokenPartition:
+    """The roles of the rows of ``batch`` as ``model`` receives it: by token labels, or by sequence labels.
+
+    Raises:
+        ConfigError: see `TokenPartition.from_labels` and `TokenPartition.from_sequences`.
+    """
+    if is_sequence_classifier(model):
+        tokens = batch.get("input_ids")
+        if tokens is None:
+            raise ConfigError(
+                "A sequence classifier was called without input_ids, and inputs_embeds do not tell which row its head "
+                "reads; pass input_ids."
+            )
+        pad = model.config.get_text_config().pad_token_id
+        return TokenPartition.from_sequences(tokens, batch.get("attention_mask"), pad, dense_tokens)
+    roles = {name: batch.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths")}
+    return TokenPartition.from_labels(
+        batch["labels"], **roles, dense_tokens=dense_tokens, padding_masked=padding_masked
+    )
+
+
+def is_sequence_classifier(model: nn.Module) -> bool:
+    """Whether the labels of ``model`` (bare, or in PEFT's wrapper) are one a sequence."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__.endswith("ForSequenceClassification")
+
+
+def pooled_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """int64 ``[batch]``: the position that transformers' classification heads of decoder models read.
+
+    It is the last token that is not ``pad_token_id``, on whichever side the padding is; without such an id the last
+    token, and in a row of padding alone the first.
+    """
+    if pad_token_id is None:
+        return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1, dtype=torch.int64)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (positions * (input_ids != pad_token_id)).argmax(-1)
+
+
 def _documents(
     labels: Tensor, position_ids: Tensor | None, packed_seq_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +302,7 @@ def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_token
     if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ConfigError(
             f"labels are {labels.dtype} of shape {list(labels.shape)}; contextual sparsity needs one integer label per "
-            "token, [batch, sequence], as in causal language modelling. Train classification heads without it."
+            "token, [batch, sequence], as in causal language modelling, or a ...ForSequenceClassification model."
         )
     batch, sequence = labels.shape
     expected = f"the labels are [{batch}, {sequence}]"

@@ -7,6 +7,7 @@ import enum
 import functools
 import importlib.resources
 import json
+import logging
 import reprlib
 import types
 import typing
@@ -28,9 +29,18 @@ if TYPE_CHECKING:
 
     from trl import ModelConfig, SFTConfig
 
+logger = logging.getLogger(__name__)
+
 # Where sparse training needs another default than TRL's: adapters, no dropout on them, the checkpoint's own dtype.
 MODEL_DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "dtype": "auto"}
 BACKENDS = ("auto", "unsloth", "peft")
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
+# What each value of the key `peft` sets.
+PEFT_METHODS = {
+    "lora": {"load_in_4bit": False, "use_dora": False},
+    "qlora": {"load_in_4bit": True, "use_dora": False},
+    "dora": {"load_in_4bit": False, "use_dora": True},
+}
 SUFFIXES = (".yaml", ".yml")
 # A secret, and what belongs to one start of a run only.
 UNSAVED = ("hub_token", "resume_from_checkpoint")
@@ -131,14 +141,15 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def raw_backend(source: str | Path, overrides: Iterable[str] = ()) -> Any:
     """The ``backend`` that a recipe asks for, before anything is checked: Unsloth must be imported before TRL is.
 
-    "auto" is "peft" where ``use_cpu`` is set.
+    "auto" is "peft" where ``use_cpu`` is set, and for sequence classification.
 
     Raises:
         RecipeError: no such recipe, or it cannot be read.
     """
     values = raw_values(source, overrides)
     backend = values.get("backend", "auto")
-    return "peft" if backend == "auto" and values.get("use_cpu") is True else backend
+    needs_peft = values.get("use_cpu") is True or values.get("lora_task_type") == SEQ_CLS
+    return "peft" if backend == "auto" and needs_peft else backend
 
 
 def raw_values(source: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -176,6 +187,16 @@ def recipe_keys() -> dict[str, Key]:
     keys["sparsity"] = Key(
         "sparsity", Any, None, "A preset (dense, o1, o2), a file, or a block of SparsityConfig.", "sparse_unsloth"
     )
+    keys["extends"] = Key(
+        "extends", str, None, "A recipe (a file beside this one, or a shipped one) whose keys this one changes.", "-"
+    )
+    keys["peft"] = Key(
+        "peft",
+        Literal[tuple(PEFT_METHODS)] | None,
+        None,
+        "lora, qlora (sets load_in_4bit) or dora (sets use_dora, and trains densely: it has no exact sparse path).",
+        "sparse_unsloth",
+    )
     keys["rank"] = Key(
         "rank", Any, None, "A block of RankConfig: compute only the rank components that matter.", "sparse_unsloth"
     )
@@ -206,9 +227,9 @@ def _blocks() -> dict[str, type]:
 
 
 class _Document:
-    """A recipe's values, and where each of its keys stands."""
+    """A recipe's values, those of the recipe that it extends included, and where each of its keys stands."""
 
-    def __init__(self, entry: Traversable):
+    def __init__(self, entry: Traversable, extended_by: tuple[str, ...] = ()):
         self.name = name = entry.name
         self.problems: list[str] = []
         text = entry.read_text(encoding="utf-8")
@@ -225,6 +246,31 @@ class _Document:
             if key.value in self.places:
                 self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
             self.places[key.value] = place
+        self._resolve_sparsity_file(entry)
+        if "extends" in self.values:
+            self._extend(entry, (*extended_by, name))
+
+    def _extend(self, entry: Traversable, chain: tuple[str, ...]) -> None:
+        """Puts the keys of the recipe named by ``extends`` under this one's; blocks are replaced as a whole.
+
+        Raises:
+            RecipeError: there is none, it cannot be read, or it extends this one in turn.
+        """
+        source, place = self.values.pop("extends"), self.places.pop("extends")
+        if not isinstance(source, str):
+            raise RecipeError(f"{place}: must be the name or the file of a recipe, given {source!r}")
+        beside = entry.parent / source if isinstance(entry, Path) else None
+        try:
+            base = beside if beside is not None and beside.is_file() else find_recipe(source)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: {error}") from None
+        if base.name in chain:
+            raise RecipeError(f"{place}: recipes extend each other in a circle: {' -> '.join([*chain, base.name])}.")
+        under = _Document(base, chain)
+        self.problems += under.problems
+        self.values, self.places = under.values | self.values, under.places | self.places
+
+    def _resolve_sparsity_file(self, entry: Traversable) -> None:
         sparsity = self.values.get("sparsity")
         if (
             isinstance(sparsity, str)
@@ -293,6 +339,7 @@ def _build(document: _Document) -> Recipe:
             except RecipeError as error:
                 problems.append(f"{place}: {error}")
     sparsity = _sparsity(document, values.pop("sparsity", None))
+    sparsity = _apply_peft(document, values, sparsity)
     rank = _rank(document, values.pop("rank", None))
     for needed in ("model_name_or_path", "dataset_name"):
         if document.values.get(needed) is None:
@@ -316,6 +363,22 @@ def _build(document: _Document) -> Recipe:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
     return Recipe(name, _plain(given), sparsity=sparsity, rank=rank, backend=values.get("backend", "auto"), **blocks)
+
+
+def _apply_peft(document: _Document, values: dict[str, Any], sparsity: SparsityConfig | None) -> SparsityConfig | None:
+    """Sets what the key ``peft`` stands for; DoRA's baseline is dense."""
+    method = values.pop("peft", None)
+    if method is None:
+        return sparsity
+    for key, wanted in PEFT_METHODS[method].items():
+        if values.setdefault(key, wanted) != wanted:
+            document.problems.append(
+                f"{document.places['peft']}: {method} contradicts {key}: {str(values[key]).lower()}; leave one out"
+            )
+    if method != "dora" or sparsity is None or not (sparsity.mlp or sparsity.self_attn or sparsity.preset):
+        return sparsity
+    logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
+    return sparsity.model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 
 
 def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:
@@ -350,8 +413,8 @@ def _unsupported(name: str, model: ModelConfig | None) -> list[str]:
         problems.append(
             f"{name}: use_peft: false: sparse-unsloth trains LoRA adapters; for full training use `trl sft`"
         )
-    if model.lora_task_type != "CAUSAL_LM":
-        problems.append(f"{name}: lora_task_type: must be CAUSAL_LM, given {model.lora_task_type!r}")
+    if model.lora_task_type not in (CAUSAL_LM, SEQ_CLS):
+        problems.append(f"{name}: lora_task_type: must be {CAUSAL_LM} or {SEQ_CLS}, given {model.lora_task_type!r}")
     if model.load_in_8bit:
         problems.append(f"{name}: load_in_8bit: has no sparse path; use load_in_4bit, or neither")
     if model.lora_target_parameters:

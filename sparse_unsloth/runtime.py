@@ -23,7 +23,7 @@ from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.memory_budget import CheckpointPlanner
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
 from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
 from sparse_unsloth.sharing import shared_estimator
@@ -529,6 +529,8 @@ class SparsityState:
 
     def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
         """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
+        if is_sequence_classifier(self.model):
+            return partition_of(self.model, arguments, self.config.dense_tokens)
         layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
         if self.runtimes:
             layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.data import DataError, load_dataset_for, resolve_model
+from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_model
 from sparse_unsloth.doctor import check_can_train, environment
+from sparse_unsloth.errors import BackendError
 from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
-from sparse_unsloth.recipe import Recipe, RecipeError
+from sparse_unsloth.recipe import SEQ_CLS, Recipe, RecipeError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 RECIPE_FILE, METRICS_FILE, ENVIRONMENT_FILE = "recipe.yaml", "metrics.json", "environment.json"
 ADAPTER_FOLDER, PRUNED_FOLDER = "adapter", "adapter-pruned"
@@ -94,7 +102,8 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
     Raises:
         SparsityError: this machine cannot train it, the folder holds another run, or model or data are out of reach.
     """
-    check_can_train(recipe.training.use_cpu)
+    if recipe.model.lora_task_type != SEQ_CLS:
+        check_can_train(recipe.training.use_cpu)
     checkpoint = _checkpoint(recipe)
     trainer, timer = build_trainer(recipe, callbacks, checkpoint)
     folder = Path(recipe.training.output_dir)
@@ -103,9 +112,11 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         recipe.save(folder / RECIPE_FILE)
         _write_json(folder / ENVIRONMENT_FILE, environment())
     timer.start()
+    _forget_peak_memory()
     started = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    memory = peak_memory()
     trainer.save_model(str(folder / ADAPTER_FOLDER))
     metrics = {
         "steps": outcome.global_step,
@@ -114,6 +125,8 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         "setup_seconds": timer.setup_seconds,
         "median_step_seconds": {kind: timer.times.median(kind == "sparse") for kind in ("dense", "sparse")},
         "step_times": asdict(timer.times),
+        "memory": memory,
+        **throughput(trainer, timer.times.seconds),
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
@@ -122,28 +135,98 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         _write_json(folder / METRICS_FILE, metrics)
         if (folder / RECORDS_FILE).is_file():
             write_explanation(folder)
+    if trainer.eval_dataset is not None:
+        # Afterwards: should it fail, the training and its figures are safe.
+        metrics["evaluation"] = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            _write_json(folder / METRICS_FILE, metrics)
     return RunResult(folder, metrics)
 
 
 def build_trainer(
     recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), checkpoint: str | None = None
-) -> tuple[SFTTrainer, StepTimer]:
+) -> tuple[Trainer, StepTimer]:
     """The trainer of ``recipe`` with its model attached, data loaded and steps timed.
 
     Args:
-        recipe: what to train.
+        recipe: what to train; TRL's ``SFTTrainer`` trains text, transformers' ``Trainer`` a classifier (SEQ_CLS).
         callbacks: beside the timer.
         checkpoint: the one that will be resumed from; the estimator that lies beside it is used again.
 
     Raises:
         SparsityError: see `run`.
     """
-    training, arguments = recipe.training, recipe.model
-    evaluation = training.eval_strategy != "no" or training.do_eval
-    train_data, test_data = load_dataset_for(recipe.data, evaluation, training.completion_only_loss)
-    _check_context_exists(recipe, train_data.column_names)
+    build = _build_classifier if recipe.model.lora_task_type == SEQ_CLS else _build_sft
+    return build(recipe, callbacks, checkpoint)
 
-    options: dict[str, Any] = dict(training.model_init_kwargs or {})
+
+def _build_sft(
+    recipe: Recipe, callbacks: tuple[TrainerCallback, ...], checkpoint: str | None
+) -> tuple[SFTTrainer, StepTimer]:
+    training, arguments = recipe.training, recipe.model
+    fits = length_filter(recipe.data, arguments.model_name_or_path, training.max_length, **_hub(recipe))
+    train_data, test_data = load_dataset_for(recipe.data, _evaluates(recipe), training.completion_only_loss, fits)
+    _check_context_exists(recipe, train_data.column_names)
+    backend = "peft" if training.use_cpu and recipe.backend == "auto" else recipe.backend
+    model, tokenizer = _load(recipe, explain_backend(backend)[0])
+    model, timer = _adapt(recipe, model, checkpoint)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=test_data,
+        callbacks=[timer, *callbacks],
+    )
+    return trainer, timer
+
+
+def _build_classifier(
+    recipe: Recipe, callbacks: tuple[TrainerCallback, ...], checkpoint: str | None
+) -> tuple[Trainer, StepTimer]:
+    from sparse_unsloth import classification
+
+    training, name = recipe.training, recipe.model.model_name_or_path
+    if recipe.backend == "unsloth":
+        raise BackendError(
+            "backend: 'unsloth' has no fast path for classification heads (SEQ_CLS). Use backend: peft, or auto."
+        )
+    train_data, test_data, columns = classification.load_labelled(recipe.data, _evaluates(recipe))
+    names = classification.label_names(train_data, test_data)
+    tokenizer = classification.load_tokenizer(name, **_hub(recipe))
+    encoded = [
+        None if data is None else classification.encode(data, columns, names, tokenizer, training.max_length)
+        for data in (train_data, test_data)
+    ]
+    config = classification.model_config(resolve_model(name), names, tokenizer.pad_token_id, **_hub(recipe))
+    model, _ = _load(recipe, "peft", auto_model=AutoModelForSequenceClassification, config=config)
+    model, timer = _adapt(recipe, model, checkpoint)
+    metrics = classification.metrics_for(classification.task_of(recipe.data), names)
+    trainer = Trainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=encoded[0],
+        eval_dataset=encoded[1],
+        compute_metrics=classification.compute_metrics(metrics, names),
+        callbacks=[timer, *callbacks],
+    )
+    return trainer, timer
+
+
+def _evaluates(recipe: Recipe) -> bool:
+    return recipe.training.eval_strategy != "no" or recipe.training.do_eval
+
+
+def _load(recipe: Recipe, backend: str, **options: Any) -> tuple[nn.Module, Any]:
+    """The recipe's model and tokenizer.
+
+    Raises:
+        DataError: they cannot be had.
+    """
+    training, arguments = recipe.training, recipe.model
+    options = {**(training.model_init_kwargs or {}), **options}
     # TRL would apply them to a model name; here the model comes loaded.
     training.model_init_kwargs = None
     if arguments.attn_implementation is not None:
@@ -154,26 +237,27 @@ def build_trainer(
         options["device_map"] = "cpu"
     if arguments.load_in_4bit and any(key in recipe.given for key in BNB_KEYS):
         options["quantization_config"] = _quantization(arguments)
-    checkpointing = "unsloth" if training.gradient_checkpointing else False
-    backend = "peft" if training.use_cpu and recipe.backend == "auto" else recipe.backend
     try:
-        model, tokenizer = FastSparseLanguageModel.from_pretrained(
+        return FastSparseLanguageModel.from_pretrained(
             resolve_model(arguments.model_name_or_path),
             dtype=None if arguments.dtype in (None, "auto") else getattr(torch, arguments.dtype),
             load_in_4bit=arguments.load_in_4bit,
-            backend=explain_backend(backend)[0],
-            revision=arguments.model_revision,
-            trust_remote_code=training.trust_remote_code,
-            use_gradient_checkpointing=checkpointing,
+            backend=backend,
+            use_gradient_checkpointing=_checkpointing(recipe),
             random_state=training.seed,
+            **_hub(recipe),
             **options,
         )
     except OSError as error:
         raise DataError(
             f"model_name_or_path: {arguments.model_name_or_path!r} cannot be loaded; it must be a folder with a "
-            "transformers "
-            f"checkpoint, or a hub name that can be reached from here.\n{error}"
+            f"transformers checkpoint, or a hub name that can be reached from here.\n{error}"
         ) from error
+
+
+def _adapt(recipe: Recipe, model: nn.Module, checkpoint: str | None) -> tuple[nn.Module, StepTimer]:
+    """The model with its adapters and sparse paths, and what times its steps."""
+    arguments = recipe.model
     model = FastSparseLanguageModel.get_peft_model(
         model,
         r=arguments.lora_r,
@@ -182,23 +266,22 @@ def build_trainer(
         lora_dropout=arguments.lora_dropout,
         use_rslora=arguments.use_rslora,
         modules_to_save=arguments.lora_modules_to_save,
-        use_gradient_checkpointing=checkpointing,
-        random_state=training.seed,
+        use_gradient_checkpointing=_checkpointing(recipe),
+        random_state=recipe.training.seed,
         sparsity=_with_estimator_path(recipe, checkpoint),
         **({"use_dora": True} if arguments.use_dora else {}),
     )
     if recipe.rank is not None:
         apply_rank(model, **vars(recipe.rank))
-    timer = StepTimer(recipe.sparsity, model.config.get_text_config().num_hidden_layers)
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=training,
-        train_dataset=train_data,
-        eval_dataset=test_data,
-        callbacks=[timer, *callbacks],
-    )
-    return trainer, timer
+    return model, StepTimer(recipe.sparsity, model.config.get_text_config().num_hidden_layers)
+
+
+def _checkpointing(recipe: Recipe) -> str | bool:
+    return "unsloth" if recipe.training.gradient_checkpointing else False
+
+
+def _hub(recipe: Recipe) -> dict[str, Any]:
+    return {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
 
 
 def _checkpoint(recipe: Recipe) -> str | None:
@@ -260,6 +343,50 @@ def _quantization(arguments):
         bnb_4bit_use_double_quant=arguments.use_bnb_nested_quant,
         bnb_4bit_quant_storage=arguments.bnb_4bit_quant_storage or torch.uint8,
     )
+
+
+def throughput(trainer: Trainer, step_seconds: list[float]) -> dict[str, float | None]:
+    """Tokens without padding, by the mean length of the data set's samples, and how many a second.
+
+    Args:
+        trainer: after its training.
+        step_seconds: of the optimiser steps; the first one, which warms up, does not count for the speed.
+
+    Returns:
+        ``{"tokens": ..., "tokens_per_second": ...}``, the latter over forward, backward and update only; None where the
+        samples have no ``input_ids`` to count, or there was one step only.
+    """
+    data, state = trainer.train_dataset, trainer.state
+    if not step_seconds or "input_ids" not in (getattr(data, "column_names", None) or ()):
+        return {"tokens": None, "tokens_per_second": None}
+    lengths = sum(map(len, data["input_ids"]))
+    by_step = lengths * state.epoch / max(state.global_step, 1)
+    timed = step_seconds[1:]
+    return {
+        "tokens": by_step * len(step_seconds),
+        "tokens_per_second": by_step * len(timed) / sum(timed) if timed else None,
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: ``gpu_allocated`` and ``gpu_reserved`` of the fullest GPU of this process since `run` began to train, and
+    ``host``, the most that the process ever had resident."""
+    found = {}
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        found["gpu_allocated"] = max(torch.cuda.max_memory_allocated(device) for device in devices)
+        found["gpu_reserved"] = max(torch.cuda.max_memory_reserved(device) for device in devices)
+    if resource is not None:
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return found
+
+
+def _forget_peak_memory() -> None:
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def _now() -> float:

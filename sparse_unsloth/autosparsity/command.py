@@ -140,7 +140,13 @@ def calibrate_recipe(
     """
     from sparse_unsloth.autosparsity.report import save
     from sparse_unsloth.autosparsity.search import calibrate
+    from sparse_unsloth.recipe import SEQ_CLS
 
+    if recipe.model.lora_task_type == SEQ_CLS:
+        raise CalibrationError(
+            "calibrate measures the loss of answer tokens, and a classifier (SEQ_CLS) has none. Its estimator "
+            "calibrates by itself when training begins; its layers are given by hand."
+        )
     model, samples, probe_samples, held_out = load(recipe, counts)
     result = calibrate(
         model,

@@ -21,7 +21,7 @@ from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
 from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, read_base, read_projection
@@ -257,9 +257,13 @@ def load(
     resize_model_vocab: int | None = None,
     revision: str | None = None,
     random_state: int = 3407,
+    auto_model: Any = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, Any]:
     """A transformers model and its tokenizer; an adapter folder gives a trainable ``PeftModel`` over its base.
+
+    ``auto_model`` is the class that loads it, as in Unsloth's ``FastModel``: ``AutoModelForCausalLM`` by default,
+    ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which says how many labels).
 
     Raises:
         BackendError: an argument asks for what only Unsloth does, or ``max_seq_length`` exceeds its positions.
@@ -301,7 +305,7 @@ def load(
     if device_map == "sequential":  # Unsloth's default: one device
         device_map = {"": _device()} if torch.cuda.is_available() and (load_in_4bit or not uses_fsdp()) else None
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = (auto_model or AutoModelForCausalLM).from_pretrained(
         model_name, config=config, dtype=dtype, device_map=device_map, **hub, **kwargs
     )
     tokenizer = AutoTokenizer.from_pretrained(adapter or model_name, **hub, **({} if adapter else gguf))
@@ -339,6 +343,7 @@ def add_lora(
     max_seq_length: int | None = None,
     temporary_location: str | None = None,
     qat_scheme: str | None = None,
+    task_type: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """LoRA adapters through PEFT, with Unsloth's arguments; unknown ones go to ``LoraConfig``, which refuses what it
@@ -360,7 +365,8 @@ def add_lora(
     set_seed(random_state)
     _prepare(model, use_gradient_checkpointing)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # PEFT trains and saves the head of a classifier whole.
+        task_type=task_type or ("SEQ_CLS" if is_sequence_classifier(model) else "CAUSAL_LM"),
         r=r,
         target_modules=target_modules,
         lora_alpha=lora_alpha,

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config import PRESETS, SparsityConfig
-from sparse_unsloth.data import load_dataset_for
+from sparse_unsloth.data import LengthFilter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
+from sparse_unsloth.recipe import SEQ_CLS
 
 if TYPE_CHECKING:
     from sparse_unsloth.recipe import Recipe
@@ -148,9 +149,13 @@ def estimate(
     Raises:
         SparsityError: model or data are out of reach, do not fit the recipe, or nothing bears loss.
     """
+    if recipe.model.lora_task_type == SEQ_CLS:
+        raise ConfigError("estimate counts the tokens of text recipes; a classifier (SEQ_CLS) it cannot estimate yet.")
     model, tokenizer = read_model(recipe)
     backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
-    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss)
+    length = recipe.training.max_length
+    fits = LengthFilter(tokenizer, length) if recipe.data.dataset_drop_long and length is not None else None
+    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss, fits=fits)
     batches, tokens = read_tokens(recipe, data, tokenizer, backend, model.model_type, samples)
     fitted = None
     if not recipe.training.use_cpu:

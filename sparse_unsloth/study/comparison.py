@@ -82,7 +82,7 @@ def compare_methods(
             )
             names = {"value": value, "first": first, "second": second, "pairs": len(shared), "test": test}
             table.append(dict(zip(keys, key, strict=True)) | names | outcome)
-    for entry, corrected in zip(table, _holm([entry["p_value"] for entry in table]), strict=True):
+    for entry, corrected in zip(table, holm([entry["p_value"] for entry in table]), strict=True):
         entry["p_holm"] = corrected
     return table
 
@@ -94,7 +94,8 @@ def _rank_biserial(differences: Sequence[float], rankdata) -> float:
     return float(signed / sum(ranks))
 
 
-def _holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number by Holm's step-down method, in the same order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for position, index in enumerate(order):

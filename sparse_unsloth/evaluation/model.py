@@ -1,0 +1,137 @@
+"""What is evaluated: a run's adapter over its base model, or any model, loaded by plain transformers and PEFT.
+
+Nothing of this package takes part in the forward, which is dense: an adapter that was trained sparsely is a standard
+one. TRL and Unsloth are not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_unsloth.data import resolve_model
+from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.recipe import raw_values
+from sparse_unsloth.templates import CHAT_TEMPLATE
+
+RECIPE_FILE, ADAPTER_FOLDER, ADAPTER_CONFIG = "recipe.yaml", "adapter", "adapter_config.json"
+
+
+class EvaluationError(SparsityError):
+    """A model, data or a library that an evaluation needs and that is missing or does not fit."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to evaluate, before anything is loaded.
+
+    Args:
+        name: of the run or the model, as results call it.
+        model: hub name or folder of the base model.
+        adapter: the adapter's folder; None for the base model itself.
+        recipe: what the run was trained with; empty for a bare model.
+        folder: where results go, beside the run if there is one.
+    """
+
+    name: str
+    model: str
+    adapter: Path | None
+    recipe: dict[str, Any]
+    folder: Path
+
+    @property
+    def template(self) -> str:
+        return self.recipe.get("dataset_template", CHAT_TEMPLATE)
+
+    @property
+    def system_prompt(self) -> str | None:
+        return self.recipe.get("dataset_system_prompt")
+
+
+def find_source(text: str, base: bool = False, output_dir: str | None = None) -> Source:
+    """What ``text`` names: a run folder, an adapter folder, a model folder or a hub name.
+
+    Args:
+        text: as given on the command line.
+        base: the base model of the run, without its adapter.
+        output_dir: where results go; by default ``evaluation`` in the run folder, else ``runs/evaluation/<name>``.
+
+    Raises:
+        EvaluationError: a run folder without an adapter.
+    """
+    folder = Path(text)
+    if (folder / RECIPE_FILE).is_file():
+        recipe = raw_values(folder / RECIPE_FILE)
+        adapter = folder / ADAPTER_FOLDER
+        if not (adapter / ADAPTER_CONFIG).is_file() and not base:
+            raise EvaluationError(f"{text}: the run has no adapter yet ({adapter}); train it to the end first.")
+        name = folder.resolve().name
+        results = Path(output_dir) if output_dir else folder / ("evaluation-base" if base else "evaluation")
+        name = f"{name} (base)" if base else name
+        return Source(name, recipe["model_name_or_path"], None if base else adapter, recipe, results)
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    results = Path(output_dir or Path("runs") / "evaluation" / name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return Source(name, config["base_model_name_or_path"], None if base else folder, {}, results)
+    return Source(name, text, None, {}, results)
+
+
+def load(source: Source, auto_model: Any = None, **options: Any) -> tuple[nn.Module, Any]:
+    """The model, in evaluation mode on the GPU if there is one, and its tokenizer, padding on the left.
+
+    bfloat16 on a GPU that has it, float32 on the CPU. An adapter is merged into the weights, which generates faster;
+    over a 4-bit base it stays an adapter, for merging would round it off.
+
+    Args:
+        source: as `find_source` gives it.
+        auto_model: the class that loads it, ``AutoModelForCausalLM`` by default.
+        options: further ones of its ``from_pretrained``.
+
+    Raises:
+        EvaluationError: model, adapter or tokenizer cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    dtype = half if device == "cuda" else torch.float32
+    four_bit = bool(source.recipe.get("load_in_4bit"))
+    if four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    hub = {"revision": source.recipe.get("model_revision", "main")}
+    hub["trust_remote_code"] = bool(source.recipe.get("trust_remote_code", False))
+    name = resolve_model(source.model)
+    try:
+        model = (auto_model or AutoModelForCausalLM).from_pretrained(
+            name, dtype=dtype, device_map={"": device}, **hub, **options
+        )
+        if source.adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(source.adapter))
+            model = model if four_bit else model.merge_and_unload()
+        holds_tokenizer = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(source.adapter) if holds_tokenizer else name, **hub)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{source.name}: the model cannot be loaded: {error}") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if source.template == CHAT_TEMPLATE and source.recipe and tokenizer.chat_template is None:
+        raise EvaluationError(
+            f"{source.name}: its tokenizer has no chat template. The recipe's dataset_template must be the one that "
+            "the model was trained with."
+        )
+    return model.eval(), tokenizer
