@@ -309,7 +309,7 @@ def test_iterable_datasets(attached, registered, tmp_path):
 def test_loaders_without_a_dataset(attached, loader):
     model, state = Line(), FakeState()
     attached[model] = state
-    trainer_state = SimpleNamespace(max_steps=4, global_step=0, log_history=[])
+    trainer_state = SimpleNamespace(max_steps=4, global_step=0, log_history=[], is_world_process_zero=False)
     SparsityCallback().on_train_begin(None, trainer_state, None, model=model, train_dataloader=loader)
     assert (state.train_dataset, state.collate_fn) == (None, None)
 
