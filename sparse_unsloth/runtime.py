@@ -21,6 +21,7 @@ from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.memory_budget import CheckpointPlanner
+from sparse_unsloth.nonfinite import PAUSE, ScoreWatch
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
 from sparse_unsloth.sharing import shared_estimator
@@ -45,12 +46,20 @@ class SparseContext:
         scale: share of the configured sparsity; at 0 every layer is dense.
         loss_only: the last layer leaves out the rows without loss.
         loss_reached: set by the loss that makes this right.
+        paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
     """
 
-    def __init__(self, partition: TokenPartition, scale: float, loss_only: bool = False):
+    def __init__(
+        self,
+        partition: TokenPartition,
+        scale: float,
+        loss_only: bool = False,
+        paused: frozenset[tuple[int, str]] = frozenset(),
+    ):
         self.partition = partition
         self.scale = scale
         self.loss_only = loss_only
+        self.paused = paused
         self.loss_reached = False
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
@@ -92,7 +101,10 @@ class LayerRuntime:
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
-        return self.context is not None and self.context.scale > 0 and getattr(self.sparsity, part) > 0
+        context = self.context
+        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+            return False
+        return not context.paused or (self.layer.index, part) not in context.paused
 
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
@@ -201,6 +213,7 @@ class SparsityState:
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
+        self.watch = ScoreWatch()
         self._shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
@@ -209,6 +222,7 @@ class SparsityState:
         self._max_steps = 0
         self._verified = False
         self._sparse_forwards_in_step = 0
+        self._paused_in_step: set[tuple[int, str]] = set()
         self._said: set[str] = set()
         self._reset_counts()
 
@@ -332,6 +346,7 @@ class SparsityState:
         """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
         self._scale = self.config.schedule.scale(step, self._max_steps)
         self._sparse_forwards_in_step = 0
+        self._paused_in_step: set[tuple[int, str]] = set()
         self.ran.clear()
 
     def verify_step(self) -> None:
@@ -343,7 +358,7 @@ class SparsityState:
         if self._verified or not self._sparse_forwards_in_step:
             return
         expected = self.expected_parts()
-        missing = expected - self.ran
+        missing = expected - self.ran - self._paused_in_step
         if missing:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
@@ -374,6 +389,10 @@ class SparsityState:
             "sparsity/mean_mlp": mean[0] * self._scale,
             "sparsity/mean_self_attn": mean[1] * self._scale,
         }
+        self._notice_nonfinite_scores()
+        if self.watch.events:
+            figures["sparsity/nonfinite"] = float(self.watch.events)
+            self.watch.events = 0
         if self.planner is not None:
             figures["sparsity/kept_layers"] = float(self.planner.num_kept)
         self._reset_counts()
@@ -411,6 +430,7 @@ class SparsityState:
         self._dense_tokens += len(partition.dense)
         if not len(partition.context):
             scale = 0.0
+        paused: frozenset[tuple[int, str]] = frozenset()
         if scale > 0:
             if self.selector is None:
                 if rank():
@@ -428,22 +448,40 @@ class SparsityState:
                 )
             self._sparse_forwards += 1
             self._sparse_forwards_in_step += torch.is_grad_enabled()
+            self._notice_nonfinite_scores()
+            paused = self.watch.pause()
+            self._paused_in_step |= paused
         elif self.last_layer is None:
             return None
-        return SparseContext(partition, scale, loss_only and worth_removing(partition))
+        return SparseContext(partition, scale, loss_only and worth_removing(partition), paused)
 
     def close_forward(self, context: SparseContext | None) -> None:
-        """Checks a forward that ended well.
+        """Checks a forward that ended well, and has its scores looked at.
 
         Raises:
             SparsityError: rows were left out for a loss that did not come.
         """
-        if context is not None and context.loss_only and not context.loss_reached:
+        if context is None:
+            return
+        self.watch.look(context)
+        if context.loss_only and not context.loss_reached:
             raise SparsityError(
                 "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
                 "over the model's own output head, so what it returned may not be complete. Something replaced the "
                 "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
                 "exact_removal: false."
+            )
+
+    def _notice_nonfinite_scores(self) -> None:
+        """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+        found = self.watch.collect()
+        if found and "non-finite" not in self._said:
+            self._said.add("non-finite")
+            logger.warning(
+                f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({self.name_parts(found)}), so in the "
+                "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+                f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
+                "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
             )
 
     def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
