@@ -235,7 +235,7 @@ def _replace_whole_layers(state: SparsityState) -> None:
 
 def _register_hooks(state: SparsityState) -> None:
     state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
-    if state.last_layer is not None:
+    if state.hooked:
         state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
     for layer in state.layers:
         runtime = state.runtime(layer)

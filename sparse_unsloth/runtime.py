@@ -23,6 +23,7 @@ from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, rows_with_loss, worth_removing
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.memory_budget import CheckpointPlanner
+from sparse_unsloth.nonfinite import PAUSE, ScoreWatch
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
 from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
@@ -50,12 +51,21 @@ class SparseContext:
         loss_reached: set by the loss that makes this right.
         step: optimiser steps done, or None where nothing counts them.
         observation: where this forward is one that `explain` looks at.
+        paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
     """
 
-    def __init__(self, partition: TokenPartition, scale: float, loss_only: bool = False, step: int | None = None):
+    def __init__(
+        self,
+        partition: TokenPartition,
+        scale: float,
+        loss_only: bool = False,
+        step: int | None = None,
+        paused: frozenset[tuple[int, str]] = frozenset(),
+    ):
         self.partition = partition
         self.scale = scale
         self.loss_only = loss_only
+        self.paused = paused
         self.loss_reached = False
         self.step = step
         self.observation: Observation | None = None
@@ -106,9 +116,12 @@ class LayerRuntime:
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
-        if self.context is None or self.context.scale == 0:
+        context = self.context
+        if context is None or context.scale <= 0:
             return False
-        return getattr(self.sparsity, part) > 0 or getattr(self.output, part) > 0
+        if getattr(self.sparsity, part) <= 0 and getattr(self.output, part) <= 0:
+            return False
+        return not context.paused or (self.layer.index, part) not in context.paused
 
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
@@ -251,6 +264,7 @@ class SparsityState:
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
+        self.watch = ScoreWatch()
         self._shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
@@ -260,6 +274,7 @@ class SparsityState:
         self._max_steps = 0
         self._verified = False
         self._sparse_forwards_in_step = 0
+        self._paused_in_step: set[tuple[int, str]] = set()
         self._said: set[str] = set()
         self._reset_counts()
 
@@ -386,6 +401,7 @@ class SparsityState:
         self._scale, self._step = self.config.schedule.scale(step, self._max_steps), step
         self.observer.begin_step(step, self._scale > 0)
         self._sparse_forwards_in_step = 0
+        self._paused_in_step: set[tuple[int, str]] = set()
         self.ran.clear()
 
     def verify_step(self) -> None:
@@ -397,7 +413,7 @@ class SparsityState:
         if self._verified or not self._sparse_forwards_in_step:
             return
         expected = self.expected_parts()
-        missing = expected - self.ran
+        missing = expected - self.ran - self._paused_in_step
         if missing:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
@@ -429,6 +445,10 @@ class SparsityState:
             "sparsity/mean_mlp": mean[0] * self._scale,
             "sparsity/mean_self_attn": mean[1] * self._scale,
         }
+        self._notice_nonfinite_scores()
+        if self.watch.events:
+            figures["sparsity/nonfinite"] = float(self.watch.events)
+            self.watch.events = 0
         if self.planner is not None:
             figures["sparsity/kept_layers"] = float(self.planner.num_kept)
         if self.tiers:
@@ -472,6 +492,7 @@ class SparsityState:
         self._dense_tokens += len(partition.dense)
         if not (len(partition.context) or (self.tiers and len(partition.output))):
             scale = 0.0
+        paused: frozenset[tuple[int, str]] = frozenset()
         if scale > 0:
             if self.selector is None:
                 if rank():
@@ -494,20 +515,26 @@ class SparsityState:
                 )
             self._sparse_forwards += 1
             self._sparse_forwards_in_step += torch.is_grad_enabled()
+            self._notice_nonfinite_scores()
+            paused = self.watch.pause()
+            self._paused_in_step |= paused
         elif self.last_layer is None:
             return None
-        context = SparseContext(partition, scale, loss_only and worth_removing(partition), self._step)
+        context = SparseContext(partition, scale, loss_only and worth_removing(partition), self._step, paused)
         if scale > 0 and self.observer.wants(self._step):
             context.observation = self._observe(partition, scale, kwargs)
         return context
 
     def close_forward(self, context: SparseContext | None) -> None:
-        """Checks a forward that ended well.
+        """Checks a forward that ended well, and has its scores looked at.
 
         Raises:
             SparsityError: rows were left out for a loss that did not come.
         """
-        if context is not None and context.loss_only and not context.loss_reached:
+        if context is None:
+            return
+        self.watch.look(context)
+        if context.loss_only and not context.loss_reached:
             raise SparsityError(
                 "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
                 "over the model's own output head, so what it returned may not be complete. Something replaced the "
@@ -526,6 +553,18 @@ class SparsityState:
             for part, value in layer._asdict().items()
         }
         return self.observer.open(self._step, partition, starts, self.layers, sparsity)
+
+    def _notice_nonfinite_scores(self) -> None:
+        """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+        found = self.watch.collect()
+        if found and "non-finite" not in self._said:
+            self._said.add("non-finite")
+            logger.warning(
+                f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({self.name_parts(found)}), so in the "
+                "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+                f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
+                "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
+            )
 
     def _partition(self, arguments: Mapping[str, Any]) -> TokenPartition:
         """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""

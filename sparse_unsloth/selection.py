@@ -39,20 +39,23 @@ class MlpSelection:
     Args:
         channels: int64 ``[k]``, ascending: rows of gate_proj and up_proj, columns of down_proj.
         order: int64 ``[intermediate_size]``: ``channels``, then the others, ascending; None where nothing made it.
+        scores: of this batch's rows, those that the choice was made by.
     """
 
     channels: Tensor
     order: Tensor | None = None
+    scores: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSelection:
-    """Ascending int64 indices: rows of q_proj, k_proj and v_proj, and columns of o_proj."""
+    """Ascending int64 indices: rows of q_proj, k_proj and v_proj, and columns of o_proj; ``scores`` as in the MLP's."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
+    scores: tuple[Tensor, ...] = ()
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -105,9 +108,9 @@ class ChannelSelector:
         scores = self._score(self._criterion.mlp, layer, hidden_states, rows)
         count = keep_count(layer.intermediate_size, sparsity)
         if scores.dtype != torch.float32 or not use_kernels(scores):
-            return MlpSelection(top_channels(scores, count))
+            return MlpSelection(top_channels(scores, count), scores=(scores,))
         order = top_order(scores, count)
-        return MlpSelection(order[:count], order)
+        return MlpSelection(order[:count], order, (scores,))
 
     def _choose_attention(
         self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows
@@ -118,7 +121,7 @@ class ChannelSelector:
         by_kernels = energy.k.dtype == torch.float32 and fits_attention(layer.num_kv_heads, head_dim)
         choose = attention_channels if by_kernels and use_kernels(energy.k) else reference_attention_channels
         chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim, self._rope_pairs)
-        return AttentionSelection(*chosen)
+        return AttentionSelection(*chosen, scores=tuple(energy))
 
     def _score(self, score, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None):
         if self._criterion.gathers:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
+from sparse_unsloth.checkpoints import last_whole_checkpoint
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_model
 from sparse_unsloth.doctor import check_can_train, environment
@@ -287,7 +287,7 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
 def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to resume from; a folder that holds another run is refused, so that no run is lost."""
     asked, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole_checkpoint(folder)
     if asked in (None, False, "false", "False"):
         if last is not None or (folder / METRICS_FILE).exists():
             raise RecipeError(

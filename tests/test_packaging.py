@@ -46,6 +46,7 @@ def test_recipes_are_package_data():
     folder = importlib.resources.files("sparse_unsloth") / "recipes"
     assert (folder / "quickstart.yaml").is_file()
     assert (folder / "sparsity" / "llama3-8b-math10k.yaml").is_file()
+    assert (folder / "accelerate" / "fsdp2.yaml").is_file()
 
 
 def test_import_is_light():

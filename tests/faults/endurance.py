@@ -1,0 +1,131 @@
+"""Thousands of training steps on a tiny model: neither memory, nor hooks, nor the time of a step may grow.
+
+    python tests/faults/endurance.py --steps 10000 --out tests/faults/endurance.json
+
+Sparse throughout, with gradient checkpointing, micro-batches of changing lengths, an evaluation and a dense phase in
+every hundred steps. Figures are taken in ten windows; the first one (warm-up) counts for nothing. Exit code 1 where
+something grew.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import always, make_batch, make_lora
+
+from sparse_unsloth import attach, detach, get_state
+
+WINDOWS = 10
+MOST_BYTES, MOST_SLOWER = 24 << 20, 1.5
+"""From the second window to the last: resident memory, and the median time of a step."""
+
+
+def count_hooks(model) -> int:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, name)) for module in model.modules() for name in names)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def count_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def run(steps: int) -> list[dict]:
+    """The figures of each window."""
+    model = make_lora()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    attach(model, always(start_step=0, end_step=10**9))
+    state = get_state(model)
+    state.begin_training("endurance", max_steps=10**9 + 1)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    windows, times, loss = [], [], 0.0
+    per_window = steps // WINDOWS
+    for step in range(steps):
+        began = time.perf_counter()
+        state.set_step(step if step % 100 else 10**9)  # one dense step in a hundred
+        batch = make_batch(step % 97, lengths=((5 + step % 7, 4), (9, 3 + step % 5)))
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        state.verify_step()
+        times.append(time.perf_counter() - began)
+        if step % 100 == 50:
+            model.eval()
+            with torch.no_grad():
+                model(**batch)
+            model.train()
+            state.metrics()
+        if (step + 1) % per_window == 0:
+            windows.append(
+                {
+                    "steps": step + 1,
+                    "median_step_ms": round(1000 * statistics.median(times), 3),
+                    "resident_mib": round(resident() / 2**20, 1),
+                    "tensors": count_tensors(),
+                    "hooks": count_hooks(model),
+                    "loss": round(loss.item(), 5),
+                }
+            )
+            print(windows[-1], flush=True)
+            times.clear()
+    detach(model)
+    return windows
+
+
+def growth(windows: list[dict]) -> list[str]:
+    """What grew from the second window to the last."""
+    first, last = windows[1], windows[-1]
+    problems = []
+    for name in ("hooks", "tensors"):
+        if last[name] > first[name]:
+            problems.append(f"{name}: {first[name]} to {last[name]}")
+    if (last["resident_mib"] - first["resident_mib"]) * 2**20 > MOST_BYTES:
+        problems.append(f"memory: {first['resident_mib']} to {last['resident_mib']} MiB")
+    # The fastest of the windows bears least of what else the machine does.
+    early, late = (min(window["median_step_ms"] for window in part) for part in (windows[1:4], windows[-3:]))
+    if late > MOST_SLOWER * early:
+        problems.append(f"step: {early} to {late} ms")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.time()
+    windows = run(args.steps)
+    problems = growth(windows)
+    result = {
+        "steps": args.steps,
+        "seconds": round(time.time() - began),
+        "grew": problems,
+        "windows": windows,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print("nothing grew" if not problems else "; ".join(problems))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

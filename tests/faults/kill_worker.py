@@ -1,0 +1,136 @@
+"""A small training that ends itself by SIGKILL in the middle of something, and resumes; run by `test_kill`.
+
+    python tests/faults/kill_worker.py OUT
+
+Every scenario runs in forked processes: one that is killed, one that goes on. OUT/results.json has what came of it.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import always, make_batch, make_lora
+
+from sparse_unsloth import attach, calibration, get_state, tensor_file
+from sparse_unsloth.checkpoints import last_whole_checkpoint
+
+ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4),)).items()} for n in range(32)]
+STEPS = 6
+PLACES = ("calibration", "estimator", "adapter", "optimiser", "trainer state", "step")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(place: str, trainer: Trainer) -> None:
+    """Lets this process end there: in the first calibration or estimator file, or in the second checkpoint."""
+    if place == "calibration":
+        calibration.attention_energy = lambda *args: die()
+    elif place == "estimator":
+        tensor_file.os.replace = lambda *args: die()  # the whole file is written, under another name
+    elif place == "step":
+        trainer.add_callback(DieInStep())
+    else:
+        name = {"adapter": "save_model", "optimiser": "_save_optimizer_and_scheduler", "trainer state": None}[place]
+        if name is None:
+            type(trainer.state).save_to_json = half_a_file
+        else:
+            original = getattr(trainer, name)
+
+            def wrapped(folder, *args, **kwargs):
+                original(folder, *args, **kwargs)
+                if str(folder).endswith("-4"):
+                    die()
+
+            setattr(trainer, name, wrapped)
+
+
+def half_a_file(state, path) -> None:
+    text = json.dumps(dict(vars(state)), default=str)
+    if "checkpoint-4" in str(path):
+        Path(path).write_text(text[: len(text) // 2])
+        die()
+    from dataclasses import asdict
+
+    Path(path).write_text(json.dumps(asdict(state), indent=2, sort_keys=True) + "\n")
+
+
+class DieInStep(TrainerCallback):
+    """After the fifth step's backward."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            die()
+
+
+def train(folder: Path, place: str | None) -> dict:
+    args = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+        full_determinism=False,
+    )
+    model = make_lora()
+    estimator = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(folder / "estimator.safetensors")}
+    attach(model, always(estimator=estimator, start_step=1, end_step=5))
+    trainer = Trainer(model=model, args=args, train_dataset=ROWS)
+    if place is not None:
+        arm(place, trainer)
+    checkpoint = last_whole_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return {
+        "from": None if checkpoint is None else Path(checkpoint).name,
+        "losses": [line["loss"] for line in lines],
+        "enabled": [line["sparsity/enabled"] for line in lines],
+        "weights": [p.detach().double().sum().item() for p in model.parameters() if p.requires_grad],
+        "kind": get_state(model).estimator.kind,
+    }
+
+
+def forked(folder: Path, place: str | None, result: Path) -> int:
+    """The status of a process of its own."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            result.write_text(json.dumps(train(folder, place)))
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for place in (None, *PLACES):
+        folder = out / str(place).replace(" ", "-")
+        folder.mkdir()
+        result = out / "result.json"
+        killed = None
+        if place is not None:
+            killed = os.WTERMSIG(forked(folder, place, result))
+        estimator = (folder / "estimator.safetensors").exists()
+        status = forked(folder, None, result)
+        assert status == 0, f"{place}: the resumed process failed"
+        results[str(place)] = {"killed": killed, "estimator": estimator, **json.loads(result.read_text())}
+    (out / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""kill -9 in the middle of calibration, of writing the estimator, of a checkpoint, of a step: nothing half-written is
+used, and the resumed run ends with the same bits as one that was never killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth.checkpoints import last_whole_checkpoint
+from sparse_unsloth.tensor_file import read_tensors
+
+FAULTS = Path(__file__).parent
+ROOT = FAULTS.parents[1]
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+BEGINS_FROM = {
+    "calibration": None,
+    "estimator": None,
+    "adapter": "checkpoint-2",
+    "optimiser": "checkpoint-2",
+    "trainer state": "checkpoint-2",
+    "step": "checkpoint-4",
+}
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
+    command = [sys.executable, str(FAULTS / "kill_worker.py"), str(tmp_path)]
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    whole = results.pop("None")
+    assert whole["enabled"] == [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    assert set(results) == set(BEGINS_FROM)
+    for place, resumed in results.items():
+        assert resumed["killed"] == signal.SIGKILL, place
+        assert resumed["from"] == BEGINS_FROM[place], place
+        assert resumed["estimator"] == (place not in ("calibration", "estimator")), place
+        for name in ("losses", "weights", "enabled", "kind"):
+            assert resumed[name] == whole[name], f"{place}: {name}"
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from sparse_unsloth.tensor_file import write_tensors
+number = 0
+while True:
+    number += 1
+    write_tensors(Path(sys.argv[1]), {"value": torch.full((300_000,), float(number))}, {"number": str(number)})
+    if number == 1:
+        print("ready", flush=True)
+"""
+
+
+def test_a_tensor_file_is_whole_whenever_its_writer_is_killed(tmp_path):
+    path, seen = tmp_path / "estimator.safetensors", set()
+    chance = random.Random(0)
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.01, 0.1))
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        tensors, metadata = read_tensors(path)
+        assert torch.equal(tensors["value"], torch.full((300_000,), float(metadata["number"])))
+        seen.add(metadata["number"])
+    assert seen != {"1"}, "the writer was always killed before its second file"
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path, caplog):
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    for step, text in ((2, "{}"), (10, '{"global_step": 10'), (4, "{}"), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-99-old").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert [record.args[0].name for record in caplog.records] == ["checkpoint-12", "checkpoint-10"]
