@@ -38,6 +38,17 @@ PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 }
 
 
+OUTPUT = "output_"
+"""Before the name of a part ("mlp", "self_attn"): the same of output tokens."""
+PART_NAMES = {
+    "mlp": "MLP",
+    "self_attn": "attention",
+    f"{OUTPUT}mlp": "MLP, output tokens",
+    f"{OUTPUT}self_attn": "attention, output tokens",
+}
+"""Parts as a reader knows them."""
+
+
 class LayerSparsity(NamedTuple):
     """Share of one decoder layer's channels that context rows leave out, in [0, 1); 0 is dense."""
 

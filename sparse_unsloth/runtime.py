@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth.calibration import sequence_starts
-from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.config import OUTPUT, LayerSparsity, SparsityConfig
 from sparse_unsloth.distributed import has_group, is_main, rank, world_size
 from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.estimator import Estimator, obtain_estimator
@@ -198,7 +198,7 @@ class LayerRuntime:
             # By the tokens that bear loss, because the last layer may compute no others (exact removal).
             whole = self.context.partition
             rows = whole.output_loss if len(whole.output_loss) else whole.output
-            output = self._selection(part, f"output {part}", hidden_states, getattr(self.output, part), rows)
+            output = self._selection(part, f"{OUTPUT}{part}", hidden_states, getattr(self.output, part), rows)
         return context, output
 
     @torch.no_grad()
@@ -545,7 +545,7 @@ class SparsityState:
     def _observe(self, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]) -> Observation:
         layout = (arguments.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths"))
         starts = sequence_starts(arguments["labels"], *layout)
-        tiers = (("", self.layer_sparsity), ("output ", self.output_sparsity))
+        tiers = (("", self.layer_sparsity), (OUTPUT, self.output_sparsity))
         sparsity = {
             (index, f"{prefix}{part}"): value * scale
             for prefix, layers in tiers

@@ -49,7 +49,7 @@ def test_channels_are_kept_for_so_many_steps():
     assert all(chosen[i] is chosen[i // 6 * 6] for i in range(14))
     assert chosen[0] is not chosen[6]
     assert chosen[6] is not chosen[12]
-    for key in ((0, "self_attn"), (2, "output mlp"), (2, "output self_attn")):
+    for key in ((0, "self_attn"), (2, "output_mlp"), (2, "output_self_attn")):
         assert contexts[5].selections[key] is contexts[0].selections[key]
         assert contexts[6].selections[key] is not contexts[0].selections[key]
 
@@ -149,10 +149,10 @@ def test_the_oracle_captures_everything_and_a_constant_choice_stays():
     for number in range(2):
         step(model, state, number)
     (record,) = state.observer.take()
-    assert files.parts([record]) == ["mlp", "output mlp", "output self_attn", "self_attn"]
+    assert files.parts([record]) == ["mlp", "output_mlp", "output_self_attn", "self_attn"]
     # On all rows; the record leaves out the first of each sequence.
     assert min(files.values(record, "mlp", "captured").values()) > 0.9
-    assert files.values(record, "output mlp", "captured")[0] == pytest.approx(1, abs=0.02)
+    assert files.values(record, "output_mlp", "captured")[0] == pytest.approx(1, abs=0.02)
     model, state, _ = driven(criterion="magnitude", explain_steps=2)
     for number in range(2):
         step(model, state, number)

@@ -177,7 +177,7 @@ def masked_by_hooks(model, selections, partition):
 
     def mask(index, part, name, width):
         rows = torch.ones(partition.shape[0] * partition.shape[1], width)
-        for tier, tokens in ((part, partition.context), (f"output {part}", partition.output)):
+        for tier, tokens in ((part, partition.context), (f"output_{part}", partition.output)):
             rows[tokens] = torch.zeros(width).index_fill_(0, getattr(selections[index, tier], name), 1.0)
         return rows.unflatten(0, partition.shape)
 
@@ -210,8 +210,8 @@ def test_a_tiered_model_equals_the_masked_model(family, kind):
     contexts = record_selections(sparse)
     loss, gradients = loss_and_gradients(sparse, batch)
     partition = contexts[0].partition
-    counts = {name: len(contexts[0].selections[0, name].channels) for name in ("mlp", "output mlp")}
-    assert counts == {"mlp": 51, "output mlp": 77}
+    counts = {name: len(contexts[0].selections[0, name].channels) for name in ("mlp", "output_mlp")}
+    assert counts == {"mlp": 51, "output_mlp": 77}
     masked_by_hooks(masked, contexts[0].selections, partition)
     masked_loss, masked_gradients = loss_and_gradients(masked, batch)
     torch.testing.assert_close(loss, masked_loss)
@@ -254,7 +254,7 @@ def test_a_batch_without_context_is_sparse_on_its_output_tokens():
     attach(model, always(**TIERED))
     contexts = record_selections(model)
     loss_and_gradients(model, batch)
-    assert {part for _, part in contexts[0].selections} == {"output mlp", "output self_attn"}
+    assert {part for _, part in contexts[0].selections} == {"output_mlp", "output_self_attn"}
 
 
 def test_static_channels_of_both_tiers_are_chosen_once():
@@ -266,7 +266,7 @@ def test_static_channels_of_both_tiers_are_chosen_once():
     one, other = (context.selections for context in contexts)
     assert all(one[key] is other[key] for key in one)
     kept = one[0, "mlp"].channels
-    assert torch.isin(kept, one[0, "output mlp"].channels).all(), "the same ranking, and more of it"
+    assert torch.isin(kept, one[0, "output_mlp"].channels).all(), "the same ranking, and more of it"
 
 
 # -- Configuration and report -----------------------------------------------------------------------------------------

@@ -406,8 +406,9 @@ def replace_gpu_kernels() -> None:
         cos, sin = cos[positions][:, None], sin[positions][:, None]
         return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
 
-    def dequantize(weight, quant_state=None, out=None, use_global_buffer=False):
-        return weight if quant_state is None else bitsandbytes.functional.dequantize_4bit(weight, quant_state)
+    def dequantize(weight, quant_state=None, out=None, use_global_buffer=False, dtype=None):
+        whole = weight if quant_state is None else bitsandbytes.functional.dequantize_4bit(weight, quant_state)
+        return whole if dtype is None else whole.to(dtype)
 
     for module in (fast_lora, utils):
         module.fast_dequantize = dequantize

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Round
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config import PART_NAMES, SparsityConfig
 from sparse_unsloth.doctor import environment
 from sparse_unsloth.estimator import save_estimator
 
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 
 RECIPE_FILE, ESTIMATOR_FILE = "sparsity.yaml", "estimator.safetensors"
 REPORT_FILE, FIGURES_FILE, PICTURE_FILE = "report.md", "report.json", "sensitivity.png"
-PART_NAMES = {
-    "mlp": "MLP",
-    "self_attn": "attention",
-    "output_mlp": "MLP, output tokens",
-    "output_self_attn": "attention, output tokens",
-}
 CAPTURED = {"mlp": "mlp", "self_attn": "v"}
 """What the energy captured is of, by part; it is measured on context rows."""
 

@@ -35,7 +35,7 @@ from sparse_unsloth.autosparsity.probe import (
     with_sparsity,
 )
 from sparse_unsloth.calibration import CapturedEnergy, energy_captured
-from sparse_unsloth.config import OutputSparsity, SparsityConfig
+from sparse_unsloth.config import OUTPUT, LayerSparsity, OutputSparsity, SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.estimates import Estimator, sparse_parts
@@ -54,8 +54,7 @@ GROUPS = 6
 TIGHTENINGS = 4
 """Further allocations, at most, where those did not keep a loss bound; each costs one joint measurement."""
 JOURNAL_FILE = "measurements.jsonl"
-PARTS, TIER = ("mlp", "self_attn"), "output_"
-"""Of a layer; with this before them, the same of output tokens (fields of `TieredSparsity`)."""
+PARTS = LayerSparsity._fields
 RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
 """A prediction within either of what was measured (share of it; nats) is as good as asked for."""
 
@@ -188,7 +187,7 @@ def calibrate(
     if output_levels and "budget" in asked:
         raise CalibrationError("output_levels need max_loss: a budget is of the context tokens' FLOPs alone.")
     output = _levels("output_levels", output_levels)
-    levels |= {f"{TIER}{part}": output if values else () for part, values in levels.items()}
+    levels |= {f"{OUTPUT}{part}": output if values else () for part, values in levels.items()}
     tiers = bool(output)
     samples, probe_samples = _divide(samples, probe_samples)
     shape = ModelShape.from_config(model.config)
@@ -198,7 +197,7 @@ def calibrate(
         update={
             "preset": None,
             **{part: highest[part] for part in PARTS},
-            "output_sparsity": OutputSparsity(**{part: highest[f"{TIER}{part}"] for part in PARTS}),
+            "output_sparsity": OutputSparsity(**{part: highest[f"{OUTPUT}{part}"] for part in PARTS}),
             # The estimator comes ready-made: a path would be read or written here.
             "estimator": base.estimator.model_copy(update={"path": None}),
         }
@@ -265,11 +264,11 @@ class _Costs:
         self._part = {
             (part, sparsity): part_cost(shape, part, sparsity, *self.ranks)
             for part in PARTS
-            for sparsity in {0.0, *levels[part], *levels[f"{TIER}{part}"]}
+            for sparsity in {0.0, *levels[part], *levels[f"{OUTPUT}{part}"]}
         }
         # Compensation stands in for context rows alone.
         self._output_part = {key: part_cost(shape, *key, self.ranks[0]) for key in self._part}
-        self._tiers = any(levels[f"{TIER}{part}"] for part in PARTS)
+        self._tiers = any(levels[f"{OUTPUT}{part}"] for part in PARTS)
         # Of all rows that may be sparse, how many are output tokens.
         self._output = 0.0
 
@@ -397,12 +396,12 @@ class _Search:
         recipe = self._probe.dense
         for (index, part), (context, output) in chosen.items():
             recipe = with_sparsity(recipe, [(index, part)], context)
-            recipe = with_sparsity(recipe, [(index, f"{TIER}{part}")], output)
+            recipe = with_sparsity(recipe, [(index, f"{OUTPUT}{part}")], output)
         return recipe
 
     def _options(self, index: int, part: str) -> list[Option]:
         """Each sparsity of context rows with each of output tokens that is not above it."""
-        tier = f"{TIER}{part}"
+        tier = f"{OUTPUT}{part}"
         return [
             Option(
                 (level, output),
@@ -490,7 +489,7 @@ def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -
     kind = base.estimator.kind if fitted.estimator is None else fitted.estimator.kind
     estimator = base.estimator.model_copy(update={"kind": kind, "path": None})
     rules = {name: collect({i: getattr(s, name) for i, s in enumerate(recipe)}) for name in TieredSparsity._fields}
-    output = OutputSparsity(**{part: rules.pop(f"{TIER}{part}") for part in PARTS})
+    output = OutputSparsity(**{part: rules.pop(f"{OUTPUT}{part}") for part in PARTS})
     return base.model_copy(update={"preset": None, **rules, "output_sparsity": output, "estimator": estimator})
 
 

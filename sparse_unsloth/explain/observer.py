@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_unsloth.config import OUTPUT
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count, key_channel_scores
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 ORACLE_ROWS = 1024
 """At most so many rows, evenly spaced, are computed exactly for the oracle."""
-TIERS = {"": "context", "output ": "output"}
+TIERS = {"": "context", OUTPUT: "output"}
 """What stands before a part's name, and the rows of a partition that it is about."""
 
 
@@ -117,7 +118,7 @@ class Observer:
         selection: MlpSelection | AttentionSelection,
         tier_alone: bool = False,
     ) -> None:
-        """Notes the channels of one part (``name``: "mlp", "output self_attn", ...); a recompute changes nothing.
+        """Notes the channels of one part (``name``: "mlp", "output_self_attn", ...); a recompute changes nothing.
 
         Args:
             hidden_states: the part's input; with ``tier_alone`` that of the tier's rows only.
@@ -137,7 +138,7 @@ class Observer:
             kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
             figures["overlap"] = torch.stack(kept).mean()
         rows = (observation.places if tier_alone else observation.rows).get(
-            TIERS["output " if name.startswith("output ") else ""]
+            TIERS[OUTPUT if name.startswith(OUTPUT) else ""]
         )
         if rows is None or not len(rows):
             return
@@ -203,7 +204,7 @@ def _plain(observation: Observation) -> dict[str, Any]:
     layers: dict[tuple[int, str], dict[str, Any]] = {}
     for index, name in sorted(keys):
         layers[index, name] = {"layer": index, "part": name}
-        if not name.startswith("output "):
+        if not name.startswith(OUTPUT):
             layers[index, name]["saved_flops"] = saved[index, name]
     for (key, what, _), value in zip(flat, values, strict=True):
         layers[key][what] = value

@@ -63,14 +63,14 @@ def means(record: Mapping[str, Any]) -> dict[str, float]:
         for what in FIGURES:
             found = values(record, part, what)
             if found:
-                lines[f"sparsity/{what}/{part.replace(' ', '_')}"] = sum(found.values()) / len(found)
+                lines[f"sparsity/{what}/{part}"] = sum(found.values()) / len(found)
     return lines
 
 
 def by_layer(record: Mapping[str, Any]) -> dict[str, float]:
     """Log lines: each figure of each layer."""
     return {
-        f"sparsity/{what}/{row['part'].replace(' ', '_')}/layer_{row['layer']:02}": row[what]
+        f"sparsity/{what}/{row['part']}/layer_{row['layer']:02}": row[what]
         for row in record["layers"]
         for what in (*FIGURES, "saved_flops")
         if what in row

@@ -131,7 +131,7 @@ def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, capl
 
 def test_only_the_layers_behind_the_fault_go_dense(monkeypatch):
     model, _, good = poisoned(0.0)
-    state, seen = get_state(model), record_selections(model, monkeypatch)
+    seen = record_selections(model, monkeypatch)
     layer = model.get_base_model().model.layers[1]
     handle = layer.register_forward_hook(lambda module, args, output: output * float("inf"))
     model(**good)
