@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -97,11 +98,17 @@ class Experiment:
         self._test, order = evaluation_batches(test, test_batch, settings.seeds, device)
         self._parts = test.parts[order].tolist()
         self._fit = training_batches(calibration_items, settings.batch_size, FIT_BATCHES, seeds, device)
-        self.calibration = calibrate(model, calibration_items, min(SAMPLES, len(calibration_items[0])))
+        self._model, self._calibration_items = model, calibration_items
         self.adapters = Adapters(self.network, seeds, settings.lora_rank)
         self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK, RANK)
         self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, layer)
         self._dense_flops = [self._flops(Arm(), seed) for seed in seeds]
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Made when the first sparse setting asks for it; dense ones need none."""
+        items = self._calibration_items
+        return calibrate(self._model, items, min(SAMPLES, len(items[0])))
 
     def run(self, arm: Arm, progress: Callable[[str], None] = lambda text: None) -> Outcome:
         """Trains and evaluates ``arm``."""
@@ -111,7 +118,8 @@ class Experiment:
         full = arm.keep(shape.num_layers, shape.intermediate_size)
         self.lockstep.reset()
         generator = torch.Generator(self.network.head.device).manual_seed(0)
-        choose(self.sparsity, arm, self.calibration, generator)
+        if arm.mode != DENSE:
+            choose(self.sparsity, arm, self.calibration, generator)
         if arm.compensation:
             self.sparsity.keep(full)
             fit_stand_ins(
