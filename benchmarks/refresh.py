@@ -92,7 +92,7 @@ def one_run(arguments: argparse.Namespace, refresh: int, seed: int) -> dict[str,
         "captured": mean("sparsity/captured/mlp"),
         "overlap": mean("sparsity/overlap/mlp"),
         "sparse_loss": round(statistics.mean(sparse[-LAST:]), 4),
-        **{name: round(value, 4) for name, value in evaluate(trainer).items()},
+        **{name: round(value, 4) for name, value in evaluate(trainer).items() if name in FIELDS},
         "sparse_step_s": round(timer.times.median(True), 2),
         "load": round(os.getloadavg()[1], 1),
     }

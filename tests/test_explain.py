@@ -12,6 +12,7 @@ from sparse_unsloth import attach, get_state
 from sparse_unsloth.calibration import energy_captured
 from sparse_unsloth.cli import main
 from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.energy import mlp_energy
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
 from sparse_unsloth.explain.report import markdown, summary, write
@@ -115,8 +116,11 @@ def test_records_say_what_other_ways_say():
         model, state.layers, state.layer_sparsity, {"it": state.selector}, [make_batch(1)], skip_shared=False,
         progress=False,
     )["it"]  # fmt: skip
+    inputs = []
+    handle = state.layers[1].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     for number in range(8):
         step(model, state, number)
+    handle.remove()
     found = state.observer.take()
     assert [record["step"] for record in found] == [1, 6]
     assert state.observer.take() == []
@@ -131,8 +135,13 @@ def test_records_say_what_other_ways_say():
             shares = [torch.isin(getattr(now, name), getattr(before, name)).float().mean() for name in names]
             assert overlap == pytest.approx((sum(shares) / len(shares)).item())
             assert 0 < overlap <= 1
-    # The model has sparse layers below here, and `energy_captured` runs it densely.
+    # All below layer 1's MLP is dense, as in `energy_captured`.
     assert files.values(first, "mlp", "captured")[1] == pytest.approx(captured.mlp[1], abs=0.02)
+    context, kept = contexts[1].partition.context, contexts[1].selections[1, "mlp"].channels
+    rows = context[context % make_batch(1)["input_ids"].shape[1] != 0]
+    energy = mlp_energy(state.layers[1], inputs[1].flatten(0, 1)[rows])
+    share = energy[kept].sum() / energy.topk(len(kept)).values.sum()
+    assert files.values(first, "mlp", "captured")[1] == pytest.approx(share.item(), rel=1e-4)
     assert files.values(first, "self_attn", "captured")[2] < 1
     partition = contexts[1].partition
     dense, sparse = (

@@ -207,9 +207,15 @@ def test_a_tiered_model_equals_the_masked_model(family, kind):
     sparse, masked = make_lora(family), make_lora(family)
     criterion = {"criterion": "random"} if kind == "random" else {}
     attach(sparse, always(**TIERED, **criterion))
-    contexts = record_selections(sparse)
+    contexts, inputs = record_selections(sparse), []
+    layer = get_state(sparse).layers[0]
+    handle = layer.mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     loss, gradients = loss_and_gradients(sparse, batch)
+    handle.remove()
     partition = contexts[0].partition
+    if kind == "svd":
+        by_loss = get_state(sparse).selector.mlp(layer, inputs[0], 0.4, partition.output_loss).channels
+        assert torch.equal(contexts[0].selections[0, "output_mlp"].channels, by_loss)
     counts = {name: len(contexts[0].selections[0, name].channels) for name in ("mlp", "output_mlp")}
     assert counts == {"mlp": 51, "output_mlp": 77}
     masked_by_hooks(masked, contexts[0].selections, partition)
