@@ -3,8 +3,8 @@
     python tests/faults/endurance.py --steps 10000 --out tests/faults/endurance.json
 
 Sparse throughout, with gradient checkpointing, micro-batches of changing lengths, an evaluation and a dense phase in
-every hundred steps (every window of a shorter run). Figures are taken in ten windows; the first one (warm-up) counts for nothing. Exit code 1 where
-something grew.
+every hundred steps (every window of a shorter run). Figures are taken in ten windows; the first one (warm-up) counts
+for nothing. Exit code 1 where something grew.
 """
 
 import argparse
