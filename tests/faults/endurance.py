@@ -12,6 +12,7 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,13 @@ def growth(windows: list[dict]) -> list[str]:
     return problems
 
 
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return (
+        subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -117,6 +125,7 @@ def main() -> int:
     result = {
         "steps": args.steps,
         "seconds": round(time.time() - began),
+        "commit": commit(),
         "grew": problems,
         "windows": windows,
         "python": platform.python_version(),
