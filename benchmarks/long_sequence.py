@@ -21,6 +21,7 @@ import datetime
 import gc
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +101,16 @@ class Run:
         self.path = args.out / "long_sequence.csv"
         self.tiled = str(args.tiled)
         args.out.mkdir(parents=True, exist_ok=True)
-        self.done = {(row["tiled"], *key_of(row)) for row in read(self.path)}
-        self.out_of_memory: set[tuple] = set()
+        rows = read(self.path)
+        self.done = {(row["tiled"], *key_of(row)) for row in rows}
+        self.ended = {key_of(row)[:3] for row in rows if row["tiled"] == self.tiled and not row["median_ms"]}
         self.took: dict[tuple, float] = {}
+        self.checked: set[str] = set()
 
     def go(self) -> bool:
         """Whether the whole plan is done now."""
+        from sparse_unsloth.errors import SparsityError
+
         args = self.args
         cells = plan(args.lengths, args.methods.split(","), args.layouts.split(","), args.modes.split(","))
         left = [cell for cell in cells if (self.tiled, *cell.key) not in self.done]
@@ -115,7 +120,7 @@ class Run:
         self.model = load(args)
         attached = None
         for number, cell in enumerate(left):
-            if cell.row in self.out_of_memory:
+            if cell.row in self.ended:
                 continue
             if self.expected(cell) > self.deadline - time.time():
                 print(f"{cell}: left out, too little time", flush=True)
@@ -129,9 +134,18 @@ class Run:
             try:
                 (self.longest if cell.layout == "longest" else self.measure)(cell)
             except self.torch.OutOfMemoryError:
-                self.out_of_memory.add(cell.row)
-                self.write(cell, outcome="out of memory")
+                self.end(cell, "out of memory")
+            except (RuntimeError, SparsityError) as error:
+                self.end(cell, f"failed: {str(error).splitlines()[0]}"[:120])
+                traceback.print_exc()
+                if self.torch.cuda.is_available():
+                    self.torch.cuda.synchronize()  # raises again where the GPU is lost to this process
         return False
+
+    def end(self, cell: Cell, why: str) -> None:
+        """No longer sequences of this row."""
+        self.ended.add(cell.row)
+        self.write(cell, outcome=why)
 
     def expected(self, cell: Cell) -> float:
         """Seconds that a cell will need, from the one before it in its row; a guess for the first."""
@@ -160,8 +174,9 @@ class Run:
         state = get_state(self.model)
         state.begin_training(driver="benchmark", max_steps=1_000_000)
         state.set_step(0)
-        if not self.args.cpu:
+        if method not in self.checked and not self.args.cpu:
             print(f"{report}\n{check(self.model, method, None)}", flush=True)
+            self.checked.add(method)
 
     def shape(self, layout: str, tokens: int):
         from sparse_unsloth.bench.shapes import Shape

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_unsloth.config import OUTPUT
+
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparseContext
 
@@ -36,7 +38,8 @@ class ScoreWatch:
     def look(self, context: SparseContext) -> None:
         """Sends off whether the scores of this forward are finite; two or three launches on each device."""
         scored: dict[torch.device, list[tuple[Part, Tensor]]] = {}
-        for part, selection in context.selections.items():
+        for (index, name), selection in context.selections.items():
+            part = index, name.removeprefix(OUTPUT)  # a part's two tiers are dense or sparse together
             for scores in selection.scores:
                 scored.setdefault(scores.device, []).append((part, scores))
         for device, pairs in scored.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from sparse_unsloth.config import OUTPUT
 
 if TYPE_CHECKING:
     from sparse_unsloth.selection import AttentionSelection, MlpSelection
@@ -43,6 +46,12 @@ class KeptSelections:
     ) -> None:
         if step is not None and self.steps > 1:
             self._kept[key] = Kept(selection, step, sparsity)
+
+    def drop(self, parts: Iterable[tuple[int, str]]) -> None:
+        """Forgets the choices of ``parts``, for both kinds of tokens."""
+        for index, part in parts:
+            for name in (part, OUTPUT + part):
+                self._kept.pop((index, name), None)
 
     def clear(self) -> None:
         self._kept.clear()

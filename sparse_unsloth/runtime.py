@@ -557,6 +557,7 @@ class SparsityState:
     def _notice_nonfinite_scores(self) -> None:
         """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
         found = self.watch.collect()
+        self.kept.drop(found)
         if found and "non-finite" not in self._said:
             self._said.add("non-finite")
             logger.warning(

@@ -158,6 +158,11 @@ def _read_base(base: nn.Module, name: str) -> BaseWeight:
                 "with AVX512-BF16 does that), and no gradient passes a repacked weight. Load it again and attach "
                 "before the first evaluation: attaching turns the repacking off."
             )
+        if 2 * base.weight.numel() * base.weight.element_size() < quant_state.shape.numel():
+            raise AttachError(
+                f"{name}: the 4-bit weight holds fewer bytes than its quantisation says: mixed precision cast its "
+                "storage. Set bnb_4bit_quant_storage to the dtype of mixed_precision (bfloat16 for bf16)."
+            )
         return BaseWeight(base.weight, quant_state, base.bias)
     if isinstance(base, nn.Linear) and base.weight.dtype.is_floating_point and base.weight.dtype.itemsize > 1:
         return BaseWeight(base.weight, None, base.bias)

@@ -112,6 +112,7 @@ def examine() -> dict[str, str]:
     found["memory budget"] = failure_of(check_memory_budget, bases["llama"])
     for name, base in weights.items():
         found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
+    found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
     return {name: text for name, text in found.items() if text}
 
@@ -312,6 +313,23 @@ def check_memory_budget(base: nn.Module) -> None:
     memory_budget.allocated = original
     state.end_training()
     assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
+
+
+def check_every_gradient_comes(base: nn.Module) -> None:
+    """DDP waits for the gradient of every adapter, so a rank without dense or context rows must bring them all."""
+    batch = make_batch()
+    no_loss = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    no_context = {**batch, "labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
+    for checkpointing in (False, True):
+        model = fused_by_unsloth(copy.deepcopy(base), checkpointing)
+        for name, setting in SETTINGS.items():
+            attach(model, setting)
+            for what, rows in (("no loss", no_loss), ("no context", no_context)):
+                model.zero_grad(set_to_none=True)
+                model(**rows).loss.backward()
+                missing = [key for key, parameter in loras(model).items() if parameter.grad is None]
+                assert not missing, f"{name}, {what}, checkpointing {checkpointing}: {missing[:3]}"
+            detach(model)
 
 
 def check_left_padding(base: nn.Module) -> None:
