@@ -62,8 +62,8 @@ def launch(
             values.append(address)  # as a number it needs no look-up by the driver
             dtypes.append(argument.dtype)
             bits = bits << 3 | (6 if address & 15 else 4)
-    key = (kernel, device, num_warps, num_stages, bits, *dtypes, *constants.values())
-    known = _compiled.get(key)
+    key = (id(kernel), device, num_warps, num_stages, bits, *dtypes, *constants.values())
+    known = _compiled.get(key)  # a kernel is a module's for good, and hashing one takes 2 us
     if known is None:
         _check(kernel, arguments, constants)
         compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)

@@ -283,6 +283,7 @@ def _probe(state: SparsityState) -> None:
     partition = TokenPartition.from_labels(torch.where(ids < 3, -100, ids))
     context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
     context.loss_reached = True  # nobody reads what this forward returns
+    context.probe = True
     for index, runtime in state.runtimes.items():
         layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
         queries, keys = (

@@ -49,6 +49,7 @@ class SparseContext:
         scale: share of the configured sparsity; at 0 every layer is dense.
         loss_only: the last layer leaves out the rows without loss.
         loss_reached: set by the loss that makes this right.
+        probe: the forward that attaching proves the hooks by; it keeps every channel.
         step: optimiser steps done, or None where nothing counts them.
         observation: where this forward is one that `explain` looks at.
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
@@ -67,6 +68,7 @@ class SparseContext:
         self.loss_only = loss_only
         self.paused = paused
         self.loss_reached = False
+        self.probe = False
         self.step = step
         self.observation: Observation | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}

@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_layer
+from sparse_unsloth.errors import AttachError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_batch, make_lora
@@ -173,3 +174,18 @@ def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
     changes = {"lora_branch": "selected"} if why == "selected" else {}
     attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False, **changes})
     assert all("forward" not in layer.__dict__ for layer in contract.decoder_layers(model))
+
+
+def test_a_layer_that_computes_something_else_is_refused(stand_in, monkeypatch):
+    """A later Unsloth may put more into the class's forward."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+
+    def other_forward(self, hidden_states, **kwargs):
+        return (1.01 * fast_forward(self, hidden_states, **kwargs)[0],)
+
+    monkeypatch.setattr(FastLayer, "forward", other_forward)
+    setattr(stand_in.llama, unsloth_layer.FORWARD, other_forward)
+    model = make_model(stand_in)
+    with pytest.raises(AttachError, match=r"as a whole differs by 0\.0\d+ .*does something else"):
+        attach(model, {**always(**RULES["both"]), "exact_removal": False})
+    assert get_state(model) is None

@@ -62,7 +62,23 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
-    return (behind_attention(attention_output, residual, plan),)
+    output = behind_attention(attention_output, residual, plan)
+    if runtime.context.probe:
+        _compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
+    return (output,)
+
+
+def _compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:
+    """Raises AttachError unless the layer, with every channel kept, computes what its class does."""
+    error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
+    tolerance = 1e-3 if ours.dtype == torch.float32 else 3e-2
+    if not error <= tolerance:
+        raise AttachError(
+            f"{layer.name}: with every channel kept, {type(layer.module).__name__} as a whole differs by {error:.2g} "
+            f"(allowed {tolerance}) from what the installed Unsloth computes: its {FORWARD} does something else than "
+            "the one that sparse_unsloth knows. Install a version that it is tested with (`sparse-unsloth doctor`), "
+            "or use backend='peft'."
+        )
 
 
 def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> LayerPlan | None:
