@@ -523,7 +523,7 @@ class SparsityState:
         elif self.last_layer is None:
             return None
         context = SparseContext(partition, scale, loss_only and worth_removing(partition), self._step, paused)
-        if scale > 0 and self.observer.wants(self._step):
+        if scale > 0 and self.observer.wants(self._step) and not is_sequence_classifier(self.model):
             context.observation = self._observe(partition, scale, kwargs)
         return context
 
