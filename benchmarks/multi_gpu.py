@@ -232,9 +232,10 @@ def work_fsdp2(args: argparse.Namespace) -> None:
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_quant_storage=torch.bfloat16,
         )
+    args.model = args.small or args.model
     longest = max(2048, *(shape.length for shape in args.shapes.values()))
     model, _ = FastSparseLanguageModel.from_pretrained(
-        args.small or args.model, longest, torch.bfloat16, args.worker == "fsdp2-4bit", backend="peft",
+        args.model, longest, torch.bfloat16, args.worker == "fsdp2-4bit", backend="peft",
         use_gradient_checkpointing=True, **options,
     )  # fmt: skip
     sparsity = sparsity_of("sparse-o2", model.config.num_hidden_layers) | {"start_step": SPARSE_STEP}

@@ -68,7 +68,7 @@ def save_estimator(
         "model_revision": revision,
         "weight_fingerprints": json.dumps(fingerprints),
         "compensation_sparsity": json.dumps(estimator.compensation_sparsity),
-        "versions": json.dumps({name: _version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
+        "versions": json.dumps({name: package_version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
     }
     if write:
         write_tensors(Path(path), tensors, metadata)
@@ -282,7 +282,8 @@ def _check_compensation(
             )
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version, or ``unknown`` where a checkout is run without being installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Roun
 from sparse_unsloth.config import PART_NAMES, SparsityConfig
 from sparse_unsloth.doctor import environment
 from sparse_unsloth.estimator import save_estimator
+from sparse_unsloth.storage import package_version
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,6 +215,6 @@ def _signed(value: float) -> str:
 def _machine() -> str:
     found = environment()
     names = ("sparse-unsloth", "torch", "transformers", "trl", "peft", "scipy")
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    packages = ", ".join(f"{name} {package_version(name)}" for name in names)
     processor = ", ".join(found["gpus"]) or f"{found['processor']}, {found['torch_threads']} threads"
     return f"{processor}; Python {found['python']}; {packages}."

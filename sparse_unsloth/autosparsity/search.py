@@ -11,7 +11,6 @@ the form of its answers: on SmolLM2-135M, labels at 3.5 nats, recipes of diverge
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from sparse_unsloth.estimates import Estimator, sparse_parts
 from sparse_unsloth.layer_rules import collect, share
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.selection import ChannelSelector
+from sparse_unsloth.storage import package_version
 
 MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)
@@ -215,7 +215,7 @@ def calibrate(
             "levels": levels,
             "config": every.model_dump(mode="json"),
             "backend": state.backend_name,
-            "version": importlib.metadata.version("sparse-unsloth"),
+            "version": package_version("sparse-unsloth"),
         }
         key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
