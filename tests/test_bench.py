@@ -341,15 +341,3 @@ def test_a_profile_without_kernels():
     text = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
     assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in text
     assert "aten::sum" in text
-
-
-# -- Kernels ----------------------------------------------------------------------------------------------------------
-
-
-def test_kernels_that_are_benchmarked_exist():
-    """The functions that benchmarks/kernels.py asks for by name, without running them."""
-    kernels = load("kernels")
-    assert kernels.find("glu", "glu_forward", "glu_backward", "reference_forward", "reference_backward")
-    assert kernels.find("dequantize", "dequantize_whole", "dequantize_rows", "dequantize_columns")
-    with pytest.raises(SystemExit, match=r"kernels/glu\.py has no glu_sideways"):
-        kernels.find("glu", "glu_forward", "glu_sideways")
