@@ -20,6 +20,7 @@ from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_rows,
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -248,7 +249,7 @@ def test_methods_take_turns_and_share_the_date(run, model):
 
 def test_a_method_that_fails_its_check_has_no_rows(run, monkeypatch, capsys):
     true = checks.masked_mlp
-    monkeypatch.setattr(checks, "masked_mlp", lambda *args: true(*args) * 1.1)
+    monkeypatch.setattr(checks, "masked_mlp", lambda *args, **options: true(*args, **options) * 1.1)
     made = run("--shapes", "wizardlm")
     assert not made.measure(["unsloth-dense", "sparse-50", "hooks-dense"])
     assert [method for method, *_ in written(made)] == ["unsloth-dense", "hooks-dense"]
@@ -344,11 +345,15 @@ def test_each_run_is_compared_with_its_own_baseline(run, monkeypatch, capsys):
     assert calls[0][3:] == ["bench", *first, "--methods", "peft-dense", "--date", "today"]
 
 
-@pytest.mark.parametrize("method", ["sparse-25-static", "sparse-25-comp"])
-def test_calibrated_methods(run, method):
+def test_calibrated_methods(run, monkeypatch, capsys):
     made = run("--shapes", "host")
-    assert made.measure([method])
-    assert [row[0] for row in written(made)] == [method]
+    assert made.measure(["sparse-25-static", "sparse-25-comp"])
+    assert [row[0] for row in written(made)] == ["sparse-25-static", "sparse-25-comp"]
+    assert capsys.readouterr().out.count("mlp with compensation within") == 2
+    true = Compensation.input_gradient
+    monkeypatch.setattr(Compensation, "input_gradient", lambda *args: 1.5 * true(*args))
+    assert not run("--shapes", "host").measure(["sparse-25-comp"])
+    assert "sparse-25-comp: NOT TIMED" in capsys.readouterr().out
 
 
 # -- Equality checks --------------------------------------------------------------------------------------------------
@@ -378,8 +383,8 @@ def test_a_wrong_layer_is_found(model, monkeypatch, name):
     attach(model, always())
     true = getattr(checks, name)
 
-    def wrong(x, partition, *rest):
-        y = true(x, partition, *rest)
+    def wrong(x, partition, *rest, **options):
+        y = true(x, partition, *rest, **options)
         return 1.1 * y if isinstance(y, torch.Tensor) else (*y[:-1], 1.1 * y[-1])
 
     monkeypatch.setattr(checks, name, wrong)
