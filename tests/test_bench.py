@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sparse_unsloth.bench import models as bench_models
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, TARGETS, flop_limit, methods_of, sparsity_of
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import SHAPES, Shape, custom_name, make_batch, shapes_of
-from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_rows, report
+from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_profile_rows, read_rows, report
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError, SparsityError
@@ -473,6 +474,61 @@ def test_overlapping_kernels_count_once():
 
 
 def test_a_profile_without_kernels():
-    text = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
-    assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in text
-    assert "aten::sum" in text
+    found = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
+    assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in found.text
+    assert "aten::sum" in found.text
+    assert (found.step_ms, found.kinds, found.idle_ms) == (8.0, {}, 8.0)
+
+
+def test_kernels_are_counted_by_kind():
+    """Every kernel of this package has a kind; names of others as an H100 printed them."""
+    sources = "\n".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    ours = set(re.findall(r"launch\((\w+_kernel),", sources))
+    assert [name for name in ours if profiling.kind_of(name) == profiling.OTHER] == []
+    for name, kind in (
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies to and from the host"),
+        ("_rms_layernorm_backward", "norms, residual sums"),
+        ("_nf4_dequant_kernel", "dequantisation"),
+        ("_DWf_DW_dfg_kernel", "gated unit"),
+        ("triton_red_fused__log_softmax__log_softmax_backward_data", "loss"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add>", profiling.OTHER),
+    ):
+        assert profiling.kind_of(name) == kind
+    events = [("nvjet_a", 0, 3000), ("nvjet_b", 1000, 2000), ("glu_fwd_kernel", 0, 500)]
+    assert profiling.by_kind(events) == {"matrix products": (4.0, 2), "gated unit": (0.5, 1)}
+
+
+def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
+    kinds = {"matrix products": (60.0, 7), "gated unit": (20.0, 3)}
+    found = profiling.Profile(100.0, kinds, 15.0, "text")
+    monkeypatch.setattr(profiling, "profile", lambda *_: found)
+    common = dict.fromkeys(COLUMNS[:7], "x")
+    for date, step in (("2026-01-01", 200.0), ("2026-01-02", 100.0)):
+        monkeypatch.setattr(speed, "describe", lambda args, date=date: common | {"date": date})
+        monkeypatch.setattr(profiling, "profile", lambda *_, step=step: replace(found, step_ms=step))
+        assert run("--shapes", "host,wizardlm", "--profile", "wizardlm").measure(["unsloth-dense", "sparse-50"])
+    rows = read_profile_rows(tmp_path / "speed-profile.csv")
+    assert [(r["kind"], r["ms"], r["launches"]) for r in rows if r["date"] == "2026-01-02"][:4] == [
+        ("whole step", 100.0, 10), ("matrix products", 60.0, 7), ("gated unit", 20.0, 3), ("no kernel running", 15.0, 0)
+    ]  # fmt: skip
+    load("draw_speed").main([str(tmp_path / "speed.csv")])
+    text = (tmp_path / "speed.md").read_text()
+    assert "## x, x, x, checkpointing x, wizardlm" in text
+    assert "| | unsloth-dense | sparse-50 |" in text
+    assert "| whole step | 100.0 (10) | 100.0 (10) |" in text
+    assert "| matrix products | 60.0 (7) | 60.0 (7) |" in text
+    assert "| no kernel running | 15.0 | 15.0 |" in text
+    assert text.count("2026-01-02, commit x.") == 1
+
+
+def test_shapes_to_profile():
+    words = ["--model", "m", "--shapes", "wizardlm,csr170k"]
+    assert speed.parse(words).profile == []
+    assert speed.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
+    assert [args.profile for args in speed.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
+        ["csr170k"], []
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="--profile names host, which is none of the shapes wizardlm, csr170k"):
+        speed.parse([*words, "--profile", "host"])

@@ -38,7 +38,7 @@ from torch import nn
 from sparse_unsloth.bench.methods import CALIBRATED, METHODS, backend_of, methods_of, sparsity_of
 from sparse_unsloth.bench.models import CHECKPOINTING, Models
 from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_of
-from sparse_unsloth.bench.table import append_rows, read_rows, report
+from sparse_unsloth.bench.table import PROFILE_COLUMNS, STEP, append_rows, profile_path, read_rows, report
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
 
@@ -47,7 +47,7 @@ EPILOG = f"""\
 shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
 methods:
 """ + "\n".join(f"  {name:20} {what}" for name, what in METHODS.items())
-THEN = "--then"
+THEN, FIRST = "--then", "first"
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
 
 
@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
     parser.add_argument("--rounds", type=int, default=1, help="how often the methods take turns")
-    profile = "profile a step of each method at the first shape"
-    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=False, help=profile)
+    profile = "profile a step of each method at these of the shapes (without a name: the first)"
+    parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
     parser.add_argument("--out", type=Path, default=table, help="the table, default: %(default)s")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
@@ -90,6 +90,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     args.methods = methods_of(args.methods)
     args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
+    if args.profile == FIRST:
+        args.profile = next(iter(args.shapes))
+    args.profile = args.profile.split(",") if args.profile else []
+    if unknown := [name for name in args.profile if name not in args.shapes]:
+        raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
     for name in ("rank", "steps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
@@ -242,7 +247,6 @@ class Run:
 
     def _take_turn(self, method: str, number: int, plain, folder: Path) -> None:
         from sparse_unsloth.bench.checks import check
-        from sparse_unsloth.bench.profiling import profile
 
         last = number == self.args.rounds - 1
         with self._attached(method, folder, say=number == 0):
@@ -257,10 +261,20 @@ class Run:
                     self._fail(method, f"{name}: out of memory")
             if last:
                 self._write(method)
-            if last and self.args.profile:
-                name, shape = next(iter(self.args.shapes.items()))
-                stepper = Stepper(self.model, shape)
-                print(f"-- {method} {name}: {profile(stepper, self.model.config.num_hidden_layers)}", flush=True)
+            for name in self.args.profile if last else ():
+                self._profile(method, name)
+
+    def _profile(self, method: str, name: str) -> None:
+        """Of one step: printed, and its sums written beside the table."""
+        from sparse_unsloth.bench.profiling import IDLE, profile
+
+        found = profile(Stepper(self.model, self.args.shapes[name]), self.model.config.num_hidden_layers)
+        print(f"-- {method} {name}: {found.text}", flush=True)
+        launches = sum(count for _, count in found.kinds.values())
+        sums = {STEP: (found.step_ms, launches), **found.kinds, IDLE: (found.idle_ms, 0)}
+        row = self.common | {"shape": name, "method": method}
+        rows = [row | {"kind": kind, "ms": round(ms, 2), "launches": count} for kind, (ms, count) in sums.items()]
+        append_rows(profile_path(self.args.out), rows, PROFILE_COLUMNS)
 
     @contextlib.contextmanager
     def _attached(self, method: str, folder: Path, say: bool) -> Iterator[None]:
