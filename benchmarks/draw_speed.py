@@ -3,7 +3,7 @@
     python benchmarks/draw_speed.py [benchmarks/results/speed.csv]
 
 Of each device, model, dtype and checkpointing mode the newest run is shown, whole: try things out with ``--out``
-elsewhere.
+elsewhere. Where a step was profiled (``--profile``, ``speed-profile.csv``), the newest one of each is shown below.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import argparse
 from pathlib import Path
 
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, METHODS
+from sparse_unsloth.bench.profiling import IDLE
 from sparse_unsloth.bench.shapes import HOST, SHAPES
-from sparse_unsloth.bench.table import Comparison, compare, read_rows
+from sparse_unsloth.bench.table import STEP, Comparison, compare, profile_path, read_profile_rows, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 MODELS = {"llama8b": LLAMA_3_8B}
 """Sizes by the name of the checkpoint's folder, for the FLOP limits."""
+KEY = "device", "model", "dtype", "checkpointing"
 PEFT_PAIR = "peft-dense", "peft-sparse-o2"
 
 
@@ -25,7 +27,7 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
     """Rows of the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`."""
     runs: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        key = row["device"], row["model"], row["dtype"], row["checkpointing"]
+        key = tuple(row[name] for name in KEY)
         if key not in runs or runs[key][0]["date"] != row["date"]:
             runs[key] = []
         runs[key].append(row)
@@ -38,8 +40,8 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
     return {key: sorted(run, key=place) for key, run in sorted(runs.items())}
 
 
-def markdown(runs: dict[tuple, list[dict]]) -> str:
-    """Every run as a heading, a table, and a line of its versions."""
+def markdown(runs: dict[tuple, list[dict]], profiles: list[dict]) -> str:
+    """Every run as a heading, a table, and a line of its versions; then where the time of profiled steps goes."""
     lines = [
         "# Step times",
         "",
@@ -56,7 +58,7 @@ def markdown(runs: dict[tuple, list[dict]]) -> str:
         lines += [f"| {' | '.join(_cells(one))} |" for one in compare(run, MODELS.get(key[1]))]
         lines += ["", f"{run[0]['date']}, commit {run[0]['commit']}, {run[0]['versions']}."]
         lines += _peft(run)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_where_time_goes(profiles)]) + "\n"
 
 
 def title(key: tuple[str, str, str, str]) -> str:
@@ -95,6 +97,41 @@ def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _where_time_goes(profiles: list[dict]) -> list[str]:
+    """A table for each device, model, dtype, checkpointing and shape, a column for each method's newest profile."""
+    if not profiles:
+        return []
+    newest: dict[tuple, dict[str, list[dict]]] = {}
+    for row in sorted(profiles, key=lambda row: row["date"]):
+        methods = newest.setdefault((*(row[name] for name in KEY), row["shape"]), {})
+        known = methods.get(row["method"], [])
+        methods[row["method"]] = [*known, row] if known and known[0]["date"] == row["date"] else [row]
+    lines = [
+        "", "# Where the time goes", "",
+        "Milliseconds (launches) of one step under PyTorch's profiler, sums by the kernels' names; copies run beside",
+        "kernels. The whole step was timed without the profiler; *no kernel running* is what is left of it.",
+    ]  # fmt: skip
+    for (*key, shape), methods in sorted(newest.items()):
+        columns = {name: {row["kind"]: row for row in methods[name]} for name in METHODS if name in methods}
+        order = dict.fromkeys(
+            row["kind"] for rows in methods.values() for row in rows if row["kind"] not in (STEP, IDLE)
+        )
+        lines += ["", f"## {title(tuple(key))}, {shape}", "", f"| | {' | '.join(columns)} |"]
+        lines += [f"| --- |{' ---: |' * len(columns)}"]
+        for kind in (STEP, *order, IDLE):
+            cells = [_milliseconds(found.get(kind)) for found in columns.values()]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+        runs = {f"{rows[0]['date']}, commit {rows[0]['commit']}" for rows in methods.values()}
+        lines += ["", f"{'; '.join(sorted(runs))}."]
+    return lines
+
+
+def _milliseconds(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ms']:.1f}" + (f" ({row['launches']})" if row["launches"] else "")
+
+
 def _cells(one: Comparison) -> tuple[str, ...]:
     row, baseline = one.row, one.row["method"] == BASELINE
     return (
@@ -130,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = newest_runs(read_rows(table))
     if not runs:
         parser.error(f"{table} has no rows yet")
-    table.with_suffix(".md").write_text(markdown(runs), encoding="utf-8")
+    table.with_suffix(".md").write_text(markdown(runs, read_profile_rows(profile_path(table))), encoding="utf-8")
     draw(runs, table.with_suffix(".png"))
 
 

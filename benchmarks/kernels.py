@@ -1,187 +1,151 @@
-"""Each kernel against its PyTorch reference and its floor, on the GPU.
+"""Each kernel of kernels/ against its PyTorch reference and its floor.
 
-    python benchmarks/kernels.py [WORD]        (only kernels whose name contains WORD)
+    python benchmarks/kernels.py --out FOLDER [--seconds 120] [--only WORD]
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        (a rehearsal without a GPU; its times mean nothing)
 
-Sizes are those of one Llama-3-8B layer at the wizardlm shape (8192 rows, 6144 of them context). The floor is the larger
-of bytes over memory bandwidth and FLOPs over the tensor cores' speed, both measured first. Nothing more is timed once a
-kernel differs from its reference.
+Sizes are those of one Llama-3-8B layer at the wizardlm shape (8192 rows, 6144 of them context). Inputs are fresh random
+ones (`--seed` draws them again), outputs hold NaN before each run, and nothing more is timed once a kernel differs from
+its reference (`kernel_checks.check`). The floor is the larger of bytes over memory bandwidth and FLOPs over the tensor
+cores' speed, both measured first. A launch alone costs some microseconds, printed too; small kernels can't beat it.
 
-To add a kernel, write a function that yields a `Case` for each of its shapes, and decorate it with `benchmark`.
+FOLDER gets kernels.txt, what is printed, and kernels.csv, a row a case.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import csv
+import datetime
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+import triton
 from triton.testing import do_bench
 
-H, I, CONTEXT_ROWS, DENSE_ROWS = 4096, 14336, 6144, 2048
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import LLAMA_3_8B, TINY, Draw, cases
+from kernel_checks import WrongOutput, check
+
+sys.path.pop(0)  # in this folder `kernels` means this file, and transformers asks for another one
+
+COLUMNS = (
+    "date", "commit", "device", "torch", "triton", "dtype", "seed", "kernel", "shape", "ms", "pytorch_ms", "floor_ms",
+    "bytes", "flops", "error", "pytorch_error",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel at one shape.
-
-    ``ours`` and ``reference`` return the same tensors; ``expected``, where given, returns better ones to compare with.
-    ``bytes`` and ``flops`` are what any implementation has to move and compute.
-    """
-
-    kernel: str
-    shape: str
-    ours: Callable[[], Any]
-    reference: Callable[[], Any]
-    bytes: float
-    flops: float = 0.0
-    tolerance: float = 0.02
-    expected: Callable[[], Any] | None = None
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """The median on a GPU, its caches emptied before each run; one run under the interpreter."""
+    if device == "cuda":
+        return do_bench(function, warmup=10, rep=50, return_mode="median")
+    began = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - began)
 
 
-BENCHMARKS: list[Callable[[], Iterator[Case]]] = []
+def ceilings(draw: Draw, elements: int, side: int) -> tuple[float, float, float]:
+    """Bytes and FLOPs in a millisecond that this machine reaches, by a copy and a matrix product, and a launch's ms."""
+    source, factor = draw(elements), draw(side, side)
+    target, small = torch.empty_like(source), draw(1)
+    copied = 2 * source.nbytes / milliseconds(lambda: target.copy_(source), draw.device)
+    computed = 2 * side**3 / milliseconds(lambda: factor @ factor, draw.device)
+    return copied, computed, milliseconds(small.zero_, draw.device)
 
 
-def benchmark(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
-    BENCHMARKS.append(function)
-    return function
-
-
-def find(module: str, *names: str) -> list[Callable]:
-    """Functions of a kernel's file, or the end with what is gone: a benchmark never shrinks in silence."""
-    found = importlib.import_module(f"sparse_unsloth.kernels.{module}")
-    if gone := [name for name in names if not hasattr(found, name)]:
-        raise SystemExit(
-            f"kernels/{module}.py has no {', '.join(gone)} any more: bring benchmarks/kernels.py up to date"
-        )
-    return [getattr(found, name) for name in names]
-
-
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, device="cuda").mul_(scale).to(torch.bfloat16)
-
-
-@benchmark
-def dequantize() -> Iterator[Case]:
-    whole, rows, columns = find("dequantize", "dequantize_whole", "dequantize_rows", "dequantize_columns")
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(draw(I, H, scale=0.02), quant_type="nf4", compress_statistics=True)
-    dense = dequantize_4bit(packed, state)
-    exact = {"tolerance": 1e-6}
-    yield Case(
-        "dequantise all",
-        f"{I}x{H}",
-        lambda: whole(packed, state, torch.bfloat16),
-        lambda: dequantize_4bit(packed, state),
-        2.5 * I * H,
-        **exact,
-    )
-    for k in (143, 3584):
-        for name, function, axis in (("rows", rows, 0), ("columns", columns, 1)):
-            index = torch.randperm(dense.shape[axis], device="cuda")[:k].sort().values
-            yield Case(
-                f"dequantise {name}",
-                f"{k} of {I}x{H}",
-                lambda function=function, index=index: function(packed, state, index, torch.bfloat16),
-                lambda axis=axis, index=index: dequantize_4bit(packed, state).index_select(axis, index),
-                2.5 * k * dense.shape[1 - axis],
-                **exact,
-            )
-
-
-@benchmark
-def glu() -> Iterator[Case]:
-    names = "glu_forward", "glu_backward", "reference_forward", "reference_backward"
-    forward, backward, reference_forward, reference_backward = find("glu", *names)
-    for N, k, r in ((CONTEXT_ROWS, 143, 16), (CONTEXT_ROWS, 3584, 16), (CONTEXT_ROWS, 143, 64), (DENSE_ROWS, I, 16)):
-        thin, loras = draw(N, 2 * r, scale=0.5), draw(3, I, r, scale=0.1)
-        base = draw(N, 2 * k, scale=0.5).split(k, dim=1)
-        d_h, d_down_thin = draw(N, k, scale=0.5), draw(N, r, scale=0.5)
-        h, down_thin = torch.empty_like(d_h), torch.empty_like(d_down_thin)
-        d_base, d_thin = torch.empty(N, 2 * k, device="cuda", dtype=h.dtype).split(k, dim=1), torch.empty_like(thin)
-
-        def run_forward(thin=thin, base=base, loras=loras, h=h, down_thin=down_thin):
-            forward(thin, base, loras, h, down_thin, "silu")
-            return h, down_thin
-
-        def run_backward(thin=thin, base=base, loras=loras, d_h=d_h, d_down=d_down_thin, d_base=d_base, d_thin=d_thin):
-            d_loras = backward(thin, base, loras, d_h, d_down, d_base, d_thin, "silu")
-            return *d_base, d_thin, d_loras.sum(0)
-
-        inputs = thin, base, loras
-        wide = [tensor.float() for tensor in (thin, *base, loras, d_h, d_down_thin)]
-        yield Case(
-            "glu forward",
-            f"N={N} k={k} r={r}",
-            run_forward,
-            lambda inputs=inputs: reference_forward(*inputs, "silu"),
-            2 * N * (3 * r + 3 * k),
-            6 * N * I * r,
-        )
-        yield Case(
-            "glu backward",
-            f"N={N} k={k} r={r}",
-            run_backward,
-            lambda inputs=inputs, gradients=(d_h, d_down_thin): reference_backward(*inputs, *gradients, "silu"),
-            2 * N * (2 * (3 * r + 3 * k) + 2 * r + 2 * k),
-            22 * N * I * r,
-            expected=lambda wide=wide: reference_backward(wide[0], wide[1:3], *wide[3:], "silu"),
-        )
-
-
-def milliseconds(function: Callable) -> float:
-    return do_bench(function, warmup=30, rep=100, return_mode="median")
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes and bf16 FLOPs in a millisecond that this GPU really reaches, by a copy and a matrix product."""
-    source, factor = draw(2**29), draw(8192, 8192)
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
-    return copied, 2 * 8192**3 / milliseconds(lambda: factor @ factor)
-
-
-def check(case: Case) -> None:
-    expected = (case.expected or case.reference)()
-    pairs = zip(_tensors(case.ours()), _tensors(expected), strict=True)
-    for number, (ours, reference) in enumerate(pairs):
-        error = ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
-        if not error < case.tolerance:
-            raise SystemExit(f"{case.kernel} {case.shape}: output {number} has a relative error of {error:.3g}")
-
-
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("word", nargs="?", default="", help="only kernels whose name contains this")
-    word = parser.parse_args().word
-    torch.manual_seed(0)
-    bytes_per_ms, flops_per_ms = ceilings()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {bytes_per_ms / 1e9:.2f} TB/s, "
-        f"{flops_per_ms / 1e9:.0f} TFLOP/s\n"
-        f"{'kernel':20} {'shape':22} {'ms':>8} {'PyTorch':>8} {'floor':>8} {'x PyTorch':>9} {'of floor':>8}"
+    parser.add_argument("--out", type=Path, help="folder for kernels.txt and kernels.csv")
+    parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name contains this")
+    parser.add_argument("--seconds", type=float, default=300, help="no case is begun after so many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of the inputs; drawn if not given")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a rehearsal")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not (args.tiny and os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("there is no CUDA GPU here; to rehearse on the CPU give --tiny, with TRITON_INTERPRET=1 set")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if every case was checked and timed, 1 if one is wrong or the time was up."""
+    args = parse(argv)
+    began = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter multiplies no bf16
+    draw = Draw(device, dtype, args.seed)
+    sizes, measured = (TINY, (2**20, 128)) if args.tiny else (LLAMA_3_8B, (2**29, 8192))
+    bytes_per_ms, flops_per_ms, launch = ceilings(draw, *measured)
+    common = describe(args, device, dtype)
+    lines, rows = [], []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    say(
+        f"{common['device']}, torch {common['torch']}, triton {common['triton']}, commit {common['commit']}, "
+        f"seed {args.seed}: {bytes_per_ms / 1e9:.2f} TB/s, {flops_per_ms / 1e9:.0f} TFLOP/s, a launch {launch:.4f} ms"
     )
-    for function in BENCHMARKS:
-        for case in function():
-            if word not in case.kernel:
+    if device == "cpu":
+        say("rehearsal under Triton's interpreter: the times mean nothing")
+    say(
+        f"{'kernel':28} {'shape':34} {'ms':>8} {'PyTorch':>8} {'floor':>8} {'x PyTorch':>9} {'of floor':>8} "
+        f"{'error':>8} {'PyTorch':>8}"
+    )
+    left_out, wrong = [], False
+    try:
+        for case in cases(sizes, draw, args.only):
+            if time.perf_counter() - began > args.seconds:
+                left_out.append(f"{case.kernel} {case.shape}")
                 continue
-            check(case)
-            ours, reference = milliseconds(case.ours), milliseconds(case.reference)
+            error, pytorch_error = check(case)
+            ours = milliseconds(lambda case=case: case.ours(*case.inputs), device)
+            pytorch = milliseconds(lambda case=case: case.reference(*case.inputs), device)
             floor = max(case.bytes / bytes_per_ms, case.flops / flops_per_ms)
-            print(
-                f"{case.kernel:20} {case.shape:22} {ours:8.4f} {reference:8.4f} {floor:8.4f} "
-                f"{reference / ours:8.2f}x {floor / ours:8.0%}",
-                flush=True,
+            say(
+                f"{case.kernel:28} {case.shape:34} {ours:8.4f} {pytorch:8.4f} {floor:8.4f} {pytorch / ours:8.2f}x "
+                f"{floor / ours:8.0%} {error:8.1e} {pytorch_error:8.1e}"
             )
+            values = (case.kernel, case.shape, ours, pytorch, floor, case.bytes, case.flops, error, pytorch_error)
+            rows.append(common | dict(zip(COLUMNS[7:], values, strict=True)))
+    except WrongOutput as found:
+        wrong = True
+        say(f"STOPPED: {found}")
+    if left_out:
+        say(f"{len(left_out)} cases were not run, the time was up: {'; '.join(left_out)}")
+    if args.out is not None:
+        write(args.out, lines, rows)
+    return int(wrong or bool(left_out) or not rows)
+
+
+def describe(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """The columns that all rows of a run share."""
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, interpreted",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": str(args.seed),
+    }
+
+
+def write(folder: Path, lines: list[str], rows: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -282,12 +282,10 @@ class Run:
 
 
 def load(args: argparse.Namespace):
-    """The model of `sparse_unsloth.bench.speed.load_model`, with room for the longest row, tiled MLPs if asked for."""
-    from sparse_unsloth.bench.shapes import Shape
-    from sparse_unsloth.bench.speed import load_model
+    """The model of `sparse_unsloth.bench.models.load_model`, with room for the longest row, tiled MLPs if asked for."""
+    from sparse_unsloth.bench.models import load_model
 
-    args.shapes = {"longest": Shape(1, max(args.lengths), 1)}
-    model = load_model(args, "peft" if args.cpu else "unsloth")
+    model = load_model(args, "peft" if args.cpu else "unsloth", max(2048, *args.lengths))
     if args.tiled and not args.cpu:
         from unsloth_zoo.tiled_mlp import patch_mlp
 

@@ -159,7 +159,8 @@ def work_ddp(args: argparse.Namespace) -> None:
     from sparse_unsloth import attach, detach, get_state
     from sparse_unsloth.bench.checks import check
     from sparse_unsloth.bench.methods import sparsity_of
-    from sparse_unsloth.bench.speed import Stepper, load_model
+    from sparse_unsloth.bench.models import load_model
+    from sparse_unsloth.bench.speed import Stepper
 
     local = int(os.environ["LOCAL_RANK"])
     if args.cpu:
@@ -168,7 +169,8 @@ def work_ddp(args: argparse.Namespace) -> None:
         torch.cuda.set_device(local)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local))
     worker = Worker(args)
-    model = load_model(args, "peft" if args.cpu else "unsloth")
+    longest = max(2048, *(shape.length for shape in args.shapes.values()))
+    model = load_model(args, "peft" if args.cpu else "unsloth", longest)
     for method in METHODS:
         sparsity = sparsity_of(method, model.config.num_hidden_layers)
         if sparsity is not None:

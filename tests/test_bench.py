@@ -1,8 +1,11 @@
 """The benchmark without a GPU: words, shapes, limits, equality checks, rows, drawing; no time decides a test."""
 
+import argparse
 import importlib.util
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +13,19 @@ import torch
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.bench import checks, profiling, speed
+from sparse_unsloth.bench import models as bench_models
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, TARGETS, flop_limit, methods_of, sparsity_of
+from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import SHAPES, Shape, custom_name, make_batch, shapes_of
-from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_rows, report
+from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_profile_rows, read_rows, report
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, make_lora
+from tiny import always, loss_and_gradients, make_base, make_lora, pack_nf4
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -213,6 +219,7 @@ def run(model, tmp_path, monkeypatch):
     def time(self, method, name, shape):
         assert (get_state(model) is not None) == (sparsity_of(method, 3) is not None)
         turns.append((method, name))
+        self.peaks[method, name] = 1.0
         self.times[method][name] += [10.0 if turns.count((method, name)) == 1 else 30.0]
 
     monkeypatch.setattr(speed.Run, "_time", time)
@@ -243,7 +250,7 @@ def test_methods_take_turns_and_share_the_date(run, model):
 
 def test_a_method_that_fails_its_check_has_no_rows(run, monkeypatch, capsys):
     true = checks.masked_mlp
-    monkeypatch.setattr(checks, "masked_mlp", lambda *args: true(*args) * 1.1)
+    monkeypatch.setattr(checks, "masked_mlp", lambda *args, **options: true(*args, **options) * 1.1)
     made = run("--shapes", "wizardlm")
     assert not made.measure(["unsloth-dense", "sparse-50", "hooks-dense"])
     assert [method for method, *_ in written(made)] == ["unsloth-dense", "hooks-dense"]
@@ -284,18 +291,87 @@ def test_a_shape_without_memory_is_left_out(run, monkeypatch, capsys):
     assert "long16k: out of memory" in capsys.readouterr().out
 
 
+def test_runs_of_one_process():
+    first = ["--model", "m", "--shapes", "wizardlm", "--steps", "5"]
+    second = ["--dtype", "bf16", "--shapes", "all"]
+    runs = speed.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
+    assert [(run.dtype, run.checkpointing, len(run.shapes), run.steps) for run in runs] == [
+        ("4bit", "unsloth", 1, 5),
+        ("bf16", "unsloth", 6, 5),
+        ("bf16", "False", 6, 5),
+    ]
+    assert len({run.date for run in runs}) == 1
+    assert runs[1].words == [*first, *second]
+
+
+def test_a_model_is_loaded_once_for_runs_that_share_it(model, monkeypatch):
+    loaded, asked = [], []
+
+    def load_model(args, backend, max_seq_length):
+        loaded.append((args.dtype, args.checkpointing, max_seq_length))
+        return model
+
+    def for_training(model, use_gradient_checkpointing):
+        asked.append(use_gradient_checkpointing)
+        return model
+
+    monkeypatch.setattr(bench_models, "load_model", load_model)
+    monkeypatch.setattr("sparse_unsloth.FastSparseLanguageModel.for_training", for_training)
+    models = bench_models.Models("unsloth", 4096)
+    for dtype, checkpointing in (
+        ("4bit", "unsloth"), ("4bit", "False"), ("4bit", "unsloth"), ("bf16", "unsloth"), ("bf16", "True"),
+    ):  # fmt: skip
+        models.get(argparse.Namespace(model="m", rank=16, dtype=dtype, checkpointing=checkpointing))
+    assert [row[:2] for row in loaded] == [("4bit", "unsloth"), ("bf16", "unsloth"), ("bf16", "True")]
+    assert asked == ["unsloth", False, "unsloth", "unsloth", True]
+
+
+def test_each_run_is_compared_with_its_own_baseline(run, monkeypatch, capsys):
+    """The command as a whole, on a stand-in for the GPU: two dtypes, PEFT methods in a process of their own."""
+    made, calls = run(), []
+    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(speed, "Models", lambda *_: argparse.Namespace(get=lambda args: made.model, drop=lambda: None))
+    monkeypatch.setattr(speed, "describe", lambda args: dict.fromkeys(COLUMNS[:7], "x") | {
+        "date": args.date, "model": "m", "dtype": args.dtype, "checkpointing": args.checkpointing
+    })  # fmt: skip
+    monkeypatch.setattr(speed.subprocess, "call", lambda words, env: calls.append(words) or 0)
+    words = ["--model", "m", "--date", "today", "--out", str(made.args.out), "--shapes", "wizardlm"]
+    first = [*words, "--methods", "unsloth-dense,sparse-50,peft-dense"]
+    assert speed.main([*first, "--then", "--dtype", "bf16", "--methods", "unsloth-dense,sparse-25"]) == 0
+    assert [(r["dtype"], r["method"]) for r in read_rows(made.args.out)] == [
+        ("4bit", "unsloth-dense"), ("4bit", "sparse-50"), ("bf16", "unsloth-dense"), ("bf16", "sparse-25"),
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.count("x the speed of dense") == 2
+    assert calls[0][3:] == ["bench", *first, "--methods", "peft-dense", "--date", "today"]
+
+
+def test_calibrated_methods(run, monkeypatch, capsys):
+    made = run("--shapes", "host")
+    assert made.measure(["sparse-25-static", "sparse-25-comp"])
+    assert [row[0] for row in written(made)] == ["sparse-25-static", "sparse-25-comp"]
+    assert capsys.readouterr().out.count("mlp with compensation within") == 2
+    true = Compensation.input_gradient
+    monkeypatch.setattr(Compensation, "input_gradient", lambda *args: 1.5 * true(*args))
+    assert not run("--shapes", "host").measure(["sparse-25-comp"])
+    assert "sparse-25-comp: NOT TIMED" in capsys.readouterr().out
+
+
 # -- Equality checks --------------------------------------------------------------------------------------------------
 
 
 def test_checks_pass_where_nothing_is_wrong(model):
-    plain = checks.loss_and_gradients(model)
-    assert checks.check(model, "unsloth-dense", plain) == "nothing to check"
+    plain = checks.plain_steps(model)
+    assert re.fullmatch(
+        r"whole step: loss 4\.\d+, float32 4\.\d+; gradients 0\.0\d+ from float32's",
+        checks.check(model, "unsloth-dense", plain),
+    )
     attach(model, always())
     found = checks.check(model, "sparse-o2", None)
     for name in ("layers.0.mlp", "layers.1.mlp", "layers.0.qkv", "layers.1.o"):
         assert f"{name} within" in found
     detach(model)
-    for method in ("hooks-dense", "nothing-dropped"):
+    for method in ("hooks-dense", "nothing-dropped", "unsloth-dense-exact"):
         attach(model, sparsity_of(method, 3))
         get_state(model).begin_training(driver="test", max_steps=100)
         get_state(model).set_step(0)
@@ -308,8 +384,8 @@ def test_a_wrong_layer_is_found(model, monkeypatch, name):
     attach(model, always())
     true = getattr(checks, name)
 
-    def wrong(x, partition, *rest):
-        y = true(x, partition, *rest)
+    def wrong(x, partition, *rest, **options):
+        y = true(x, partition, *rest, **options)
         return 1.1 * y if isinstance(y, torch.Tensor) else (*y[:-1], 1.1 * y[-1])
 
     monkeypatch.setattr(checks, name, wrong)
@@ -317,16 +393,76 @@ def test_a_wrong_layer_is_found(model, monkeypatch, name):
         checks.check(model, "sparse-o2", None)
 
 
-def test_a_wrong_step_is_found(model):
-    loss, gradients = checks.loss_and_gradients(model)
+@pytest.fixture
+def plain(model):
+    return checks.plain_steps(model)
+
+
+def scaled(gradients, times, kind=""):
+    return {name: value * (times if kind in name else 1) for name, value in gradients.items()}
+
+
+def test_a_wrong_step_is_found(model, plain):
+    loss, gradients = plain.bf16
     assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(checks.CheckFailed, match="loss"):
-        checks.check_model((loss * 1.01, gradients), (loss, gradients))
-    with pytest.raises(checks.CheckFailed, match=r"gradients differ from the plain model's by 0\.1"):
-        checks.check_model((loss, {name: 1.1 * value for name, value in gradients.items()}), (loss, gradients))
-    with pytest.raises(checks.CheckFailed, match="other parameters"):
-        checks.check_model((loss, {}), (loss, gradients))
+    assert "from each other 0" in checks.check_model((loss, gradients), plain)
+    for step, message in (
+        ((loss * 1.01, gradients), r"loss 4\.\d+ is not the plain model's"),
+        ((loss, {}), "other parameters"),
+        (
+            (loss, scaled(gradients, 1.1)),
+            r"all gradients are 0\.1\d* of their norm from float32's, the plain model's 0",
+        ),
+        ((loss, scaled(gradients, 1.03, "k_proj.lora_B")), r"gradients of k_proj.lora_B are 0\.0"),
+        ((loss, scaled(gradients, float("nan"), "layers.1.mlp.up_proj.lora_A")), "all gradients are nan"),
+    ):
+        with pytest.raises(checks.CheckFailed, match=message):
+            checks.check_model(step, plain)
     assert issubclass(checks.CheckFailed, SparsityError)
+
+
+def test_a_wrong_baseline_is_found(plain):
+    (loss, gradients), exact = plain.bf16, plain.float32
+    for step, message in (
+        ((loss * 1.01, gradients), "is not float32's"),
+        ((loss, scaled(gradients, 1.3)), r"gradients differ from float32's by 0\.3"),
+    ):
+        with pytest.raises(checks.CheckFailed, match=message):
+            checks.check_plain(checks.PlainSteps(step, exact))
+
+
+def test_without_a_float32_step_the_plain_model_is_the_measure(plain):
+    loss, gradients = plain.bf16
+    without = checks.PlainSteps(plain.bf16, None)
+    assert "no float32 step" in checks.check_plain(without)
+    assert "gradients within 0" in checks.check_model(plain.bf16, without)
+    with pytest.raises(checks.CheckFailed, match=r"gradients differ from the plain model's by 0\.1"):
+        checks.check_model((loss, scaled(gradients, 1.1)), without)
+    assert checks.plain_steps(make_lora("gemma", hidden_size=32, intermediate_size=64)).float32 is None
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "nf4"])
+def test_the_float32_step_is_that_of_transformers(family):
+    base = pack_nf4(make_base("llama")) if family == "nf4" else make_base(family, rope_parameters=ROPE[family])
+    model = make_lora(base=base)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # as bf16 products see it
+            parameter.data = parameter.data.bfloat16().float()
+    batch = make_batch(Shape(2, 20, 6), 96, 0, "cpu")
+    loss, gradients = float32_step(model, batch)
+    expected = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected[0].item(), rel=1e-6 if family != "nf4" else 2e-3)
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (gradients[name] - gradient).norm() <= (1e-5 if family != "nf4" else 0.02) * gradient.norm(), name
+
+
+ROPE = {family: {"rope_type": "default", "rope_theta": 500.0} for family in FAMILIES} | {
+    "llama": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
 
 
 # -- The profile ------------------------------------------------------------------------------------------------------
@@ -338,18 +474,61 @@ def test_overlapping_kernels_count_once():
 
 
 def test_a_profile_without_kernels():
-    text = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
-    assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in text
-    assert "aten::sum" in text
+    found = profiling.profile(lambda: torch.ones(8).sum().item(), num_layers=4)
+    assert "step 8.0 ms (not profiled); kernels run in 0.0 ms of it, 0%" in found.text
+    assert "aten::sum" in found.text
+    assert (found.step_ms, found.kinds, found.idle_ms) == (8.0, {}, 8.0)
 
 
-# -- Kernels ----------------------------------------------------------------------------------------------------------
+def test_kernels_are_counted_by_kind():
+    """Every kernel of this package has a kind; names of others as an H100 printed them."""
+    sources = "\n".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    ours = set(re.findall(r"launch\((\w+_kernel),", sources))
+    assert [name for name in ours if profiling.kind_of(name) == profiling.OTHER] == []
+    for name, kind in (
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies to and from the host"),
+        ("_rms_layernorm_backward", "norms, residual sums"),
+        ("_nf4_dequant_kernel", "dequantisation"),
+        ("_DWf_DW_dfg_kernel", "gated unit"),
+        ("triton_red_fused__log_softmax__log_softmax_backward_data", "loss"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add>", profiling.OTHER),
+    ):
+        assert profiling.kind_of(name) == kind
+    events = [("nvjet_a", 0, 3000), ("nvjet_b", 1000, 2000), ("glu_fwd_kernel", 0, 500)]
+    assert profiling.by_kind(events) == {"matrix products": (4.0, 2), "gated unit": (0.5, 1)}
 
 
-def test_kernels_that_are_benchmarked_exist():
-    """The functions that benchmarks/kernels.py asks for by name, without running them."""
-    kernels = load("kernels")
-    assert kernels.find("glu", "glu_forward", "glu_backward", "reference_forward", "reference_backward")
-    assert kernels.find("dequantize", "dequantize_whole", "dequantize_rows", "dequantize_columns")
-    with pytest.raises(SystemExit, match=r"kernels/glu\.py has no glu_sideways"):
-        kernels.find("glu", "glu_forward", "glu_sideways")
+def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
+    kinds = {"matrix products": (60.0, 7), "gated unit": (20.0, 3)}
+    found = profiling.Profile(100.0, kinds, 15.0, "text")
+    monkeypatch.setattr(profiling, "profile", lambda *_: found)
+    common = dict.fromkeys(COLUMNS[:7], "x")
+    for date, step in (("2026-01-01", 200.0), ("2026-01-02", 100.0)):
+        monkeypatch.setattr(speed, "describe", lambda args, date=date: common | {"date": date})
+        monkeypatch.setattr(profiling, "profile", lambda *_, step=step: replace(found, step_ms=step))
+        assert run("--shapes", "host,wizardlm", "--profile", "wizardlm").measure(["unsloth-dense", "sparse-50"])
+    rows = read_profile_rows(tmp_path / "speed-profile.csv")
+    assert [(r["kind"], r["ms"], r["launches"]) for r in rows if r["date"] == "2026-01-02"][:4] == [
+        ("whole step", 100.0, 10), ("matrix products", 60.0, 7), ("gated unit", 20.0, 3), ("no kernel running", 15.0, 0)
+    ]  # fmt: skip
+    load("draw_speed").main([str(tmp_path / "speed.csv")])
+    text = (tmp_path / "speed.md").read_text()
+    assert "## x, x, x, checkpointing x, wizardlm" in text
+    assert "| | unsloth-dense | sparse-50 |" in text
+    assert "| whole step | 100.0 (10) | 100.0 (10) |" in text
+    assert "| matrix products | 60.0 (7) | 60.0 (7) |" in text
+    assert "| no kernel running | 15.0 | 15.0 |" in text
+    assert text.count("2026-01-02, commit x.") == 1
+
+
+def test_shapes_to_profile():
+    words = ["--model", "m", "--shapes", "wizardlm,csr170k"]
+    assert speed.parse(words).profile == []
+    assert speed.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
+    assert [args.profile for args in speed.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
+        ["csr170k"], []
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="--profile names host, which is none of the shapes wizardlm, csr170k"):
+        speed.parse([*words, "--profile", "host"])

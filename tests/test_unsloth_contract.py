@@ -30,9 +30,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
-from sparse_unsloth import attach, calibrate, detach, get_state
+from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
 from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.bench import checks
+from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
 from sparse_unsloth.errors import AttachError, SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -96,6 +98,7 @@ def examine() -> dict[str, str]:
     # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
     expected = {family: reference_steps(family) for family in COMPARED}
     bases = {family: make_base(family) for family in FAMILIES}
+    longer = make_base("llama", max_position_embeddings=512)
     weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
     calibrated = {name: calibration_of(make_lora(base=copy.deepcopy(base))) for name, base in weights.items()}
 
@@ -114,6 +117,7 @@ def examine() -> dict[str, str]:
         found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
     found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
+    found["benchmark"] = failure_of(check_benchmark, longer)
     return {name: text for name, text in found.items() if text}
 
 
@@ -338,6 +342,22 @@ def check_left_padding(base: nn.Module) -> None:
     expected = loss_and_gradients(model, batch)
     attach(model, SETTINGS["nothing dropped"])
     assert_same(loss_and_gradients(model, batch), expected)
+
+
+def check_benchmark(base: nn.Module) -> None:
+    """Its equality checks hold under Unsloth, with and without checkpointing, on one model."""
+    model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
+    for checkpointing in (True, False):
+        model = FastSparseLanguageModel.for_training(model, checkpointing)
+        assert model.get_base_model().model.gradient_checkpointing is checkpointing
+        plain = checks.plain_steps(model)
+        assert "from float32's" in checks.check(model, "unsloth-dense", plain)
+        for method in EQUAL_TO_PLAIN:
+            assert attach(model, sparsity_of(method, 3)).backend == "unsloth"
+            get_state(model).begin_training(driver="benchmark", max_steps=100)
+            get_state(model).set_step(0)
+            assert "from each other" in checks.check(model, method, plain)
+            detach(model)
 
 
 def calibration_of(model: nn.Module) -> Calibration:

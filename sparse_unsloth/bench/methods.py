@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from sparse_unsloth.bench.shapes import Shape, shape_of
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.costs import ModelShape, step_flops
@@ -15,11 +17,18 @@ METHODS = {
     "sparse-o2": "preset o2, aggressive",
     "sparse-50": "half of the MLP channels, layer 0 and attention dense",
     "sparse-25": "a quarter of the MLP channels, likewise",
+    "sparse-25-static": "the same quarter in every batch, calibrated on random tokens",
+    "sparse-25-comp": "that with compensation of rank 64",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
 }
 BASELINE = "unsloth-dense"
+PLAIN = ("unsloth-dense", "peft-dense")
+"""Methods that nothing is attached for."""
+CALIBRATED = ("sparse-25-static", "sparse-25-comp")
+"""Methods whose estimator needs samples."""
+COMPENSATION_RANK = 64
 EQUAL_TO_PLAIN = ("unsloth-dense-exact", "hooks-dense", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
@@ -61,14 +70,17 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         estimator: a file that keeps the factors from one attaching to the next.
     """
     common = {"start_step": 0, "end_step": 1.0, "estimator": {"kind": "svd", "rank": 8, "path": estimator}}
-    if method in ("unsloth-dense", "peft-dense"):
+    if method in PLAIN:
         return None
     if method == "unsloth-dense-exact":
         return {"preset": "dense"}
     if method == "hooks-dense":
         return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
-    if method in ("sparse-50", "sparse-25"):
-        return {"mlp": {f"1-{num_layers - 1}": 1 - int(method[-2:]) / 100}, **common}
+    if method in CALIBRATED:
+        rank = COMPENSATION_RANK if method == "sparse-25-comp" else 0
+        common["estimator"] |= {"kind": "static", "compensation_rank": rank}
+    if kept := re.match(r"sparse-(\d\d)", method):
+        return {"mlp": {f"1-{num_layers - 1}": 1 - int(kept[1]) / 100}, **common}
     if method == "nothing-dropped":
         return {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}, **common}
     return {"preset": method[-2:], **common}
@@ -95,6 +107,7 @@ def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
             shape.context_tokens,
             [shape.length] * shape.batch,
             lora_rank=16,
+            compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
             checkpointing=True,
             head_tokens=shape.batch * shape.outputs if removed else None,
         ).total

@@ -1,17 +1,52 @@
-"""Where the time of one step goes: kernels by name, launches, how much of the step the GPU works, and host costs."""
+"""Where the time of one step goes: kernels by kind and by name, launches, the GPU's idle time, and host costs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 KERNELS, HOST_COSTS = 30, 15
 """Lines that are printed of each."""
+KINDS = (
+    ("copies to and from the host", r"Memcpy (HtoD|DtoH)"),
+    ("matrix products", r"nvjet|gemm|cutlass|gemv|splitKreduce|cublas"),
+    ("attention", r"sdpa|flash|fmha|dot_do_o|convert_dq"),
+    ("gated unit", r"glu_|gated_|sum_splits|_fg_kernel|_DWf_DW_dfg"),
+    ("joining and splitting of Q, K, V, O", r"(split|join)_columns"),
+    ("norms, residual sums", r"norm|add_rows"),
+    ("dequantisation", r"_whole_kernel|dequant"),
+    ("choice of channels", r"thin_kernel|mlp_scores|attention_energy|top_order|attention_channels"),
+    ("LoRA matrices", r"pack_mlp|pack_linear|mlp_gradients"),
+    ("rotary embedding", r"rope"),
+    ("loss", r"softmax|nll_loss|cross_entropy"),
+    ("optimiser", r"multi_tensor|adam"),
+)
+"""Kinds of work, and what its kernels' names contain; the first that fits counts."""
+OTHER, IDLE = "sums, casts, gathers, others", "no kernel running"
 
 
-def profile(step: Callable[[], float], num_layers: int) -> str:
-    """The profile of one more step, as text; ``step`` runs one and returns its milliseconds."""
+@dataclass(frozen=True)
+class Profile:
+    """One step.
+
+    Attributes:
+        step_ms: its time, measured without the profiler.
+        kinds: milliseconds and launches by kind; kernels of several streams may overlap.
+        idle_ms: of the step, while no kernel runs: what the host needs longer than the GPU, and waits for copies.
+        text: all of it, and more, to be printed.
+    """
+
+    step_ms: float
+    kinds: dict[str, tuple[float, int]]
+    idle_ms: float
+    text: str
+
+
+def profile(step: Callable[[], float], num_layers: int) -> Profile:
+    """Of one more step; ``step`` runs one and returns its milliseconds."""
     milliseconds = sorted(step() for _ in range(3))[1]
     activities = (torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as trace:
@@ -23,15 +58,19 @@ def profile(step: Callable[[], float], num_layers: int) -> str:
             (copies if moves else kernels).append((event.name, event.time_range.start, event.time_range.end))
     busy = covered((start, end) for _, start, end in kernels) / 1000
     moving = covered((start, end) for _, start, end in copies) / 1000
+    kinds = by_kind([*kernels, *copies])
     lines = [
         f"step {milliseconds:.1f} ms (not profiled); kernels run in {busy:.1f} ms of it, {busy / milliseconds:.0%}; "
         f"copies in {moving:.1f} ms; {len(kernels)} launches, {len(kernels) / num_layers:.0f} for each layer",
+        "by kind:",
+        *(f"  {total:8.2f} ms {count:6d}  {name}" for name, (total, count) in kinds.items()),
+        "by name:",
         *_by_name(kernels),
         "host, own time while profiled:",
     ]
     costs = sorted(trace.key_averages(), key=lambda cost: -cost.self_cpu_time_total)[:HOST_COSTS]
     lines += [f"  {cost.self_cpu_time_total / 1000:8.2f} ms {cost.count:6d}  {cost.key[:110]}" for cost in costs]
-    return "\n".join(lines)
+    return Profile(milliseconds, kinds, max(milliseconds - busy, 0.0), "\n".join(lines))
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
@@ -43,10 +82,24 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def kind_of(name: str) -> str:
+    """The kind of work that a kernel of this name does."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def by_kind(events: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
+    """Milliseconds and launches by kind, from ``(name, start, end)`` in microseconds; the longest first."""
+    return _totals((kind_of(name), start, end) for name, start, end in events)
+
+
 def _by_name(kernels: list[tuple[str, float, float]]) -> list[str]:
+    largest = list(_totals(kernels).items())[:KERNELS]
+    return [f"  {total:8.2f} ms {count:6d}  {name[:110]}" for name, (total, count) in largest]
+
+
+def _totals(events: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
     totals: dict[str, tuple[float, int]] = {}
-    for name, start, end in kernels:
+    for name, start, end in events:
         total, count = totals.get(name, (0.0, 0))
-        totals[name] = total + end - start, count + 1
-    largest = sorted(totals.items(), key=lambda item: -item[1][0])[:KERNELS]
-    return [f"  {total / 1000:8.2f} ms {count:6d}  {name[:110]}" for name, (total, count) in largest]
+        totals[name] = total + (end - start) / 1000, count + 1
+    return dict(sorted(totals.items(), key=lambda item: -item[1][0]))

@@ -8,6 +8,10 @@ the job is told to stop (SIGTERM).
 With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a row is the median of
 all rounds. Methods peft-* run in a process of their own, which never imports Unsloth, on the same batches; for them
 --checkpointing unsloth is transformers' own.
+
+Several runs share one process and date: what stands behind --then is a further run, which keeps the options before it
+but for those that it gives. The model is loaded again only for another --model, --dtype, --rank or checkpointing (not
+for --checkpointing False). Methods are compared with the dense baseline of the same dtype and checkpointing.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import argparse
 import contextlib
 import datetime
 import gc
-import importlib
 import importlib.metadata
+import itertools
 import os
 import signal
 import subprocess
@@ -31,9 +35,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, METHODS, backend_of, methods_of, sparsity_of
+from sparse_unsloth.bench.methods import CALIBRATED, METHODS, backend_of, methods_of, sparsity_of
+from sparse_unsloth.bench.models import CHECKPOINTING, Models
 from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_of
-from sparse_unsloth.bench.table import append_rows, read_rows, report
+from sparse_unsloth.bench.table import PROFILE_COLUMNS, STEP, append_rows, profile_path, read_rows, report
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
 
@@ -42,12 +47,14 @@ EPILOG = f"""\
 shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
 methods:
 """ + "\n".join(f"  {name:20} {what}" for name, what in METHODS.items())
+THEN, FIRST = "--then", "first"
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparse-unsloth bench",
+        usage="%(prog)s --model MODEL [options] [--then further options] ...",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,12 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
     parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
     parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
-    parser.add_argument("--checkpointing", choices=("unsloth", "True", "False"), default="unsloth")
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
     parser.add_argument("--rounds", type=int, default=1, help="how often the methods take turns")
-    parser.add_argument("--profile", action="store_true", help="profile a step of each method at the first shape")
+    profile = "profile a step of each method at these of the shapes (without a name: the first)"
+    parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
     parser.add_argument("--out", type=Path, default=table, help="the table, default: %(default)s")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
@@ -82,11 +90,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     args.methods = methods_of(args.methods)
     args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
+    if args.profile == FIRST:
+        args.profile = next(iter(args.shapes))
+    args.profile = args.profile.split(",") if args.profile else []
+    if unknown := [name for name in args.profile if name not in args.shapes]:
+        raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
     for name in ("rank", "steps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
     read_rows(args.out)
     return args
+
+
+def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
+    """The runs of a command line, parted by ``--then``; each has its ``words``, and all have one date.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    words, runs = [], []
+    for further, part in itertools.groupby(argv, lambda word: word == THEN):
+        if further:
+            continue
+        words = [*words, *part]
+        runs.append(parse(words))
+        runs[-1].words, runs[-1].date = words, runs[0].date
+    return runs or [parse(argv)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,57 +125,39 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: see `parse`.
         BackendError: no CUDA GPU.
     """
-    args = parse(argv)
+    runs = parse_runs(argv)
     if not torch.cuda.is_available():
         raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
     environment = dict(os.environ)  # importing Unsloth changes it
-    by_backend = {
-        backend: methods
-        for backend in ("unsloth", "peft")
-        if (methods := [method for method in args.methods if backend_of(method) == backend])
-    }
-    backend, methods = next(iter(by_backend.items()))
-    model = load_model(args, backend)
-    sizes = ModelShape.from_config(model.config)
-    complete = Run(args, model).measure(methods)
-    print(report([row for row in read_rows(args.out) if row["date"] == args.date], sizes, methods), flush=True)
-    if len(by_backend) == 2:
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+    backends = {backend_of(method) for args in runs for method in args.methods}
+    backend = "unsloth" if "unsloth" in backends else "peft"
+    models = Models(backend, max(2048, *(shape.length for args in runs for shape in args.shapes.values())))
+    complete, further = True, []
+    for args in runs:
+        by_backend = {"unsloth": [], "peft": []}
+        for method in args.methods:
+            by_backend[backend_of(method)].append(method)
+        if methods := by_backend[backend]:
+            model = models.get(args)
+            complete = Run(args, model).measure(methods) and complete
+            print(report(rows_of_run(args), ModelShape.from_config(model.config), methods), flush=True)
+            del model
+        if backend == "unsloth" and (methods := by_backend["peft"]):
+            further += [THEN] * bool(further) + [*args.words, "--methods", ",".join(methods), "--date", args.date]
+    models.drop()
+    if further:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child hears it too, and still writes its rows
-        words = [*argv, "--methods", ",".join(by_backend["peft"]), "--date", args.date]
-        code = subprocess.call([sys.executable, "-m", "sparse_unsloth.cli", "bench", *words], env=environment)
+        code = subprocess.call([sys.executable, "-m", "sparse_unsloth.cli", "bench", *further], env=environment)
         complete = complete and code == 0
     return int(not complete)
 
 
-def load_model(args: argparse.Namespace, backend: str) -> nn.Module:
-    """The model with adapters that are not zero, nothing attached, ready to train."""
-    if backend == "unsloth":
-        importlib.import_module("unsloth")  # first, as it asks
-    from sparse_unsloth import FastSparseLanguageModel, detach
-
-    checkpointing = {"unsloth": "unsloth", "True": True, "False": False}[args.checkpointing]
-    began = time.perf_counter()
-    model, _ = FastSparseLanguageModel.from_pretrained(
-        args.model,
-        max_seq_length=max(2048, *(shape.length for shape in args.shapes.values())),
-        dtype=torch.bfloat16,
-        load_in_4bit=args.dtype == "4bit",
-        backend=backend,
-        use_gradient_checkpointing=checkpointing,
-    )
-    model = FastSparseLanguageModel.get_peft_model(
-        model, r=args.rank, lora_alpha=args.rank, use_gradient_checkpointing=checkpointing, sparsity="dense"
-    )
-    detach(model)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero, it would hide faults of the gradients of lora_A
-            nn.init.normal_(parameter, std=0.02)
-    print(f"{args.model} loaded for {backend} in {time.perf_counter() - began:.1f} s", flush=True)
-    return model.train()
+def rows_of_run(args: argparse.Namespace) -> list[dict]:
+    """Rows of this date that can be compared with each other."""
+    wanted = {
+        "date": args.date, "model": Path(args.model).name, "dtype": args.dtype, "checkpointing": args.checkpointing
+    }  # fmt: skip
+    return [row for row in read_rows(args.out) if all(row[name] == value for name, value in wanted.items())]
 
 
 class Stepper:
@@ -214,9 +225,9 @@ class Run:
 
     def measure(self, methods: list[str]) -> bool:
         """Whether every method was timed at every shape; rows of those that were are in the table."""
-        from sparse_unsloth.bench.checks import loss_and_gradients
+        from sparse_unsloth.bench.checks import plain_steps
 
-        plain = loss_and_gradients(self.model) if set(methods) & set(EQUAL_TO_PLAIN) else None
+        plain = plain_steps(self.model)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -236,12 +247,13 @@ class Run:
 
     def _take_turn(self, method: str, number: int, plain, folder: Path) -> None:
         from sparse_unsloth.bench.checks import check
-        from sparse_unsloth.bench.profiling import profile
 
         last = number == self.args.rounds - 1
         with self._attached(method, folder, say=number == 0):
             if number == 0:
-                print(f"{method}: {check(self.model, method, plain)}", flush=True)
+                began = time.perf_counter()
+                found = check(self.model, method, plain)
+                print(f"{method}: {found} ({time.perf_counter() - began:.1f} s)", flush=True)
             for name, shape in self.args.shapes.items():
                 try:
                     self._time(method, name, shape)
@@ -249,10 +261,20 @@ class Run:
                     self._fail(method, f"{name}: out of memory")
             if last:
                 self._write(method)
-            if last and self.args.profile:
-                name, shape = next(iter(self.args.shapes.items()))
-                stepper = Stepper(self.model, shape)
-                print(f"-- {method} {name}: {profile(stepper, self.model.config.num_hidden_layers)}", flush=True)
+            for name in self.args.profile if last else ():
+                self._profile(method, name)
+
+    def _profile(self, method: str, name: str) -> None:
+        """Of one step: printed, and its sums written beside the table."""
+        from sparse_unsloth.bench.profiling import IDLE, profile
+
+        found = profile(Stepper(self.model, self.args.shapes[name]), self.model.config.num_hidden_layers)
+        print(f"-- {method} {name}: {found.text}", flush=True)
+        launches = sum(count for _, count in found.kinds.values())
+        sums = {STEP: (found.step_ms, launches), **found.kinds, IDLE: (found.idle_ms, 0)}
+        row = self.common | {"shape": name, "method": method}
+        rows = [row | {"kind": kind, "ms": round(ms, 2), "launches": count} for kind, (ms, count) in sums.items()]
+        append_rows(profile_path(self.args.out), rows, PROFILE_COLUMNS)
 
     @contextlib.contextmanager
     def _attached(self, method: str, folder: Path, say: bool) -> Iterator[None]:
@@ -265,7 +287,7 @@ class Run:
             yield
             return
         began = time.perf_counter()
-        attached = attach(self.model, sparsity)
+        attached = attach(self.model, sparsity, self._samples() if method in CALIBRATED else None)
         if say:
             print(f"{attached}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
         try:
@@ -275,6 +297,11 @@ class Run:
             yield
         finally:
             detach(self.model)
+
+    def _samples(self) -> list[dict[str, torch.Tensor]]:
+        """What estimators calibrate on: random tokens, as the steps train on."""
+        shape, device = Shape(1, 1024, 64), next(self.model.parameters()).device
+        return [make_batch(shape, self.model.config.vocab_size, -seed, device) for seed in range(1, 5)]
 
     def _time(self, method: str, name: str, shape: Shape) -> None:
         gc.collect()

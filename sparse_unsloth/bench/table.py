@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,14 @@ COLUMNS = (
     "p20_ms", "p80_ms", "peak_gib",
 )  # fmt: skip
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_gib")
+SHARED = COLUMNS[:7]
+"""What all rows of a run have in common."""
+PROFILE_COLUMNS = (*SHARED, "shape", "method", "kind", "ms", "launches")
+"""Of the table of profiles beside it: rows for the kinds of kernels in a step, for its whole time, and for the rest."""
+STEP = "whole step"
 
 
-def append_rows(path: Path, rows: Iterable[dict]) -> None:
+def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
     """Adds rows at the end of the table, which begins with its heading.
 
     Raises:
@@ -26,13 +31,13 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
         ValueError: a row with a column too many or too few.
     """
     rows = list(rows)
-    if any(set(row) != set(COLUMNS) for row in rows):
-        raise ValueError(f"a row must have the columns {', '.join(COLUMNS)}")
+    if any(set(row) != set(columns) for row in rows):
+        raise ValueError(f"a row must have the columns {', '.join(columns)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    read_rows(path)
+    _read(path, columns)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -44,13 +49,29 @@ def read_rows(path: Path) -> list[dict]:
     Raises:
         ConfigError: the file has other columns.
     """
+    rows = _read(path, COLUMNS)
+    return [row | {"tokens": int(row["tokens"])} | {name: float(row[name]) for name in NUMBERS} for row in rows]
+
+
+def profile_path(table: Path) -> Path:
+    """The table of profiles that lies beside a table of times."""
+    return table.with_name(f"{table.stem}-profile.csv")
+
+
+def read_profile_rows(path: Path) -> list[dict]:
+    """`read_rows` of a table of profiles."""
+    rows = _read(path, PROFILE_COLUMNS)
+    return [row | {"ms": float(row["ms"]), "launches": int(row["launches"])} for row in rows]
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != tuple(columns):
             raise ConfigError(f"{path} has other columns than a table of speed; write to another file")
-        return [row | {"tokens": int(row["tokens"])} | {name: float(row[name]) for name in NUMBERS} for row in reader]
+        return list(reader)
 
 
 @dataclass(frozen=True)

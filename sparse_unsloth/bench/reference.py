@@ -1,0 +1,147 @@
+"""A training step in float32 and plain PyTorch: what steps in bf16 are measured against.
+
+It owes nothing to Unsloth, transformers' modules or this package's functions: only the weights are the model's, as bf16
+products see them. One layer at a time is in memory (0.9 GB of a Llama-3-8B), and backward runs it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_unsloth.functions.activations import ACTIVATIONS
+from sparse_unsloth.kernels.dequantize import reference_whole
+from sparse_unsloth.layers import DecoderLayer, find_layers
+from sparse_unsloth.weights import BaseWeight, Projection, read_projection
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of ``model_type`` whose layers are computed here."""
+
+
+def float32_step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss, and the gradient of every LoRA matrix by its parameter's name, on the CPU.
+
+    Args:
+        model: with LoRA on all seven projections; of `FAMILIES`.
+        batch: ``input_ids`` and ``labels [batch, length]``, without padding.
+    """
+    base = model.get_base_model()
+    layers, eps = find_layers(model), base.config.rms_norm_eps
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rope = _rope(base.config, layers[0].head_dim, batch["input_ids"])
+    gradients = {}
+    with _full_precision():
+        inputs = [base.model.embed_tokens.weight.detach()[batch["input_ids"]].float()]
+        for layer in layers:
+            with torch.no_grad():
+                inputs.append(_layer(inputs[-1], layer, _read(layer), rope, eps))
+        last = inputs.pop().requires_grad_()
+        loss = _loss(last, base, batch["labels"], eps)
+        (gradient,) = torch.autograd.grad(loss, last)
+        for layer in reversed(layers):
+            x, projections = inputs.pop().requires_grad_(), _read(layer)
+            output = _layer(x, layer, projections, rope, eps)
+            loras = [lora for projection in projections for lora in (projection.lora.A, projection.lora.B)]
+            gradient, *found = torch.autograd.grad(output, [x, *loras], gradient)
+            parameters = [p for own in layer.projections().values() for p in _lora(own)]
+            gradients |= {names[id(p)]: g.cpu() for p, g in zip(parameters, found, strict=True)}
+    return loss.item(), gradients
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 without TF32."""
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept)
+
+
+def _lora(module: nn.Module) -> tuple[Tensor, Tensor]:
+    lora = read_projection(module).lora
+    return lora.A, lora.B
+
+
+def _read(layer: DecoderLayer) -> list[Projection]:
+    """The projections with float32 weights: gate, up, down, q, k, v, o."""
+    found = []
+    for module in layer.projections().values():
+        own = read_projection(module)
+        bias = None if own.base.bias is None else own.base.bias.detach().float()
+        A, B = (_as_bf16(lora).requires_grad_() for lora in (own.lora.A, own.lora.B))
+        found.append(Projection(BaseWeight(_dense(own.base), None, bias), type(own.lora)(A, B, own.lora.scale)))
+    return found
+
+
+def _dense(base: BaseWeight) -> Tensor:
+    weight = base.weight.detach()
+    return _as_bf16(weight if base.quant_state is None else reference_whole(weight, base.quant_state, torch.float32))
+
+
+def _as_bf16(tensor: Tensor) -> Tensor:
+    """Float32 with bf16's precision."""
+    return tensor.detach().to(torch.bfloat16).float()
+
+
+def _layer(x: Tensor, layer: DecoderLayer, projections: Sequence[Projection], rope, eps: float) -> Tensor:
+    """``[batch, length, hidden_size]`` to the same."""
+    gate, up, down, query, key, value, output = projections
+    attention, (batch, length, _) = layer.self_attn, x.shape
+    normed = _norm(x, layer.module.input_layernorm, eps)
+    q, k, v = (_multiply(normed, part).view(batch, length, -1, layer.head_dim) for part in (query, key, value))
+    if hasattr(attention, "q_norm"):
+        q, k = _norm(q, attention.q_norm, eps), _norm(k, attention.k_norm, eps)
+    q, k, v = _rotate(q, rope).transpose(1, 2), _rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+    k, v = (part.repeat_interleave(layer.groups, dim=1) for part in (k, v))
+    scores = (q @ k.transpose(2, 3)) * layer.head_dim**-0.5
+    later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    mixed = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+    x = x + _multiply(mixed.transpose(1, 2).flatten(2), output)
+    normed = _norm(x, layer.module.post_attention_layernorm, eps)
+    h = ACTIVATIONS[layer.activation](_multiply(normed, gate)) * _multiply(normed, up)
+    return x + _multiply(h, down)
+
+
+def _multiply(x: Tensor, projection: Projection) -> Tensor:
+    lora = projection.lora
+    y = F.linear(x, projection.base.weight, projection.base.bias)
+    return y + lora.scale * (x @ lora.A.t() @ lora.B.t())
+
+
+def _norm(x: Tensor, norm: nn.Module, eps: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight.detach().float()
+
+
+def _loss(x: Tensor, base: nn.Module, labels: Tensor, eps: float) -> Tensor:
+    """Mean cross entropy of the tokens that labels name, each predicted by the position before it."""
+    predicting = labels[:, 1:] != -100
+    rows = _norm(x[:, :-1][predicting], base.model.norm, eps)
+    return F.cross_entropy(rows @ base.lm_head.weight.detach().float().t(), labels[:, 1:][predicting])
+
+
+def _rope(config, head_dim: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[length, 1, head_dim]``."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = parameters.get("rope_type", "default"), 1.0
+    if kind == "default":
+        theta = parameters.get("rope_theta") or config.rope_theta
+        frequencies = theta ** -(torch.arange(0, head_dim, 2, device=ids.device).float() / head_dim)
+    else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, ids.device, seq_len=ids.shape[1])
+    angles = torch.arange(ids.shape[1], device=ids.device).float()[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=1)[:, None]
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """``x [batch, length, heads, head_dim]``, its pairs ``(d, d + head_dim / 2)`` turned."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]
