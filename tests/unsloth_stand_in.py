@@ -27,9 +27,9 @@ def decoder_layers(model):
     return model.get_base_model().model.layers
 
 
-def packed_batch():
+def packed_batch(**changes):
     """`make_batch` without padding, as TRL under Unsloth sends it: one row, and the documents' lengths."""
-    padded = make_batch()
+    padded = make_batch(**changes)
     keep = padded["attention_mask"].bool()
     lengths = keep.sum(1)
     return {
