@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.loss import install_loss_removal
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import CONTEXT_ARGUMENT, LayerRuntime, SparseContext, SparsityState
+from sparse_unsloth.preparation import prepare
+from sparse_unsloth.runtime import SparsityState
 from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count
 from sparse_unsloth.weights import forget_bases
 
@@ -126,7 +129,7 @@ def attach(
         _replace_whole_layers(state)
         _register_hooks(state)
         _probe(state)
-        state.prepare(calibration_samples)
+        prepare(state, calibration_samples)
     except BaseException:
         detach(model)
         raise

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from sparse_unsloth.words import positive
+
 DESCRIPTION = "Faster LoRA and QLoRA fine-tuning by contextual sparsity, through TRL's SFTTrainer."
 
 TRAIN_DESCRIPTION = """\
@@ -28,6 +30,17 @@ examples:
   sparse-unsloth train my.yaml --resume_from_checkpoint
 
 Unknown keys and wrong types are errors, all of them reported at once (exit code 2)."""
+
+OWN_WORDS = {
+    "estimate": ("say before training what sparsity will gain: tokens, FLOPs, time, memory", "forecast.command"),
+    "calibrate": ("measure on your data what sparsity costs in each layer, and choose it", "autosparsity.command"),
+    "explain": ("say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer", "explain.command"),
+    "bench": ("time training steps on the GPU, dense and sparse", "bench.speed"),
+    "evaluate": ("judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI", "evaluation.command"),
+    "compare": ("compare runs and seeds: loss, scores, tokens a second, memory, with paired tests", "compare"),
+    "study": ("study low rank: toy matrices, a model's spectra, pruned adapters", "study.cli"),
+}
+"""Commands that read the words behind them by a parser of their own: its help here, and where its ``main`` is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,54 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
         "as many FLOPs as the sparse run. Reports loss, accuracy and measured step time side by side.",
         allow_abbrev=False,
     )
-    quickstart.add_argument("--steps", type=_positive, help="optimiser steps of the dense and the sparse run")
-    quickstart.add_argument("--test-size", type=_positive, help="held-out samples to evaluate on")
+    quickstart.add_argument("--steps", type=positive, help="optimiser steps of the dense and the sparse run")
+    quickstart.add_argument("--test-size", type=positive, help="held-out samples to evaluate on")
     quickstart.add_argument("--output-dir", default="runs/quickstart", help="default: %(default)s")
 
-    estimate = commands.add_parser(
-        "estimate",
-        help="say before training what sparsity will gain: tokens, FLOPs, time, memory",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    estimate.add_argument("words", nargs="*")
-
-    calibrate = commands.add_parser(
-        "calibrate",
-        help="measure on your data what sparsity costs in each layer, and choose it",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    calibrate.add_argument("words", nargs="*")
-
-    explain = commands.add_parser(
-        "explain",
-        help="say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    explain.add_argument("words", nargs="*")
-
-    # Its words are its own: building their parser imports torch. No word is an option here, not even --help.
-    bench = commands.add_parser(
-        "bench", help="time training steps on the GPU, dense and sparse", add_help=False, prefix_chars="\0"
-    )
-    bench.add_argument("words", nargs="*")
-
-    for name, text in (
-        ("evaluate", "judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI"),
-        ("compare", "compare runs and seeds: loss, scores, tokens a second, memory, with paired tests"),
-    ):
+    for name, (text, _) in OWN_WORDS.items():
+        # No word is an option here, not even --help.
         command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
         command.add_argument("words", nargs="*")
-
-    study = commands.add_parser(
-        "study",
-        help="study low rank: toy matrices, a model's spectra, pruned adapters",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    study.add_argument("words", nargs="*")
     return parser
 
 
@@ -210,53 +183,9 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.bench.speed import main
-
-    return main(arguments.words)
-
-
-def _study(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.study.cli import main
-
-    return main(arguments.words)
-
-
-def _estimate(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.forecast.command import main
-
-    return main(arguments.words)
-
-
-def _calibrate(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.autosparsity.command import main
-
-    return main(arguments.words)
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.explain.command import main
-
-    return main(arguments.words)
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.evaluation.command import main
-
-    return main(arguments.words)
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    from sparse_unsloth.compare import main
-
-    return main(arguments.words)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
-    return number
+def _own_words(arguments: argparse.Namespace) -> int:
+    _, home = OWN_WORDS[arguments.command]
+    return importlib.import_module(f"sparse_unsloth.{home}").main(arguments.words)
 
 
 def _version() -> str:
@@ -271,13 +200,7 @@ COMMANDS = {
     "keys": _keys,
     "doctor": _doctor,
     "quickstart": _quickstart,
-    "bench": _bench,
-    "calibrate": _calibrate,
-    "compare": _compare,
-    "estimate": _estimate,
-    "evaluate": _evaluate,
-    "explain": _explain,
-    "study": _study,
+    **dict.fromkeys(OWN_WORDS, _own_words),
 }
 
 if __name__ == "__main__":

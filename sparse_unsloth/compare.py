@@ -8,7 +8,6 @@ trainings; items only how sure the score of these two trainings is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import yaml
 
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.study.comparison import compare_paired, holm
+from sparse_unsloth.words import command_parser
 
 RECIPE_FILE, METRICS_FILE, RESULTS_FILE = "recipe.yaml", "metrics.json", "results.json"
 NOT_A_SETTING = (
@@ -317,12 +317,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth compare",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("compare", DESCRIPTION)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")
     parser.add_argument("--output-dir", default="runs/comparison", help="default: %(default)s")
     arguments = parser.parse_args(words)

@@ -20,9 +20,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.partition import IGNORE_INDEX
-from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext
 
 MODULES = ("unsloth.models.llama", "unsloth.models.mistral")
 FUNCTION = "unsloth_fused_ce_loss"

@@ -8,15 +8,20 @@ forwards, and every such event is counted.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparse_unsloth.config import OUTPUT
+from sparse_unsloth.distributed import rank
 
 if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparseContext
+    from sparse_unsloth.context import SparseContext
+    from sparse_unsloth.runtime import SparsityState
+
+logger = logging.getLogger("sparse_unsloth")
 
 PAUSE = 10
 """Forwards in which a part with non-finite scores is dense."""
@@ -71,3 +76,17 @@ class ScoreWatch:
         dense = frozenset(self._left)
         self._left = {part: left - 1 for part, left in self._left.items() if left > 1}
         return dense
+
+
+def notice_nonfinite_scores(state: SparsityState) -> None:
+    """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+    found = state.watch.collect()
+    state.kept.drop(found)
+    if found and "non-finite" not in state.said:
+        state.said.add("non-finite")
+        logger.warning(
+            f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({state.name_parts(found)}), so in the "
+            "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+            f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
+            "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
+        )

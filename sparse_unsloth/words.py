@@ -1,4 +1,4 @@
-"""Words of the commands that take ``RECIPE``, or ``MODEL DATASET``, and then options and keys of a recipe."""
+"""How the commands read their words; some take ``RECIPE``, or ``MODEL DATASET``, then options and keys of a recipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,26 @@ from pathlib import Path
 import yaml
 
 from sparse_unsloth.errors import SparsityError
+
+
+def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
+    """The parser of the words behind ``sparse-unsloth COMMAND``; ``usage`` is given without that beginning."""
+    return argparse.ArgumentParser(
+        prog=f"sparse-unsloth {command}",
+        usage=f"sparse-unsloth {command} {usage}" if usage else None,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def positive(text: str) -> int:
+    """A ``type`` of arguments: a whole number from 1 up."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
+    return number
 
 
 def parse(

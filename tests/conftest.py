@@ -1,19 +1,39 @@
-"""Set before anything imports Triton or tokenizers."""
+"""Set before anything imports Triton or tokenizers; and what every test has."""
 
+import gc
 import os
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly, against their references
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # xdist's controller runs no test
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly, against their references
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    gc.disable()  # while modules are imported
+
+
+def pytest_collection_finish():
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Trainers and tests collect garbage all the time; what is there already need not be looked through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
 def poison(monkeypatch):
     """Fresh floating-point tensors hold NaN, so that what a kernel leaves unwritten shows."""
+    import torch
+
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def poisoned(tensor):

@@ -1,4 +1,4 @@
-"""What two processes and one both compute in `test_distributed`; launched as one of two ranks, or alone.
+"""What two processes and one both compute in `test_distributed`; forked from it, or launched.
 
 accelerate launch ... tests/distributed_worker.py OUT
 python tests/distributed_worker.py OUT
@@ -9,11 +9,14 @@ import os
 import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from sparse_unsloth import attach, get_state
 from sparse_unsloth.errors import SparsityError
@@ -57,8 +60,6 @@ def make_model(checkpointing: bool = False, four_bit: bool = False, sparsity: di
 
 def pack(base) -> None:
     """Quantises the decoder layers' projections, in a storage that FSDP2 can shard."""
-    import bitsandbytes as bnb
-
     for name, module in list(base.model.layers.named_modules()):
         if isinstance(module, torch.nn.Linear):
             packed = bnb.nn.Linear4bit(
@@ -128,9 +129,6 @@ ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4
 
 def run_trainer(folder: Path, processes: int, estimator: Path) -> dict:
     """Four steps of four samples each, with an estimator that is calibrated when training begins."""
-    from accelerate import DistributedType, PartialState
-    from transformers import Trainer, TrainingArguments
-
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -211,8 +209,6 @@ def message_of(function) -> str:
 
 
 def main(folder: Path) -> None:
-    from accelerate import PartialState
-
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
         results = {case: alone(case) for case in CASES}

@@ -3,13 +3,20 @@
 import importlib.util
 import json
 import os
-import subprocess
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+sys.path.insert(0, str(Path(__file__).parent))
+import distributed_worker
+from processes import fork, needs_fork, wait_for
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 ROOT = WORKER.parents[1]
@@ -17,26 +24,40 @@ RECIPES = ROOT / "recipes" / "accelerate"
 CONFIGS = sorted(RECIPES.glob("*.yaml"))
 
 
-def run(folder, *launcher):
-    """The worker in processes of its own, without the kernels' interpreter; what they said."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, *launcher, str(WORKER), str(folder)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    return process.stdout + process.stderr
+def fork_ranks(args):
+    """In place of torchrun: its variables, and every rank of the worker forked from this process."""
+    from accelerate.state import AcceleratorState
+
+    folder, count = Path(args.training_script_args[0]), int(args.nproc_per_node)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def work(rank):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update(address | {name: str(value) for name, value in ranks.items()})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        distributed_worker.main(folder)
+
+    said = [folder / f"said-{rank}.txt" for rank in range(count)]
+    statuses = wait_for([fork(partial(work, rank), said[rank]) for rank in range(count)])
+    assert not any(statuses), "\n".join(file.read_text()[-3000:] for file in said)
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    """accelerate's launcher is for GPUs, the workers compute on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.distributed.run, "run", fork_ranks)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """What one process computes of the whole global batch."""
     folder = tmp_path_factory.mktemp("one")
-    run(folder)
+    assert wait_for([fork(lambda: distributed_worker.main(folder), folder / "said.txt")]) == [0], (
+        folder / "said.txt"
+    ).read_text()
     return torch.load(folder / "alone.pt", weights_only=False)
 
 
@@ -48,11 +69,12 @@ def assert_same(ours, expected):
         )
 
 
+@needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{how}.yaml")]
-    said = run(tmp_path, *launcher, "--mixed_precision", "no", "--num_processes", "2")
+    words = ["--config_file", str(RECIPES / f"{how}.yaml"), "--mixed_precision", "no", "--num_processes", "2"]
+    launch_command(launch_command_parser().parse_args([*words, str(WORKER), str(tmp_path)]))
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
     for rank in ranks:
         assert (rank["how"], rank["world"]) == (how, 2)
@@ -68,6 +90,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
         torch.testing.assert_close(trainer["gain"], expected["gain"], rtol=1e-4, atol=1e-6)
     assert (tmp_path / "estimator.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    said = "".join((tmp_path / f"said-{rank}.txt").read_text() for rank in range(2))
     assert said.count("sparsity/enabled") == 4, "every log line once"
     if how == "ddp":
         check_faults(tmp_path)

@@ -9,6 +9,9 @@ from sparse_unsloth.partition import PADDING_PLACE, TokenPartition
 pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+JOINED = [(torch.float32, False, 17), (torch.float32, True, 16), (torch.float16, False, 1)]
+JOINED += [(torch.bfloat16, transposed, 16) for transposed in (False, True) if DEVICE == "cuda"]
+"""dtype, whether B is transposed (then without a bias), and the rank: one, a whole tile, and one more."""
 CASES = [((70, 20, 20), (9, 1, 20)), ((130,), (33,)), ((5, 129), (5, 1))]
 
 
@@ -41,9 +44,7 @@ def test_split_equals_reference(rows, widths, counts, dtype):
 
 @pytest.mark.parametrize("rows", [(17, 40, 3), (0, 5, 0), (6, 1, 60), (3, 0, 0)])
 @pytest.mark.parametrize(("widths", "counts"), CASES)
-@pytest.mark.parametrize("dtype", PRECISION)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("r", [1, 16, 17])
+@pytest.mark.parametrize(("dtype", "transposed", "r"), JOINED)
 def test_join_equals_reference(rows, widths, counts, dtype, transposed, r):
     partition = make_partition(*rows)
     index, tensor = draw(widths, counts, dtype)

@@ -1,28 +1,24 @@
-"""Loss-bearing rows only: against the untouched loss, with Unsloth's own in a subprocess, and with a stand-in of it."""
+"""Loss-bearing rows only: against the untouched loss, with a stand-in of Unsloth's (`unsloth_loss.py` has its own)."""
 
 import copy
-import functools
 import gc
-import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth import loss as loss_module
+from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.loss import FUNCTION, MODULES, ROW_MULTIPLE, install_loss_removal
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext
 
-HIDDEN, VOCABULARY, BATCH, SEQUENCE = 8, 17, 3, 150
+sys.path.insert(0, str(Path(__file__).parent))
+from loss_model import BATCH, HIDDEN, SEQUENCE, Model, assert_same, make_labels, run
 
 
 class Recorder:
@@ -56,34 +52,6 @@ class Recorder:
         return unsloth_fused_ce_loss
 
 
-class Model(nn.Module):
-    """A last layer that takes keyword arguments, a head, and the call of the loss as Unsloth's forwards write it."""
-
-    def __init__(self, seed=0, module=MODULES[0]):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layer, self.head, self.module = Layer(), nn.Linear(HIDDEN, VOCABULARY, bias=False), module
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, hidden_states, labels, context=None, **kwargs):
-        hidden_states = self.layer(hidden_states, **{CONTEXT_ARGUMENT: context})
-        return getattr(sys.modules[self.module], FUNCTION)(
-            trainer=None,
-            hidden_states=hidden_states,
-            lm_head_weight=self.head.weight,
-            lm_head_bias=None,
-            labels=labels,
-            **{"mask": None, **kwargs},
-        )
-
-
-class Layer(nn.Module):
-    def forward(self, hidden_states, **kwargs):
-        return hidden_states
-
-
 @pytest.fixture
 def recorder(monkeypatch):
     recorder, function = Recorder(), None
@@ -97,24 +65,6 @@ def recorder(monkeypatch):
         removal.remove()
     loss_module._restore_functions()  # where models were dropped without remove()
     assert all(getattr(sys.modules[name], FUNCTION) is function for name in MODULES)
-
-
-def make_labels(share=0.2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
-    return labels.masked_fill(torch.rand(BATCH, SEQUENCE, generator=generator) >= share, -100)
-
-
-def run(model, labels, **kwargs):
-    """Loss, and the gradients of the hidden states and of the head."""
-    hidden_states = torch.randn(*labels.shape, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss = model(hidden_states, labels, **kwargs)
-    return loss, *torch.autograd.grad(3 * loss, [hidden_states, model.head.weight])
-
-
-def assert_same(left, right):
-    for ours, reference in zip(left, right, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -275,108 +225,3 @@ def test_another_unsloth_is_refused(recorder, monkeypatch):
             install_loss_removal(model, model.layer)
         assert getattr(sys.modules[MODULES[0]], FUNCTION) is before
     assert not model.layer._forward_pre_hooks
-
-
-def test_with_unsloth(tmp_path):
-    """Unsloth's own loss and forwards, in a process of its own: importing it changes torch and transformers."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "UNSLOTH_ALLOW_CPU": "1",
-        "UNSLOTH_COMPILE_DISABLE": "1",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
-    }
-    command = [sys.executable, __file__]
-    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-6000:]
-
-
-def compare_with_unsloth():
-    """What `test_with_unsloth` runs: the loss alone with every argument, then whole forwards of Unsloth's families."""
-    pytest.importorskip("unsloth")
-    modules = [importlib.import_module(name) for name in MODULES]
-    original = modules[0].unsloth_fused_ce_loss
-    rows = []
-
-    def recording(trainer, hidden_states, *args, **kwargs):
-        rows.append(hidden_states.shape[0] * hidden_states.shape[1])
-        return original(trainer, hidden_states, *args, **kwargs)
-
-    functools.update_wrapper(recording, original)
-    for module in modules:
-        module.unsloth_fused_ce_loss = recording
-    compare_losses(rows)
-    compare_forwards(modules, rows)
-    for family in ("gemma", "gemma2", "qwen2", "qwen3"):
-        module = importlib.import_module(f"unsloth.models.{family}")
-        assert module.CausalLM_fast_forward is modules[0].CausalLM_fast_forward, f"{family} has a forward of its own"
-
-
-def compare_losses(rows):
-    left_padded = make_labels(0.5)
-    left_padded[:, : SEQUENCE // 2] = -100
-    cases = {"some": make_labels(0.5), "none": make_labels(0), "all": make_labels(1), "left": left_padded}
-    options = [
-        {},
-        {"n_items": 100},
-        {"n_items": torch.tensor(100)},
-        {"scaling": 8.0},
-        {"logit_softcapping": 0.5, "logit_scale_multiply": 3.0, "logit_scale_divide": 2.0},
-        {"n_chunks": 3, "label_smoothing": 0.1},
-    ]
-    for name, labels in cases.items():
-        for option in options:
-            model = Model()
-            expected = run(model, labels, **option)
-            removal = install_loss_removal(model, model.layer)
-            assert_same(run(model, labels, **option), expected)
-            removal.remove()
-            assert rows[-2:] == [
-                BATCH * SEQUENCE,
-                BATCH * SEQUENCE if name == "all" else 128 if name != "some" else 256,
-            ]
-            assert (expected[0] == 0) == (name == "none")
-
-
-def compare_forwards(modules, rows):
-    sys.path.insert(0, str(Path(__file__).parent))
-    from tiny import make_base
-
-    llama, mistral = modules
-    labels = make_labels(0.5)
-    batch = {"input_ids": labels.clamp_min(3), "labels": labels}
-    packed = {name: value.view(1, -1) for name, value in batch.items()}
-    packed["packed_seq_lengths"] = torch.tensor([100, 50, 200, 90])
-    for family, forward in (
-        ("llama", llama.CausalLM_fast_forward(None)),
-        ("mistral", mistral.MistralForCausalLM_fast_forward),
-    ):
-        model = make_base(family, max_position_embeddings=512).train()
-        weights = list(model.parameters())
-
-        def outcome(batch, forward=forward, model=model, weights=weights, **kwargs):
-            loss = forward(model, **batch, **kwargs).loss
-            return loss, *torch.autograd.grad(loss, weights)
-
-        expected = [outcome(batch), outcome(packed), outcome(batch, num_items_in_batch=torch.tensor(70))]
-        removal = install_loss_removal(model, model.model.layers[-1])
-        del rows[:]
-        assert_same(outcome(batch), expected[0])
-        assert_same(outcome(packed), expected[1])
-        assert_same(outcome(batch, num_items_in_batch=torch.tensor(70)), expected[2])
-        assert rows == [256, 256, 256]
-        with torch.no_grad():
-            model.eval()
-            torch.testing.assert_close(forward(model, **batch).loss, expected[0][0])
-            os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
-            assert forward(model, **{**batch, "labels": None}).logits.shape == (*labels.shape, 96)
-            del os.environ["UNSLOTH_RETURN_LOGITS"]
-        assert len(rows) == 4
-        removal.remove()
-
-
-if __name__ == "__main__":
-    compare_with_unsloth()

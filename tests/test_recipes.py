@@ -1,6 +1,5 @@
 """Every shipped recipe: it parses, loads rows of its real columns, trains a tiny model for three steps, evaluates."""
 
-import gc
 import json
 import re
 import sys
@@ -23,15 +22,6 @@ CODE = "```python\nprint(1)\n```"
 
 def family(name):
     return next((value for suffix, value in FAMILIES.items() if name.endswith(suffix)), ("Llama", 32))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """Trainers collect garbage several times a run; what is there already need not be looked through again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

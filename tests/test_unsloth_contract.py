@@ -1,23 +1,13 @@
-"""What the Unsloth backend needs of Unsloth: of the installed release, and of stand-ins that break one thing each.
+"""What the Unsloth backend needs of Unsloth: of the installed release, and of stand-ins that break one thing each."""
 
-The installed release runs on the CPU, in a process of its own (this file as a script): importing Unsloth changes torch
-and transformers for good. Its norm, RoPE and gated unit have GPU kernels only and are replaced there by the same
-mathematics in PyTorch; everything else is Unsloth's own code.
-"""
-
-import copy
 import importlib
 import importlib.util
-import inspect
-import itertools
 import json
 import os
 import subprocess
 import sys
-import traceback
-from collections import Counter
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import MethodType
 
 import pytest
 import torch
@@ -25,50 +15,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.llama import modeling_llama
 
-from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
-from sparse_unsloth.autosparsity.search import Calibration
+from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth as backend
-from sparse_unsloth.bench import checks
-from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
-from sparse_unsloth.errors import AttachError, SparsityError
+from sparse_unsloth.errors import AttachError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-"""What Unsloth runs through its fast path."""
-COMPARED = ("llama", "mistral", "qwen2")
-"""Those whose training step runs here: two attentions, two CausalLM forwards, fused and biased Q, K, V."""
-SLOTS = ("apply_qkv", "apply_o")
-FUNCTIONS = (*backend.FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
-SETTINGS = {
-    "preset dense": {"preset": "dense"},
-    "nothing dropped": always(mlp={"all": 1e-9}, self_attn={"all": 1e-9}),
-    "sparse": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
-    "last layer dense": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}),
-    "no dense rows": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, dense_tokens="none"),
-    "tiers": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, output_sparsity=0.4),
-    "tiers below": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}, output_sparsity=0.4),
-}
-
-
-def assert_same(ours, expected, what=""):
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
-    assert ours[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (ours[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, f"{what} {name}"
-
-
-def decoder_layers(model):
-    return model.get_base_model().model.layers
-
-
-# The installed release
+from tiny import always, loss_and_gradients, make_batch, make_lora
+from unsloth_stand_in import (
+    FUNCTIONS,
+    SLOTS,
+    DeafAttention,
+    StandIn,
+    assert_same,
+    decoder_layers,
+    original_apply_o,
+    original_apply_qkv,
+    slots,
+)
 
 
 def test_the_installed_release(tmp_path):
@@ -85,481 +49,16 @@ def test_the_installed_release(tmp_path):
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
     }
-    command = [sys.executable, __file__, str(tmp_path / "problems.json")]
+    command = [sys.executable, str(Path(__file__).with_name("unsloth_release.py")), str(tmp_path / "problems.json")]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     problems = json.loads((tmp_path / "problems.json").read_text())
     assert problems == {}, "\n\n".join(f"{name}: {text}" for name, text in problems.items())
 
 
-def examine() -> dict[str, str]:
-    """What does not hold of the installed Unsloth: a name and a traceback each."""
-    torch.set_num_threads(1)
-    # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
-    expected = {family: reference_steps(family) for family in COMPARED}
-    bases = {family: make_base(family) for family in FAMILIES}
-    longer = make_base("llama", max_position_embeddings=512)
-    weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
-    calibrated = {name: calibration_of(make_lora(base=copy.deepcopy(base))) for name, base in weights.items()}
-
-    import unsloth  # noqa: F401
-
-    found = {"contract": failure_of(backend.Contract), "functions": failure_of(check_functions)}
-    for family, base in bases.items():
-        found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
-    replace_gpu_kernels()
-    for family in COMPARED:
-        found[f"{family}: training step"] = failure_of(compare_steps, bases[family], expected[family])
-    found["rows without loss"] = failure_of(check_rows_of_the_last_layer, bases["llama"])
-    found["two forwards in flight"] = failure_of(check_two_forwards_in_flight, bases["llama"])
-    found["memory budget"] = failure_of(check_memory_budget, bases["llama"])
-    for name, base in weights.items():
-        found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
-    found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
-    found["left padding"] = failure_of(check_left_padding, bases["llama"])
-    found["benchmark"] = failure_of(check_benchmark, longer)
-    return {name: text for name, text in found.items() if text}
-
-
-def check_functions() -> None:
-    """The fused functions take the module and its input, as their replacements do."""
-    fast_lora = importlib.import_module("unsloth.kernels.fast_lora")
-    for name in FUNCTIONS:
-        parameters = list(inspect.signature(getattr(fast_lora, name)).parameters)
-        assert parameters[:2] == ["self", "X"], f"{name}({', '.join(parameters)})"
-
-
-def check_forwards(family: str, base: nn.Module) -> None:
-    """The forwards of a family look the slots up, and hand keyword arguments on to the decoder layers."""
-    from peft import PeftModelForCausalLM
-
-    module = importlib.import_module(f"unsloth.models.{family}")
-    getattr(module, f"Fast{family.capitalize()}Model").pre_patch()
-    layer = base.model.layers[0]
-    code = inspect.unwrap(type(layer.self_attn).forward).__code__
-    for slot in SLOTS:
-        assert slot in code.co_consts or slot in code.co_names, f"{code.co_name} does not look {slot} up"
-    for part in (PeftModelForCausalLM, type(base), type(base.model), type(layer)):
-        assert takes_keywords(part.forward), f"{part.__name__}.forward takes no keyword arguments"
-
-
-def takes_keywords(function) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())
-
-
-def failure_of(function, *args) -> str:
-    """The traceback of what ``function`` raises, or an empty string."""
-    try:
-        function(*args)
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
-def reference_steps(family: str) -> dict:
-    """Loss and gradients of plain PEFT, and of the PEFT backend in each setting."""
-    steps = {"dense": loss_and_gradients(make_lora(family), make_batch())}
-    for name, setting in SETTINGS.items():
-        model = make_lora(family)
-        attach(model, setting)
-        steps[name] = loss_and_gradients(model, make_batch())
-    return steps
-
-
-def compare_steps(base: nn.Module, expected: dict) -> None:
-    """Unsloth's steps against `reference_steps`: dense and sparse, padded and packed, checkpointed and not."""
-    for checkpointing in (False, True):
-        model = fused_by_unsloth(copy.deepcopy(base), checkpointing)
-        methods = {name: value for name, value in model.__dict__.items() if callable(value)}
-        assert_same(loss_and_gradients(model, make_batch()), expected["dense"])
-        for name, removal in itertools.product(SETTINGS, (True, False)):
-            assert attach(model, {**SETTINGS[name], "exact_removal": removal}).backend == "unsloth"
-            changed = {name for name in methods if model.__dict__[name] is not methods[name]}
-            assert changed <= {"save_pretrained"}, changed
-            what = f"{name}, exact removal {removal}, checkpointing {checkpointing}"
-            assert_same(loss_and_gradients(model, make_batch()), expected[name], f"{what}, padded")
-            assert_same(loss_and_gradients(model, packed_batch()), expected[name], f"{what}, packed")
-            assert get_state(model).ran == get_state(model).expected_parts()
-            detach(model)
-            assert all(model.__dict__[name] is methods[name] for name in methods)
-        for layer in decoder_layers(model):
-            assert layer.self_attn.apply_o.__name__ == "apply_lora_o"
-            assert layer.mlp.forward.__func__.__name__ == "apply_lora_mlp_swiglu"
-
-
-ALL_OF_THEM = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def check_rows_of_the_last_layer(base: nn.Module) -> None:
-    """Rows that its base weights are multiplied with: those that bear loss, but every row for keys and values."""
-    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch()
-    every, loss = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
-    whole, removed = dict.fromkeys(ALL_OF_THEM, every), dict.fromkeys(ALL_OF_THEM, loss)
-    removed |= {"k_proj": every, "v_proj": every}
-
-    def rows(**changes):
-        with LastLayerRows(model) as seen:
-            outcome = model(**{**batch, **changes})
-        return seen.rows, outcome
-
-    attach(model, {"preset": "dense", "exact_removal": False})
-    assert rows()[0] == whole
-    expected = rows(output_hidden_states=True)[1].hidden_states
-    detach(model)
-    report = attach(model, {"preset": "dense"})
-    assert report.num_sparse == 0
-    assert str(report).endswith(
-        "rows without loss: left out of logits and loss, the last layer's MLP, the last layer's queries and O "
-        "projection"
-    )
-    with HostSyncs() as syncs:
-        assert rows()[0] == removed
-    assert syncs.count == 1, syncs.count
-    seen, outcome = rows(output_hidden_states=True)
-    assert seen == whole
-    for ours, theirs in zip(outcome.hidden_states, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert rows(labels=None)[0] == whole
-    assert rows(labels=batch["input_ids"])[0] == whole, "too few rows to remove"
-    assert rows(packed_seq_lengths=None, position_ids=torch.arange(13).expand(3, -1))[0] == whole
-    with model.disable_adapter():
-        assert rows()[0] == whole
-    model.eval()
-    assert rows()[0] == whole
-    model.train()
-    detach(model)
-    attach(model, always(mlp={"0-1": 0.6}, self_attn={"0": 0.5}))
-    assert rows()[0] == removed
-    detach(model)
-    attach(model, always(mlp={"2": 0.6}, self_attn={}))
-    assert rows()[0] == removed
-    detach(model)
-    attach(model, {"preset": "dense"})
-    llama, original = sys.modules["unsloth.models.llama"], sys.modules["unsloth.models.llama"].unsloth_fused_ce_loss
-    llama.unsloth_fused_ce_loss = original.__wrapped__
-    with pytest.raises(SparsityError, match=r"did not end in Unsloth's fused loss.*exact_removal: false"):
-        model(**batch)
-    llama.unsloth_fused_ce_loss = original
-    detach(model)
-
-
-class LastLayerRows(TorchDispatchMode):
-    """Rows of the products with the base weights of a model's last layer, by projection."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        modules = dict(decoder_layers(model)[-1].named_modules())
-        self.names = {
-            module.base_layer.weight.data_ptr(): name.rpartition(".")[2]
-            for name, module in modules.items()
-            if hasattr(module, "base_layer")
-        }
-        self.rows = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            rows, weight = args[-2:]
-            if name := self.names.get(weight.data_ptr()):
-                assert name not in self.rows, "multiplied twice"
-                self.rows[name] = rows.shape[-2]
-        return function(*args, **(kwargs or {}))
-
-
-class HostSyncs(TorchFunctionMode):
-    """How often the host asks for a tensor's value."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-        names = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero")
-        self.methods = {getattr(torch.Tensor, name) for name in names}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += function in self.methods
-        return function(*args, **(kwargs or {}))
-
-
-def check_two_forwards_in_flight(base: nn.Module) -> None:
-    """Each recompute leaves out the rows of its own forward."""
-    model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
-    batches = make_batch(), make_batch(seed=1, lengths=((3, 9), (11, 1), (2, 2)))
-    expected = [loss_and_gradients(model, batch)[1] for batch in batches]
-    attach(model, {"preset": "dense"})
-    model.zero_grad()
-    losses = [model(**batch).loss for batch in batches]
-    for loss in losses:
-        loss.backward()
-    ours = {name: parameter.grad for name, parameter in loras(model).items()}
-    assert_same((0.0, ours), (0.0, {name: expected[0][name] + expected[1][name] for name in ours}))
-
-
-def check_memory_budget(base: nn.Module) -> None:
-    """A layer that keeps its activations runs once a step, and the gradients are the same."""
-    from sparse_unsloth import memory_budget
-
-    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), make_batch()
-    attach(model, SETTINGS["sparse"])
-    expected = loss_and_gradients(model, batch)
-    detach(model)
-    attach(model, {**SETTINGS["sparse"], "memory_budget": 2.0})
-    state, calls = get_state(model), Counter()
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
-    state.begin_training("test", max_steps=10)
-    state.set_step(0)
-    original = memory_budget.allocated
-    for room, kept in ((0, 0), (2**29, 3)):
-        memory_budget.allocated = lambda device, room=room: 2 * 2**30 - room
-        calls.clear()
-        assert_same(loss_and_gradients(model, batch), expected, f"{kept} kept")
-        assert state.planner.num_kept == kept
-        assert set(calls.values()) == {1 if kept else 2}, calls
-    memory_budget.allocated = original
-    state.end_training()
-    assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
-
-
-def check_every_gradient_comes(base: nn.Module) -> None:
-    """DDP waits for the gradient of every adapter, so a rank without dense or context rows must bring them all."""
-    batch = make_batch()
-    no_loss = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    no_context = {**batch, "labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
-    for checkpointing in (False, True):
-        model = fused_by_unsloth(copy.deepcopy(base), checkpointing)
-        for name, setting in SETTINGS.items():
-            attach(model, setting)
-            for what, rows in (("no loss", no_loss), ("no context", no_context)):
-                model.zero_grad(set_to_none=True)
-                model(**rows).loss.backward()
-                missing = [key for key, parameter in loras(model).items() if parameter.grad is None]
-                assert not missing, f"{name}, {what}, checkpointing {checkpointing}: {missing[:3]}"
-            detach(model)
-
-
-def check_left_padding(base: nn.Module) -> None:
-    """Unsloth's tokens attend to padding on their left: with nothing dropped that is what they find there."""
-    model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch(side="left")
-    expected = loss_and_gradients(model, batch)
-    attach(model, SETTINGS["nothing dropped"])
-    assert_same(loss_and_gradients(model, batch), expected)
-
-
-def check_benchmark(base: nn.Module) -> None:
-    """Its equality checks hold under Unsloth, with and without checkpointing, on one model."""
-    model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
-    for checkpointing in (True, False):
-        model = FastSparseLanguageModel.for_training(model, checkpointing)
-        assert model.get_base_model().model.gradient_checkpointing is checkpointing
-        plain = checks.plain_steps(model)
-        assert "from float32's" in checks.check(model, "unsloth-dense", plain)
-        for method in EQUAL_TO_PLAIN:
-            assert attach(model, sparsity_of(method, 3)).backend == "unsloth"
-            get_state(model).begin_training(driver="benchmark", max_steps=100)
-            get_state(model).set_step(0)
-            assert "from each other" in checks.check(model, method, plain)
-            detach(model)
-
-
-def calibration_of(model: nn.Module) -> Calibration:
-    """With few levels; output tokens are candidates too."""
-    return calibrate(
-        model,
-        [make_batch(seed) for seed in range(4)],
-        max_loss=0.05,
-        config={"estimator": {"rank": 4}},
-        mlp_levels=(0.25, 0.75),
-        attention_levels=(0.5,),
-        output_levels=(0.25,),
-        progress=False,
-    )
-
-
-def compare_calibrations(base: nn.Module, expected: Calibration) -> None:
-    """The same sensitivities and recipe as with the PEFT backend, and a model that is as it was."""
-    model = fused_by_unsloth(base, checkpointing=True)
-    before = loss_and_gradients(model, make_batch())
-    found = calibration_of(model)
-    assert get_state(model) is None
-    for part, curve in expected.alone.items():
-        for level, measured in curve.items():
-            ours, theirs = found.alone[part][level].divergence, measured.divergence
-            assert abs(ours - theirs) <= 1e-3 * theirs + 1e-6, f"{part} at {level}: {ours}, {theirs}"
-    assert found.chosen.recipe == expected.chosen.recipe
-    assert any(map(any, found.chosen.recipe))
-    assert_same(loss_and_gradients(model, make_batch()), before, "after the calibration")
-
-
-def packed_batch():
-    """`make_batch` without padding, as TRL under Unsloth sends it: one row, and the documents' lengths."""
-    padded = make_batch()
-    keep = padded["attention_mask"].bool()
-    lengths = keep.sum(1)
-    return {
-        "input_ids": padded["input_ids"][keep][None],
-        "labels": padded["labels"][keep][None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
-        "packed_seq_lengths": lengths.int(),
-    }
-
-
-def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
-    """A LoRA model of ``base`` as Unsloth's ``get_peft_model`` leaves it, in float32."""
-    from unsloth.models import llama
-
-    base.model.rotary_emb = rotary = Rotary(base.model.rotary_emb, base.config.max_position_embeddings)
-    for layer in base.model.layers:
-        layer.self_attn.rotary_emb = rotary
-        layer.self_attn.apply_qkv, layer.self_attn.apply_o = llama.original_apply_qkv, llama.original_apply_o
-    model = make_lora(base=base)
-    model.max_seq_length = base.config.max_position_embeddings
-    return llama.FastLlamaModel.patch_peft_model(model, use_gradient_checkpointing=checkpointing).train()
-
-
-class Rotary(nn.Module):
-    """Cosines and sines ``[positions, head_dim]`` of transformers, handed out as Unsloth's rotary embedding does."""
-
-    def __init__(self, rotary: nn.Module, length: int):
-        super().__init__()
-        self.tables = tuple(table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
-
-    def extend_rope_embedding(self, *args, **kwargs):
-        pass
-
-    def get_cached(self, *args, **kwargs):
-        return self.tables
-
-
-def replace_gpu_kernels() -> None:
-    """Unsloth's Triton kernels by the same mathematics, and what it does only when it loads a model itself."""
-    import bitsandbytes
-    from transformers import Trainer
-    from unsloth.kernels import fast_lora, swiglu, utils
-    from unsloth.models import llama, mistral
-
-    def rms_norm(norm, x, gemma=False, **kwargs):
-        return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
-
-    def rope(q, k, cos, sin, positions=None):
-        positions = torch.arange(q.shape[2])[None] if positions is None else positions.long()
-        cos, sin = cos[positions][:, None], sin[positions][:, None]
-        return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
-
-    def dequantize(weight, quant_state=None, out=None, use_global_buffer=False, dtype=None):
-        whole = weight if quant_state is None else bitsandbytes.functional.dequantize_4bit(weight, quant_state)
-        return whole if dtype is None else whole.to(dtype)
-
-    for module in (fast_lora, utils):
-        module.fast_dequantize = dequantize
-    llama.fast_rms_layernorm = rms_norm
-    llama.fast_rope_embedding = mistral.fast_rope_embedding = rope
-    fast_lora.swiglu_fg_kernel = lambda e, g: F.silu(e) * g
-    fast_lora.swiglu_DWf_DW_dfg_kernel = swiglu._DWf_DW_dfg_traced
-    # It fuses nothing over float32, which makes results exact here.
-    llama._base_weight_dtype = lambda projection: torch.bfloat16
-
-    def _fast_inner_training_loop(*args, **kwargs):
-        raise NotImplementedError("The trainer is not part of this.")
-
-    Trainer._inner_training_loop = _fast_inner_training_loop
-
-
-# Stand-ins for it
-
-
-def original_apply_qkv(self, X):
-    return self.q_proj(X), self.k_proj(X), self.v_proj(X)
-
-
-def original_apply_o(self, X):
-    return self.o_proj(X)
-
-
-def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, shift_labels=True):
-    raise NotImplementedError
-
-
-class SlotAttention(modeling_llama.LlamaAttention):
-    """Llama's attention, with its projections behind the two slots."""
-
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
-        projected = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
-        q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        mixed, _ = modeling_llama.eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
-        return getattr(self, "apply_o", original_apply_o)(self, mixed.flatten(2)), None
-
-
-class DeafAttention(SlotAttention):
-    """An attention that does not look the slots up any more."""
-
-    def forward(self, hidden_states, *args, **kwargs):
-        return self.o_proj(self.q_proj(hidden_states)), None
-
-
-class StandIn:
-    """Modules under Unsloth's names whose fused functions compute what PEFT does and note their calls."""
-
-    def __init__(self, monkeypatch):
-        self.calls = []
-        self.fast_lora, self.llama = ModuleType("fast_lora"), ModuleType("unsloth.models.llama")
-        for name in FUNCTIONS:
-            setattr(self.fast_lora, name, self._function(name))
-        self.llama.original_apply_qkv, self.llama.original_apply_o = original_apply_qkv, original_apply_o
-        self.mistral = ModuleType("unsloth.models.mistral")
-        self.llama.unsloth_fused_ce_loss = self.mistral.unsloth_fused_ce_loss = fused_loss
-        packages = {name: ModuleType(name) for name in ("unsloth", "unsloth.kernels", "unsloth.models")}
-        packages["unsloth.kernels"].fast_lora = self.fast_lora
-        packages["unsloth.models"].llama = self.llama
-        for name, module in packages.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setitem(sys.modules, "unsloth.kernels.fast_lora", self.fast_lora)
-        monkeypatch.setitem(sys.modules, "unsloth.models.llama", self.llama)
-        monkeypatch.setitem(sys.modules, "unsloth.models.mistral", self.mistral)
-
-    def _function(self, name):
-        def fused(module, X):
-            self.calls.append(name)
-            if name == "apply_lora_qkv":
-                return original_apply_qkv(module, X)
-            if name == "apply_lora_o":
-                return original_apply_o(module, X)
-            return module.down_proj(module.act_fn(module.gate_proj(X)) * module.up_proj(X))
-
-        return fused
-
-    def model(self, fused=(0, 1, 2)):
-        """`tiny`'s Llama with its functions fused in some layers, as Unsloth leaves it."""
-        model = make_lora("llama")
-        for index, layer in enumerate(decoder_layers(model)):
-            attention = layer.self_attn
-            attention.__class__ = SlotAttention
-            attention.apply_qkv, attention.apply_o = original_apply_qkv, original_apply_o
-            if index in fused:
-                layer.mlp.forward = MethodType(self.fast_lora.apply_lora_mlp_swiglu, layer.mlp)
-                attention.apply_qkv, attention.apply_o = self.fast_lora.apply_lora_qkv, self.fast_lora.apply_lora_o
-        return model
-
-    def called(self):
-        """The calls since the last question, sorted."""
-        calls, self.calls = sorted(self.calls), []
-        return calls
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
     return StandIn(monkeypatch)
-
-
-def slots(model):
-    """What stands in the replaceable places of each layer."""
-    return [
-        {
-            "mlp": layer.mlp.__dict__.get("forward"),
-            "tiled": layer.mlp.__dict__.get("_unsloth_forward"),
-            **{name: layer.self_attn.__dict__.get(name) for name in SLOTS},
-        }
-        for layer in decoder_layers(model)
-    ]
 
 
 def setting(**changes):
@@ -785,7 +284,3 @@ def test_a_model_on_the_compiled_path_is_refused():
     model.__dict__["_sparse_backend"] = "unsloth"
     with pytest.raises(AttachError, match=r"general compiled path.*backend='peft'"):
         attach(model, setting())
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(examine()))

@@ -5,7 +5,6 @@ own on the GPU.
 """
 
 import copy
-import importlib.util
 import sys
 from pathlib import Path
 from types import MethodType
@@ -20,11 +19,7 @@ from sparse_unsloth.errors import AttachError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_batch, make_lora
-
-contract_file = Path(__file__).parent / "test_unsloth_contract.py"
-spec = importlib.util.spec_from_file_location("whole_layers_contract", contract_file)
-contract = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(contract)
+from unsloth_stand_in import SlotAttention, StandIn, assert_same, decoder_layers, packed_batch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
@@ -47,16 +42,24 @@ class FastLayer(modeling_llama.LlamaDecoderLayer):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    stand_in = contract.StandIn(monkeypatch)
+    stand_in = StandIn(monkeypatch)
     setattr(stand_in.llama, unsloth_layer.FORWARD, fast_forward)
     return stand_in
 
 
-def make_model(stand_in, checkpointing=False, family="llama", lora=make_lora):
-    model = lora(base=make_base(family, use_cache=False))
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
+"""The interpreter runs a program for each row of a norm, so rows are few as well."""
+
+
+def small_batch(make=make_batch):
+    return make(lengths=((5, 3), (3, 2)))
+
+
+def make_model(stand_in, checkpointing=False, lora=make_lora):
+    model = lora(base=make_base("llama", use_cache=False, **SMALL))
     fast_lora = stand_in.fast_lora
-    for layer in contract.decoder_layers(model):
-        layer.__class__, layer.self_attn.__class__ = FastLayer, contract.SlotAttention
+    for layer in decoder_layers(model):
+        layer.__class__, layer.self_attn.__class__ = FastLayer, SlotAttention
         layer.mlp.forward = MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
         layer.self_attn.apply_qkv, layer.self_attn.apply_o = fast_lora.apply_lora_qkv, fast_lora.apply_lora_o
     if checkpointing:
@@ -85,38 +88,37 @@ RULES = {
 
 @pytest.mark.parametrize(
     ("rules", "checkpointing"),
-    [("both", False), ("both", "reentrant"), ("both", True), ("attention alone", "reentrant"),
-     ("no dense rows", "reentrant"), ("nothing dropped", False)],
-)  # fmt: skip
+    [("both", True), ("attention alone", "reentrant"), ("no dense rows", "reentrant"), ("nothing dropped", False)],
+)
 def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpointing):
     model = make_model(stand_in, checkpointing)
     configuration = {**always(**RULES[rules]), "exact_removal": False}
     attach(model, configuration)
-    expected = loss_and_gradients(model, make_batch())
+    expected = loss_and_gradients(model, small_batch())
     assert all(runtime.handed is None for runtime in get_state(model).runtimes.values())
     detach(model)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = spy(monkeypatch)
     attach(model, configuration)
     ran.clear()
-    ours = loss_and_gradients(model, make_batch())
+    ours = loss_and_gradients(model, small_batch())
     assert len(ran) == (6 if checkpointing else 3)
     assert get_state(model).ran == get_state(model).expected_parts()
-    contract.assert_same(ours, expected)
+    assert_same(ours, expected)
 
 
 def test_a_recompute_leaves_the_mlp_out(stand_in, monkeypatch):
     """With exact removal; gradients are those of a step without checkpointing."""
-    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     outcomes = []
-    for checkpointing in (False, "reentrant"):
+    for choice, checkpointing in (("torch", False), ("triton", "reentrant")):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
         model = make_model(stand_in, checkpointing)
         attach(model, {**always(**RULES["both"]), "exact_removal": False})
         get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
         ran = spy(monkeypatch)
-        outcomes.append(loss_and_gradients(model, make_batch()))
+        outcomes.append(loss_and_gradients(model, small_batch()))
         assert [plan.unread for plan in ran].count(True) == (3 if checkpointing else 0)
-    contract.assert_same(*outcomes)
+    assert_same(*reversed(outcomes))
 
 
 def test_grouped_biases_and_packed_rows(stand_in, monkeypatch):
@@ -126,20 +128,20 @@ def test_grouped_biases_and_packed_rows(stand_in, monkeypatch):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
         model = make_model(stand_in)
         with torch.no_grad():
-            for layer in contract.decoder_layers(model):
+            for layer in decoder_layers(model):
                 for name in ("q_proj", "k_proj", "v_proj"):
                     base = getattr(layer.self_attn, name).base_layer
                     values = torch.linspace(-0.2, 0.2, base.out_features)
                     base.bias = torch.nn.Parameter(values, requires_grad=False)
         attach(model, {**always(**RULES["both"]), "exact_removal": False})
-        outcomes.append(loss_and_gradients(model, contract.packed_batch()))
-    contract.assert_same(*reversed(outcomes))
+        outcomes.append(loss_and_gradients(model, small_batch(packed_batch)))
+    assert_same(*reversed(outcomes))
 
 
 def test_other_calls_run_the_layers_own_forward(stand_in, monkeypatch):
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    model, batch = make_model(stand_in), make_batch()
-    forwards = [layer.forward for layer in contract.decoder_layers(model)]
+    model, batch = make_model(stand_in), small_batch()
+    forwards = [layer.forward for layer in decoder_layers(model)]
     expected = model(**batch).loss
     attach(model, {**always(**RULES["both"]), "exact_removal": False})
     ran = spy(monkeypatch)
@@ -149,14 +151,14 @@ def test_other_calls_run_the_layers_own_forward(stand_in, monkeypatch):
     with model.disable_adapter():
         model(**batch)
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    contract.decoder_layers(model)[0].input_layernorm.weight.requires_grad_(True)
+    decoder_layers(model)[0].input_layernorm.weight.requires_grad_(True)
     assert not ran
     model(**batch)
     assert len(ran) == 2
     copied = copy.deepcopy(model)
-    assert contract.decoder_layers(copied)[1].forward.__self__ is contract.decoder_layers(copied)[1]
+    assert decoder_layers(copied)[1].forward.__self__ is decoder_layers(copied)[1]
     detach(model)
-    for layer, forward in zip(contract.decoder_layers(model), forwards, strict=True):
+    for layer, forward in zip(decoder_layers(model), forwards, strict=True):
         assert layer.forward == forward
         assert not {name for name in layer.self_attn.__dict__ if name.startswith("_sparse")}
         assert "_sparse_runtime" not in layer.__dict__
@@ -169,11 +171,11 @@ def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
     if why == "another forward":
         setattr(stand_in.llama, unsloth_layer.FORWARD, None)
     if why == "trained norm":
-        for layer in contract.decoder_layers(model):
+        for layer in decoder_layers(model):
             layer.input_layernorm.weight.requires_grad_(True)
     changes = {"lora_branch": "selected"} if why == "selected" else {}
     attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False, **changes})
-    assert all("forward" not in layer.__dict__ for layer in contract.decoder_layers(model))
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
 
 
 def test_a_layer_that_computes_something_else_is_refused(stand_in, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import CalibrationError
-from sparse_unsloth.words import parse, recipe_source
+from sparse_unsloth.words import command_parser, parse, recipe_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,14 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options that are not keys of a recipe; names come before them, and are not parsed here."""
     from sparse_unsloth.autosparsity.search import ATTENTION_LEVELS, MLP_LEVELS
 
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth calibrate",
-        usage="sparse-unsloth calibrate RECIPE|MODEL DATASET [options] [--key value ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("calibrate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
     bound = parser.add_mutually_exclusive_group()
     bound.add_argument(
         "--budget",

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 from sparse_unsloth.attachment import attach, detach, get_state
 from sparse_unsloth.autosparsity.journal import Journal
 from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.estimator import Estimator
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import CONTEXT_ARGUMENT, SparseContext, SparsityState
+from sparse_unsloth.runtime import SparsityState
 from sparse_unsloth.selection import ChannelSelector
 from sparse_unsloth.tensor_file import raw_bytes
 

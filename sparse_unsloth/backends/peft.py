@@ -19,10 +19,10 @@ from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.errors import AttachError, BackendError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
+from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
-from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, read_base, read_projection
 

@@ -23,8 +23,8 @@ from sparse_unsloth.backends import unsloth_layer
 from sparse_unsloth.backends.peft import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
+from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import read_projection
 
 logger = logging.getLogger("sparse_unsloth")

@@ -18,9 +18,9 @@ from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
+from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import MLP_PROJECTIONS
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import Projection, read_projection
 
 TOLERANCE = 0.03

@@ -41,6 +41,7 @@ from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_
 from sparse_unsloth.bench.table import PROFILE_COLUMNS, STEP, append_rows, profile_path, read_rows, report
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
+from sparse_unsloth.words import command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 EPILOG = f"""\
@@ -52,14 +53,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth bench",
-        usage="%(prog)s --model MODEL [options] [--then further options] ...",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("bench", __doc__, EPILOG, "--model MODEL [options] [--then further options] ...")
     in_source = ROOT / "benchmarks" / "results"
     table = in_source / "speed.csv" if in_source.is_dir() else Path("speed.csv")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")

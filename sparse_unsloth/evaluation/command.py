@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_unsloth.evaluation.model import EvaluationError, Source, find_source
+from sparse_unsloth.words import command_parser, positive
 
 DESCRIPTION = """\
 Evaluates runs (folders that `sparse-unsloth train` wrote), adapter folders, or plain models. Results go to
@@ -36,20 +37,14 @@ SUITES = ("humaneval", "humaneval-plus", "mt-bench", "commonsense", "arithmetic"
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the words behind ``evaluate``."""
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth evaluate",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("evaluate", DESCRIPTION, EPILOG)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run, adapter or model folder, or a hub name")
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="SUITE")
     parser.add_argument("--base", action="store_true", help="the base model of each run, without its adapter")
     parser.add_argument("--output-dir", help="where results go, instead of the run folder; for one RUN")
-    parser.add_argument("--limit", type=_positive, help="the first so many items only")
-    parser.add_argument("--batch-size", type=_positive, help="prompts at a time (default: the suite's own)")
-    parser.add_argument("--max-new-tokens", type=_positive, help="longest answer (default: the suite's own)")
+    parser.add_argument("--limit", type=positive, help="the first so many items only")
+    parser.add_argument("--batch-size", type=positive, help="prompts at a time (default: the suite's own)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's own)")
     code = parser.add_argument_group("humaneval")
     code.add_argument("--execute-code", action="store_true", help="run what the model wrote, to score it")
     code.add_argument("--problems", help="a file in HumanEval's (or EvalPlus') format instead of the package's")
@@ -116,10 +111,3 @@ def evaluate(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
 
     asked = {name: getattr(arguments, name) for name in ("data", "tasks", "shots")}
     return evaluate_harness(source, folder, arguments.suite, **asked, **options)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
-    return number

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_unsloth.words import command_parser
+
 DESCRIPTION = """\
 Says what sparsity did in a training, or does in one that runs: by layer, how many channels are kept from step to step,
 what they capture of the energy that the best ones would, and the FLOPs saved. Writes explain.md and explain.png.
@@ -16,12 +18,7 @@ sparsity block says how often it looks (default: every 50 sparse steps)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth explain",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("explain", DESCRIPTION)
     parser.add_argument("run", metavar="RUN", help="the training's output folder")
     parser.add_argument("--output-dir", help="for report and picture (default: RUN)")
     parser.add_argument("--json", action="store_true", help="print the records as JSON, and write nothing")

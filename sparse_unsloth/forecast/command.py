@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.words import parse, recipe_source
+from sparse_unsloth.words import command_parser, parse, recipe_source
 
 DESCRIPTION = """\
 Says, before any training, what sparsity will gain: the context share of the data under this template and loss setting,
@@ -29,14 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options that are not keys of a recipe; names come before them, and are not parsed here."""
     from sparse_unsloth.forecast.estimate import SAMPLES
 
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth estimate",
-        usage="sparse-unsloth estimate RECIPE|MODEL DATASET [options] [--key value ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("estimate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
     parser.add_argument("--preset", help="o1, o2, dense, or a sparsity file (MODEL DATASET: o1 by default)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="to look at, 0 for all (default: %(default)s)")
     parser.add_argument("--device", help="a measured GPU, such as h200 (default: the newest measurements)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparse_unsloth.study.comparison import TESTS
 from sparse_unsloth.study.components import METHODS
+from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
 Studies of low rank. Each writes CSV files (every trial, aggregates, paired tests) and a picture into --outdir.
@@ -38,13 +39,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sparse-unsloth study",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("study", DESCRIPTION, EPILOG)
     studies = parser.add_subparsers(dest="study", metavar="STUDY", required=True)
 
     toy = _study(studies, "toy", "random and power-law matrices")

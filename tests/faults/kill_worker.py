@@ -1,24 +1,26 @@
-"""A small training that ends itself by SIGKILL in the middle of something, and resumes; run by `test_kill`.
+"""A small training that ends itself by SIGKILL in the middle of something, and resumes; for `test_kill`.
 
-    python tests/faults/kill_worker.py OUT
-
-Every scenario runs in forked processes: one that is killed, one that goes on. OUT/results.json has what came of it.
+Every scenario runs in forked processes: one that is killed, one that goes on.
 """
 
+import itertools
 import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import fork, wait_for
 from tiny import always, make_batch, make_lora
 
 from sparse_unsloth import attach, calibration, get_state, tensor_file
 from sparse_unsloth.checkpoints import last_whole_checkpoint
+from sparse_unsloth.tensor_file import write_tensors
 
 ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4),)).items()} for n in range(32)]
 STEPS = 6
@@ -102,35 +104,30 @@ def train(folder: Path, place: str | None) -> dict:
     }
 
 
-def forked(folder: Path, place: str | None, result: Path) -> int:
-    """The status of a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            result.write_text(json.dumps(train(folder, place)))
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
-
-
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
+def run(out: Path) -> dict:
+    """By the place of death: what killed the first process, whether it left an estimator, and what the second did."""
     results = {}
     for place in (None, *PLACES):
         folder = out / str(place).replace(" ", "-")
         folder.mkdir()
-        result = out / "result.json"
+        result, said = folder / "result.json", folder / "said.txt"
+
+        def work(place, folder=folder, result=result):
+            torch.set_num_threads(1)
+            result.write_text(json.dumps(train(folder, place)))
+
         killed = None
         if place is not None:
-            killed = os.WTERMSIG(forked(folder, place, result))
+            killed = os.WTERMSIG(*wait_for([fork(partial(work, place), said)]))
         estimator = (folder / "estimator.safetensors").exists()
-        status = forked(folder, None, result)
-        assert status == 0, f"{place}: the resumed process failed"
-        results[str(place)] = {"killed": killed, "estimator": estimator, **json.loads(result.read_text())}
-    (out / "results.json").write_text(json.dumps(results))
+        assert wait_for([fork(partial(work, None), said)]) == [0], f"{place}: {said.read_text()[-5000:]}"
+        results[place] = {"killed": killed, "estimator": estimator, **json.loads(result.read_text())}
+    return results
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def write_for_ever(path: Path, ready: int) -> None:
+    """One tensor file after another; a byte into the pipe ``ready`` once the first is there."""
+    for number in itertools.count(1):
+        write_tensors(path, {"value": torch.full((300_000,), float(number))}, {"number": str(number)})
+        if number == 1:
+            os.write(ready, b".")

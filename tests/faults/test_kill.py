@@ -1,13 +1,12 @@
 """kill -9 in the middle of calibration, of writing the estimator, of a checkpoint, of a step: nothing half-written is
 used, and the resumed run ends with the same bits as one that was never killed."""
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,11 @@ import torch
 from sparse_unsloth.checkpoints import last_whole_checkpoint
 from sparse_unsloth.tensor_file import read_tensors
 
-FAULTS = Path(__file__).parent
-ROOT = FAULTS.parents[1]
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-}
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import kill_worker
+from processes import fork, needs_fork, wait_for
+
 BEGINS_FROM = {
     "calibration": None,
     "estimator": None,
@@ -34,13 +30,11 @@ BEGINS_FROM = {
 }
 
 
+@needs_fork
 @pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
-    command = [sys.executable, str(FAULTS / "kill_worker.py"), str(tmp_path)]
-    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-5000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    whole = results.pop("None")
+    results = kill_worker.run(tmp_path)
+    whole = results.pop(None)
     assert whole["enabled"] == [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     assert set(results) == set(BEGINS_FROM)
     for place, resumed in results.items():
@@ -51,31 +45,19 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
             assert resumed[name] == whole[name], f"{place}: {name}"
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from sparse_unsloth.tensor_file import write_tensors
-number = 0
-while True:
-    number += 1
-    write_tensors(Path(sys.argv[1]), {"value": torch.full((300_000,), float(number))}, {"number": str(number)})
-    if number == 1:
-        print("ready", flush=True)
-"""
-
-
+@needs_fork
 def test_a_tensor_file_is_whole_whenever_its_writer_is_killed(tmp_path):
     path, seen = tmp_path / "estimator.safetensors", set()
     chance = random.Random(0)
     for _ in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout.readline() == "ready\n"
+        ready, written = os.pipe()
+        writer = fork(partial(kill_worker.write_for_ever, path, written), tmp_path / "said.txt")
+        os.close(written)
+        assert os.read(ready, 1) == b".", (tmp_path / "said.txt").read_text()
+        os.close(ready)
         time.sleep(chance.uniform(0.01, 0.1))
-        writer.kill()
-        writer.wait()
-        writer.stdout.close()
+        os.kill(writer, signal.SIGKILL)
+        wait_for([writer])
         tensors, metadata = read_tensors(path)
         assert torch.equal(tensors["value"], torch.full((300_000,), float(metadata["number"])))
         seen.add(metadata["number"])

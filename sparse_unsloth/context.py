@@ -1,0 +1,69 @@
+"""What travels with one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparse_unsloth.explain.observer import Observation
+from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
+
+CONTEXT_ARGUMENT = "sparse_context"
+"""The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
+
+
+class SparseContext:
+    """One forward: its partition, its share of the configured sparsity, and the channels that its layers chose.
+
+    It travels as a keyword argument, so a recompute under gradient checkpointing sees the object of its own forward and
+    finds there the channels that the first pass chose.
+
+    Attributes:
+        partition: the roles of the rows.
+        scale: share of the configured sparsity; at 0 every layer is dense.
+        loss_only: the last layer leaves out the rows without loss.
+        loss_reached: set by the loss that makes this right.
+        probe: the forward that attaching proves the hooks by; it keeps every channel.
+        step: optimiser steps done, or None where nothing counts them.
+        observation: where this forward is one that `explain` looks at.
+        paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
+    """
+
+    def __init__(
+        self,
+        partition: TokenPartition,
+        scale: float,
+        loss_only: bool = False,
+        step: int | None = None,
+        paused: frozenset[tuple[int, str]] = frozenset(),
+    ):
+        self.partition = partition
+        self.scale = scale
+        self.loss_only = loss_only
+        self.paused = paused
+        self.loss_reached = False
+        self.probe = False
+        self.step = step
+        self.observation: Observation | None = None
+        self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
+        self.ran: set[tuple[int, str]] = set()
+        self._memos: dict[int, dict[str, Any]] = {}
+        self._derived: dict[str, TokenPartition] = {}
+
+    def memo(self, index: int) -> dict[str, Any]:
+        """What the MLP of layer ``index`` keeps from this forward to its recompute."""
+        return self._memos.setdefault(index, {})
+
+    def rows_with_loss(self, sparse: bool) -> TokenPartition:
+        """The partition of the last layer behind its keys and values, where it is sparse or dense."""
+        key = f"loss rows, sparse={sparse}"
+        if key not in self._derived:
+            self._derived[key] = rows_with_loss(self.partition, sparse)
+        return self._derived[key]
+
+    def every_row_dense(self) -> TokenPartition:
+        """The partition of what the last layer computes densely for all rows."""
+        if "every row" not in self._derived:
+            self._derived["every row"] = every_row_dense(self.partition)
+        return self._derived["every row"]

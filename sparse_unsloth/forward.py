@@ -1,0 +1,158 @@
+"""Opening and closing a forward of an attached model: whether it is sparse, and what its layers will need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparse_unsloth.calibration import sequence_starts
+from sparse_unsloth.config import OUTPUT
+from sparse_unsloth.context import SparseContext
+from sparse_unsloth.distributed import rank
+from sparse_unsloth.errors import EstimatorError, SparsityError
+from sparse_unsloth.explain.observer import Observation
+from sparse_unsloth.last_layer import loss_is_fused, worth_removing
+from sparse_unsloth.nonfinite import notice_nonfinite_scores
+from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
+
+if TYPE_CHECKING:
+    from sparse_unsloth.runtime import SparsityState
+
+
+def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
+    """The context of a forward that begins, or None where it must be dense.
+
+    Raises:
+        SparsityError: a training forward with a schedule that nothing drives.
+        EstimatorError: the estimator still waits for calibration samples.
+    """
+    if not model.training or not (state.runtimes or state.last_layer):
+        return None
+    if args:
+        kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+    scale = _current_scale(state) if state.runtimes else 0.0
+    if kwargs.get("labels") is None:
+        if state.planner is not None:
+            state.planner.restore()
+        if state.runtimes:
+            state.say_once(
+                "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
+                "take them away), so its tokens have no roles and it ran dense."
+            )
+        return None
+    loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
+    if not (state.runtimes or loss_only):
+        return None
+    partition = _partition(state, kwargs)
+    if state.planner is not None:
+        state.planner.plan(partition, scale if len(partition.context) else 0.0)
+    state.counts.forwards += 1
+    state.counts.context_tokens += len(partition.context)
+    state.counts.dense_tokens += len(partition.dense)
+    if not (len(partition.context) or (state.tiers and len(partition.output))):
+        scale = 0.0
+    paused: frozenset[tuple[int, str]] = frozenset()
+    if scale > 0:
+        if state.selector is None:
+            raise _no_estimator(state)
+        if state.step is None and state.config.refresh_steps > 1:
+            state.say_once(
+                f"refresh_steps is {state.config.refresh_steps}, but nothing counts the optimiser steps (no "
+                "trainer, no set_step()), so channels are chosen anew in every forward."
+            )
+        state.counts.sparse_forwards += 1
+        state.sparse_forwards_in_step += torch.is_grad_enabled()
+        notice_nonfinite_scores(state)
+        paused = state.watch.pause()
+        state.paused_in_step |= paused
+    elif state.last_layer is None:
+        return None
+    context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    if scale > 0 and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
+        context.observation = _observe(state, partition, scale, kwargs)
+    return context
+
+
+def close_forward(state: SparsityState, context: SparseContext | None) -> None:
+    """Checks a forward that ended well, and has its scores looked at.
+
+    Raises:
+        SparsityError: rows were left out for a loss that did not come.
+    """
+    if context is None:
+        return
+    state.watch.look(context)
+    if context.loss_only and not context.loss_reached:
+        raise SparsityError(
+            "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
+            "over the model's own output head, so what it returned may not be complete. Something replaced the "
+            "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
+            "exact_removal: false."
+        )
+
+
+def _no_estimator(state: SparsityState) -> EstimatorError:
+    if rank():
+        return EstimatorError(
+            f"Rank {rank()} has no estimator yet: rank 0 hands its own out when training begins. Train through a "
+            "trainer that was built after attaching, or let every rank call get_state(model).begin_training(driver, "
+            "max_steps) before its first step, with torch.distributed initialised."
+        )
+    return EstimatorError(
+        f"The estimator of kind {state.config.estimator.kind!r} still waits for calibration samples. Train through a "
+        "transformers or TRL trainer (it then takes the first training samples), or pass calibration_samples= to "
+        "get_peft_model() or attach(), or set estimator kind 'svd', which needs none."
+    )
+
+
+def _observe(
+    state: SparsityState, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]
+) -> Observation:
+    layout = (arguments.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths"))
+    starts = sequence_starts(arguments["labels"], *layout)
+    tiers = (("", state.layer_sparsity), (OUTPUT, state.output_sparsity))
+    sparsity = {
+        (index, f"{prefix}{part}"): value * scale
+        for prefix, layers in tiers
+        for index, layer in enumerate(layers)
+        for part, value in layer._asdict().items()
+    }
+    return state.observer.open(state.step, partition, starts, state.layers, sparsity)
+
+
+def _partition(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
+    """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
+    if is_sequence_classifier(state.model):
+        return partition_of(state.model, arguments, state.config.dense_tokens)
+    layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
+    if state.runtimes:
+        layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+    return TokenPartition.from_labels(
+        arguments["labels"],
+        **layout,
+        dense_tokens=state.config.dense_tokens,
+        # Unsloth drops the mask in training, and tokens attend to padding on their left.
+        padding_masked=state.backend_name != "unsloth",
+        tiers=state.tiers,
+    )
+
+
+def _current_scale(state: SparsityState) -> float:
+    if state.driver is not None:
+        return state.scale
+    schedule = state.config.schedule
+    if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
+        return 1.0
+    if not torch.is_grad_enabled():
+        return 0.0
+    raise SparsityError(
+        f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "
+        f"end_step={state.config.end_step}), but nothing drives it. Build the trainer after attaching: it then gets "
+        "a SparsityCallback by itself; or add SparsityCallback() to its callbacks. In a training loop of your own "
+        "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
+        "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
+    )

@@ -1,0 +1,150 @@
+"""What a hooked layer reads of the forward that runs through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.config import OUTPUT, LayerSparsity
+from sparse_unsloth.context import SparseContext
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
+
+if TYPE_CHECKING:
+    from sparse_unsloth.runtime import SparsityState
+
+DENSE = LayerSparsity(0.0, 0.0)
+
+
+class LayerRuntime:
+    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
+
+    ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
+    ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
+    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them.
+    """
+
+    def __init__(
+        self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity, output: LayerSparsity = DENSE
+    ):
+        self.state = state
+        self.layer = layer
+        self.sparsity = sparsity
+        self.output = output
+        self.context: SparseContext | None = None
+        self.parts: tuple[str, ...] = ()
+        self.handed: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def is_sparse(self, part: str) -> bool:
+        """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
+        context = self.context
+        if context is None or context.scale <= 0:
+            return False
+        if getattr(self.sparsity, part) <= 0 and getattr(self.output, part) <= 0:
+            return False
+        return not context.paused or (self.layer.index, part) not in context.paused
+
+    def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
+        """The rows that ``part`` computes, or None where ``module``'s own function does.
+
+        That is so whenever the module's own ``training`` flag is off. In the last layer these are the rows of the MLP
+        and of the O projection; its keys and values need every row.
+        """
+        context, sparse = self.context, self.is_sparse(part)
+        if context is None or not module.training:
+            return None
+        if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
+            return context.rows_with_loss(sparse)
+        return context.partition if sparse else None
+
+    def _mlp_scores_every_row(self, part: str) -> bool:
+        """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
+
+        It is with ``dense_tokens="none"``: rows with loss are context then, and their channels are chosen among all.
+        """
+        return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
+
+    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> tuple[Tensor | None, Tensor | None]:
+        """int64 ``[k]``: the MLP channels that context rows and output tokens keep in this forward; None: all of them.
+
+        Args:
+            hidden_states: the MLP's input, ``[..., hidden_size]``.
+            partition: what `partition` gave for the MLP.
+        """
+        chosen, output = self._tiers("mlp", hidden_states, partition)
+        if output is None:
+            # Without context rows there is nothing to choose, and nothing that the choice would change.
+            return (partition.dense[:0] if chosen is None else chosen.channels), None
+        return (None if chosen is None else chosen.channels), output.channels
+
+    def attention_channels(
+        self, partition: TokenPartition, hidden_states: Tensor | None = None
+    ) -> tuple[AttentionSelection | None, AttentionSelection | None]:
+        """The attention channels of context rows and of output tokens, None: all of them; arguments as `mlp_channels`.
+
+        ``hidden_states`` is the input of Q, K, V.
+
+        Raises:
+            AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
+        """
+        return self._tiers("self_attn", hidden_states, partition)
+
+    def mlp_of_context(self, context_rows: Tensor) -> MlpSelection:
+        """The MLP's selection of this forward, from its input on the context rows alone, ``[n, hidden_size]``."""
+        return self._selection("mlp", "mlp", context_rows, self.sparsity.mlp, None)
+
+    def attention_of_context(self, context_rows: Tensor | None) -> AttentionSelection:
+        """The attention's likewise; None once Q, K, V have chosen."""
+        return self._selection("self_attn", "self_attn", context_rows, self.sparsity.self_attn, None)
+
+    def record_run(self, part: str) -> None:
+        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
+        self.context.ran.add((self.layer.index, part))
+        if torch.is_grad_enabled() and self.is_sparse(part):
+            self.state.ran.add((self.layer.index, part))
+
+    def compensation(self) -> Compensation | None:
+        """The stand-in for this layer's dropped MLP channels, where one was fitted; a ramp drops others: None."""
+        estimator = self.state.estimator
+        if estimator is None or self.context.scale != 1.0:
+            return None
+        return estimator.compensation.get(self.layer.index)
+
+    def _tiers(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        context, output = None, None
+        if len(partition.context) and getattr(self.sparsity, part) > 0:
+            rows = self.context.partition.context
+            context = self._selection(part, part, hidden_states, getattr(self.sparsity, part), rows)
+        if partition.output is not None and len(partition.output) and getattr(self.output, part) > 0:
+            # By the tokens that bear loss, because the last layer may compute no others (exact removal).
+            whole = self.context.partition
+            rows = whole.output_loss if len(whole.output_loss) else whole.output
+            output = self._selection(part, f"{OUTPUT}{part}", hidden_states, getattr(self.output, part), rows)
+        return context, output
+
+    @torch.no_grad()
+    def _selection(self, part: str, name: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
+        """The choice by ``rows`` of ``hidden_states``; None: these are the tier's rows alone."""
+        key = (self.layer.index, name)
+        chosen = self.context.selections.get(key)
+        if chosen is None:
+            if hidden_states is None:
+                raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
+            sparsity, step = sparsity * self.context.scale, self.context.step
+            chosen = self.state.kept.find(key, step, sparsity)
+            if chosen is None:
+                select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+                chosen = select(self.layer, hidden_states, sparsity, rows)
+                self.state.kept.put(key, step, sparsity, chosen)
+            if part == "mlp" and chosen.order is not None:
+                memo = self.context.memo(self.layer.index)
+                (memo if name == part else memo.setdefault("output", {}))["order"] = chosen.order
+            self.context.selections[key] = chosen
+        if self.context.observation is not None and hidden_states is not None:
+            self.state.observer.see(self.context.observation, self.layer, name, hidden_states, chosen, rows is None)
+        return chosen

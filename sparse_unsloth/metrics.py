@@ -1,0 +1,51 @@
+"""What sparsity did between two log lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparse_unsloth.nonfinite import notice_nonfinite_scores
+
+if TYPE_CHECKING:
+    from sparse_unsloth.runtime import SparsityState
+
+
+@dataclass
+class ForwardCounts:
+    """Training forwards with labels and their tokens, padding left out."""
+
+    forwards: int = 0
+    sparse_forwards: int = 0
+    context_tokens: int = 0
+    dense_tokens: int = 0
+
+
+def metrics(state: SparsityState) -> dict[str, float]:
+    """What sparsity did since the last call; empty counts give zeros, a model without sparse layers nothing."""
+    if not state.runtimes:
+        return {}
+    tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
+    mean = [sum(values) / state.num_layers for values in zip(*state.layer_sparsity, strict=True)]
+    figures = {
+        "sparsity/enabled": float(state.scale > 0),
+        "sparsity/scale": state.scale,
+        "sparsity/context_share": state.counts.context_tokens / tokens,
+        "sparsity/sparse_forwards": state.counts.sparse_forwards / max(state.counts.forwards, 1),
+        "sparsity/mean_mlp": mean[0] * state.scale,
+        "sparsity/mean_self_attn": mean[1] * state.scale,
+    }
+    notice_nonfinite_scores(state)
+    if state.watch.events:
+        figures["sparsity/nonfinite"] = float(state.watch.events)
+        state.watch.events = 0
+    if state.planner is not None:
+        figures["sparsity/kept_layers"] = float(state.planner.num_kept)
+    if state.tiers:
+        means = [sum(values) / state.num_layers for values in zip(*state.output_sparsity, strict=True)]
+        figures |= {
+            "sparsity/mean_output_mlp": means[0] * state.scale,
+            "sparsity/mean_output_self_attn": means[1] * state.scale,
+        }
+    state.counts = ForwardCounts()
+    return figures
