@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
+from sparse_unsloth.backends import unsloth as backend
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
-from sparse_unsloth.backends import unsloth as backend
 from sparse_unsloth.errors import SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))

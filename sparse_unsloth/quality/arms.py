@@ -148,6 +148,9 @@ ARMS: dict[str, Arm] = {
     "static-50": half(0.5, selector="static"),
     "cut-tail-10": Arm(cut=99, end=0.9),
     "backward-25": half(0.75, kind="backward", end=1.0),
+    # Where the dense curve is flat nothing can be won: the same with fewer steps meets it where it is steep.
+    "backward-0-70": half(1.0, kind="backward", end=1.0, steps=0.7),
+    "backward-25-65": half(0.75, kind="backward", end=1.0, steps=0.65),
     "cut-lower": Arm(cut=15, end=1.0),
     "comp-10-refit": half(0.9, **STAND_IN, end=0.9, refits=(0.15, 0.3, 0.45, 0.6), stream="sparse"),
     "recipe": Arm(**RECIPE),
