@@ -12,6 +12,8 @@ from torch import nn
 
 CHECKPOINTING = {"unsloth": "unsloth", "True": True, "False": False}
 """What ``use_gradient_checkpointing`` is given, by the word of the command line."""
+MOST_LEFT = 1.0
+"""GiB: buffers that Unsloth keeps for all models."""
 
 
 class Models:
@@ -26,25 +28,38 @@ class Models:
         self.backend, self.max_seq_length = backend, max_seq_length
         self._model: nn.Module | None = None
         self._weights: tuple | None = None
-        self._checkpointing: str | None = None
+        self._loaded_with = self._now = None  # checkpointing
 
-    def get(self, args: argparse.Namespace) -> nn.Module:
-        """The model of these words; the one before it, if that differs in its checkpointing being off at most."""
+    def get(self, args: argparse.Namespace) -> nn.Module | None:
+        """The model of these words; the one before it, if that differs in its checkpointing being off at most.
+
+        None if one before it could not be freed, and would be counted in every peak: take another process.
+        """
         from sparse_unsloth import FastSparseLanguageModel
 
         weights = args.model, args.dtype, args.rank
-        if self._weights != weights or args.checkpointing not in (self._checkpointing, "False"):
-            self.drop()
+        if self._weights != weights or args.checkpointing not in (self._loaded_with, "False"):
+            if self.drop() > MOST_LEFT:
+                return None
             self._model = load_model(args, self.backend, self.max_seq_length)
-            self._weights, self._checkpointing = weights, args.checkpointing
-        return FastSparseLanguageModel.for_training(self._model, CHECKPOINTING[args.checkpointing])
+            self._weights, self._loaded_with, self._now = weights, args.checkpointing, args.checkpointing
+        if args.checkpointing != self._now:
+            self._model = FastSparseLanguageModel.for_training(self._model, CHECKPOINTING[args.checkpointing])
+            self._now = args.checkpointing
+        return self._model
 
-    def drop(self) -> None:
-        """Frees the model's memory; nobody else may hold it."""
+    def drop(self) -> float:
+        """Lets go of the model; what stays allocated, in GiB."""
+        used = self._model is not None
         self._model = self._weights = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if not torch.cuda.is_available():
+            return 0.0
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated() / 2**30
+        if used:
+            print(f"the model was dropped, {left:.2f} GiB stay allocated", flush=True)
+        return left
 
 
 def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 2048) -> nn.Module:

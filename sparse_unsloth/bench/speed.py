@@ -128,16 +128,17 @@ def main(argv: Sequence[str]) -> int:
     models = Models(backend, max(2048, *(shape.length for args in runs for shape in args.shapes.values())))
     complete, further = True, []
     for args in runs:
-        by_backend = {"unsloth": [], "peft": []}
-        for method in args.methods:
-            by_backend[backend_of(method)].append(method)
-        if methods := by_backend[backend]:
-            model = models.get(args)
+        methods = [method for method in args.methods if backend_of(method) == backend]
+        others = [method for method in args.methods if method not in methods]
+        model = models.get(args) if methods else None
+        if model is not None:
             complete = Run(args, model).measure(methods) and complete
             print(report(rows_of_run(args), ModelShape.from_config(model.config), methods), flush=True)
             del model
-        if backend == "unsloth" and (methods := by_backend["peft"]):
-            further += [THEN] * bool(further) + [*args.words, "--methods", ",".join(methods), "--date", args.date]
+        else:
+            others = args.methods
+        if others:
+            further += [THEN] * bool(further) + [*args.words, "--methods", ",".join(others), "--date", args.date]
     models.drop()
     if further:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child hears it too, and still writes its rows
