@@ -1,7 +1,7 @@
 """The kernels' benchmark rehearsed, every kernel in guarded memory, and that the checks find what they are for."""
 
 import csv
-import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -16,14 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def modules():
     """kernel_cases, kernel_checks, the benchmark, the sanitizer's script and the planted overrun."""
     folders = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
-    names = ("kernel_cases", "kernel_checks", "kernels", "sanitize", "overrun")
     sys.path[:0] = folders
     try:
-        found = {name: importlib.import_module(name) for name in names}
+        found = {
+            name: importlib.import_module(name) for name in ("kernel_cases", "kernel_checks", "sanitize", "overrun")
+        }
+        # Not by its name, which is also that of a package of Hugging Face.
+        spec = importlib.util.spec_from_file_location("benchmarks_kernels", ROOT / "benchmarks" / "kernels.py")
+        found["kernels"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found["kernels"])
     finally:
         for folder in folders:
             sys.path.remove(folder)
-        sys.modules.pop("kernels", None)  # Hugging Face's package of that name
     return found
 
 
