@@ -67,13 +67,14 @@ def record_selections(model):
     return contexts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("family", "side"), [*((family, "right") for family in FAMILIES), ("llama", "left"), ("gemma2", "left")]
+)
 def test_nothing_dropped_equals_plain_peft(family, side):
     plain, sparse = make_lora(family), make_lora(family)
     attach(sparse, always(mlp={"all": NOTHING_DROPPED}, self_attn={"all": NOTHING_DROPPED}))
     optimisers = [torch.optim.AdamW(loras(model).values(), lr=1e-3) for model in (plain, sparse)]
-    for step in range(20):
+    for step in range(8):
         batch = make_batch(step, side)
         plain_loss, plain_gradients = loss_and_gradients(plain, batch)
         sparse_loss, sparse_gradients = loss_and_gradients(sparse, batch)
@@ -86,9 +87,14 @@ def test_nothing_dropped_equals_plain_peft(family, side):
         torch.testing.assert_close(loras(sparse)[name], parameter, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("criterion", ["estimator", "random"])
+@pytest.mark.parametrize(
+    ("family", "side", "criterion"),
+    [
+        *((family, "right", "estimator") for family in FAMILIES),
+        *(("llama", side, criterion) for side, criterion in (("left", "estimator"), ("right", "random"))),
+        ("qwen3", "left", "random"),
+    ],
+)
 def test_sparse_model_equals_masked_model(family, side, criterion):
     sparse, masked = make_lora(family), make_lora(family)
     attach(sparse, always(criterion=criterion))

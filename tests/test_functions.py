@@ -1,5 +1,7 @@
 """The autograd functions against the masked expressions beside them: values, exact gradients, dtypes, 4-bit."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -80,15 +82,14 @@ def test_activation_slopes(kind):
     torch.testing.assert_close(ours, slope)
 
 
-@pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
 @pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(
-    ("activation", "lora", "bias", "compensated"),
+    ("roles", "activation", "lora", "bias", "compensated"),
     [
-        ("silu", "gud", False, False),
-        ("gelu", "gd", True, True),
-        ("gelu_tanh", "", False, True),
-        ("silu", "u", True, False),
+        *((roles, "silu", "gud", False, False) for roles in PARTITIONS.values()),
+        *((roles, "gelu", "gd", True, True) for roles in ("ccd cpd", "dd", "cc", "c", "pp")),
+        *((roles, "gelu_tanh", "", False, True) for roles in ("ccd cpd", "cc")),
+        *((roles, "silu", "u", True, False) for roles in ("ccd cpd", "cd")),
     ],
 )
 def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
@@ -108,10 +109,15 @@ def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
     assert gradcheck(lambda x, *_: sparse_mlp(x, *arguments), inputs)
 
 
-@pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
 @pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-@pytest.mark.parametrize(("lora", "bias"), [("qkv", True), ("v", False), ("", True)])
-@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("roles", "lora", "bias", "groups"),
+    [
+        *((roles, "qkv", True, 3) for roles in PARTITIONS.values()),
+        *(("ccd cpd", lora, bias, groups) for lora, bias in (("v", False), ("", True)) for groups in (1, 4)),
+        *((roles, "v", False, 1) for roles in ("dd", "cc", "pp")),
+    ],
+)
 def test_qkv_gradcheck(roles, lora_branch, lora, bias, groups):
     generator = torch.Generator().manual_seed(1)
     partition = make_partition(roles)
@@ -261,10 +267,22 @@ def test_incoming_gradient_is_not_modified():
     assert dx.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr(), dy.untyped_storage().data_ptr()}
 
 
-@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddd", "c"])
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-@pytest.mark.parametrize("compensated", [True, False])
-@pytest.mark.parametrize("chunk", [4096, 2], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    ("roles", "lora_branch", "compensated", "chunk"),
+    [
+        ("ccdd ccpd", "dense", True, 4096),
+        ("ccdd ccpd", "dense", False, 2),
+        ("ccdd ccpd", "selected", True, 2),
+        ("ccdd ccpd", "selected", False, 4096),
+        ("cccc cccc", "dense", True, 2),
+        ("cccc cccc", "dense", False, 4096),
+        ("cccc cccc", "selected", False, 2),
+        ("dddd dddd", "dense", True, 2),
+        ("dddd dddd", "selected", False, 4096),
+        ("c", "dense", True, 4096),
+        ("c", "selected", False, 2),
+    ],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkeypatch):
     monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
@@ -292,10 +310,18 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkey
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccc", "dddd dddp"])
-@pytest.mark.parametrize("compensated", [True, False])
-@pytest.mark.parametrize("chunk", [4096, 2], ids=["whole", "chunks"])
-@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("choice", "roles", "compensated", "chunk"),
+    [
+        *itertools.product(["torch"], ["ccdd ccpd", "cccc cccc", "dddd dddp"], [True, False], [4096, 2]),
+        ("triton", "ccdd ccpd", True, 4096),
+        ("triton", "ccdd ccpd", False, 2),
+        ("triton", "cccc cccc", True, 2),
+        ("triton", "cccc cccc", False, 4096),
+        ("triton", "dddd dddp", True, 4096),
+        ("triton", "dddd dddp", False, 2),
+    ],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkeypatch, poison):
     """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
@@ -335,9 +361,11 @@ def test_an_unknown_choice_of_kernels_is_refused(monkeypatch):
         use_kernels(torch.zeros(1))
 
 
-@pytest.mark.parametrize("roles", ["ccdd ccpd", "cccc cccp", "dddd dddd", "c"])
+@pytest.mark.parametrize(
+    ("roles", "bias"),
+    [("ccdd ccpd", True), ("ccdd ccpd", False), ("cccc cccp", True), ("dddd dddd", True), ("c", False)],
+)
 @pytest.mark.parametrize("which", ["qkv", "o"])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_projection_kernels_on_and_off_agree(roles, which, bias, monkeypatch):
     generator = torch.Generator().manual_seed(9)

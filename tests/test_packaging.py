@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import sparse_unsloth
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("transformers", "trl", "peft", "unsloth", "datasets", "bitsandbytes", "matplotlib")
 
@@ -62,14 +64,18 @@ assert seconds < 10, seconds
     python(code)
 
 
-def test_every_public_name_exists():
-    python("import sparse_unsloth\nfor name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)")
-
-
 def test_transformers_and_trl_import_from_the_root_beside_hf_kernels():
-    """Fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's package."""
+    """Fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's package; so do our own names."""
     assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
-    python("import transformers.models.llama.modeling_llama\nfrom trl import SFTTrainer")
+    python(
+        "import transformers.models.llama.modeling_llama\nfrom trl import SFTTrainer\n"
+        "import sparse_unsloth\nfor name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)"
+    )
+
+
+def test_every_public_name_exists():
+    for name in sparse_unsloth.__all__:
+        assert getattr(sparse_unsloth, name)
 
 
 @pytest.mark.slow

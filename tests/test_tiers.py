@@ -36,6 +36,7 @@ ROLES = {
     "output-and-context": "co",
     "one-dense": "do",
 }
+OTHERS = [("selected", False), ("dense", True), ("selected", True)]
 TIERED = {"output_sparsity": {"mlp": {"all": 0.4}, "self_attn": {"all": 0.25}}}
 
 
@@ -93,9 +94,13 @@ def test_the_tiers_cover_every_row_once(flat, padding):
 # -- Functions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("roles", ROLES.values(), ids=ROLES.keys())
 @pytest.mark.parametrize(
-    ("lora_branch", "lora", "bias"), [("dense", "gud", True), ("selected", "gud", True), ("dense", "u", False)]
+    ("roles", "lora_branch", "lora", "bias"),
+    [
+        *((roles, "dense", "gud", True) for roles in ROLES.values()),
+        *((roles, "selected", "gud", True) for roles in ("cdo odp", "oo", "co")),
+        ("cdo odp", "dense", "u", False),
+    ],
 )
 @pytest.mark.parametrize("context_dense", [False, True])
 def test_mlp_gradcheck(roles, lora_branch, lora, bias, context_dense):
@@ -115,9 +120,13 @@ def test_mlp_gradcheck(roles, lora_branch, lora, bias, context_dense):
     assert gradcheck(lambda x, *_: sparse_mlp(x, *arguments, output_channels=output), inputs)
 
 
-@pytest.mark.parametrize("roles", ROLES.values(), ids=ROLES.keys())
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-@pytest.mark.parametrize("context_dense", [False, True])
+@pytest.mark.parametrize(
+    ("roles", "lora_branch", "context_dense"),
+    [
+        *((roles, "dense", False) for roles in ROLES.values()),
+        *((roles, branch, dense) for roles in ("cdo odp", "oo", "co") for branch, dense in OTHERS),
+    ],
+)
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_attention_gradcheck(roles, lora_branch, context_dense, side):
     generator = torch.Generator().manual_seed(1)
