@@ -18,12 +18,15 @@ def modules():
     folders = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
     names = ("kernel_cases", "kernel_checks", "kernels", "sanitize", "overrun")
     sys.path[:0] = folders
+    theirs = sys.modules.pop("kernels", None)  # Hugging Face's package of that name, where transformers loaded it
     try:
         found = {name: importlib.import_module(name) for name in names}
     finally:
         for folder in folders:
             sys.path.remove(folder)
-        sys.modules.pop("kernels", None)  # Hugging Face's package of that name
+        sys.modules.pop("kernels", None)
+        if theirs is not None:
+            sys.modules["kernels"] = theirs
     return found
 
 
