@@ -47,7 +47,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
     if not (state.runtimes or loss_only):
         return None
-    partition = _partition(state, kwargs)
+    partition = roles_of(state, kwargs)
     if state.planner is not None:
         state.planner.plan(partition, scale if len(partition.context) else 0.0)
     state.counts.forwards += 1
@@ -124,7 +124,7 @@ def _observe(
     return state.observer.open(state.step, partition, starts, state.layers, sparsity)
 
 
-def _partition(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
+def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
     """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
     if is_sequence_classifier(state.model):
         return partition_of(state.model, arguments, state.config.dense_tokens)

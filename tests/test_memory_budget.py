@@ -12,6 +12,7 @@ from sparse_unsloth import SparsityConfig, attach, detach, get_state, memory_bud
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.memory import GIB, layer_activations
+from sparse_unsloth.forward import roles_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_batch, make_lora
@@ -53,7 +54,7 @@ def room(monkeypatch):
 
 
 def needs(model, index, batch, scale=1.0):
-    planner, partition = get_state(model).planner, get_state(model)._partition(batch)
+    planner, partition = get_state(model).planner, roles_of(get_state(model), batch)
     rows = batch["labels"].numel()
     return planner._needs(index, partition, rows, scale), planner._to_come + planner._rest(partition, rows, 3)
 
