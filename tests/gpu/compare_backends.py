@@ -4,7 +4,8 @@ A script, not a test: Unsloth patches its process for good, so each backend has 
 
     python tests/gpu/compare_backends.py unsloth|peft MODELS_FOLDER OUT.pt FAMILY,FAMILY,...
 
-``OUT.pt``: ``{(family, "4bit" | "bf16", checkpointing, sparsity): {"loss", "gradients", "logits", ...}}``.
+``OUT.pt``: ``steps``, ``{(family, "4bit" | "bf16", checkpointing, sparsity, layout): {"loss", "gradients"}}``, and
+``prefill``, the logits of two decoded tokens by ``(backend, family, "4bit" | "bf16", sparse prefill)``.
 """
 
 import gc
@@ -101,12 +102,26 @@ def step(model, batch):
     return loss.detach().float().item(), gradients
 
 
+def decode(model, sparse_prefill):
+    """Logits ``[2, batch, vocabulary]`` of two tokens behind prompts of one length."""
+    from sparse_unsloth import FastSparseLanguageModel
+
+    FastSparseLanguageModel.for_inference(model, sparse_prefill=sparse_prefill)
+    ids = torch.randint(3, model.config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(2))
+    out = model.generate(
+        input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device), max_new_tokens=2,
+        do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    FastSparseLanguageModel.for_training(model)
+    return torch.stack(out.logits).float().cpu()
+
+
 def main():
     from sparse_unsloth import attach, detach
 
     backend, folder, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     families = sys.argv[4].split(",")
-    results = {}
+    results, prefill = {}, {}
     for family, four_bit, mode, sparsities in settings(backend, families):
         model = build(backend, folder / family, four_bit, mode)
         padded, packed = batches(model.config.vocab_size, model.device)
@@ -120,12 +135,15 @@ def main():
                 loss, gradients = step(model, batch)
                 results[family, dtype, mode, sparsity, layout] = {"loss": loss, "gradients": gradients}
                 print(backend, family, dtype, mode, sparsity, layout, f"loss {loss:.5f}", flush=True)
+            if sparsity == "sparse" and family != "gemma2" and not mode:
+                for wanted in (False, True):
+                    prefill[backend, family, dtype, wanted] = decode(model, wanted)
             if sparsity != "plain":
                 detach(model)
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    torch.save(results, out)
+    torch.save({"steps": results, "prefill": prefill}, out)
 
 
 if __name__ == "__main__":

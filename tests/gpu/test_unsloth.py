@@ -39,13 +39,15 @@ def outcomes(tmp_path_factory):
         place = folder / f"run{number}"  # Unsloth writes its compiled modules into the working directory
         place.mkdir()
         processes.append(subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    results = {"peft": {}, "unsloth": {}}
+    results = {"peft": {}, "unsloth": {}, "prefill": {}}
     for number, process in enumerate(processes):
         code = process.wait(timeout=500)
         text = (folder / f"{number}.log").read_text()
         print("\n".join(line for line in text.splitlines() if " loss " in line))
         assert code == 0, text[-6000:]
-        results[RUNS[number][0]] |= torch.load(folder / f"{number}.pt")
+        outcome = torch.load(folder / f"{number}.pt")
+        results[RUNS[number][0]] |= outcome["steps"]
+        results["prefill"] |= outcome["prefill"]
     return results
 
 
@@ -109,3 +111,12 @@ def test_packed_and_padded_agree(outcomes):
     for family in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
         padded, packed = (runs[family, "bf16", "unsloth", "sparse", layout] for layout in ("padded", "packed"))
         assert packed["loss"] == pytest.approx(padded["loss"], rel=5e-3), family
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "4bit"])
+def test_sparse_prefill_equals_the_peft_backend(outcomes, dtype):
+    logits = {key[::3]: value for key, value in outcomes["prefill"].items() if key[1:3] == ("llama", dtype)}
+    for sparse in (False, True):
+        ours, peft = logits["unsloth", sparse], logits["peft", sparse]
+        assert ((ours[0] - peft[0]).norm() / peft[0].norm()).item() < 0.03, (dtype, sparse)
+    assert ((logits["unsloth", True] - logits["unsloth", False]).norm() / peft.norm()).item() > 0.01
