@@ -54,7 +54,6 @@ def examine() -> dict[str, str]:
     torch.set_num_threads(1)
     # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
     expected = {family: reference_steps(family) for family in COMPARED}
-    read = {family: read_prompts(make_lora(family)) for family in COMPARED}
     bases = {family: make_base(family) for family in FAMILIES}
     longer = make_base("llama", max_position_embeddings=512)
     weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
@@ -77,8 +76,6 @@ def examine() -> dict[str, str]:
         found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
     found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
-    for family, expected in read.items():
-        found[f"sparse prefill of {family}"] = failure_of(compare_prefill, bases[family], expected)
     found["benchmark"] = failure_of(check_benchmark, longer)
     return {name: text for name, text in found.items() if text}
 
@@ -304,35 +301,6 @@ def check_left_padding(base: nn.Module) -> None:
     expected = loss_and_gradients(model, batch)
     attach(model, SETTINGS["nothing dropped"])
     assert_same(loss_and_gradients(model, batch), expected)
-
-
-def read_prompts(model: nn.Module) -> torch.Tensor:
-    """Logits behind two prompts that a generation reads sparsely, ``[2, vocabulary]``; attaches the model."""
-    attach(model, SETTINGS["sparse"])
-    FastSparseLanguageModel.for_inference(model, sparse_prefill=True)
-    return first_forward(model)
-
-
-@torch.inference_mode()
-def first_forward(model: nn.Module) -> torch.Tensor:
-    """Of a generation, as ``generate`` calls the model in PEFT's wrapper."""
-    ids = make_batch(lengths=((9, 0), (9, 0)))["input_ids"]
-    inner = model.get_base_model()
-    return inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, return_dict=True).logits[:, -1]
-
-
-def compare_prefill(base: nn.Module, expected: torch.Tensor) -> None:
-    """Unsloth's prefill with the hooks of training against the PEFT backend's; dense before and after."""
-    model = fused_by_unsloth(copy.deepcopy(base), checkpointing=False)
-    FastSparseLanguageModel.for_inference(model)
-    dense = first_forward(model)
-    assert not torch.allclose(dense, expected, atol=1e-3)
-    FastSparseLanguageModel.for_training(model)
-    torch.testing.assert_close(read_prompts(model), expected, rtol=1e-4, atol=1e-5)
-    assert get_state(model).backend_name == "unsloth"
-    FastSparseLanguageModel.for_training(model)
-    FastSparseLanguageModel.for_inference(model)
-    assert torch.equal(first_forward(model), dense)
 
 
 def check_benchmark(base: nn.Module) -> None:
