@@ -14,9 +14,7 @@ from torch import nn
 
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
-from sparse_unsloth.distributed import uses_fsdp
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.estimator import name_and_revision, save_estimator
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.loss import install_loss_removal
@@ -31,8 +29,6 @@ logger = logging.getLogger("sparse_unsloth")
 
 CONFIG_NAME = "sparsity_config.yaml"
 """The file that `save_pretrained` writes beside the adapter."""
-ESTIMATOR_NAME = "sparsity_estimator.safetensors"
-"""Beside it, for a sparse prefill."""
 LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "mlp": "the last layer's MLP"}
 
 
@@ -162,8 +158,6 @@ def detach(model: nn.Module) -> None:
         state.backend.uninstall(module)
     for handle in state.handles:
         handle.remove()
-    if state.prefill is not None:
-        state.prefill.remove()
     for layer in state.layers:
         layer.module.__dict__.pop("_sparse_runtime", None)
     if "_sparse_save_pretrained" in model.__dict__:
@@ -348,24 +342,8 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
         else original(save_directory, *args, **kwargs)
     )
     if kwargs.get("is_main_process", True):
-        _save_sparsity(get_state(self), Path(save_directory))
+        get_state(self).config.save(Path(save_directory) / CONFIG_NAME)
     return saved
-
-
-def _save_sparsity(state: SparsityState, folder: Path) -> None:
-    """The configuration, and for a sparse prefill the estimator that it needs, which a generation cannot calibrate."""
-    config = state.config
-    wanted = state.estimator is not None and (state.prefill is not None or config.sparse_prefill)
-    if wanted and uses_fsdp():
-        state.say_once(
-            "The estimator of sparse_prefill was not saved with the adapter: its file names the base weights, which "
-            "FSDP holds in pieces. Set estimator.path, which is written when training begins."
-        )
-    elif wanted:
-        save_estimator(state.estimator, folder / ESTIMATOR_NAME, state.layers, *name_and_revision(state.model))
-        kept = config.estimator.model_copy(update={"path": ESTIMATOR_NAME})
-        config = config.model_copy(update={"estimator": kept, "sparse_prefill": True})
-    config.save(folder / CONFIG_NAME)
 
 
 def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:

@@ -211,9 +211,6 @@ class SparsityConfig(_Config):
     """Peak memory that training may take on a GPU: up to 1 a share of the GPU's, above that GiB. Within it as many
     layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
     Needs gradient checkpointing to be on; None leaves it as it is."""
-    sparse_prefill: Switch = False
-    """Whether `for_inference` has generations read their prompts sparsely too, as training did; the estimator is then
-    saved with the adapter. Decoded tokens are always dense."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

@@ -16,8 +16,7 @@ from torch import nn
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
-from sparse_unsloth.errors import AttachError, BackendError, CalibrationError
-from sparse_unsloth.prefill import switch
+from sparse_unsloth.errors import BackendError, CalibrationError
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -147,29 +146,11 @@ class FastSparseLanguageModel:
     @staticmethod
     def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
         """Switches to training; returns the model. None keeps the checkpointing mode that the model has."""
-        state = get_state(model)
-        if state is not None:
-            switch(state, on=False)
         return _load_backend(_backend_name(model)).for_training(model, use_gradient_checkpointing)
 
     @staticmethod
-    def for_inference(model: nn.Module, sparse_prefill: bool | None = None) -> nn.Module:
-        """Switches to generation; returns the model.
-
-        Args:
-            sparse_prefill: whether prompts are read as sparsely as in training, by channels chosen for each batch of
-                prompts; decoded tokens are dense. None: what the sparsity configuration says, dense by default. It
-                holds until `for_training`, and ``save_pretrained`` then keeps the estimator with the adapter.
-
-        Raises:
-            AttachError: see `sparse_unsloth.prefill.switch`; or the model is not attached.
-            EstimatorError: the estimator still waits for calibration samples.
-        """
-        state = get_state(model)
-        if state is None and sparse_prefill:
-            raise AttachError("sparse_prefill needs a model that sparse_unsloth is attached to; this one is not.")
-        if state is not None:
-            switch(state, state.config.sparse_prefill if sparse_prefill is None else sparse_prefill)
+    def for_inference(model: nn.Module) -> nn.Module:
+        """Switches to generation, always dense; returns the model."""
         return _load_backend(_backend_name(model)).for_inference(model)
 
 

@@ -52,11 +52,11 @@ class LayerRuntime:
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
 
-        That is so whenever the module's own ``training`` flag is off, but in a sparse prefill. In the last layer these
-        are the rows of the MLP and of the O projection; its keys and values need every row.
+        That is so whenever the module's own ``training`` flag is off. In the last layer these are the rows of the MLP
+        and of the O projection; its keys and values need every row.
         """
         context, sparse = self.context, self.is_sparse(part)
-        if context is None or not (module.training or context.prompt):
+        if context is None or not module.training:
             return None
         if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
             return context.rows_with_loss(sparse)

@@ -129,20 +129,6 @@ class TokenPartition:
         return cls._from_masks(dense, padding, loss, loss.new_zeros((), dtype=torch.int64))
 
     @classmethod
-    def from_prompts(cls, attention_mask: Tensor, dense_tokens: Literal["output", "none"] = "output") -> TokenPartition:
-        """Splits the tokens of prompts that a generation reads: the last token of each is dense, as in training.
-
-        Args:
-            attention_mask: ``[batch, sequence]``, 0 marks padding, on either side.
-            dense_tokens: "none" makes the last token context too, as in training with it.
-        """
-        present = attention_mask != 0
-        positions = torch.arange(1, present.shape[1] + 1, device=present.device) * present
-        last = (positions == positions.amax(1, keepdim=True)) & present
-        dense = torch.zeros_like(last) if dense_tokens == "none" else last
-        return cls._from_masks(dense, ~present, last, last.new_zeros((), dtype=torch.int64))
-
-    @classmethod
     def _from_masks(
         cls, dense: Tensor, padding: Tensor, loss: Tensor, covered: Tensor, output: Tensor | None = None
     ) -> TokenPartition:

@@ -39,7 +39,6 @@ class SparsityState:
         model: the outermost model, where labels enter.
         config: the configuration.
         backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
-        prefill: the hook by which generations read prompts sparsely, where they do (`sparse_unsloth.prefill`).
         hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
         layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
@@ -81,7 +80,6 @@ class SparsityState:
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
-        self.prefill: RemovableHandle | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
