@@ -23,9 +23,10 @@ task() { # NAME STEPS ARMS
     --seconds $((LIMIT - 8)) ${FLAGS---compile} >"$OUT/$1.log" 2>&1 &
 }
 
-# A has dense and dense-75 already, within 3 % of each other at 900 steps: what costs 0.75 or more can only draw there.
-task A "${STEPS_A:-900}" dense-50,cut,comp-25-no-tail,dense-30,default,random,cut-comp-50,dense-65,backward-0,comp-25
-task B "${STEPS_B:-400}" dense,dense-50,cut,dense-75,default,comp-25-no-tail,dense-30,random,cut-comp-50,backward-0
-task C "${STEPS_C:-300}" dense,dense-50,cut,dense-75,default,comp-25-no-tail,dense-30,random,cut-comp-50,backward-0
+# On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
+task A "${STEPS_A:-900}" backward-0,backward-25,backward-0-70,comp-25-no-tail,backward-25-65,comp-25-refit,comp-25-layers
+COMMON=dense,dense-50,backward-0,default,random,dense-75,backward-25,dense-30,comp-25-no-tail,backward-0-70
+task B "${STEPS_B:-400}" $COMMON
+task C "${STEPS_C:-300}" $COMMON
 wait
 for name in A B C; do echo "== $name"; grep ' nll \|done\|ready\|spent\|trained with\|Error' "$OUT/$name.log" | tail -14; done
