@@ -1,95 +1,132 @@
-"""Time of a prompt's forward in generation, dense and sparse prefill side by side on one loaded model.
+"""What sparse prefill gains: the time that the prompts of a batch take before the first token, dense and sparse.
 
-    python benchmarks/prefill.py --model DIR [--backend unsloth] [--load-in-4bit] --out OUT
+    python benchmarks/prefill.py --model /tmp/llama8b --out runs/prefill            # under 90 s on one H100, 4 bits
+    python benchmarks/prefill.py --model DIR --backend peft --batch 2 --length 32   # rehearsal on a CPU
 
-Each method is attached to the same model; the first forward of a generation is timed with and without
-``sparse_prefill``, in turns, and a row goes to OUT/prefill.csv: medians in milliseconds and their ratio. Adapters and,
-without calibration, channels are random: time only.
+Prompts of random tokens, a forward that fills the cache and returns the last logits, as `generate` begins. Dense and
+sparse take turns on the same attached model. A method is timed only after its layers passed the benchmark's equality
+check, and after its prefill reached every sparse part. Each method is a row of OUT/prefill.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
-import importlib
 import statistics
 import sys
 import time
 from pathlib import Path
 
+COLUMNS = (
+    "date", "commit", "device", "model", "dtype", "backend", "batch", "length", "method", "dense_ms", "sparse_ms",
+    "speed_up", "flop_limit", "repeats",
+)  # fmt: skip
 
-def main(words: list[str] | None = None) -> None:
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--backend", default="auto", choices=("auto", "unsloth", "peft"))
-    parser.add_argument("--load-in-4bit", action="store_true")
-    parser.add_argument("--methods", default="sparse-o2,sparse-50,sparse-25")
+    parser.add_argument("--model", required=True, help="a checkpoint's folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/prefill"))
+    parser.add_argument("--backend", default="unsloth", choices=("unsloth", "peft"))
+    parser.add_argument("--dtype", default="4bit", choices=("4bit", "bf16"))
+    parser.add_argument("--methods", default="sparse-o2,sparse-50", help="of `sparse-unsloth bench`")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=8, help="of a dense and a sparse forward (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args(words)
-    if arguments.backend == "unsloth":
-        importlib.import_module("unsloth")  # first, as it asks
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
+    parser.add_argument("--repeats", type=int, default=12, help="forwards of each kind that are timed")
+    parser.add_argument("--seconds", type=float, default=85.0, help="begin no method after so many")
+    parser.add_argument("--commit", default="unknown", help="of the code")
+    arguments = parser.parse_args()
+    arguments.rank, arguments.checkpointing = 16, "False"
+    began = time.perf_counter()
+
+    from sparse_unsloth.bench.methods import methods_of
+    from sparse_unsloth.bench.models import load_model
+
+    methods = methods_of(arguments.methods)
+    model = load_model(arguments, arguments.backend, arguments.length + 1)
+    for method in methods:
+        if time.perf_counter() - began > arguments.seconds:
+            sys.exit(f"time is up before {method}; give it more with --seconds, or name it alone with --methods")
+        row = measure(model, method, arguments)
+        print({name: row[name] for name in COLUMNS[8:]}, flush=True)
+        append(arguments.out / "prefill.csv", row)
+
+
+def measure(model, method: str, arguments: argparse.Namespace) -> dict:
     import torch
 
-    from sparse_unsloth import FastSparseLanguageModel, attach, detach
+    from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state
+    from sparse_unsloth.bench.checks import check
     from sparse_unsloth.bench.methods import sparsity_of
-    from sparse_unsloth.study.tables import read_csv, write_csv
 
-    model, _ = FastSparseLanguageModel.from_pretrained(
-        arguments.model,
-        max_seq_length=arguments.length + 8,
-        load_in_4bit=arguments.load_in_4bit,
-        backend=arguments.backend,
-    )
-    model = FastSparseLanguageModel.get_peft_model(model, r=16, sparsity={"preset": "dense", "exact_removal": False})
-    detach(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, model.config.vocab_size, (arguments.batch, arguments.length), generator=generator)
+    batch = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    FastSparseLanguageModel.for_training(model, False)
+    attach(model, sparsity_of(method, model.config.get_text_config().num_hidden_layers))
+    print(check(model, method, None), flush=True)
+    state = get_state(model)
 
-    def forward() -> float:
-        ids = torch.randint(3, model.config.vocab_size, (arguments.batch, arguments.length), generator=generator)
-        ids = ids.to(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began)
+    def seconds(sparse: bool) -> float:
+        FastSparseLanguageModel.for_inference(model, sparse_prefill=sparse)
+        synchronize(device)
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            model(**batch, use_cache=True, logits_to_keep=1)
+        synchronize(device)
+        return time.perf_counter() - start
 
-    path = arguments.out / "prefill.csv"
-    rows = read_csv(path) if path.is_file() else []
-    for method in arguments.methods.split(","):
-        print(attach(model, {**sparsity_of(method, model.config.num_hidden_layers), "estimator": {"kind": "svd"}}))
-        inner = model.get_base_model()  # as generate() calls it
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for turn in range(2 + arguments.rounds):
-            for sparse in times:
-                FastSparseLanguageModel.for_inference(model, sparse_prefill=sparse)
-                took = forward()
-                if turn > 1:  # the first ones compile
-                    times[sparse].append(took)
-        dense, sparse = (statistics.median(times[which]) for which in (False, True))
-        rows.append(
-            {
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                "model": Path(arguments.model).name,
-                "weights": "4bit" if arguments.load_in_4bit else "16bit",
-                "backend": arguments.backend,
-                "method": method,
-                "prompts": f"{arguments.batch}x{arguments.length}",
-                "dense_ms": round(dense, 2),
-                "sparse_ms": round(sparse, 2),
-                "speed_up": round(dense / sparse, 3),
-            }
-        )
-        write_csv(path, rows)
-        print(f"{method}: dense {dense:.1f} ms, sparse prefill {sparse:.1f} ms, {dense / sparse:.2f}x", flush=True)
-        detach(model)
+    times = {sparse: [seconds(sparse) for _ in range(2)] for sparse in (False, True)}
+    if state.said:
+        sys.exit("; ".join(sorted(state.said)))
+    times = {sparse: [] for sparse in times}
+    for _ in range(arguments.repeats):
+        for sparse, own in times.items():
+            own.append(seconds(sparse))
+    dense, ours = (1000 * statistics.median(times[sparse]) for sparse in (False, True))
+    limit = flop_limit(model, state.layer_sparsity, arguments)
+    detach(model)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "model": Path(arguments.model).name,
+        "method": method,
+        "dense_ms": round(dense, 2),
+        "sparse_ms": round(ours, 2),
+        "speed_up": round(dense / ours, 3),
+        "flop_limit": round(limit, 3),
+        **{name: getattr(arguments, name) for name in ("commit", "dtype", "backend", "batch", "length", "repeats")},
+    }
+
+
+def flop_limit(model, layer_sparsity, arguments: argparse.Namespace) -> float:
+    """The speed-up that the FLOPs of a forward allow; logits of the last rows on both sides."""
+    from sparse_unsloth.costs import ModelShape, step_flops
+
+    shape, batch, length = ModelShape.from_config(model.config), arguments.batch, arguments.length
+    options = {"seq_lengths": [length] * batch, "lora_rank": arguments.rank, "head_tokens": batch}
+    dense = step_flops(shape, [(0.0, 0.0)] * shape.num_layers, batch * length, 0, **options)
+    ours = step_flops(shape, layer_sparsity, batch, batch * (length - 1), estimator_rank=8, **options)
+    return dense.forward.total / ours.forward.total
+
+
+def synchronize(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def append(path: Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,23 @@
     python benchmarks/quality.py report                      # quality.md and quality.png from quality.csv
 
 `run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
-begins no setting that would not end within --seconds.
+begins no setting that would not end within --seconds. Several processes may share a folder --out, with arms of their
+own each: `quality_gpu.sh` does so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -126,10 +131,11 @@ def run(arguments: argparse.Namespace) -> None:
                 }
                 for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
             ]
-            known = [row for row in read_rows(path) if row["task"] == task]
-            append_rows(path, with_equivalents(known + rows)[len(known) :])
-            with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
+            with locked(arguments.out):
+                known = [row for row in read_rows(path) if row["task"] == task]
+                append_rows(path, with_equivalents(known + rows)[len(known) :])
+                with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
             pace = outcome.train_seconds / ARMS[name].steps, outcome.seconds - outcome.train_seconds
         del experiment
         gc.collect()
@@ -192,12 +198,24 @@ def settings_of(arguments: argparse.Namespace):
 def keep_settings(arguments: argparse.Namespace, task: str) -> None:
     """Notes what the task's rows were trained with, and refuses to add rows trained otherwise."""
     path = arguments.out / "quality-settings.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
     own = asdict(settings_of(arguments))
-    if known.get(task, own) != own:
-        sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+    with locked(arguments.out):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get(task, own) != own:
+            sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
+        path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder's files to ourselves, among processes that ask in this way; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_model(name: str) -> torch.nn.Module:

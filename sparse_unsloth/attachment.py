@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_unsloth import prefill
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
@@ -154,6 +155,7 @@ def detach(model: nn.Module) -> None:
     model = state.model
     if state.planner is not None:
         state.planner.restore()
+    prefill.switch(state, on=False)
     for module in state.hooked:
         state.backend.uninstall(module)
     for handle in state.handles:
@@ -327,7 +329,7 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
 
 
 def _save_config_with_adapter(model: nn.Module) -> None:
-    """Lets ``save_pretrained`` write the sparsity configuration beside the adapter, which stays a standard PEFT one."""
+    """Lets ``save_pretrained`` write configuration and estimator beside the adapter, which stays a plain PEFT one."""
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__["_sparse_save_pretrained"] = model.__dict__.get("save_pretrained")
@@ -342,7 +344,9 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
         else original(save_directory, *args, **kwargs)
     )
     if kwargs.get("is_main_process", True):
-        get_state(self).config.save(Path(save_directory) / CONFIG_NAME)
+        state = get_state(self)
+        state.config.save(Path(save_directory) / CONFIG_NAME)
+        prefill.save_estimator_with_adapter(state, Path(save_directory))
     return saved
 
 

@@ -222,6 +222,9 @@ class SparsityConfig(_Config):
     explain_steps: NonNegative = 50
     """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
     the best ones would (`sparse-unsloth explain`); 0 never looks."""
+    sparse_prefill: Switch = False
+    """Whether `for_inference` computes prompts as they are in training, on chosen channels, unless told otherwise; the
+    estimator lies beside the adapter. What is decoded is dense."""
     seed: NonNegative = 3407
     """Of the randomised factorisation, the calibration sample and the `random` criterion."""
 

@@ -25,6 +25,7 @@ class SparseContext:
         loss_only: the last layer leaves out the rows without loss.
         loss_reached: set by the loss that makes this right.
         probe: the forward that attaching proves the hooks by; it keeps every channel.
+        prefill: a forward outside training whose prompts are sparse all the same (`sparse_unsloth.prefill`).
         step: optimiser steps done, or None where nothing counts them.
         observation: where this forward is one that `explain` looks at.
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
@@ -44,6 +45,7 @@ class SparseContext:
         self.paused = paused
         self.loss_reached = False
         self.probe = False
+        self.prefill = False
         self.step = step
         self.observation: Observation | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}

@@ -108,7 +108,7 @@ def obtain_estimator(
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
     if path is not None:
-        save_estimator(estimator, path, layers, *_name_and_revision(model), write=is_main())
+        save_estimator(estimator, path, layers, *name_and_revision(model), write=is_main())
     return estimator
 
 
@@ -258,6 +258,7 @@ def _needs_samples(kind: str) -> EstimatorError:
     )
 
 
-def _name_and_revision(model: nn.Module) -> tuple[str, str]:
+def name_and_revision(model: nn.Module) -> tuple[str, str]:
+    """Of the base model, as far as it knows them; they tell whoever loads an estimator what it was made for."""
     config = getattr(model, "config", None)
     return str(getattr(config, "_name_or_path", "") or ""), str(getattr(config, "_commit_hash", "") or "")

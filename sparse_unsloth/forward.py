@@ -18,6 +18,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.last_layer import loss_is_fused, worth_removing
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
+from sparse_unsloth.prefill import close_prefill, open_prefill
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
@@ -30,10 +31,12 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         SparsityError: a training forward with a schedule that nothing drives.
         EstimatorError: the estimator still waits for calibration samples.
     """
-    if not model.training or not (state.runtimes or state.last_layer):
+    if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer):
         return None
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+    if not model.training:
+        return open_prefill(state, kwargs)
     scale = _current_scale(state) if state.runtimes else 0.0
     if kwargs.get("labels") is None:
         if state.planner is not None:
@@ -84,6 +87,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         SparsityError: rows were left out for a loss that did not come.
     """
     if context is None:
+        return
+    if context.prefill:
+        close_prefill(state, context)
         return
     state.watch.look(context)
     if context.loss_only and not context.loss_reached:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sparse_unsloth import prefill
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
-from sparse_unsloth.errors import BackendError, CalibrationError
+from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -71,6 +72,7 @@ class FastSparseLanguageModel:
         saved = Path(model_name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
             _say(attach(model, saved if sparsity is None else sparsity))
+            get_state(model).adapter_folder = Path(model_name)
         elif sparsity is not None:
             raise BackendError(
                 "sparsity= of from_pretrained is for adapter folders; give it to get_peft_model instead."
@@ -146,11 +148,31 @@ class FastSparseLanguageModel:
     @staticmethod
     def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
         """Switches to training; returns the model. None keeps the checkpointing mode that the model has."""
+        state = get_state(model)
+        if state is not None:
+            prefill.switch(state, on=False)
         return _load_backend(_backend_name(model)).for_training(model, use_gradient_checkpointing)
 
     @staticmethod
-    def for_inference(model: nn.Module) -> nn.Module:
-        """Switches to generation, always dense; returns the model."""
+    def for_inference(model: nn.Module, sparse_prefill: bool | None = None) -> nn.Module:
+        """Switches to generation; returns the model.
+
+        Args:
+            sparse_prefill: compute prompts as they were in training, on the channels that the estimator chooses for the
+                batch (`sparse_unsloth.prefill`); the last token of each prompt and what is decoded are dense. Without a
+                cache (``use_cache=False``) everything is. None: as the configuration's ``sparse_prefill`` says, which
+                is off by default.
+
+        Raises:
+            SparsityError: asked for, and the model is not attached or has no sparse layer.
+            EstimatorError: asked for, and there is no estimator yet, nor one stored beside the adapter that fits.
+        """
+        state = get_state(model)
+        if state is None and sparse_prefill:
+            raise SparsityError("sparse_prefill: the model is not attached; attach(model, sparsity) comes first.")
+        if state is not None:
+            wanted = state.config.sparse_prefill and bool(state.runtimes) if sparse_prefill is None else sparse_prefill
+            prefill.switch(state, wanted)
         return _load_backend(_backend_name(model)).for_inference(model)
 
 

@@ -52,11 +52,11 @@ class LayerRuntime:
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
 
-        That is so whenever the module's own ``training`` flag is off. In the last layer these are the rows of the MLP
-        and of the O projection; its keys and values need every row.
+        That is so whenever the module's own ``training`` flag is off, unless prompts are sparse outside training too.
+        In the last layer these are the rows of the MLP and of the O projection; its keys and values need every row.
         """
         context, sparse = self.context, self.is_sparse(part)
-        if context is None or not module.training:
+        if context is None or not (module.training or context.prefill):
             return None
         if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
             return context.rows_with_loss(sparse)
@@ -127,7 +127,6 @@ class LayerRuntime:
             output = self._selection(part, f"{OUTPUT}{part}", hidden_states, getattr(self.output, part), rows)
         return context, output
 
-    @torch.no_grad()
     def _selection(self, part: str, name: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
         """The choice by ``rows`` of ``hidden_states``; None: these are the tier's rows alone."""
         key = (self.layer.index, name)
@@ -139,7 +138,9 @@ class LayerRuntime:
             chosen = self.state.kept.find(key, step, sparsity)
             if chosen is None:
                 select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-                chosen = select(self.layer, hidden_states, sparsity, rows)
+                # What is kept of it (static channels, factors on the device) serves trainings too.
+                with torch.inference_mode(False), torch.no_grad():
+                    chosen = select(self.layer, hidden_states, sparsity, rows)
                 self.state.kept.put(key, step, sparsity, chosen)
             if part == "mlp" and chosen.order is not None:
                 memo = self.context.memo(self.layer.index)

@@ -129,6 +129,31 @@ class TokenPartition:
         return cls._from_masks(dense, padding, loss, loss.new_zeros((), dtype=torch.int64))
 
     @classmethod
+    def from_prompts(
+        cls,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        dense_tokens: Literal["output", "none"] = "output",
+    ) -> TokenPartition:
+        """Splits the prompts of a generation: the last token of each is dense, since it predicts the answer's first.
+
+        So is the last column, whose logits a generation reads even where padding is on the right.
+
+        Args:
+            tokens: ``[batch, sequence]`` ids, or ``[batch, sequence, hidden_size]`` embeddings.
+            attention_mask: ``[batch, sequence]``, 0 marks padding.
+            dense_tokens: "output" as above; "none" makes the last token context too, as it was in training.
+        """
+        shape = tokens.shape[:2]
+        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        if attention_mask is not None:
+            real = attention_mask != 0
+        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        last[:, -1] = True
+        dense = torch.zeros_like(last) if dense_tokens == "none" else last
+        return cls._from_masks(dense, ~(real | last), last, last.new_zeros((), dtype=torch.int64))
+
+    @classmethod
     def _from_masks(
         cls, dense: Tensor, padding: Tensor, loss: Tensor, covered: Tensor, output: Tensor | None = None
     ) -> TokenPartition:

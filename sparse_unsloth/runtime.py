@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sparse_unsloth import forward, metrics
+from sparse_unsloth import forward, metrics, prefill
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import is_main
@@ -45,6 +46,8 @@ class SparsityState:
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
         last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
+        sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
+        adapter_folder: where the adapter was loaded from, None for a new one.
         kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
         driver: the callback, or whatever else sets the step; None outside training.
@@ -71,6 +74,9 @@ class SparsityState:
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
         self.driver: object | None = None
+        self.sparse_prefill = False
+        self.prefill_handles: list[RemovableHandle] = []
+        self.adapter_folder: Path | None = None
         self.kept = KeptSelections(config.refresh_steps)
         self.observer = Observer(config.explain_steps)
         self.estimator: Estimator | None = None
@@ -120,6 +126,7 @@ class SparsityState:
             EstimatorError: the estimator needs calibration samples and the data set gives none.
         """
         self.verify_hooks()
+        prefill.switch(self, on=False)
         for layer in filter(self.runtime, self.layers):
             self.backend.refuse_sharded_weights(layer)
         if self.runtimes:

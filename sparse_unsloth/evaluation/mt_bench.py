@@ -197,7 +197,7 @@ def export_model(source: Source, folder: Path, merged: bool) -> Path:
         )
     shutil.rmtree(folder, ignore_errors=True)
     if merged:
-        model, tokenizer = load(source)
+        model, tokenizer = load(source, sparse_prefill=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder

@@ -174,6 +174,6 @@ ARMS: dict[str, Arm] = {
 }
 """In the order of their importance on task A."""
 
-SHORT = (*DENSE_SHARES, "default", "cut", "comp-25-refit", "comp-25-tail-10", "backward-0", "cut-comp-50", "random")
+SHORT = (*DENSE_SHARES, "default", "backward-0", "backward-25", "backward-0-70", "comp-25-no-tail", "random")
 """What tasks B and C compare."""
 CONTROLS = ("random", "keep-0", "naive-pairing", "last-token", "layer-0")

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Quality at equal cost on one GPU: tasks A, B and C in three processes that share it, so that compiling and calibrating
+# overlap with training. Goes on from the settings that OUT has (else from those of benchmarks/results), so it may be
+# called again; the most telling settings come first, and none begins that would not end in time.
+#
+#   bash benchmarks/quality_gpu.sh SECONDS OUT                  # OUT gets quality.csv, -details.jsonl, -settings.json, logs
+#   cp OUT/quality* benchmarks/results/ && python benchmarks/quality.py update && python benchmarks/quality.py report
+#
+# From outside, if need be: MODEL, DATA (made by `quality.py prepare`), COMMIT, PYTHON; STEPS_A, STEPS_B, STEPS_C, ITEMS,
+# and FLAGS for more options of `quality.py run` (rehearsal on a CPU: FLAGS="--seeds 2 --test 20 --batch-size 4").
+set -u
+LIMIT=$1 OUT=$2
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+MODEL=${MODEL:-/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} DATA=${DATA:-$ROOT/.quality/data.npz}
+COMMIT=${COMMIT:-$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)}
+
+mkdir -p "$OUT"
+if [ ! -e "$OUT/quality.csv" ]; then cp "$ROOT"/benchmarks/results/quality{.csv,-details.jsonl,-settings.json} "$OUT/"; fi
+
+task() { # NAME STEPS ARMS
+  timeout "$LIMIT" "${PYTHON:-python}" -u "$ROOT/benchmarks/quality.py" run --tasks "$1" --steps "$2" --arms "$3" \
+    --items "${ITEMS:-3200}" --model "$MODEL" --data "$DATA" --commit "$COMMIT" --out "$OUT" \
+    --seconds $((LIMIT - 8)) ${FLAGS---compile} >"$OUT/$1.log" 2>&1 &
+}
+
+# On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
+task A "${STEPS_A:-900}" backward-0,backward-25,backward-0-70,comp-25-no-tail,backward-25-65,comp-25-refit,comp-25-layers
+COMMON=dense,dense-50,backward-0,default,random,dense-75,backward-25,dense-30,comp-25-no-tail,backward-0-70
+task B "${STEPS_B:-400}" $COMMON
+task C "${STEPS_C:-300}" $COMMON
+wait
+for name in A B C; do echo "== $name"; grep ' nll \|done\|ready\|spent\|trained with\|Error' "$OUT/$name.log" | tail -14; done
