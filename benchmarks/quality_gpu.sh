@@ -24,7 +24,8 @@ task() { # NAME STEPS ARMS
 }
 
 # On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
-task A "${STEPS_A:-900}" backward-0,backward-25,backward-0-70,comp-25-no-tail,backward-25-65,comp-25-refit,comp-25-layers
+REST=backward-25-65,comp-25-refit,no-tail,per-sample-no-tail,recipe-comp,comp-25-layers,prior-norms,static-norms
+task A "${STEPS_A:-900}" backward-0,backward-25,backward-0-70,comp-25-no-tail,$REST
 COMMON=dense,dense-50,backward-0,default,random,dense-75,backward-25,dense-30,comp-25-no-tail,backward-0-70
 task B "${STEPS_B:-400}" $COMMON
 task C "${STEPS_C:-300}" $COMMON

@@ -122,11 +122,7 @@ def test_what_is_no_prefill_is_dense():
     contexts = record_selections(model)
     with torch.no_grad():
         cache = plain(**batch, use_cache=True).past_key_values
-        more = {
-            "input_ids": batch["input_ids"][:, :3],
-            "attention_mask": torch.cat((batch["attention_mask"], torch.ones(3, 3, dtype=torch.long)), dim=1),
-            "use_cache": True,
-        }
+        more = {"input_ids": batch["input_ids"][:, :3], "use_cache": True}
         for arguments in (batch, {**batch, "use_cache": False}, {"input_ids": batch["input_ids"][:, :1]}):
             torch.testing.assert_close(model(**arguments).logits, plain(**arguments).logits)
         torch.testing.assert_close(
@@ -181,6 +177,9 @@ def test_training_goes_on_after_an_inference_mode_prefill():
         for_inference(model, sparse_prefill=True)
         with torch.inference_mode():
             model.generate(**prompts(), max_new_tokens=2)
+        state = get_state(model)
+        again = state.selector.mlp(state.layers[0], torch.ones(1, 64), 0.6, torch.zeros(1, dtype=torch.long))
+        assert not again.channels.is_inference()
         FastSparseLanguageModel.for_training(model)
         ours, theirs = loss_and_gradients(model, make_batch()), loss_and_gradients(fresh, make_batch())
         torch.testing.assert_close(ours, theirs)

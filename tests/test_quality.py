@@ -17,7 +17,16 @@ from sparse_unsloth.quality.cost import StepTimes, measured_method, training_flo
 from sparse_unsloth.quality.experiment import Experiment, Settings, choose
 from sparse_unsloth.quality.fitting import calibrate, fit_stand_ins
 from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
-from sparse_unsloth.quality.network import DENSE, PROJECTIONS, Mode, layer_forward, read_network
+from sparse_unsloth.quality.network import (
+    DENSE,
+    PROJECTIONS,
+    Mode,
+    Roles,
+    contextual_channels,
+    layer_forward,
+    read_network,
+    roles_of,
+)
 from sparse_unsloth.quality.report import draw as draw_report
 from sparse_unsloth.quality.report import markdown
 from sparse_unsloth.quality.table import DenseCurve, append_rows, holm, read_rows, with_equivalents
@@ -159,6 +168,30 @@ def test_contextual_channels_are_those_of_the_library():
         getattr(tensors, name).copy_(getattr(calibration, name))
     tensors.keep.copy_(torch.tensor([128, len(selections[1, "mlp"].channels), len(selections[2, "mlp"].channels)]))
     assert_equals_library(harness, Mode("forward", contextual=True), model, batch, **CLOSE)
+
+
+def test_every_sample_may_have_channels_of_its_own():
+    """As if it were alone in the batch."""
+    torch.manual_seed(0)
+    experiment = make_experiment(steps=1, layers=2, dtype=torch.float64)
+    lockstep, layout = experiment.lockstep, experiment.batches.layout
+    choose(lockstep.sparsity, ARMS["default"], experiment.calibration, torch.Generator())
+    lockstep.sparsity.keep((128, 40))
+    selection, batch = lockstep.sparsity(1), experiment.batches.batch(0)
+    x, roles = torch.randn(2, layout.rows, 64, dtype=torch.float64), roles_of(batch, DENSE)
+    found = contextual_channels(x, selection, roles, lockstep.network, layout)
+    start, sets = 0, []
+    for count, length in layout.groups:
+        for _ in range(count):
+            rows = slice(start, start + length)
+            alone = Roles(roles.context[:, rows], roles.output[:, rows])
+            expected = contextual_channels(x[:, rows], selection, alone, lockstep.network)
+            assert torch.equal(found[:, rows], expected.expand(-1, length, -1))
+            assert (expected.sum(-1) == 40).all()
+            sets.append(expected)
+            start += length
+    assert start == layout.rows
+    assert any(not torch.equal(sets[0], other) for other in sets[1:])
 
 
 def test_compensation_equals_the_library():

@@ -43,7 +43,7 @@ class Arm:
         refits: when the stand-ins are fitted again, as shares of the training.
         stream: see `fit_stand_ins`.
         pairing: "naive" pairs query heads with key heads as the older implementations did.
-        selected_lora, last: see `Mode`.
+        selected_lora, last, per_sample: see `Mode`.
         outputs: share of MLP channels that answer tokens keep, 1 for all.
     """
 
@@ -63,11 +63,14 @@ class Arm:
     pairing: str = "groups"
     selected_lora: bool = False
     last: bool = False
+    per_sample: bool = False
     outputs: float = 1.0
 
     def __post_init__(self):
         if self.selector not in SELECTORS or (self.compensation and self.selector not in STATIC):
             raise ValueError(f"selector {self.selector!r} with compensation {self.compensation}: not a setting")
+        if self.per_sample and not self.contextual:
+            raise ValueError(f"selector {self.selector!r} looks at no sample, so none has channels of its own")
 
     @property
     def contextual(self) -> bool:
@@ -87,6 +90,7 @@ class Arm:
             selected_lora=self.selected_lora,
             outputs=self.outputs < 1,
             last=self.last,
+            per_sample=self.per_sample,
         )
 
     def keep(self, layers: int, inner: int, scale: float = 1.0) -> tuple[int, ...]:
@@ -154,6 +158,7 @@ ARMS: dict[str, Arm] = {
     "cut-lower": Arm(cut=15, end=1.0),
     "comp-10-refit": half(0.9, **STAND_IN, end=0.9, refits=(0.15, 0.3, 0.45, 0.6), stream="sparse"),
     "recipe": Arm(**RECIPE),
+    "recipe-comp": Arm(mlp=RECIPE["mlp"], **STAND_IN),
     "uniform-recipe": half(0.69),
     "comp-25-alternate": half(0.75, **STAND_IN, end=0.9, mix="alternate"),
     "tail-10": half(0.5, end=0.9),
@@ -167,6 +172,8 @@ ARMS: dict[str, Arm] = {
     "whitened": half(0.5, selector="whitened"),
     "product": half(0.5, selector="product"),
     "prior-norms": half(0.5, selector="prior-norms"),
+    "per-sample": half(0.5, per_sample=True),
+    "per-sample-no-tail": half(0.5, per_sample=True, end=1.0),
     "static-norms": half(0.5, selector="static-norms"),
     "selected-lora": half(0.5, selected_lora=True),
     "outputs-75": half(0.5, outputs=0.75),

@@ -203,7 +203,14 @@ def measured_method(arm: Arm) -> str | None:
     """The method of speed.csv whose sparse step is that of ``arm``."""
     shares = set(arm.mlp.values())
     plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix and arm.ramp == 0
-    plain = plain and not arm.last and not arm.selected_lora and arm.outputs == 1 and list(arm.mlp) == ["1-29"]
+    plain = (
+        plain
+        and not arm.last
+        and not arm.per_sample
+        and not arm.selected_lora
+        and arm.outputs == 1
+        and list(arm.mlp) == ["1-29"]
+    )
     return SPARSE_METHODS.get(next(iter(shares))) if plain and len(shares) == 1 else None
 
 

@@ -38,6 +38,7 @@ class Mode(NamedTuple):
         selected_lora: the LoRA branch is masked like the base branch.
         outputs: answer tokens have MLP masks of their own.
         last: the last prompt token counts as context.
+        per_sample: of contextual channels, every sequence has a set of its own.
     """
 
     kind: str = "dense"
@@ -48,6 +49,7 @@ class Mode(NamedTuple):
     selected_lora: bool = False
     outputs: bool = False
     last: bool = False
+    per_sample: bool = False
 
 
 DENSE = Mode()
@@ -206,7 +208,7 @@ def layer_forward(
     normed = rms_norm(x, weights.attention_norm, network.epsilon)
     x = x + attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode)
     normed = rms_norm(x, weights.mlp_norm, network.epsilon)
-    return x + gated_mlp(normed, weights, adapters, selection, roles, network, mode)
+    return x + gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
 
 
 def attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode) -> Tensor:
@@ -241,16 +243,18 @@ def attention(normed, weights, adapters, selection, roles, rotary, network, layo
     return F.linear(source, weights.o_proj) + _lora(a, adapters, 3, network.lora_scale)
 
 
-def gated_mlp(x, weights, adapters, selection, roles, network, mode) -> Tensor:
-    """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype."""
+def gated_mlp(x, weights, adapters, selection, roles, network, mode, layout: Layout | None = None) -> Tensor:
+    """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype; a set of each sample needs ``layout``."""
     act, scale = ACTIVATIONS[network.activation], network.lora_scale
     gate_base, up_base = F.linear(x, weights.gate_proj), F.linear(x, weights.up_proj)
     gate_lora, up_lora = (_lora(x, adapters, place, scale) for place in (4, 5))
     if mode.kind == "dense":
         h = act(gate_base + gate_lora) * (up_base + up_lora)
         return F.linear(h, weights.down_proj) + _lora(h, adapters, 6, scale)
-    channels = contextual_channels(x, selection, roles, network) if mode.contextual else selection.channels
-    kept = ~roles.context | channels[:, None]
+    channels = selection.channels[:, None]
+    if mode.contextual:
+        channels = contextual_channels(x, selection, roles, network, layout if mode.per_sample else None)
+    kept = ~roles.context | channels
     if mode.outputs:
         kept = kept & (~roles.output | selection.output_channels[:, None])
     if mode.kind == "backward":
@@ -274,18 +278,33 @@ def stand_in(x: Tensor, selection: Selection) -> Tensor:
 
 
 @torch.no_grad()
-def contextual_channels(x: Tensor, selection: Selection, roles: Roles, network: Network) -> Tensor:
-    """bool ``[seeds, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows."""
+def contextual_channels(
+    x: Tensor, selection: Selection, roles: Roles, network: Network, layout: Layout | None = None
+) -> Tensor:
+    """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows.
+
+    With ``layout``, ``[seeds, rows, intermediate_size]``: over those of each sequence.
+    """
     thin = torch.bmm(x.detach(), selection.down.mT)
     rank = thin.shape[-1] // 2
     gates = torch.bmm(thin[..., :rank], selection.up_gate.mT)
     ups = torch.bmm(thin[..., rank:], selection.up_up.mT)
     hidden = ACTIVATIONS[network.activation](gates) * ups * roles.context
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    scores = torch.linalg.vector_norm(hidden, dim=1, dtype=wide) * selection.gain
+    groups = ((1, x.shape[1]),) if layout is None else layout.groups
+    parts = hidden.split([count * length for count, length in groups], dim=1)
+    norms = [
+        torch.linalg.vector_norm(part.unflatten(1, group), dim=2, dtype=wide)
+        for part, group in zip(parts, groups, strict=True)
+    ]
+    scores = torch.cat(norms, dim=1) * selection.gain[:, None]
     ranked = scores.sort(dim=-1, descending=True).values
-    at = (selection.keep - 1).clamp_min(0).expand(len(x), 1)
-    return (scores >= ranked.gather(1, at)) & (selection.keep > 0)
+    at = (selection.keep - 1).clamp_min(0).expand(*scores.shape[:2], 1)
+    chosen = (scores >= ranked.gather(2, at)) & (selection.keep > 0)
+    if layout is None:
+        return chosen
+    each = chosen.split([count for count, _ in groups], dim=1)
+    return torch.cat([part.repeat_interleave(length, 1) for part, (_, length) in zip(each, groups, strict=True)], dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
