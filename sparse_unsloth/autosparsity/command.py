@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.words import command_parser, parse, recipe_source
 
@@ -55,13 +57,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-levels", type=float, nargs="*", default=(), metavar="SHARE",
         help="sparsities to choose from for output tokens too, with --max-loss (default: none, they stay dense)",
     )  # fmt: skip
-    for name, count, text in (
-        ("samples", 32, "to calibrate the estimator on"),
-        ("probe-samples", 96, "others, to measure losses on"),
-        ("part-samples", 16, "of these, to measure single parts on"),
-        ("held-out-samples", 96, "others still, to check the recipe on"),
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, defaults, text in (
+        ("samples", {"cuda": 32, "cpu": 16}, "to calibrate the estimator on"),
+        ("probe-samples", {"cuda": 96, "cpu": 24}, "others, to measure losses on"),
+        ("part-samples", {"cuda": 16, "cpu": 8}, "of these, to measure single parts on"),
+        ("held-out-samples", {"cuda": 96, "cpu": 24}, "others still, to check the recipe on"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"{text} (default: {count})")
+        text += f" (default: {defaults['cuda']}, without a GPU {defaults['cpu']})"
+        parser.add_argument(f"--{name}", type=int, default=defaults[device], metavar="N", help=text)
     parser.add_argument("--output-dir", default="runs/calibrate", help="default: %(default)s")
     return parser
 
