@@ -24,10 +24,10 @@ task() { # NAME STEPS ARMS
 }
 
 # On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
-REST=backward-25-65,comp-25-refit,no-tail,per-sample-no-tail,recipe-comp,comp-25-layers,prior-norms,static-norms
-task A "${STEPS_A:-900}" backward-0,backward-25,backward-0-70,comp-25-no-tail,$REST
-COMMON=dense,dense-50,backward-0,default,random,dense-75,backward-25,dense-30,comp-25-no-tail,backward-0-70
-task B "${STEPS_B:-400}" $COMMON
-task C "${STEPS_C:-300}" $COMMON
+ROWS=rows-10,rows-10-50,rows-25-50,random-rows-10-50,rows-25,rows-10-75,rows-5-50
+task A "${STEPS_A:-900}" $ROWS,rows-0-50,rows-10-65,backward-25-65,comp-25-no-tail,backward-25
+COMMON=dense,dense-50,rows-10-50,dense-30,rows-10,default,rows-25-50,dense-75,random-rows-10-50,random,dense-65,rows-10-75
+task B "${STEPS_B:-400}" $COMMON,rows-25,backward-25,comp-25-no-tail
+task C "${STEPS_C:-300}" $COMMON,rows-25,backward-25,comp-25-no-tail
 wait
 for name in A B C; do echo "== $name"; grep ' nll \|done\|ready\|spent\|trained with\|Error' "$OUT/$name.log" | tail -14; done

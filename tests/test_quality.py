@@ -1,6 +1,7 @@
 """The quality benchmark's lockstep harness against the library itself, its costs, and its tables."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sparse_unsloth.quality.network import (
     layer_forward,
     read_network,
     roles_of,
+    sparse_rows,
 )
 from sparse_unsloth.quality.report import draw as draw_report
 from sparse_unsloth.quality.report import markdown
@@ -315,6 +317,48 @@ def test_exact_forwards_cut_gradients_only():
     lockstep.sparsity.keep((128, 128, 128))
     for one, other in zip(whole, lockstep.gradients(batch, layout, Mode("backward")), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_rows_of_small_gradient_send_none_into_the_layer():
+    experiment = make_experiment(steps=2, layers=3, dtype=torch.float64)
+    lockstep, batch, layout = experiment.lockstep, experiment.batches.batch(0), experiment.batches.layout
+    torch.manual_seed(0)
+    lockstep.adapters.master.normal_(0, 0.1)
+    lockstep.adapters.refresh()
+    whole, losses = lockstep.gradients(batch, layout, DENSE), lockstep.losses.clone()
+    context, inner = batch.context, 128
+    errors = {}
+    for share, mode in itertools.product((1.0, 0.5, 0.1, 0.0), (Mode("rows"), Mode("rows", random_rows=True))):
+        lockstep.sparsity.keep((round(share * inner),) * 3)
+        ours = lockstep.gradients(batch, layout, mode)
+        torch.testing.assert_close(lockstep.losses, losses)
+        errors[share, mode.random_rows] = sum(
+            (one - other).square().sum() for one, other in zip(whole, ours, strict=True)
+        )
+    assert errors[1.0, False] == errors[1.0, True] == 0
+    assert 0 < errors[0.5, False] < errors[0.1, False] < errors[0.0, False] == errors[0.0, True]
+    assert errors[0.5, False] < errors[0.5, True]
+    # The gradient of one layer's output, row by row.
+    y = torch.randn(2, context.shape[1], 8, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn_like(y)
+    lockstep.sparsity.keep((inner // 4,) * 3)
+    sparse_rows(y, lockstep.sparsity(0), roles_of(batch, DENSE), experiment.network, Mode("rows")).backward(gradient)
+    for seed in range(2):
+        count = -(-int(context[seed].sum()) // 4)
+        rows = context[seed].nonzero()[:, 0]
+        largest = rows[gradient[seed, rows].norm(dim=-1).topk(count).indices]
+        expected = gradient[seed].clone()
+        expected[[row for row in rows if row not in largest]] = 0
+        torch.testing.assert_close(y.grad[seed], expected)
+
+
+def test_rows_left_out_cost_their_forward_keys_and_values():
+    dense, few, none, cut = (one_step(name) for name in ("dense", "rows-10", "rows-0-50", "cut"))
+    assert none < few < dense
+    assert few == pytest.approx(none + 0.1 * (dense - none), rel=2e-3)
+    # Keys and values of these rows pass their gradient on, which is cut there.
+    keys = sum(inputs * outputs for name, (inputs, outputs) in SMOLLM2_SHAPE.projections().items() if name[0] in "kv")
+    assert none - cut == pytest.approx(2 * COUNT.context * 28 * keys, rel=0.1)
 
 
 def test_steps_are_those_of_adamw_with_clipping():

@@ -30,7 +30,8 @@ class Arm:
 
     Attributes:
         steps: share of the dense run's optimiser steps, with a learning rate schedule of its own.
-        mlp: layer rules, the share of MLP channels left out on context rows.
+        mlp: layer rules, the share of MLP channels left out on context rows; of the kind "rows", the share of context
+            rows left out of the backward pass.
         self_attn: layer rules of the key and value channels left out.
         selector: one of `SELECTORS`: kinds of estimator, "product" of the whitened estimate and the static energy,
             "-norms" weighted by the norms of the down projection's columns, "random" anew at every step.
@@ -74,7 +75,12 @@ class Arm:
 
     @property
     def contextual(self) -> bool:
-        return self.selector in CONTEXTUAL
+        return self.selector in CONTEXTUAL and self.kind != "rows"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its channels are chosen by what a calibration found."""
+        return self.mode != DENSE and self.kind != "rows" and self.selector != "random"
 
     @property
     def mode(self) -> Mode:
@@ -91,6 +97,7 @@ class Arm:
             outputs=self.outputs < 1,
             last=self.last,
             per_sample=self.per_sample,
+            random_rows=self.kind == "rows" and self.selector == "random",
         )
 
     def keep(self, layers: int, inner: int, scale: float = 1.0) -> tuple[int, ...]:
@@ -120,6 +127,11 @@ class Arm:
 def half(share: float, **changes) -> Arm:
     """An arm that leaves out ``share`` of the MLP channels of every layer but the first."""
     return Arm(mlp={"1-29": share}, **changes)
+
+
+def rows(share: float, **changes) -> Arm:
+    """An exact forward, whose backward pass goes on through ``share`` of the context rows in every layer."""
+    return Arm(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
 
 
 RANK = 64
@@ -152,6 +164,16 @@ ARMS: dict[str, Arm] = {
     "static-50": half(0.5, selector="static"),
     "cut-tail-10": Arm(cut=99, end=0.9),
     "backward-25": half(0.75, kind="backward", end=1.0),
+    # Gradients of context rows are uneven: most of them is in few rows.
+    "rows-10": rows(0.1),
+    "rows-10-50": rows(0.1, steps=0.5),
+    "rows-25": rows(0.25),
+    "rows-25-50": rows(0.25, steps=0.5),
+    "rows-10-75": rows(0.1, steps=0.75),
+    "rows-5-50": rows(0.05, steps=0.5),
+    "rows-10-65": rows(0.1, steps=0.65),
+    "rows-0-50": rows(0.0, steps=0.5),
+    "random-rows-10-50": rows(0.1, steps=0.5, selector="random"),
     # Where the dense curve is flat nothing can be won: the same with fewer steps meets it where it is steep.
     "backward-0-70": half(1.0, kind="backward", end=1.0, steps=0.7),
     "backward-25-65": half(0.75, kind="backward", end=1.0, steps=0.65),
@@ -181,6 +203,9 @@ ARMS: dict[str, Arm] = {
 }
 """In the order of their importance on task A."""
 
-SHORT = (*DENSE_SHARES, "default", "backward-0", "backward-25", "backward-0-70", "comp-25-no-tail", "random")
+SHORT = (
+    *DENSE_SHARES, "rows-10", "rows-10-50", "rows-25", "rows-25-50", "rows-10-75", "rows-5-50", "random-rows-10-50",
+    "default", "backward-25", "comp-25-no-tail", "random",
+)  # fmt: skip
 """What tasks B and C compare."""
-CONTROLS = ("random", "keep-0", "naive-pairing", "last-token", "layer-0")
+CONTROLS = ("random", "random-rows-10-50", "keep-0", "naive-pairing", "last-token", "layer-0")

@@ -63,9 +63,10 @@ def _plan_flops(shape: ModelShape, arm: Arm, plan: StepPlan, lora_rank: int, fac
     for layer in range(layers):
         row = _Row(
             shape=replace(shape, num_layers=1),
-            mlp=1 - plan.keep[layer] / inner if plan.mode.kind != "dense" else 0.0,
+            mlp=1 - plan.keep[layer] / inner if plan.mode.kind not in ("dense", "rows") else 0.0,
             self_attn=attention[layer],
             backward_only=plan.mode.kind == "backward",
+            rows=plan.keep[layer] / inner if plan.mode.kind == "rows" else None,
             below=plan.mode.cut and layer < arm.cut,
             above=plan.mode.cut and layer + 1 < arm.cut,
             first=layer == 0,
@@ -84,6 +85,7 @@ class _Row:
     mlp: float
     self_attn: float
     backward_only: bool
+    rows: float | None
     below: bool
     above: bool
     first: bool
@@ -118,6 +120,9 @@ def _row_flops(row: _Row, role: str) -> int:
         return 0
     if role == "dense":
         return step_flops(row.shape, none, 1, 0, **options).total
+    if row.rows is not None:
+        whole = step_flops(row.shape, none, 1, 0, **options)
+        return whole.forward.total + round(row.rows * whole.backward.total + (1 - row.rows) * _cut_backward(row))
     step = step_flops(
         row.shape, sparse, 0, 1, estimator_rank=row.factor_rank, compensation_rank=row.stand_in_rank, **options
     )
@@ -130,7 +135,7 @@ def _row_flops(row: _Row, role: str) -> int:
 
 
 def _cut_backward(row: _Row) -> int:
-    """Of a context row whose output receives no gradient: only what answers read of its keys and values."""
+    """Of a context row whose output receives no gradient: only what others read of its keys and values."""
     total = 0
     for name in ("k_proj", "v_proj"):
         inputs, outputs = row.shape.projections()[name]

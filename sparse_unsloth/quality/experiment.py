@@ -118,7 +118,7 @@ class Experiment:
         full = arm.keep(shape.num_layers, shape.intermediate_size)
         self.lockstep.reset()
         generator = torch.Generator(self.network.head.device).manual_seed(0)
-        if arm.mode != DENSE:
+        if arm.mode != DENSE and arm.kind != "rows":
             choose(self.sparsity, arm, self.calibration, generator)
         if arm.compensation:
             self.sparsity.keep(full)
@@ -135,7 +135,7 @@ class Experiment:
                 batches = self._fit_batches(self.batches, step - FIT_BATCHES)
                 fit_stand_ins(self.lockstep, batches, self.batches.layout, arm.compensation, arm.stream)
                 last = None
-            if arm.selector == "random" and plan.mode != DENSE:
+            if arm.selector == "random" and plan.mode.kind == "forward":
                 draw(self.sparsity, generator)
                 last = None
             if plan.mode != DENSE and plan.keep != last:
@@ -177,7 +177,7 @@ class Experiment:
         """Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins."""
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
-        if arm.mode.kind != "dense" and arm.selector != "random":
+        if arm.calibrated:
             counts = [step[seed] for step in self._fit.counts[: -(-SAMPLES // self.settings.batch_size)]]
             calibration += 2 * forward_flops(shape, counts, rank)
         if arm.compensation:

@@ -29,7 +29,8 @@ class Mode(NamedTuple):
 
     Attributes:
         kind: "dense"; "forward", sparse as DESIGN.md section 2; "backward", an exact forward whose context rows send
-            gradients through the selected MLP channels of the base weights only.
+            gradients through the selected MLP channels of the base weights only; "rows", an exact forward in which only
+            the context rows of largest gradient send it into the MLP, the output projection and the queries.
         cut: context rows receive no gradient from the layer above, where `Selection.cut` says so: their adapters learn
             by what the answers read of their keys and values.
         contextual: channels are chosen from each batch by factors, not given.
@@ -39,6 +40,7 @@ class Mode(NamedTuple):
         outputs: answer tokens have MLP masks of their own.
         last: the last prompt token counts as context.
         per_sample: of contextual channels, every sequence has a set of its own.
+        random_rows: of the kind "rows", any context rows instead of those of largest gradient.
     """
 
     kind: str = "dense"
@@ -50,6 +52,7 @@ class Mode(NamedTuple):
     outputs: bool = False
     last: bool = False
     per_sample: bool = False
+    random_rows: bool = False
 
 
 DENSE = Mode()
@@ -75,7 +78,8 @@ class Selection(NamedTuple):
     Attributes:
         channels: bool ``[seeds, intermediate_size]``, kept on context rows.
         output_channels: likewise, on answer tokens.
-        keep: int64 ``[]``, how many channels are chosen from the batch; 0 for none.
+        keep: int64 ``[]``, how many channels are chosen from the batch; 0 for none. Of the kind "rows", how many
+            context rows, in units of 1 / intermediate_size of a seed's.
         down: ``[seeds, 2 rank, hidden_size]``, factors of gate and up.
         up_gate, up_up: ``[seeds, intermediate_size, rank]``.
         gain: fp32 ``[seeds, intermediate_size]``: scores are the estimate's L2 norms times this.
@@ -206,9 +210,39 @@ def layer_forward(
     if mode.cut:
         x = torch.where(roles.context & selection.cut, x.detach(), x)
     normed = rms_norm(x, weights.attention_norm, network.epsilon)
-    x = x + attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode)
+    y = attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode)
+    x = x + sparse_rows(y, selection, roles, network, mode)
     normed = rms_norm(x, weights.mlp_norm, network.epsilon)
-    return x + gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
+    y = gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
+    return x + sparse_rows(y, selection, roles, network, mode)
+
+
+def sparse_rows(y: Tensor, selection: Selection | None, roles: Roles, network: Network, mode: Mode) -> Tensor:
+    """``y [seeds, rows, hidden_size]``; of the kind "rows", only answers and chosen context rows have a gradient."""
+    if mode.kind != "rows":
+        return y
+    share = selection.keep / network.shape.intermediate_size
+    return _SparseRows.apply(y, roles.context[..., 0], share, mode.random_rows)
+
+
+class _SparseRows(torch.autograd.Function):
+    """The identity; of the gradient only a share of each seed's context rows goes on: the largest, or random ones."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, context: Tensor, share: Tensor, random: bool) -> Tensor:
+        ctx.save_for_backward(context, share)
+        ctx.random = random
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        context, share = ctx.saved_tensors
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        scores = (torch.rand_like(norms) if ctx.random else norms).masked_fill(~context, -1.0)
+        count = (context.sum(1, keepdim=True) * share).ceil().long()
+        least = scores.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp_min(0))
+        kept = ~context | ((scores >= least) & (count > 0))
+        return gradient * kept[..., None], None, None, None
 
 
 def attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode) -> Tensor:
@@ -248,7 +282,7 @@ def gated_mlp(x, weights, adapters, selection, roles, network, mode, layout: Lay
     act, scale = ACTIVATIONS[network.activation], network.lora_scale
     gate_base, up_base = F.linear(x, weights.gate_proj), F.linear(x, weights.up_proj)
     gate_lora, up_lora = (_lora(x, adapters, place, scale) for place in (4, 5))
-    if mode.kind == "dense":
+    if mode.kind in ("dense", "rows"):
         h = act(gate_base + gate_lora) * (up_base + up_lora)
         return F.linear(h, weights.down_proj) + _lora(h, adapters, 6, scale)
     channels = selection.channels[:, None]
