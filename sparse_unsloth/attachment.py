@@ -53,21 +53,30 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What `attach` did, layer by layer; ``exact_removal`` says what leaves out rows without loss, "" for nothing."""
+    """What `attach` did, layer by layer.
+
+    Attributes:
+        exact_removal: what leaves out rows without loss, "" for nothing.
+        backward_rows: see `SparsityConfig.backward_rows`; ``row_layers``: in how many layers.
+    """
 
     backend: str
     layers: tuple[LayerReport, ...]
     exact_removal: str = ""
+    backward_rows: float = 1.0
+    row_layers: int = 0
 
     @property
     def num_sparse(self) -> int:
-        return sum(bool(layer.mlp or layer.self_attn) for layer in self.layers)
+        return self.row_layers or sum(bool(layer.mlp or layer.self_attn) for layer in self.layers)
 
     def __str__(self) -> str:
         lines = [
             f"sparse_unsloth: {self.num_sparse} of {len(self.layers)} layers sparse on context tokens ({self.backend})"
         ]
-        for first, last, layer in self._runs():
+        if self.row_layers:
+            lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
+        for first, last, layer in () if self.row_layers else self._runs():
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
             mlp = _kept(layer.mlp, layer.mlp_channels, layer.output_mlp, layer.output_mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels, layer.output_self_attn, layer.output_key_channels)
@@ -325,7 +334,8 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
                 output_key_channels=keep_count(keys, output.self_attn),
             )
         )
-    return AttachReport(state.backend_name, tuple(rows), exact_removal)
+    row_layers = len(state.runtimes) if state.by_rows else 0
+    return AttachReport(state.backend_name, tuple(rows), exact_removal, state.config.backward_rows, row_layers)
 
 
 def _save_config_with_adapter(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 
 from sparse_unsloth import older_formats
@@ -35,7 +36,10 @@ PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "dense": ({}, {}),
     "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
     "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
+    "rows": ({}, {}),
 }
+BACKWARD_ROWS = 0.25
+"""Of the preset "rows"; see benchmarks/results/quality.md."""
 
 
 OUTPUT = "output_"
@@ -76,6 +80,12 @@ def _step(value: object) -> float | int:
 def _fraction(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError("must be a number in [0, 1], a share of the training")
+    return float(value)
+
+
+def _kept_share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError("must be a share in (0, 1] of the context rows; 1.0 is every row")
     return float(value)
 
 
@@ -187,8 +197,9 @@ class SparsityConfig(_Config):
         ConfigError: unknown keys, malformed rules, values out of range: all of one input's problems together.
     """
 
-    preset: Literal["dense", "o1", "o2"] | None = None
-    """Layer rules of a published recipe at the model's depth: `o1` conservative, `o2` aggressive."""
+    preset: Literal["dense", "o1", "o2", "rows"] | None = None
+    """`rows`: `backward_rows: 0.25`, what we recommend. Layer rules of a published recipe at the model's depth: `o1`
+    conservative, `o2` aggressive."""
     mlp: Rules = {}
     self_attn: Rules = {}
     estimator: EstimatorConfig = EstimatorConfig()
@@ -199,6 +210,10 @@ class SparsityConfig(_Config):
     output_sparsity: Annotated[OutputSparsity, BeforeValidator(_output_rules)] = OutputSparsity()
     """Tiered sparsity: what output tokens leave out, on channels of their own; the last prompt token stays dense. One
     share, or `{mlp: rules, self_attn: rules}`; of each layer at most its own `mlp` and `self_attn`. 0: dense."""
+    backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
+    """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
+    batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
+    `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
     rope_pairs: Switch = True
     """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
     lora_branch: Literal["dense", "selected"] = "dense"
@@ -227,6 +242,27 @@ class SparsityConfig(_Config):
     estimator lies beside the adapter. What is decoded is dense."""
     seed: NonNegative = 3407
     """Of the randomised factorisation, the calibration sample and the `random` criterion."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_need_no_schedule(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("preset") == "rows":
+            data = {"backward_rows": BACKWARD_ROWS, **data}
+        if data.get("backward_rows", 1) != 1:
+            data = {"start_step": 0.0, "end_step": 1.0, **data}
+        return data
+
+    @field_validator("backward_rows")
+    @classmethod
+    def _rows_or_channels(cls, share: float, info: ValidationInfo) -> float:
+        rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
+        if info.data.get("preset") in ("o1", "o2"):
+            rules.append(f"preset {info.data['preset']}")
+        if share < 1 and rules:
+            raise ValueError(f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows, not both")
+        return share
 
     @field_validator("end_step")
     @classmethod

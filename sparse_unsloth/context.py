@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_unsloth.explain.observer import Observation
+from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
@@ -56,6 +57,13 @@ class SparseContext:
     def memo(self, index: int) -> dict[str, Any]:
         """What the MLP of layer ``index`` keeps from this forward to its recompute."""
         return self._memos.setdefault(index, {})
+
+    def row_choice(self, index: int, share: float) -> RowChoice:
+        """The one of layer ``index`` in this forward; its parts share it."""
+        memo = self.memo(index)
+        if "rows" not in memo:
+            memo["rows"] = RowChoice(self.partition, share)
+        return memo["rows"]
 
     def rows_with_loss(self, sparse: bool) -> TokenPartition:
         """The partition of the last layer behind its keys and values, where it is sparse or dense."""

@@ -60,7 +60,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
-        if state.selector is None:
+        if state.selector is None and not state.by_rows:
             raise _no_estimator(state)
         if state.step is None and state.config.refresh_steps > 1:
             state.say_once(
@@ -75,7 +75,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
-    if scale > 0 and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
+    if scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, scale, kwargs)
     return context
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_unsloth.config import OUTPUT, LayerSparsity
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
@@ -26,7 +27,8 @@ class LayerRuntime:
 
     ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
-    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them.
+    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed
+    them; it is empty, and not None, where that computes O alone.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class LayerRuntime:
         self.output = output
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
-        self.handed: tuple[Tensor, Tensor, Tensor] | None = None
+        self.handed: tuple[Tensor, ...] | None = None
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
@@ -48,6 +50,13 @@ class LayerRuntime:
         if getattr(self.sparsity, part) <= 0 and getattr(self.output, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
+
+    def row_choice(self, module: nn.Module) -> RowChoice | None:
+        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is."""
+        context = self.context
+        if context is None or context.scale <= 0 or not (self.state.by_rows and module.training):
+            return None
+        return context.row_choice(self.layer.index, self.state.config.backward_rows)
 
     def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
@@ -105,7 +114,7 @@ class LayerRuntime:
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
         self.context.ran.add((self.layer.index, part))
-        if torch.is_grad_enabled() and self.is_sparse(part):
+        if torch.is_grad_enabled() and (self.state.by_rows or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def compensation(self) -> Compensation | None:

@@ -23,7 +23,7 @@ def prepare(state: SparsityState, samples: list[Mapping[str, Any]] | None, last_
     Raises:
         EstimatorError: the estimator cannot be had (see `obtain_estimator`).
     """
-    if state.selector is not None or not state.runtimes:
+    if state.selector is not None or state.by_rows or not state.runtimes:
         return
     if state.config.criterion != "estimator":
         state.use(None)
@@ -48,6 +48,8 @@ def _obtain(state: SparsityState, samples: list[Mapping[str, Any]] | None, wait:
 
 def prepare_for_all(state: SparsityState, train_dataset, collate_fn) -> None:
     """`prepare`, once for all processes."""
+    if state.by_rows:
+        return
     if world_size() == 1 or not has_group() or state.config.criterion != "estimator":
         if state.selector is None:
             prepare(state, _samples_of(state, train_dataset, collate_fn), last_chance=True)

@@ -42,6 +42,7 @@ class SparsityState:
         backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
         hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
         num_layers: decoder layers of the model.
+        by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
         layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
@@ -66,10 +67,11 @@ class SparsityState:
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.output_sparsity = config.output_layer_sparsity(len(layers))
         self.tiers = any(map(any, self.output_sparsity))
+        self.by_rows = config.backward_rows < 1
         self.runtimes = {
             layer.index: LayerRuntime(self, layer, sparsity, output)
             for layer, sparsity, output in zip(layers, self.layer_sparsity, self.output_sparsity, strict=True)
-            if any(sparsity)
+            if any(sparsity) or (self.by_rows and not self._drops_rows_without_loss(layer))
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
@@ -153,8 +155,13 @@ class SparsityState:
             (index, part)
             for index, runtime in self.runtimes.items()
             for part, sparsity in runtime.sparsity._asdict().items()
-            if sparsity > 0
+            if sparsity > 0 or self.by_rows
         }
+
+    def _drops_rows_without_loss(self, layer: DecoderLayer) -> bool:
+        """Whether ``layer`` is the last one, and leaves context rows out of forward and backward already."""
+        removes = self.backend_name == "unsloth" and self.config.exact_removal
+        return removes and layer is self.layers[-1]
 
     def hooked_parts(self) -> set[tuple[int, str]]:
         """`expected_parts`, and what leaves out rows without loss in a dense last layer."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from sparse_unsloth.backends import row_hooks
+from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.errors import AttachError, BackendError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
@@ -38,6 +39,9 @@ def install(runtime: LayerRuntime) -> None:
         AttachError: a projection that the sparse functions cannot compute, or one that they compute differently.
     """
     layer = runtime.layer
+    if runtime.state.by_rows:
+        row_hooks.install(runtime)
+        return
     if runtime.sparsity.mlp > 0:
         check(layer, "mlp")
         probe_mlp(layer)
@@ -65,20 +69,8 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether the forward that `install` put there is still the one that runs."""
     forward = getattr(module.__dict__.get("forward"), "__func__", None)
-    return forward in (mlp_forward, _projection_forward) and "_sparse_runtime" in module.__dict__
-
-
-def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime) -> None:
-    """Puts a bound ``forward`` on the instance, keeps what was there; a deep copy of the module stays consistent."""
-    module.__dict__["_sparse_original"] = module.__dict__.get("forward")
-    module.__dict__["_sparse_runtime"] = runtime
-    module.forward = MethodType(forward, module)
-    runtime.state.hooked.append(module)
-
-
-def _original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    original = module.__dict__["_sparse_original"]
-    return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
+    ours = (mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward)
+    return forward in ours and "_sparse_runtime" in module.__dict__
 
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,7 +78,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
     partition = runtime.partition("mlp", self)
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
-        return _original(self, hidden_states, *args, **kwargs)
+        return original_forward(self, hidden_states, *args, **kwargs)
     channels, output_channels = runtime.mlp_channels(hidden_states, partition)
     runtime.record_run("mlp")
     return sparse_mlp(
@@ -108,7 +100,7 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     partition = runtime.partition("self_attn", self)
     projection = None if partition is None else read_projection(self)
     if projection is None:
-        return _original(self, hidden_states, *args, **kwargs)
+        return original_forward(self, hidden_states, *args, **kwargs)
     chosen = runtime.attention_channels(partition, None if name == "o_proj" else hidden_states)
     part = select(projection, name[0], *chosen)
     if name == "o_proj":

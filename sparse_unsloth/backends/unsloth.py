@@ -11,6 +11,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.backends import peft as peft_backend
-from sparse_unsloth.backends import unsloth_layer
+from sparse_unsloth.backends import row_hooks, unsloth_layer, unsloth_rows
 from sparse_unsloth.backends.peft import PARTS
+from sparse_unsloth.backends.replaced import replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -80,6 +82,14 @@ def install(runtime: LayerRuntime) -> None:
             more; or a projection that the sparse functions cannot compute.
     """
     contract = Contract()
+    if runtime.state.by_rows:
+        refuse_sharded_weights(runtime.layer)
+        row_hooks.install_mlp(runtime)
+        contract.check_attention(runtime.layer)
+        attention = runtime.layer.self_attn
+        row_hooks.probe(runtime.layer, "self_attn.o_proj", partial(attention.apply_o, attention))
+        _hook_attention(runtime)
+        return
     for part in PARTS:
         if getattr(runtime.sparsity, part) > 0:
             _install(contract, runtime, part)
@@ -113,6 +123,11 @@ def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> int:
     """
     contract, count = Contract(), 0
     for runtime in runtimes:
+        if runtime.state.by_rows:
+            if runtime.layer.index in runtime.state.runtimes and unsloth_rows.can_replace(runtime):
+                unsloth_rows.replace(runtime)
+                count += 1
+            continue
         if not unsloth_layer.can_replace(runtime):
             continue
         if "_sparse_original" not in runtime.layer.self_attn.__dict__:
@@ -142,11 +157,15 @@ def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
         contract.check_mlp(layer)
         peft_backend.check(layer, "mlp")
         peft_backend.probe_mlp(layer)
-        peft_backend.replace_forward(layer.mlp, peft_backend.mlp_forward, runtime)
+        replace_forward(layer.mlp, peft_backend.mlp_forward, runtime)
         return
     contract.check_attention(layer)
     peft_backend.check(layer, "self_attn")
-    attention = layer.self_attn
+    _hook_attention(runtime)
+
+
+def _hook_attention(runtime: LayerRuntime) -> None:
+    attention = runtime.layer.self_attn
     attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
     attention.__dict__["_sparse_runtime"] = runtime
     attention.apply_qkv, attention.apply_o = _apply_qkv, _apply_o
@@ -166,13 +185,13 @@ def is_installed(module: nn.Module) -> bool:
     """Whether the functions that `install` put there are still the ones that run."""
     if "apply_qkv" not in module.__dict__:
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        return forward is unsloth_layer.layer_forward or peft_backend.is_installed(module)
+        return forward in (unsloth_layer.layer_forward, unsloth_rows.layer_forward) or peft_backend.is_installed(module)
     return module.apply_qkv is _apply_qkv and module.apply_o is _apply_o and "_sparse_runtime" in module.__dict__
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     runtime: LayerRuntime = self._sparse_runtime
-    if runtime.handed is not None:
+    if runtime.handed:
         return runtime.handed
     partition = runtime.partition("self_attn", self)
     modules = (self.q_proj, self.k_proj, self.v_proj)
@@ -193,6 +212,10 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.handed is not None:
         return attention_output
+    choice = runtime.row_choice(self)
+    if choice is not None and not (args or kwargs):
+        function = partial(self._sparse_original[1], self)
+        return row_hooks.through_output(function, attention_output, self.o_proj, choice, runtime)
     partition = runtime.partition("self_attn", self)
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends import peft as peft_backend
+from sparse_unsloth.backends.replaced import replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
@@ -44,7 +45,7 @@ def can_replace(runtime: LayerRuntime) -> bool:
 
 def replace(runtime: LayerRuntime) -> None:
     """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
-    peft_backend.replace_forward(runtime.layer.module, layer_forward, runtime)
+    replace_forward(runtime.layer.module, layer_forward, runtime)
 
 
 def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -64,11 +65,11 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
             runtime.record_run(part)
     output = behind_attention(attention_output, residual, plan)
     if runtime.context.probe:
-        _compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
+        compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
 
 
-def _compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:
+def compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:
     """Raises AttachError unless the layer, with every channel kept, computes what its class does."""
     error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
     tolerance = 1e-3 if ours.dtype == torch.float32 else 3e-2

@@ -211,16 +211,14 @@ def layer_forward(
         x = torch.where(roles.context & selection.cut, x.detach(), x)
     normed = rms_norm(x, weights.attention_norm, network.epsilon)
     y = attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode)
-    x = x + sparse_rows(y, selection, roles, network, mode)
-    normed = rms_norm(x, weights.mlp_norm, network.epsilon)
-    y = gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
-    return x + sparse_rows(y, selection, roles, network, mode)
+    inner = x + y
+    normed = rms_norm(inner, weights.mlp_norm, network.epsilon)
+    z = gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
+    return inner + z if mode.kind != "rows" else x + sparse_rows(y.to(x.dtype) + z, selection, roles, network, mode)
 
 
 def sparse_rows(y: Tensor, selection: Selection | None, roles: Roles, network: Network, mode: Mode) -> Tensor:
-    """``y [seeds, rows, hidden_size]``; of the kind "rows", only answers and chosen context rows have a gradient."""
-    if mode.kind != "rows":
-        return y
+    """``y [seeds, rows, hidden_size]``, whose gradient is that of answers and chosen context rows only."""
     share = selection.keep / network.shape.intermediate_size
     return _SparseRows.apply(y, roles.context[..., 0], share, mode.random_rows)
 

@@ -1,0 +1,119 @@
+"""Hooks for `SparsityConfig.backward_rows`: the MLP and the O projection, as the model has them, through few rows.
+
+A row without a gradient from O has a query without one (attention's backward gives exact zeros), so keys and values are
+all that such a row still sends a gradient through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends.replaced import original_forward, replace_forward
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.mlp import is_recompute
+from sparse_unsloth.layer_runtime import LayerRuntime
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.modes import training_flags
+from sparse_unsloth.weights import read_base
+
+PROBE_TOKENS = 8
+
+
+def install(runtime: LayerRuntime) -> None:
+    """Hooks both parts of a layer.
+
+    Raises:
+        AttachError: see `probe`.
+    """
+    install_mlp(runtime)
+    module = runtime.layer.self_attn.o_proj
+    probe(runtime.layer, "self_attn.o_proj", module)
+    replace_forward(module, output_forward, runtime)
+
+
+def install_mlp(runtime: LayerRuntime) -> None:
+    """Hooks the MLP.
+
+    Raises:
+        AttachError: see `probe`.
+    """
+    module = runtime.layer.mlp
+    probe(runtime.layer, "mlp", module)
+    replace_forward(module, mlp_forward, runtime)
+
+
+def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The module's own forward, whose backward chooses the layer's rows and goes through them."""
+    runtime: LayerRuntime = self._sparse_runtime
+    choice = None if args or kwargs else runtime.row_choice(self)
+    if choice is None:
+        return original_forward(self, hidden_states, *args, **kwargs)
+    unread = is_unread(runtime)
+    runtime.record_run("mlp")
+    if not torch.is_grad_enabled():
+        return original_forward(self, hidden_states)
+    return backward_rows(partial(original_forward, self), [hidden_states], trained(self), choice, unread=unread)
+
+
+def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The O projection's own forward, whose backward goes through the rows that the MLP's chose."""
+    runtime: LayerRuntime = self._sparse_runtime
+    choice = None if args or kwargs else runtime.row_choice(self)
+    if choice is None:
+        return original_forward(self, attention_output, *args, **kwargs)
+    return through_output(partial(original_forward, self), attention_output, self, choice, runtime)
+
+
+def through_output(
+    function: Callable[[Tensor], Tensor], attention_output: Tensor, module: nn.Module, choice: RowChoice, runtime
+) -> Tensor:
+    """``function`` of ``module``, the O projection, in a forward whose rows are ``choice``'s."""
+    runtime.record_run("self_attn")
+    if not torch.is_grad_enabled():
+        return function(attention_output)
+    return backward_rows(function, [attention_output], trained(module), choice, chooses=False)
+
+
+def is_unread(runtime: LayerRuntime) -> bool:
+    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream."""
+    recompute = is_recompute(runtime.context.memo(runtime.layer.index))
+    return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``modules`` that are trained."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
+    """Proves that ``function``, the forward of ``name``, computes row by row, and twice the same.
+
+    Raises:
+        AttachError: it does not (dropout, or experts with a capacity), so backward could not compute some rows anew.
+    """
+    where = f"{layer.name}.{name}"
+    base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
+    dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
+    rows = torch.arange(1, PROBE_TOKENS, 2, device=base.device)
+    # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
+    with torch.no_grad(), training_flags(layer.module):
+        whole, few = function(x), function(x[:, rows])
+    if not isinstance(whole, Tensor):
+        raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
+    expected, ours = whole[:, rows].float(), few.float()
+    error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    if not error <= tolerance:
+        raise AttachError(
+            f"{where}: some rows, computed alone, differ by {error:.2g} (allowed {tolerance}) from the same rows among "
+            "others, and backward_rows computes some twice. Set lora_dropout (and other dropout) to 0, or leave "
+            "backward_rows out."
+        )

@@ -1,0 +1,69 @@
+"""Whole decoder layers of Unsloth's Llama form for `SparsityConfig.backward_rows`: one function behind attention.
+
+O, residual sum, norm and MLP are row by row together, so backward computes a chosen row from what attention returned
+and from the residual stream, and a recompute under gradient checkpointing computes nothing of it at all. The functions
+are Unsloth's own. Wherever this does not apply, the layer's own forward runs, with the hooks that are in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends import row_hooks
+from sparse_unsloth.backends.replaced import original_forward, replace_forward
+from sparse_unsloth.backends.unsloth_layer import FORWARD, compare
+from sparse_unsloth.functions.backward_rows import backward_rows
+from sparse_unsloth.layer_runtime import LayerRuntime
+
+NORM = "fast_rms_layernorm"
+CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")
+
+
+def can_replace(runtime: LayerRuntime) -> bool:
+    """Whether the layer is Unsloth's Llama layer, whose forward this file repeats."""
+    layer, llama = runtime.layer, sys.modules.get("unsloth.models.llama")
+    forward = getattr(llama, FORWARD, None)
+    return type(layer.module).forward is forward is not None and hasattr(llama, NORM) and layer.adds_mlp_output
+
+
+def replace(runtime: LayerRuntime) -> None:
+    """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
+    replace_forward(runtime.layer.module, layer_forward, runtime)
+
+
+def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    runtime: LayerRuntime = self._sparse_runtime
+    usable = not args and not any(kwargs.get(name) for name in CACHED)
+    choice = runtime.row_choice(self) if usable and self.self_attn.training and self.mlp.training else None
+    if choice is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    norm = getattr(sys.modules["unsloth.models.llama"], NORM)
+    attention, mlp = self.self_attn, self.mlp
+    apply_o = attention._sparse_original[1]
+
+    def behind(attention_output: Tensor, stream: Tensor) -> Tensor:
+        stream = stream + apply_o(attention, attention_output)
+        return stream + original_forward(mlp, norm(self.post_attention_layernorm, stream))
+
+    unread = row_hooks.is_unread(runtime)
+    runtime.handed = ()
+    try:
+        attention_output, *_ = attention(hidden_states=norm(self.input_layernorm, hidden_states), **kwargs)
+    finally:
+        runtime.handed = None
+    for part in ("mlp", "self_attn"):
+        runtime.record_run(part)
+    if torch.is_grad_enabled():
+        weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
+        inputs = [attention_output, hidden_states]
+        output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread)
+    else:
+        output = behind(attention_output, hidden_states)
+    if runtime.context.probe:
+        compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
+    return (output,)

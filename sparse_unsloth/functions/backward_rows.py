@@ -1,0 +1,123 @@
+"""A function of single rows whose forward is exact, and whose backward pass goes through few context rows.
+
+What context rows contribute to a gradient is very uneven: with prompts of a hundred tokens, a tenth of them holds most
+of it (benchmarks/results/quality-notes.md). So forward computes every row, and keeps its input alone; backward looks at
+the norms of the incoming gradient, computes dense rows and the context rows of largest norm once more, and takes
+gradients through these. Of the rows left out nothing reaches the function's weights or its input; a residual stream
+around it passes their gradient on as it is.
+
+The function itself is whatever the model has there: no weight is read here, so that any quantisation, adapter,
+activation and bias will do, and Unsloth's own kernels run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_unsloth.partition import TokenPartition
+
+
+class RowChoice:
+    """The rows of one layer in one backward pass: all dense rows, and a share of the context rows.
+
+    Args:
+        partition: the roles of the rows.
+        share: of the context rows, in (0, 1]; rounded up.
+    """
+
+    def __init__(self, partition: TokenPartition, share: float):
+        self._partition = partition
+        self.num_context = ceil(share * len(partition.context))
+        self.rows: Tensor | None = None
+
+    def choose(self, gradient: Tensor) -> Tensor:
+        """int64 ``[n]``: dense rows, then the context rows where ``gradient [M, width]`` is largest, in L2 norm.
+
+        They hold for the rest of the layer's backward pass (`rows`). No host sync.
+        """
+        partition = self._partition
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_fp32(gradient.dtype))
+        largest = norms.index_select(0, partition.context).topk(self.num_context, sorted=False).indices
+        self.rows = torch.cat((partition.dense, partition.context.index_select(0, largest)))
+        return self.rows
+
+
+def backward_rows(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    choice: RowChoice,
+    residual: int | None = None,
+    chooses: bool = True,
+    unread: bool = False,
+) -> Tensor:
+    """``function(*inputs)``, differentiated through the rows of ``choice`` alone.
+
+    Args:
+        function: row by row, ``[..., n, width]`` tensors to one such; deterministic. Called in backward again.
+        inputs: its arguments, ``[..., width]``; flattened, their rows are those of the choice's partition.
+        parameters: what it reads that gradients are wanted of.
+        residual: the place in ``inputs`` of a residual stream that the output contains as it is, for every row.
+        chooses: whether its backward chooses the rows; else those that are chosen already hold, if some are.
+        unread: nobody will read the output (a recompute), so it is not computed: zeros of the shape of the last input.
+    """
+    return _BackwardRows.apply(function, choice, residual, chooses, unread, len(inputs), *inputs, *parameters)
+
+
+class _BackwardRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, choice, residual, chooses, unread, num_inputs, *tensors):
+        inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
+        ctx.function, ctx.choice, ctx.residual, ctx.chooses = function, choice, residual, chooses
+        ctx.autocast = _autocast_of(inputs[0])
+        ctx.save_for_backward(*inputs)
+        if unread:
+            return inputs[-1].new_zeros(()).expand(inputs[-1].shape)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        inputs, choice = ctx.saved_tensors, ctx.choice
+        flat = gradient.flatten(0, -2)
+        rows = choice.choose(flat) if ctx.chooses or choice.rows is None else choice.rows
+        wanted = ctx.needs_input_grad[-len(inputs) - len(ctx.parameters) :]
+        leaves = [
+            tensor.detach().flatten(0, -2).index_select(0, rows)[None].requires_grad_(needed)
+            for tensor, needed in zip(inputs, wanted, strict=False)
+        ]
+        with torch.enable_grad(), ctx.autocast():
+            output = ctx.function(*leaves)
+        sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), wanted, strict=True) if needed]
+        found = iter(
+            torch.autograd.grad(output, sources, flat.index_select(0, rows)[None].to(output.dtype), allow_unused=True)
+        )
+        gradients = [next(found) if needed else None for needed in wanted]
+        for place, (tensor, needed) in enumerate(zip(inputs, wanted, strict=False)):
+            if not needed:
+                continue
+            through = place == ctx.residual
+            whole = flat.to(tensor.dtype, copy=True) if through else torch.zeros_like(tensor).flatten(0, -2)
+            if gradients[place] is not None:
+                whole.index_copy_(0, rows, gradients[place][0])
+            gradients[place] = whole.view(tensor.shape)
+        return *(None,) * 6, *gradients
+
+
+def _autocast_of(like: Tensor) -> Callable[[], AbstractContextManager]:
+    """The autocast that is on now, for later."""
+    device = like.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
