@@ -1,0 +1,102 @@
+"""`backward_rows` through Unsloth's hook points and its whole layers, on stand-ins of its layer, against masks.
+
+tests/gpu/test_unsloth.py does the same with Unsloth's own on the GPU.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth_rows
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.partition import TokenPartition
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_backward_rows import every_step, masked_gradients
+from test_whole_layers import fast_forward, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
+from tiny import loss_and_gradients
+from unsloth_stand_in import assert_same, decoder_layers, packed_batch
+
+
+@pytest.fixture
+def whole(stand_in):  # noqa: F811
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    return stand_in
+
+
+def count_calls(model):
+    """Numbers of rows that each layer's MLP and O projection compute, in order."""
+    rows = {"mlp": [], "o": []}
+    for layer in decoder_layers(model):
+        down, o = layer.mlp.down_proj, layer.self_attn.o_proj
+        down.register_forward_hook(
+            lambda module, args, output: rows["mlp"].append(args[0].numel() // args[0].shape[-1])
+        )
+        o.register_forward_hook(lambda module, args, output: rows["o"].append(args[0].numel() // args[0].shape[-1]))
+    return rows
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
+def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
+    model = make_model(whole, checkpointing)
+    batch = small_batch(packed_batch) if packed else small_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    replaced = [getattr(layer.__dict__.get("forward"), "__func__", None) for layer in decoder_layers(model)]
+    assert replaced == [unsloth_rows.layer_forward] * 3
+    ours = loss_and_gradients(model, batch)
+    assert_same(ours, expected)
+    assert get_state(model).ran == get_state(model).expected_parts()
+    assert all(runtime.handed is None for runtime in get_state(model).runtimes.values())
+
+
+def test_parts_train_as_masks_say(stand_in):  # noqa: F811
+    """Without the norm that whole layers need, each part is hooked."""
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_recompute_computes_nothing_behind_attention(whole):
+    model, batch = make_model(whole, "reentrant"), small_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
+    rows = count_calls(model)
+    assert_same(loss_and_gradients(model, batch), expected)
+    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"], padding_masked=False)
+    few = len(partition.dense) + -(-len(partition.context) // 4)
+    assert rows["o"] == [batch["labels"].numel()] * 3 + [few] * 3
+    assert rows["mlp"] in ([], rows["o"])  # the stand-in's fused MLP may not call its modules
+
+
+def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):
+    model, batch = make_model(whole), small_batch()
+    expected = loss_and_gradients(model, batch)
+    attach(model, every_step(exact_removal=False, start_step=5))
+    state = get_state(model)
+    state.begin_training(object(), 10)
+    monkeypatch.setattr(unsloth_rows, "backward_rows", lambda *_: pytest.fail("a dense phase left rows out"))
+    state.set_step(0)
+    assert_same(loss_and_gradients(model, batch), expected)
+    detach(model)
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+
+
+def test_a_layer_that_computes_something_else_is_refused(whole, monkeypatch):
+    def other(self, hidden_states, **kwargs):
+        return (2 * fast_forward(self, hidden_states, **kwargs)[0],)
+
+    model = make_model(whole)
+    monkeypatch.setattr(type(decoder_layers(model)[0]), "forward", other)
+    whole.llama.LlamaDecoderLayer_fast_forward = other
+    with pytest.raises(AttachError, match="as a whole differs"):
+        attach(model, every_step(exact_removal=False))
+    assert get_state(model) is None
+    assert torch.is_grad_enabled()
