@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from .errors import ConfigError
@@ -103,7 +104,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step by phase; `recompute` is the layers' second forward under gradient checkpointing."""
+    """FLOPs of a step by phase; `recompute` is what forward computed and backward needs once more: the layers under
+    gradient checkpointing, chosen rows of them with ``backward_rows``.
+    """
 
     forward: Parts
     recompute: Parts
@@ -144,6 +147,7 @@ def step_flops(
     padding_tokens: int = 0,
     output_sparsity: Sequence[tuple[float, float]] | None = None,
     output_tokens: int = 0,
+    backward_rows: float = 1.0,
 ) -> StepFlops:
     """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
@@ -176,6 +180,8 @@ def step_flops(
             sequences are as long as `seq_lengths` says, and their logits count as `head_tokens` says.)
         output_sparsity: of output tokens, by layer as `layer_sparsity`; None: they are dense.
         output_tokens: how many of `dense_tokens` they are. (In a last layer with `last_layer_tokens`, at most those.)
+        backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
+            compute these and the dense rows once more for it, with checkpointing instead of all rows.
 
     Raises:
         ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
@@ -198,7 +204,8 @@ def step_flops(
     pairs = attention_pairs(seq_lengths, causal=fused)
     attention_product = 2 * pairs * shape.num_heads * shape.head_dim
 
-    forward, backward = Counter(), Counter()
+    forward, again, backward = Counter(), Counter(), Counter()
+    by_rows = backward_rows < 1
     for layer, ((mlp, self_attn), output) in enumerate(zip(layer_sparsity, tiers, strict=True)):
         chosen, output_chosen = shape.projections(mlp, self_attn), shape.projections(*output)
         narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and last_layer_tokens is not None else ()
@@ -219,9 +226,15 @@ def step_flops(
             lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
             input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
             forward[part] += base
-            backward[part] += base * (input_gradient + trainable_base)
             forward["lora"] += lora_a + lora_b
-            backward["lora"] += lora_a * (input_gradient + 1) + 2 * lora_b
+            share = 1.0
+            if by_rows and name not in ATTENTION[:3] and rows:
+                share = (dense_rows + ceil(backward_rows * context_rows)) / rows
+            if checkpointing or share < 1:
+                again[part] += round(share * base)
+                again["lora"] += round(share * (lora_a + lora_b))
+            backward[part] += round(share * base) * (input_gradient + trainable_base)
+            backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product
         backward["attention_core"] += (5 if fused else 4) * attention_product
         sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
@@ -231,14 +244,16 @@ def step_flops(
         forward["estimator"] += sum(2 * output_tokens * estimator_rank * sum(full[name]) for name in scored)
         if sparse_mlp:
             stand_in = 2 * context_tokens * compensation_rank * 2 * shape.hidden_size
-            forward["compensation"] += stand_in
-            backward["compensation"] += stand_in
+            for phase in (forward, again, backward) if checkpointing else (forward, backward):
+                phase["compensation"] += stand_in
+    if checkpointing:
+        again["attention_core"] = forward["attention_core"]
 
     layers = Parts(**forward)
     logits = 2 * head_tokens * shape.hidden_size * shape.vocab_size
     return StepFlops(
         forward=layers + Parts(head=logits),
-        recompute=replace(layers, estimator=0) if checkpointing else Parts(),
+        recompute=Parts(**again),
         backward=Parts(**backward) + Parts(head=logits * (1 + trainable_base)),
     )
 

@@ -28,7 +28,8 @@ class LayerRuntime:
     ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
     (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed
-    them; it is empty, and not None, where that computes O alone.
+    them; it is empty, and not None, where that computes O alone. ``fusable``: the functions of `functions.layer` can
+    compute this layer.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class LayerRuntime:
         self.output = output
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
+        self.fusable = False
         self.handed: tuple[Tensor, ...] | None = None
 
     def is_sparse(self, part: str) -> bool:

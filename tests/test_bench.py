@@ -110,10 +110,9 @@ def test_every_method_has_a_sparsity_that_is_one():
     assert methods_of("sparse-o1,sparse-o1") == ["sparse-o1"]
     for method in METHODS:
         sparsity = sparsity_of(method, 32)
-        layers = SparsityConfig.from_any(sparsity).layer_sparsity(32) if sparsity else []
-        assert any(any(layer) for layer in layers) == (
-            method not in ("unsloth-dense", "peft-dense", "unsloth-dense-exact")
-        )
+        config = SparsityConfig.from_any(sparsity or "dense")
+        sparse = any(map(any, config.layer_sparsity(32))) or config.backward_rows < 1
+        assert sparse == (method not in ("unsloth-dense", "peft-dense", "unsloth-dense-exact"))
     assert SparsityConfig.from_any(sparsity_of("sparse-25", 32)).layer_sparsity(32)[:2] == [(0, 0), (0.75, 0)]
 
 
@@ -391,6 +390,19 @@ def test_checks_pass_where_nothing_is_wrong(model):
         get_state(model).set_step(0)
         assert "whole step: loss" in checks.check(model, method, plain)
         detach(model)
+
+
+def test_rows_are_checked_in_three_ways(model, monkeypatch):
+    plain = checks.plain_steps(model)
+    attach(model, sparsity_of("rows-10", 3))
+    found = checks.check(model, "rows-10", plain)
+    for text in ("whole step: loss", "rows left out: gradients 0.", "layers.1.mlp through 39 context rows within"):
+        assert text in found
+    assert get_state(model).config.backward_rows == 0.1
+    true = checks.backward_rows
+    monkeypatch.setattr(checks, "backward_rows", lambda f, *rest: true(lambda x: f(x) + 0.1 * x.detach(), *rest))
+    with pytest.raises(checks.CheckFailed, match="differs from the masked one"):
+        checks.check(model, "rows-10", plain)
 
 
 @pytest.mark.parametrize("name", ["masked_mlp", "masked_linear"])

@@ -76,6 +76,20 @@ def test_a_recompute_computes_nothing_behind_attention(whole):
     assert rows["mlp"] in ([], rows["o"])  # the stand-in's fused MLP may not call its modules
 
 
+@pytest.mark.parametrize("checkpointing", [False, "reentrant"])
+def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
+    model, batch = make_model(whole, checkpointing), small_batch()
+    expected = masked_gradients(model, batch)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    ran = []
+    original = unsloth_rows.behind_attention
+    monkeypatch.setattr(unsloth_rows, "behind_attention", lambda *given: ran.append(given) or original(*given))
+    attach(model, every_step(exact_removal=False))
+    assert_same(loss_and_gradients(model, batch), expected)
+    assert len(ran) == 3
+    assert all(rows.shape == stream.shape and plan.unread for rows, stream, plan in ran)
+
+
 def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):
     model, batch = make_model(whole), small_batch()
     expected = loss_and_gradients(model, batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
 from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import Projection, read_projection
 
@@ -93,18 +94,14 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         return None
     if arguments.get("past_key_value") is not None or arguments.get("past_key_values") is not None:
         return None
-    weight, device = module.input_layernorm.weight, hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    if not (dtype == hidden_states.dtype == weight.dtype and hidden_states.is_contiguous()):
-        return None
-    if weight.requires_grad or not use_kernels(hidden_states):
+    if not _takes(hidden_states, module.input_layernorm.weight):
         return None
     memo = context.memo(layer.index)
     recompute = is_recompute(memo)
     projections = memo.pop("projections", None) if recompute else None
     if projections is None:
-        projections = [read_projection(module) for module in _modules(layer)]
-        if any(projection is None or projection.lora is None for projection in projections):
+        projections = _read(layer)
+        if projections is None:
             return None
         memo["projections"] = projections
     attention, mlp = (
@@ -124,6 +121,42 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         unread=recompute and runtime.state.config.exact_removal,
         keep=torch.is_grad_enabled(),
     )
+
+
+def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition) -> LayerPlan | None:
+    """A plan for some ``rows`` alone, all dense, whose output nobody reads; None where the functions do not apply.
+
+    Args:
+        rows: ``[1, n, hidden_size]``.
+        partition: n dense rows.
+    """
+    module = layer.module
+    projections = _read(layer) if _takes(rows, module.post_attention_layernorm.weight) else None
+    if projections is None:
+        return None
+    every = Rows(partition, False)
+    norm = _norm(module.post_attention_layernorm)
+    return LayerPlan(
+        norm, norm, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=True, keep=False
+    )
+
+
+def _no_choice(rows: Tensor | None) -> NoReturn:
+    raise AssertionError("a dense part chooses no channels")
+
+
+def _takes(hidden_states: Tensor, weight: Tensor) -> bool:
+    """Whether the two functions can compute with these rows, next to a norm of this ``weight``."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    same = dtype == hidden_states.dtype == weight.dtype and hidden_states.is_contiguous()
+    return same and not weight.requires_grad and use_kernels(hidden_states)
+
+
+def _read(layer: DecoderLayer) -> list[Projection] | None:
+    """Of q, k, v, o, gate, up, down; None if one is merged, disabled or without LoRA now."""
+    projections = [read_projection(module) for module in _modules(layer)]
+    return None if any(one is None or one.lora is None for one in projections) else projections
 
 
 def _modules(layer: DecoderLayer) -> Iterator[nn.Module]:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.backends import row_hooks
+from sparse_unsloth.backends import row_hooks, unsloth_layer
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.backends.unsloth_layer import FORWARD, compare
 from sparse_unsloth.functions.backward_rows import backward_rows
+from sparse_unsloth.functions.layer import behind_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
 
 NORM = "fast_rms_layernorm"
@@ -32,6 +33,7 @@ def can_replace(runtime: LayerRuntime) -> bool:
 
 def replace(runtime: LayerRuntime) -> None:
     """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
+    runtime.fusable = unsloth_layer.can_replace(runtime)
     replace_forward(runtime.layer.module, layer_forward, runtime)
 
 
@@ -50,6 +52,13 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
         stream = stream + apply_o(attention, attention_output)
         return stream + original_forward(mlp, norm(self.post_attention_layernorm, stream))
 
+    def again(attention_output: Tensor, stream: Tensor) -> Tensor:
+        """The same in fewer launches and without the down projection, where the project's functions apply."""
+        plan = None
+        if runtime.fusable:
+            plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, choice.partition)
+        return behind(attention_output, stream) if plan is None else behind_attention(attention_output, stream, plan)
+
     unread = row_hooks.is_unread(runtime)
     runtime.handed = ()
     try:
@@ -61,7 +70,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if torch.is_grad_enabled():
         weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
         inputs = [attention_output, hidden_states]
-        output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread)
+        output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread, again=again)
     else:
         output = behind(attention_output, hidden_states)
     if runtime.context.probe:

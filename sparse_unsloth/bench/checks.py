@@ -6,15 +6,19 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.attachment import get_state
+from sparse_unsloth.backends.replaced import original_forward
+from sparse_unsloth.backends.row_hooks import trained
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
@@ -67,8 +71,10 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     """
     if method in PLAIN:
         return check_plain(plain)
-    found = []
     state = get_state(model)
+    if state.by_rows:
+        return check_rows(model, plain)
+    found = []
     if method != "hooks-dense":
         for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
             runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
@@ -108,6 +114,45 @@ def check_mlp(runtime: LayerRuntime) -> str:
         lambda source: [sparse_mlp(source, partition, channels, mlp, compensation=stand_in)],
         lambda source: [masked_mlp(source, partition, channels, mlp, compensation=stand_in)],
     )
+
+
+def check_rows(model: nn.Module, plain: PlainSteps) -> str:
+    """The plain model's loss; its gradients where no row is left out; and one MLP's where some are, against masks."""
+    state = get_state(model)
+    config = state.config
+    loss, few = loss_and_gradients(model)
+    _check_loss(loss, plain.bf16[0], "the plain model's")
+    state.config = config.model_copy(update={"backward_rows": 1 - 1e-9})
+    try:
+        found = [check_model(loss_and_gradients(model), plain)]
+    finally:
+        state.config = config
+    exact = plain.bf16[1] if plain.float32 is None else plain.float32[1]
+    found.append(f"rows left out: gradients {_distance(few, exact):.2g} of their norm away")
+    for runtime in list(state.runtimes.values())[:LAYERS]:
+        layer = runtime.layer
+        projections = [read_projection(getattr(layer.mlp, name)) for name in MLP_PROJECTIONS]
+        x, partition = _input(layer.hidden_size, projections[0])
+        choice = RowChoice(partition, config.backward_rows)
+        found.append(
+            _compare(
+                f"{layer.name}.mlp through {choice.num_context} context rows",
+                projections,
+                x,
+                lambda source, mlp=layer.mlp, choice=choice: [
+                    backward_rows(partial(original_forward, mlp), [source], trained(mlp), choice)
+                ],
+                # Called second: the rows are chosen.
+                lambda source, mlp=layer.mlp, choice=choice: [_through(choice.rows, original_forward(mlp, source))],
+            )
+        )
+    return "; ".join(found)
+
+
+def _through(rows: Tensor, y: Tensor) -> Tensor:
+    """``y [..., width]``, with a gradient in ``rows`` alone."""
+    flat = y.flatten(0, -2)
+    return flat.detach().index_copy(0, rows, flat.index_select(0, rows)).view(y.shape)
 
 
 def check_attention(runtime: LayerRuntime) -> str:

@@ -19,6 +19,8 @@ METHODS = {
     "sparse-25": "a quarter of the MLP channels, likewise",
     "sparse-25-static": "the same quarter in every batch, calibrated on random tokens",
     "sparse-25-comp": "that with compensation of rank 64",
+    "rows-25": "exact forward, backward through a quarter of the context tokens",
+    "rows-10": "through a tenth of them",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
@@ -79,6 +81,8 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
     if method in CALIBRATED:
         rank = COMPENSATION_RANK if method == "sparse-25-comp" else 0
         common["estimator"] |= {"kind": "static", "compensation_rank": rank}
+    if kept := re.match(r"rows-(\d\d)", method):
+        return {"backward_rows": int(kept[1]) / 100}
     if kept := re.match(r"sparse-(\d\d)", method):
         return {"mlp": {f"1-{num_layers - 1}": 1 - int(kept[1]) / 100}, **common}
     if method == "nothing-dropped":
@@ -95,7 +99,8 @@ def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
     if model == LLAMA_3_8B and (shape_name, method) in TARGETS:
         return TARGETS[shape_name, method][1]
     shape = shape_of(shape_name)
-    layers = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense").layer_sparsity(model.num_layers)
+    config = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense")
+    layers = config.layer_sparsity(model.num_layers)
     if method == "hooks-dense":
         layers = [(0.0, 0.0)] * model.num_layers
     removal = backend_of(method) == "unsloth" and method not in (BASELINE, "hooks-dense")
@@ -108,16 +113,18 @@ def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
             [shape.length] * shape.batch,
             lora_rank=16,
             compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
+            backward_rows=config.backward_rows if removed else 1.0,
             checkpointing=True,
             head_tokens=shape.batch * shape.outputs if removed else None,
         ).total
         for sparsity, removed in (([(0.0, 0.0)] * model.num_layers, False), (layers, removal))
     )
-    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape))
+    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape, config.backward_rows))
 
 
-def _last_layer_flops(model: ModelShape, sparsity: tuple[float, float], shape: Shape) -> int:
+def _last_layer_flops(model: ModelShape, sparsity: tuple[float, float], shape: Shape, rows: float) -> int:
     """Forward, recompute and backward of what the last layer need not compute on context rows."""
-    widths = model.projections(*sparsity)
-    removed = sum(widths[name][0] * widths[name][1] for name in widths if name not in ("k_proj", "v_proj"))
-    return 3 * 2 * shape.context_tokens * removed
+    widths = {name: inputs * outputs for name, (inputs, outputs) in model.projections(*sparsity).items()}
+    queries = widths["q_proj"]
+    behind = sum(width for name, width in widths.items() if name[0] not in "qkv")
+    return round(2 * shape.context_tokens * (3 * queries + (1 + 2 * rows) * behind))

@@ -35,6 +35,16 @@ class RowChoice:
         self._partition = partition
         self.num_context = ceil(share * len(partition.context))
         self.rows: Tensor | None = None
+        self._alone: TokenPartition | None = None
+
+    @property
+    def partition(self) -> TokenPartition:
+        """Of the chosen rows by themselves, all of them dense."""
+        if self._alone is None:
+            count = len(self._partition.dense) + self.num_context
+            rows = torch.arange(count, device=self._partition.dense.device)
+            self._alone = TokenPartition((1, count), rows, rows[:0], rows[:0], rows)
+        return self._alone
 
     def choose(self, gradient: Tensor) -> Tensor:
         """int64 ``[n]``: dense rows, then the context rows where ``gradient [M, width]`` is largest, in L2 norm.
@@ -56,6 +66,7 @@ def backward_rows(
     residual: int | None = None,
     chooses: bool = True,
     unread: bool = False,
+    again: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``function(*inputs)``, differentiated through the rows of ``choice`` alone.
 
@@ -66,15 +77,18 @@ def backward_rows(
         residual: the place in ``inputs`` of a residual stream that the output contains as it is, for every row.
         chooses: whether its backward chooses the rows; else those that are chosen already hold, if some are.
         unread: nobody will read the output (a recompute), so it is not computed: zeros of the shape of the last input.
+        again: called in backward instead of ``function``: of the same gradients; its output is not read.
     """
-    return _BackwardRows.apply(function, choice, residual, chooses, unread, len(inputs), *inputs, *parameters)
+    functions = function, function if again is None else again
+    return _BackwardRows.apply(functions, choice, residual, chooses, unread, len(inputs), *inputs, *parameters)
 
 
 class _BackwardRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, choice, residual, chooses, unread, num_inputs, *tensors):
+    def forward(ctx, functions, choice, residual, chooses, unread, num_inputs, *tensors):
         inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
-        ctx.function, ctx.choice, ctx.residual, ctx.chooses = function, choice, residual, chooses
+        function, ctx.again = functions
+        ctx.choice, ctx.residual, ctx.chooses = choice, residual, chooses
         ctx.autocast = _autocast_of(inputs[0])
         ctx.save_for_backward(*inputs)
         if unread:
@@ -93,7 +107,7 @@ class _BackwardRows(torch.autograd.Function):
             for tensor, needed in zip(inputs, wanted, strict=False)
         ]
         with torch.enable_grad(), ctx.autocast():
-            output = ctx.function(*leaves)
+            output = ctx.again(*leaves)
         sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), wanted, strict=True) if needed]
         found = iter(
             torch.autograd.grad(output, sources, flat.index_select(0, rows)[None].to(output.dtype), allow_unused=True)

@@ -140,7 +140,8 @@ class FusedMlp:
 
     def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
         """``rows`` in parts, unless ``whole`` or those of context rows."""
-        step = rows.stop - rows.start if whole or weights.order is self.order else CHUNK
+        number = 1 if whole or weights.order is self.order else -(-(rows.stop - rows.start) // CHUNK)
+        step = -(-(rows.stop - rows.start) // number)
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop))
 
