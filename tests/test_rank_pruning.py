@@ -71,7 +71,7 @@ def prunable(**options):
     model, state, layer = one_layer(prune_after=4, importance_lambda=0.5, **options)
     with torch.no_grad():
         layer.whole_B[:, 1] *= 1e-4
-    layer.weights_changed()
+    layer.changed()
     return model, state, layer
 
 
@@ -159,22 +159,39 @@ def test_at_least_the_computed_components_stay():
     assert torch.isfinite(model(torch.randn(3, 8))).all()
 
 
-def test_processes_agree_on_what_is_pruned(monkeypatch):
-    """Only what is idle in every process goes: here the other one still uses component 1."""
-    elsewhere = torch.tensor([0.0, 0.0, 9, 9, 9, 9])
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Another process: what it holds, by operation, for two of them to agree on."""
+    values = {}
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
     def all_reduce(tensor, op):
-        assert op == torch.distributed.ReduceOp.MIN
-        torch.minimum(tensor, elsewhere, out=tensor)
+        combine = {torch.distributed.ReduceOp.MIN: torch.minimum, torch.distributed.ReduceOp.SUM: torch.add}[op]
+        combine(tensor, values.get(op, tensor), out=tensor)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return values
+
+
+def test_processes_agree_on_what_is_pruned(elsewhere):
+    """Only what is idle in every process goes: here the other one still uses component 1."""
+    idle = elsewhere[torch.distributed.ReduceOp.MIN] = torch.tensor([0.0, 0.0, 9, 9, 9, 9])
     model, _, layer = prunable(target_density=0.84)
     fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 8)
     assert layer.dead is None
-    elsewhere[1] = 9
+    idle[1] = 9
     fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 4, start=8)
     assert layer.dead.tolist() == [False, True, False, False, False, False]
+
+
+def test_processes_agree_on_what_has_been_important(elsewhere):
+    model, state, layer = one_layer()
+    x = torch.randn(5, 8)
+    other = elsewhere[torch.distributed.ReduceOp.SUM] = torch.rand(6).softmax(0)
+    model(x)
+    state.advance()
+    torch.testing.assert_close(layer.importance, (importance_of(layer, x) + other) / 2)
 
 
 # -- Saving and resuming ----------------------------------------------------------------------------------------------
@@ -241,6 +258,42 @@ def test_states_that_do_not_fit(tmp_path):
 # -- Pruned checkpoints -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("r", [12, 210])
+def test_evaluation_is_that_of_the_pruned_checkpoint_of_the_target_density(tmp_path, r):
+    """Rounded numbers of components, and pruned ones, included."""
+    from peft import PeftModel
+
+    model = make(r=r)
+    state = apply(model, density=0.1)
+    state.layers[0].bury(torch.arange(r - 1))
+    ranks = rank.save_pruned_checkpoint(model, tmp_path, 0.1)
+    assert ranks["model.layers.0.mlp.up_proj"] == state.layers[1].kept == {12: 1, 210: 24}[r]
+    loaded = PeftModel.from_pretrained(make_base(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False).eval()
+    expected = loaded(**make_batch()).logits
+    model.eval()
+    torch.testing.assert_close(model(**make_batch()).logits, expected, rtol=1e-10, atol=1e-12)
+    ids = make_batch()["input_ids"][:1]
+    told = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(model.generate(input_ids=ids, **told), loaded.generate(input_ids=ids, **told))
+
+
+def test_saving_all_components_is_told_once_where_they_are_more_than_evaluation_computes(tmp_path, caplog):
+    model = make()
+    state = apply(model, past_warmup=False)
+    model.save_pretrained(tmp_path)
+    assert not caplog.text, "in the warm-up all are computed"
+    train(model, 1)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert caplog.text.count("rank.save_pruned_checkpoint(model, path, 0.34)") == 1
+    caplog.clear()
+    state._told = False
+    for layer in state.layers:
+        layer.bury(torch.arange(layer.rank - layer.kept))
+    model.save_pretrained(tmp_path)
+    assert not caplog.text, "all that are left are computed"
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("ratio", [0.15, 0.5, 1.0])
 def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
@@ -264,7 +317,8 @@ def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
         make_base(dtype=torch.float64), tmp_path / "pruned", autocast_adapter_dtype=False
     )
     torch.testing.assert_close(loaded.eval()(**batch).logits, expected, rtol=1e-10, atol=1e-12)
-    whole = model(**batch).logits
+    with rank.retained(model, 1.0):
+        whole = model(**batch).logits
     assert torch.allclose(whole, expected, rtol=1e-9) == (ratio == 1.0)
 
 

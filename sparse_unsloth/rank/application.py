@@ -32,9 +32,12 @@ def apply(
 ) -> RankState:
     """Makes the LoRA layers of ``model`` compute only the rank components that matter, in training.
 
-    Evaluation and generation compute every component that is not pruned. The step advances with every PyTorch optimiser
-    that trains the adapter; ``save_pretrained`` keeps the state beside the adapter, ``load_adapter`` (a trainer's
-    resume) takes it back.
+    Once training forwards choose, everything else (evaluation, generation, merging) computes the retained components,
+    those of ``save_pruned_checkpoint(model, path, target_density)``: what is measured is what ships. Inside
+    ``retained(model, 1)`` all of them are computed, which never were trained together. The step advances with every
+    PyTorch optimiser that trains the adapter. ``save_pretrained`` writes all components and the state beside them, for
+    ``load_adapter`` (a trainer's resume) to go on from; it says so where plain PEFT would compute another model from
+    the file.
 
     Args:
         model: a ``PeftModel``, with or without channel sparsity. It is changed in place, instance by instance.
@@ -69,7 +72,7 @@ def apply(
 
 
 def remove(model: nn.Module) -> None:
-    """Makes a rank-sparse model compute every component again; pruned ones stay zero.
+    """Makes a rank-sparse model compute every component again, in evaluation too; pruned ones stay zero.
 
     Raises:
         RankError: the model is not rank-sparse.
@@ -199,7 +202,9 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
     save = MethodType(type(self).save_pretrained, self) if original is None else original
     saved = save(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
-        get_rank_state(self).save(save_directory)
+        state = get_rank_state(self)
+        state.save(save_directory)
+        state.tell_that_all_were_saved(save_directory)
     return saved
 
 

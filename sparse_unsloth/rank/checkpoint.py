@@ -24,11 +24,13 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: float) -> dict[str, int]:
     """Writes the most important components of a rank-sparse model as a PEFT adapter of lower rank.
 
-    Plain PEFT that loads it computes what ``model`` does inside `retained`. ``model`` stays as it is.
+    Plain PEFT that loads it computes what ``model`` does inside `retained`; with the target density as ``retain_ratio``
+    that is what ``model.eval()`` does anyway. ``model`` stays as it is.
 
     Args:
         path: the folder.
-        retain_ratio: share of each layer's components, in (0, 1]; a layer with fewer unpruned ones keeps those.
+        retain_ratio: share of each layer's components, in (0, 1], rounded as the computed ones are; a layer with fewer
+            unpruned ones keeps those.
 
     Returns:
         The rank of each layer in the file.

@@ -77,8 +77,13 @@ class RankConfig:
 
     def kept(self, rank: int) -> int:
         """How many of ``rank`` components a step computes."""
-        count = max(1, round(self.target_density * rank))
-        return min(rank, -(-count // 8) * 8 if count >= 16 else count)
+        return count_of(self.target_density, rank)
+
+
+def count_of(share: float, rank: int) -> int:
+    """``share`` of ``rank`` components: at least one, from 16 on the next multiple of 8."""
+    count = max(1, round(share * rank))
+    return min(rank, -(-count // 8) * 8 if count >= 16 else count)
 
 
 def _names() -> list[str]:

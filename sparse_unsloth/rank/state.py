@@ -35,7 +35,7 @@ class RankState:
         self.model, self.layers, self.config, self.adapter = weakref.ref(model), layers, config, adapter
         self.step = 0
         self.handles: list[RemovableHandle] = []
-        self._zero_again = False
+        self._zero_again = self._told = False
         self._blind_steps = 0
         self._set_mode()
 
@@ -72,6 +72,7 @@ class RankState:
         self.step += 1
         pending = [layer.pending for layer in seen]
         torch._foreach_div_(pending, [float(layer.forwards) for layer in seen])
+        self._average_over_processes()
         # As long as few steps are averaged, all count alike.
         weight = max(1 - self.config.importance_decay, 1 / self.step)
         torch._foreach_lerp_([layer.importance for layer in seen], pending, weight)
@@ -91,8 +92,17 @@ class RankState:
                 if layer.dead is not None:
                     layer.zero_dead()
         for layer in self.layers:
-            layer.weights_changed()
+            layer.changed()
         self._set_mode()
+
+    def _average_over_processes(self) -> None:
+        """Processes see other batches, and must agree on what has been important: one adapter is retained."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            pending = [layer.pending for layer in self.layers]
+            flat = torch.cat(pending)
+            torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.SUM)
+            flat /= torch.distributed.get_world_size()
+            torch._foreach_copy_(pending, flat.split([len(value) for value in pending]))
 
     def _set_mode(self) -> None:
         for layer in self.layers:
@@ -141,6 +151,21 @@ class RankState:
         }
         save_file(tensors, Path(folder) / STATE_NAME, metadata)
 
+    def tell_that_all_were_saved(self, folder: str | Path) -> None:
+        """Once, where plain PEFT would compute more from ``folder`` than this model does in evaluation."""
+        more = any(
+            layer.retained() is not None and len(layer.best(1.0)) > len(layer.retained()) for layer in self.layers
+        )
+        if more and not self._told:
+            self._told = True
+            logger.warning(
+                "%s holds every rank component, to resume from. They were not trained together: plain PEFT would "
+                "answer worse with it than this model does. To use or publish, write "
+                "rank.save_pruned_checkpoint(model, path, %g).",
+                folder,
+                self.config.target_density,
+            )
+
     def load(self, folder: str | Path) -> None:
         """Takes over the state that `save` wrote.
 
@@ -169,6 +194,6 @@ class RankState:
             layer.pending.zero_()
             layer.unused.fill_(1.0)
             layer.forwards = 0
-            layer.weights_changed()
+            layer.changed()
         self.step, self._zero_again = int(metadata["step"]), metadata["zero_again"] == "True"
         self._set_mode()
