@@ -132,9 +132,23 @@ class Packed(torch.optim.Optimizer):
                 parameter.sub_(1e-3 * flat.view_as(parameter))
 
 
-def test_optimisers_with_other_moments_cannot_bring_pruned_components_back():
+class Coded(Packed):
+    """Momentum in whole numbers of the parameters' shape, of which 0 means -1: bitsandbytes' 8-bit form."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                code = self.state[parameter].setdefault("state1", torch.full_like(parameter, 127, dtype=torch.uint8))
+                moment = 0.9 * (code.float() - 127) / 127 + 0.1 * parameter.grad
+                code.copy_((moment.clamp(-1, 1) * 127 + 127).round())
+                parameter.sub_(1e-3 * (code.float() - 127) / 127)
+
+
+@pytest.mark.parametrize("optimiser", [Packed, Coded])
+def test_optimisers_with_other_moments_cannot_bring_pruned_components_back(optimiser):
     model, _, layer = prunable(target_density=0.84)
-    fit(model, Packed([layer.whole_A, layer.whole_B]), 20)
+    fit(model, optimiser([layer.whole_A, layer.whole_B]), 20)
     assert layer.dead.tolist() == [False, True, False, False, False, False]
     assert not layer.whole_A[1].any()
     assert not layer.whole_B[:, 1].any()

@@ -132,11 +132,11 @@ class RankState:
         for whole, dim in ((layer.whole_A, 0), (layer.whole_B, 1)):
             kept = {} if optimizer is None else optimizer.state.get(whole, {})
             values = [value for value in kept.values() if torch.is_tensor(value) and value.numel() > 1]
-            for value in values:
-                if value.shape == whole.shape:
-                    value.index_fill_(dim, index, 0)
-            # Moments of another form (8-bit ones, say) cannot be cut; they fade, and their updates are taken back.
-            self._zero_again |= optimizer is None or any(value.shape != whole.shape for value in values)
+            plain = [value for value in values if value.is_floating_point() and value.shape == whole.shape]
+            for value in plain:
+                value.index_fill_(dim, index, 0)
+            # Moments of another form (8-bit codes, say) cannot be cut; they fade, and their updates are taken back.
+            self._zero_again |= optimizer is None or len(plain) < len(values)
 
     def save(self, folder: str | Path) -> None:
         """Writes the state into ``folder``, so that `load` goes on where this run stands."""
