@@ -1,5 +1,6 @@
 """Models of the rank-sparse tests, and the definition that they are held against."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def make(base=None, seed=0, lora_b=0.05, dtype=torch.float64, r=R, **config):
     return model.train()
 
 
+GAIN = math.sqrt(R / 4)
+"""Of the 4 of 12 components that `apply` computes."""
+
+
 def apply(model, density=0.34, past_warmup=True, **options):
     """Rank-sparse, and as if the warm-up were over."""
     state = rank.apply(model, density, **({"warmup_steps": 1} | options))
@@ -41,11 +46,11 @@ def apply(model, density=0.34, past_warmup=True, **options):
 
 
 def mask_components(model, chosen):
-    """The definition: a plain model whose thin activations are multiplied by constant masks."""
+    """The definition: a plain model whose thin activations are multiplied by masks, scaled for what they keep."""
     for name, module in model.named_modules():
         if name in chosen:
             mask = torch.zeros(len(module.lora_A["default"].weight), dtype=module.lora_A["default"].weight.dtype)
-            mask[chosen[name]] = 1
+            mask[chosen[name]] = math.sqrt(len(mask) / len(chosen[name]))
             module.lora_A["default"].register_forward_hook(lambda m, a, output, mask=mask: output * mask)
     return model
 

@@ -1,6 +1,7 @@
 """Rank-sparse LoRA against plain LoRA with masked components, and how components are chosen."""
 
 import gc
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -215,6 +216,8 @@ def test_all_components_are_computed_before_choices_begin_and_within_retained_1(
     state.advance()
     assert not torch.allclose(model.eval()(**batch).logits, everything)
     with rank.retained(model, 1):
+        for layer in state.layers:
+            layer.module.scaling["default"] /= layer.gain
         torch.testing.assert_close(model(**batch).logits, everything, rtol=1e-12, atol=1e-12)
 
 
@@ -226,10 +229,8 @@ def test_evaluation_follows_what_was_important(chosen):
         model(batch)
         state.advance()
         index = layer.best(0.5)
-        expected = model.base_model.model[0].base_layer(x)
-        expected = (
-            expected + layer.module.scaling["default"] * x @ layer.whole_A[index].t() @ layer.whole_B[:, index].t()
-        )
+        branch = x @ layer.whole_A[index].t() @ layer.whole_B[:, index].t()
+        expected = layer.module.base_layer(x) + math.sqrt(6 / 3) * layer.module.scaling["default"] * branch
         chosen.clear()
         torch.testing.assert_close(model.eval()(x), expected)
         model.train()

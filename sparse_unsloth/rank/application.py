@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sparse_unsloth.rank.config import RankConfig, RankError
 from sparse_unsloth.rank.layer import RankLayer
@@ -154,17 +154,25 @@ def _register_hooks(model: nn.Module, state: RankState) -> None:
         module = model.get_submodule(parent)
         state.handles.append(module.register_forward_pre_hook(enter_parent, with_kwargs=True))
         state.handles.append(module.register_forward_hook(leave_parent, always_call=True))
-    # The process-wide hook must not keep the model alive.
+    # The process-wide hooks must not keep the model alive.
     known = weakref.ref(state)
+
+    def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        alive = known()
+        if alive is not None and alive.trained_by(optimizer):
+            alive.hold_unused(optimizer)
 
     def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         alive = known()
-        if alive is not None:
-            alive.on_optimizer_step(optimizer)
+        if alive is not None and alive.trained_by(optimizer):
+            alive.advance(optimizer)
 
-    handle = register_optimizer_step_post_hook(after_step)
-    weakref.finalize(state, handle.remove)
-    state.handles.append(handle)
+    for handle in (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+    ):
+        weakref.finalize(state, handle.remove)
+        state.handles.append(handle)
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -54,7 +54,7 @@ def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: flo
     for layer in state.layers:
         index, name = layer.best(retain_ratio), _name_in_peft(layer.name)
         ranks[name] = len(index)
-        scaling = layer.module.scaling[state.adapter]
+        scaling = layer.module.scaling[state.adapter] * layer.gain
         alphas[name] = _plain(scaling * (math.sqrt(len(index)) if config.use_rslora else len(index)))
         for factor, whole, dim in (("lora_A", layer.whole_A, 0), ("lora_B", layer.whole_B, 1)):
             tensors[f"{layer.name}.{factor}.weight"] = whole.detach().index_select(dim, index)

@@ -20,7 +20,9 @@ class RankConfig:
 
     At each training forward a layer scores its components, ``(1 - importance_lambda) * c + importance_lambda * a``,
     and computes the best ``target_density`` of them. ``c`` is the contextual importance ``|x A_i| |B_i|`` over rows of
-    the batch, ``a`` its moving average over the steps; both sum to one over the layer's components.
+    the batch, ``a`` its moving average over the steps; both sum to one over the layer's components. The ``k`` chosen of
+    ``r`` count ``sqrt(r / k)`` times, as in a LoRA of rank ``k`` with rank-stabilised scaling; a step leaves the others
+    where they are, momentum or not. (Neither is in the published method: benchmarks/results/rank says what they gain.)
 
     Raises:
         RankError: values of a wrong type or out of range, all of them together.

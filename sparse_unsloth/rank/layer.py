@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -120,19 +121,32 @@ class RankLayer:
             RankError: FSDP shards the factor.
         """
         if self.forced is not None:
-            return whole.index_select(dim, self.forced)
+            return self._part(whole, dim, self.forced)
         choice = self._choice
         if choice is None:
             index = self.retained()
-            return whole if index is None else whole.index_select(dim, index)
+            return whole if index is None else self._part(whole, dim, index)
         if not choice.made:
             choice.index, choice.made = self._choose(choice.source), True
         if choice.index is None:
             return whole
         key = (dim, torch.is_grad_enabled())
         if key not in choice.weights:
-            choice.weights[key] = whole.index_select(dim, choice.index)
+            choice.weights[key] = self._part(whole, dim, choice.index)
         return choice.weights[key]
+
+    def _part(self, whole: Tensor, dim: int, index: Tensor) -> Tensor:
+        part = whole.index_select(dim, index)
+        return part * self.gain if dim == 1 and self.gain != 1 else part
+
+    @property
+    def gain(self) -> float:
+        """What the output of each component is multiplied by, once forwards choose; 1 before.
+
+        So the branch is scaled for the rank that is computed, not for the whole one: ``alpha / sqrt(kept)`` with
+        rank-stabilised scaling.
+        """
+        return math.sqrt(self.rank / self.kept) if self.selects else 1.0
 
     @torch.no_grad()
     def _choose(self, source: Tensor | None) -> Tensor | None:
@@ -159,7 +173,10 @@ class RankLayer:
                 self.name,
                 STUCK_FORWARDS,
             )
-        if not self.selects or self.kept >= self.rank:
+        if not self.selects:
+            return None
+        if self.kept >= self.rank:
+            self.unused.zero_()
             return None
         weight = self._config.importance_lambda
         score = torch.lerp(contextual, self.importance, weight)
