@@ -38,8 +38,10 @@ def main(words: list[str] | None = None) -> None:
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality.add_argument("--rank", type=int, default=256, help="of the sparse runs (default: %(default)s)")
     quality.add_argument("--densities", type=float, nargs="+", default=[0.08, 0.15])
-    quality.add_argument("--baseline", type=int, default=64, help="dense rank to compare with (default: %(default)s)")
-    quality.add_argument("--warmup", type=int, default=20, help="first steps, with every component")
+    quality.add_argument(
+        "--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with"
+    )
+    quality.add_argument("--warmup", type=int, help="first steps, with every component (default: a fifth of them)")
     quality.add_argument("--seconds", type=float, help="begin no run that would end later, by the longest so far")
     quality.add_argument("overrides", nargs="*", metavar="-- --key value", help="further keys of the recipe")
     summary = commands.add_parser("summary", help="compare what several calls of quality measured")
@@ -50,7 +52,7 @@ def main(words: list[str] | None = None) -> None:
     speed.add_argument("--dtype", choices=("16bit", "4bit"), default="16bit")
     speed.add_argument("--rank", type=int, default=1024, help="of the sparse run (default: %(default)s)")
     speed.add_argument("--density", type=float, default=0.08)
-    speed.add_argument("--baseline", type=int, default=64, help="dense rank to compare with (default: %(default)s)")
+    speed.add_argument("--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with")
     speed.add_argument("--batch", type=int, default=4)
     speed.add_argument("--length", type=int, default=2048)
     speed.add_argument("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
@@ -64,8 +66,9 @@ def main(words: list[str] | None = None) -> None:
 def variants(arguments: argparse.Namespace) -> dict[str, tuple[int, float | None]]:
     """``(rank, density)`` by name; density None is dense."""
     densities = getattr(arguments, "densities", None) or [arguments.density]
-    chosen: dict[str, tuple[int, float | None]] = {f"dense r={arguments.baseline}": (arguments.baseline, None)}
-    chosen[f"dense r={arguments.rank}"] = (arguments.rank, None)
+    chosen: dict[str, tuple[int, float | None]] = {
+        f"dense r={rank}": (rank, None) for rank in (*arguments.baseline, arguments.rank)
+    }
     return chosen | {f"sparse r={arguments.rank} at {density}": (arguments.rank, density) for density in densities}
 
 
@@ -107,7 +110,8 @@ def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed
     words = ["--sparsity", "dense", "--max_steps", str(arguments.steps), "--seed", str(seed), "--do_eval", "true"]
     words += ["--lora_r", str(rank), "--lora_alpha", str(ALPHA), "--use_rslora", "true", *arguments.overrides]
     if density is not None:
-        words += ["--rank.target_density", str(density), "--rank.warmup_steps", str(arguments.warmup)]
+        warmup = arguments.warmup or max(1, arguments.steps // 5)
+        words += ["--rank.target_density", str(density), "--rank.warmup_steps", str(warmup)]
     trainer, timer = build_trainer(load_recipe(arguments.recipe, words))
     trainer.train()
     shipped = evaluate(trainer)

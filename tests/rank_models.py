@@ -38,7 +38,7 @@ GAIN = math.sqrt(R / 4)
 
 def apply(model, density=0.34, past_warmup=True, **options):
     """Rank-sparse, and as if the warm-up were over."""
-    state = rank.apply(model, density, **({"warmup_steps": 1} | options))
+    state = rank.apply(model, density, **({"warmup_steps": 1, "importance_lambda": 0.15} | options))
     if past_warmup:
         model(**make_batch(seed=9))
         state.advance()
@@ -97,7 +97,9 @@ def one_layer(r=6, **options):
     model.train()
     with torch.no_grad():
         model.base_model.model[0].lora_B["default"].weight.normal_()
-    state = rank.apply(model, **({"target_density": 0.5, "warmup_steps": 1, "prune_after": 0} | options))
+    state = rank.apply(
+        model, **({"target_density": 0.5, "importance_lambda": 0.15, "warmup_steps": 1, "prune_after": 0} | options)
+    )
     return model, state, state.layers[0]
 
 

@@ -175,6 +175,15 @@ def test_contextual_importance_follows_the_batch(chosen):
         assert chosen[layer.name].tolist() == [torch.lerp(shares, layer.importance, 0.15).argmax().item()]
 
 
+def test_by_default_training_computes_what_evaluation_does(chosen):
+    model = make()
+    state = apply(model, importance_lambda=rank.RankConfig().importance_lambda)
+    for seed in range(3):
+        model(**make_batch(seed=seed))
+        assert all(torch.equal(chosen[layer.name], layer.retained()) for layer in state.layers)
+        state.advance()
+
+
 def test_few_rows_are_scored():
     _, _, layer = one_layer(score_rows=4)
     x = torch.randn(10, 8)

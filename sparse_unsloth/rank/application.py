@@ -24,7 +24,7 @@ _ATTACHED_SLOT = "_sparse_save_pretrained"
 def apply(
     model: nn.Module,
     target_density: float = 0.08,
-    importance_lambda: float = 0.15,
+    importance_lambda: float = 1.0,
     *,
     adapter: str | None = None,
     resume_from: str | Path | None = None,
