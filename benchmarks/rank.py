@@ -1,9 +1,11 @@
 """Rank-sparse LoRA against dense LoRA: answer loss after training, and time and memory of a step.
 
     python benchmarks/rank.py quality --steps 300 --seeds 0 1 2      # r = 256, sparse and dense, against dense r = 64
+    python benchmarks/rank.py summary DIR ...                        # of quality, from the --out of several processes
     python benchmarks/rank.py speed --model DIR --dtype 4bit         # r = 1024, sparse and dense, against dense r = 64
 
-Each finished run is a row appended to a CSV file under --out, and is not run again.
+Each finished run is a row appended to a CSV file under --out, and is not run again. Processes at the same time need
+folders of their own.
 """
 
 from __future__ import annotations
@@ -36,16 +38,21 @@ def main(words: list[str] | None = None) -> None:
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality.add_argument("--rank", type=int, default=256, help="of the sparse runs (default: %(default)s)")
     quality.add_argument("--densities", type=float, nargs="+", default=[0.08, 0.15])
-    quality.add_argument("--baseline", type=int, default=64, help="dense rank to compare with (default: %(default)s)")
-    quality.add_argument("--warmup", type=int, default=20, help="first steps, with every component")
+    quality.add_argument(
+        "--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with"
+    )
+    quality.add_argument("--warmup", type=int, help="first steps, with every component (default: a fifth of them)")
+    quality.add_argument("--seconds", type=float, help="begin no run that would end later, by the longest so far")
     quality.add_argument("overrides", nargs="*", metavar="-- --key value", help="further keys of the recipe")
+    summary = commands.add_parser("summary", help="compare what several calls of quality measured")
+    summary.add_argument("folders", type=Path, nargs="+")
     speed = commands.add_parser("speed", help="time steps")
     speed.add_argument("--model", required=True, help="folder or hub name")
     speed.add_argument("--backend", choices=("auto", "unsloth", "peft"), default="auto")
     speed.add_argument("--dtype", choices=("16bit", "4bit"), default="16bit")
     speed.add_argument("--rank", type=int, default=1024, help="of the sparse run (default: %(default)s)")
     speed.add_argument("--density", type=float, default=0.08)
-    speed.add_argument("--baseline", type=int, default=64, help="dense rank to compare with (default: %(default)s)")
+    speed.add_argument("--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with")
     speed.add_argument("--batch", type=int, default=4)
     speed.add_argument("--length", type=int, default=2048)
     speed.add_argument("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
@@ -53,14 +60,15 @@ def main(words: list[str] | None = None) -> None:
     for command in (quality, speed):
         command.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results/rank")
     arguments = parser.parse_args(words)
-    (run_quality if arguments.command == "quality" else run_speed)(arguments)
+    {"quality": run_quality, "summary": summarise, "speed": run_speed}[arguments.command](arguments)
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, tuple[int, float | None]]:
     """``(rank, density)`` by name; density None is dense."""
     densities = getattr(arguments, "densities", None) or [arguments.density]
-    chosen: dict[str, tuple[int, float | None]] = {f"dense r={arguments.baseline}": (arguments.baseline, None)}
-    chosen[f"dense r={arguments.rank}"] = (arguments.rank, None)
+    chosen: dict[str, tuple[int, float | None]] = {
+        f"dense r={rank}": (rank, None) for rank in (*arguments.baseline, arguments.rank)
+    }
     return chosen | {f"sparse r={arguments.rank} at {density}": (arguments.rank, density) for density in densities}
 
 
@@ -68,7 +76,8 @@ def variants(arguments: argparse.Namespace) -> dict[str, tuple[int, float | None
 
 
 def run_quality(arguments: argparse.Namespace) -> None:
-    """Rows of one run each: held-out figures by all components, and by the pruned checkpoint's alone."""
+    """Rows of one run each: held-out figures as evaluation gives them, by the retained components, and by all."""
+    began, longest = time.perf_counter(), 0.0
     path = arguments.out / "quality.csv"
     rows: list[dict[str, Any]] = read_csv(path) if path.is_file() else []
     for seed in arguments.seeds:
@@ -76,10 +85,20 @@ def run_quality(arguments: argparse.Namespace) -> None:
             key = {"variant": name, "seed": str(seed), "steps": str(arguments.steps), "recipe": arguments.recipe}
             if any(key.items() <= row.items() for row in rows):
                 continue
+            started = time.perf_counter()
+            if arguments.seconds is not None and started - began + longest > arguments.seconds:
+                print(f"Stopped before {name}, seed {seed}: the longest run took {longest:.0f} s. Call again to go on.")
+                print_shortfall(rows)
+                return
             rows.append({**key, **_train(arguments, rank, density, seed)})
             write_csv(path, rows)
             print(rows[-1], flush=True)
-    _print_shortfall(arguments, rows)
+            longest = max(longest, time.perf_counter() - started)
+    print_shortfall(rows)
+
+
+def summarise(arguments: argparse.Namespace) -> None:
+    print_shortfall([row for folder in arguments.folders for row in read_csv(folder / "quality.csv")])
 
 
 def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed: int) -> dict[str, Any]:
@@ -91,40 +110,53 @@ def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed
     words = ["--sparsity", "dense", "--max_steps", str(arguments.steps), "--seed", str(seed), "--do_eval", "true"]
     words += ["--lora_r", str(rank), "--lora_alpha", str(ALPHA), "--use_rslora", "true", *arguments.overrides]
     if density is not None:
-        words += ["--rank.target_density", str(density), "--rank.warmup_steps", str(arguments.warmup)]
+        warmup = arguments.warmup or max(1, arguments.steps // 5)
+        words += ["--rank.target_density", str(density), "--rank.warmup_steps", str(warmup)]
     trainer, timer = build_trainer(load_recipe(arguments.recipe, words))
     trainer.train()
-    whole = evaluate(trainer)
-    figures = {name: whole[name] for name in ("answer_loss", "token_accuracy", "exact_match")}
-    pruned, alive = "", 1.0
+    shipped = evaluate(trainer)
+    figures = {name: shipped[name] for name in ("answer_loss", "token_accuracy", "exact_match")}
+    everything, alive = "", 1.0
     if density is not None:
         layers = rank_sparse.get_rank_state(trainer.model).layers
         alive = 1 - sum(int(layer.dead.sum()) for layer in layers if layer.dead is not None) / (rank * len(layers))
-        with rank_sparse.retained(trainer.model, density):
-            pruned = evaluate(trainer)["answer_loss"]
+        with rank_sparse.retained(trainer.model, 1):
+            everything = evaluate(trainer)["answer_loss"]
+    del trainer
+    _free()
     return figures | {
-        "answer_loss_pruned": pruned,
+        "answer_loss_all": everything,
         "alive_share": alive,
         "median_step_seconds": statistics.median(timer.times.seconds[1:] or timer.times.seconds),
     }
 
 
-def _print_shortfall(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Answer loss relative to the dense baseline's at the same seed; positive is worse."""
-    names = list(variants(arguments))
-    losses: dict[str, dict[str, float]] = {name: {} for name in names}
-    for row in rows:  # earlier calls may have left other runs
-        if (row["steps"], row["recipe"]) == (str(arguments.steps), arguments.recipe) and row["variant"] in losses:
-            losses[row["variant"]][row["seed"]] = float(row["answer_loss"])
-    for name in names[1:]:
-        shared = [str(seed) for seed in arguments.seeds]
-        ours, base = ([losses[which][seed] for seed in shared] for which in (name, names[0]))
-        change = [own / other - 1 for own, other in zip(ours, base, strict=True)]
-        line = f"{name}: answer loss {statistics.fmean(change):+.1%} against {names[0]}"
-        if len(shared) > 1:
-            outcome = compare_paired(ours, base)
-            line += f" (p = {outcome['p_value']:.3f}, d = {outcome['effect_size']:.2f}, {len(shared)} seeds)"
-        print(line)
+def print_shortfall(rows: list[dict[str, Any]]) -> None:
+    """Answer loss of each variant against the first one's at the same seeds; positive is worse."""
+    settings = dict.fromkeys((row["recipe"], row["steps"]) for row in rows)
+    for setting in settings:
+        of = [row for row in rows if (row["recipe"], row["steps"]) == setting]
+        losses: dict[str, dict[str, float]] = {}
+        for row in of:
+            losses.setdefault(row["variant"], {})[row["seed"]] = float(row["answer_loss"])
+        baseline, *others = losses
+        print(f"{setting[0]}, {setting[1]} steps")
+        print(f"{baseline}: answer loss {statistics.fmean(losses[baseline].values()):.4f}")
+        for name in others:
+            print(_shortfall(name, losses[name], baseline, losses[baseline]))
+
+
+def _shortfall(name: str, losses: dict[str, float], baseline: str, others: dict[str, float]) -> str:
+    shared = [seed for seed in losses if seed in others]
+    ours, base = ([values[seed] for seed in shared] for values in (losses, others))
+    if not shared:
+        return f"{name}: no seed of {baseline} to compare with"
+    change = statistics.fmean(ours) / statistics.fmean(base) - 1
+    line = f"{name}: answer loss {statistics.fmean(ours):.4f}, {change:+.1%} against {baseline}"
+    if len(shared) > 1:
+        outcome = compare_paired(ours, base)
+        line += f" (p = {outcome['p_value']:.3f}, d = {outcome['effect_size']:.2f}, {len(shared)} seeds)"
+    return line
 
 
 # -- Speed ------------------------------------------------------------------------------------------------------------
@@ -194,9 +226,7 @@ def _time(arguments: argparse.Namespace, rank: int, density: float | None) -> di
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else ""
     optimizer.zero_grad(set_to_none=True)
     del model, optimizer, parameters, loss
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free()
     milliseconds = [1e3 * second for second in seconds]
     return {
         "step_ms": statistics.median(milliseconds),
@@ -221,6 +251,12 @@ def _flops(model: nn.Module, tokens: int, computed: int) -> tuple[float, float]:
         elif name.endswith("lm_head"):
             base += 2 * 2 * tokens * module.in_features * module.out_features
     return base, lora
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _now(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Models of the rank-sparse tests, and the definition that they are held against."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -31,9 +32,13 @@ def make(base=None, seed=0, lora_b=0.05, dtype=torch.float64, r=R, **config):
     return model.train()
 
 
+GAIN = math.sqrt(R / 4)
+"""Of the 4 of 12 components that `apply` computes."""
+
+
 def apply(model, density=0.34, past_warmup=True, **options):
     """Rank-sparse, and as if the warm-up were over."""
-    state = rank.apply(model, density, **({"warmup_steps": 1} | options))
+    state = rank.apply(model, density, **({"warmup_steps": 1, "importance_lambda": 0.15} | options))
     if past_warmup:
         model(**make_batch(seed=9))
         state.advance()
@@ -41,11 +46,11 @@ def apply(model, density=0.34, past_warmup=True, **options):
 
 
 def mask_components(model, chosen):
-    """The definition: a plain model whose thin activations are multiplied by constant masks."""
+    """The definition: a plain model whose thin activations are multiplied by masks, scaled for what they keep."""
     for name, module in model.named_modules():
         if name in chosen:
             mask = torch.zeros(len(module.lora_A["default"].weight), dtype=module.lora_A["default"].weight.dtype)
-            mask[chosen[name]] = 1
+            mask[chosen[name]] = math.sqrt(len(mask) / len(chosen[name]))
             module.lora_A["default"].register_forward_hook(lambda m, a, output, mask=mask: output * mask)
     return model
 
@@ -92,7 +97,9 @@ def one_layer(r=6, **options):
     model.train()
     with torch.no_grad():
         model.base_model.model[0].lora_B["default"].weight.normal_()
-    state = rank.apply(model, **({"target_density": 0.5, "warmup_steps": 1, "prune_after": 0} | options))
+    state = rank.apply(
+        model, **({"target_density": 0.5, "importance_lambda": 0.15, "warmup_steps": 1, "prune_after": 0} | options)
+    )
     return model, state, state.layers[0]
 
 

@@ -437,7 +437,7 @@ def test_rank_block_trains_resumes_and_leaves_a_pruned_adapter(training, checkpo
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), run / "adapter-pruned"),
     )
     resolved = load_recipe(run / "recipe.yaml")
-    assert vars(resolved.rank) == options | {"importance_lambda": 0.15, "importance_decay": 0.95}
+    assert vars(resolved.rank) == options | {"importance_lambda": 1.0, "importance_decay": 0.95}
     assert {len(p) for n, p in pruned.named_parameters() if "lora_A" in n} == {1}
     assert any((tensor == 0).all(1).any() for name, tensor in whole.items() if "lora_A" in name), "some were pruned"
     assert (run / "checkpoint-2" / "rank_state.safetensors").is_file()
@@ -474,6 +474,12 @@ def test_rank_benchmark_measures_and_goes_on_where_it_stopped(training, checkpoi
     assert "2 seeds" in printed
     rows = benchmark.read_csv(tmp_path / "out" / "quality.csv")
     assert [row["seed"] for row in rows] == list("000111"), "the first seed's runs were not run again"
+    assert [row["answer_loss_all"] != "" for row in rows] == [False, False, True] * 2
+    benchmark.main(["summary", str(tmp_path / "out")])
+    assert printed.endswith(capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "out")
+    benchmark.main([*words.split(), "0", "--seconds", "0", "--out", str(tmp_path / "out"), *held_out])
+    assert "Stopped before" in capsys.readouterr().out
 
 
 def test_dense_run_differs_from_sparse_run(training, tmp_path):

@@ -1,6 +1,7 @@
 """Rank-sparse LoRA against plain LoRA with masked components, and how components are chosen."""
 
 import gc
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_density_one_is_plain_lora():
     plain, sparse = make(dtype=torch.float32), make(dtype=torch.float32)
     rank.apply(sparse, target_density=1.0, warmup_steps=1)
     assert train(plain, 4) == train(sparse, 4)
+    assert torch.equal(plain.eval()(**make_batch()).logits, sparse.eval()(**make_batch()).logits)
     assert_same(values(plain), values(sparse), rtol=0, atol=0)
 
 
@@ -173,6 +175,15 @@ def test_contextual_importance_follows_the_batch(chosen):
         assert chosen[layer.name].tolist() == [torch.lerp(shares, layer.importance, 0.15).argmax().item()]
 
 
+def test_by_default_training_computes_what_evaluation_does(chosen):
+    model = make()
+    state = apply(model, importance_lambda=rank.RankConfig().importance_lambda)
+    for seed in range(3):
+        model(**make_batch(seed=seed))
+        assert all(torch.equal(chosen[layer.name], layer.retained()) for layer in state.layers)
+        state.advance()
+
+
 def test_few_rows_are_scored():
     _, _, layer = one_layer(score_rows=4)
     x = torch.randn(10, 8)
@@ -197,38 +208,74 @@ def test_b_of_zero_has_no_importance_and_no_nan():
     model, state, layer = one_layer()
     with torch.no_grad():
         layer.whole_B.zero_()
-    layer.weights_changed()
+    layer.changed()
     model(torch.randn(3, 8))
     state.advance()
     assert layer.importance.tolist() == [0] * 6
     model(torch.randn(3, 8)).sum().backward()
 
 
-def test_evaluation_and_a_removed_model_compute_everything():
+def test_all_components_are_computed_before_choices_begin_and_within_retained_1(chosen):
+    model, plain = make(), make()
+    state = apply(model, past_warmup=False)
+    batch = make_batch()
+    everything = plain.eval()(**batch).logits
+    assert torch.equal(model.eval()(**batch).logits, everything)
+    model.train()(**batch)
+    state.advance()
+    assert not torch.allclose(model.eval()(**batch).logits, everything)
+    with rank.retained(model, 1):
+        for layer in state.layers:
+            layer.module.scaling["default"] /= layer.gain
+        torch.testing.assert_close(model(**batch).logits, everything, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_follows_what_was_important(chosen):
+    """It chooses nothing, takes note of nothing, and computes the same components whatever the batch."""
+    model, state, layer = one_layer(importance_decay=0.0)
+    x, y = torch.randn(7, 8), torch.randn(7, 8)
+    for batch in (x, y):
+        model(batch)
+        state.advance()
+        index = layer.best(0.5)
+        branch = x @ layer.whole_A[index].t() @ layer.whole_B[:, index].t()
+        expected = layer.module.base_layer(x) + math.sqrt(6 / 3) * layer.module.scaling["default"] * branch
+        chosen.clear()
+        torch.testing.assert_close(model.eval()(x), expected)
+        model.train()
+        assert not chosen
+        assert layer.forwards == 0
+
+
+def test_a_removed_model_computes_everything():
     model, plain = make(), make()
     apply(model)
     batch = make_batch()
-    assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
-    model.train()
     assert not torch.equal(model(**batch).logits, plain(**batch).logits)
     rank.remove(model)
     assert torch.equal(model.train()(**batch).logits, plain.train()(**batch).logits)
+    assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
     assert type(model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_A["default"]) is nn.Linear
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     with pytest.raises(rank.RankError, match="not rank-sparse"):
         rank.remove(model)
 
 
-def test_disabled_and_merged_adapters():
+@pytest.mark.parametrize("training", [False, True])
+def test_disabled_and_merged_adapters(training):
     model, plain = make(), make()
     state = apply(model)
     batch = make_batch()
     with model.disable_adapter(), plain.disable_adapter():
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
     assert {layer.forwards for layer in state.layers} == {0}
+    expected = model.eval()(**batch).logits
+    model.train(training)
     model.merge_adapter()
-    plain.merge_adapter()
-    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.eval()(**batch).logits, expected)
+    torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +283,8 @@ def test_disabled_and_merged_adapters():
 )
 def test_counts(density, r, kept):
     assert rank.RankConfig(density).kept(r) == kept
+    _, _, layer = one_layer(r, target_density=density)
+    assert len(layer.best(density)) == kept
 
 
 def test_model_is_freed():

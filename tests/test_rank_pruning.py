@@ -14,7 +14,7 @@ from sparse_unsloth import rank
 from sparse_unsloth.rank.state import STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rank_models import R, apply, assert_same, importance_of, make, one_layer, record_choices, train, values
+from rank_models import GAIN, R, apply, assert_same, importance_of, make, one_layer, record_choices, train, values
 from tiny import loras, make_base, make_batch
 
 
@@ -23,7 +23,7 @@ def chosen(monkeypatch):
     return record_choices(monkeypatch)
 
 
-# -- Steps and pruning ------------------------------------------------------------------------------------------------
+# -- Steps ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_optimisers_that_train_the_adapter_count():
@@ -66,12 +66,58 @@ def test_loaded_weights_are_looked_at_again():
     torch.testing.assert_close(layer.contextual_importance(x), importance_of(layer, x))
 
 
+# -- Components that a step did not choose ----------------------------------------------------------------------------
+
+
+def _optimiser(name, parameters):
+    if name == "bitsandbytes":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=1e-3, weight_decay=0.0)
+    options = {"SGD": {"momentum": 0.9}, "AdamW": {"weight_decay": 0.0}}.get(name, {})
+    return getattr(torch.optim, name)(parameters, lr=1e-3, **options)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD", "bitsandbytes"])
+def test_components_that_were_not_chosen_do_not_move(chosen, name):
+    """Not by the momentum that the warm-up or earlier choices gave them."""
+    model = make(r=64, dtype=torch.float32)
+    state = rank.apply(model, 0.5, warmup_steps=2)
+    optimizer = _optimiser(name, list(loras(model).values()))
+    train(model, 4, optimizer)
+    if name == "bitsandbytes":
+        assert optimizer.state[state.layers[0].whole_A]["state1"].dtype == torch.uint8
+    before = values(model)
+    train(model, 1, optimizer, start=4)
+    moved = {key: value - before[key] for key, value in values(model).items()}
+    for layer in state.layers:
+        still = torch.ones(64, dtype=torch.bool)
+        still[chosen[layer.name]] = False
+        assert not moved[f"{layer.name}.lora_A.default.weight"][still].any()
+        assert not moved[f"{layer.name}.lora_B.default.weight"][:, still].any()
+        assert moved[f"{layer.name}.lora_B.default.weight"][:, ~still].any(0).all()
+
+
+def test_components_of_every_micro_batch_move(chosen):
+    model, _, layer = one_layer(importance_lambda=0.0, target_density=0.17)
+    optimizer = torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3, weight_decay=0.0)
+    fit(model, optimizer, 3)
+    before = layer.whole_B.detach().clone()
+    for component in (1, 4):
+        model(layer.whole_A[component].detach()[None].repeat(3, 1)).square().sum().backward()
+    optimizer.step()
+    assert (layer.whole_B != before).any(0).tolist() == [False, True, False, False, True, False]
+
+
+# -- Pruning ----------------------------------------------------------------------------------------------------------
+
+
 def prunable(**options):
     """A layer whose component 1 is never chosen once the others count for more, with momentum in every moment."""
     model, state, layer = one_layer(prune_after=4, importance_lambda=0.5, **options)
     with torch.no_grad():
         layer.whole_B[:, 1] *= 1e-4
-    layer.weights_changed()
+    layer.changed()
     return model, state, layer
 
 
@@ -88,7 +134,7 @@ def test_idle_components_are_pruned_for_good_and_moments_follow():
     optimizer = torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3, weight_decay=0.1)
     fit(model, optimizer, 7)
     assert layer.dead is None
-    assert optimizer.state[layer.whole_A]["exp_avg"][1].any(), "the warm-up gave it momentum"
+    assert optimizer.state[layer.whole_A]["exp_avg_sq"][1].any(), "the warm-up moved it"
     x = torch.randn(4, 8)
     before = model(x)
     layer.forwards = 0
@@ -132,9 +178,25 @@ class Packed(torch.optim.Optimizer):
                 parameter.sub_(1e-3 * flat.view_as(parameter))
 
 
-def test_optimisers_with_other_moments_cannot_bring_pruned_components_back():
+class Coded(Packed):
+    """Momentum in whole numbers of the parameters' shape, of which 0 means -1: bitsandbytes' 8-bit form."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state.setdefault("qmap1", (torch.arange(256) - 127) / 127)
+                code = state.setdefault("state1", torch.full_like(parameter, 127, dtype=torch.uint8))
+                moment = 0.9 * (code.float() - 127) / 127 + 0.1 * parameter.grad
+                code.copy_((moment.clamp(-1, 1) * 127 + 127).round())
+                parameter.sub_(1e-3 * (code.float() - 127) / 127)
+
+
+@pytest.mark.parametrize("optimiser", [Packed, Coded])
+def test_optimisers_with_other_moments_cannot_bring_pruned_components_back(optimiser):
     model, _, layer = prunable(target_density=0.84)
-    fit(model, Packed([layer.whole_A, layer.whole_B]), 20)
+    fit(model, optimiser([layer.whole_A, layer.whole_B]), 20)
     assert layer.dead.tolist() == [False, True, False, False, False, False]
     assert not layer.whole_A[1].any()
     assert not layer.whole_B[:, 1].any()
@@ -159,22 +221,46 @@ def test_at_least_the_computed_components_stay():
     assert torch.isfinite(model(torch.randn(3, 8))).all()
 
 
-def test_processes_agree_on_what_is_pruned(monkeypatch):
-    """Only what is idle in every process goes: here the other one still uses component 1."""
-    elsewhere = torch.tensor([0.0, 0.0, 9, 9, 9, 9])
+def test_nothing_is_pruned_where_everything_is_computed():
+    model, _, layer = one_layer(target_density=1.0, prune_after=2)
+    fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 5)
+    assert layer.dead is None
+    assert layer.gain == 1
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Another process: what it holds, by operation, for two of them to agree on."""
+    values = {}
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
     def all_reduce(tensor, op):
-        assert op == torch.distributed.ReduceOp.MIN
-        torch.minimum(tensor, elsewhere, out=tensor)
+        combine = {torch.distributed.ReduceOp.MIN: torch.minimum, torch.distributed.ReduceOp.SUM: torch.add}[op]
+        combine(tensor, values.get(op, tensor), out=tensor)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return values
+
+
+def test_processes_agree_on_what_is_pruned(elsewhere):
+    """Only what no process chooses goes: here the other one still uses component 1."""
+    unused = elsewhere[torch.distributed.ReduceOp.MIN] = torch.tensor([0.0, 0.0, 1, 1, 1, 1])
     model, _, layer = prunable(target_density=0.84)
     fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 8)
     assert layer.dead is None
-    elsewhere[1] = 9
+    unused[1] = 1
     fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 4, start=8)
     assert layer.dead.tolist() == [False, True, False, False, False, False]
+
+
+def test_processes_agree_on_what_has_been_important(elsewhere):
+    model, state, layer = one_layer()
+    x = torch.randn(5, 8)
+    other = elsewhere[torch.distributed.ReduceOp.SUM] = torch.rand(6).softmax(0)
+    model(x)
+    state.advance()
+    torch.testing.assert_close(layer.importance, (importance_of(layer, x) + other) / 2)
 
 
 # -- Saving and resuming ----------------------------------------------------------------------------------------------
@@ -241,6 +327,42 @@ def test_states_that_do_not_fit(tmp_path):
 # -- Pruned checkpoints -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("r", [12, 210])
+def test_evaluation_is_that_of_the_pruned_checkpoint_of_the_target_density(tmp_path, r):
+    """Rounded numbers of components, and pruned ones, included."""
+    from peft import PeftModel
+
+    model = make(r=r)
+    state = apply(model, density=0.1)
+    state.layers[0].bury(torch.arange(r - 1))
+    ranks = rank.save_pruned_checkpoint(model, tmp_path, 0.1)
+    assert ranks["model.layers.0.mlp.up_proj"] == state.layers[1].kept == {12: 1, 210: 24}[r]
+    loaded = PeftModel.from_pretrained(make_base(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False).eval()
+    expected = loaded(**make_batch()).logits
+    model.eval()
+    torch.testing.assert_close(model(**make_batch()).logits, expected, rtol=1e-10, atol=1e-12)
+    ids = make_batch()["input_ids"][:1]
+    told = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(model.generate(input_ids=ids, **told), loaded.generate(input_ids=ids, **told))
+
+
+def test_saving_all_components_is_told_once_where_they_are_more_than_evaluation_computes(tmp_path, caplog):
+    model = make()
+    state = apply(model, past_warmup=False)
+    model.save_pretrained(tmp_path)
+    assert not caplog.text, "in the warm-up all are computed"
+    train(model, 1)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert caplog.text.count("rank.save_pruned_checkpoint(model, path, 0.34)") == 1
+    caplog.clear()
+    state._told = False
+    for layer in state.layers:
+        layer.bury(torch.arange(layer.rank - layer.kept))
+    model.save_pretrained(tmp_path)
+    assert not caplog.text, "all that are left are computed"
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("ratio", [0.15, 0.5, 1.0])
 def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
@@ -264,7 +386,8 @@ def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
         make_base(dtype=torch.float64), tmp_path / "pruned", autocast_adapter_dtype=False
     )
     torch.testing.assert_close(loaded.eval()(**batch).logits, expected, rtol=1e-10, atol=1e-12)
-    whole = model(**batch).logits
+    with rank.retained(model, 1.0):
+        whole = model(**batch).logits
     assert torch.allclose(whole, expected, rtol=1e-9) == (ratio == 1.0)
 
 
@@ -278,7 +401,7 @@ def test_pruned_checkpoint_is_small_and_keeps_what_matters(tmp_path):
     assert sizes[0] < 0.2 * sizes[1]
     config = json.loads((tmp_path / "pruned" / "adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (6, {}, {})
-    assert config["lora_alpha"] == pytest.approx(8 / 40 * 6)
+    assert config["lora_alpha"] == pytest.approx(8 / 40 * 6 * math.sqrt(40 / 4))
     for layer in state.layers:
         assert layer.importance[layer.best(0.15)].min() >= layer.importance.sort().values[-6]
 
@@ -298,8 +421,8 @@ def test_other_trained_modules_travel_along(tmp_path):
 
 
 def test_unpruned_scaling_by_hand(tmp_path):
-    """alpha / r stays what it was, and alpha / sqrt(r) under rslora."""
-    for rslora, wanted in ((False, 8 / 12 * 6), (True, 8 / math.sqrt(12) * math.sqrt(6))):
+    """alpha / r, and alpha / sqrt(r) under rslora, stay what they were, times what 4 of 12 components count."""
+    for rslora, wanted in ((False, 8 / 12 * 6 * GAIN), (True, 8 / math.sqrt(12) * math.sqrt(6) * GAIN)):
         model = make(use_rslora=rslora)
         apply(model)
         rank.save_pruned_checkpoint(model, tmp_path, 0.5)

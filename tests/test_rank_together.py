@@ -10,7 +10,7 @@ from sparse_unsloth import attach, detach, rank
 from sparse_unsloth.rank.state import STATE_NAME
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rank_models import TARGETS, R, apply, assert_same, make, mask_components, record_choices, train
+from rank_models import GAIN, TARGETS, R, apply, assert_same, make, mask_components, record_choices, train
 from tiny import always, loss_and_gradients, make_base, make_batch
 
 
@@ -83,8 +83,9 @@ def test_with_channel_sparsity(chosen, order):
                 mask = torch.zeros(R, dtype=torch.float64)
                 mask[chosen[name]] = 1
                 for factor, shape in (("lora_A", (-1, 1)), ("lora_B", (1, -1))):
-                    getattr(module, factor)["default"].weight.mul_(mask.view(shape))
-                    kept[f"{name}.{factor}.default.weight"] = mask.view(shape)
+                    scaled = mask.view(shape) * (GAIN if factor == "lora_B" else 1)
+                    getattr(module, factor)["default"].weight.mul_(scaled)
+                    kept[f"{name}.{factor}.default.weight"] = scaled
     attach(reference, always())
     expected, wanted = loss_and_gradients(reference, make_batch())
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)

@@ -1,8 +1,8 @@
 """Rank-sparse LoRA: adapters of very high rank, of which each step computes only the components that matter.
 
-With ``A [r, in]``, ``B [out, r]`` and the set ``S`` of components that a layer chose for this batch, the branch is
-``scale * sum over i in S of (x A_i') B_i'``. Gradients are exact for this forward, ``S`` constant: by autograd, through
-the selection of rows of ``A`` and columns of ``B``. See `RankConfig` for how ``S`` is chosen.
+A layer chose a set ``S`` of ``k`` components for this batch. With ``A [r, in]`` and ``B [out, r]`` the branch is
+``scale * sqrt(r / k) * sum over i in S of (x A_i') B_i'``. Gradients are exact for this forward, ``S`` constant: by
+autograd, through the selection of rows of ``A`` and columns of ``B``. See `RankConfig` for how ``S`` is chosen.
 
 The names below are loaded when first used: recipes are checked without importing torch.
 """

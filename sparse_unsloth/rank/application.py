@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sparse_unsloth.rank.config import RankConfig, RankError
 from sparse_unsloth.rank.layer import RankLayer
@@ -24,7 +24,7 @@ _ATTACHED_SLOT = "_sparse_save_pretrained"
 def apply(
     model: nn.Module,
     target_density: float = 0.08,
-    importance_lambda: float = 0.15,
+    importance_lambda: float = 1.0,
     *,
     adapter: str | None = None,
     resume_from: str | Path | None = None,
@@ -32,9 +32,12 @@ def apply(
 ) -> RankState:
     """Makes the LoRA layers of ``model`` compute only the rank components that matter, in training.
 
-    Evaluation and generation compute every component that is not pruned. The step advances with every PyTorch optimiser
-    that trains the adapter; ``save_pretrained`` keeps the state beside the adapter, ``load_adapter`` (a trainer's
-    resume) takes it back.
+    Once training forwards choose, everything else (evaluation, generation, merging) computes the retained components,
+    those of ``save_pruned_checkpoint(model, path, target_density)``: what is measured is what ships. Inside
+    ``retained(model, 1)`` all of them are computed, which never were trained together. The step advances with every
+    PyTorch optimiser that trains the adapter. ``save_pretrained`` writes all components and the state beside them, for
+    ``load_adapter`` (a trainer's resume) to go on from; it says so where plain PEFT would compute another model from
+    the file.
 
     Args:
         model: a ``PeftModel``, with or without channel sparsity. It is changed in place, instance by instance.
@@ -69,7 +72,7 @@ def apply(
 
 
 def remove(model: nn.Module) -> None:
-    """Makes a rank-sparse model compute every component again; pruned ones stay zero.
+    """Makes a rank-sparse model compute every component again, in evaluation too; pruned ones stay zero.
 
     Raises:
         RankError: the model is not rank-sparse.
@@ -151,17 +154,25 @@ def _register_hooks(model: nn.Module, state: RankState) -> None:
         module = model.get_submodule(parent)
         state.handles.append(module.register_forward_pre_hook(enter_parent, with_kwargs=True))
         state.handles.append(module.register_forward_hook(leave_parent, always_call=True))
-    # The process-wide hook must not keep the model alive.
+    # The process-wide hooks must not keep the model alive.
     known = weakref.ref(state)
+
+    def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        alive = known()
+        if alive is not None and alive.trained_by(optimizer):
+            alive.hold_unused(optimizer)
 
     def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         alive = known()
-        if alive is not None:
-            alive.on_optimizer_step(optimizer)
+        if alive is not None and alive.trained_by(optimizer):
+            alive.advance(optimizer)
 
-    handle = register_optimizer_step_post_hook(after_step)
-    weakref.finalize(state, handle.remove)
-    state.handles.append(handle)
+    for handle in (
+        register_optimizer_step_pre_hook(before_step),
+        register_optimizer_step_post_hook(after_step),
+    ):
+        weakref.finalize(state, handle.remove)
+        state.handles.append(handle)
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -199,7 +210,9 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
     save = MethodType(type(self).save_pretrained, self) if original is None else original
     saved = save(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
-        get_rank_state(self).save(save_directory)
+        state = get_rank_state(self)
+        state.save(save_directory)
+        state.tell_that_all_were_saved(save_directory)
     return saved
 
 

@@ -24,11 +24,13 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: float) -> dict[str, int]:
     """Writes the most important components of a rank-sparse model as a PEFT adapter of lower rank.
 
-    Plain PEFT that loads it computes what ``model`` does inside `retained`. ``model`` stays as it is.
+    Plain PEFT that loads it computes what ``model`` does inside `retained`; with the target density as ``retain_ratio``
+    that is what ``model.eval()`` does anyway. ``model`` stays as it is.
 
     Args:
         path: the folder.
-        retain_ratio: share of each layer's components, in (0, 1]; a layer with fewer unpruned ones keeps those.
+        retain_ratio: share of each layer's components, in (0, 1], rounded as the computed ones are; a layer with fewer
+            unpruned ones keeps those.
 
     Returns:
         The rank of each layer in the file.
@@ -52,7 +54,7 @@ def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: flo
     for layer in state.layers:
         index, name = layer.best(retain_ratio), _name_in_peft(layer.name)
         ranks[name] = len(index)
-        scaling = layer.module.scaling[state.adapter]
+        scaling = layer.module.scaling[state.adapter] * layer.gain
         alphas[name] = _plain(scaling * (math.sqrt(len(index)) if config.use_rslora else len(index)))
         for factor, whole, dim in (("lora_A", layer.whole_A, 0), ("lora_B", layer.whole_B, 1)):
             tensors[f"{layer.name}.{factor}.weight"] = whole.detach().index_select(dim, index)

@@ -20,7 +20,9 @@ class RankConfig:
 
     At each training forward a layer scores its components, ``(1 - importance_lambda) * c + importance_lambda * a``,
     and computes the best ``target_density`` of them. ``c`` is the contextual importance ``|x A_i| |B_i|`` over rows of
-    the batch, ``a`` its moving average over the steps; both sum to one over the layer's components.
+    the batch, ``a`` its moving average over the steps; both sum to one over the layer's components. The ``k`` chosen of
+    ``r`` count ``sqrt(r / k)`` times, as in a LoRA of rank ``k`` with rank-stabilised scaling; a step leaves the others
+    where they are, momentum or not. (Neither is in the published method: benchmarks/results/rank says what they gain.)
 
     Raises:
         RankError: values of a wrong type or out of range, all of them together.
@@ -29,12 +31,14 @@ class RankConfig:
     target_density: float = 0.08
     """Share of the components that a step computes, in (0, 1]; 1 is plain LoRA. From 16 on the count is rounded up to a
     multiple of 8, as matrix units want it."""
-    importance_lambda: float = 0.15
-    """Weight of the accumulated importance, in [0, 1]."""
+    importance_lambda: float = 1.0
+    """Weight of the accumulated importance, in [0, 1]. At 1 training computes what evaluation does, and the choice
+    changes slowly; at 0.15, as published, mostly the batch decides, and components are trained less together."""
     importance_decay: float = 0.95
     """Of the moving average, per optimiser step, in [0, 1)."""
     warmup_steps: int = 20
-    """Optimiser steps that compute every component, at least 1: B begins at zero, and so does every importance."""
+    """Optimiser steps that compute every component, at least 1: B begins at zero, and so does every importance. A fifth
+    of a short training was better than less."""
     prune_after: int = 100
     """Components that no forward chose in so many optimiser steps are set to zero for good; 0 never prunes."""
     score_rows: int = 256
@@ -77,8 +81,13 @@ class RankConfig:
 
     def kept(self, rank: int) -> int:
         """How many of ``rank`` components a step computes."""
-        count = max(1, round(self.target_density * rank))
-        return min(rank, -(-count // 8) * 8 if count >= 16 else count)
+        return count_of(self.target_density, rank)
+
+
+def count_of(share: float, rank: int) -> int:
+    """``share`` of ``rank`` components: at least one, from 16 on the next multiple of 8."""
+    count = max(1, round(share * rank))
+    return min(rank, -(-count // 8) * 8 if count >= 16 else count)
 
 
 def _names() -> list[str]:

@@ -1,15 +1,16 @@
-"""One LoRA layer whose A and B show, while its forward runs, only the components that were chosen for it."""
+"""One LoRA layer whose A and B show only components that matter: a training forward's choice, or the retained ones."""
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_unsloth.rank.config import RankConfig, RankError
+from sparse_unsloth.rank.config import RankConfig, RankError, count_of
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -18,10 +19,10 @@ STUCK_FORWARDS = 1000
 
 
 class ShownLinear(nn.Linear):
-    """A LoRA factor whose ``weight`` is the whole parameter, or inside a forward its chosen rows or columns.
+    """A LoRA factor whose ``weight`` is the whole parameter, or some of its rows or columns; see `RankLayer.show`.
 
-    Everything that computes with ``lora_A[adapter].weight`` (PEFT's own forward, the sparse functions, Unsloth's)
-    computes with the chosen components thereby; what works on parameters (optimisers, checkpoints) sees all of them.
+    Everything that computes with ``lora_A[adapter].weight`` (PEFT's own forward and merge, the sparse functions,
+    Unsloth's) computes with those components thereby; what works on parameters (optimisers, checkpoints) sees all.
     """
 
     _rank_layer: RankLayer
@@ -79,6 +80,7 @@ class RankLayer:
         self._config = config
         self._choice: _Choice | None = None
         self._norms: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._retained: Tensor | None = None
 
     @property
     def whole_A(self) -> Tensor:
@@ -102,7 +104,7 @@ class RankLayer:
             del factor.__dict__["_rank_layer"], factor.__dict__["_rank_dim"]
 
     def open(self, source: Tensor | None) -> None:
-        """A forward begins; until `close` the factors show the components chosen for ``source``."""
+        """A forward begins; in training the factors show the components chosen for ``source`` until `close`."""
         if self.module.training and not self.module.merged and not self.module.disable_adapters:
             self._choice = _Choice(source)
 
@@ -112,22 +114,39 @@ class RankLayer:
     def show(self, whole: Tensor, dim: int) -> Tensor:
         """What the factor with parameter ``whole`` shows now: ``whole``, or ``k`` of its rows (0) or columns (1).
 
+        Inside a training forward those that it chose. At all other times (evaluation, generation, merging) those that a
+        pruned checkpoint of the target density holds, once forwards choose; until then all.
+
         Raises:
             RankError: FSDP shards the factor.
         """
         if self.forced is not None:
-            return whole.index_select(dim, self.forced)
+            return self._part(whole, dim, self.forced)
         choice = self._choice
         if choice is None:
-            return whole
+            index = self.retained()
+            return whole if index is None else self._part(whole, dim, index)
         if not choice.made:
             choice.index, choice.made = self._choose(choice.source), True
         if choice.index is None:
             return whole
         key = (dim, torch.is_grad_enabled())
         if key not in choice.weights:
-            choice.weights[key] = whole.index_select(dim, choice.index)
+            choice.weights[key] = self._part(whole, dim, choice.index)
         return choice.weights[key]
+
+    def _part(self, whole: Tensor, dim: int, index: Tensor) -> Tensor:
+        part = whole.index_select(dim, index)
+        return part * self.gain if dim == 1 and self.gain != 1 else part
+
+    @property
+    def gain(self) -> float:
+        """What the output of each component is multiplied by, once forwards choose; 1 before.
+
+        So the branch is scaled for the rank that is computed, not for the whole one: ``alpha / sqrt(kept)`` with
+        rank-stabilised scaling.
+        """
+        return math.sqrt(self.rank / self.kept) if self.selects else 1.0
 
     @torch.no_grad()
     def _choose(self, source: Tensor | None) -> Tensor | None:
@@ -154,7 +173,10 @@ class RankLayer:
                 self.name,
                 STUCK_FORWARDS,
             )
-        if not self.selects or self.kept >= self.rank:
+        if not self.selects:
+            return None
+        if self.kept >= self.rank:
+            self.unused.zero_()
             return None
         weight = self._config.importance_lambda
         score = torch.lerp(contextual, self.importance, weight)
@@ -189,14 +211,15 @@ class RankLayer:
 
     def _factor_norms(self) -> tuple[Tensor, Tensor]:
         """``|A_i|`` and ``|B_i|``, computed again where something wrote to the weights."""
-        # Fused optimisers may write past the version counters, so steps call `weights_changed` as well.
+        # Fused optimisers may write past the version counters, so steps call `changed` as well.
         versions = self.whole_A._version, self.whole_B._version
         if self._norms is None or self._norms[0] != versions:
             self._norms = versions, _norms(self.whole_A, 1), _norms(self.whole_B, 0)
         return self._norms[1:]
 
-    def weights_changed(self) -> None:
-        self._norms = None
+    def changed(self) -> None:
+        """Weights or importances did: nothing that was computed from them holds any more."""
+        self._norms = self._retained = None
 
     @torch.no_grad()
     def bury(self, index: Tensor) -> None:
@@ -211,20 +234,31 @@ class RankLayer:
     def zero_dead(self) -> None:
         for whole, dim in ((self.whole_A, 0), (self.whole_B, 1)):
             whole.index_fill_(dim, self.dead.nonzero()[:, 0], 0.0)
-        self.weights_changed()
+        self.changed()
 
+    def retained(self) -> Tensor | None:
+        """int64, ascending: the components to use after training, as many as a step computes; None: all."""
+        if not self.selects or self.kept >= self.rank:
+            return None
+        if self._retained is None or self._retained.device != self.whole_A.device:
+            self._retained = self.best(self._config.target_density)
+        return self._retained
+
+    @torch.no_grad()
     def best(self, ratio: float) -> Tensor:
         """int64, ascending: the share ``ratio`` of the components that has been most important, pruned ones left out.
 
         Before the first step, when nothing has been accumulated, by ``|A_i| |B_i|``.
         """
+        if self.importance.device != self.whole_A.device:
+            self._follow(self.whole_A.device)
         score = self.importance
         if not bool(score.any()):
             score = self.contextual_importance(None)
         alive = self.rank if self.dead is None else int((~self.dead).sum())
         if self.dead is not None:
             score = score.masked_fill(self.dead, -1.0)
-        count = min(alive, max(1, round(ratio * self.rank)))
+        count = min(alive, count_of(ratio, self.rank))
         return score.topk(count).indices.sort().values
 
 

@@ -12,7 +12,7 @@ from sparse_unsloth.rank.config import RankConfig, RankError
 _undo: list[Callable[[], None]] = []
 
 
-def patch(target_density: float = 0.08, importance_lambda: float = 0.15, **options: Any) -> Callable[[], None]:
+def patch(target_density: float = 0.08, importance_lambda: float = 1.0, **options: Any) -> Callable[[], None]:
     """Makes every trainable LoRA model that PEFT builds from now on rank-sparse, as `apply` does.
 
     What it changes is ``peft.PeftModel.__init__``, for the whole process: so the order of imports does not matter, and

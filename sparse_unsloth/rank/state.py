@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,8 @@ STATE_NAME = "rank_state.safetensors"
 """The file that ``save_pretrained`` writes beside the adapter, and ``load_adapter`` reads back."""
 _KEPT = ("importance", "idle")
 MAX_BLIND_STEPS = 3
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+"""By what names optimisers keep the direction they move in (PyTorch's; ``state1``: those of bitsandbytes)."""
 
 
 class RankState:
@@ -35,15 +38,34 @@ class RankState:
         self.model, self.layers, self.config, self.adapter = weakref.ref(model), layers, config, adapter
         self.step = 0
         self.handles: list[RemovableHandle] = []
-        self._zero_again = False
+        self._zero_again = self._told = self._agreed = False
         self._blind_steps = 0
         self._set_mode()
 
-    def on_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Of every optimiser in the process; those that do not train this model are none of ours."""
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         anchor = self.layers[0].whole_A
-        if any(parameter is anchor for group in optimizer.param_groups for parameter in group["params"]):
-            self.advance(optimizer)
+        return any(parameter is anchor for group in optimizer.param_groups for parameter in group["params"])
+
+    @torch.no_grad()
+    def hold_unused(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before an optimiser step: components that no forward of it chose are not to move on by old gradients.
+
+        Their gradients are zero, but momentum would carry them on without a forward that answers for it, all of them
+        together. Weight decay goes on.
+        """
+        if not any(layer.forwards for layer in self.layers):
+            return
+        self._agree()
+        for layer in self.layers:
+            if not layer.selects or not layer.forwards:
+                continue
+            unused = layer.unused.bool()
+            for whole, shape in ((layer.whole_A, (-1, 1)), (layer.whole_B, (1, -1))):
+                kept = optimizer.state.get(whole, {})
+                for name in FIRST_MOMENTS:
+                    moment = kept.get(name)
+                    if torch.is_tensor(moment) and moment.shape == whole.shape:
+                        moment.masked_fill_(unused.view(shape), _zero_of(moment, kept))
 
     @torch.no_grad()
     def advance(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -66,16 +88,17 @@ class RankState:
                 "replaces its modules."
             )
         self._blind_steps = 0
+        self._agree()
+        self._agreed = False
         if self.step == 0 and len(seen) < len(self.layers):
             missed = [layer.name for layer in self.layers if not layer.forwards]
             logger.warning("%d rank-sparse layers did not run in the first step: %s ...", len(missed), missed[0])
         self.step += 1
         pending = [layer.pending for layer in seen]
-        torch._foreach_div_(pending, [float(layer.forwards) for layer in seen])
         # As long as few steps are averaged, all count alike.
         weight = max(1 - self.config.importance_decay, 1 / self.step)
         torch._foreach_lerp_([layer.importance for layer in seen], pending, weight)
-        torch._foreach_zero_(pending)
+        torch._foreach_zero_([layer.pending for layer in self.layers])
         for layer in seen:
             layer.forwards = 0
         if seen[0].selects:
@@ -91,8 +114,23 @@ class RankState:
                 if layer.dead is not None:
                     layer.zero_dead()
         for layer in self.layers:
-            layer.weights_changed()
+            layer.changed()
         self._set_mode()
+
+    def _agree(self) -> None:
+        """Ends the step's taking note. Processes see other batches, and must agree: their adapter is one.
+
+        A component is unused where no process chose it, and as important as on the mean of them.
+        """
+        if self._agreed:
+            return
+        self._agreed = True
+        pending, unused = [layer.pending for layer in self.layers], [layer.unused for layer in self.layers]
+        torch._foreach_div_(pending, [float(max(layer.forwards, 1)) for layer in self.layers])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _reduce(pending, torch.distributed.ReduceOp.SUM)
+            torch._foreach_div_(pending, float(torch.distributed.get_world_size()))
+            _reduce(unused, torch.distributed.ReduceOp.MIN)
 
     def _set_mode(self) -> None:
         for layer in self.layers:
@@ -106,11 +144,7 @@ class RankState:
         as those were chosen in the last step.
         """
         for layer in self.layers:
-            idle = layer.idle
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                # Ranks see other batches; only what is idle on all of them may go.
-                torch.distributed.all_reduce(idle, torch.distributed.ReduceOp.MIN)
-            going = idle >= self.config.prune_after
+            going = layer.idle >= self.config.prune_after
             if layer.dead is not None:
                 going &= ~layer.dead
             index = going.nonzero()[:, 0]
@@ -122,11 +156,11 @@ class RankState:
         for whole, dim in ((layer.whole_A, 0), (layer.whole_B, 1)):
             kept = {} if optimizer is None else optimizer.state.get(whole, {})
             values = [value for value in kept.values() if torch.is_tensor(value) and value.numel() > 1]
-            for value in values:
-                if value.shape == whole.shape:
-                    value.index_fill_(dim, index, 0)
-            # Moments of another form (8-bit ones, say) cannot be cut; they fade, and their updates are taken back.
-            self._zero_again |= optimizer is None or any(value.shape != whole.shape for value in values)
+            plain = [value for value in values if value.is_floating_point() and value.shape == whole.shape]
+            for value in plain:
+                value.index_fill_(dim, index, 0)
+            # Moments of another form (8-bit codes, say) cannot be cut; they fade, and their updates are taken back.
+            self._zero_again |= optimizer is None or len(plain) < len(values)
 
     def save(self, folder: str | Path) -> None:
         """Writes the state into ``folder``, so that `load` goes on where this run stands."""
@@ -140,6 +174,21 @@ class RankState:
             "zero_again": str(self._zero_again),
         }
         save_file(tensors, Path(folder) / STATE_NAME, metadata)
+
+    def tell_that_all_were_saved(self, folder: str | Path) -> None:
+        """Once, where plain PEFT would compute more from ``folder`` than this model does in evaluation."""
+        more = any(
+            layer.retained() is not None and len(layer.best(1.0)) > len(layer.retained()) for layer in self.layers
+        )
+        if more and not self._told:
+            self._told = True
+            logger.warning(
+                "%s holds every rank component, to resume from. They were not trained together: plain PEFT would "
+                "answer worse with it than this model does. To use or publish, write "
+                "rank.save_pruned_checkpoint(model, path, %g).",
+                folder,
+                self.config.target_density,
+            )
 
     def load(self, folder: str | Path) -> None:
         """Takes over the state that `save` wrote.
@@ -169,6 +218,18 @@ class RankState:
             layer.pending.zero_()
             layer.unused.fill_(1.0)
             layer.forwards = 0
-            layer.weights_changed()
+            layer.changed()
         self.step, self._zero_again = int(metadata["step"]), metadata["zero_again"] == "True"
         self._set_mode()
+
+
+def _reduce(values: list[Tensor], operation: Any) -> None:
+    """In place, over all processes, as one message."""
+    flat = torch.cat(values)
+    torch.distributed.all_reduce(flat, operation)
+    torch._foreach_copy_(values, flat.split([len(value) for value in values]))
+
+
+def _zero_of(moment: Tensor, kept: dict[str, Any]) -> float | int:
+    """Zero as ``moment`` holds it: 8-bit moments are codes, places in a table of values."""
+    return 0.0 if moment.is_floating_point() else int(kept["qmap1"].abs().argmin())
