@@ -24,10 +24,9 @@ task() { # NAME STEPS ARMS
 }
 
 # On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
-ROWS=rows-10,rows-10-50,rows-25-50,random-rows-10-50,rows-25,rows-10-75,rows-5-50
-task A "${STEPS_A:-900}" $ROWS,rows-0-50,rows-10-65,backward-25-65,comp-25-no-tail,backward-25
-COMMON=dense,dense-50,rows-10-50,dense-30,rows-10,default,rows-25-50,dense-75,random-rows-10-50,random,dense-65,rows-10-75
-task B "${STEPS_B:-400}" $COMMON,rows-25,backward-25,comp-25-no-tail
-task C "${STEPS_C:-300}" $COMMON,rows-25,backward-25,comp-25-no-tail
+task A "${STEPS_A:-900}" rows-25-50,rows-25-75,rows-25,rows-10-75,random-rows-25-50,rows-10,rows-10-50,backward-25-65
+COMMON=dense,dense-50,rows-25,rows-25-50,dense-30,default,dense-75,rows-10,random-rows-25-50,random,dense-65,rows-25-75
+task B "${STEPS_B:-400}" $COMMON,rows-10-50,comp-25-no-tail
+task C "${STEPS_C:-300}" $COMMON,rows-10-50,comp-25-no-tail
 wait
 for name in A B C; do echo "== $name"; grep ' nll \|done\|ready\|spent\|trained with\|Error' "$OUT/$name.log" | tail -14; done

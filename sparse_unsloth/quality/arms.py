@@ -165,15 +165,13 @@ ARMS: dict[str, Arm] = {
     "cut-tail-10": Arm(cut=99, end=0.9),
     "backward-25": half(0.75, kind="backward", end=1.0),
     # Gradients of context rows are uneven: most of them is in few rows.
-    "rows-10": rows(0.1),
-    "rows-10-50": rows(0.1, steps=0.5),
     "rows-25": rows(0.25),
+    "rows-25-75": rows(0.25, steps=0.75),
     "rows-25-50": rows(0.25, steps=0.5),
+    "rows-10": rows(0.1),
     "rows-10-75": rows(0.1, steps=0.75),
-    "rows-5-50": rows(0.05, steps=0.5),
-    "rows-10-65": rows(0.1, steps=0.65),
-    "rows-0-50": rows(0.0, steps=0.5),
-    "random-rows-10-50": rows(0.1, steps=0.5, selector="random"),
+    "rows-10-50": rows(0.1, steps=0.5),
+    "random-rows-25-50": rows(0.25, steps=0.5, selector="random"),
     # Where the dense curve is flat nothing can be won: the same with fewer steps meets it where it is steep.
     "backward-0-70": half(1.0, kind="backward", end=1.0, steps=0.7),
     "backward-25-65": half(0.75, kind="backward", end=1.0, steps=0.65),
@@ -204,8 +202,8 @@ ARMS: dict[str, Arm] = {
 """In the order of their importance on task A."""
 
 SHORT = (
-    *DENSE_SHARES, "rows-10", "rows-10-50", "rows-25", "rows-25-50", "rows-10-75", "rows-5-50", "random-rows-10-50",
-    "default", "backward-25", "comp-25-no-tail", "random",
+    *DENSE_SHARES, "rows-25", "rows-25-50", "rows-10", "random-rows-25-50", "rows-25-75", "rows-10-50", "default",
+    "backward-25", "comp-25-no-tail", "random",
 )  # fmt: skip
 """What tasks B and C compare."""
-CONTROLS = ("random", "random-rows-10-50", "keep-0", "naive-pairing", "last-token", "layer-0")
+CONTROLS = ("random", "random-rows-25-50", "keep-0", "naive-pairing", "last-token", "layer-0")
