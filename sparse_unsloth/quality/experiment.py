@@ -152,7 +152,7 @@ class Experiment:
         if mode.kind == "forward":
             self.sparsity.keep(full)
             sparse = evaluate(self.lockstep, self._test, self._parts, mode)
-        spent = [self._costs(arm, seed) for seed in range(self.settings.seeds)]
+        spent = [self.costs(arm, seed) for seed in range(self.settings.seeds)]
         return Outcome(
             dense=dense,
             sparse=sparse,
@@ -173,8 +173,8 @@ class Experiment:
         counts = [self.batches.counts[step][seed] for step in range(steps)]
         return training_flops(shape, arm, plans, counts, self.settings.lora_rank, FACTOR_RANK)
 
-    def _costs(self, arm: Arm, seed: int) -> tuple[float, float]:
-        """Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins."""
+    def costs(self, arm: Arm, seed: int) -> tuple[float, float]:
+        """``(FLOPs, time)`` of a run over those of the dense one. Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins."""
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
         if arm.calibrated:
