@@ -2,8 +2,8 @@
 
     python benchmarks/fit_step_times.py [benchmarks/results/speed.csv]
 
-Run it after rows were appended: a test fails while the stored figures are not those of the table. Steps whose backward
-pass goes through chosen rows only (``rows-25``) are left out: `plan_of_row` would take them for dense ones.
+Run it after rows were appended: a test fails while the stored figures are not those of the table. The fit is
+of dense steps and those that leave out channels; steps of ``rows-25`` and the like (`backward_rows`) are left out.
 """
 
 from __future__ import annotations
