@@ -1,4 +1,7 @@
-"""Draws the table of ``long_sequence.py``: ``long_sequence.md`` and ``.png`` beside the CSV, from its newest rows."""
+"""Draws the table of ``long_sequence.py``: ``long_sequence.md`` and ``.png`` beside the CSV, from its newest rows.
+
+What ``long_sequence-notes.md`` beside it says, if there is one, stands before the table.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,19 @@ def baseline(cells: dict[tuple, dict], key: tuple) -> dict | None:
     return row if row is not None and row["median_ms"] else None
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], notes: str = "") -> str:
     cells = newest(rows)
     first = rows[-1]
+    commits = list(dict.fromkeys(row["commit"] for row in cells.values()))
     lines = [
         "# Long sequences",
         "",
-        f"{first['device']}, {first['model']}, {first['dtype']}; commit {first['commit']}, {first['versions']}.",
-        "Speed-up and memory are against dense Unsloth of the same run: at the same layout, length and checkpointing,",
-        "for `budget` with every layer checkpointed. Made by `benchmarks/long_sequence.py --draw`.",
+        f"{first['device']}, {first['model']}, {first['dtype']}; commit {' and '.join(commits)}, {first['versions']}.",
+        "Speed-up and memory are against dense Unsloth at the same layout, length and checkpointing, for `budget` with",
+        "every layer checkpointed; with a star where dense was measured at another commit, on another machine.",
+        "Made by `benchmarks/long_sequence.py --draw`.",
         "",
+        *([notes.strip(), ""] if notes else []),
         "![Tokens a second and peak memory](long_sequence.png)",
         "",
         "| layout | tokens | checkpointing | tiled MLP | method | ms | tokens/s | speed-up | peak GiB | memory | |",
@@ -50,6 +56,7 @@ def _cells(row: dict, dense: dict | None) -> tuple[str, ...]:
         faster = f"{lengths if longest else lengths * dense['median_ms'] / took:.2f}x"
         if dense["peak_gib"] and not longest:
             memory = f"{row['peak_gib'] / dense['peak_gib']:.2f}x"
+        faster += "*" * (row["commit"] != dense["commit"])
     return (
         row["layout"],
         str(row["tokens"]),
@@ -102,5 +109,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(path: Path, rows: list[dict]) -> None:
-    path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    notes = path.with_name(f"{path.stem}-notes.md")
+    text = markdown(rows, notes.read_text(encoding="utf-8") if notes.exists() else "")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(rows, path.with_suffix(".png"))

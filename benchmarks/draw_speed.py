@@ -24,7 +24,10 @@ PEFT_PAIR = "peft-dense", "peft-sparse-o2"
 
 
 def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]:
-    """Rows of the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`."""
+    """Rows of the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`.
+
+    A shape whose baseline was measured again (``--then``) comes again from there on.
+    """
     runs: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         key = tuple(row[name] for name in KEY)
@@ -33,11 +36,18 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
         runs[key].append(row)
     shapes, methods = list(SHAPES | HOST), list(METHODS)
 
-    def place(row: dict) -> tuple:
-        shape = row["shape"]
-        return shapes.index(shape) if shape in shapes else len(shapes), shape, methods.index(row["method"])
+    def ordered(run: list[dict]) -> list[dict]:
+        baselines: dict[str, int] = {}
+        places = []
+        for row in run:
+            shape = row["shape"]
+            baselines[shape] = baselines.get(shape, 0) + (row["method"] == BASELINE)
+            again = max(baselines[shape] - 1, 0)
+            number = shapes.index(shape) if shape in shapes else len(shapes)
+            places.append((number, shape, again, methods.index(row["method"])))
+        return [run[place] for place in sorted(range(len(run)), key=places.__getitem__)]
 
-    return {key: sorted(run, key=place) for key, run in sorted(runs.items())}
+    return {key: ordered(run) for key, run in sorted(runs.items())}
 
 
 def markdown(runs: dict[tuple, list[dict]], profiles: list[dict]) -> str:

@@ -130,6 +130,22 @@ def test_counted_limits_are_near_the_stated_ones(monkeypatch):
         assert counted == pytest.approx(limit, rel=0.15), (shape, method)
         assert 1 < flop_limit(shape, "unsloth-dense-exact", LLAMA_3_8B) < counted
         assert flop_limit(shape, "unsloth-dense", LLAMA_3_8B) == flop_limit(shape, "hooks-dense", LLAMA_3_8B) == 1
+        assert flop_limit(shape, method, LLAMA_3_8B, checkpointing=False) > 1
+
+
+def test_limits_without_checkpointing():
+    """Nothing runs twice, but the chosen rows of O and the MLP, whose activations are not kept."""
+    for shape in SHAPES:
+        dense, rows_25, rows_10 = (
+            [flop_limit(shape, method, LLAMA_3_8B, checkpointing) for checkpointing in (True, False)]
+            for method in ("unsloth-dense", "rows-25", "rows-10")
+        )
+        assert dense == [1, 1]
+        assert 1 < rows_25[0] < rows_10[0]
+        assert rows_25[1] < rows_10[1] < rows_10[0]
+    shown = compare([row("unsloth-dense", checkpointing="False"), row("sparse-o2", checkpointing="False")], LLAMA_3_8B)
+    assert shown[1].target is None
+    assert shown[1].limit == flop_limit("wizardlm", "sparse-o2", LLAMA_3_8B, checkpointing=False) != 2.41
 
 
 def test_ratios():
@@ -166,7 +182,8 @@ def test_rows_are_appended(tmp_path):
 
 def test_the_committed_table_can_be_read_and_drawn(tmp_path):
     table = tmp_path / "speed.csv"
-    table.write_bytes((ROOT / "benchmarks" / "results" / "speed.csv").read_bytes())
+    for name in ("speed.csv", "speed-profile.csv"):
+        (tmp_path / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
     draw = load("draw_speed")
     draw.main([str(table)])
     assert (tmp_path / "speed.md").read_text() == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
@@ -195,6 +212,20 @@ def test_drawing_shows_the_newest_run(tmp_path):
     assert "sparse-o2 over dense PEFT: wizardlm 2.00x." in text
     assert text.index("| wizardlm | unsloth-dense") < text.index("| wizardlm | sparse-o2") < text.index("custom-8192")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baseline_measured_again_counts_for_what_comes_behind_it(tmp_path):
+    table = tmp_path / "speed.csv"
+    first = [row("unsloth-dense", ms=60.0), row("sparse-o2", ms=30.0), row("rows-25", ms=40.0)]
+    append_rows(table, [*first, row("unsloth-dense", ms=90.0), row("sparse-50", ms=45.0)])
+    compared = {one.row["method"]: one.speedup for one in compare(read_rows(table), None)}
+    assert compared == {"unsloth-dense": 1, "sparse-o2": 2, "rows-25": 1.5, "sparse-50": 2}
+    load("draw_speed").main([str(table)])
+    found = [line.split(" | ") for line in (tmp_path / "speed.md").read_text().splitlines() if "| wizardlm" in line]
+    assert [(cells[1], cells[7]) for cells in found] == [
+        ("unsloth-dense", ""), ("sparse-o2", "2.00x"), ("rows-25", "1.50x"), ("unsloth-dense", ""),
+        ("sparse-50", "2.00x"),
+    ]  # fmt: skip
 
 
 def load(name):

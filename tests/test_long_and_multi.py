@@ -78,7 +78,13 @@ def test_the_table_of_long_sequences_compares_within_layout_and_length(tmp_path)
     assert "| packed | 16384 | unsloth | no | unsloth-dense |  |  |  |  |  | out of memory |" in text
     assert "| longest | 150000 | unsloth | no | sparse-o2 | 5000 | 30000 | 1.50x | 70.0 |  | 3 steps |" in text
     assert "900" not in text
+    rows[2]["commit"] = "def"
+    (tmp_path / "long_sequence-notes.md").write_text("What was found.\n")
     draw.main(tmp_path / "long_sequence.csv", rows)
+    text = (tmp_path / "long_sequence.md").read_text()
+    assert "| sparse-o2 | 400 | 20480 | 2.00x* | 6.0 | 0.75x | 3 steps |" in text
+    assert "commit abc and def" in text
+    assert text.index("What was found.") < text.index("| layout |")
     assert (tmp_path / "long_sequence.png").stat().st_size > 1000
 
 

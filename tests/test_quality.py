@@ -11,6 +11,7 @@ import torch
 
 from sparse_unsloth import attach
 from sparse_unsloth.attachment import get_state
+from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.quality.arms import ARMS
 from sparse_unsloth.quality.batches import Batches, Counts, Layout, training_batches
@@ -443,6 +444,20 @@ def test_times_are_measured_ones_or_scaled(tmp_path):
     assert measured_method(ARMS["comp-25"]) == "sparse-25"
     assert measured_method(ARMS["cut"]) is None
     assert measured_method(ARMS["comp-25-layers"]) is None
+
+
+def test_times_of_chosen_rows_are_taken_by_name_alone(tmp_path):
+    """What their steps save says nothing of channel sparsity; nor do steps without checkpointing of steps with it."""
+    table = tmp_path / "speed.csv"
+    text = SPEED.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in text if "rows-" not in line and ",False," not in line))
+    times, without = StepTimes(SPEED), StepTimes(table)
+    assert times.share(0.5, 0.75) == without.share(0.5, 0.75)
+    assert times.share(0.5, 0.75, "sparse-o2") == without.share(0.5, 0.75, "sparse-o2")
+    assert (times.source("rows-25"), without.source("rows-25")) == ("measured", "scaled")
+    code, long = (shape_of(name).context_tokens / shape_of(name).tokens for name in ("codefeedback", "long8k"))
+    assert times.share(0.6, code, "rows-25") == pytest.approx(562.80 / 761.35)
+    assert times.share(0.6, long, "rows-10") == pytest.approx(530.46 / 894.60)
 
 
 def make_rows(values, task="A"):

@@ -120,9 +120,9 @@ def test_choice_of_the_measurements():
         choose(fits, "unsloth", "4bit", "h100")
 
 
-def test_stored_fit_is_that_of_the_table():
+def test_stored_fit_is_that_of_the_table(monkeypatch):
     """Run ``python benchmarks/fit_step_times.py`` after rows were appended."""
-    tables = fit_table(read_rows(TABLE)), load()
+    tables = fit_table(script(monkeypatch).rows_to_fit(TABLE)), load()
     fresh, stored = (json.loads(json.dumps([asdict(one) for one in fits])) for fits in tables)
     assert len(fresh) == len(stored) > 0
     for mine, its in zip(fresh, stored, strict=True):
@@ -143,17 +143,27 @@ def test_stored_fits_are_of_the_kind_that_is_shipped():
     assert '"sparse_unsloth.forecast"' in packaging.partition("packages = ")[2].splitlines()[0]
 
 
-def test_script_refits(tmp_path, monkeypatch, capsys):
-    append_rows(tmp_path / "speed.csv", rows())
-    stored = tmp_path / "fits.json"
+def script(monkeypatch):
+    """``benchmarks/fit_step_times.py``, imported."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.delitem(sys.modules, "fit_step_times", raising=False)
     import fit_step_times
 
+    return fit_step_times
+
+
+def test_script_refits(tmp_path, monkeypatch, capsys):
+    """Without steps whose backward pass goes through chosen rows only."""
+    append_rows(tmp_path / "speed.csv", rows())
+    stored = tmp_path / "fits.json"
+    fit_step_times = script(monkeypatch)
     monkeypatch.setattr(fit_step_times, "save", lambda fits: save(fits, stored))
     fit_step_times.main([str(tmp_path / "speed.csv")])
     assert "A GPU, unsloth, 4bit: 35 rows" in capsys.readouterr().out
     assert load(stored) == fit_table(read_rows(tmp_path / "speed.csv"))
+    append_rows(tmp_path / "speed.csv", rows(methods=["rows-25"]))
+    fit_step_times.main([str(tmp_path / "speed.csv")])
+    assert load(stored) == fit_table(rows())
 
 
 # -- Memory -----------------------------------------------------------------------------------------------------------

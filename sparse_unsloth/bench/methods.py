@@ -90,13 +90,13 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
     return {"preset": method[-2:], **common}
 
 
-def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
-    """The speed-up over dense Unsloth, checkpointed, that the FLOPs allow: as stated in `TARGETS`, else counted.
+def flop_limit(shape_name: str, method: str, model: ModelShape, checkpointing: bool = True) -> float:
+    """The speed-up over dense Unsloth, checkpointed alike, that the FLOPs allow: as `TARGETS` states it, else counted.
 
     Counted with the exact removal (logits of rows that bear loss; the last layer's Q, O and MLP of such rows), which
     neither the PEFT backend nor ``hooks-dense`` has. Stated limits weigh attention a little less than `step_flops`.
     """
-    if model == LLAMA_3_8B and (shape_name, method) in TARGETS:
+    if checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
         return TARGETS[shape_name, method][1]
     shape = shape_of(shape_name)
     config = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense")
@@ -114,17 +114,20 @@ def flop_limit(shape_name: str, method: str, model: ModelShape) -> float:
             lora_rank=16,
             compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
             backward_rows=config.backward_rows if removed else 1.0,
-            checkpointing=True,
+            checkpointing=checkpointing,
             head_tokens=shape.batch * shape.outputs if removed else None,
         ).total
         for sparsity, removed in (([(0.0, 0.0)] * model.num_layers, False), (layers, removal))
     )
-    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape, config.backward_rows))
+    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape, config.backward_rows, checkpointing))
 
 
-def _last_layer_flops(model: ModelShape, sparsity: tuple[float, float], shape: Shape, rows: float) -> int:
+def _last_layer_flops(
+    model: ModelShape, sparsity: tuple[float, float], shape: Shape, rows: float, checkpointing: bool
+) -> int:
     """Forward, recompute and backward of what the last layer need not compute on context rows."""
     widths = {name: inputs * outputs for name, (inputs, outputs) in model.projections(*sparsity).items()}
     queries = widths["q_proj"]
     behind = sum(width for name, width in widths.items() if name[0] not in "qkv")
-    return round(2 * shape.context_tokens * (3 * queries + (1 + 2 * rows) * behind))
+    again = checkpointing or rows < 1
+    return round(2 * shape.context_tokens * ((2 + checkpointing) * queries + (1 + (1 + again) * rows) * behind))

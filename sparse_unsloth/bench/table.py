@@ -95,19 +95,24 @@ class Comparison:
 
 
 def compare(rows: list[dict], model: ModelShape | None) -> list[Comparison]:
-    """The rows of one run against its dense Unsloth; ``model`` None: limits are not known."""
-    dense = {row["shape"]: row for row in rows if row["method"] == BASELINE}
+    """The rows of one run against its dense Unsloth; ``model`` None: limits are not known.
+
+    Where dense was measured more than once at a shape (``--then``), the row before counts, or else the first.
+    """
+    dense = {row["shape"]: row for row in reversed(rows) if row["method"] == BASELINE}
     comparisons = []
     for row in rows:
         shape, method = row["shape"], row["method"]
-        base = dense.get(shape)
+        if method == BASELINE:
+            dense[shape] = row
+        base, checkpointing = dense.get(shape), row["checkpointing"] != "False"
         comparisons.append(
             Comparison(
                 row,
                 speedup=None if base is None else base["median_ms"] / row["median_ms"],
                 memory=None if base is None else row["peak_gib"] / base["peak_gib"],
-                target=TARGETS.get((shape, method), (None,))[0] if model == LLAMA_3_8B else None,
-                limit=None if model is None or shape == "host" else flop_limit(shape, method, model),
+                target=TARGETS.get((shape, method), (None,))[0] if checkpointing and model == LLAMA_3_8B else None,
+                limit=None if model is None or shape == "host" else flop_limit(shape, method, model, checkpointing),
             )
         )
     return comparisons

@@ -172,23 +172,27 @@ def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -
 class StepTimes:
     """A sparse step's share of the dense step's time, from a table of measured steps.
 
-    Rows of older code are left out (`usable_rows`). Where the method was measured (half, or a quarter, of the MLP
-    channels), its shares are interpolated over the context share. For every other setting, the share of the FLOP saving
-    that turned into time, of all sparse methods measured, is interpolated instead.
+    Rows of older code are left out (`usable_rows`), and steps without Unsloth's checkpointing. Where the method was
+    measured (half, or a quarter, of the MLP channels; backward through chosen rows), its shares are interpolated over
+    the context share. For every other setting, the share of the FLOP saving that turned into time, of all methods
+    measured that leave out channels, is interpolated instead.
     """
 
     def __init__(self, path: Path):
-        rows = [row for row in usable_rows(read_rows(path)) if row["model"] == "llama8b" and row["dtype"] == "4bit"]
+        wanted = {"model": "llama8b", "dtype": "4bit", "checkpointing": "unsloth"}
+        rows = [row for row in usable_rows(read_rows(path)) if row.items() >= wanted.items()]
         newest = {(row["device"], row["shape"], row["method"]): row["median_ms"] for row in rows}
         self._shares: dict[str, dict[float, list[float]]] = {}
         self._realised: dict[float, list[float]] = {}
         for (device, name, method), milliseconds in newest.items():
             base = next((newest[device, name, base] for base in BASELINES if (device, name, base) in newest), None)
-            if not method.startswith("sparse-") or method not in METHODS or base is None or name == "host":
+            if not method.startswith(("sparse-", "rows-")) or method not in METHODS or base is None or name == "host":
                 continue
             shape = shape_of(name)
             context, share = shape.context_tokens / shape.tokens, milliseconds / base
             self._shares.setdefault(method, {}).setdefault(context, []).append(share)
+            if method.startswith("rows-"):
+                continue
             saving = 1 - 1 / flop_limit(name, method, LLAMA_3_8B)
             self._realised.setdefault(context, []).append((1 - share) / saving)
         if not self._realised:
