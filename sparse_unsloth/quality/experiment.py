@@ -174,7 +174,10 @@ class Experiment:
         return training_flops(shape, arm, plans, counts, self.settings.lora_rank, FACTOR_RANK)
 
     def costs(self, arm: Arm, seed: int) -> tuple[float, float]:
-        """``(FLOPs, time)`` of a run over those of the dense one. Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins."""
+        """``(FLOPs, time)`` of a run over those of the dense one.
+
+        Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins.
+        """
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
         if arm.calibrated:
