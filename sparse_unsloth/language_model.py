@@ -88,7 +88,7 @@ class FastSparseLanguageModel:
         lora_dropout: float = 0.0,
         bias: str = "none",
         *,
-        sparsity: Sparsity = "o1",
+        sparsity: Sparsity = "rows",
         calibration_samples: list[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
@@ -98,7 +98,8 @@ class FastSparseLanguageModel:
             model: from `from_pretrained`.
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
-            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("o1", "o2", "dense"), or
+            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("rows", the default: an
+                exact forward, and a backward pass through a quarter of the context rows; "o1", "o2", "dense"), or
                 "auto": `calibrate` chooses each layer's on ``calibration_samples``, at its default budget.
             calibration_samples: batches as the model receives them, for estimators that calibrate; without them the
                 trainer's first samples are taken when training begins.
