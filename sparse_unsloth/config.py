@@ -34,9 +34,9 @@ PUBLISHED_LAYERS = 32
 # Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
 PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "dense": ({}, {}),
+    "rows": ({}, {}),
     "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
     "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
-    "rows": ({}, {}),
 }
 BACKWARD_ROWS = 0.25
 """Of the preset "rows"; see benchmarks/results/quality.md."""
@@ -293,6 +293,19 @@ class SparsityConfig(_Config):
     def schedule(self) -> Schedule:
         """When the training is sparse."""
         return Schedule(self.start_step, self.end_step, self.ramp)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the backward pass leaves out rows, so that no channels are chosen."""
+        return self.backward_rows < 1
+
+    def is_sparse(self, num_layers: int) -> bool:
+        """Whether anything is left out of a model with ``num_layers`` decoder layers.
+
+        Raises:
+            ConfigError: see `layer_sparsity`.
+        """
+        return self.by_rows or any(map(any, self.layer_sparsity(num_layers)))
 
     def layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
         """The sparsity of each layer of a model with ``num_layers`` decoder layers.

@@ -185,7 +185,7 @@ def recipe_keys() -> dict[str, Key]:
     """Every key that a recipe may hold, by name; importing TRL takes seconds, so it is done here, at the first call."""
     keys = {"backend": Key("backend", Literal[BACKENDS], "auto", "What runs the model.", "sparse_unsloth")}
     keys["sparsity"] = Key(
-        "sparsity", Any, None, "A preset (dense, o1, o2), a file, or a block of SparsityConfig.", "sparse_unsloth"
+        "sparsity", Any, None, "A preset (rows, o1, o2, dense), a file, or a block of SparsityConfig.", "sparse_unsloth"
     )
     keys["extends"] = Key(
         "extends", str, None, "A recipe (a file beside this one, or a shipped one) whose keys this one changes.", "-"

@@ -184,10 +184,11 @@ def test_checkpointing_changes_nothing(use_reentrant):
     assert_same(loss_and_gradients(model, batch), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_recompute_leaves_the_mlp_out():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recompute_leaves_the_mlp_out(use_reentrant):
     model, batch = make_lora("llama"), make_batch()
     attach(model, every_step())
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     rows = []
     for layer in find_layers(model):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
-from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
@@ -81,8 +80,14 @@ def through_output(
 
 
 def is_unread(runtime: LayerRuntime) -> bool:
-    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream."""
-    recompute = is_recompute(runtime.context.memo(runtime.layer.index))
+    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
+
+    Asked once in each forward of a layer: any but the first, with gradients, is a recompute, whether the first had them
+    (checkpointing that is not reentrant) or not.
+    """
+    memo = runtime.context.memo(runtime.layer.index)
+    recompute = torch.is_grad_enabled() and "ran" in memo
+    memo["ran"] = True
     return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 
