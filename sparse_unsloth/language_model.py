@@ -98,8 +98,8 @@ class FastSparseLanguageModel:
             model: from `from_pretrained`.
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
-            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("o1", "o2", "dense"), or
-                "auto": `calibrate` chooses each layer's on ``calibration_samples``, at its default budget.
+            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("rows", "o1", "o2",
+                "dense"), or "auto": `calibrate` chooses each layer's on ``calibration_samples``, at its default budget.
             calibration_samples: batches as the model receives them, for estimators that calibrate; without them the
                 trainer's first samples are taken when training begins.
             **kwargs: as Unsloth's ``get_peft_model`` takes them (``use_gradient_checkpointing="unsloth"``,

@@ -13,7 +13,6 @@ from sparse_unsloth.data import DataError, resolve_model
 from sparse_unsloth.errors import AttachError, ConfigError
 
 if TYPE_CHECKING:
-    from sparse_unsloth.layers import DecoderLayer
     from sparse_unsloth.recipe import Recipe
 
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
@@ -65,6 +64,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
     from transformers import AutoModelForCausalLM
 
     from sparse_unsloth.backends.peft import check
+    from sparse_unsloth.backends.row_hooks import refuse_dropout
     from sparse_unsloth.layers import find_layers
 
     arguments, training = recipe.model, recipe.training
@@ -109,7 +109,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
             if getattr(sparsity, part) > 0:
                 check(layer, part)
         if recipe.sparsity.by_rows:
-            _check_rows(layer)
+            refuse_dropout(layer)
     projections = found[0].projections()
     _check_length(recipe, config)
     return Model(
@@ -167,19 +167,6 @@ def _configuration(recipe: Recipe) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
-
-
-def _check_rows(layer: DecoderLayer) -> None:
-    """Refuses what the probe of `backends.row_hooks` would: the backward pass computes some rows a second time."""
-    import torch
-
-    for module in (layer.self_attn.o_proj, layer.mlp):
-        for dropout in module.modules():
-            if isinstance(dropout, torch.nn.Dropout) and dropout.p > 0:
-                raise AttachError(
-                    f"{layer.name}: backward_rows computes some rows twice, which dropout of {dropout.p} makes "
-                    "different. Set lora_dropout to 0, or leave backward_rows out."
-                )
 
 
 def _check_length(recipe: Recipe, config: Any) -> None:
