@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparse_unsloth import prefill
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -28,8 +28,6 @@ from sparse_unsloth.weights import forget_bases
 
 logger = logging.getLogger("sparse_unsloth")
 
-CONFIG_NAME = "sparsity_config.yaml"
-"""The file that `save_pretrained` writes beside the adapter."""
 LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "mlp": "the last layer's MLP"}
 
 

@@ -114,8 +114,7 @@ def unregister_from_trainers() -> None:
 
 def _warn_if_never_sparse(sparsity, max_steps: int) -> None:
     config = sparsity.config
-    asked = any(layer.mlp or layer.self_attn for layer in config.layer_sparsity(sparsity.num_layers))
-    if is_main() and asked and not config.schedule.sparse_steps(max_steps):
+    if is_main() and config.is_sparse(sparsity.num_layers) and not config.schedule.sparse_steps(max_steps):
         logger.warning(
             "The whole training will be dense: none of its %d optimiser steps lies between start_step=%r and "
             "end_step=%r. Train longer, or set start_step and end_step to fit.",

@@ -30,13 +30,15 @@ from sparse_unsloth.schedule import Schedule
 
 TITLE = "sparsity configuration"
 SUFFIXES = (".yaml", ".yml", ".json")
+CONFIG_NAME = "sparsity_config.yaml"
+"""The file that `save_pretrained` writes beside the adapter."""
 PUBLISHED_LAYERS = 32
 # Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
 PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "dense": ({}, {}),
+    "rows": ({}, {}),
     "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
     "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
-    "rows": ({}, {}),
 }
 BACKWARD_ROWS = 0.25
 """Of the preset "rows"; see benchmarks/results/quality.md."""
@@ -260,9 +262,20 @@ class SparsityConfig(_Config):
         rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
         if info.data.get("preset") in ("o1", "o2"):
             rules.append(f"preset {info.data['preset']}")
+        output = info.data.get("output_sparsity")
+        if output is not None and (output.mlp or output.self_attn):
+            rules.append("output_sparsity")
         if share < 1 and rules:
             raise ValueError(f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows, not both")
         return share
+
+    @field_validator("ramp", "refresh_steps", "sparse_prefill")
+    @classmethod
+    def _means_channels(cls, value: float | int | bool, info: ValidationInfo) -> float | int | bool:
+        default = cls.model_fields[info.field_name].default
+        if value != default and info.data.get("backward_rows", 1.0) < 1:
+            raise ValueError(f"must be {default} with backward_rows, which chooses no channels")
+        return value
 
     @field_validator("end_step")
     @classmethod
@@ -293,6 +306,28 @@ class SparsityConfig(_Config):
     def schedule(self) -> Schedule:
         """When the training is sparse."""
         return Schedule(self.start_step, self.end_step, self.ramp)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the backward pass leaves out rows, so that no channels are chosen."""
+        return self.backward_rows < 1
+
+    def is_sparse(self, num_layers: int) -> bool:
+        """Whether anything is left out of a model with ``num_layers`` decoder layers.
+
+        Raises:
+            ConfigError: see `layer_sparsity`.
+        """
+        return self.by_rows or any(map(any, self.layer_sparsity(num_layers)))
+
+    def whole_rows(self) -> "SparsityConfig":
+        """The same without `backward_rows`, and without the schedule that comes with it."""
+        if not self.by_rows:
+            return self
+        changes: dict[str, Any] = {"preset": None, "backward_rows": 1.0}
+        if (self.start_step, self.end_step) == (0.0, 1.0):
+            changes |= {name: type(self).model_fields[name].default for name in ("start_step", "end_step")}
+        return self.model_copy(update=changes)
 
     def layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
         """The sparsity of each layer of a model with ``num_layers`` decoder layers.

@@ -148,6 +148,7 @@ def step_flops(
     output_sparsity: Sequence[tuple[float, float]] | None = None,
     output_tokens: int = 0,
     backward_rows: float = 1.0,
+    whole_again: Collection[str] = (),
 ) -> StepFlops:
     """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
@@ -181,7 +182,10 @@ def step_flops(
         output_sparsity: of output tokens, by layer as `layer_sparsity`; None: they are dense.
         output_tokens: how many of `dense_tokens` they are. (In a last layer with `last_layer_tokens`, at most those.)
         backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
-            compute these and the dense rows once more for it, with checkpointing instead of all rows.
+            compute these and the dense rows once more for it, with checkpointing instead of all rows. Padding they
+            leave out.
+        whole_again: projections that with `backward_rows` and checkpointing are computed once more for all rows
+            besides: O where it and the MLP are hooked one by one (PEFT backend), both without the exact removal.
 
     Raises:
         ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
@@ -214,7 +218,7 @@ def step_flops(
             padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else padding_tokens
             dense_rows, context_rows = dense_tokens + padding_rows, context_tokens
             if name in narrowed:
-                dense_rows, context_rows = last_layer_tokens, 0
+                dense_rows, context_rows, padding_rows = last_layer_tokens, 0, 0
             rows = dense_rows + context_rows
             output_rows = min(output_tokens, dense_rows) if output[name not in MLP] > 0 else 0
             base = 2 * (
@@ -229,10 +233,11 @@ def step_flops(
             forward["lora"] += lora_a + lora_b
             share = 1.0
             if by_rows and name not in ATTENTION[:3] and rows:
-                share = (dense_rows + ceil(backward_rows * context_rows)) / rows
+                share = (dense_rows - padding_rows + ceil(backward_rows * context_rows)) / rows
             if checkpointing or share < 1:
-                again[part] += round(share * base)
-                again["lora"] += round(share * (lora_a + lora_b))
+                times = share + (checkpointing and share < 1 and name in whole_again)
+                again[part] += round(times * base)
+                again["lora"] += round(times * (lora_a + lora_b))
             backward[part] += round(share * base) * (input_gradient + trainable_base)
             backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product

@@ -2,8 +2,9 @@
 
 Checkpointing runs each layer's forward twice to save memory. What a layer would keep instead is known beforehand: the
 rows of this micro-batch by role, and how many channels its context rows keep. A sparse MLP keeps little of them, so
-sparse layers come first. The result is the same: the flag of each decoder layer (transformers'
-``gradient_checkpointing``, which Unsloth reads too) only decides whether its activations are kept or computed again.
+sparse layers come first; one whose backward pass goes through few rows (`backward_rows`) keeps nothing of its MLP but
+the input. The result is the same: the flag of each decoder layer (transformers' ``gradient_checkpointing``, which
+Unsloth reads too) only decides whether its activations are kept or computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from torch import nn
 
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.memory import GIB, backward_working_set, fused_logits, layer_activations, plain_logits
+from sparse_unsloth.forecast.memory import (
+    GIB,
+    backward_working_set,
+    fused_logits,
+    layer_activations,
+    plain_logits,
+    row_layer_activations,
+)
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import keep_count
 
@@ -99,6 +107,10 @@ class CheckpointPlanner:
 
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
         """Bytes more than with checkpointing, of one layer."""
+        if self._state.by_rows and scale > 0 and index in self._state.runtimes:
+            whole = self._state.backend_name == "unsloth"
+            kept = row_layer_activations(self._shape, rows, whole, self._activation_bytes)
+            return MARGIN * kept - self._input_bytes(rows)
         layer, sparsity = self._layers[index], self._state.layer_sparsity[index].mlp * scale
         dense_rows = partition.num_dense if sparsity else rows
         kept = layer_activations(

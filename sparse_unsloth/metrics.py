@@ -26,15 +26,17 @@ def metrics(state: SparsityState) -> dict[str, float]:
     if not state.runtimes:
         return {}
     tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
-    mean = [sum(values) / state.num_layers for values in zip(*state.layer_sparsity, strict=True)]
     figures = {
         "sparsity/enabled": float(state.scale > 0),
         "sparsity/scale": state.scale,
         "sparsity/context_share": state.counts.context_tokens / tokens,
         "sparsity/sparse_forwards": state.counts.sparse_forwards / max(state.counts.forwards, 1),
-        "sparsity/mean_mlp": mean[0] * state.scale,
-        "sparsity/mean_self_attn": mean[1] * state.scale,
     }
+    if state.by_rows:
+        figures["sparsity/backward_rows"] = state.config.backward_rows * float(state.scale > 0)
+    else:
+        means = [sum(values) / state.num_layers for values in zip(*state.layer_sparsity, strict=True)]
+        figures |= {"sparsity/mean_mlp": means[0] * state.scale, "sparsity/mean_self_attn": means[1] * state.scale}
     notice_nonfinite_scores(state)
     if state.watch.events:
         figures["sparsity/nonfinite"] = float(state.watch.events)

@@ -31,7 +31,7 @@ def switch(state: SparsityState, on: bool) -> None:
     """Turns sparse prefill on, or off again.
 
     Raises:
-        SparsityError: no layer is sparse.
+        SparsityError: no layer is sparse, or only the backward pass leaves out anything.
         EstimatorError: on, and the estimator is neither there nor stored beside the adapter, or that one does not fit.
     """
     inner = state.model.get_base_model() if hasattr(state.model, "get_base_model") else state.model
@@ -44,6 +44,11 @@ def switch(state: SparsityState, on: bool) -> None:
         return
     if not state.runtimes:
         raise SparsityError("sparse_prefill: no layer of this model is sparse, so its prompts cannot be either.")
+    if state.by_rows:
+        raise SparsityError(
+            "sparse_prefill: with backward_rows every forward is exact, so there is nothing to leave out of prompts. "
+            "Generate without it."
+        )
     if state.selector is None:
         state.use(_stored_estimator(state))
     state.sparse_prefill = True

@@ -172,7 +172,8 @@ def _run(recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: 
 
 
 def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
-    """FLOPs of each optimiser step as computed: dense steps compute padding too, sparse MLPs leave it out."""
+    """FLOPs of each optimiser step as computed: dense steps compute padding too, sparse MLPs leave it out, and so does
+    a backward pass through few rows."""
     config, steps = trainer.model.config, len(batches)
     shape = ModelShape.from_config(config)
     layers = recipe.sparsity.layer_sparsity(shape.num_layers)
@@ -180,22 +181,29 @@ def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> 
     estimator = getattr(state, "estimator", None)
     counts = []
     for step, batch in enumerate(batches):
-        scale = recipe.sparsity.schedule.scale(step, steps) if any(map(any, layers)) else 0.0
+        scale = recipe.sparsity.schedule.scale(step, steps) if recipe.sparsity.is_sparse(shape.num_layers) else 0.0
         scaled = [(mlp * scale, attention * scale) for mlp, attention in layers]
-        counts.append(_step_flops(recipe, shape, scaled, batch, _scoring_rank(estimator) if scale else 0))
+        rows = recipe.sparsity.backward_rows if scale and batch.context else 1.0
+        counts.append(_step_flops(recipe, shape, scaled, batch, _scoring_rank(estimator) if scale else 0, rows))
     return counts
 
 
-def _step_flops(recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int) -> int:
+def _step_flops(
+    recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int, backward_rows: float
+) -> int:
     size, length = batch.shape
     head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))
     options = {"lora_rank": recipe.model.lora_r, "checkpointing": recipe.training.gradient_checkpointing}
-    sparse = any(map(any, layers))
+    sparse, by_rows = any(map(any, layers)), backward_rows < 1
+    apart = sparse or by_rows
     step = step_flops(
         shape,
         layers,
-        dense_tokens=batch.dense + (0 if sparse else batch.padding + batch.context),
-        context_tokens=batch.context if sparse else 0,
+        dense_tokens=batch.dense + (0 if apart else batch.padding + batch.context),
+        context_tokens=batch.context if apart else 0,
+        padding_tokens=batch.padding if by_rows else 0,
+        backward_rows=backward_rows,
+        whole_again=("o_proj",),
         seq_lengths=[length] * size,
         head_tokens=head_tokens,
         estimator_rank=estimator_rank,

@@ -185,7 +185,7 @@ def recipe_keys() -> dict[str, Key]:
     """Every key that a recipe may hold, by name; importing TRL takes seconds, so it is done here, at the first call."""
     keys = {"backend": Key("backend", Literal[BACKENDS], "auto", "What runs the model.", "sparse_unsloth")}
     keys["sparsity"] = Key(
-        "sparsity", Any, None, "A preset (dense, o1, o2), a file, or a block of SparsityConfig.", "sparse_unsloth"
+        "sparsity", Any, None, "A preset (rows, o1, o2, dense), a file, or a block of SparsityConfig.", "sparse_unsloth"
     )
     keys["extends"] = Key(
         "extends", str, None, "A recipe (a file beside this one, or a shipped one) whose keys this one changes.", "-"
@@ -375,10 +375,12 @@ def _apply_peft(document: _Document, values: dict[str, Any], sparsity: SparsityC
             document.problems.append(
                 f"{document.places['peft']}: {method} contradicts {key}: {str(values[key]).lower()}; leave one out"
             )
-    if method != "dora" or sparsity is None or not (sparsity.mlp or sparsity.self_attn or sparsity.preset):
+    if method != "dora" or sparsity is None:
+        return sparsity
+    if not (sparsity.mlp or sparsity.self_attn or sparsity.preset or sparsity.by_rows):
         return sparsity
     logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
-    return sparsity.model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
+    return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 
 
 def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:

@@ -54,7 +54,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     answers = results["before"]["answers"]
     lines += [
         "FLOPs are counted as computed: plain TRL pads to the longest sample of a batch; a dense step computes that "
-        "padding, a sparse MLP leaves it out.",
+        "padding, a sparse MLP leaves it out (and so does the backward pass of `backward_rows`).",
         "Equal cost: a dense run with its own full learning-rate schedule that stops at the sparse run's FLOPs, "
         "calibration included. A sparse run is worth having where it beats that one.",
         f"Held out: {answers} questions that do not occur in training, answered by the dense forward; one answer is "

@@ -67,7 +67,7 @@ class SparsityState:
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.output_sparsity = config.output_layer_sparsity(len(layers))
         self.tiers = any(map(any, self.output_sparsity))
-        self.by_rows = config.backward_rows < 1
+        self.by_rows = config.by_rows
         self.runtimes = {
             layer.index: LayerRuntime(self, layer, sparsity, output)
             for layer, sparsity, output in zip(layers, self.layer_sparsity, self.output_sparsity, strict=True)

@@ -66,7 +66,7 @@ class StepTimer(TrainerCallback):
         self.times = StepTimes()
         self.setup_seconds = 0.0
         self._schedule = sparsity.schedule
-        self._any_sparse = any(any(layer) for layer in sparsity.layer_sparsity(num_layers))
+        self._any_sparse = sparsity.is_sparse(num_layers)
         self._created = self._begun = time.perf_counter()
         self._first = True
 
@@ -311,7 +311,7 @@ def _checkpoint(recipe: Recipe) -> str | None:
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
     """Only tokens without loss are sparse: a loss on every token would train densely without a word."""
     training, sparsity = recipe.training, recipe.sparsity
-    asked = sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
+    asked = sparsity.by_rows or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
     if asked and sparsity.dense_tokens == "output" and not masked:
         raise DataError(

@@ -269,6 +269,15 @@ def test_compensation_is_that_of_each_chosen_sparsity(tmp_path):
     assert get_state(model).estimator.compensation.keys() == sparse.keys()
 
 
+def test_a_base_that_leaves_out_rows_is_calibrated_for_channels():
+    config = run(config={**CONFIG, "preset": "rows", "seed": 5}).config
+    assert (config.backward_rows, config.preset, config.seed) == (1.0, None, 5)
+    assert (config.start_step, config.end_step) == (0.05, 0.75), "the schedule of rows is not one of channels"
+    attach(make_lora(), config.model_copy(update={"estimator": SparsityConfig(estimator={"kind": "svd"}).estimator}))
+    asked = SparsityConfig(preset="rows", start_step=0.5).whole_rows()
+    assert (asked.start_step, asked.end_step) == (0.5, 1.0)
+
+
 def test_criteria_without_estimator_calibrate_too():
     result = run(config={"criterion": "magnitude"}, budget=0.6)
     assert result.estimator is None

@@ -184,10 +184,11 @@ def test_checkpointing_changes_nothing(use_reentrant):
     assert_same(loss_and_gradients(model, batch), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_recompute_leaves_the_mlp_out():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recompute_leaves_the_mlp_out(use_reentrant):
     model, batch = make_lora("llama"), make_batch()
     attach(model, every_step())
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     rows = []
     for layer in find_layers(model):
@@ -274,6 +275,10 @@ def test_saved_settings_come_back(tmp_path):
         ({"backward_rows": 0.5, "mlp": {"all": 0.5}}, "not both"),
         ({"backward_rows": 0.5, "preset": "o2"}, "not both"),
         ({"preset": "rows", "self_attn": {"1": 0.5}}, "not both"),
+        ({"preset": "rows", "output_sparsity": 0.5}, "output_sparsity.*not both"),
+        ({"preset": "rows", "ramp": 0.5}, "ramp: must be 0.0 with backward_rows"),
+        ({"preset": "rows", "refresh_steps": 2}, "refresh_steps: must be 1 with backward_rows"),
+        ({"preset": "rows", "sparse_prefill": True}, "sparse_prefill: must be False with backward_rows"),
     ],
 )
 def test_wrong_settings_are_refused(given, said):
@@ -287,8 +292,10 @@ def test_a_schedule_may_be_given():
     assert SparsityConfig(mlp={"all": 0.5}).end_step == 0.75
 
 
-def test_dropout_is_refused():
-    model = make_lora("llama")
+@pytest.mark.parametrize("lora_b", [0.0, 0.05])
+def test_dropout_is_refused(lora_b):
+    """Of a fresh adapter too, where it does not show in any output."""
+    model = make_lora("llama", lora_b=lora_b)
     for module in model.modules():
         if isinstance(getattr(module, "lora_dropout", None), torch.nn.ModuleDict):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)

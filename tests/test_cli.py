@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import yaml
 
 from sparse_unsloth.cli import main
 from sparse_unsloth.recipe import RecipeError, load_recipe, parse_overrides, raw_backend, shipped_recipes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from flops import counter
 
 BASE = {
     "model_name_or_path": "some/model",
@@ -232,7 +236,7 @@ def test_saved_recipe_reads_back(recipe, tmp_path):
             r"sparsity: estimator\.rnk: unknown key; did you mean estimator\.rank\?",
         ),
         ({"sparsity": {"mlp": {"1-3": 1.0}}}, r"sparsity: mlp\.1-3: must be a number in \[0, 1\)"),
-        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, o1, o2\) nor a file"),
+        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, rows, o1, o2\) nor a file"),
         ({"sparsity": "none.yaml"}, "sparsity: .*none.yaml"),
         (
             {"rank": {"target_densty": 0.1}},
@@ -424,6 +428,41 @@ def test_resumed_training_ends_where_the_whole_one_does(training, tmp_path, esti
     assert metrics["step_times"]["sparse"] == [True, False], "the schedule goes on at the third step"
 
 
+def test_a_backward_pass_through_few_rows_trains_and_resumes(training, tmp_path, capsys):
+    """Logged as such, and bit for bit the same after a checkpoint."""
+    words = ["train", training, "--sparsity", "rows"]
+    assert main(words) == 0
+    run = tmp_path / "run"
+    assert "exact forward; backward through 0.25 of the context tokens" in capsys.readouterr().out
+    assert load_recipe(run / "recipe.yaml").sparsity.backward_rows == 0.25
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["step_times"]["sparse"] == [True] * 4
+    logged = [entry for entry in metrics["log"] if "loss" in entry]
+    assert [entry["sparsity/backward_rows"] for entry in logged] == [0.25] * 4
+    assert not any("sparsity/mean_mlp" in entry for entry in logged)
+    assert not (run / "explain.md").exists()
+
+    elsewhere = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    assert main([*words, *elsewhere]) == 0
+    resumed = json.loads((tmp_path / "other" / "metrics.json").read_text())["log"]
+    assert [(e["loss"], e["grad_norm"]) for e in resumed if "loss" in e] == [
+        (e["loss"], e["grad_norm"]) for e in logged
+    ]
+    whole, other = adapter(run), adapter(tmp_path / "other")
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert main(["explain", str(run)]) == 2
+    assert "no channels are chosen" in capsys.readouterr().err
+
+
+def test_a_dense_phase_of_few_rows_is_dense(training, tmp_path):
+    words = ["train", training, "--sparsity", "rows", "--sparsity.start_step", "1", "--sparsity.end_step", "3"]
+    assert main([*words, "--save_strategy", "no"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["step_times"]["sparse"] == [False, True, True, False]
+    logged = [entry["sparsity/backward_rows"] for entry in metrics["log"] if "loss" in entry]
+    assert logged == [0.0, 0.25, 0.25, 0.0]
+
+
 def test_rank_block_trains_resumes_and_leaves_a_pruned_adapter(training, checkpoint, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -499,6 +538,8 @@ def test_dense_run_differs_from_sparse_run(training, tmp_path):
         (["--model_name_or_path", "pypi:other"], 2, "'pypi:other' is unknown"),
         (["--dataset_name", "none.jsonl"], 2, "there is no file none.jsonl"),
         (["--completion_only_loss", "false", "--dataset_text_field", "question"], 2, "every token bears loss"),
+        (["--completion_only_loss", "false", "--sparsity", "rows"], 2, "every token bears loss"),
+        (["--lora_dropout", "0.1", "--sparsity", "rows"], 2, "lora_dropout"),
         (["--sparsity.mlp", '{"7": 0.5}'], 2, "mlp.7: no such layer"),
         (["--lora_dropout", "0.1"], 2, "lora_dropout"),
         (["--use_dora"], 2, "DoRA"),
@@ -584,6 +625,41 @@ def test_evaluation_counts_answers_by_hand(training):
     assert found["answer_loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(hits / tokens)
     assert found["exact_match"] == pytest.approx(exact / 9)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkeypatch, checkpointing):
+    """Padding is computed forward; O and MLP of the rows of the backward pass twice."""
+    from sparse_unsloth import get_state, quickstart
+    from sparse_unsloth.train import build_trainer
+
+    monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
+    words = ["--sparsity", "rows", "--attn_implementation", "eager", "--gradient_checkpointing", checkpointing]
+    recipe = load_recipe(training, [*words, "--loss_type", "nll"])
+    trainer, _ = build_trainer(recipe)
+    state = get_state(trainer.model)
+    state.begin_training("test", 1)
+    state.set_step(0)
+    long = {"input_ids": [*range(2, 17)], "labels": [-100] * 12 + [3, 4, 1]}
+    short = {"input_ids": [*range(2, 9)], "labels": [-100] * 5 + [3, 1]}
+    batch = trainer.data_collator([long, short])
+    log = quickstart.BatchLog([(batch["labels"], batch["attention_mask"])])
+    (expected,) = quickstart.flops_by_step(recipe, trainer, log.batches())
+    trainer.model.train()
+    with counter() as counted:
+        trainer.model(**batch).loss.backward()
+    shape = quickstart.ModelShape.from_config(trainer.model.config)
+    # Its logits are of TRL's chunked loss, computed twice and of rows with loss alone; here once, of every position.
+    head = 2 * shape.hidden_size * shape.vocab_size
+    others = (expected - 3 * head * 5, counted.get_total_flops() - 2 * head * 30)
+    # Eager attention computes the whole square, and no flash kernel's scores again.
+    eager, fused = (
+        quickstart.step_flops(
+            shape, [(0.0, 0.0)] * 2, 30, 0, [15, 15], 4, checkpointing=checkpointing == "true", attention=kind
+        ).parts.attention_core
+        for kind in ("eager", "fused")
+    )
+    assert others[0] - fused == pytest.approx(others[1] - eager, rel=0.01)
 
 
 def test_equal_cost_steps_come_nearest():

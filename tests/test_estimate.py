@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_unsloth.cli import main
+from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.forecast.command import _recipe, build_parser
 from sparse_unsloth.forecast.estimate import estimate
@@ -16,6 +16,7 @@ from sparse_unsloth.recipe import load_recipe
 from sparse_unsloth.words import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
+from flops import counter
 from words import questions, save_checkpoint, save_rows, text
 
 SIZES = [(3, 1), (5, 2), (2, 4), (7, 1), (4, 3)]
@@ -151,7 +152,7 @@ def test_samples_that_are_looked_at(recipe):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "nll"}, {"lora_target_modules": ["q_proj", "v_proj"]}])
-@pytest.mark.parametrize("is_sparse", [False, True, "tiers"])
+@pytest.mark.parametrize("is_sparse", [False, True, "tiers", "rows"])
 def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpointing):
     """The real trainer's model on the real trainer's batch."""
     from sparse_unsloth import get_state
@@ -161,6 +162,9 @@ def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpo
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")
     tiers = {"output_sparsity": {"mlp": {"1-2": 0.5}, "self_attn": {"1": 0.25}}} if is_sparse == "tiers" else {}
     sparsity = {**ALWAYS, **tiers} if is_sparse else "dense"
+    if is_sparse == "rows":
+        # TRL's default loss, and the other one without the exact removal.
+        sparsity = {"preset": "rows", "exact_removal": not changes}
     source = recipe(sparsity=sparsity, gradient_checkpointing=checkpointing, **changes)
     expected = estimate(load_recipe(source))
     trainer, _ = build_trainer(load_recipe(source))
@@ -169,10 +173,10 @@ def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpo
         get_state(trainer.model).set_step(0)
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         trainer.compute_loss(trainer.model, batch).backward()
     step = expected.sparse if is_sparse else expected.dense
-    assert step.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert step.flops == pytest.approx(counted.get_total_flops(), rel=0.01)
     assert expected.dense.milliseconds is None
 
 
@@ -190,6 +194,37 @@ def test_exact_removal_and_sparsity_each_save(recipe):
     off = estimate(of_gpu(recipe, sparsity={**ALWAYS, "exact_removal": False}))
     assert off.sparse_as_trained is off.sparse
     assert off.dense_as_trained is off.dense
+
+
+def test_rows_of_a_backward_pass(recipe):
+    """Fewer rows cost less; padding and answers cost what they did; every layer but the last takes part."""
+    rows = questions([(60, 4), (30, 4)] * 10)
+    results = {
+        share: estimate(of_gpu(recipe, rows=rows, max_length=128, sparsity={"backward_rows": share}))
+        for share in (0.1, 0.25, 0.9999)
+    }
+    few, quarter, every = results.values()
+    assert few.sparse_exact.flops < quarter.sparse_exact.flops < every.sparse_exact.flops
+    assert every.sparse_exact.flops == pytest.approx(every.dense_exact.flops)
+    assert quarter.sparse.flops > quarter.sparse_exact.flops
+    assert (quarter.sparse_share, quarter.backward_rows, quarter.dense_layer_0) == (1.0, 0.25, True)
+    assert quarter.presets["rows"].flops_ratio == pytest.approx(quarter.flops_ratio)
+    assert list(quarter.presets) == ["rows", "o1", "o2"]
+    assert few.memory.peak < quarter.memory.peak < every.memory.peak
+    scheduled = estimate(of_gpu(recipe, rows=rows, max_length=128, sparsity={"backward_rows": 0.25, "end_step": 0.5}))
+    assert scheduled.sparse_share == 0.5
+    assert scheduled.memory.peak > quarter.memory.peak, "a dense phase keeps everything"
+
+
+def test_padding_is_left_out_of_a_backward_pass_through_few_rows():
+    shape, dense = ModelShape(64, 128, 3, 4, 2, 16, 96), [(0.0, 0.0)] * 3
+    padded, bare = (
+        step_flops(shape, dense, 4, 20, [], 4, head_tokens=0, padding_tokens=padding, backward_rows=0.25)
+        for padding in (10, 0)
+    )
+    assert padded.forward.total > bare.forward.total
+    assert padded.recompute.total == bare.recompute.total
+    assert padded.backward.mlp_base == bare.backward.mlp_base
 
 
 # -- Advice and the command -------------------------------------------------------------------------------------------
@@ -222,9 +257,14 @@ def test_advice_where_it_is_not(recipe):
     [
         (questions([(4, 2), (90, 2)] * 5), {}, "are padding: packing: true"),
         (LONG, {"sparsity": {"mlp": {"all": 0.5}}}, "Layer 0's MLP is sparse"),
-        (LONG, {"sparsity": "dense"}, "this recipe is dense. A sparse step would give: o1 about"),
+        (LONG, {"sparsity": "dense"}, "this recipe is dense. A sparse step would give: rows about"),
         (LONG, {"sparsity": {"mlp": {"1": 0.5}, "start_step": 50, "end_step": 60}}, "the whole training will be dense"),
         (LONG, {}, "Presets on this data"),
+        (LONG, {}, "For quality take `sparsity: rows` first"),
+        (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on all three tasks"),
+        (LONG, {"sparsity": {"backward_rows": 0.05}}, "Fewer than 10% of the context rows did worse"),
+        (SHORT, {"sparsity": "rows"}, "Not worth it: it gains"),
+        (LONG, {"sparsity": {"backward_rows": 0.2, "start_step": 50}}, "the whole training will be dense"),
     ],
 )
 def test_hints(recipe, rows, changes, message):
@@ -255,6 +295,11 @@ def test_command_prints_text_and_json(recipe, capsys):
     assert figures["sparse"]["flops"] < figures["dense"]["flops"]
     assert figures["memory"]["peak"] > 0
     assert figures["advice"]
+
+
+def test_command_says_that_the_backward_pass_goes_through_few_rows(recipe, capsys):
+    assert main(["estimate", recipe(), "--preset", "rows"]) == 0
+    assert "exact forward; backward through 0.25 of the context rows" in capsys.readouterr().out
 
 
 def test_command_with_model_and_data_set(recipe, checkpoint, capsys):
@@ -299,6 +344,7 @@ def test_help(capsys):
         ),
         (None, {"sparsity": {"mlp": {"1-9": 0.5}}}, r"mlp.*1-9"),
         (None, {"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        (None, {"lora_dropout": 0.1, "sparsity": "rows"}, "drops out 0.1 of its inputs"),
         (None, {"lora_target_modules": ["query"]}, "not found in the base model"),
         (None, {"max_length": 4096}, "beyond the 128 positions"),
         (None, {"model_name_or_path": "nobody/nothing"}, "no weights are needed"),

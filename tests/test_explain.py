@@ -257,6 +257,11 @@ def test_a_resumed_run_counts_once_and_a_cut_off_line_not(tmp_path):
 def test_folders_without_records(tmp_path, capsys):
     assert main(["explain", str(tmp_path)]) == 2
     assert "explain_steps above 0" in capsys.readouterr().err
+    model = make_lora()
+    attach(model, "rows")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "trained with backward_rows: every forward is exact and no channels are chosen" in capsys.readouterr().err
     (tmp_path / files.RECORDS_FILE).write_text("no record\n{}\n")
     with pytest.raises(ConfigError, match="line 1 is no record"):
         files.read(tmp_path)

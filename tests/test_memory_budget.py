@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sparse_unsloth import SparsityConfig, attach, detach, get_state, memory_budget
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.memory import GIB, layer_activations
+from sparse_unsloth.forecast.memory import GIB, layer_activations, row_layer_activations
 from sparse_unsloth.forward import roles_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -178,6 +178,47 @@ def test_the_prediction_is_near_what_a_sparse_mlp_really_keeps():
     }
     saved, expected = kept["dense"] - kept["sparse"], 2 * (predicted["dense"] - predicted["sparse"])
     assert 0.6 * expected < saved < 1.7 * expected
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_a_backward_pass_through_few_rows_keeps(family):
+    """Of the hooked MLP and O their inputs alone; the inputs of the layer and of attention are kept as ever."""
+    model, batch, sizes = make_lora(family), make_batch(lengths=((90, 10), (90, 10))), {}
+    attach(model, "rows")
+    bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in bases and tensor.numel() >= 200 * 16:
+            sizes[pointer] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    layer, counted = layers_of(model)[1], {}
+    layer.mlp.register_forward_pre_hook(lambda *_: counted.update(before=sum(sizes.values())))
+    layer.mlp.register_forward_hook(lambda *_: counted.update(after=sum(sizes.values())))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**batch)
+    assert counted["after"] - counted["before"] == 200 * 64 * 4, "the MLP's input"
+    shape = ModelShape.from_config(model.config)
+    every = row_layer_activations(shape, 200, whole_layers=False, activation_bytes=4)
+    assert every == 200 * 4 * (4 * 64 + 2 * 64 + 2 * 32)
+    assert every < 0.75 * layer_activations(shape, 200, 200, activation_bytes=4)
+    del output
+
+
+def test_layers_whose_backward_goes_through_few_rows_need_less(room):
+    model, _ = attached(mlp={}, backward_rows=0.25)
+    batch = make_batch()
+    few, rest = needs(model, 1, batch)
+    dense, _ = needs(model, 1, batch, scale=0.0)
+    assert few < 0.75 * dense
+    room(rest + 2 * few + 1)
+    expected = loss_and_gradients(model, batch)
+    assert flags(model) == [True, False, False]
+    room(0)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
 
 
 def test_a_share_needs_a_gpu():

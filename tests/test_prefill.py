@@ -225,6 +225,11 @@ def test_what_cannot_be_sparse_is_refused(caplog):
     with pytest.raises(SparsityError, match="no layer of this model is sparse"):
         for_inference(model, sparse_prefill=True)
     detach(model)
+    attach(model, "rows")
+    for_inference(model)
+    with pytest.raises(SparsityError, match="with backward_rows every forward is exact"):
+        for_inference(model, sparse_prefill=True)
+    detach(model)
     attach(model, always(estimator={"kind": "prior"}))
     with pytest.raises(EstimatorError, match="'prior' is not calibrated yet"):
         for_inference(model, sparse_prefill=True)

@@ -321,10 +321,12 @@ def test_a_training_that_would_be_dense_throughout_says_so(attached, registered,
         build(model, tmp_path).train()
         attached[model] = FakeState(SparsityConfig(preset="dense", start_step=50, end_step=200))
         build(model, tmp_path).train()
+        attached[model] = FakeState(SparsityConfig(preset="rows", start_step=50, end_step=200))
+        build(model, tmp_path).train()
     assert [record.getMessage() for record in caplog.records if record.name.startswith("sparse_unsloth")] == [
         "The whole training will be dense: none of its 4 optimiser steps lies between start_step=50 and end_step=200. "
         "Train longer, or set start_step and end_step to fit."
-    ]
+    ] * 2
 
 
 def test_registration_is_idempotent_and_reversible(registered, tmp_path):

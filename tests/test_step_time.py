@@ -166,6 +166,28 @@ def test_script_refits(tmp_path, monkeypatch, capsys):
     assert load(stored) == fit_table(rows())
 
 
+@pytest.mark.parametrize("dtype", ["4bit", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "method", "measured"),
+    [
+        ("wizardlm", "rows-25", 1.53),
+        ("math10k", "rows-25", 1.56),
+        ("codefeedback", "rows-25", 1.35),
+        ("csr170k", "rows-25", 1.78),
+        ("long8k", "rows-25", 1.54),
+        ("long16k", "rows-25", 1.51),
+        ("wizardlm", "rows-10", 1.65),
+        ("codefeedback", "rows-10", 1.38),
+        ("long8k", "rows-10", 1.69),
+    ],
+)
+def test_speed_of_few_rows_against_measured_ones(shape, method, measured, dtype):
+    """On an H100, Llama-3-8B sizes with Unsloth's checkpointing, on 2026-11-27; by fits to dense and channel steps."""
+    fitted = choose(load(), "unsloth", dtype, "h100")
+    dense, few = (fitted.step_time(work_of_row(row(shape, name, 1.0), LLAMA_3_8B)) for name in (METHODS[0], method))
+    assert dense / few == pytest.approx(measured, rel=0.07)
+
+
 # -- Memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +211,16 @@ def test_peak_without_checkpointing():
     """20.1 GiB for 4096 tokens on an H100, with an Unsloth that computed logits in smaller chunks."""
     predicted = memory_of_row(row("custom-4096-0.75", "unsloth-dense", 1.0, checkpointing="False"), LLAMA_3_8B)
     assert predicted == pytest.approx(20.1, rel=0.1)
+
+
+@pytest.mark.parametrize(("checkpointing", "share"), [("unsloth", 0.75), ("False", 0.45)])
+def test_peak_of_few_rows(checkpointing, share):
+    """Of the dense one's, on an H100 on 2026-11-27."""
+    few, dense = (
+        memory_of_row(row("wizardlm", method, 1.0, checkpointing=checkpointing), LLAMA_3_8B)
+        for method in ("rows-25", "unsloth-dense")
+    )
+    assert few / dense == pytest.approx(share, rel=0.07)
 
 
 def test_chunks_of_the_fused_loss():

@@ -180,7 +180,7 @@ def calibrate(
         EstimatorError: the estimator cannot be calibrated.
     """
     asked = _asked(budget, max_loss)
-    base = SparsityConfig.from_any(config)
+    base = SparsityConfig.from_any(config).whole_rows()
     levels = {"mlp": _levels("mlp_levels", mlp_levels), "self_attn": _levels("attention_levels", attention_levels)}
     if not any(levels.values()):
         raise CalibrationError("mlp_levels and attention_levels are both empty, so nothing could be made sparse.")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
-from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
@@ -81,8 +80,14 @@ def through_output(
 
 
 def is_unread(runtime: LayerRuntime) -> bool:
-    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream."""
-    recompute = is_recompute(runtime.context.memo(runtime.layer.index))
+    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
+
+    Asked once in each forward of a layer: any but the first, with gradients, is a recompute, whether the first had them
+    (checkpointing that is not reentrant) or not.
+    """
+    memo = runtime.context.memo(runtime.layer.index)
+    recompute = torch.is_grad_enabled() and "ran" in memo
+    memo["ran"] = True
     return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 
@@ -91,12 +96,29 @@ def trained(*modules: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
+def refuse_dropout(layer: DecoderLayer) -> None:
+    """What `probe` cannot see of an adapter whose B is still zero.
+
+    Raises:
+        AttachError: O or the MLP drops out something in training.
+    """
+    for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
+        for module in part.modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                raise AttachError(
+                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
+                    "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
+                    "backward_rows out."
+                )
+
+
 def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
     """Proves that ``function``, the forward of ``name``, computes row by row, and twice the same.
 
     Raises:
         AttachError: it does not (dropout, or experts with a capacity), so backward could not compute some rows anew.
     """
+    refuse_dropout(layer)
     where = f"{layer.name}.{name}"
     base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
     dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype

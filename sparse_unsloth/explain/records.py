@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import ConfigError
 
 RECORDS_FILE = "explain.jsonl"
@@ -27,6 +28,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
         ConfigError: there are none, or the file is no such file. A last line that was cut off is left out.
     """
     path = folder / RECORDS_FILE
+    if not path.is_file() and _is_by_rows(folder):
+        raise ConfigError(
+            f"{folder} was trained with backward_rows: every forward is exact and no channels are chosen, so there are "
+            "none to look at. Its log has sparsity/backward_rows and sparsity/context_share."
+        )
     if not path.is_file():
         raise ConfigError(
             f"{folder} has no {RECORDS_FILE}. It must be the output folder of a training that had two sparse steps in "
@@ -44,6 +50,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not records:
         raise ConfigError(f"{path}: holds no whole record yet.")
     return [records[step] for step in sorted(records)]
+
+
+def _is_by_rows(folder: Path) -> bool:
+    """By the configurations that lie beside the run's adapters."""
+    files = sorted(folder.glob(f"*/{CONFIG_NAME}"))
+    return bool(files) and SparsityConfig.from_file(files[-1]).by_rows
 
 
 def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:

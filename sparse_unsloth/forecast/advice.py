@@ -14,6 +14,16 @@ WORTH_SAYING = 1.02
 FEW_CONTEXT = 0.5
 MUCH_PADDING = 0.1
 MANY_CUT = 0.05
+FEW_ROWS = 0.1
+"""Smallest share of the context rows that matched dense training of the same cost (benchmarks/results/quality.md)."""
+ROWS_QUALITY = (
+    "The forward pass is exact, and on all three tasks of the benchmark (a small model) this matched or beat dense "
+    "training of the same cost."
+)
+ROWS_FIRST = (
+    "For quality take `sparsity: rows` first: on a small model it matched or beat dense training of the same cost, "
+    "which presets that leave out channels did not."
+)
 
 
 def advice(estimate: Estimate) -> list[str]:
@@ -59,7 +69,14 @@ def _worth(estimate: Estimate) -> Iterator[str]:
         if free is not None and estimate.exact_removal and free > WORTH_SAYING:
             instead += f", which the exact removal makes {free:.2f}x as fast as it would be, with the same results"
         what = f"gains only some {gain - 1:.0%} here" if gain > WORTH_SAYING else "gains no time here"
-        yield f"Not worth it: sparsity costs quality, and {what}. Rather {instead}."
+        cost = "it" if estimate.by_rows else "sparsity costs quality, and it"
+        yield f"Not worth it: {cost} {what}. Rather {instead}."
+    elif estimate.by_rows:
+        few = f"Fewer than {FEW_ROWS:.0%} of the context rows did worse: take backward_rows: 0.25."
+        yield (
+            f"{few if estimate.backward_rows < FEW_ROWS else ROWS_QUALITY} On your data compare with a dense run that "
+            f"stops after the same time ({1 / gain:.0%} of the steps)."
+        )
     else:
         yield (
             "Sparsity costs quality, more on small models: compare with a dense run that stops after the same time "
@@ -115,13 +132,15 @@ def _presets(estimate: Estimate) -> Iterator[str]:
     told = [f"{name} {preset.speedup or preset.flops_ratio:.2f}x" for name, preset in estimate.presets.items()]
     if told:
         what = "a sparse step" if estimate.fitted else "FLOPs of a step, dense over sparse"
-        yield f"Presets on this data, {what}: {', '.join(told)} (o1 is the conservative one)."
+        first = "" if estimate.by_rows else f" {ROWS_FIRST}"
+        published = "o1 (the conservative one) and o2 are the published recipes for large models."
+        yield f"Presets on this data, {what}: {', '.join(told)}.{first} {published}"
 
 
 def _best_preset(estimate: Estimate) -> str:
     told = [f"{name} about {preset.speedup or preset.flops_ratio:.2f}x" for name, preset in estimate.presets.items()]
     unit = "" if estimate.fitted else " fewer FLOPs"
-    return f"A sparse step would give: {', '.join(told)}{unit}." if told else ""
+    return f"A sparse step would give: {', '.join(told)}{unit}. {ROWS_FIRST}" if told else ""
 
 
 def _range(estimate: Estimate, speedup: float) -> str:

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     from sparse_unsloth.forecast.estimate import SAMPLES
 
     parser = command_parser("estimate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
-    parser.add_argument("--preset", help="o1, o2, dense, or a sparsity file (MODEL DATASET: o1 by default)")
+    parser.add_argument("--preset", help="rows, o1, o2, dense, or a sparsity file (MODEL DATASET: rows by default)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="to look at, 0 for all (default: %(default)s)")
     parser.add_argument("--device", help="a measured GPU, such as h200 (default: the newest measurements)")
     parser.add_argument("--speed-table", help="rows of your own `sparse-unsloth bench`, in place of the package's")
@@ -61,10 +61,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _recipe(names: list[str], overrides: list[str], preset: str | None):
-    """The checked recipe; with a model and a data set, the preset o1 unless another is given."""
+    """The checked recipe; with a model and a data set, the preset rows unless another is given."""
     if preset is not None:
         overrides = [*overrides, "--sparsity", preset]
-    with recipe_source(names, sparsity="o1") as source:
+    with recipe_source(names, sparsity="rows") as source:
         return _on_any_machine(source, overrides)
 
 

@@ -16,7 +16,7 @@ from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, 
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
-from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
+from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.recipe import SEQ_CLS
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Estimate:
         fitted: the measurements behind the times; None where there are none.
         memory: the predicted peak.
         dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
+        backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
     """
 
     model: Model
@@ -83,6 +84,12 @@ class Estimate:
     fitted: Fitted | None
     memory: Memory
     dense_layer_0: bool
+    backward_rows: float = 1.0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the recipe's backward pass leaves out rows, instead of channels."""
+        return self.backward_rows < 1
 
     @property
     def dense_as_trained(self) -> Step:
@@ -169,15 +176,17 @@ def estimate(
 
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
-    removal = unsloth and recipe.sparsity.exact_removal
-    is_sparse = plan.sparse_parts > 0
+    removal = recipe.sparsity.exact_removal
+    is_sparse = plan.is_sparse
     presets = {}
     for name in PRESETS:
-        layers = SparsityConfig(preset=name).layer_sparsity(model.shape.num_layers)
-        if any(map(any, layers)):
-            other = step(replace(plan, layers=tuple(map(tuple, layers)), output_layers=None), removal)
+        preset = SparsityConfig(preset=name)
+        if preset.is_sparse(model.shape.num_layers):
+            layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
+            other = step(replace(plan, layers=layers, output_layers=None, backward_rows=preset.backward_rows), removal)
             presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
+    sparse_share = len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0
     return Estimate(
         model=model,
         dataset=recipe.data.dataset_name,
@@ -188,15 +197,16 @@ def estimate(
         accumulation=accumulation,
         dense=dense,
         dense_exact=dense_exact,
-        sparse=step(plan, removal=False) if is_sparse else None,
+        sparse=step(plan, removal=removal and not unsloth) if is_sparse else None,
         sparse_exact=step(plan, removal=True) if is_sparse and unsloth else None,
-        exact_removal=removal,
+        exact_removal=unsloth and removal,
         optimiser_steps=count,
-        sparse_share=len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0,
+        sparse_share=sparse_share,
         presets=presets,
         fitted=fitted,
-        memory=_memory(recipe, model, plan, batches),
+        memory=_memory(recipe, model, plan, batches, by_rows=plan.by_rows and sparse_share == 1),
         dense_layer_0=model.layers[0][0] == 0,
+        backward_rows=recipe.sparsity.backward_rows,
     )
 
 
@@ -215,6 +225,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         compensation_rank=sparsity.estimator.compensation_rank,
         eager_attention=model.eager_attention,
         output_layers=model.output_layers,
+        backward_rows=sparsity.backward_rows,
     )
 
 
@@ -256,9 +267,12 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
     return max(math.ceil(micro_batches / training.gradient_accumulation_steps * training.num_train_epochs), 1)
 
 
-def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch]) -> Memory:
+def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], by_rows: bool) -> Memory:
+    """``by_rows``: every step's backward pass goes through few rows, where a micro-batch has context rows."""
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
-    largest = max(batches, key=lambda batch: batch.rows)
+    through = {}
+    if by_rows and all(batch.context for batch in batches):
+        through["backward_rows"] = max(backward_rows_of(plan, batch) for batch in batches)
     activation_bytes = 4 if recipe.training.use_cpu and not recipe.training.bf16 else 2
     head = max(logit_rows(plan, batch, recipe.sparsity.exact_removal) for batch in batches)
     logits = 0.0
@@ -271,7 +285,7 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         linear=model.linear,
         other=model.other,
         adapter=model.adapter,
-        rows=largest.rows,
+        rows=max(batch.rows for batch in batches),
         checkpointing=checkpointing[plan.checkpointing],
         in_4bit=model.in_4bit,
         weight_bytes=model.weight_bytes,
@@ -279,4 +293,6 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
+        whole_layers=plan.backend == "unsloth",
+        **through,
     )

@@ -19,7 +19,7 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.step_time import StepTime, fit, leave_one_out
 from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.forecast.work import Plan, Work, batch_work, logit_rows
+from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
 
 STORED = Path(__file__).with_name("step_times.json")
 MODELS = {"llama8b": LLAMA_3_8B}
@@ -105,6 +105,7 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
         backend,
         checkpointing=row["checkpointing"] != "False",
         estimator_rank=sparsity.estimator.rank,
+        backward_rows=sparsity.backward_rows,
     )
     loss = shape.batch * shape.outputs
     lengths = (shape.length,) * shape.batch
@@ -131,6 +132,8 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         logits=loss(model, logit_rows(plan, batch, removal)),
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
+        backward_rows=backward_rows_of(plan, batch) if plan.by_rows else None,
+        whole_layers=plan.backend == "unsloth",
     ).gib()["peak"]
 
 

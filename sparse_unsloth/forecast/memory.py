@@ -20,6 +20,9 @@ ASSUMPTIONS = (
     "activations in 16 bits: a layer keeps 2 x intermediate + 7 x hidden numbers a row for its backward, which itself "
     "needs intermediate + 6 x hidden more, in one layer at a time; checkpointing keeps only each layer's input "
     "(Unsloth's on the host), and one layer's numbers",
+    "backward_rows: of O and MLP a layer keeps their inputs alone (under Unsloth 2 x hidden + 2 x queries + 2 x keys "
+    "numbers a row in all, else 2 x hidden more), and its backward makes the others of the chosen rows; without it "
+    "wherever a step or a micro-batch is dense",
     "logits: Unsloth's fused loss takes up to 4 GiB for a chunk of them (16 bytes each); TRL's chunked loss next to "
     "nothing; plain transformers' loss holds all of them",
     "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
@@ -59,8 +62,11 @@ def peak_memory(
     logits: float = 0,
     estimator_rank: int = 0,
     sparse_parts: int = 0,
+    backward_rows: int | None = None,
+    whole_layers: bool = True,
 ) -> Memory:
-    """The peak in a step that is dense somewhere, as all with a dense phase or a dense layer are.
+    """The peak in a step that is dense somewhere, as all with a dense phase or a dense layer are, or in one whose
+    backward pass goes through few rows in every layer.
 
     Args:
         shape: of the model.
@@ -71,11 +77,17 @@ def peak_memory(
         weight_bytes: of all other parameters; ``activation_bytes`` of a number in an activation.
         logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 where they are next to nothing.
         estimator_rank, sparse_parts: factors in float32 for each sparse part.
+        backward_rows: how many of ``rows`` the backward of O and MLP goes through; None for dense training.
+        whole_layers: see `row_layer_activations`.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     row = rows * activation_bytes
-    kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
-    working = backward_working_set(shape, rows, in_4bit, activation_bytes)
+    if backward_rows is None:
+        kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
+        working = backward_working_set(shape, rows, in_4bit, activation_bytes)
+    else:
+        kept = row_layer_activations(shape, rows, whole_layers, activation_bytes)
+        working = row_working_set(shape, rows, backward_rows, in_4bit, activation_bytes)
     stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
     if checkpointing != "off":
         working += kept
@@ -106,6 +118,27 @@ def layer_activations(
     """
     inner = dense_rows * 2 * shape.intermediate_size + (rows - dense_rows) * (2 * kept_channels + 4 * lora_rank)
     return activation_bytes * (inner + 7 * rows * shape.hidden_size)
+
+
+def row_layer_activations(shape: ModelShape, rows: int, whole_layers: bool, activation_bytes: int = 2) -> float:
+    """As `layer_activations`, where the backward of O and MLP goes through few rows: the layer's input, the normed one,
+    queries, keys, values and attention's output.
+
+    Args:
+        whole_layers: one function takes the place of O and MLP (Unsloth); else the MLP keeps its own input, and the
+            norm before it too.
+    """
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return activation_bytes * rows * ((2 if whole_layers else 4) * shape.hidden_size + 2 * queries + 2 * keys)
+
+
+def row_working_set(
+    shape: ModelShape, rows: int, backward_rows: int, in_4bit: bool, activation_bytes: int = 2
+) -> float:
+    """As `backward_working_set`, with what O and MLP compute once more of ``backward_rows``."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    numbers = backward_rows * (3 * inner + 6 * hidden) + rows * 6 * hidden + (hidden * inner if in_4bit else 0)
+    return activation_bytes * numbers
 
 
 def backward_working_set(shape: ModelShape, rows: int, in_4bit: bool, activation_bytes: int = 2) -> float:

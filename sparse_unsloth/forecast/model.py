@@ -64,6 +64,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
     from transformers import AutoModelForCausalLM
 
     from sparse_unsloth.backends.peft import check
+    from sparse_unsloth.backends.row_hooks import refuse_dropout
     from sparse_unsloth.layers import find_layers
 
     arguments, training = recipe.model, recipe.training
@@ -107,6 +108,8 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
         for part in ("mlp", "self_attn"):
             if getattr(sparsity, part) > 0:
                 check(layer, part)
+        if recipe.sparsity.by_rows:
+            refuse_dropout(layer)
     projections = found[0].projections()
     _check_length(recipe, config)
     return Model(

@@ -28,6 +28,7 @@ class Plan:
         lora_rank, lora_targets: of the adapters.
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         compensation_rank: of the stand-in for dropped channels; 0 for none.
+        backward_rows: see `SparsityConfig.backward_rows`.
     """
 
     shape: ModelShape
@@ -41,14 +42,25 @@ class Plan:
     compensation_rank: int = 0
     eager_attention: bool = False
     output_layers: tuple[tuple[float, float], ...] | None = None
+    backward_rows: float = 1.0
 
     def dense(self) -> Plan:
         """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers), output_layers=None)
+        return replace(self, layers=((0.0, 0.0),) * len(self.layers), output_layers=None, backward_rows=1.0)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the backward pass leaves out rows, instead of channels."""
+        return self.backward_rows < 1
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a step leaves out anything."""
+        return self.by_rows or self.sparse_parts > 0
 
     @property
     def sparse_parts(self) -> int:
-        """MLPs and attentions that are sparse."""
+        """MLPs and attentions that choose channels."""
         return sum((mlp > 0) + (attention > 0) for mlp, attention in self.layers)
 
 
@@ -59,9 +71,10 @@ class Work:
     Attributes:
         products: FLOPs of all matrix products outside the attention core.
         attention: FLOPs of the attention core.
-        rows: rows times layers times hidden size: what norms, residuals and the like must pass over.
+        rows: rows times layers times hidden size: what norms, residuals and the like must pass over. Of a backward pass
+            through few rows less, in proportion to the products.
         sparse_rows: context rows (and output tokens, where they are a tier) times sparse parts times hidden size:
-            gathering, scoring, scattering.
+            gathering, scoring, scattering. Of a backward pass through few rows these rows times layers.
         layers, sparse_parts: how many of each the host has to launch.
     """
 
@@ -81,10 +94,13 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     """FLOPs of one micro-batch; without a context row it is dense.
 
     Args:
-        removal: leave out what no loss depends on, where enough rows bear none (Unsloth backend only): logits, and the
-            last layer behind its keys and values.
+        removal: leave out what no loss depends on: where enough rows bear none (Unsloth backend only) logits, and the
+            last layer behind its keys and values; of a backward pass through few rows the MLP's recompute.
     """
-    sparse = plan.sparse_parts > 0 and _sparse_rows(plan, batch) > 0
+    sparse = plan.is_sparse and _sparse_rows(plan, batch) > 0
+    whole_again = ("o_proj",) if plan.backend == "peft" else ()
+    if not removal:
+        whole_again = ("o_proj", *MLP)
     removal = removal and plan.backend == "unsloth"
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
@@ -106,6 +122,8 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         compensation_rank=plan.compensation_rank,
         output_sparsity=plan.output_layers if sparse else None,
         output_tokens=batch.output,
+        backward_rows=plan.backward_rows if sparse else 1.0,
+        whole_again=whole_again,
     )
     if plan.chunked_loss and plan.backend == "peft":
         again = replace(flops.recompute, head=flops.forward.head)
@@ -123,17 +141,23 @@ def logit_rows(plan: Plan, batch: MicroBatch, removal: bool) -> int:
 def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     """What the time of one micro-batch depends on; arguments as `batch_flops`."""
     flops = batch_flops(plan, batch, removal)
-    core, hidden = flops.parts.attention_core, plan.shape.hidden_size
-    sparse_rows = _sparse_rows(plan, batch)
-    parts = plan.sparse_parts if sparse_rows else 0
-    return Work(
-        products=flops.total - core,
-        attention=core,
-        rows=batch.rows * plan.shape.num_layers * hidden,
-        sparse_rows=sparse_rows * parts * hidden,
-        layers=plan.shape.num_layers,
-        sparse_parts=parts,
-    )
+    core, hidden, layers = flops.parts.attention_core, plan.shape.hidden_size, plan.shape.num_layers
+    products, rows = flops.total - core, batch.rows * layers * hidden
+    if plan.by_rows:
+        dense = batch_flops(plan.dense(), batch, removal)
+        rows = round(rows * products / (dense.total - core))
+        sparse_rows, parts = backward_rows_of(plan, batch) * layers * hidden, 0
+    else:
+        parts = plan.sparse_parts if _sparse_rows(plan, batch) else 0
+        sparse_rows = _sparse_rows(plan, batch) * parts * hidden
+    return Work(products, core, rows, sparse_rows, layers, parts)
+
+
+def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:
+    """Rows that the backward pass of O and MLP goes through; all, with padding, where it leaves out none."""
+    if not (plan.by_rows and batch.context):
+        return batch.rows
+    return batch.dense + math.ceil(plan.backward_rows * batch.context)
 
 
 def _sparse_rows(plan: Plan, batch: MicroBatch) -> int:
