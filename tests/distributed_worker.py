@@ -27,12 +27,18 @@ from tiny import always, loras, make_base, make_batch, make_lora
 STEPS, ACCUMULATION, RANKS = 3, 2, 2
 FOUR_BIT = {"hidden_size": 128, "intermediate_size": 256}
 """Nested quantisation wants blocks of 64 within a row; a storage that can be sharded wants float."""
+NO_CHANNELS = {"mlp": {}, "self_attn": {}}
+FEW, EVERY = NO_CHANNELS | {"backward_rows": 0.25}, NO_CHANNELS | {"backward_rows": 0.9999}
+"""Of a backward pass; the second is rounded up to all rows."""
 CASES = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "every row context": {"sparsity": {"dense_tokens": "none"}},
     "selected lora": {"sparsity": {"lora_branch": "selected"}, "checkpointing": True},
     "4-bit": {"four_bit": True, "checkpointing": True},
+    "few rows": {"sparsity": FEW},
+    "few rows, 4-bit": {"sparsity": FEW, "four_bit": True, "checkpointing": True},
+    "every row": {"sparsity": EVERY, "checkpointing": True},
 }
 
 
@@ -127,8 +133,8 @@ def together(case: str, how: str) -> dict:
 ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4),)).items()} for n in range(16)]
 
 
-def run_trainer(folder: Path, processes: int, estimator: Path) -> dict:
-    """Four steps of four samples each, with an estimator that is calibrated when training begins."""
+def run_trainer(folder: Path, processes: int, sparsity: dict) -> dict:
+    """Four steps of four samples each, two of them sparse."""
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -152,21 +158,30 @@ def run_trainer(folder: Path, processes: int, estimator: Path) -> dict:
         # accelerate has FSDP for accelerators only, so the CPU has to pass for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = make_lora()
-    kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(estimator)}
-    attach(model, always(mlp={"1-2": 0.5}, self_attn={"1-2": 0.5}, estimator=kind, start_step=1, end_step=3))
+    attach(model, always(**sparsity, start_step=1, end_step=3))
     model.enable_input_require_grads()
     trainer = Trainer(model=model, args=args, train_dataset=ROWS)
     trainer.train()
     log = trainer.state.log_history
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     trainer.save_model(str(folder / "adapter"))
-    estimate = get_state(model).estimator.layers[1].gain["mlp"]
+    estimator = get_state(model).estimator
     return {
         "sharded": sharded,
         "losses": torch.tensor([line["loss"] for line in log if "loss" in line]),
         "enabled": [line["sparsity/enabled"] for line in log if "loss" in line],
-        "gain": estimate,
+        "gain": torch.zeros(0) if estimator is None else estimator.layers[1].gain["mlp"],
         "parameters": {name: whole(p).detach().clone() for name, p in loras(model).items()},
+    }
+
+
+def run_trainers(folder: Path, processes: int) -> dict[str, dict]:
+    """With an estimator that is calibrated when training begins, and with few rows in backward."""
+    kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(folder / "estimator.safetensors")}
+    channels = {"mlp": {"1-2": 0.5}, "self_attn": {"1-2": 0.5}, "estimator": kind}
+    return {
+        "trainer": run_trainer(folder, processes, channels),
+        "trainer, few rows": run_trainer(folder / "rows", processes, FEW),
     }
 
 
@@ -212,14 +227,14 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
         results = {case: alone(case) for case in CASES}
-        results["trainer"] = run_trainer(folder, 1, folder / "estimator.safetensors")
+        results |= run_trainers(folder, 1)
         torch.save(results, folder / "alone.pt")
         return
     PartialState(cpu=True)
     how = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
     rank = dist.get_rank()
     results = {"how": how, "world": dist.get_world_size()}
-    results["trainer"] = run_trainer(folder, RANKS, folder / "estimator.safetensors")
+    results |= run_trainers(folder, RANKS)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # from here on there is no accelerate between
     for case in CASES:
         results[case] = together(case, how)

@@ -76,22 +76,25 @@ def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
     words = ["--config_file", str(RECIPES / f"{how}.yaml"), "--mixed_precision", "no", "--num_processes", "2"]
     launch_command(launch_command_parser().parse_args([*words, str(WORKER), str(tmp_path)]))
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    assert not torch.allclose(one["few rows"]["losses"], one["every row"]["losses"], rtol=1e-4)
     for rank in ranks:
         assert (rank["how"], rank["world"]) == (how, 2)
         for case, expected in one.items():
-            if case != "trainer":
+            if not case.startswith("trainer"):
                 assert_same(rank[case], expected)
-        trainer, expected = rank["trainer"], one["trainer"]
-        assert trainer["sharded"] == (how == "fsdp2")
-        torch.testing.assert_close(trainer["losses"], expected["losses"], rtol=2e-4, atol=2e-3)  # logged in 4 digits
-        assert_same(trainer["parameters"], expected["parameters"])
-        assert trainer["enabled"] == expected["enabled"] == [0.0, 1.0, 1.0, 0.0]
-        assert torch.equal(trainer["gain"], ranks[0]["trainer"]["gain"])
-        torch.testing.assert_close(trainer["gain"], expected["gain"], rtol=1e-4, atol=1e-6)
+        for case in ("trainer", "trainer, few rows"):
+            trainer, expected = rank[case], one[case]
+            assert trainer["sharded"] == (how == "fsdp2")
+            torch.testing.assert_close(trainer["losses"], expected["losses"], rtol=2e-4, atol=2e-3)  # of 4 digits
+            assert_same(trainer["parameters"], expected["parameters"])
+            assert trainer["enabled"] == expected["enabled"] == [0.0, 1.0, 1.0, 0.0]
+            assert torch.equal(trainer["gain"], ranks[0][case]["gain"])
+            torch.testing.assert_close(trainer["gain"], expected["gain"], rtol=1e-4, atol=1e-6)
     assert (tmp_path / "estimator.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     said = "".join((tmp_path / f"said-{rank}.txt").read_text() for rank in range(2))
-    assert said.count("sparsity/enabled") == 4, "every log line once"
+    assert said.count("sparsity/enabled") == 4 + 4, "every log line once"
+    assert said.count("sparsity/backward_rows") == 4
     if how == "ddp":
         check_faults(tmp_path)
 
