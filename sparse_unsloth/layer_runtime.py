@@ -116,7 +116,8 @@ class LayerRuntime:
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
         self.context.ran.add((self.layer.index, part))
-        if torch.is_grad_enabled() and (self.state.by_rows or self.is_sparse(part)):
+        by_rows = self.state.by_rows and self.layer.index in self.state.runtimes
+        if torch.is_grad_enabled() and (by_rows or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def compensation(self) -> Compensation | None:

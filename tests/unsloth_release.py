@@ -44,6 +44,7 @@ SETTINGS = {
     "sparse": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
     "last layer dense": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}),
     "no dense rows": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, dense_tokens="none"),
+    "few rows": {"backward_rows": 0.25},
     "tiers": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, output_sparsity=0.4),
     "tiers below": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}, output_sparsity=0.4),
 }
@@ -68,7 +69,7 @@ def examine() -> dict[str, str]:
         found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
     replace_gpu_kernels()
     for family in COMPARED:
-        names = SETTINGS if family == "llama" else ("preset dense", "sparse")
+        names = SETTINGS if family == "llama" else ("preset dense", "sparse", "few rows")
         found[f"{family}: training step"] = failure_of(compare_steps, bases[family], expected[family], names)
     found["rows without loss"] = failure_of(check_rows_of_the_last_layer, bases["llama"])
     found["two forwards in flight"] = failure_of(check_two_forwards_in_flight, bases["llama"])

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_unsloth.backends.unsloth import FUSED_MLPS
+from sparse_unsloth.backends.unsloth_layer import FORWARD
+from sparse_unsloth.backends.unsloth_rows import NORM
 from sparse_unsloth.loss import FUNCTION as FUSED_LOSS
 
 FAST_LORA = "kernels/fast_lora.py"
@@ -72,6 +74,8 @@ def read_contract(folder: Path) -> list[Hook]:
     for name, file in ATTENTIONS.items():
         called = _called(sources.function(file, name))
         hooks += [Hook(f"{slot} called by {name}", file, "layers", slot in called) for slot in SLOTS]
+    found = NORM in _called(sources.function(LLAMA, FORWARD))
+    hooks.append(Hook(f"{NORM} called by {FORWARD}", LLAMA, "layers", found))
     hooks.append(Hook("original_apply_qkv", LLAMA, "layers", sources.function(LLAMA, "original_apply_qkv") is not None))
     for name, file in HAND_ON.items():
         function = sources.function(file, name)
