@@ -14,7 +14,7 @@ from sparse_unsloth.data import LengthFilter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
-from sparse_unsloth.forecast.model import Model, backend_of, read_model
+from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.recipe import SEQ_CLS
@@ -226,6 +226,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         eager_attention=model.eager_attention,
         output_layers=model.output_layers,
         backward_rows=sparsity.backward_rows,
+        whole_layers=backend == "unsloth" and model.model_type in LLAMA_LAYERS,
     )
 
 
@@ -293,6 +294,6 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
-        whole_layers=plan.backend == "unsloth",
+        whole_layers=plan.whole_layers,
         **through,
     )
