@@ -64,6 +64,7 @@ class Estimate:
         memory: the predicted peak.
         dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
         backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
+        checkpointing: whether the layers run forward twice.
     """
 
     model: Model
@@ -85,6 +86,7 @@ class Estimate:
     memory: Memory
     dense_layer_0: bool
     backward_rows: float = 1.0
+    checkpointing: bool = True
 
     @property
     def by_rows(self) -> bool:
@@ -207,6 +209,7 @@ def estimate(
         memory=_memory(recipe, model, plan, batches, by_rows=plan.by_rows and sparse_share == 1),
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
+        checkpointing=plan.checkpointing,
     )
 
 
