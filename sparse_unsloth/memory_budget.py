@@ -56,6 +56,7 @@ class CheckpointPlanner:
         self._layers = state.layers
         self._shape = ModelShape.from_config(state.model.config)
         self._flags: dict[int, object] = {}
+        self._hooked = {id(module) for module in state.hooked}
         self._devices = [next(layer.module.parameters()).device for layer in state.layers]
         self._budgets = {device: _bytes_of(budget, device) for device in set(self._devices)}
         parameters = list(state.model.parameters())
@@ -108,7 +109,7 @@ class CheckpointPlanner:
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
         """Bytes more than with checkpointing, of one layer."""
         if self._state.by_rows and scale > 0 and index in self._state.runtimes:
-            whole = self._state.backend_name == "unsloth"
+            whole = id(self._layers[index].module) in self._hooked
             kept = row_layer_activations(self._shape, rows, whole, self._activation_bytes)
             return MARGIN * kept - self._input_bytes(rows)
         layer, sparsity = self._layers[index], self._state.layer_sparsity[index].mlp * scale

@@ -97,8 +97,8 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "output_sparsity, rope_pairs, lora_branch, exact_removal, memory_budget, start_step, end_step, ramp, "
-        "refresh_steps, explain_steps, sparse_prefill, seed (given 1)",
+        "output_sparsity, backward_rows, rope_pairs, lora_branch, exact_removal, memory_budget, start_step, end_step, "
+        "ramp, refresh_steps, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
     ({"mlp": {"3-30": 99}}, f"mlp.3-30: {SHARE}, given 99"),
@@ -118,8 +118,8 @@ REFUSED = [
     ({"mlp": {5: 0.5, "05": 0.4}}, "mlp: must name each rule once; twice: 5, given {5: 0.5, '05': 0.4}"),
     ({"mlp": 0.9}, "mlp: must be a mapping of layers to shares, such as {'3-30': 0.99}, given 0.9"),
     ({"mlp": None}, "mlp: must be a mapping of layers to shares, such as {'3-30': 0.99}, given None"),
-    ({"preset": "o3"}, "preset: must be 'dense', 'o1' or 'o2', given 'o3'"),
-    ({"preset": "denes"}, "preset: must be 'dense', 'o1' or 'o2', given 'denes'; did you mean 'dense'?"),
+    ({"preset": "o3"}, "preset: must be 'dense', 'o1', 'o2' or 'rows', given 'o3'"),
+    ({"preset": "denes"}, "preset: must be 'dense', 'o1', 'o2' or 'rows', given 'denes'; did you mean 'dense'?"),
     (
         {"criterion": "wnada"},
         "criterion: must be 'estimator', 'oracle', 'wanda', 'magnitude' or 'random', given 'wnada'; "

@@ -105,6 +105,11 @@ def _hints(estimate: Estimate) -> Iterator[str]:
             f"With {tokens.rows:.0f} rows a micro-batch the host's launches take longer than the GPU's sparse step: a "
             "larger per_device_train_batch_size (and fewer gradient_accumulation_steps) gains more."
         )
+    if estimate.by_rows and not estimate.checkpointing:
+        yield (
+            "The backward pass computes its rows of O and MLP once more in any case, so gradient_checkpointing: true "
+            "costs only attention's part of the forward again, and keeps far less."
+        )
     if estimate.sparse is not None and not estimate.dense_layer_0:
         yield (
             "Layer 0's MLP is sparse in this recipe; on a small model it costs more quality than all others together. "

@@ -14,7 +14,7 @@ from sparse_unsloth.data import LengthFilter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
-from sparse_unsloth.forecast.model import Model, backend_of, read_model
+from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.recipe import SEQ_CLS
@@ -64,6 +64,7 @@ class Estimate:
         memory: the predicted peak.
         dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
         backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
+        checkpointing: whether the layers run forward twice.
     """
 
     model: Model
@@ -85,6 +86,7 @@ class Estimate:
     memory: Memory
     dense_layer_0: bool
     backward_rows: float = 1.0
+    checkpointing: bool = True
 
     @property
     def by_rows(self) -> bool:
@@ -207,6 +209,7 @@ def estimate(
         memory=_memory(recipe, model, plan, batches, by_rows=plan.by_rows and sparse_share == 1),
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
+        checkpointing=plan.checkpointing,
     )
 
 
@@ -226,6 +229,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         eager_attention=model.eager_attention,
         output_layers=model.output_layers,
         backward_rows=sparsity.backward_rows,
+        whole_layers=backend == "unsloth" and model.model_type in LLAMA_LAYERS,
     )
 
 
@@ -293,6 +297,6 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
-        whole_layers=plan.backend == "unsloth",
+        whole_layers=plan.whole_layers,
         **through,
     )

@@ -106,6 +106,7 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
         checkpointing=row["checkpointing"] != "False",
         estimator_rank=sparsity.estimator.rank,
         backward_rows=sparsity.backward_rows,
+        whole_layers=backend == "unsloth",
     )
     loss = shape.batch * shape.outputs
     lengths = (shape.length,) * shape.batch
@@ -133,7 +134,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         backward_rows=backward_rows_of(plan, batch) if plan.by_rows else None,
-        whole_layers=plan.backend == "unsloth",
+        whole_layers=plan.whole_layers,
     ).gib()["peak"]
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Families that Unsloth runs on its fast path, by ``model_type``."""
+LLAMA_LAYERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Those whose layers are Unsloth's Llama layer."""
 
 
 @dataclass(frozen=True)

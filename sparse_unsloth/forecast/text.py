@@ -29,7 +29,7 @@ def _what(estimate: Estimate) -> Iterator[str]:
         f"{estimate.optimiser_steps} optimiser steps"
     )
     if estimate.by_rows:
-        yield f"exact forward; backward through {estimate.backward_rows:.3g} of the context rows, every layer"
+        yield f"exact forward; backward through {estimate.backward_rows:.3g} of the context rows"
 
 
 def _tokens(estimate: Estimate) -> Iterator[str]:

@@ -29,6 +29,8 @@ class Plan:
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         compensation_rank: of the stand-in for dropped channels; 0 for none.
         backward_rows: see `SparsityConfig.backward_rows`.
+        whole_layers: for it one function takes the place of O and MLP (Unsloth's Llama layers); else they are hooked
+            one by one.
     """
 
     shape: ModelShape
@@ -43,6 +45,7 @@ class Plan:
     eager_attention: bool = False
     output_layers: tuple[tuple[float, float], ...] | None = None
     backward_rows: float = 1.0
+    whole_layers: bool = True
 
     def dense(self) -> Plan:
         """The same training without sparsity."""
@@ -98,7 +101,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
             last layer behind its keys and values; of a backward pass through few rows the MLP's recompute.
     """
     sparse = plan.is_sparse and _sparse_rows(plan, batch) > 0
-    whole_again = ("o_proj",) if plan.backend == "peft" else ()
+    whole_again = () if plan.whole_layers else ("o_proj",)
     if not removal:
         whole_again = ("o_proj", *MLP)
     removal = removal and plan.backend == "unsloth"
