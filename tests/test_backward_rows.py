@@ -148,6 +148,17 @@ def test_an_unread_output_is_not_computed():
     assert calls == [3 + 2]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_left_out(value):
+    """It reaches the gradients, as in dense training, where trainers and scalers look for it."""
+    layer, partition = torch.nn.Linear(4, 4), make_partition()
+    x = torch.randn(1, 14, 4, requires_grad=True)
+    dy = torch.randn(1, 14, 4)
+    dy[0, partition.context[-1], 2] = value
+    backward_rows(layer, [x], trained(layer), RowChoice(partition, 0.01)).backward(dy)
+    assert not layer.weight.grad.isfinite().all()
+
+
 # -- Models -----------------------------------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     table = in_source / "speed.csv" if in_source.is_dir() else Path("speed.csv")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit", help="of the base weights")
-    parser.add_argument("--methods", default="unsloth-dense,sparse-o1,sparse-o2", help="default: %(default)s")
+    parser.add_argument("--methods", default="unsloth-dense,rows-25,rows-10,sparse-o2", help="default: %(default)s")
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
     parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
     parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
