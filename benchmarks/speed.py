@@ -1,6 +1,6 @@
 """``sparse-unsloth bench`` as a script: times training steps, dense Unsloth and PEFT beside ours.
 
-    python benchmarks/speed.py --model DIR --dtype 4bit --methods unsloth-dense,sparse-o1,sparse-o2 --shapes all
+    python benchmarks/speed.py --model DIR --dtype 4bit --methods unsloth-dense,rows-25,rows-10,sparse-o2 --shapes all
 
 Options: ``--help``. Rows are appended to ``benchmarks/results/speed.csv``; ``draw_speed.py`` draws them.
 """
