@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DENSE = "unsloth-dense"
+COLORS = {DENSE: "C0", "sparse-o2": "C1", "rows-25": "C2"}
 
 
 def newest(rows: list[dict]) -> dict[tuple, dict]:
@@ -92,7 +93,7 @@ def draw(rows: list[dict], path: Path) -> None:
             label = f"{method}, {mode}" + (", tiled" if tiled == "True" else "")
             looks = {
                 "linestyle": {"unsloth": "-", "budget": "--", "none": ":"}[mode],
-                "color": "C0" if method == DENSE else "C1",
+                "color": COLORS.get(method, "C3"),
                 "marker": "x" if tiled == "True" else "o",
                 "label": label,
             }

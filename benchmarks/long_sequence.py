@@ -6,7 +6,7 @@
 
 A *cell* is a layout (``single``: one document, 1024 of its tokens bear loss; ``packed``: documents of 4096 tokens, 512
 of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host;
-``budget``: as few layers as ``memory_budget`` allows, sparse method only; ``none``), a method and a length. Cells come
+``budget``: as few layers as ``memory_budget`` allows, not for dense; ``none``), a method and a length. Cells come
 in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
 is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
 lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit")
-    parser.add_argument("--methods", default=f"{DENSE},sparse-o2")
+    parser.add_argument("--methods", default=f"{DENSE},sparse-o2,rows-25")
     parser.add_argument("--layouts", default="single,packed,longest")
     parser.add_argument("--modes", default="unsloth,budget,none", help="of checkpointing")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
@@ -117,7 +117,11 @@ class Run:
         print(f"{len(cells) - len(left)} of {len(cells)} cells are in {self.path} already", flush=True)
         if not left:
             return True
-        self.model = load(args)
+        self.model, self.plain = load(args), None
+        if not args.cpu and any(cell.method.startswith("rows-") for cell in left):
+            from sparse_unsloth.bench.checks import plain_steps
+
+            self.plain = plain_steps(self.model)  # which rows methods are checked against
         attached = None
         for number, cell in enumerate(left):
             if cell.row in self.ended:
@@ -175,7 +179,7 @@ class Run:
         state.begin_training(driver="benchmark", max_steps=1_000_000)
         state.set_step(0)
         if method not in self.checked and not self.args.cpu:
-            print(f"{report}\n{check(self.model, method, None)}", flush=True)
+            print(f"{report}\n{check(self.model, method, self.plain)}", flush=True)
             self.checked.add(method)
 
     def shape(self, layout: str, tokens: int):
