@@ -92,7 +92,7 @@ def pilot(arguments: argparse.Namespace) -> None:
     experiment = make_experiment(arguments, model, "A")
     print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
     pace = 0.0
-    for name in ("dense", "default", "dense-75", "cut", "comp-25-no-tail"):
+    for name in ("dense", "default", "dense-75", "channels-50", "cut"):
         if time.perf_counter() - began + RESERVE * pace * ARMS[name].steps > arguments.seconds:
             break
         outcome = experiment.run(ARMS[name])

@@ -23,9 +23,9 @@ task() { # NAME STEPS ARMS
     --seconds $((LIMIT - 8)) ${FLAGS---compile} >"$OUT/$1.log" 2>&1 &
 }
 
-# On A every dense training, `default`, `comp-50`, `random` and `cut` (which lost clearly) are done.
-task A "${STEPS_A:-900}" rows-25-50,rows-25-75,rows-25,rows-10-75,random-rows-25-50,rows-10,rows-10-50,backward-25-65
-COMMON=dense,dense-50,rows-25,rows-25-50,dense-30,default,dense-75,rows-10,random-rows-25-50,random,dense-65,rows-25-75
+# Done on A: every dense training, the default and rows-10-75, channels-50, comp-50, random, random-rows-25-50 and cut.
+task A "${STEPS_A:-900}" rows-10,rows-10-50,backward-25-65,comp-25-no-tail,recipe-comp,per-sample-no-tail,prior-norms,keep-0
+COMMON=dense,dense-50,default,default-50,dense-30,channels-50,dense-75,rows-10,random-rows-25-50,random,dense-65,default-75
 task B "${STEPS_B:-400}" $COMMON,rows-10-50,comp-25-no-tail
 task C "${STEPS_C:-300}" $COMMON,rows-10-50,comp-25-no-tail
 wait

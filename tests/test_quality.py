@@ -178,7 +178,7 @@ def test_every_sample_may_have_channels_of_its_own():
     torch.manual_seed(0)
     experiment = make_experiment(steps=1, layers=2, dtype=torch.float64)
     lockstep, layout = experiment.lockstep, experiment.batches.layout
-    choose(lockstep.sparsity, ARMS["default"], experiment.calibration, torch.Generator())
+    choose(lockstep.sparsity, ARMS["channels-50"], experiment.calibration, torch.Generator())
     lockstep.sparsity.keep((128, 40))
     selection, batch = lockstep.sparsity(1), experiment.batches.batch(0)
     x, roles = torch.randn(2, layout.rows, 64, dtype=torch.float64), roles_of(batch, DENSE)
@@ -355,9 +355,9 @@ def test_rows_of_small_gradient_send_none_into_the_layer():
 
 def test_rows_left_out_cost_what_the_cost_model_says():
     dense = [(0.0, 0.0)] * 30
-    for name, share in (("rows-25", 0.25), ("rows-10", 0.1)):
+    for name, share in (("default", 0.25), ("rows-10", 0.1)):
         assert one_step(name) == pytest.approx(counted(dense, backward_rows=share).total, rel=1e-3)
-    assert one_step("rows-10") < one_step("rows-25") < one_step("dense")
+    assert one_step("rows-10") < one_step("default") < one_step("dense")
 
 
 def test_steps_are_those_of_adamw_with_clipping():
@@ -409,7 +409,7 @@ def counted(sparsity, **options):
 def test_flops_are_those_of_the_cost_model():
     dense, half = [(0.0, 0.0)] * 30, [(0.0, 0.0), *[(0.5, 0.0)] * 29]
     assert one_step("dense") == counted(dense).total
-    assert one_step("default") == counted(half, estimator_rank=8).total
+    assert one_step("channels-50") == counted(half, estimator_rank=8).total
     assert one_step("comp-50") == counted(half, compensation_rank=64).total
     mixed = [(0.0, 0.0)] * 10 + [(0.0, 0.5)] * 20
     assert one_step("attention-50") == pytest.approx(counted(mixed).total, rel=1e-3)
@@ -439,7 +439,7 @@ def test_times_are_measured_ones_or_scaled(tmp_path):
     table = tmp_path / "speed.csv"
     table.write_text("\n".join([text[0], *[line for line in text[1:] if "H200" in line], *rows]) + "\n")
     measured = StepTimes(table)
-    assert measured.source(measured_method(ARMS["default"])) == "measured"
+    assert measured.source(measured_method(ARMS["channels-50"])) == "measured"
     assert measured.share(0.7, 0.749, "sparse-50") == pytest.approx(387.76 / 743.81, rel=0.02)
     assert measured_method(ARMS["comp-25"]) == "sparse-25"
     assert measured_method(ARMS["cut"]) is None

@@ -148,7 +148,7 @@ RECIPE = {
 
 ARMS: dict[str, Arm] = {
     **{name: Arm(steps=share) for name, share in DENSE_SHARES.items()},
-    "default": half(0.5),
+    "channels-50": half(0.5),
     # Exact forwards: what is trained is what is used, and only the backward pass is cheaper.
     "cut": Arm(cut=99, end=1.0),
     "backward-0": half(1.0, kind="backward", end=1.0),
@@ -165,9 +165,9 @@ ARMS: dict[str, Arm] = {
     "cut-tail-10": Arm(cut=99, end=0.9),
     "backward-25": half(0.75, kind="backward", end=1.0),
     # Gradients of context rows are uneven: most of them is in few rows.
-    "rows-25": rows(0.25),
-    "rows-25-75": rows(0.25, steps=0.75),
-    "rows-25-50": rows(0.25, steps=0.5),
+    "default": rows(0.25),
+    "default-75": rows(0.25, steps=0.75),
+    "default-50": rows(0.25, steps=0.5),
     "rows-10": rows(0.1),
     "rows-10-75": rows(0.1, steps=0.75),
     "rows-10-50": rows(0.1, steps=0.5),
@@ -202,7 +202,7 @@ ARMS: dict[str, Arm] = {
 """In the order of their importance on task A."""
 
 SHORT = (
-    *DENSE_SHARES, "rows-25", "rows-25-50", "rows-10", "random-rows-25-50", "rows-25-75", "rows-10-50", "default",
+    *DENSE_SHARES, "default", "default-50", "rows-10", "random-rows-25-50", "default-75", "rows-10-50", "channels-50",
     "backward-25", "comp-25-no-tail", "random",
 )  # fmt: skip
 """What tasks B and C compare."""
