@@ -266,7 +266,9 @@ class SparsityConfig(_Config):
         if output is not None and (output.mlp or output.self_attn):
             rules.append("output_sparsity")
         if share < 1 and rules:
-            raise ValueError(f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows, not both")
+            raise ValueError(
+                f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
+            )
         return share
 
     @field_validator("ramp", "refresh_steps", "sparse_prefill")
