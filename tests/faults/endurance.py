@@ -1,6 +1,7 @@
 """Thousands of training steps on a tiny model: neither memory, nor hooks, nor the time of a step may grow.
 
     python tests/faults/endurance.py --steps 10000 --out tests/faults/endurance.json
+    python tests/faults/endurance.py --steps 10000 --rows --out tests/faults/endurance-rows.json
 
 Sparse throughout, with gradient checkpointing, micro-batches of changing lengths, an evaluation and a dense phase in
 every hundred steps (every window of a shorter run). Figures are taken in ten windows; the first one (warm-up) counts
@@ -45,12 +46,13 @@ def count_tensors() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def run(steps: int) -> list[dict]:
-    """The figures of each window."""
+def run(steps: int, rows: bool = False) -> list[dict]:
+    """The figures of each window; ``rows``: with few rows in the backward pass, instead of few channels."""
     model = make_lora(num_hidden_layers=2)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    attach(model, always(start_step=0, end_step=10**9))
+    schedule = {"start_step": 0, "end_step": 10**9}
+    attach(model, {"backward_rows": 0.25, **schedule} if rows else always(**schedule))
     state = get_state(model)
     state.begin_training("endurance", max_steps=10**9 + 1)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -116,11 +118,12 @@ def commit() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--rows", action="store_true", help="leave out rows of the backward pass, not channels")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.time()
-    windows = run(args.steps)
+    windows = run(args.steps, args.rows)
     problems = growth(windows)
     result = {
         "steps": args.steps,
