@@ -254,9 +254,10 @@ def test_attach_and_detach_leave_nothing_behind():
     assert_equal(loss_and_gradients(model, batch), dense)
 
 
-def test_nothing_grows_in_a_short_run():
+@pytest.mark.parametrize("rows", [False, True])
+def test_nothing_grows_in_a_short_run(rows):
     """The long one is `endurance.py`, its figures `endurance.json`; here times decide nothing."""
-    windows = endurance.run(100)
+    windows = endurance.run(100, rows)
     assert windows[-1]["hooks"] == windows[1]["hooks"]
     # What an observation (explain_steps) looks at stays until the next one, so the first one comes before the start.
     assert windows[-1]["tensors"] == windows[-4]["tensors"]
