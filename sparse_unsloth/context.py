@@ -65,6 +65,12 @@ class SparseContext:
             memo["rows"] = RowChoice(self.partition, share)
         return memo["rows"]
 
+    def chosen_rows(self, choice: RowChoice) -> TokenPartition:
+        """Those of a layer's backward pass by themselves, all dense: `RowChoice.alone`, made once a forward."""
+        if "chosen rows" not in self._derived:
+            self._derived["chosen rows"] = choice.alone()
+        return self._derived["chosen rows"]
+
     def rows_with_loss(self, sparse: bool) -> TokenPartition:
         """The partition of the last layer behind its keys and values, where it is sparse or dense."""
         key = f"loss rows, sparse={sparse}"

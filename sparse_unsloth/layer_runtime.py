@@ -27,9 +27,9 @@ class LayerRuntime:
 
     ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
-    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed
-    them; it is empty, and not None, where that computes O alone. ``fusable``: the functions of `functions.layer` can
-    compute this layer.
+    (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them;
+    it is empty, and not None, where that computes O alone. ``fusable``: the functions of `functions.layer` can compute
+    this layer.
     """
 
     def __init__(

@@ -173,6 +173,15 @@ def test_contextual_channels_are_those_of_the_library():
     assert_equals_library(harness, Mode("forward", contextual=True), model, batch, **CLOSE)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_rows_are_those_of_the_library(share):
+    model, batch = make_model(), make_batch()
+    attach(model, {"backward_rows": share})
+    harness = Harness(model, [batch])
+    harness.sparsity.keep([round(share * 128)] * 3)
+    assert_equals_library(harness, Mode("rows"), model, batch, **CLOSE)
+
+
 def test_every_sample_may_have_channels_of_its_own():
     """As if it were alone in the batch."""
     torch.manual_seed(0)
@@ -298,13 +307,20 @@ def test_runs_repeat_and_seeds_differ(experiment):
     assert first.dense[0] != first.dense[1]
 
 
-def test_exact_forwards_cut_gradients_only():
+def dense_gradients():
+    """An experiment whose adapters are not zero, its first batch, and the dense gradients and losses of that."""
     experiment = make_experiment(steps=2, layers=3, dtype=torch.float64)
-    lockstep, batch, layout = experiment.lockstep, experiment.batches.batch(0), experiment.batches.layout
+    lockstep, batch = experiment.lockstep, experiment.batches.batch(0)
     torch.manual_seed(0)
     lockstep.adapters.master.normal_(0, 0.1)
     lockstep.adapters.refresh()
-    whole, losses = lockstep.gradients(batch, layout, DENSE), lockstep.losses.clone()
+    whole = lockstep.gradients(batch, experiment.batches.layout, DENSE)
+    return experiment, batch, whole, lockstep.losses.clone()
+
+
+def test_exact_forwards_cut_gradients_only():
+    experiment, batch, whole, losses = dense_gradients()
+    lockstep, layout = experiment.lockstep, experiment.batches.layout
     choose(lockstep.sparsity, ARMS["backward-0"], experiment.calibration, torch.Generator())
     lockstep.sparsity.keep((128, 40, 40))
     lockstep.sparsity.tensors.cut.copy_(torch.tensor([True, True, False]))
@@ -321,12 +337,8 @@ def test_exact_forwards_cut_gradients_only():
 
 
 def test_rows_of_small_gradient_send_none_into_the_layer():
-    experiment = make_experiment(steps=2, layers=3, dtype=torch.float64)
-    lockstep, batch, layout = experiment.lockstep, experiment.batches.batch(0), experiment.batches.layout
-    torch.manual_seed(0)
-    lockstep.adapters.master.normal_(0, 0.1)
-    lockstep.adapters.refresh()
-    whole, losses = lockstep.gradients(batch, layout, DENSE), lockstep.losses.clone()
+    experiment, batch, whole, losses = dense_gradients()
+    lockstep, layout = experiment.lockstep, experiment.batches.layout
     context, inner = batch.context, 128
     errors = {}
     for share, mode in itertools.product((1.0, 0.5, 0.1, 0.0), (Mode("rows"), Mode("rows", random_rows=True))):

@@ -45,7 +45,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if choice is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     norm = getattr(sys.modules["unsloth.models.llama"], NORM)
-    attention, mlp = self.self_attn, self.mlp
+    context, attention, mlp = runtime.context, self.self_attn, self.mlp
     apply_o = attention._sparse_original[1]
 
     def behind(attention_output: Tensor, stream: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
         """The same in fewer launches and without the down projection, where the project's functions apply."""
         plan = None
         if runtime.fusable:
-            plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, choice.partition)
+            plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
         return behind(attention_output, stream) if plan is None else behind_attention(attention_output, stream, plan)
 
     unread = row_hooks.is_unread(runtime)
@@ -73,6 +73,6 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
         output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread, again=again)
     else:
         output = behind(attention_output, hidden_states)
-    if runtime.context.probe:
+    if context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)

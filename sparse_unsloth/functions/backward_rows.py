@@ -35,16 +35,12 @@ class RowChoice:
         self._partition = partition
         self.num_context = ceil(share * len(partition.context))
         self.rows: Tensor | None = None
-        self._alone: TokenPartition | None = None
 
-    @property
-    def partition(self) -> TokenPartition:
-        """Of the chosen rows by themselves, all of them dense."""
-        if self._alone is None:
-            count = len(self._partition.dense) + self.num_context
-            rows = torch.arange(count, device=self._partition.dense.device)
-            self._alone = TokenPartition((1, count), rows, rows[:0], rows[:0], rows)
-        return self._alone
+    def alone(self) -> TokenPartition:
+        """The partition of the chosen rows by themselves, all of them dense; every layer of a forward has the same."""
+        count = len(self._partition.dense) + self.num_context
+        rows = torch.arange(count, device=self._partition.dense.device)
+        return TokenPartition((1, count), rows, rows[:0], rows[:0], rows)
 
     def choose(self, gradient: Tensor) -> Tensor:
         """int64 ``[n]``: dense rows, then the context rows where ``gradient [M, width]`` is largest, in L2 norm.
@@ -52,7 +48,7 @@ class RowChoice:
         They hold for the rest of the layer's backward pass (`rows`). No host sync.
         """
         partition = self._partition
-        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_fp32(gradient.dtype))
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         largest = norms.index_select(0, partition.context).topk(self.num_context, sorted=False).indices
         self.rows = torch.cat((partition.dense, partition.context.index_select(0, largest)))
         return self.rows
@@ -131,7 +127,3 @@ def _autocast_of(like: Tensor) -> Callable[[], AbstractContextManager]:
         return nullcontext
     dtype = torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype)
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
