@@ -27,6 +27,8 @@ def sparsity_settings():
         "exact-removal": {"preset": "dense"},
         "nothing-dropped": {"mlp": {"all": NOTHING_DROPPED}, "self_attn": {"all": NOTHING_DROPPED}, **common},
         "sparse": {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, **common},
+        "every row": {"backward_rows": 1 - NOTHING_DROPPED},
+        "few rows": {"backward_rows": 0.25},
         "sparse, all rows": {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, "exact_removal": False, **common},
     }
 
@@ -34,7 +36,9 @@ def sparsity_settings():
 def settings(backend, families):
     """``(family, four_bit, checkpointing, sparsities)`` that a backend runs."""
     if backend == "peft":
-        return [("llama", four_bit, mode, ("sparse",)) for four_bit in (False, True) for mode in (False, True)]
+        return [
+            ("llama", four_bit, mode, ("sparse", "few rows")) for four_bit in (False, True) for mode in (False, True)
+        ]
     everything = tuple(sparsity_settings())
     runs = [(family, False, "unsloth", everything) for family in families if family != "llama"]
     if "llama" in families:

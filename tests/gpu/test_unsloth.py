@@ -61,7 +61,9 @@ def error(ours, reference):
     return total.sqrt().item(), worst.item()
 
 
-SAME = {"nothing-dropped": "plain", "exact-removal": "plain", "sparse": "sparse, all rows"}
+FEW_ROWS = 0.15
+"""Relative error of gradients through few rows: rounding decides between rows of nearly equal gradient."""
+SAME = {"nothing-dropped": "plain", "exact-removal": "plain", "every row": "plain", "sparse": "sparse, all rows"}
 """Settings that must come out alike."""
 
 
@@ -83,16 +85,16 @@ def test_settings_that_change_nothing(outcomes, setting):
 
 def test_sparse_equals_the_peft_backend(outcomes):
     compared = 0
-    for (family, dtype, mode, _, layout), peft in outcomes["peft"].items():
+    for (family, dtype, mode, sparsity, layout), peft in outcomes["peft"].items():
         for other in [m for m in (False, True, "unsloth") if bool(m) == bool(mode)]:
-            ours = outcomes["unsloth"][family, dtype, other, "sparse", layout]
+            ours = outcomes["unsloth"][family, dtype, other, sparsity, layout]
             total, worst = error(ours["gradients"], peft["gradients"])
             losses = f"loss {ours['loss']:.5f} / {peft['loss']:.5f}"
-            print(f"{family} {dtype} {other} {layout}: {losses}; {total:.2e} {worst:.2e}")
+            print(f"{sparsity} {family} {dtype} {other} {layout}: {losses}; {total:.2e} {worst:.2e}")
             assert ours["loss"] == pytest.approx(peft["loss"], rel=2e-3)
-            assert total < 0.03
+            assert total < (0.03 if sparsity == "sparse" else FEW_ROWS)
             compared += 1
-    assert compared == 6  # each dtype: without checkpointing, and with it in Unsloth's two ways
+    assert compared == 2 * 6  # each dtype: without checkpointing, and with it in Unsloth's two ways
 
 
 def test_sparsity_does_something_and_checkpointing_changes_nothing(outcomes):
