@@ -17,7 +17,7 @@ from sparse_unsloth.partition import TokenPartition
 sys.path.insert(0, str(Path(__file__).parent))
 from test_backward_rows import every_step, masked_gradients
 from test_whole_layers import fast_forward, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
-from tiny import loss_and_gradients
+from tiny import loss_and_gradients, make_batch
 from unsloth_stand_in import assert_same, decoder_layers, packed_batch
 
 
@@ -43,7 +43,8 @@ def count_calls(model):
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     model = make_model(whole, checkpointing)
-    batch = small_batch(packed_batch) if packed else small_batch()
+    # Many context rows: some are chosen below a layer that leaves them out; their gradient comes by the residual stream.
+    batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
     replaced = [getattr(layer.__dict__.get("forward"), "__func__", None) for layer in decoder_layers(model)]
