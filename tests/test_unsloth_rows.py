@@ -43,7 +43,7 @@ def count_calls(model):
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     model = make_model(whole, checkpointing)
-    # Many context rows: some are chosen below a layer that leaves them out; their gradient comes by the residual stream.
+    # Many context rows: some are chosen below a layer that leaves them out, and need its residual stream.
     batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
