@@ -124,7 +124,13 @@ class Order:
 
 
 def add_norm(
-    stream: Tensor, added: Tensor | None, added_order: Order | None, weight: Tensor, eps: float, norm_order: Order
+    stream: Tensor,
+    added: Tensor | None,
+    added_order: Order | None,
+    weight: Tensor,
+    eps: float,
+    norm_order: Order,
+    normed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(stream + added [M, H], its RMS norm by role [n, H], reciprocal root mean squares fp32 [M])``.
 
@@ -133,10 +139,12 @@ def add_norm(
         added: ``[n, H]`` by ``added_order``, contiguous, or None: the sum is ``stream`` itself.
         weight: ``[H]``.
         norm_order: the order of the norm.
+        normed: ``[n, H]``, contiguous: where the norm is written, if it matters.
     """
     M, H = stream.shape
     total = stream if added is None else torch.empty_like(stream)
-    normed, scale = stream.new_empty((norm_order.size, H)), stream.new_empty(M, dtype=torch.float32)
+    normed = stream.new_empty((norm_order.size, H)) if normed is None else normed
+    scale = stream.new_empty(M, dtype=torch.float32)
     _launch_add_norm(stream, added, added_order, weight, eps, norm_order, total, normed, scale)
     return total, normed, scale
 
@@ -156,6 +164,8 @@ def norm_backward(
     weight: Tensor,
     d_stream: Tensor,
     copy_order: Order | None = None,
+    output: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of what `add_norm` summed, ``[M, H]``, and once more by ``copy_order`` (else the same tensor).
 
@@ -163,11 +173,15 @@ def norm_backward(
         d_normed: ``[n, H]`` by ``norm_order``, contiguous.
         stream, scale: the sum and the roots, of `add_norm`.
         d_stream: ``[M, H]``, contiguous, read only.
+        output, copy: where the two are written, if it matters.
     """
     M, H = stream.shape
-    output = torch.empty_like(stream)
+    output = torch.empty_like(stream) if output is None else output
     copies = copy_order is not None and copy_order.place is not None
-    copy = stream.new_empty((copy_order.size, H)) if copies else output
+    if not copies:
+        copy = output
+    elif copy is None:
+        copy = stream.new_empty((copy_order.size, H))
     if M:
         arguments = (
             d_normed, norm_order.place, stream, scale, weight, d_stream, output, copy,

@@ -16,6 +16,7 @@ from sparse_unsloth import prefill
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.loss import install_loss_removal
@@ -135,6 +136,7 @@ def attach(
             state.backend.install(runtime)
         removed = _remove_rows_without_loss(state)
         _replace_whole_layers(state)
+        _prepare_graphs(state)
         _register_hooks(state)
         _probe(state)
         prepare(state, calibration_samples)
@@ -243,6 +245,18 @@ def _replace_whole_layers(state: SparsityState) -> None:
         for runtime in runtimes
         if runtime.layer.index not in state.runtimes and id(runtime.layer.module) in installed
     }
+
+
+def _prepare_graphs(state: SparsityState) -> None:
+    """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
+    if not (state.config.cuda_graphs and state.runtimes):
+        return
+    if not any(state.backend.is_whole(runtime.layer.module) for runtime in state.runtimes.values()):
+        raise AttachError(
+            "cuda_graphs: no sparse layer of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
+            "layers do, with LoRA on all of their projections and kernels on). Set cuda_graphs: false."
+        )
+    state.graphs = Graphs()
 
 
 def _register_hooks(state: SparsityState) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.backward_rows import RowChoice
+from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
@@ -30,6 +33,7 @@ class SparseContext:
         step: optimiser steps done, or None where nothing counts them.
         observation: where this forward is one that `explain` looks at.
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
+        graphs: what records and replays the layers' work in this forward; None: it runs as it is.
     """
 
     def __init__(
@@ -49,10 +53,17 @@ class SparseContext:
         self.prefill = False
         self.step = step
         self.observation: Observation | None = None
+        self.graphs: Graphs | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self._memos: dict[int, dict[str, Any]] = {}
         self._derived: dict[str, TokenPartition] = {}
+
+    @functools.cached_property
+    def kind(self) -> Hashable:
+        """All that decides how much each layer computes: forwards of one kind launch the same kernels."""
+        rows = self.partition
+        return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused
 
     def memo(self, index: int) -> dict[str, Any]:
         """What the MLP of layer ``index`` keeps from this forward to its recompute."""

@@ -15,6 +15,7 @@ from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
+from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.last_layer import loss_is_fused, worth_removing
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
@@ -75,9 +76,22 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    if state.graphs is not None and scale > 0:
+        _record(state, context)
     if scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, scale, kwargs)
     return context
+
+
+def _record(state: SparsityState, context: SparseContext) -> None:
+    if state.graphs.wants(context.kind):
+        context.graphs = state.graphs
+    elif state.graphs.full:
+        state.say_once(
+            f"cuda_graphs: {MAX_KINDS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "
+            "bear loss), and no more will be; others run as without it. Pack to one length, or pad to multiples of a "
+            "large one (pad_to_multiple_of), so that fewer kinds come."
+        )
 
 
 def close_forward(state: SparsityState, context: SparseContext | None) -> None:
@@ -137,7 +151,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
     layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
     if state.runtimes:
         layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
-    return TokenPartition.from_labels(
+    partition = TokenPartition.from_labels(
         arguments["labels"],
         **layout,
         dense_tokens=state.config.dense_tokens,
@@ -145,6 +159,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         padding_masked=state.backend_name != "unsloth",
         tiers=state.tiers,
     )
+    return partition if state.graphs is None else partition.with_round_count()
 
 
 def _current_scale(state: SparsityState) -> float:

@@ -18,6 +18,7 @@ from sparse_unsloth.distributed import is_main
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimator import Estimator
 from sparse_unsloth.explain.observer import Observer
+from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.memory_budget import CheckpointPlanner
@@ -52,6 +53,7 @@ class SparsityState:
         kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
         driver: the callback, or whatever else sets the step; None outside training.
+        graphs: what `SparsityConfig.cuda_graphs` records.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: every process has the estimator of rank 0.
         ran: parts that ran sparsely with gradients in this step.
@@ -85,6 +87,7 @@ class SparsityState:
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
         self.watch = ScoreWatch()
+        self.graphs: Graphs | None = None
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []

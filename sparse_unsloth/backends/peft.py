@@ -66,6 +66,11 @@ def uninstall(module: nn.Module) -> None:
         module.forward = original
 
 
+def is_whole(layer: nn.Module) -> bool:
+    """Never: see `backends.unsloth.is_whole`."""
+    return False
+
+
 def is_installed(module: nn.Module) -> bool:
     """Whether the forward that `install` put there is still the one that runs."""
     forward = getattr(module.__dict__.get("forward"), "__func__", None)

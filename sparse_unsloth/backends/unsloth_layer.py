@@ -8,7 +8,7 @@ apply, the layer's own forward runs, with the hooks that are in it. Exact, and f
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends.replaced import replace_forward
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions import graphed_layer
+from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
 from sparse_unsloth.functions.mlp import is_recompute
@@ -55,7 +57,10 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     plan = None if args else _plan(runtime, hidden_states, kwargs)
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    *handed, residual = before_attention(hidden_states, plan)
+    before, behind = before_attention, behind_attention
+    if plan.graphs is not None:
+        before, behind = graphed_layer.before_attention, graphed_layer.behind_attention
+    *handed, residual = before(hidden_states, plan)
     runtime.handed = tuple(handed)
     try:
         attention_output, *_ = self.self_attn(hidden_states=hidden_states, **kwargs)
@@ -64,7 +69,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
-    output = behind_attention(attention_output, residual, plan)
+    output = behind(attention_output, residual, plan)
     if runtime.context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
@@ -108,6 +113,11 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         Rows(context.partition, True) if runtime.is_sparse(part) else Rows(context.every_row_dense(), False)
         for part in ("self_attn", "mlp")
     )
+    unread = recompute and runtime.state.config.exact_removal
+    compensation = runtime.compensation() if mlp.sparse else None
+    graphs = None
+    if context.graphs is not None and compensation is None and (unread or not torch.is_grad_enabled()):
+        graphs = _open(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
     return LayerPlan(
         input_norm=_norm(module.input_layernorm),
         output_norm=_norm(module.post_attention_layernorm),
@@ -115,12 +125,19 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        compensation=runtime.compensation() if mlp.sparse else None,
+        compensation=compensation,
         choose_attention=runtime.attention_of_context,
         choose_mlp=runtime.mlp_of_context,
-        unread=recompute and runtime.state.config.exact_removal,
+        unread=unread,
         keep=torch.is_grad_enabled(),
+        graphs=graphs,
     )
+
+
+def _open(graphs: Graphs, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> Pass:
+    """A pass through ``layer``, whose recordings hold as long as these weights are where they are."""
+    tensors = [tensor for one in projections for tensor in (one.lora.A, one.lora.B, one.base.weight)]
+    return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))
 
 
 def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition) -> LayerPlan | None:

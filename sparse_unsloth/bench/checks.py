@@ -20,6 +20,7 @@ from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -38,6 +39,8 @@ PLAIN_TOLERANCE = 0.25
 """How far off the plain model's own gradients may be: bf16 loses some 4 % in 6 layers of Llama-3-8B's sizes."""
 STEP_TOLERANCE = 0.05
 """How far two gradients of a step may differ where float32's are not known (families that `reference` lacks)."""
+REPLAY_TOLERANCE = 0.01
+"""How far gradients of the same kernels on the same inputs may differ: attention's backward adds in any order."""
 LOSS_TOLERANCE = 2e-3
 SMALL = Shape(2, 256, 64)
 LAYERS = 2
@@ -79,6 +82,8 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
         for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
             runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
             found += [function(runtime) for runtime in runtimes[:LAYERS]]
+    if state.graphs is not None:
+        found.append(check_graphs(model))
     if method in EQUAL_TO_PLAIN:
         found.append(check_model(loss_and_gradients(model), plain))
     if not found:
@@ -155,6 +160,27 @@ def _through(rows: Tensor, y: Tensor) -> Tensor:
     return flat.detach().index_copy(0, rows, flat.index_select(0, rows)).view(y.shape)
 
 
+def check_graphs(model: nn.Module) -> str:
+    """Steps that are recorded, and replayed on other batches, against the same ones before."""
+    graphs = get_state(model).graphs
+    expected = [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
+    if graphs.serial:
+        raise CheckFailed("steps were recorded that come first")
+    worst = 0.0
+    for number in range(2 * SEEN_BEFORE):
+        loss, gradients = loss_and_gradients(model, number % SEEN_BEFORE)
+        plain_loss, plain = expected[number % SEEN_BEFORE]
+        _check_loss(loss, plain_loss, "the one without graphs")
+        if gradients.keys() != plain.keys():
+            raise CheckFailed("other parameters have gradients than without graphs")
+        worst = max(worst, _distance(gradients, plain))
+    if not graphs.serial:
+        raise CheckFailed("no layer was recorded")
+    if not worst <= REPLAY_TOLERANCE:
+        raise CheckFailed(f"replayed gradients differ by {worst:.3f} of their norm from those without graphs")
+    return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}"
+
+
 def check_attention(runtime: LayerRuntime) -> str:
     """One layer's sparse Q, K, V and O against their masked definition, likewise."""
     layer, attention = runtime.layer, runtime.layer.self_attn
@@ -184,12 +210,12 @@ def check_attention(runtime: LayerRuntime) -> str:
     return "; ".join(found)
 
 
-def loss_and_gradients(model: nn.Module) -> Step:
-    """Of one small batch; the gradients of every trained parameter on the CPU."""
+def loss_and_gradients(model: nn.Module, seed: int = 0) -> Step:
+    """Of the small batch of this ``seed``; the gradients of every trained parameter on the CPU."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16):
-        loss = model(**make_batch(SMALL, model.config.vocab_size, 0, device)).loss
+        loss = model(**make_batch(SMALL, model.config.vocab_size, seed, device)).loss
     loss.backward()
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -276,15 +302,22 @@ def _visible(stand_in: Compensation, x: Tensor, y: Tensor) -> Compensation:
 
 
 def _compare(name: str, projections: list[Projection], x: Tensor, ours: Callable, masked: Callable) -> str:
-    """Outputs, and the gradients of the input and of LoRA, of two functions of ``x``; returns the largest error."""
+    """Outputs, and the gradients of the input and of LoRA, of two functions of ``x``; returns the largest error.
+
+    Gradients are read where backward leaves them: Unsloth's tiled MLP puts LoRA's there by itself.
+    """
     loras = [tensor for projection in projections for tensor in (projection.lora.A, projection.lora.B)]
     results = []
     for function in (ours, masked):
         source = x.clone().requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = list(function(source))
-        objective = sum(output.float().square().sum() for output in outputs)
-        results.append([*outputs, *torch.autograd.grad(objective, [source, *loras])])
+        for lora in loras:
+            lora.grad = None
+        sum(output.float().square().sum() for output in outputs).backward()
+        results.append([*outputs, source.grad, *(lora.grad for lora in loras)])
+    for lora in loras:
+        lora.grad = None
     errors = [_norm([a.float() - b.float()]) / max(_norm([b]), 1e-6) for a, b in zip(*results, strict=True)]
     if not max(errors) <= TOLERANCE:
         raise CheckFailed(f"{name}: the sparse function differs from the masked one by {max(errors):.3f} of its norm")

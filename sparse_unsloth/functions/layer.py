@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
+from sparse_unsloth.functions.graphs import Pass
 from sparse_unsloth.functions.linear import as_loras, lora_tensors
 from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
 from sparse_unsloth.partition import TokenPartition
@@ -71,6 +72,7 @@ class LayerPlan:
             for sparse parts alone.
         unread: a recompute, whose backward is next: nobody will read the layer's output.
         keep: backward follows, and may find what forward computed.
+        graphs: what records this call and replays it (`functions.graphed_layer`), if anything does.
     """
 
     input_norm: Norm
@@ -84,6 +86,7 @@ class LayerPlan:
     choose_mlp: Callable[[Tensor], MlpSelection]
     unread: bool
     keep: bool
+    graphs: Pass | None = None
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Channels of q, k, v, o; none in a dense part."""
@@ -92,10 +95,18 @@ class LayerPlan:
         chosen = self.choose_attention(None if normed is None else self.attention.context(normed))
         return chosen.q, chosen.k, chosen.v, chosen.o
 
+    def mlp_channels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels of the MLP, and all of them in the order in which they stand; none in a dense part."""
+        if not self.mlp.sparse:
+            return (self.mlp.partition.context,) * 2
+        chosen = self.choose_mlp(self.mlp.context(normed))
+        size = self.projections[4].base.shape[0]
+        return chosen.channels, channel_order(chosen.channels, size) if chosen.order is None else chosen.order
+
 
 def before_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(Q, K, V, residual)`` of ``hidden_states [..., hidden_size]``; the residual is ``hidden_states``."""
-    return _BeforeAttention.apply(hidden_states, plan, *_loras(plan.projections[:3]))
+    return _BeforeAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
 
 
 def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
@@ -105,7 +116,7 @@ def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan
         attention_output: ``[..., heads * head_dim]``, before o_proj.
         residual: as `before_attention` gave it.
     """
-    return _BehindAttention.apply(attention_output, residual, plan, *_loras(plan.projections[3:]))
+    return _BehindAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
 
 
 class _BeforeAttention(torch.autograd.Function):
@@ -142,7 +153,7 @@ class _BehindAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
-        output, *projections = plan.projections[3:]
+        output = plan.projections[3]
         norm, rows = plan.output_norm, plan.mlp
         with without_autocast(a):
             o = FusedInSelected(
@@ -152,7 +163,7 @@ class _BehindAttention(torch.autograd.Function):
             y, thin = o.forward(a)
             total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
             del y
-            mlp = _mlp(plan, projections, loras[2:], normed)
+            mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
             if plan.unread:
                 saved, result = (), stream.new_zeros(()).expand(stream.shape)
             else:
@@ -179,22 +190,20 @@ class _BehindAttention(torch.autograd.Function):
         return da.view(attention_output.shape), d_total.view(gradient.shape), None, *lora_gradients
 
 
-def _mlp(plan: LayerPlan, projections: Sequence[Projection], loras: Sequence[Tensor], normed: Tensor) -> FusedMlp:
-    partition, bases = plan.mlp.partition, [projection.base for projection in projections]
-    channels = order = partition.context  # of a dense part, none
-    if plan.mlp.sparse:
-        chosen = plan.choose_mlp(plan.mlp.context(normed))
-        channels = chosen.channels
-        order = channel_order(channels, bases[0].shape[0]) if chosen.order is None else chosen.order
-    compensation = plan.compensation and plan.compensation.to(normed.device, normed.dtype)
+def fused_mlp(
+    plan: LayerPlan, loras: Sequence[Tensor], channels: Tensor, order: Tensor, dtype: torch.dtype
+) -> FusedMlp:
+    """The MLP of ``plan`` on what `LayerPlan.mlp_channels` gave."""
+    partition, projections = plan.mlp.partition, plan.projections[4:]
     return FusedMlp(
-        partition.num_dense, partition.num_context, bases, loras,
-        tuple(projection.lora.scale for projection in projections), plan.activation, channels, order, compensation,
-        normed.dtype,
+        partition.num_dense, partition.num_context, [projection.base for projection in projections], loras,
+        tuple(projection.lora.scale for projection in projections), plan.activation, channels, order,
+        plan.compensation and plan.compensation.to(loras[0].device, dtype), dtype,
     )  # fmt: skip
 
 
-def _loras(projections: Sequence[Projection]) -> list[Tensor]:
+def lora_tensors_of(projections: Sequence[Projection]) -> list[Tensor]:
+    """A and B of each in turn."""
     return [tensor for projection in projections for tensor in lora_tensors(projection)]
 
 

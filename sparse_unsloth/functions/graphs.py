@@ -1,0 +1,288 @@
+"""CUDA graphs: kernels that run alike in every step are recorded once and then launched together.
+
+A LoRA step on a fast GPU is bound by the host where sparsity leaves little arithmetic. A `Pass` goes through one layer:
+either its first forward, under gradient checkpointing, or the recompute and the backward behind it. Each of its calls is
+recorded where it is first made; later passes copy the inputs to where the recorded ones lay, and replay.
+
+All recordings of a model share one pool of memory. While a pass is recorded, what it still needs is held, so that its
+calls do not overwrite each other; afterwards nothing is, and the next layer's recording uses the same memory. Hence three
+rules: a pass is recorded as a whole or not at all; what its calls return holds until another pass begins (`Pass.call`
+says so when that comes too early); and whoever needs it longer copies it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_unsloth.errors import BackendError, SparsityError
+from sparse_unsloth.partition import TokenPartition
+
+SEEN_BEFORE = 2
+"""Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
+MAX_KINDS = 16
+"""Kinds of forwards that are recorded: each takes a second or two, and some memory for every layer."""
+KINDS_COUNTED = 256
+"""Kinds that have come lately, and may be recorded when they come again."""
+
+Call = Callable[..., "tuple[Sequence[Tensor], Any]"]
+
+
+class CudaRecorder:
+    """Records what a function launches, in one pool of memory.
+
+    Raises:
+        BackendError: there is no CUDA GPU.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise BackendError("cuda_graphs needs an NVIDIA GPU, and PyTorch sees none. Set cuda_graphs: false.")
+        self.pool = torch.cuda.graph_pool_handle()
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+        """Runs ``function`` once; returns its outputs, and what gives them again after a replay.
+
+        The first outputs keep their memory from later recordings as long as they are held; those of a replay do not.
+        """
+        current = torch.cuda.current_stream()
+        stream = self._streams.get(current.device_index)
+        if stream is None:
+            stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # Other threads may use the GPU meanwhile: a data loader that pins memory, autograd's.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                outputs = list(function())
+            except BaseException:
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    pass  # the function's own error says more
+                raise
+            graph.capture_end()
+        current.wait_stream(stream)
+        graph.replay()
+        places = [_at(output) for output in outputs]
+
+        def again() -> list[Tensor]:
+            graph.replay()
+            return places
+
+        return outputs, again
+
+    def memory(self) -> int:
+        """Bytes that the pool holds, in use or not."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
+
+    @staticmethod
+    def keeps(state: Any) -> Any:
+        """What a call has to remember of its ``state`` once everything is recorded: nothing."""
+        return None
+
+
+class _Memory:
+    """An address and a size, as ``torch.as_tensor`` takes them."""
+
+    def __init__(self, address: int, size: int):
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def _at(tensor: Tensor) -> Tensor:
+    """A tensor at the same place that does not own its memory: the graphs do."""
+    if not tensor.numel():
+        return tensor.new_empty(tensor.shape)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = _Memory(tensor.data_ptr(), extent * tensor.element_size())
+    flat = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride())
+
+
+class Graphs:
+    """The recordings of an attached model.
+
+    Args:
+        recorder: as `CudaRecorder`.
+    """
+
+    def __init__(self, recorder: Any = None):
+        self.recorder = CudaRecorder() if recorder is None else recorder
+        self.kinds: set[Hashable] = set()
+        self.serial = 0
+        self._counted: OrderedDict[Hashable, int] = OrderedDict()
+        self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded]]] = {}
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._owned: set[int] = set()
+        self._rows: dict[Hashable, TokenPartition] = {}
+        self._sources: dict[Hashable, object] = {}
+
+    def wants(self, kind: Hashable) -> bool:
+        """Whether a forward of this ``kind`` (all that decides which kernels run, with which sizes) is recorded.
+
+        Asked once for each forward: a kind must come several times first.
+        """
+        if kind in self.kinds:
+            return True
+        count = self._counted.pop(kind, 0)
+        if count >= SEEN_BEFORE and not self.full:
+            self.kinds.add(kind)
+            return True
+        self._counted[kind] = count + 1
+        if len(self._counted) > KINDS_COUNTED:
+            self._counted.popitem(last=False)
+        return False
+
+    @property
+    def full(self) -> bool:
+        """Whether no other kinds are recorded."""
+        return len(self.kinds) >= MAX_KINDS
+
+    def memory(self) -> int:
+        """Bytes that recordings hold on the GPU, besides their inputs' buffers."""
+        return self.recorder.memory()
+
+    def open(self, layer: int, which: Hashable, tensors: Sequence[Tensor], constants: tuple) -> Pass:
+        """A pass through a layer begins; what an earlier one returned holds no longer.
+
+        Args:
+            which: tells its recordings from the layer's others.
+            tensors: what its calls read at fixed places: weights, and what is trained.
+            constants: what else they depend on, and what may change.
+        """
+        self.serial += 1
+        signature = (*constants, *(tensor.data_ptr() for tensor in tensors))
+        known = self._passes.get((layer, which))
+        if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
+            known = self._passes[layer, which] = signature, {}
+        return Pass(self, layer, known[1])
+
+    def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same memory whenever it is asked for; every layer uses it. For inputs of calls."""
+        key = (name, shape, dtype, device)
+        if key not in self._buffers:
+            self._own(key, torch.empty(shape, dtype=dtype, device=device))
+        return self._buffers[key]
+
+    def index(self, layer: int, name: str, values: Tensor) -> Tensor:
+        """``values``, constant ones, at a place of the layer's own."""
+        key = (layer, name, values.shape, values.device)
+        if key not in self._buffers:
+            self._own(key, torch.empty_like(values))
+        if self._sources.get(key) is not values:
+            self._buffers[key].copy_(values)
+            self._sources[key] = values
+        return self._buffers[key]
+
+    def rows(self, partition: TokenPartition) -> TokenPartition:
+        """``partition`` at a place of its own: one for each number of rows of each kind."""
+        key = (partition.shape, partition.num_dense, partition.num_context, partition.num_padding)
+        if key not in self._rows:
+            rows, place = torch.empty_like(partition.rows), torch.empty_like(partition.place)
+            dense, context = rows[: partition.num_dense], rows[partition.num_dense :]
+            static = TokenPartition(partition.shape, dense, context, torch.empty_like(partition.padding), rows[:0])
+            static.__dict__.update(rows=rows, place=place)
+            self._rows[key] = static
+        static = self._rows[key]
+        if self._sources.get(key) is not partition:
+            for name in ("rows", "place", "padding"):
+                getattr(static, name).copy_(getattr(partition, name))
+            self._sources[key] = partition
+        return static
+
+    def input(self, name: Hashable, values: Tensor) -> Tensor:
+        """``values`` in a buffer, unless they are in one already."""
+        if not values.numel() or values.data_ptr() in self._owned:
+            return values
+        return self.buffer(name, tuple(values.shape), values.dtype, values.device).copy_(values)
+
+    def _own(self, key: Hashable, tensor: Tensor) -> None:
+        self._buffers[key] = tensor
+        self._owned.add(tensor.data_ptr())
+
+
+class Pass:
+    """One way through a layer. See the file's head for how long what its calls return holds."""
+
+    def __init__(self, graphs: Graphs, layer: int, calls: dict[str, _Recorded]):
+        self.graphs, self.layer, self._calls, self._serial = graphs, layer, calls, graphs.serial
+
+    def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
+        """``[rows, width of like]``: see `Graphs.buffer`."""
+        return self.graphs.buffer(name, (rows, like.shape[1]), like.dtype, like.device)
+
+    def index(self, name: str, values: Tensor) -> Tensor:
+        """See `Graphs.index`."""
+        return self.graphs.index(self.layer, name, values)
+
+    def rows(self, partition: TokenPartition) -> TokenPartition:
+        """See `Graphs.rows`."""
+        return self.graphs.rows(partition)
+
+    def call(self, name: str, function: Call, inputs: Sequence[Tensor], after: str | None = None) -> list[Tensor]:
+        """The outputs of ``function(*inputs)``, which returns them with a state for a later call of this pass.
+
+        Args:
+            name: one of the pass; in every pass of its kind the function does the same.
+            inputs: all that it reads and that is not where it was before.
+            after: the call whose state ``function`` takes as its first argument.
+
+        Raises:
+            SparsityError: another pass began in between.
+        """
+        graphs = self.graphs
+        if graphs.serial != self._serial:
+            raise SparsityError(
+                "cuda_graphs: the backward of a layer did not come right behind its recompute, so what the recompute "
+                "kept is overwritten. Train with Unsloth's or reentrant gradient checkpointing and one backward at a "
+                "time, or set cuda_graphs: false."
+            )
+        static = [graphs.input((name, number), values) for number, values in enumerate(inputs)]
+        call = self._calls.get(name)
+        if call is None:
+            state = () if after is None else (self._calls[after],)
+            call = self._calls[name] = _Recorded(graphs.recorder, function, static, state)
+            return [output.detach() for output in call.first]
+        return call.again(static)
+
+    def finish(self) -> None:
+        """The pass is over: nothing of it is needed any more."""
+        for call in self._calls.values():
+            if not call.complete:
+                call.release(self.graphs.recorder)
+
+
+class _Recorded:
+    """A function's recording."""
+
+    def __init__(self, recorder: Any, function: Call, inputs: Sequence[Tensor], before: tuple[_Recorded, ...]):
+        self.state: Any = None
+        self.complete = False
+        self._places = _places(inputs)
+
+        def run() -> Sequence[Tensor]:
+            outputs, self.state = function(*(call.state for call in before), *inputs)
+            return outputs
+
+        self.first, self._again = recorder.record(run)
+
+    def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs after a replay."""
+        if _places(inputs) != self._places:
+            raise AssertionError("inputs of other sizes than were recorded")
+        return [output.detach() for output in self._again()]
+
+    def release(self, recorder: Any) -> None:
+        """Lets go of the memory that the recording needed to itself."""
+        self.first, self.state, self.complete = [], recorder.keeps(self.state), True
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]

@@ -1,0 +1,75 @@
+"""CUDA graphs of whole layers on the GPU: several steps, on changing batches and weights, against steps without.
+
+The model is transformers' with Unsloth's hook points put in by hand, as in tests/test_graphs.py; Unsloth's own layers are
+checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.bench.checks.check_graphs`).
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth import detach, get_state
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_graphs import attach_with, stand_in, step_as_recorded  # noqa: F401  # a fixture
+from test_whole_layers import RULES, make_model
+from tiny import loss_and_gradients, make_batch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+LENGTHS = ((160, 40), (130, 25))
+
+
+def batch_of(seed):
+    return {name: values.cuda() for name, values in make_batch(seed=seed, lengths=LENGTHS).items()}
+
+
+def error(ours, expected):
+    assert ours.keys() == expected.keys()
+    apart = sum((ours[name] - expected[name]).float().square().sum() for name in ours)
+    return (apart / sum(values.float().square().sum() for values in expected.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_replays(stand_in, rules):  # noqa: F811
+    model = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16)
+    batches = [batch_of(seed) for seed in (1, 2)]
+    held = None
+    for round_number in range(2):
+        expected = [step_as_recorded(model, batch, rules) for batch in batches]
+        attach_with(model, rules, True)
+        for step in range(8):
+            loss, gradients = loss_and_gradients(model, batches[step % 2])
+            assert loss.item() == pytest.approx(expected[step % 2][0].item(), rel=1e-3)
+            found = error(gradients, expected[step % 2][1])
+            print(f"{rules}, round {round_number}, step {step}: gradients {found:.1e} apart")
+            assert found <= 0.01
+            if step == 3:
+                held = torch.cuda.memory_allocated()
+        graphs = get_state(model).graphs
+        assert graphs.serial == 6 * 6
+        assert 0 < graphs.memory() < 2**30
+        assert torch.cuda.memory_allocated() <= held + 2**20
+        detach(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def test_trained_weights_are_read_anew(stand_in):  # noqa: F811
+    model, batch = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16), batch_of(3)
+    attach_with(model, "both", True)
+    for _ in range(4):
+        before = loss_and_gradients(model, batch)
+    serial = get_state(model).graphs.serial
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    after = loss_and_gradients(model, batch)
+    assert get_state(model).graphs.serial == serial + 6
+    detach(model)
+    assert error(after[1], step_as_recorded(model, batch)[1]) <= 0.01
+    assert error(after[1], before[1]) > 0.05

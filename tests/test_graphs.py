@@ -1,0 +1,264 @@
+"""Whole layers whose work is recorded and replayed (`cuda_graphs`), by a stand-in that reruns functions.
+
+Its recordings share memory as hard as CUDA graphs do: whatever a pass returned is NaN once another pass began. The GPU's
+own are in tests/gpu/test_graphs.py.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth import attach, detach, get_state, partition
+from sparse_unsloth.backends import unsloth_layer
+from sparse_unsloth.errors import AttachError, BackendError, ConfigError, SparsityError
+from sparse_unsloth.functions import graphs
+from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.partition import TokenPartition
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_whole_layers import RULES, fast_forward, make_model, small_batch
+from tiny import always, loss_and_gradients, make_batch, make_lora
+from unsloth_stand_in import StandIn, assert_same, packed_batch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
+)
+
+
+class Rerun:
+    """Runs a recorded function again, and writes what it returns to where the first outputs lay."""
+
+    def __init__(self):
+        self.recorded = 0
+        self.replayed = 0
+        self.places = []
+
+    def record(self, function):
+        self.recorded += 1
+        first = [output.clone() for output in function()]
+        places = [output.clone() for output in first]
+        self.places += places
+
+        def again():
+            self.replayed += 1
+            for place, output in zip(places, function(), strict=True):
+                place.copy_(output)
+            return places
+
+        return first, again
+
+    def poison(self):
+        for place in self.places:
+            place.fill_(torch.nan)
+
+    @staticmethod
+    def keeps(state):
+        return state
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Rerun()
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda: recorder)
+    monkeypatch.setattr(partition, "LEAST_MULTIPLE", 3)  # a batch of 20 rows would have no context left
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    original = Graphs.open
+
+    def open_and_poison(self, *args):
+        recorder.poison()
+        for name, buffer in self._buffers.items():
+            if isinstance(name[0], str) or isinstance(name[0], tuple):
+                buffer.fill_(torch.nan)
+        return original(self, *args)
+
+    monkeypatch.setattr(Graphs, "open", open_and_poison)
+    return recorder
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    setattr(stand_in.llama, unsloth_layer.FORWARD, fast_forward)
+    return stand_in
+
+
+def attach_with(model, rules, cuda_graphs, **changes):
+    attach(model, {**always(**RULES[rules]), "exact_removal": False, "cuda_graphs": cuda_graphs, **changes})
+    state = get_state(model)
+    state.config = state.config.model_copy(update={"exact_removal": True})  # the stand-in has no fused loss
+    return state
+
+
+def step_as_recorded(model, batch, rules="both"):
+    """Without graphs, of the partition that they would have."""
+    attach_with(model, rules, False)
+    state = get_state(model)
+    state.graphs = Uncounted()
+    outcome = loss_and_gradients(model, batch)
+    detach(model)
+    return outcome
+
+
+class Uncounted:
+    full = False
+
+    def wants(self, kind):
+        return False
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_replays_give_the_same_gradients(stand_in, recorder, rules):
+    model = make_model(stand_in, "reentrant")
+    batches = [small_batch(), small_batch(lambda **kwargs: make_batch(seed=5, **kwargs))]
+    expected = [step_as_recorded(model, batch, rules) for batch in batches]
+    attach_with(model, rules, True)
+    for step in range(5):
+        ours = loss_and_gradients(model, batches[step % 2])
+        assert_same(ours, expected[step % 2])
+        if step == 2:
+            recorded = recorder.recorded
+    assert recorder.recorded == recorded == 3 * (3 + 5)
+    assert recorder.replayed == 2 * recorded
+
+
+def test_trained_weights_are_read_anew(stand_in, recorder):
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    attach_with(model, "both", True)
+    for _ in range(4):
+        loss_and_gradients(model, batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter, generator=None))
+    replayed = recorder.replayed
+    ours = loss_and_gradients(model, batch)
+    assert recorder.replayed > replayed
+    detach(model)
+    assert_same(ours, step_as_recorded(model, batch))
+
+
+def test_weights_elsewhere_are_recorded_anew(stand_in, recorder):
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    attach_with(model, "both", True)
+    for _ in range(4):
+        loss_and_gradients(model, batch)
+    recorded = recorder.recorded
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * (1 + 0.1 * parameter.requires_grad)
+    ours = loss_and_gradients(model, batch)
+    assert recorder.recorded == 2 * recorded
+    detach(model)
+    assert_same(ours, step_as_recorded(model, batch))
+
+
+def test_accumulated_gradients_are_not_those_of_the_last_replay(stand_in, recorder):
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = step_as_recorded(model, batch)[1]
+    attach_with(model, "both", True)
+    for _ in range(3):
+        loss_and_gradients(model, batch)
+    model.zero_grad()
+    for _ in range(2):
+        model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 2 * expected[name])
+
+
+def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch):
+    """Half recorded, its replays would not know which memory is in use."""
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = step_as_recorded(model, batch)
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    original, calls = recorder.record, []
+
+    def fail(function):
+        calls.append(function)
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError("planted")
+        return original(function)
+
+    monkeypatch.setattr(recorder, "record", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        loss_and_gradients(model, batch)
+    monkeypatch.setattr(recorder, "record", original)
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
+    """Two forwards of one layer between recompute and backward: what the first kept is gone."""
+    rows = TokenPartition.from_labels(torch.tensor([[-100, 3]]))
+    ours = Graphs(recorder)
+    first = ours.open(0, "again", [], ())
+    first.call("o", lambda x: ((x,), None), [torch.ones(2)])
+    ours.open(1, "again", [], ()).call("o", lambda x: ((x,), None), [torch.ones(2)])
+    with pytest.raises(SparsityError, match="right behind its recompute.*cuda_graphs: false"):
+        first.call("o backward", lambda state, x: ((x,), None), [torch.ones(2)], after="o")
+    assert ours.rows(rows).num_dense == rows.num_dense
+
+
+def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder):
+    model, batch = make_model(stand_in), small_batch()
+    expected = step_as_recorded(model, batch)
+    attach_with(model, "both", True)
+    for _ in range(4):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert not recorder.recorded
+
+
+def test_kinds_that_come_once_are_not_recorded(recorder):
+    ours = Graphs(recorder)
+    assert not any(ours.wants(("once", number)) for number in range(1000))
+    assert len(ours._counted) == graphs.KINDS_COUNTED
+    assert [ours.wants("often") for _ in range(4)] == [False, False, True, True]
+    for number in range(100):
+        for _ in range(3):
+            ours.wants(number)
+    assert ours.full
+    assert len(ours.kinds) == graphs.MAX_KINDS
+    assert not ours.wants(99)
+    assert ours.wants("often")
+
+
+def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_KINDS", 0)
+    model = make_model(stand_in, "reentrant")
+    attach_with(model, "both", True)
+    for _ in range(3):
+        loss_and_gradients(model, small_batch(packed_batch))
+    assert caplog.text.count("pad_to_multiple_of") == 1
+
+
+@pytest.mark.parametrize(("dense", "context", "expected"), [(5, 3000, 32), (32, 3000, 32), (0, 50, 0), (5, 3, 8)])
+def test_round_counts(dense, context, expected):
+    labels = torch.full((1, max(dense + context, 1)), -100)
+    if dense:
+        labels[:, -dense + 1 :] = 1
+    labels = labels.expand(2, -1).clone()
+    labels[1] = -100
+    rows = TokenPartition.from_labels(labels)
+    ours = rows.with_round_count()
+    multiple = max(16, labels.numel() // 128)
+    wanted = min(rows.num_dense + -rows.num_dense % multiple, rows.num_dense + rows.num_context)
+    assert ours.num_dense == wanted
+    assert set(rows.dense.tolist()) <= set(ours.dense.tolist())
+    assert ours.dense.tolist() == sorted(ours.dense.tolist())
+    assert sorted((*ours.dense.tolist(), *ours.context.tolist())) == sorted(
+        (*rows.dense.tolist(), *rows.context.tolist())
+    )
+    assert torch.equal(ours.loss, rows.loss)
+
+
+def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):
+    with pytest.raises(ConfigError, match="cuda_graphs"):
+        attach(make_model(stand_in), {"preset": "rows", "cuda_graphs": True})
+    with pytest.raises(AttachError, match="cuda_graphs: false"):
+        attach_with(make_lora(), "both", True)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    with pytest.raises(BackendError, match="cuda_graphs: false"):
+        attach_with(make_model(stand_in), "both", True)
