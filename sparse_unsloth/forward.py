@@ -76,10 +76,10 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
-    if state.graphs is not None and scale > 0:
-        _record(state, context)
     if scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, scale, kwargs)
+    elif state.graphs is not None and scale > 0:
+        _record(state, context)
     return context
 
 

@@ -8,7 +8,7 @@ apply, the layer's own forward runs, with the hooks that are in it. Exact, and f
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends.replaced import replace_forward
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions import graphed_layer
+from sparse_unsloth.functions import graphed_layer, graphed_parts
 from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
@@ -29,6 +29,10 @@ from sparse_unsloth.weights import Projection, read_projection
 
 FORWARD = "LlamaDecoderLayer_fast_forward"
 """The forward of ``unsloth.models.llama`` that is replaced: Llama's, Mistral's, Qwen2's and Qwen3's layers have it."""
+
+COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
+UNREAD = ("position_embeddings", "num_items_in_batch")
+"""Arguments that do not matter to the attention as they are."""
 
 
 def can_replace(runtime: LayerRuntime) -> bool:
@@ -57,15 +61,16 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     plan = None if args else _plan(runtime, hidden_states, kwargs)
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
+    fixed = None
+    if plan.graphs is not None and runtime.state.config.refresh_steps == 1:
+        fixed = _fixed(self, hidden_states, kwargs)
+    if fixed is not None:
+        return (_recorded(runtime, hidden_states, plan, kwargs, fixed),)
     before, behind = before_attention, behind_attention
     if plan.graphs is not None:
-        before, behind = graphed_layer.before_attention, graphed_layer.behind_attention
+        before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
     *handed, residual = before(hidden_states, plan)
-    runtime.handed = tuple(handed)
-    try:
-        attention_output, *_ = self.self_attn(hidden_states=hidden_states, **kwargs)
-    finally:
-        runtime.handed = None
+    attention_output = _attend(runtime, hidden_states, handed, kwargs)
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
@@ -73,6 +78,57 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if runtime.context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
+
+
+def _attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tensor], arguments: dict) -> Tensor:
+    """Unsloth's attention of Q, K, V, before o_proj."""
+    runtime.handed = tuple(handed)
+    try:
+        return runtime.layer.self_attn(hidden_states=hidden_states, **arguments)[0]
+    finally:
+        runtime.handed = None
+
+
+def _recorded(
+    runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any], fixed: dict[str, Tensor]
+) -> Tensor:
+    """The layer's output from recordings of all of it; ``fixed``: what `_fixed` gave."""
+
+    def attention(x: Tensor, handed: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        named = dict(zip(fixed, tensors, strict=True))
+        given = {name: named.get(name, value) for name, value in arguments.items()}
+        given["position_embeddings"] = named[COSINES], named[SINES]
+        return _attend(runtime, x, handed, {name: given[name] for name in given if name not in (COSINES, SINES)})
+
+    for part in peft_backend.PARTS:
+        if runtime.is_sparse(part):
+            runtime.record_run(part)
+    output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()), runtime.context)
+    for part, chosen in plan.graphs.kept.items():
+        runtime.context.selections[runtime.layer.index, part] = chosen
+    return output
+
+
+def _fixed(module: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
+
+    It can for plain causal attention: no packed documents, no window, cosines and sines given for the whole length.
+    Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace.
+    """
+    length = hidden_states.shape[1]
+    embeddings = arguments.get("position_embeddings")
+    window = getattr(module.self_attn.config, "sliding_window", None)
+    if not embeddings or embeddings[0].shape[-2] < length or (window is not None and window < length):
+        return None
+    found = {COSINES: embeddings[0], SINES: embeddings[1]}
+    for name, value in arguments.items():
+        if name == "position_ids" and isinstance(value, Tensor):
+            found[name] = value
+        elif name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4:
+            found[name] = value
+        elif name not in UNREAD and not (value is None or isinstance(value, bool)):
+            return None
+    return found
 
 
 def compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:

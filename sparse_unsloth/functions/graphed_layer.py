@@ -1,157 +1,145 @@
-"""`functions.layer` with its products in CUDA graphs, for layers that gradient checkpointing runs a second time.
+"""A whole decoder layer, attention included, in CUDA graphs: one for its first forward, two for recompute and backward.
 
-Recorded are the projections before attention, the one behind it, and the MLP, with all that prepares their weights;
-norms, residual sums and the choice of channels run as they are, and write to where the recordings read. Nothing of a
-recording leaves the layer: its output and the gradient of its input have memory of their own.
+What is recorded are the functions of `functions.layer`, and autograd's own backward through them and the attention: so
+every step launches what the first recorded one did. The choice of channels is recorded as well, and what it gave lies
+where it lay. Output, gradients and the gradient of the input are copied to memory of their own.
+
+For attention that depends on nothing but a few tensors of constant shape; `functions.graphed_parts` is for others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
-from sparse_unsloth.functions.layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
+from sparse_unsloth.functions.graphs import Pass
+from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.functions.linear import as_loras
-from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.weights import Projection
+
+Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""The output before o_proj of hidden states (whose shape alone counts), Q, K and V, and the tensors it depends on."""
 
 
-def before_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `functions.layer.before_attention`; Q, K, V hold until `plan.graphs` does no more."""
-    return _BeforeAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
+def whole_layer(
+    hidden_states: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor], forward: object
+) -> Tensor:
+    """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
+
+    Args:
+        plan: with ``graphs``.
+        attention: in every call of this kind the same.
+        tensors: its last argument, often the same from layer to layer.
+        forward: the model's, whose channels are kept until the next one's.
+    """
+    graphs = plan.graphs
+    graphs.within(forward, first=not plan.unread)
+    tensors = [graphs.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+    static = replace(
+        plan,
+        graphs=None,
+        attention=Rows(graphs.rows(plan.attention.partition), plan.attention.sparse),
+        mlp=Rows(graphs.rows(plan.mlp.partition), plan.mlp.sparse),
+    )
+    if not plan.unread:
+        static = replace(
+            static,
+            choose_attention=_kept(graphs, "self_attn", plan.choose_attention),
+            choose_mlp=_kept(graphs, "mlp", plan.choose_mlp),
+        )
+        return _forward(graphs, static, attention, hidden_states, tensors)
+    return _Recompute.apply(hidden_states, graphs, static, attention, tensors, *lora_tensors_of(plan.projections))
 
 
-def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
-    """See `functions.layer.behind_attention`."""
-    return _BehindAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
+def _forward(
+    graphs: Pass, plan: LayerPlan, attention: Attention, hidden_states: Tensor, tensors: list[Tensor]
+) -> Tensor:
+    def run(x: Tensor, *tensors: Tensor):
+        return (_layer(x, plan, attention, tensors),), None
+
+    (output,) = graphs.call("layer", run, (hidden_states, *tensors))
+    graphs.finish()
+    return output.clone()
 
 
-class _BeforeAttention(torch.autograd.Function):
+class _Recompute(torch.autograd.Function):
+    """A recompute, whose output nobody reads, and the backward behind it."""
+
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, *loras: Tensor):
-        x, norm, rows, graphs = hidden_states.flatten(0, -2), plan.input_norm, plan.attention, plan.graphs
-        partition, dtype = graphs.rows(rows.partition), x.dtype
+    def forward(ctx, hidden_states: Tensor, graphs: Pass, plan: LayerPlan, attention: Attention, tensors, *loras):
+        def run(x: Tensor, *tensors: Tensor):
+            with torch.enable_grad():
+                # Leaves of their own: autograd would have the parameters' stream wait for the one that records.
+                sources = [tensor.detach().requires_grad_() for tensor in (x, *loras)]
+                trained = replace(plan, projections=_with_loras(plan.projections, sources[1:]))
+                output = _layer(sources[0], trained, attention, tensors)
+            return (), (sources, output)
 
-        def project(normed: Tensor, *indices: Tensor):
-            projections = plan.projections[:3]
-            fused = FusedOutSelected(
-                partition, [projection.base for projection in projections], loras,
-                [projection.lora.scale for projection in projections], indices, dtype, plan.unread,
-            )  # fmt: skip
-            outputs, thin = fused.forward(normed)
-            return outputs, (fused, normed, thin)
-
-        with without_autocast(x):
-            normed = graphs.buffer("attention's norm", x, rows.order.size)
-            _, _, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
-            indices = [graphs.index(name, index) for name, index in chosen]
-            outputs = graphs.call("qkv", project, (normed, *indices))
-        ctx.plan, ctx.loras = plan, loras
-        ctx.save_for_backward(hidden_states, scale)
-        return *(y.view(*hidden_states.shape[:-1], -1) for y in outputs), hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients: Tensor):
-        hidden_states, scale = ctx.saved_tensors
-        plan, loras, graphs, x = ctx.plan, ctx.loras, ctx.plan.graphs, hidden_states.flatten(0, -2)
-        *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
-
-        def project_backward(state, *gradients: Tensor):
-            fused, normed, thin = state
-            d_normed, lora_gradients = fused.backward(gradients, normed, thin)
-            return (d_normed, _flat(lora_gradients, loras)), None
-
-        with without_autocast(x):
-            d_normed, flat = graphs.call("qkv backward", project_backward, gradients, after="qkv")
-            order, weight = plan.attention.order, plan.input_norm.weight
-            dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
-            lora_gradients = _parts(flat, loras)
-        graphs.finish()
-        return dx.view(hidden_states.shape), None, *lora_gradients
-
-
-class _BehindAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
-        a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
-        norm, rows, graphs, dtype = plan.output_norm, plan.mlp, plan.graphs, a.dtype
-        partition, projection = graphs.rows(plan.attention.partition), plan.projections[3]
-
-        def project(a: Tensor, index: Tensor):
-            fused = FusedInSelected(
-                partition, projection.base, loras[:2], projection.lora.scale, index, dtype, plan.unread
-            )
-            y, thin = fused.forward(a)
-            return (y,), (fused, a, thin)
-
-        def mlp(normed: Tensor, channels: Tensor, order: Tensor):
-            y, _ = fused_mlp(plan, loras[2:], channels, order, dtype).forward(normed, False)
-            return (y,), None
-
-        with without_autocast(a):
-            index = graphs.index("o", plan.attention_indices(None)[3])
-            (y,) = graphs.call("o", project, (a, index))
-            normed = graphs.buffer("mlp's norm", stream, rows.order.size)
-            total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
-            selection = [graphs.index(name, values) for name, values in chosen]
-            if plan.unread:
-                result = stream.new_zeros(()).expand(stream.shape)
-            else:
-                (y,) = graphs.call("mlp", mlp, (normed, *selection))
-                result = add_rows(total, y, rows.order)
-                graphs.finish()
-        ctx.plan, ctx.loras, ctx.normed, ctx.selection = plan, loras, normed, selection
-        ctx.attention_shape = attention_output.shape
-        ctx.save_for_backward(total, scale)
-        return result.view(residual.shape)
+        graphs.call("recompute", run, (hidden_states, *tensors))
+        ctx.graphs, ctx.loras = graphs, loras
+        return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        total, scale = ctx.saved_tensors
-        plan, loras, graphs = ctx.plan, ctx.loras, ctx.plan.graphs
-        dy, rows, order = gradient.flatten(0, -2).contiguous(), plan.mlp, plan.attention.order
-        dtype = total.dtype
+        graphs, loras = ctx.graphs, ctx.loras
 
-        def mlp_backward(dy: Tensor, normed: Tensor, channels: Tensor, order: Tensor):
-            mlp = fused_mlp(plan, loras[2:], channels, order, dtype)
-            d_normed, lora_gradients = mlp.backward(dy, normed, ())
-            return (d_normed, _flat(lora_gradients, loras[2:])), None
+        def run(state, gradient: Tensor):
+            sources, output = state
+            dx, *found = torch.autograd.grad(output, sources, gradient)
+            return (dx, flat(found, loras)), None
 
-        def project_backward(state, d_total: Tensor, *d_sorted: Tensor):
-            fused, a, thin = state
-            da, lora_gradients = fused.backward(d_total, *(d_sorted or (d_total,)), a, thin)
-            return (da, _flat(lora_gradients, loras[:2])), None
-
-        with without_autocast(total):
-            by_role = dy
-            if rows.sparse:
-                by_role = graphs.buffer("dy", dy, rows.order.size)
-                torch.index_select(dy, 0, rows.partition.rows, out=by_role)
-            inputs = (by_role, ctx.normed, *ctx.selection)
-            d_normed, mlp_flat = graphs.call("mlp backward", mlp_backward, inputs)
-            # The MLP's recording has read these two; now the sum's gradient goes where the projection's reads.
-            d_total = [graphs.buffer("d_total", total, len(total))]
-            if plan.attention.sparse:
-                d_total.append(graphs.buffer("dy", total, order.size))
-            norm_backward(d_normed, rows.order, total, scale, plan.output_norm.weight, dy, order, *d_total)
-            da, o_flat = graphs.call("o backward", project_backward, d_total, after="o")
-            lora_gradients = [*_parts(o_flat, loras[:2]), *_parts(mlp_flat, loras[2:])]
-        return da.view(ctx.attention_shape), d_total[0].view(gradient.shape), None, *lora_gradients
+        dx, found = graphs.call("backward", run, (gradient,), after="recompute")
+        graphs.finish()
+        return dx.clone(), *(None,) * 4, *parts(found, loras)
 
 
-def _flat(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
+def _layer(x: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
+    *projected, residual = before_attention(x, plan)
+    return behind_attention(attention(x, projected, tensors), residual, plan)
+
+
+def _kept(graphs: Pass, part: str, choose: Callable) -> Callable:
+    """``choose``, where what it returns stays at one place and is noted in ``graphs.kept``."""
+
+    def choose_and_keep(rows: Tensor | None) -> MlpSelection | AttentionSelection:
+        if rows is None:
+            return graphs.kept[part]
+        chosen = choose(rows)
+        places: dict[str, Any] = {}
+        for field in fields(chosen):
+            value = getattr(chosen, field.name)
+            if isinstance(value, tuple):
+                places[field.name] = tuple(
+                    graphs.place(f"{part}.{field.name}.{number}", one).copy_(one) for number, one in enumerate(value)
+                )
+            else:
+                places[field.name] = None if value is None else graphs.place(f"{part}.{field.name}", value).copy_(value)
+        graphs.kept[part] = type(chosen)(**places)
+        return graphs.kept[part]
+
+    return choose_and_keep
+
+
+def _with_loras(projections: Sequence[Projection], loras: Sequence[Tensor]) -> list[Projection]:
+    return [
+        replace(projection, lora=replace(projection.lora, A=A, B=B))
+        for projection, A, B in zip(projections, loras[::2], loras[1::2], strict=True)
+    ]
+
+
+def flat(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
     """LoRA gradients, in the dtype of their matrices, one behind the other."""
     return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)])
 
 
-def _parts(flat: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of them, by matrix."""
-    parts = flat.clone().split([lora.numel() for lora in loras])
-    return [part.view(lora.shape) for part, lora in zip(parts, loras, strict=True)]
+def parts(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of what `flat` gave, by matrix."""
+    found = gradients.clone().split([lora.numel() for lora in loras])
+    return [part.view(lora.shape) for part, lora in zip(found, loras, strict=True)]

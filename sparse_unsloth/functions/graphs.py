@@ -44,6 +44,7 @@ class CudaRecorder:
             raise BackendError("cuda_graphs needs an NVIDIA GPU, and PyTorch sees none. Set cuda_graphs: false.")
         self.pool = torch.cuda.graph_pool_handle()
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._outside: dict[int, torch.cuda.Stream] = {}
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         """Runs ``function`` once; returns its outputs, and what gives them again after a replay.
@@ -51,9 +52,7 @@ class CudaRecorder:
         The first outputs keep their memory from later recordings as long as they are held; those of a replay do not.
         """
         current = torch.cuda.current_stream()
-        stream = self._streams.get(current.device_index)
-        if stream is None:
-            stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
+        stream = _stream(self._streams, current.device)
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -78,6 +77,11 @@ class CudaRecorder:
 
         return outputs, again
 
+    def place(self, like: Tensor) -> Tensor:
+        """Memory as ``like``'s, asked for within a recording, that no recording uses: not of the pool."""
+        with torch.cuda.stream(_stream(self._outside, like.device)):
+            return torch.empty_like(like)
+
     def memory(self) -> int:
         """Bytes that the pool holds, in use or not."""
         segments = torch.cuda.memory_snapshot()
@@ -87,6 +91,12 @@ class CudaRecorder:
     def keeps(state: Any) -> Any:
         """What a call has to remember of its ``state`` once everything is recorded: nothing."""
         return None
+
+
+def _stream(streams: dict[int, torch.cuda.Stream], device: torch.device) -> torch.cuda.Stream:
+    if device.index not in streams:
+        streams[device.index] = torch.cuda.Stream(device)
+    return streams[device.index]
 
 
 class _Memory:
@@ -117,8 +127,9 @@ class Graphs:
         self.recorder = CudaRecorder() if recorder is None else recorder
         self.kinds: set[Hashable] = set()
         self.serial = 0
+        self.forward: object = None
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
-        self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded]]] = {}
+        self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
         self._owned: set[int] = set()
         self._rows: dict[Hashable, TokenPartition] = {}
@@ -161,8 +172,8 @@ class Graphs:
         signature = (*constants, *(tensor.data_ptr() for tensor in tensors))
         known = self._passes.get((layer, which))
         if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
-            known = self._passes[layer, which] = signature, {}
-        return Pass(self, layer, known[1])
+            known = self._passes[layer, which] = signature, {}, {}
+        return Pass(self, layer, *known[1:])
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The same memory whenever it is asked for; every layer uses it. For inputs of calls."""
@@ -171,14 +182,21 @@ class Graphs:
             self._own(key, torch.empty(shape, dtype=dtype, device=device))
         return self._buffers[key]
 
-    def index(self, layer: int, name: str, values: Tensor) -> Tensor:
-        """``values``, constant ones, at a place of the layer's own."""
-        key = (layer, name, values.shape, values.device)
+    def index(self, layer: int | None, name: str, values: Tensor) -> Tensor:
+        """``values``, that do not change, at a place of the layer's own; None: of all layers."""
+        key = (layer, name, values.shape, values.dtype, values.device)
         if key not in self._buffers:
-            self._own(key, torch.empty_like(values))
+            self._own(key, torch.empty_like(values, memory_format=torch.contiguous_format))
         if self._sources.get(key) is not values:
             self._buffers[key].copy_(values)
             self._sources[key] = values
+        return self._buffers[key]
+
+    def place(self, layer: int, name: str, like: Tensor) -> Tensor:
+        """Memory of the layer's own, for what a recording leaves for good."""
+        key = (layer, "left", name, like.shape, like.dtype, like.device)
+        if key not in self._buffers:
+            self._own(key, self.recorder.place(like))
         return self._buffers[key]
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
@@ -209,18 +227,40 @@ class Graphs:
 
 
 class Pass:
-    """One way through a layer. See the file's head for how long what its calls return holds."""
+    """One way through a layer. See the file's head for how long what its calls return holds.
 
-    def __init__(self, graphs: Graphs, layer: int, calls: dict[str, _Recorded]):
-        self.graphs, self.layer, self._calls, self._serial = graphs, layer, calls, graphs.serial
+    Attributes:
+        kept: what its recordings left for good, by name; empty until then.
+    """
+
+    def __init__(self, graphs: Graphs, layer: int, calls: dict[str, _Recorded], kept: dict[str, Any]):
+        self.graphs, self.layer, self.kept, self._calls, self._serial = graphs, layer, kept, calls, graphs.serial
 
     def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
         """``[rows, width of like]``: see `Graphs.buffer`."""
         return self.graphs.buffer(name, (rows, like.shape[1]), like.dtype, like.device)
 
-    def index(self, name: str, values: Tensor) -> Tensor:
-        """See `Graphs.index`."""
-        return self.graphs.index(self.layer, name, values)
+    def index(self, name: str, values: Tensor, shared: bool = False) -> Tensor:
+        """See `Graphs.index`; ``shared`` by all layers."""
+        return self.graphs.index(None if shared else self.layer, name, values)
+
+    def place(self, name: str, like: Tensor) -> Tensor:
+        """See `Graphs.place`."""
+        return self.graphs.place(self.layer, name, like)
+
+    def within(self, forward: object, first: bool) -> None:
+        """Notes the model's ``forward`` at its ``first`` pass; at a recompute, what its first pass left must be there.
+
+        Raises:
+            SparsityError: another forward came since.
+        """
+        if first:
+            self.graphs.forward = forward
+        elif self.graphs.forward is not forward:
+            raise SparsityError(
+                "cuda_graphs: another forward of the model came before the backward of this one, and chose other "
+                "channels in the same place. Call backward after each forward, or set cuda_graphs: false."
+            )
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
         """See `Graphs.rows`."""

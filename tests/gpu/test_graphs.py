@@ -13,7 +13,7 @@ import torch
 from sparse_unsloth import detach, get_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_graphs import attach_with, stand_in, step_as_recorded  # noqa: F401  # a fixture
+from test_graphs import attach_with, form, stand_in, step_as_recorded  # noqa: F401  # fixtures
 from test_whole_layers import RULES, make_model
 from tiny import loss_and_gradients, make_batch
 
@@ -32,7 +32,7 @@ def error(ours, expected):
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_replays(stand_in, rules):  # noqa: F811
+def test_replays(stand_in, form, rules):  # noqa: F811
     model = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16)
     batches = [batch_of(seed) for seed in (1, 2)]
     held = None
@@ -43,7 +43,7 @@ def test_replays(stand_in, rules):  # noqa: F811
             loss, gradients = loss_and_gradients(model, batches[step % 2])
             assert loss.item() == pytest.approx(expected[step % 2][0].item(), rel=1e-3)
             found = error(gradients, expected[step % 2][1])
-            print(f"{rules}, round {round_number}, step {step}: gradients {found:.1e} apart")
+            print(f"{form}, {rules}, round {round_number}, step {step}: gradients {found:.1e} apart")
             assert found <= 0.01
             if step == 3:
                 held = torch.cuda.memory_allocated()
