@@ -1,7 +1,7 @@
 """Whole layers whose work is recorded and replayed (`cuda_graphs`), by a stand-in that reruns functions.
 
-Its recordings share memory as hard as CUDA graphs do: whatever a pass returned is NaN once another pass began. The GPU's
-own are in tests/gpu/test_graphs.py.
+Its recordings share memory as hard as CUDA graphs do: whatever a pass returned is NaN once another pass began. Real
+ones are in tests/gpu/test_graphs.py.
 """
 
 import sys
@@ -54,10 +54,6 @@ class Rerun:
             place.fill_(torch.nan)
 
     @staticmethod
-    def place(like):
-        return torch.empty_like(like)
-
-    @staticmethod
     def keeps(state):
         return state
 
@@ -74,7 +70,8 @@ def recorder(monkeypatch):
     def open_and_poison(self, *args):
         recorder.poison()
         for name, buffer in self._buffers.items():
-            if isinstance(name[0], str | tuple):  # not what is a layer's own
+            # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
+            if isinstance(name[0], str | tuple) and name[0] != "gradient":
                 buffer.fill_(torch.nan)
         return original(self, *args)
 
@@ -100,17 +97,22 @@ def step_as_recorded(model, batch, rules="both"):
     """Without graphs, of the partition that they would have."""
     attach_with(model, rules, False)
     state = get_state(model)
-    state.graphs = Uncounted()
+    state.graphs = Unused()
     outcome = loss_and_gradients(model, batch)
     detach(model)
     return outcome
 
 
-class Uncounted:
+class Unused:
+    """Graphs that record nothing."""
+
     full = False
 
     def wants(self, kind):
         return False
+
+    def place(self, *given, reserve):
+        pass
 
 
 FORMS = {"whole": 3, "parts": 8}

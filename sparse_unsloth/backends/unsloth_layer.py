@@ -75,6 +75,11 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
         if runtime.is_sparse(part):
             runtime.record_run(part)
     output = behind(attention_output, residual, plan)
+    if runtime.state.graphs is not None and plan.graphs is None and not plan.unread:
+        for part in peft_backend.PARTS:
+            if runtime.is_sparse(part):
+                chosen = runtime.context.selections[runtime.layer.index, part]
+                graphed_layer.reserve(runtime.state.graphs, runtime.layer.index, part, chosen)
     if runtime.context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
@@ -122,9 +127,8 @@ def _fixed(module: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) 
         return None
     found = {COSINES: embeddings[0], SINES: embeddings[1]}
     for name, value in arguments.items():
-        if name == "position_ids" and isinstance(value, Tensor):
-            found[name] = value
-        elif name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4:
+        mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4
+        if mask or (name == "position_ids" and isinstance(value, Tensor)):
             found[name] = value
         elif name not in UNREAD and not (value is None or isinstance(value, bool)):
             return None

@@ -2,22 +2,21 @@
 
 What is recorded are the functions of `functions.layer`, and autograd's own backward through them and the attention: so
 every step launches what the first recorded one did. The choice of channels is recorded as well, and what it gave lies
-where it lay. Output, gradients and the gradient of the input are copied to memory of their own.
+where it lay. The output and LoRA's gradients are copied to memory of their own.
 
 For attention that depends on nothing but a few tensors of constant shape; `functions.graphed_parts` is for others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.functions.graphs import Pass
+from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.functions.linear import as_loras
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
@@ -63,7 +62,7 @@ def _forward(
     def run(x: Tensor, *tensors: Tensor):
         return (_layer(x, plan, attention, tensors),), None
 
-    (output,) = graphs.call("layer", run, (hidden_states, *tensors))
+    (output,) = graphs.call("layer", run, (graphs.take("hidden states", hidden_states), *tensors))
     graphs.finish()
     return output.clone()
 
@@ -81,7 +80,7 @@ class _Recompute(torch.autograd.Function):
                 output = _layer(sources[0], trained, attention, tensors)
             return (), (sources, output)
 
-        graphs.call("recompute", run, (hidden_states, *tensors))
+        graphs.call("recompute", run, (graphs.take("hidden states", hidden_states), *tensors))
         ctx.graphs, ctx.loras = graphs, loras
         return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
@@ -95,14 +94,21 @@ class _Recompute(torch.autograd.Function):
             dx, *found = torch.autograd.grad(output, sources, gradient)
             return (dx, flat(found, loras)), None
 
-        dx, found = graphs.call("backward", run, (gradient,), after="recompute")
+        dx, found = graphs.call("backward", run, (graphs.take("gradient", gradient),), after="recompute")
         graphs.finish()
-        return dx.clone(), *(None,) * 4, *parts(found, loras)
+        # Where the layer before will read it, and nothing writes until then.
+        return graphs.take("gradient", dx), *(None,) * 4, *parts(found, loras)
 
 
 def _layer(x: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
     *projected, residual = before_attention(x, plan)
     return behind_attention(attention(x, projected, tensors), residual, plan)
+
+
+def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
+    """Makes room for what ``part`` of the layer chooses in recordings; without it they are not possible."""
+    for name, value in _tensors(chosen):
+        graphs.place(layer, f"{part}.{name}", value, reserve=True)
 
 
 def _kept(graphs: Pass, part: str, choose: Callable) -> Callable:
@@ -112,19 +118,21 @@ def _kept(graphs: Pass, part: str, choose: Callable) -> Callable:
         if rows is None:
             return graphs.kept[part]
         chosen = choose(rows)
-        places: dict[str, Any] = {}
-        for field in fields(chosen):
-            value = getattr(chosen, field.name)
-            if isinstance(value, tuple):
-                places[field.name] = tuple(
-                    graphs.place(f"{part}.{field.name}.{number}", one).copy_(one) for number, one in enumerate(value)
-                )
-            else:
-                places[field.name] = None if value is None else graphs.place(f"{part}.{field.name}", value).copy_(value)
-        graphs.kept[part] = type(chosen)(**places)
+        places = {name: graphs.place(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)}
+        scores = tuple(places.pop(f"scores.{number}") for number in range(len(chosen.scores)))
+        graphs.kept[part] = replace(chosen, **places, scores=scores)
         return graphs.kept[part]
 
     return choose_and_keep
+
+
+def _tensors(chosen: MlpSelection | AttentionSelection) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(chosen):
+        value = getattr(chosen, field.name)
+        if isinstance(value, tuple):
+            yield from ((f"{field.name}.{number}", one) for number, one in enumerate(value))
+        elif value is not None:
+            yield field.name, value
 
 
 def _with_loras(projections: Sequence[Projection], loras: Sequence[Tensor]) -> list[Projection]:

@@ -1,8 +1,8 @@
 """`functions.layer` with its products in CUDA graphs, around an attention that runs as it is: packed rows, windows.
 
-For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one behind it, and the MLP, with all that prepares their weights;
-norms, residual sums and the choice of channels run as they are, and write to where the recordings read. Nothing of a
-recording leaves the layer: its output and the gradient of its input have memory of their own.
+For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one
+behind it, and the MLP, with all that prepares their weights; norms, residual sums and the choice of channels run as
+they are, and write to where the recordings read. Output and gradient of the input have memory of their own.
 """
 
 from __future__ import annotations

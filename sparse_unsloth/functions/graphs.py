@@ -1,17 +1,18 @@
 """CUDA graphs: kernels that run alike in every step are recorded once and then launched together.
 
 A LoRA step on a fast GPU is bound by the host where sparsity leaves little arithmetic. A `Pass` goes through one layer:
-either its first forward, under gradient checkpointing, or the recompute and the backward behind it. Each of its calls is
+its first forward under gradient checkpointing, or the recompute and the backward behind it. Each of its calls is
 recorded where it is first made; later passes copy the inputs to where the recorded ones lay, and replay.
 
 All recordings of a model share one pool of memory. While a pass is recorded, what it still needs is held, so that its
-calls do not overwrite each other; afterwards nothing is, and the next layer's recording uses the same memory. Hence three
-rules: a pass is recorded as a whole or not at all; what its calls return holds until another pass begins (`Pass.call`
-says so when that comes too early); and whoever needs it longer copies it.
+calls do not overwrite each other; afterwards nothing is, and the next layer's recording uses the same memory. Hence
+three rules: a pass is recorded as a whole or not at all; what its calls return holds until another pass begins
+(`Pass.call` says so when that comes too early); and whoever needs it longer copies it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -44,7 +45,6 @@ class CudaRecorder:
             raise BackendError("cuda_graphs needs an NVIDIA GPU, and PyTorch sees none. Set cuda_graphs: false.")
         self.pool = torch.cuda.graph_pool_handle()
         self._streams: dict[int, torch.cuda.Stream] = {}
-        self._outside: dict[int, torch.cuda.Stream] = {}
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         """Runs ``function`` once; returns its outputs, and what gives them again after a replay.
@@ -52,7 +52,9 @@ class CudaRecorder:
         The first outputs keep their memory from later recordings as long as they are held; those of a replay do not.
         """
         current = torch.cuda.current_stream()
-        stream = _stream(self._streams, current.device)
+        stream = self._streams.get(current.device_index)
+        if stream is None:
+            stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -61,10 +63,8 @@ class CudaRecorder:
             try:
                 outputs = list(function())
             except BaseException:
-                try:
+                with contextlib.suppress(RuntimeError):  # the function's own error says more
                     graph.capture_end()
-                except RuntimeError:
-                    pass  # the function's own error says more
                 raise
             graph.capture_end()
         current.wait_stream(stream)
@@ -77,11 +77,6 @@ class CudaRecorder:
 
         return outputs, again
 
-    def place(self, like: Tensor) -> Tensor:
-        """Memory as ``like``'s, asked for within a recording, that no recording uses: not of the pool."""
-        with torch.cuda.stream(_stream(self._outside, like.device)):
-            return torch.empty_like(like)
-
     def memory(self) -> int:
         """Bytes that the pool holds, in use or not."""
         segments = torch.cuda.memory_snapshot()
@@ -91,12 +86,6 @@ class CudaRecorder:
     def keeps(state: Any) -> Any:
         """What a call has to remember of its ``state`` once everything is recorded: nothing."""
         return None
-
-
-def _stream(streams: dict[int, torch.cuda.Stream], device: torch.device) -> torch.cuda.Stream:
-    if device.index not in streams:
-        streams[device.index] = torch.cuda.Stream(device)
-    return streams[device.index]
 
 
 class _Memory:
@@ -192,11 +181,11 @@ class Graphs:
             self._sources[key] = values
         return self._buffers[key]
 
-    def place(self, layer: int, name: str, like: Tensor) -> Tensor:
-        """Memory of the layer's own, for what a recording leaves for good."""
+    def place(self, layer: int, name: str, like: Tensor, reserve: bool = False) -> Tensor:
+        """Memory of the layer's own, for what a recording leaves for good; to ``reserve`` before, as no pool has it."""
         key = (layer, "left", name, like.shape, like.dtype, like.device)
-        if key not in self._buffers:
-            self._own(key, self.recorder.place(like))
+        if reserve and key not in self._buffers:
+            self._own(key, torch.empty_like(like))
         return self._buffers[key]
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
@@ -261,6 +250,10 @@ class Pass:
                 "cuda_graphs: another forward of the model came before the backward of this one, and chose other "
                 "channels in the same place. Call backward after each forward, or set cuda_graphs: false."
             )
+
+    def take(self, name: str, values: Tensor) -> Tensor:
+        """See `Graphs.input`: calls read it where it is then."""
+        return self.graphs.input(name, values)
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
         """See `Graphs.rows`."""

@@ -1,7 +1,7 @@
 """CUDA graphs of whole layers on the GPU: several steps, on changing batches and weights, against steps without.
 
-The model is transformers' with Unsloth's hook points put in by hand, as in tests/test_graphs.py; Unsloth's own layers are
-checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.bench.checks.check_graphs`).
+The model is transformers' with Unsloth's hook points put in by hand, as in tests/test_graphs.py; Unsloth's own layers
+are checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.bench.checks.check_graphs`).
 """
 
 import sys
