@@ -9,13 +9,11 @@ and same gradients, as `sparse_unsloth.functions.mlp`; few launches are what thi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.beside import Beside
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.products import product_fp32
 from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
@@ -87,20 +85,15 @@ class FusedMlp:
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``y [n, hidden]``, and with ``keep`` what backward need not compute anew; ``x [n, hidden]``."""
         y, saved = x.new_empty(x.shape), []
-        beside = Beside(x.device)
-        for rows, channels in self._kinds():
-            with self._branch(beside, channels):
-                weights = self._weights(channels)
-                for chunk in self._chunks(rows, weights, keep):
-                    stacked = weights.into.spread(x[chunk])
-                    thin, base = self._views(stacked)
-                    unit = stacked.new_empty((len(stacked), weights.out.size))
-                    glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
-                    weights.out.collect(unit, out=y[chunk])
-                if keep:
-                    saved += [stacked, unit[:, : self.r].contiguous()]
-                del weights  # one kind's at a time
-        beside.join()
+        for rows, weights in self._kinds():
+            for chunk in self._chunks(rows, weights, keep):
+                stacked = weights.into.spread(x[chunk])
+                thin, base = self._views(stacked)
+                unit = stacked.new_empty((len(stacked), weights.out.size))
+                glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
+                weights.out.collect(unit, out=y[chunk])
+            if keep:
+                saved += [stacked, unit[:, : self.r].contiguous()]
         if self.compensation is not None and self.num_context:
             y[self.num_dense :] += self.compensation.forward(x[self.num_dense :])
         return y, tuple(saved)
@@ -113,27 +106,19 @@ class FusedMlp:
             saved: what `forward` returned; empty: its products are computed here.
         """
         dx, saved = dy.new_empty(dy.shape), list(saved)
-        sums: list[list[Tensor]] = []
+        sums: list[Tensor] | None = None
         partial: dict[bool, list[Tensor]] = {False: [], True: []}
-        beside = Beside(x.device)
-        for rows, channels in self._kinds():
+        for rows, weights in self._kinds():
             kept = (saved.pop(0), saved.pop(0)) if saved else None
-            with self._branch(beside, channels):
-                weights = self._weights(channels)
-                for number, chunk in enumerate(self._chunks(rows, weights, kept is not None)):
-                    d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
-                    partial[weights.order is self.order].append(d_loras)
-                    if number:
-                        _add(sums[-1], products)
-                    else:
-                        sums.append(products)
-                del weights
-        beside.join()
-        for others in sums[1:]:
-            _add(sums[0], others)
+            for chunk in self._chunks(rows, weights, kept is not None):
+                d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
+                partial[weights.order is self.order].append(d_loras)
+                sums = (
+                    products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
+                )
         if self.compensation is not None and self.num_context:
             dx[self.num_dense :] += self.compensation.input_gradient(dy[self.num_dense :])
-        return dx, self._gradients(*sums[0], *(partial[context] for context in (True, False)))
+        return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
         """Writes ``dx``; returns the partial gradients of `glu_backward`, and those of A_gate, A_up and of B_down."""
@@ -160,16 +145,12 @@ class FusedMlp:
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop))
 
-    def _kinds(self) -> Iterator[tuple[slice, Tensor | None]]:
-        """``(rows, channels)`` of each kind of rows that there are."""
+    def _kinds(self) -> Iterator[tuple[slice, _Weights]]:
+        """Yields ``(rows, weights)`` of each kind of rows that there are, one kind's weights at a time."""
         end = self.num_dense + self.num_context
         for rows, channels in ((slice(0, self.num_dense), None), (slice(self.num_dense, end), self.channels)):
             if rows.stop > rows.start:
-                yield rows, channels
-
-    def _branch(self, beside: Beside, channels: Tensor | None) -> AbstractContextManager:
-        """Dense rows go beside context rows, where there are both."""
-        return beside if channels is None and self.num_context else nullcontext()
+                yield rows, self._weights(channels)
 
     def _weights(self, channels: Tensor | None) -> _Weights:
         gate, up, down = self.bases
@@ -208,11 +189,6 @@ class FusedMlp:
             gate_B, up_B, down = total.index_add_(1, order, context[0].sum(0))
             down_A = down.t().mul_(down_scale)
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
-
-
-def _add(sums: list[Tensor], others: list[Tensor]) -> None:
-    for total, one in zip(sums, others, strict=True):
-        total.add_(one)
 
 
 _orders: dict[tuple[int, torch.device], Tensor] = {}

@@ -9,12 +9,10 @@ that. In a dense part every row is a dense one, in its natural order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.beside import Beside
 from sparse_unsloth.functions.products import product_fp32
 from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
 from sparse_unsloth.kernels.columns import join_columns, split_columns
@@ -69,14 +67,10 @@ class FusedOutSelected:
             x: ``[n, in_features]``, by role.
         """
         partition, products = self.partition, []
-        beside = Beside(x.device)
         for rows, indices in _kinds(partition, self.indices):
-            with _branch(beside, partition, indices):
-                stack = self._stack(indices) if rows.stop > rows.start else None
-                width = len(self.A) + sum(self.widths if indices is None else self.counts)
-                products.append(x.new_empty((0, width)) if stack is None else stack.spread(x[rows]))
-                del stack
-        beside.join()
+            stack = self._stack(indices) if rows.stop > rows.start else None
+            width = len(self.A) + sum(self.widths if indices is None else self.counts)
+            products.append(x.new_empty((0, width)) if stack is None else stack.spread(x[rows]))
         bias = None
         if any(base.bias is not None for base in self.bases):
             bias = torch.cat([
@@ -96,20 +90,16 @@ class FusedOutSelected:
         for dy, B, out in zip(gradients, self.B.split(self.widths), d_thin.split(r, dim=1), strict=True):
             torch.mm(dy, B, out=out)
         split = split_columns(d_thin, gradients, partition.rows, partition.num_dense, self.index, self.counts)
-        dx, dAs = x.new_empty(x.shape), []
-        beside = Beside(x.device)
-        with beside:
-            dBs = [product_fp32(dy.t(), part) for dy, part in zip(gradients, thin.split(r, dim=1), strict=True)]
+        dx, dA = x.new_empty(x.shape), None
         for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
             if rows.stop > rows.start:
-                with _branch(beside, partition, indices):
-                    self._stack(indices).collect(dy, out=dx[rows])
-                    dAs.append(product_fp32(dy[:, :lead].t(), x[rows]))
-        beside.join()
-        dA = dAs[0] if len(dAs) == 1 else dAs[0].add_(dAs[1])
+                self._stack(indices).collect(dy, out=dx[rows])
+                product = product_fp32(dy[:, :lead].t(), x[rows])
+                dA = product if dA is None else dA.add_(product)
         loras: list[Tensor] = []
-        for part_dA, dB, scale in zip(dA.split(r), dBs, self.scales, strict=True):
-            loras += [part_dA if scale == 1 else part_dA.mul_(scale), dB]
+        parts = zip(gradients, thin.split(r, dim=1), dA.split(r), self.scales, strict=True)
+        for dy, part_thin, part_dA, scale in parts:
+            loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_thin)]
         return dx, loras
 
     def _stack(self, indices: Sequence[Tensor] | None) -> Stack:
@@ -161,12 +151,9 @@ class FusedInSelected:
             thin.index_fill_(0, partition.padding, 0)
         split = split_columns(thin, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
         y = x.new_empty((len(partition.rows), self.base.shape[0]))
-        beside = Beside(x.device)
         for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
             if rows.stop > rows.start:
-                with _branch(beside, partition, index):
-                    self._stack(index).collect(part, out=y[rows])
-        beside.join()
+                self._stack(index).collect(part, out=y[rows])
         return y if bias is None else y.add_(bias.detach().to(y.dtype)), thin
 
     def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -177,18 +164,13 @@ class FusedInSelected:
         """
         partition, products = self.partition, []
         lead, width = thin.shape[1], x.shape[1]
-        beside = Beside(x.device)
-        with beside:
-            dB = product_fp32(dy.t(), thin)
         for rows, index in _kinds(partition, self.index):
             empty = lead + (width if index is None else len(index))
             there = rows.stop > rows.start
-            with _branch(beside, partition, index):
-                products.append(self._stack(index).spread(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
-        beside.join()
+            products.append(self._stack(index).spread(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
         (dx,), d_thin = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
         dA = product_fp32(d_thin.t(), x)
-        return dx, [dA if self.scale == 1 else dA.mul_(self.scale), dB]
+        return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
 
     def _stack(self, index: Tensor | None) -> Stack:
         def make() -> Stack:
@@ -203,12 +185,6 @@ def _kinds(partition: TokenPartition, selected):
     """``(rows by role, None)`` of the dense rows, and ``(rows by role, selected)`` of the context rows."""
     num_dense = partition.num_dense
     return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
-
-
-def _branch(beside: Beside, partition: TokenPartition, selected) -> AbstractContextManager:
-    """Dense rows go beside context rows, where there are both."""
-    both = partition.num_dense and partition.num_context
-    return beside if both and selected is None else nullcontext()
 
 
 def _once(kept: dict[bool, Stack] | None, which: bool, make: Callable[[], Stack]) -> Stack:
