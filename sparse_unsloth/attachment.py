@@ -164,6 +164,8 @@ def detach(model: nn.Module) -> None:
     model = state.model
     if state.planner is not None:
         state.planner.restore()
+    if state.graphs is not None:
+        state.graphs.close()
     prefill.switch(state, on=False)
     for module in state.hooked:
         state.backend.uninstall(module)

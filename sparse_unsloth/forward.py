@@ -86,6 +86,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
 def _record(state: SparsityState, context: SparseContext) -> None:
     if state.graphs.wants(context.kind):
         context.graphs = state.graphs
+        state.graphs.begin(context)
     elif state.graphs.full:
         state.say_once(
             f"cuda_graphs: {MAX_KINDS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "

@@ -54,6 +54,10 @@ class Rerun:
             place.fill_(torch.nan)
 
     @staticmethod
+    def wait():
+        pass
+
+    @staticmethod
     def keeps(state):
         return state
 
@@ -97,22 +101,17 @@ def step_as_recorded(model, batch, rules="both"):
     """Without graphs, of the partition that they would have."""
     attach_with(model, rules, False)
     state = get_state(model)
-    state.graphs = Unused()
+    state.graphs = Unused(Rerun())
     outcome = loss_and_gradients(model, batch)
     detach(model)
     return outcome
 
 
-class Unused:
-    """Graphs that record nothing."""
-
-    full = False
+class Unused(Graphs):
+    """They record nothing."""
 
     def wants(self, kind):
         return False
-
-    def place(self, *given, reserve):
-        pass
 
 
 FORMS = {"whole": 3, "parts": 8}
@@ -252,6 +251,16 @@ def test_kinds_that_come_once_are_not_recorded(recorder):
     assert len(ours.kinds) == graphs.MAX_KINDS
     assert not ours.wants(99)
     assert ours.wants("often")
+
+
+def test_what_is_prepared_is_bounded(recorder):
+    """A ramp makes a kind of its own of every step, and accumulation lets each come several times."""
+    ours = Graphs(recorder)
+    assert not ours.soon("never came")
+    for number in range(1000):
+        ours.wants(number)
+        assert ours.soon(number) == (number < 2 * graphs.MAX_KINDS)
+    assert len(ours.prepared) == 2 * graphs.MAX_KINDS
 
 
 def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):

@@ -61,9 +61,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     plan = None if args else _plan(runtime, hidden_states, kwargs)
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    fixed = None
-    if plan.graphs is not None and runtime.state.config.refresh_steps == 1:
-        fixed = _fixed(self, hidden_states, kwargs)
+    fixed = None if plan.graphs is None else _fixed(runtime, hidden_states, kwargs)
     if fixed is not None:
         return (_recorded(runtime, hidden_states, plan, kwargs, fixed),)
     before, behind = before_attention, behind_attention
@@ -76,10 +74,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
             runtime.record_run(part)
     output = behind(attention_output, residual, plan)
     if runtime.state.graphs is not None and plan.graphs is None and not plan.unread:
-        for part in peft_backend.PARTS:
-            if runtime.is_sparse(part):
-                chosen = runtime.context.selections[runtime.layer.index, part]
-                graphed_layer.reserve(runtime.state.graphs, runtime.layer.index, part, chosen)
+        _reserve(runtime, runtime.state.graphs)
     if runtime.context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
@@ -108,19 +103,33 @@ def _recorded(
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
-    output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()), runtime.context)
+    output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()))
     for part, chosen in plan.graphs.kept.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
     return output
 
 
-def _fixed(module: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
+    """Makes room for the layer's choices, where forwards of this kind will be recorded."""
+    context, index = runtime.context, runtime.layer.index
+    if (index, context.kind) in graphs.ready or not graphs.soon(context.kind):
+        return
+    for part in peft_backend.PARTS:
+        if runtime.is_sparse(part):
+            graphed_layer.reserve(graphs, index, part, context.selections[index, part])
+    graphs.ready.add((index, context.kind))
+
+
+def _fixed(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
     """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
 
     It can for plain causal attention: no packed documents, no window, cosines and sines given for the whole length.
-    Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace.
+    Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace. Choices can where every
+    forward makes its own.
     """
-    length = hidden_states.shape[1]
+    module, length = runtime.layer.module, hidden_states.shape[1]
+    if runtime.state.config.refresh_steps > 1:
+        return None
     embeddings = arguments.get("position_embeddings")
     window = getattr(module.self_attn.config, "sliding_window", None)
     if not embeddings or embeddings[0].shape[-2] < length or (window is not None and window < length):
@@ -175,8 +184,12 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     )
     unread = recompute and runtime.state.config.exact_removal
     compensation = runtime.compensation() if mlp.sparse else None
+    if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
+        ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
+        memo["graphs"] = ready and compensation is None and runtime.state.config.exact_removal
     graphs = None
-    if context.graphs is not None and compensation is None and (unread or not torch.is_grad_enabled()):
+    if memo.get("graphs", False):
+        context.graphs.check(context)
         graphs = _open(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
     return LayerPlan(
         input_norm=_norm(module.input_layernorm),

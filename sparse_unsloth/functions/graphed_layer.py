@@ -26,19 +26,15 @@ Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """The output before o_proj of hidden states (whose shape alone counts), Q, K and V, and the tensors it depends on."""
 
 
-def whole_layer(
-    hidden_states: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor], forward: object
-) -> Tensor:
+def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
     """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
 
     Args:
         plan: with ``graphs``.
         attention: in every call of this kind the same.
         tensors: its last argument, often the same from layer to layer.
-        forward: the model's, whose channels are kept until the next one's.
     """
     graphs = plan.graphs
-    graphs.within(forward, first=not plan.unread)
     tensors = [graphs.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
     static = replace(
         plan,
@@ -106,9 +102,9 @@ def _layer(x: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[T
 
 
 def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
-    """Makes room for what ``part`` of the layer chooses in recordings; without it they are not possible."""
+    """Makes room for what ``part`` of the layer chooses in recordings, as large as ``chosen``."""
     for name, value in _tensors(chosen):
-        graphs.place(layer, f"{part}.{name}", value, reserve=True)
+        graphs.reserve(layer, f"{part}.{name}", value)
 
 
 def _kept(graphs: Pass, part: str, choose: Callable) -> Callable:

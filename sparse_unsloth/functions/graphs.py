@@ -83,6 +83,11 @@ class CudaRecorder:
         return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
 
     @staticmethod
+    def wait() -> None:
+        """Until nothing runs."""
+        torch.cuda.synchronize()
+
+    @staticmethod
     def keeps(state: Any) -> Any:
         """What a call has to remember of its ``state`` once everything is recorded: nothing."""
         return None
@@ -110,6 +115,12 @@ class Graphs:
 
     Args:
         recorder: as `CudaRecorder`.
+
+    Attributes:
+        kinds, prepared: the forwards that are recorded, and those that may be.
+        ready: layers and kinds of forwards that have room for what they will leave.
+        forward: the last one whose layers were recorded or replayed.
+        serial: counts passes.
     """
 
     def __init__(self, recorder: Any = None):
@@ -117,10 +128,12 @@ class Graphs:
         self.kinds: set[Hashable] = set()
         self.serial = 0
         self.forward: object = None
+        self.prepared: set[Hashable] = set()
+        self.ready: set[Hashable] = set()
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
         self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
-        self._owned: set[int] = set()
+        self._owned: dict[int, Tensor] = {}
         self._rows: dict[Hashable, TokenPartition] = {}
         self._sources: dict[Hashable, object] = {}
 
@@ -140,10 +153,22 @@ class Graphs:
             self._counted.popitem(last=False)
         return False
 
+    def soon(self, kind: Hashable) -> bool:
+        """Whether a forward of this kind, which runs as it is now, is to prepare that the next one is recorded."""
+        if kind not in self.prepared:
+            if self._counted.get(kind, 0) < SEEN_BEFORE or len(self.prepared) >= 2 * MAX_KINDS:
+                return False
+            self.prepared.add(kind)
+        return True
+
     @property
     def full(self) -> bool:
         """Whether no other kinds are recorded."""
         return len(self.kinds) >= MAX_KINDS
+
+    def close(self) -> None:
+        """Waits for what still runs of the recordings, before they go."""
+        self.recorder.wait()
 
     def memory(self) -> int:
         """Bytes that recordings hold on the GPU, besides their inputs' buffers."""
@@ -181,12 +206,31 @@ class Graphs:
             self._sources[key] = values
         return self._buffers[key]
 
-    def place(self, layer: int, name: str, like: Tensor, reserve: bool = False) -> Tensor:
-        """Memory of the layer's own, for what a recording leaves for good; to ``reserve`` before, as no pool has it."""
+    def begin(self, forward: object) -> None:
+        """A ``forward`` of the model begins whose layers are recorded or replayed."""
+        self.forward = forward
+
+    def check(self, forward: object) -> None:
+        """What the first passes of ``forward`` left must still be there at its recompute.
+
+        Raises:
+            SparsityError: another forward came since.
+        """
+        if self.forward is not forward:
+            raise SparsityError(
+                "cuda_graphs: another forward of the model came before the backward of this one, and chose other "
+                "channels in the same place. Call backward after each forward, or set cuda_graphs: false."
+            )
+
+    def reserve(self, layer: int, name: str, like: Tensor) -> None:
+        """Makes room for what a recording will leave for good, as none has memory outside the pool."""
         key = (layer, "left", name, like.shape, like.dtype, like.device)
-        if reserve and key not in self._buffers:
+        if key not in self._buffers:
             self._own(key, torch.empty_like(like))
-        return self._buffers[key]
+
+    def place(self, layer: int, name: str, like: Tensor) -> Tensor:
+        """The room that was reserved."""
+        return self._buffers[layer, "left", name, like.shape, like.dtype, like.device]
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
         """``partition`` at a place of its own: one for each number of rows of each kind."""
@@ -206,13 +250,16 @@ class Graphs:
 
     def input(self, name: Hashable, values: Tensor) -> Tensor:
         """``values`` in a buffer, unless they are in one already."""
-        if not values.numel() or values.data_ptr() in self._owned:
+        owned = self._owned.get(values.data_ptr()) if values.numel() else values
+        if owned is not None and (owned.shape, owned.stride(), owned.dtype) == (
+            values.shape, values.stride(), values.dtype,
+        ):  # fmt: skip
             return values
         return self.buffer(name, tuple(values.shape), values.dtype, values.device).copy_(values)
 
     def _own(self, key: Hashable, tensor: Tensor) -> None:
         self._buffers[key] = tensor
-        self._owned.add(tensor.data_ptr())
+        self._owned[tensor.data_ptr()] = tensor
 
 
 class Pass:
@@ -236,20 +283,6 @@ class Pass:
     def place(self, name: str, like: Tensor) -> Tensor:
         """See `Graphs.place`."""
         return self.graphs.place(self.layer, name, like)
-
-    def within(self, forward: object, first: bool) -> None:
-        """Notes the model's ``forward`` at its ``first`` pass; at a recompute, what its first pass left must be there.
-
-        Raises:
-            SparsityError: another forward came since.
-        """
-        if first:
-            self.graphs.forward = forward
-        elif self.graphs.forward is not forward:
-            raise SparsityError(
-                "cuda_graphs: another forward of the model came before the backward of this one, and chose other "
-                "channels in the same place. Call backward after each forward, or set cuda_graphs: false."
-            )
 
     def take(self, name: str, values: Tensor) -> Tensor:
         """See `Graphs.input`: calls read it where it is then."""
