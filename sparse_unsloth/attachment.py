@@ -253,7 +253,7 @@ def _prepare_graphs(state: SparsityState) -> None:
     """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
     if not (state.config.cuda_graphs and state.runtimes):
         return
-    if not any(state.backend.is_whole(runtime.layer.module) for runtime in state.runtimes.values()):
+    if not any(state.backend.can_record(runtime) for runtime in state.runtimes.values()):
         raise AttachError(
             "cuda_graphs: no sparse layer of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
             "layers do, with LoRA on all of their projections and kernels on). Set cuda_graphs: false."

@@ -229,9 +229,9 @@ class SparsityConfig(_Config):
     layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
     Needs gradient checkpointing to be on; None leaves it as it is."""
     cuda_graphs: Switch = False
-    """Whether the work of layers that select channels is recorded as CUDA graphs and replayed, for steps that are bound
-    by the host: short answers, small models, small batches. Unsloth's Llama-like layers under gradient checkpointing;
-    it pays where micro-batches have few sizes (packing, fixed lengths). Some context tokens stay dense for it."""
+    """Whether sparse layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short
+    answers, small models, small batches. Unsloth's Llama-like layers under gradient checkpointing; it pays where
+    micro-batches have few sizes (packing, fixed lengths). Some context tokens stay dense for it."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
@@ -275,7 +275,7 @@ class SparsityConfig(_Config):
             )
         return share
 
-    @field_validator("ramp", "refresh_steps", "sparse_prefill", "cuda_graphs")
+    @field_validator("ramp", "refresh_steps", "sparse_prefill")
     @classmethod
     def _means_channels(cls, value: float | int | bool, info: ValidationInfo) -> float | int | bool:
         default = cls.model_fields[info.field_name].default

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state, partition
-from sparse_unsloth.backends import unsloth_layer
-from sparse_unsloth.errors import AttachError, BackendError, ConfigError, SparsityError
+from sparse_unsloth.backends import unsloth_layer, unsloth_rows
+from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.functions import graphs
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
+from test_backward_rows import every_step
 from test_whole_layers import RULES, fast_forward, make_model, small_batch
 from tiny import always, loss_and_gradients, make_batch, make_lora
 from unsloth_stand_in import StandIn, assert_same, packed_batch
@@ -34,15 +35,23 @@ class Rerun:
         self.recorded = 0
         self.replayed = 0
         self.places = []
+        self.within_pass = set()
+
+    def note(self, what):
+        """A pass that is replayed in part does not hold what recording the rest would have to leave alone."""
+        self.within_pass.add(what)
+        assert len(self.within_pass) == 1
 
     def record(self, function):
         self.recorded += 1
+        self.note("recorded")
         first = [output.clone() for output in function()]
         places = [output.clone() for output in first]
         self.places += places
 
         def again():
             self.replayed += 1
+            self.note("replayed")
             for place, output in zip(places, function(), strict=True):
                 place.copy_(output)
             return places
@@ -73,6 +82,7 @@ def recorder(monkeypatch):
 
     def open_and_poison(self, *args):
         recorder.poison()
+        recorder.within_pass.clear()
         for name, buffer in self._buffers.items():
             # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
             if isinstance(name[0], str | tuple) and name[0] != "gradient":
@@ -87,11 +97,13 @@ def recorder(monkeypatch):
 def stand_in(monkeypatch):
     stand_in = StandIn(monkeypatch)
     setattr(stand_in.llama, unsloth_layer.FORWARD, fast_forward)
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
     return stand_in
 
 
 def attach_with(model, rules, cuda_graphs, **changes):
-    attach(model, {**always(**RULES[rules]), "exact_removal": False, "cuda_graphs": cuda_graphs, **changes})
+    sparsity = every_step() if rules == "rows" else always(**RULES[rules])
+    attach(model, {**sparsity, "exact_removal": False, "cuda_graphs": cuda_graphs, **changes})
     state = get_state(model)
     state.config = state.config.model_copy(update={"exact_removal": True})  # the stand-in has no fused loss
     return state
@@ -121,20 +133,43 @@ FORMS = {"whole": 3, "parts": 8}
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "parts":
-        monkeypatch.setattr(unsloth_layer, "_fixed", lambda *given: None)
+        monkeypatch.setattr(unsloth_layer, "fixed_tensors", lambda *given: None)
     return request.param
+
+
+def other_rows(batch):
+    """A batch of the same kind whose rows stand elsewhere, with other tokens."""
+    other = {name: values.flip(0) for name, values in batch.items()}
+    return {**other, "input_ids": (other["input_ids"] + 7) % 90 + 2}
 
 
 @pytest.mark.parametrize("rules", ["both", "no dense rows"])
 def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
     model = make_model(stand_in, "reentrant")
-    batches = [small_batch(), small_batch(lambda **kwargs: make_batch(seed=5, **kwargs))]
+    batches = [small_batch(), other_rows(small_batch())]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
-    attach_with(model, rules, True)
+    state = attach_with(model, rules, True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
         assert recorder.recorded == (3 * FORMS[form] if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
+    if form == "whole":  # what is read of a choice after the layer lies where no recording writes but the layer's own
+        chosen = state.graphs.forward.selections
+        assert chosen.keys() == state.expected_parts()
+        assert all(one.data_ptr() in state.graphs._owned for choice in chosen.values() for one in choice.scores)
+
+
+def test_rows_are_chosen_anew(stand_in, recorder):
+    model = make_model(stand_in, "reentrant")
+    batch = make_batch(lengths=((12, 3), (9, 4)))
+    batches = [batch, other_rows(batch)]
+    expected = [step_as_recorded(model, batch, "rows") for batch in batches]
+    state = attach_with(model, "rows", True)
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        assert recorder.recorded == (3 * 3 if step else 0)
+    assert recorder.replayed == 2 * recorder.recorded
+    assert state.ran == state.expected_parts()
 
 
 def test_trained_weights_are_read_anew(stand_in, recorder):
@@ -293,10 +328,9 @@ def test_round_counts(dense, context, expected):
 
 
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):
-    with pytest.raises(ConfigError, match="cuda_graphs"):
-        attach(make_model(stand_in), {"preset": "rows", "cuda_graphs": True})
     with pytest.raises(AttachError, match="cuda_graphs: false"):
         attach_with(make_lora(), "both", True)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    with pytest.raises(BackendError, match="cuda_graphs: false"):
-        attach_with(make_model(stand_in), "both", True)
+    for rules in ("both", "rows"):
+        with pytest.raises(BackendError, match="cuda_graphs: false"):
+            attach_with(make_model(stand_in), rules, True)

@@ -66,8 +66,8 @@ def uninstall(module: nn.Module) -> None:
         module.forward = original
 
 
-def is_whole(layer: nn.Module) -> bool:
-    """Never: see `backends.unsloth.is_whole`."""
+def can_record(runtime: LayerRuntime) -> bool:
+    """Never: see `backends.unsloth.can_record`."""
     return False
 
 

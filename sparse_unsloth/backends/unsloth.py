@@ -189,9 +189,10 @@ def is_installed(module: nn.Module) -> bool:
     return module.apply_qkv is _apply_qkv and module.apply_o is _apply_o and "_sparse_runtime" in module.__dict__
 
 
-def is_whole(layer: nn.Module) -> bool:
-    """Whether the layer's work goes through `functions.layer`."""
-    return getattr(layer.__dict__.get("forward"), "__func__", None) is unsloth_layer.layer_forward
+def can_record(runtime: LayerRuntime) -> bool:
+    """Whether the layer's work goes through functions that CUDA graphs can hold."""
+    forward = getattr(runtime.layer.module.__dict__.get("forward"), "__func__", None)
+    return forward is unsloth_layer.layer_forward or (forward is unsloth_rows.layer_forward and runtime.fusable)
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

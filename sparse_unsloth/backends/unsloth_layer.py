@@ -61,7 +61,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     plan = None if args else _plan(runtime, hidden_states, kwargs)
     if plan is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    fixed = None if plan.graphs is None else _fixed(runtime, hidden_states, kwargs)
+    fixed = None if plan.graphs is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
         return (_recorded(runtime, hidden_states, plan, kwargs, fixed),)
     before, behind = before_attention, behind_attention
@@ -92,21 +92,28 @@ def _attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tenso
 def _recorded(
     runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any], fixed: dict[str, Tensor]
 ) -> Tensor:
-    """The layer's output from recordings of all of it; ``fixed``: what `_fixed` gave."""
-
-    def attention(x: Tensor, handed: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        named = dict(zip(fixed, tensors, strict=True))
-        given = {name: named.get(name, value) for name, value in arguments.items()}
-        given["position_embeddings"] = named[COSINES], named[SINES]
-        return _attend(runtime, x, handed, {name: given[name] for name in given if name not in (COSINES, SINES)})
-
+    """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
+    attention = recorded_attention(runtime, arguments, fixed)
     output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()))
     for part, chosen in plan.graphs.kept.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
     return output
+
+
+def recorded_attention(
+    runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]
+) -> graphed_layer.Attention:
+    """Unsloth's attention of Q, K, V and the ``fixed`` tensors, which stand for those of ``arguments``."""
+
+    def attention(x: Tensor, handed: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        named = dict(zip(fixed, tensors, strict=True))
+        embeddings = named.pop(COSINES), named.pop(SINES)
+        return _attend(runtime, x, handed, {**arguments, **named, "position_embeddings": embeddings})
+
+    return attention
 
 
 def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
@@ -120,7 +127,7 @@ def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
     graphs.ready.add((index, context.kind))
 
 
-def _fixed(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
     """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
 
     It can for plain causal attention: no packed documents, no window, cosines and sines given for the whole length.
@@ -190,7 +197,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     graphs = None
     if memo.get("graphs", False):
         context.graphs.check(context)
-        graphs = _open(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
+        graphs = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
     return LayerPlan(
         input_norm=_norm(module.input_layernorm),
         output_norm=_norm(module.post_attention_layernorm),
@@ -207,7 +214,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     )
 
 
-def _open(graphs: Graphs, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> Pass:
+def open_pass(graphs: Graphs, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> Pass:
     """A pass through ``layer``, whose recordings hold as long as these weights are where they are."""
     tensors = [tensor for one in projections for tensor in (one.lora.A, one.lora.B, one.base.weight)]
     return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))
@@ -225,9 +232,9 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition) -
     if projections is None:
         return None
     every = Rows(partition, False)
-    norm = _norm(module.post_attention_layernorm)
+    norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
     return LayerPlan(
-        norm, norm, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=True, keep=False
+        *norms, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=True, keep=False
     )
 
 

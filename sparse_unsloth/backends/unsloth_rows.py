@@ -7,6 +7,7 @@ are Unsloth's own. Wherever this does not apply, the layer's own forward runs, w
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparse_unsloth.backends import row_hooks, unsloth_layer
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.backends.unsloth_layer import FORWARD, compare
 from sparse_unsloth.functions.backward_rows import backward_rows
+from sparse_unsloth.functions.graphed_rows import whole_layer_by_rows
 from sparse_unsloth.functions.layer import behind_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
 
@@ -44,6 +46,9 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     choice = runtime.row_choice(self) if usable and self.self_attn.training and self.mlp.training else None
     if choice is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
+    recorded = _recorded(runtime, hidden_states, kwargs)
+    if recorded is not None:
+        return (recorded,)
     norm = getattr(sys.modules["unsloth.models.llama"], NORM)
     context, attention, mlp = runtime.context, self.self_attn, self.mlp
     apply_o = attention._sparse_original[1]
@@ -76,3 +81,31 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if context.probe:
         compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
     return (output,)
+
+
+def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """The layer's output from recordings by the project's own functions, where this forward has them."""
+    context, layer, config = runtime.context, runtime.layer, runtime.state.config
+    memo, again = context.memo(layer.index), torch.is_grad_enabled()
+    if context.graphs is None or not runtime.fusable or not config.exact_removal or (again and "graphs" not in memo):
+        return None
+    fixed = unsloth_layer.fixed_tensors(runtime, hidden_states, arguments)
+    plan = unsloth_layer.plan_of_rows(layer, hidden_states, context.every_row_dense())
+    if fixed is None or plan is None:
+        return None
+    memo["graphs"] = True  # a recompute goes the way of its first pass
+    context.graphs.check(context)
+    for part in ("mlp", "self_attn"):
+        runtime.record_run(part)
+    share = config.backward_rows
+    which = context.kind, share, again
+    graphs = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), which)
+    return whole_layer_by_rows(
+        hidden_states,
+        dataclasses.replace(plan, graphs=graphs, unread=again),
+        unsloth_layer.recorded_attention(runtime, arguments, fixed),
+        list(fixed.values()),
+        context.partition,
+        share,
+        context.chosen_rows(context.row_choice(layer.index, share)),
+    )

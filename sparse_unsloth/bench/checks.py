@@ -75,15 +75,13 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     if method in PLAIN:
         return check_plain(plain)
     state = get_state(model)
+    found = [] if state.graphs is None else [check_graphs(model)]
     if state.by_rows:
-        return check_rows(model, plain)
-    found = []
+        return "; ".join([*found, check_rows(model, plain)])
     if method != "hooks-dense":
         for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
             runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
             found += [function(runtime) for runtime in runtimes[:LAYERS]]
-    if state.graphs is not None:
-        found.append(check_graphs(model))
     if method in EQUAL_TO_PLAIN:
         found.append(check_model(loss_and_gradients(model), plain))
     if not found:

@@ -22,6 +22,8 @@ METHODS = {
     "sparse-25-comp": "that with compensation of rank 64",
     "rows-25": "exact forward, backward through a quarter of the context tokens",
     "rows-10": "through a tenth of them",
+    "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
+    "rows-10-graphs": "a tenth of them, likewise",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
@@ -84,7 +86,7 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         rank = COMPENSATION_RANK if method == "sparse-25-comp" else 0
         common["estimator"] |= {"kind": "static", "compensation_rank": rank}
     if kept := re.match(r"rows-(\d\d)", method):
-        return {"backward_rows": int(kept[1]) / 100}
+        return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs")}
     if kept := re.match(r"sparse-(\d\d)", method):
         return {"mlp": {f"1-{num_layers - 1}": 1 - int(kept[1]) / 100}, **common}
     if method == "sparse-o2-graphs":

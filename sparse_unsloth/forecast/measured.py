@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparse_unsloth.bench.methods import CALIBRATED, LLAMA_3_8B, backend_of, sparsity_of
+from sparse_unsloth.bench.methods import CALIBRATED, LLAMA_3_8B, METHODS, backend_of, sparsity_of
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.costs import ModelShape
@@ -26,8 +26,9 @@ MODELS = {"llama8b": LLAMA_3_8B}
 """Sizes of measured models by the name of the checkpoint's folder."""
 NOT_OURS = ("unsloth-dense", "peft-dense")
 """Methods whose time does not depend on the code of this package."""
-LEFT_OUT = ("hooks-dense", "nothing-dropped", *CALIBRATED)
-"""Methods that nobody trains with, and those whose channels and stand-ins a `Plan` does not describe."""
+GRAPHED = tuple(method for method in METHODS if method.endswith("-graphs"))
+LEFT_OUT = ("hooks-dense", "nothing-dropped", *CALIBRATED, *GRAPHED)
+"""Methods that nobody trains with, and those that a `Plan` does not describe."""
 SAME_CODE = datetime.timedelta(days=1)
 """Rows of our own methods that are older than the newest one by more than this were measured on older code."""
 FEWEST = 4

@@ -20,10 +20,11 @@ from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.functions.linear import as_loras
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
-from sparse_unsloth.weights import Projection
 
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """The output before o_proj of hidden states (whose shape alone counts), Q, K and V, and the tensors it depends on."""
+Compute = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""A layer's output of hidden states, LoRA matrices (A and B of q, k, v, o, gate, up, down), and those tensors."""
 
 
 def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
@@ -35,7 +36,6 @@ def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, te
         tensors: its last argument, often the same from layer to layer.
     """
     graphs = plan.graphs
-    tensors = [graphs.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
     static = replace(
         plan,
         graphs=None,
@@ -48,32 +48,48 @@ def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, te
             choose_attention=_kept(graphs, "self_attn", plan.choose_attention),
             choose_mlp=_kept(graphs, "mlp", plan.choose_mlp),
         )
-        return _forward(graphs, static, attention, hidden_states, tensors)
-    return _Recompute.apply(hidden_states, graphs, static, attention, tensors, *lora_tensors_of(plan.projections))
+
+    def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        trained = static.with_loras(loras)
+        *projected, residual = before_attention(x, trained)
+        return behind_attention(attention(x, projected, tensors), residual, trained)
+
+    loras = lora_tensors_of(plan.projections)
+    return (recompute if plan.unread else first_forward)(graphs, compute, hidden_states, tensors, loras)
 
 
-def _forward(
-    graphs: Pass, plan: LayerPlan, attention: Attention, hidden_states: Tensor, tensors: list[Tensor]
+def first_forward(
+    graphs: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
-    def run(x: Tensor, *tensors: Tensor):
-        return (_layer(x, plan, attention, tensors),), None
+    """``compute`` without gradients, in a graph."""
 
-    (output,) = graphs.call("layer", run, (graphs.take("hidden states", hidden_states), *tensors))
+    def run(x: Tensor, *tensors: Tensor):
+        return (compute(x, loras, tensors),), None
+
+    (output,) = graphs.call("layer", run, (graphs.take("hidden states", hidden_states), *_shared(graphs, tensors)))
     graphs.finish()
     return output.clone()
 
 
-class _Recompute(torch.autograd.Function):
-    """A recompute, whose output nobody reads, and the backward behind it."""
+def recompute(
+    graphs: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+) -> Tensor:
+    """``compute`` with gradients, and its backward, in two graphs; nobody reads the output, which is zeros."""
+    return _Recompute.apply(hidden_states, graphs, compute, _shared(graphs, tensors), *loras)
 
+
+def _shared(graphs: Pass, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [graphs.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+
+
+class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, graphs: Pass, plan: LayerPlan, attention: Attention, tensors, *loras):
+    def forward(ctx, hidden_states: Tensor, graphs: Pass, compute: Compute, tensors: list[Tensor], *loras: Tensor):
         def run(x: Tensor, *tensors: Tensor):
             with torch.enable_grad():
                 # Leaves of their own: autograd would have the parameters' stream wait for the one that records.
                 sources = [tensor.detach().requires_grad_() for tensor in (x, *loras)]
-                trained = replace(plan, projections=_with_loras(plan.projections, sources[1:]))
-                output = _layer(sources[0], trained, attention, tensors)
+                output = compute(sources[0], sources[1:], tensors)
             return (), (sources, output)
 
         graphs.call("recompute", run, (graphs.take("hidden states", hidden_states), *tensors))
@@ -93,12 +109,7 @@ class _Recompute(torch.autograd.Function):
         dx, found = graphs.call("backward", run, (graphs.take("gradient", gradient),), after="recompute")
         graphs.finish()
         # Where the layer before will read it, and nothing writes until then.
-        return graphs.take("gradient", dx), *(None,) * 4, *parts(found, loras)
-
-
-def _layer(x: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
-    *projected, residual = before_attention(x, plan)
-    return behind_attention(attention(x, projected, tensors), residual, plan)
+        return graphs.take("gradient", dx), None, None, None, *parts(found, loras)
 
 
 def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
@@ -129,13 +140,6 @@ def _tensors(chosen: MlpSelection | AttentionSelection) -> Iterator[tuple[str, T
             yield from ((f"{field.name}.{number}", one) for number, one in enumerate(value))
         elif value is not None:
             yield field.name, value
-
-
-def _with_loras(projections: Sequence[Projection], loras: Sequence[Tensor]) -> list[Projection]:
-    return [
-        replace(projection, lora=replace(projection.lora, A=A, B=B))
-        for projection, A, B in zip(projections, loras[::2], loras[1::2], strict=True)
-    ]
 
 
 def flat(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:

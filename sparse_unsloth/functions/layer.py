@@ -11,7 +11,7 @@ In a recompute that nobody reads (gradient checkpointing) the MLP is left out: i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,14 @@ class LayerPlan:
             return (self.attention.partition.context,) * 4
         chosen = self.choose_attention(None if normed is None else self.attention.context(normed))
         return chosen.q, chosen.k, chosen.v, chosen.o
+
+    def with_loras(self, loras: Sequence[Tensor]) -> LayerPlan:
+        """The same with other tensors as A and B of each projection in turn."""
+        projections = [
+            replace(projection, lora=replace(projection.lora, A=A, B=B))
+            for projection, A, B in zip(self.projections, loras[::2], loras[1::2], strict=True)
+        ]
+        return replace(self, projections=projections)
 
     def mlp_channels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The channels of the MLP, and all of them in the order in which they stand; none in a dense part."""

@@ -31,8 +31,10 @@ def error(ours, expected):
     return (apart / sum(values.float().square().sum() for values in expected.values())).sqrt().item()
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", [*RULES, "rows"])
 def test_replays(stand_in, form, rules):  # noqa: F811
+    if (form, rules) == ("parts", "rows"):
+        pytest.skip("rows are recorded whole or not at all")
     model = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16)
     batches = [batch_of(seed) for seed in (1, 2)]
     held = None
