@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -434,6 +436,35 @@ def test_rows_are_checked_in_three_ways(model, monkeypatch):
     monkeypatch.setattr(checks, "backward_rows", lambda f, *rest: true(lambda x: f(x) + 0.1 * x.detach(), *rest))
     with pytest.raises(checks.CheckFailed, match="differs from the masked one"):
         checks.check(model, "rows-10", plain)
+
+
+class Tiled(torch.autograd.Function):
+    """As Unsloth's tiled MLP: backward computes the function again and leaves its weights' gradients where they go."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        y.backward(gradient)
+        return None, x.grad
+
+
+def test_rows_of_a_tiled_mlp_are_checked(model):
+    for layer in find_layers(model):
+        layer.mlp.forward = partial(Tiled.apply, layer.mlp.forward)
+    plain = checks.plain_steps(model)
+    attach(model, sparsity_of("rows-10", 3))
+    assert "layers.1.mlp through 39 context rows within" in checks.check(model, "rows-10", plain)
 
 
 @pytest.mark.parametrize("name", ["masked_mlp", "masked_linear"])
