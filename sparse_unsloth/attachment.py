@@ -258,6 +258,10 @@ def _prepare_graphs(state: SparsityState) -> None:
             "cuda_graphs: no sparse layer of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
             "layers do, with LoRA on all of their projections and kernels on). Set cuda_graphs: false."
         )
+    if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
+        raise AttachError(
+            "cuda_graphs: the layers lie on several devices, and a recording is one device's. Set cuda_graphs: false."
+        )
     state.graphs = Graphs()
 
 

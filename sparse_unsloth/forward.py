@@ -84,7 +84,12 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
 
 
 def _record(state: SparsityState, context: SparseContext) -> None:
-    if state.graphs.wants(context.kind):
+    if state.graphs.unsettled:
+        state.say_once(
+            "cuda_graphs: weights lie elsewhere in every step (offloading, sharding), so nothing is recorded any more. "
+            "Set cuda_graphs: false, or keep the model on the GPU."
+        )
+    elif state.graphs.wants(context.kind):
         context.graphs = state.graphs
         state.graphs.begin(context)
     elif state.graphs.full:

@@ -298,6 +298,21 @@ def test_what_is_prepared_is_bounded(recorder):
     assert len(ours.prepared) == 2 * graphs.MAX_KINDS
 
 
+def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MOVES", 0)
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = step_as_recorded(model, batch)
+    attach_with(model, "both", True)
+    for step in range(5):
+        assert_same(loss_and_gradients(model, batch), expected)
+        if step == 1:
+            recorded = recorder.recorded
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    assert recorder.recorded == 2 * recorded
+    assert caplog.text.count("weights lie elsewhere") == 1
+
+
 def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "MAX_KINDS", 0)
     model = make_model(stand_in, "reentrant")

@@ -27,6 +27,8 @@ SEEN_BEFORE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
 MAX_KINDS = 16
 """Kinds of forwards that are recorded: each takes a second or two, and some memory for every layer."""
+MOVES = 4
+"""How often each recording may be made anew, because weights moved, before that is given up."""
 KINDS_COUNTED = 256
 """Kinds that have come lately, and may be recorded when they come again."""
 
@@ -130,6 +132,7 @@ class Graphs:
         self.forward: object = None
         self.prepared: set[Hashable] = set()
         self.ready: set[Hashable] = set()
+        self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
         self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
@@ -166,6 +169,11 @@ class Graphs:
         """Whether no other kinds are recorded."""
         return len(self.kinds) >= MAX_KINDS
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether weights keep moving, so that recording takes more time than it saves."""
+        return self._moved > MOVES * len(self._passes)
+
     def close(self) -> None:
         """Waits for what still runs of the recordings, before they go."""
         self.recorder.wait()
@@ -185,6 +193,7 @@ class Graphs:
         self.serial += 1
         signature = (*constants, *(tensor.data_ptr() for tensor in tensors))
         known = self._passes.get((layer, which))
+        self._moved += known is not None and known[0] != signature
         if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
             known = self._passes[layer, which] = signature, {}, {}
         return Pass(self, layer, *known[1:])
