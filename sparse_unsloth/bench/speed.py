@@ -41,7 +41,7 @@ from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_
 from sparse_unsloth.bench.table import PROFILE_COLUMNS, STEP, append_rows, profile_path, read_rows, report
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
-from sparse_unsloth.functions.graphs import SEEN_BEFORE
+from sparse_unsloth.functions.graphs import SEEN_BEFORE, Graphs
 from sparse_unsloth.words import command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,19 +294,27 @@ class Run:
         finally:
             detach(self.model)
 
+    def _fresh_graphs(self) -> Graphs | None:
+        """The attached model's, without the recordings of other shapes, which would count as memory of this one."""
+        from sparse_unsloth import get_state
+
+        state = get_state(self.model)
+        if state is None or state.graphs is None:
+            return None
+        state.graphs.close()
+        state.graphs = Graphs()
+        return state.graphs
+
     def _samples(self) -> list[dict[str, torch.Tensor]]:
         """What estimators calibrate on: random tokens, as the steps train on."""
         shape, device = Shape(1, 1024, 64), next(self.model.parameters()).device
         return [make_batch(shape, self.model.config.vocab_size, -seed, device) for seed in range(1, 5)]
 
     def _time(self, method: str, name: str, shape: Shape) -> None:
+        graphs = self._fresh_graphs()
         gc.collect()
         torch.cuda.empty_cache()
         stepper = Stepper(self.model, shape)
-        from sparse_unsloth import get_state
-
-        state = get_state(self.model)
-        graphs = None if state is None else state.graphs
         for _ in range(self.args.warmup + (0 if graphs is None else SEEN_BEFORE + 1)):
             stepper()
         torch.cuda.reset_peak_memory_stats()
