@@ -165,7 +165,7 @@ def detach(model: nn.Module) -> None:
     if state.planner is not None:
         state.planner.restore()
     if state.graphs is not None:
-        state.graphs.close()
+        state.graphs.clear()
     prefill.switch(state, on=False)
     for module in state.hooked:
         state.backend.uninstall(module)

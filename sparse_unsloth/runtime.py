@@ -208,6 +208,8 @@ class SparsityState:
         if self.planner is not None:
             self.planner.restore()
             self.planner = None
+        if self.graphs is not None:
+            self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
         self.kept.clear()
 

@@ -62,9 +62,8 @@ class Rerun:
         for place in self.places:
             place.fill_(torch.nan)
 
-    @staticmethod
-    def wait():
-        pass
+    def forget(self):
+        self.places = []
 
     @staticmethod
     def keeps(state):
@@ -296,6 +295,20 @@ def test_what_is_prepared_is_bounded(recorder):
         ours.wants(number)
         assert ours.soon(number) == (number < 2 * graphs.MAX_KINDS)
     assert len(ours.prepared) == 2 * graphs.MAX_KINDS
+
+
+def test_the_end_of_training_gives_memory_back(stand_in, recorder):
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = step_as_recorded(model, batch)
+    state = attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    recorded = recorder.recorded
+    state.end_training()
+    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.kinds, recorder.places))
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert recorder.recorded == 2 * recorded
 
 
 def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):

@@ -299,11 +299,10 @@ class Run:
         from sparse_unsloth import get_state
 
         state = get_state(self.model)
-        if state is None or state.graphs is None:
-            return None
-        state.graphs.close()
-        state.graphs = Graphs()
-        return state.graphs
+        graphs = None if state is None else state.graphs
+        if graphs is not None:
+            graphs.clear()
+        return graphs
 
     def _samples(self) -> list[dict[str, torch.Tensor]]:
         """What estimators calibrate on: random tokens, as the steps train on."""

@@ -84,10 +84,10 @@ class CudaRecorder:
         segments = torch.cuda.memory_snapshot()
         return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self.pool))
 
-    @staticmethod
-    def wait() -> None:
-        """Until nothing runs."""
+    def forget(self) -> None:
+        """Waits for what still runs; later recordings have a pool of their own."""
         torch.cuda.synchronize()
+        self.pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
     def keeps(state: Any) -> Any:
@@ -127,8 +127,11 @@ class Graphs:
 
     def __init__(self, recorder: Any = None):
         self.recorder = CudaRecorder() if recorder is None else recorder
-        self.kinds: set[Hashable] = set()
         self.serial = 0
+        self._start()
+
+    def _start(self) -> None:
+        self.kinds: set[Hashable] = set()
         self.forward: object = None
         self.prepared: set[Hashable] = set()
         self.ready: set[Hashable] = set()
@@ -139,6 +142,11 @@ class Graphs:
         self._owned: dict[int, Tensor] = {}
         self._rows: dict[Hashable, TokenPartition] = {}
         self._sources: dict[Hashable, object] = {}
+
+    def clear(self) -> None:
+        """Forgets all recordings, and gives their memory back."""
+        self.recorder.forget()
+        self._start()
 
     def wants(self, kind: Hashable) -> bool:
         """Whether a forward of this ``kind`` (all that decides which kernels run, with which sizes) is recorded.
@@ -173,10 +181,6 @@ class Graphs:
     def unsettled(self) -> bool:
         """Whether weights keep moving, so that recording takes more time than it saves."""
         return self._moved > MOVES * len(self._passes)
-
-    def close(self) -> None:
-        """Waits for what still runs of the recordings, before they go."""
-        self.recorder.wait()
 
     def memory(self) -> int:
         """Bytes that recordings hold on the GPU, besides their inputs' buffers."""

@@ -31,6 +31,14 @@ def error(ours, expected):
     return (apart / sum(values.float().square().sum() for values in expected.values())).sqrt().item()
 
 
+def assert_same_step(model, batch, expected):
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-3)
+    found = error(gradients, expected[1])
+    assert found <= 0.01
+    return found
+
+
 @pytest.mark.parametrize("rules", [*RULES, "rows"])
 def test_replays(stand_in, form, rules):  # noqa: F811
     if (form, rules) == ("parts", "rows"):
@@ -42,17 +50,17 @@ def test_replays(stand_in, form, rules):  # noqa: F811
         expected = [step_as_recorded(model, batch, rules) for batch in batches]
         attach_with(model, rules, True)
         for step in range(8):
-            loss, gradients = loss_and_gradients(model, batches[step % 2])
-            assert loss.item() == pytest.approx(expected[step % 2][0].item(), rel=1e-3)
-            found = error(gradients, expected[step % 2][1])
+            found = assert_same_step(model, batches[step % 2], expected[step % 2])
             print(f"{form}, {rules}, round {round_number}, step {step}: gradients {found:.1e} apart")
-            assert found <= 0.01
             if step == 3:
                 held = torch.cuda.memory_allocated()
         graphs = get_state(model).graphs
         assert graphs.serial == 6 * 6
         assert 0 < graphs.memory() < 2**30
         assert torch.cuda.memory_allocated() <= held + 2**20
+        graphs.clear()
+        assert torch.cuda.memory_allocated() < held
+        assert_same_step(model, batches[0], expected[0])
         detach(model)
         with torch.no_grad():
             for parameter in model.parameters():
