@@ -4,6 +4,10 @@ Its recordings share memory as hard as CUDA graphs do: whatever a pass returned 
 ones are in tests/gpu/test_graphs.py.
 """
 
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_backward_rows import every_step
 from test_whole_layers import RULES, fast_forward, make_model, small_batch
 from tiny import always, loss_and_gradients, make_batch, make_lora
+from unsloth_on_cpu import UNSLOTH_ON_CPU
 from unsloth_stand_in import StandIn, assert_same, packed_batch
 
 pytestmark = pytest.mark.skipif(
@@ -70,13 +75,11 @@ class Rerun:
         return state
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    recorder = Rerun()
+def share_memory(monkeypatch, recorder):
+    """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
     monkeypatch.setattr(graphs, "CudaRecorder", lambda: recorder)
     monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
     monkeypatch.setattr(partition, "LEAST_MULTIPLE", 3)  # a batch of 20 rows would have no context left
-    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     original = Graphs.open
 
     def open_and_poison(self, *args):
@@ -89,6 +92,13 @@ def recorder(monkeypatch):
         return original(self, *args)
 
     monkeypatch.setattr(Graphs, "open", open_and_poison)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Rerun()
+    share_memory(monkeypatch, recorder)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     return recorder
 
 
@@ -109,10 +119,12 @@ def attach_with(model, rules, cuda_graphs, **changes):
 
 
 def step_as_recorded(model, batch, rules="both"):
-    """Without graphs, of the partition that they would have."""
-    attach_with(model, rules, False)
-    state = get_state(model)
-    state.graphs = Unused(Rerun())
+    """Without graphs, of the partition that they would have; ``rules``: a name, or a configuration."""
+    if isinstance(rules, str):
+        attach_with(model, rules, False)
+    else:
+        attach(model, rules)
+    get_state(model).graphs = Unused(Rerun())
     outcome = loss_and_gradients(model, batch)
     detach(model)
     return outcome
@@ -353,6 +365,22 @@ def test_round_counts(dense, context, expected):
         (*rows.dense.tolist(), *rows.context.tolist())
     )
     assert torch.equal(ours.loss, rows.loss)
+
+
+def test_unsloths_own_layers(tmp_path):
+    """Whole where attention is plain, in parts where documents are packed; rows are recorded whole or not at all."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
+    command = [sys.executable, str(Path(__file__).with_name("unsloth_graphs.py")), str(tmp_path / "found.json")]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    whole = ["backward", "layer", "recompute"]
+    parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
+    assert json.loads((tmp_path / "found.json").read_text()) == {
+        "channels, padded": [whole, 2], "channels, packed": [parts, 2], "rows, padded": [whole, 2],
+        "rows, packed": [[], 0],
+    }  # fmt: skip
 
 
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):

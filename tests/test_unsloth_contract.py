@@ -22,6 +22,7 @@ from sparse_unsloth.errors import AttachError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_batch, make_lora
+from unsloth_on_cpu import UNSLOTH_ON_CPU
 from unsloth_stand_in import (
     FUNCTIONS,
     SLOTS,
@@ -41,13 +42,7 @@ def test_the_installed_release(tmp_path):
         pytest.skip("Unsloth is not installed")
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "UNSLOTH_ALLOW_CPU": "1",
-        "UNSLOTH_COMPILE_DISABLE": "1",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
+        **UNSLOTH_ON_CPU,
     }
     command = [sys.executable, str(Path(__file__).with_name("unsloth_release.py")), str(tmp_path / "problems.json")]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -15,6 +15,17 @@ from transformers.models.llama import modeling_llama
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_lora
 
+UNSLOTH_ON_CPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "UNSLOTH_ALLOW_CPU": "1",
+    "UNSLOTH_COMPILE_DISABLE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
+}
+"""Of a process that imports Unsloth here."""
+
 
 def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
     """A LoRA model of ``base`` as Unsloth's ``get_peft_model`` leaves it, in float32."""

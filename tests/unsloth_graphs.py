@@ -1,0 +1,56 @@
+"""A script: `cuda_graphs` on the layers of the installed Unsloth, on the CPU; prints as JSON what was recorded.
+
+In a process of its own, as importing Unsloth changes torch and transformers for good. Recordings are stand-ins
+(`test_graphs.Rerun`), the project's kernels run through Triton's interpreter, Unsloth's are the same mathematics.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_unsloth import attach, detach, get_state
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import always, loss_and_gradients, make_base, make_batch
+
+LENGTHS = ((7, 3), (5, 2))
+SETTINGS = {"channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}), "rows": {"backward_rows": 0.25}}
+
+
+def examine() -> dict[str, list]:
+    """By setting and layout: the calls that were recorded, and how often each was replayed."""
+    torch.set_num_threads(1)
+    base = make_base("llama", hidden_size=32, intermediate_size=64)
+    import unsloth  # noqa: F401
+    from unsloth.models import llama
+
+    llama.FastLlamaModel.pre_patch()
+    from test_graphs import Rerun, share_memory, step_as_recorded
+    from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
+    from unsloth_stand_in import assert_same, packed_batch
+
+    replace_gpu_kernels()
+    model, found = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), {}
+    for name, setting in SETTINGS.items():
+        for layout, make in (("padded", make_batch), ("packed", packed_batch)):
+            with pytest.MonkeyPatch.context() as patch:
+                recorder = Rerun()
+                share_memory(patch, recorder)
+                batches = [make(seed=seed, lengths=LENGTHS) for seed in (0, 1)]
+                expected = [step_as_recorded(model, batch, setting) for batch in batches]
+                attach(model, {**setting, "cuda_graphs": True})
+                for step in range(4):
+                    assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+                passes = get_state(model).graphs._passes.values()
+                calls = sorted({call for _, calls, _ in passes for call in calls})
+                found[f"{name}, {layout}"] = [calls, recorder.replayed // max(recorder.recorded, 1)]
+                detach(model)
+    return found
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(examine()))
