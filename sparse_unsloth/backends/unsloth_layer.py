@@ -68,7 +68,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if plan.graphs is not None:
         before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
     *handed, residual = before(hidden_states, plan)
-    attention_output = _attend(runtime, hidden_states, handed, kwargs)
+    attention_output = attend(runtime, hidden_states, handed, kwargs)
     for part in peft_backend.PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
@@ -80,7 +80,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     return (output,)
 
 
-def _attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tensor], arguments: dict) -> Tensor:
+def attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tensor], arguments: dict) -> Tensor:
     """Unsloth's attention of Q, K, V, before o_proj."""
     runtime.handed = tuple(handed)
     try:
@@ -111,7 +111,7 @@ def recorded_attention(
     def attention(x: Tensor, handed: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         named = dict(zip(fixed, tensors, strict=True))
         embeddings = named.pop(COSINES), named.pop(SINES)
-        return _attend(runtime, x, handed, {**arguments, **named, "position_embeddings": embeddings})
+        return attend(runtime, x, handed, {**arguments, **named, "position_embeddings": embeddings})
 
     return attention
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import row_hooks, unsloth_layer
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.backends.unsloth_layer import FORWARD, compare
+from sparse_unsloth.functions import graphed_parts
 from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.functions.graphed_rows import whole_layer_by_rows
+from sparse_unsloth.functions.graphed_rows import behind_attention_by_rows, whole_layer_by_rows
 from sparse_unsloth.functions.layer import behind_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
 
@@ -89,23 +90,23 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     memo, again = context.memo(layer.index), torch.is_grad_enabled()
     if context.graphs is None or not runtime.fusable or not config.exact_removal or (again and "graphs" not in memo):
         return None
-    fixed = unsloth_layer.fixed_tensors(runtime, hidden_states, arguments)
     plan = unsloth_layer.plan_of_rows(layer, hidden_states, context.every_row_dense())
-    if fixed is None or plan is None:
+    if plan is None:
         return None
     memo["graphs"] = True  # a recompute goes the way of its first pass
     context.graphs.check(context)
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    which = context.kind, share, again
-    graphs = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), which)
-    return whole_layer_by_rows(
-        hidden_states,
-        dataclasses.replace(plan, graphs=graphs, unread=again),
-        unsloth_layer.recorded_attention(runtime, arguments, fixed),
-        list(fixed.values()),
-        context.partition,
-        share,
-        context.chosen_rows(context.row_choice(layer.index, share)),
-    )
+    graphs = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
+    plan = dataclasses.replace(plan, graphs=graphs, unread=again)
+    rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
+    fixed = unsloth_layer.fixed_tensors(runtime, hidden_states, arguments)
+    if fixed is not None:
+        attention = unsloth_layer.recorded_attention(runtime, arguments, fixed)
+        return whole_layer_by_rows(hidden_states, plan, attention, list(fixed.values()), *rows)
+    *handed, residual = graphed_parts.before_attention(hidden_states, plan)
+    attention_output = unsloth_layer.attend(runtime, hidden_states, handed, arguments)
+    if again:
+        return behind_attention_by_rows(attention_output, residual, plan, *rows)
+    return graphed_parts.behind_attention(attention_output, residual, plan)

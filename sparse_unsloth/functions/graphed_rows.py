@@ -1,4 +1,4 @@
-"""A whole layer in CUDA graphs whose backward goes through few rows: `functions.graphed_layer` for `backward_rows`.
+"""CUDA graphs for `backward_rows`: `functions.graphed_layer` and `functions.graphed_parts` for layers by rows.
 
 Forward computes every row densely. The recompute ends at the attention, and backward, recorded as well, chooses rows by
 the gradient that comes, computes them behind the attention once more, and takes gradients through them.
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
-from sparse_unsloth.functions.graphed_layer import Attention, first_forward, recompute
+from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.partition import TokenPartition
 
@@ -47,19 +49,68 @@ def whole_layer_by_rows(
         attention_output = attention(x, projected, tensors)
         if not plan.unread:
             return behind_attention(attention_output, residual, trained)
-        again = replace(trained, attention=few, mlp=few, keep=False)
-        return backward_rows(
-            _not_called,
-            [attention_output, residual],
-            loras[6:],  # behind the attention
-            RowChoice(roles, share),
-            residual=1,
-            unread=True,
-            again=lambda rows, stream: behind_attention(rows, stream, again),
-        )
+        return _through_few(attention_output, residual, trained, few, RowChoice(roles, share))
 
     loras = lora_tensors_of(plan.projections)
     return (recompute if plan.unread else first_forward)(graphs, compute, hidden_states, tensors, loras)
+
+
+def behind_attention_by_rows(
+    attention_output: Tensor,
+    residual: Tensor,
+    plan: LayerPlan,
+    partition: TokenPartition,
+    share: float,
+    chosen: TokenPartition,
+) -> Tensor:
+    """Behind an attention that runs as it is, in a recompute: zeros, whose backward is a recording.
+
+    Args:
+        attention_output: ``[..., heads * head_dim]``, before o_proj.
+        residual: as `graphed_parts.before_attention` gave it; other arguments as in `whole_layer_by_rows`.
+    """
+    loras = lora_tensors_of(plan.projections[3:])
+    return _BehindByRows.apply(attention_output, residual, plan, partition, share, chosen, *loras)
+
+
+class _BehindByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, partition, share, chosen, *loras):
+        ctx.plan, ctx.share, ctx.loras = plan, share, loras
+        ctx.roles, ctx.few = plan.graphs.rows(partition), Rows(plan.graphs.rows(chosen), False)
+        ctx.save_for_backward(attention_output, residual)
+        return residual.new_zeros(()).expand(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        plan, loras, graphs = ctx.plan, ctx.loras, ctx.plan.graphs
+        before = lora_tensors_of(plan.projections[:3])
+
+        def run(gradient: Tensor, *inputs: Tensor):
+            with torch.enable_grad():
+                sources = [tensor.detach().requires_grad_() for tensor in (*inputs, *loras)]
+                trained = plan.with_loras([*before, *sources[2:]])
+                output = _through_few(*sources[:2], trained, ctx.few, RowChoice(ctx.roles, ctx.share))
+            d_attention, d_residual, *found = torch.autograd.grad(output, sources, gradient)
+            return (d_attention, d_residual, flat(found, loras)), None
+
+        *d_inputs, found = graphs.call("rows backward", run, (gradient, *ctx.saved_tensors))
+        return *d_inputs, *(None,) * 4, *parts(found, loras)
+
+
+def _through_few(attention_output: Tensor, residual: Tensor, plan: LayerPlan, few: Rows, choice: RowChoice) -> Tensor:
+    """Zeros, whose backward goes through few rows, by the LoRA matrices of ``plan``."""
+    again = replace(plan, attention=few, mlp=few, unread=True, keep=False, graphs=None)
+    return backward_rows(
+        _not_called,
+        [attention_output, residual],
+        lora_tensors_of(plan.projections[3:]),
+        choice,
+        residual=1,
+        unread=True,
+        again=lambda rows, stream: behind_attention(rows, stream, again),
+    )
 
 
 def _not_called(*rows: Tensor) -> NoReturn:

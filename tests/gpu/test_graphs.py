@@ -41,8 +41,6 @@ def assert_same_step(model, batch, expected):
 
 @pytest.mark.parametrize("rules", [*RULES, "rows"])
 def test_replays(stand_in, form, rules):  # noqa: F811
-    if (form, rules) == ("parts", "rows"):
-        pytest.skip("rows are recorded whole or not at all")
     model = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16)
     batches = [batch_of(seed) for seed in (1, 2)]
     held = None
