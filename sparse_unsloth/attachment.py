@@ -17,6 +17,7 @@ from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.loss import install_loss_removal
@@ -253,10 +254,11 @@ def _prepare_graphs(state: SparsityState) -> None:
     """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
     if not (state.config.cuda_graphs and state.runtimes):
         return
-    if not any(state.backend.can_record(runtime) for runtime in state.runtimes.values()):
+    whole = any(state.backend.can_record(runtime) for runtime in state.runtimes.values())
+    if not whole or not use_kernels(next(state.model.parameters())):
         raise AttachError(
             "cuda_graphs: no sparse layer of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
-            "layers do, with LoRA on all of their projections and kernels on). Set cuda_graphs: false."
+            "layers do, with LoRA on all of their projections, and with Triton's kernels). Set cuda_graphs: false."
         )
     if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
         raise AttachError(

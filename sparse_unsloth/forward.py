@@ -112,6 +112,11 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         close_prefill(state, context)
         return
     state.watch.look(context)
+    if context.graphs is not None and context.graphs.idle:
+        state.say_once(
+            "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
+            "exact_removal: true, one active adapter with LoRA on every projection, and no compensation."
+        )
     if context.loss_only and not context.loss_reached:
         raise SparsityError(
             "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "

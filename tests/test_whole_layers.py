@@ -55,8 +55,8 @@ def small_batch(make=make_batch):
     return make(lengths=((5, 3), (3, 2)))
 
 
-def make_model(stand_in, checkpointing=False, lora=make_lora):
-    model = lora(base=make_base("llama", use_cache=False, **SMALL))
+def make_model(stand_in, checkpointing=False, lora=make_lora, **changes):
+    model = lora(base=make_base("llama", use_cache=False, **SMALL, **changes))
     fast_lora = stand_in.fast_lora
     for layer in decoder_layers(model):
         layer.__class__, layer.self_attn.__class__ = FastLayer, SlotAttention

@@ -135,6 +135,7 @@ class Graphs:
         self.forward: object = None
         self.prepared: set[Hashable] = set()
         self.ready: set[Hashable] = set()
+        self._began = self.serial
         self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
         self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
@@ -221,7 +222,12 @@ class Graphs:
 
     def begin(self, forward: object) -> None:
         """A ``forward`` of the model begins whose layers are recorded or replayed."""
-        self.forward = forward
+        self.forward, self._began = forward, self.serial
+
+    @property
+    def idle(self) -> bool:
+        """Whether no layer was recorded or replayed since the last forward began."""
+        return self.serial == self._began
 
     def check(self, forward: object) -> None:
         """What the first passes of ``forward`` left must still be there at its recompute.

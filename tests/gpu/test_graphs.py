@@ -13,8 +13,7 @@ import torch
 from sparse_unsloth import detach, get_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_graphs import attach_with, form, stand_in, step_as_recorded  # noqa: F401  # fixtures
-from test_whole_layers import RULES, make_model
+from test_graphs import LAYERS, RULES, attach_with, checkpointed, form, stand_in, step_as_recorded  # noqa: F401
 from tiny import loss_and_gradients, make_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -41,7 +40,7 @@ def assert_same_step(model, batch, expected):
 
 @pytest.mark.parametrize("rules", [*RULES, "rows"])
 def test_replays(stand_in, form, rules):  # noqa: F811
-    model = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16)
+    model = checkpointed(stand_in).to("cuda", torch.bfloat16)
     batches = [batch_of(seed) for seed in (1, 2)]
     held = None
     for round_number in range(2):
@@ -53,7 +52,7 @@ def test_replays(stand_in, form, rules):  # noqa: F811
             if step == 3:
                 held = torch.cuda.memory_allocated()
         graphs = get_state(model).graphs
-        assert graphs.serial == 6 * 6
+        assert graphs.serial == 6 * 2 * LAYERS
         assert 0 < graphs.memory() < 2**30
         assert torch.cuda.memory_allocated() <= held + 2**20
         graphs.clear()
@@ -67,7 +66,7 @@ def test_replays(stand_in, form, rules):  # noqa: F811
 
 
 def test_trained_weights_are_read_anew(stand_in):  # noqa: F811
-    model, batch = make_model(stand_in, "reentrant").to("cuda", torch.bfloat16), batch_of(3)
+    model, batch = checkpointed(stand_in).to("cuda", torch.bfloat16), batch_of(3)
     attach_with(model, "both", True)
     for _ in range(4):
         before = loss_and_gradients(model, batch)
@@ -77,7 +76,7 @@ def test_trained_weights_are_read_anew(stand_in):  # noqa: F811
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     after = loss_and_gradients(model, batch)
-    assert get_state(model).graphs.serial == serial + 6
+    assert get_state(model).graphs.serial == serial + 2 * LAYERS
     detach(model)
     assert error(after[1], step_as_recorded(model, batch)[1]) <= 0.01
     assert error(after[1], before[1]) > 0.05
