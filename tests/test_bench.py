@@ -24,6 +24,7 @@ from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.functions.compensation import Compensation
+from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import TokenPartition
 
@@ -31,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_lora, pack_nf4
 
 ROOT = Path(__file__).resolve().parents[1]
+TRUE_TIME = speed.Run._time
+"""Where `run` has put another."""
 
 
 def row(method, shape="wizardlm", date="2026-01-01T00:00:00+00:00", ms=100.0, **changes):
@@ -609,6 +612,22 @@ def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
     assert "| matrix products | 60.0 (7) | 60.0 (7) |" in text
     assert "| no kernel running | 15.0 | 15.0 |" in text
     assert text.count("2026-01-02, commit x.") == 1
+
+
+def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
+    """Of each shape anew, for its times and for its profile."""
+    steps, counted = [], []
+    graphs = argparse.Namespace(memory=lambda: 2**30)
+    monkeypatch.setattr(speed.Run, "_time", TRUE_TIME)
+    monkeypatch.setattr(speed.Run, "_fresh_graphs", lambda self: steps.clear() or graphs)
+    monkeypatch.setattr(speed.Stepper, "__call__", lambda self: steps.append(self.shape) or 1.0)
+    monkeypatch.setattr(speed.torch.cuda, "reset_peak_memory_stats", lambda: counted.append(len(steps)))
+    found = profiling.Profile(1.0, {}, 0.0, "")
+    monkeypatch.setattr(profiling, "profile", lambda *_: counted.append(len(steps)) or found)
+    made = run("--shapes", "host,wizardlm", "--profile", "host", "--warmup", "1", "--steps", "2")
+    assert made.measure(["unsloth-dense"])
+    assert counted == [SEEN_BEFORE + 2, SEEN_BEFORE + 2, SEEN_BEFORE + 1]
+    assert made.peaks["unsloth-dense", "host"] >= 1
 
 
 def test_shapes_to_profile():

@@ -264,7 +264,8 @@ class Run:
         """Of one step: printed, and its sums written beside the table."""
         from sparse_unsloth.bench.profiling import IDLE, profile
 
-        found = profile(Stepper(self.model, self.args.shapes[name]), self.model.config.num_hidden_layers)
+        stepper = self._recorded_stepper(self.args.shapes[name], self._fresh_graphs())
+        found = profile(stepper, self.model.config.num_hidden_layers)
         print(f"-- {method} {name}: {found.text}", flush=True)
         launches = sum(count for _, count in found.kinds.values())
         sums = {STEP: (found.step_ms, launches), **found.kinds, IDLE: (found.idle_ms, 0)}
@@ -304,6 +305,13 @@ class Run:
             graphs.clear()
         return graphs
 
+    def _recorded_stepper(self, shape: Shape, graphs: Graphs | None) -> Stepper:
+        """Steps of ``shape``, after those that ``graphs`` need until every further one is a replay."""
+        stepper = Stepper(self.model, shape)
+        for _ in range(0 if graphs is None else SEEN_BEFORE + 1):
+            stepper()
+        return stepper
+
     def _samples(self) -> list[dict[str, torch.Tensor]]:
         """What estimators calibrate on: random tokens, as the steps train on."""
         shape, device = Shape(1, 1024, 64), next(self.model.parameters()).device
@@ -313,8 +321,8 @@ class Run:
         graphs = self._fresh_graphs()
         gc.collect()
         torch.cuda.empty_cache()
-        stepper = Stepper(self.model, shape)
-        for _ in range(self.args.warmup + (0 if graphs is None else SEEN_BEFORE + 1)):
+        stepper = self._recorded_stepper(shape, graphs)
+        for _ in range(self.args.warmup):
             stepper()
         torch.cuda.reset_peak_memory_stats()
         times = [stepper() for _ in range(self.args.steps)]
