@@ -159,24 +159,58 @@ def _through(rows: Tensor, y: Tensor) -> Tensor:
 
 
 def check_graphs(model: nn.Module) -> str:
-    """Steps that are recorded, and replayed on other batches, against the same ones before."""
-    graphs = get_state(model).graphs
-    expected = [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
-    if graphs.serial:
+    """Steps that are recorded, and replayed on other batches, against the same ones before.
+
+    Layers by rows run through Unsloth's functions as long as they are not recorded, round otherwise, and then choose
+    other rows: so theirs are compared with what they record, run as it is.
+    """
+    state = get_state(model)
+    graphs = state.graphs
+    expected = _as_recorded(model) if state.by_rows else None
+    began = graphs.serial
+    before = [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
+    if graphs.serial != began:
         raise CheckFailed("steps were recorded that come first")
     worst = 0.0
     for number in range(2 * SEEN_BEFORE):
         loss, gradients = loss_and_gradients(model, number % SEEN_BEFORE)
-        plain_loss, plain = expected[number % SEEN_BEFORE]
+        plain_loss, plain = (expected or before)[number % SEEN_BEFORE]
         _check_loss(loss, plain_loss, "the one without graphs")
         if gradients.keys() != plain.keys():
             raise CheckFailed("other parameters have gradients than without graphs")
         worst = max(worst, _distance(gradients, plain))
-    if not graphs.serial:
+    if graphs.serial == began:
         raise CheckFailed("no layer was recorded")
     if not worst <= REPLAY_TOLERANCE:
         raise CheckFailed(f"replayed gradients differ by {worst:.3f} of their norm from those without graphs")
     return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}"
+
+
+class Immediate:
+    """In place of `CudaRecorder`: runs a function whenever a recording of it would be replayed."""
+
+    def record(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+        return list(function()), lambda: list(function())
+
+    def forget(self) -> None:
+        """Nothing is held."""
+
+    @staticmethod
+    def keeps(state: object) -> None:
+        """It is made anew each time."""
+
+
+def _as_recorded(model: nn.Module) -> list[Step]:
+    """The steps of `check_graphs` by the functions that graphs record, with none recorded; afterwards none is known."""
+    graphs = get_state(model).graphs
+    recorder, graphs.recorder = graphs.recorder, Immediate()
+    try:
+        for seed in range(SEEN_BEFORE):
+            loss_and_gradients(model, seed)
+        return [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
+    finally:
+        graphs.clear()
+        graphs.recorder = recorder
 
 
 def check_attention(runtime: LayerRuntime) -> str:
