@@ -235,7 +235,7 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
 
 def _replace_whole_layers(state: SparsityState) -> None:
     """Lets the layers of a sparse model run as a whole where that is faster, dense ones among them too."""
-    if state.backend_name != "unsloth" or not state.runtimes:
+    if state.backend_name != "unsloth" or not (state.runtimes or state.recorded_dense):
         return
     runtimes = [
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
@@ -252,12 +252,14 @@ def _replace_whole_layers(state: SparsityState) -> None:
 
 def _prepare_graphs(state: SparsityState) -> None:
     """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
-    if not (state.config.cuda_graphs and state.runtimes):
+    if not state.config.cuda_graphs:
         return
-    whole = any(state.backend.can_record(runtime) for runtime in state.runtimes.values())
+    runtimes = state.whole_layers if state.recorded_dense else state.runtimes
+    whole = any(state.backend.can_record(runtime) for runtime in runtimes.values())
     if not whole or not use_kernels(next(state.model.parameters())):
+        which = "layer" if state.recorded_dense else "sparse layer"
         raise AttachError(
-            "cuda_graphs: no sparse layer of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
+            f"cuda_graphs: no {which} of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
             "layers do, with LoRA on all of their projections, and with Triton's kernels). Set cuda_graphs: false."
         )
     if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
@@ -308,7 +310,7 @@ def _probe(state: SparsityState) -> None:
     Raises:
         AttachError: some part was not reached.
     """
-    if not (state.runtimes or state.last_layer):
+    if not (state.runtimes or state.last_layer or state.whole_layers):
         return
     parameter = next(state.model.parameters())
     if parameter.device.type == "meta":

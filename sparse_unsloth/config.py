@@ -229,9 +229,10 @@ class SparsityConfig(_Config):
     layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
     Needs gradient checkpointing to be on; None leaves it as it is."""
     cuda_graphs: Switch = False
-    """Whether sparse layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short
-    answers, small models, small batches. Unsloth's Llama-like layers under gradient checkpointing; it pays where
-    micro-batches have few sizes (packing, fixed lengths). Some context tokens stay dense for it."""
+    """Whether layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short answers,
+    small models, small batches. Unsloth's Llama-like layers under gradient checkpointing; it pays where micro-batches
+    have few sizes (packing, fixed lengths). Some context tokens stay dense for it. With nothing sparse the whole
+    training is dense and recorded, also of data without prompts."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

@@ -16,7 +16,7 @@ from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
-from sparse_unsloth.last_layer import loss_is_fused, worth_removing
+from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
 from sparse_unsloth.prefill import close_prefill, open_prefill
@@ -32,7 +32,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         SparsityError: a training forward with a schedule that nothing drives.
         EstimatorError: the estimator still waits for calibration samples.
     """
-    if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer):
+    if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer or state.recorded_dense):
         return None
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
@@ -49,7 +49,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
             )
         return None
     loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
-    if not (state.runtimes or loss_only):
+    if not (state.runtimes or loss_only or state.recorded_dense):
         return None
     partition = roles_of(state, kwargs)
     if state.planner is not None:
@@ -73,10 +73,16 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
+    elif state.recorded_dense:
+        partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
-    if scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model):
+    if state.recorded_dense:
+        _record(state, context)
+    elif (
+        scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
+    ):
         context.observation = _observe(state, partition, scale, kwargs)
     elif state.graphs is not None and scale > 0:
         _record(state, context)
@@ -170,7 +176,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         padding_masked=state.backend_name != "unsloth",
         tiers=state.tiers,
     )
-    return partition if state.graphs is None else partition.with_round_count()
+    return partition if state.graphs is None or state.recorded_dense else partition.with_round_count()
 
 
 def _current_scale(state: SparsityState) -> float:

@@ -34,6 +34,7 @@ RULES = {
     "attention alone": {"mlp": {}, "self_attn": {"0": 0.5}},
     "no dense rows": {"mlp": {"1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
     "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
+    "dense": {"mlp": {}, "self_attn": {}},
 }
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
@@ -195,6 +196,22 @@ def test_rows_are_chosen_anew(stand_in, recorder, form):
         assert recorder.recorded == (LAYERS * {"whole": 3, "parts": 6}[form] if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert state.ran == state.expected_parts()
+
+
+def test_dense_layers_are_recorded(stand_in, recorder, form):
+    """For every batch of one shape: whichever of its tokens are padding or prompt, and with no prompt at all."""
+    model = checkpointed(stand_in)
+    batch = small_batch()
+    batches = [batch, other_rows(batch), {**batch, "labels": batch["input_ids"].clone()}]
+    expected = [step_as_recorded(model, batch, "dense") for batch in batches]
+    state = attach_with(model, "dense", True)
+    assert not state.runtimes
+    for step in range(5):
+        assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
+        assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
+    assert recorder.replayed == 3 * recorder.recorded
+    detach(model)
+    assert_same(loss_and_gradients(model, batch), expected[0])
 
 
 def test_trained_weights_are_read_anew(stand_in, recorder):
@@ -394,15 +411,17 @@ def test_unsloths_own_layers(tmp_path):
     parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "channels, padded": [whole, 2], "channels, packed": [parts, 2], "rows, padded": [whole, 2],
-        "rows, packed": [["mlp", "o", "qkv", "qkv backward", "rows backward"], 2],
+        "rows, packed": [["mlp", "o", "qkv", "qkv backward", "rows backward"], 2], "dense, padded": [whole, 2],
+        "dense, packed": [parts, 2],
     }  # fmt: skip
 
 
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):
     for model in (make_lora(), make_model(stand_in)):  # the PEFT backend; no kernels
-        with pytest.raises(AttachError, match="cuda_graphs: false"):
-            attach_with(model, "both", True)
+        for rules in ("both", "dense"):
+            with pytest.raises(AttachError, match="cuda_graphs: false"):
+                attach_with(model, rules, True)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    for rules in ("both", "rows"):
+    for rules in ("both", "rows", "dense"):
         with pytest.raises(BackendError, match="cuda_graphs: false"):
             attach_with(make_model(stand_in), rules, True)

@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_batch
 
 LENGTHS = ((7, 3), (5, 2))
-SETTINGS = {"channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}), "rows": {"backward_rows": 0.25}}
+SETTINGS = {
+    "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
+    "rows": {"backward_rows": 0.25},
+    "dense": {"preset": "dense"},
+}
 
 
 def examine() -> dict[str, list]:

@@ -12,6 +12,7 @@ from sparse_unsloth.errors import ConfigError
 METHODS = {
     "unsloth-dense": "Unsloth as it is, the baseline",
     "unsloth-dense-exact": "Unsloth, dense, without work that has no effect",
+    "dense-graphs": "dense, without that work, layers recorded as CUDA graphs",
     "hooks-dense": "every hook of sparse-o2 installed, in a dense phase",
     "sparse-o1": "preset o1, conservative",
     "sparse-o2": "preset o2, aggressive",
@@ -35,7 +36,7 @@ PLAIN = ("unsloth-dense", "peft-dense")
 CALIBRATED = ("sparse-25-static", "sparse-25-comp")
 """Methods whose estimator needs samples."""
 COMPENSATION_RANK = 64
-EQUAL_TO_PLAIN = ("unsloth-dense-exact", "hooks-dense", "nothing-dropped")
+EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "hooks-dense", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
 LLAMA_3_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
@@ -81,6 +82,8 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         return None
     if method == "unsloth-dense-exact":
         return {"preset": "dense"}
+    if method == "dense-graphs":
+        return {"preset": "dense", "cuda_graphs": True}
     if method == "hooks-dense":
         return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
     if method in CALIBRATED:
