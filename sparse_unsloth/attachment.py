@@ -284,7 +284,10 @@ def _register_hooks(state: SparsityState) -> None:
 def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if CONTEXT_ARGUMENT in kwargs:
         return None
-    context = model.__dict__["_sparsity_state"].open_forward(model, args, kwargs)
+    state = model.__dict__["_sparsity_state"]
+    if state.graphs is not None and not args:
+        kwargs = state.few_sizes(model, kwargs)
+    context = state.open_forward(model, args, kwargs)
     return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
 
 

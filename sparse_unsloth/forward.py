@@ -20,6 +20,7 @@ from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_remo
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
 from sparse_unsloth.prefill import close_prefill, open_prefill
+from sparse_unsloth.rounding import with_round_counts, with_round_length
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
@@ -161,6 +162,14 @@ def _observe(
     return state.observer.open(state.step, partition, starts, state.layers, sparsity)
 
 
+def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
+    idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
+    if not model.training or idle or state.tiers or not loss_is_fused(model, arguments):
+        return arguments
+    return with_round_length(arguments, getattr(model, "max_seq_length", None))
+
+
 def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
     """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
     if is_sequence_classifier(state.model):
@@ -176,7 +185,9 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         padding_masked=state.backend_name != "unsloth",
         tiers=state.tiers,
     )
-    return partition if state.graphs is None or state.recorded_dense else partition.with_round_count()
+    if state.graphs is None or state.recorded_dense:
+        return partition
+    return with_round_counts(partition, padding_is_context=state.by_rows)
 
 
 def _current_scale(state: SparsityState) -> float:

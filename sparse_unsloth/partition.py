@@ -25,9 +25,6 @@ IGNORE_INDEX = -100
 PADDING_PLACE = -(1 << 30)
 """A padding row in `TokenPartition.place`."""
 
-LEAST_MULTIPLE = 16
-"""Of the counts that `TokenPartition.with_round_count` makes."""
-
 
 @dataclass(frozen=True, eq=False)
 class TokenPartition:
@@ -192,20 +189,6 @@ class TokenPartition:
                 for name, rows, count in zip(("output", "output_loss"), by_output, num_output, strict=False)
             },
         )
-
-    def with_round_count(self) -> TokenPartition:
-        """The same, with some context rows among the dense ones, so that few counts of them come.
-
-        Dense rows become a multiple of a 128th of all rows, at least of `LEAST_MULTIPLE`, by the last context rows; no
-        host sync.
-        """
-        multiple = max(LEAST_MULTIPLE, self.shape[0] * self.shape[1] // 128)
-        moved = min(-self.num_dense % multiple, self.num_context)
-        if not moved or not self.num_dense or self.output is not None:
-            return self
-        context, more = self.context.split([self.num_context - moved, moved])
-        dense = torch.cat((self.dense, more)).sort().values
-        return TokenPartition(self.shape, dense, context, self.padding, self.loss)
 
     @functools.cached_property
     def num_dense(self) -> int:

@@ -219,6 +219,10 @@ class SparsityState:
         """See `metrics.metrics`."""
         return metrics.metrics(self)
 
+    def few_sizes(self, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """See `forward.few_sizes`."""
+        return forward.few_sizes(self, model, arguments)
+
     def open_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
         """See `forward.open_forward`."""
         return forward.open_forward(self, model, args, kwargs)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_unsloth import attach, detach, get_state, partition
+from sparse_unsloth import attach, detach, get_state, rounding
 from sparse_unsloth.backends import unsloth_layer, unsloth_rows
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.functions import graphs
@@ -87,7 +87,7 @@ def share_memory(monkeypatch, recorder):
     """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
     monkeypatch.setattr(graphs, "CudaRecorder", lambda: recorder)
     monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
-    monkeypatch.setattr(partition, "LEAST_MULTIPLE", 3)  # a batch of 20 rows would have no context left
+    monkeypatch.setattr(rounding, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
     original = Graphs.open
 
     def open_and_poison(self, *args):
@@ -181,7 +181,8 @@ def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
     if form == "whole":  # what is read of a choice after the layer lies where no recording writes but the layer's own
         chosen = state.graphs.forward.selections
         assert chosen.keys() == state.expected_parts()
-        assert all(one.data_ptr() in state.graphs._owned for choice in chosen.values() for one in choice.scores)
+        owned = {address for address, *_ in state.graphs._owned}
+        assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
 
 
 def test_rows_are_chosen_anew(stand_in, recorder, form):
@@ -379,24 +380,30 @@ def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
     assert caplog.text.count("pad_to_multiple_of") == 1
 
 
-@pytest.mark.parametrize(("dense", "context", "expected"), [(5, 3000, 32), (32, 3000, 32), (0, 50, 0), (5, 3, 8)])
-def test_round_counts(dense, context, expected):
-    labels = torch.full((1, max(dense + context, 1)), -100)
-    if dense:
-        labels[:, -dense + 1 :] = 1
-    labels = labels.expand(2, -1).clone()
-    labels[1] = -100
-    rows = TokenPartition.from_labels(labels)
-    ours = rows.with_round_count()
-    multiple = max(16, labels.numel() // 128)
-    wanted = min(rows.num_dense + -rows.num_dense % multiple, rows.num_dense + rows.num_context)
-    assert ours.num_dense == wanted
-    assert set(rows.dense.tolist()) <= set(ours.dense.tolist())
-    assert ours.dense.tolist() == sorted(ours.dense.tolist())
-    assert sorted((*ours.dense.tolist(), *ours.context.tolist())) == sorted(
-        (*rows.dense.tolist(), *rows.context.tolist())
-    )
-    assert torch.equal(ours.loss, rows.loss)
+@pytest.mark.parametrize("make", [make_batch, packed_batch])
+def test_batches_of_many_lengths_are_recorded_once(stand_in, recorder, make):
+    """The tokens that make them alike change nothing."""
+    model = checkpointed(stand_in)
+    batches = [make(lengths=lengths) for lengths in (((5, 3), (5, 2)), ((4, 3), (5, 2)), ((6, 3), (2, 2)))]
+    lengths = {batch["input_ids"].shape[1] for batch in batches}
+    assert len(lengths) == 3
+    expected = [loss_and_gradients(model, batch) for batch in batches]
+    state = attach_with(model, "dense", True)
+    for step in range(5):
+        assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
+    assert len(state.graphs.kinds) == 1
+    assert recorder.recorded in (LAYERS * count for count in FORMS.values())
+    assert recorder.replayed == 3 * recorder.recorded
+
+
+def test_many_sizes_use_the_memory_of_the_largest(recorder):
+    ours = Graphs(recorder)
+    places = [ours.buffer("x", (rows, 4), torch.float32, torch.device("cpu")).data_ptr() for rows in (8, 3, 8, 9, 5)]
+    assert places[0] == places[1] == places[2] == places[4] != places[3]
+    assert ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).data_ptr() not in places
+    held = ours.buffer("x", (3, 4), torch.float32, torch.device("cpu"))
+    assert ours.input("x", held) is held
+    assert ours.input("x", held[:2]) is not held[:2]
 
 
 def test_unsloths_own_layers(tmp_path):

@@ -13,6 +13,7 @@ three rules: a pass is recorded as a whole or not at all; what its calls return 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from sparse_unsloth.partition import TokenPartition
 
 SEEN_BEFORE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
-MAX_KINDS = 16
+MAX_KINDS = 64
 """Kinds of forwards that are recorded: each takes a second or two, and some memory for every layer."""
 MOVES = 4
 """How often each recording may be made anew, because weights moved, before that is given up."""
@@ -140,7 +141,8 @@ class Graphs:
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
         self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
-        self._owned: dict[int, Tensor] = {}
+        self._storages: dict[Hashable, list[Tensor]] = {}
+        self._owned: set[tuple] = set()
         self._rows: dict[Hashable, TokenPartition] = {}
         self._sources: dict[Hashable, object] = {}
 
@@ -204,10 +206,15 @@ class Graphs:
         return Pass(self, layer, *known[1:])
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The same memory whenever it is asked for; every layer uses it. For inputs of calls."""
-        key = (name, shape, dtype, device)
+        """The same memory whenever it is asked for, of all layers and of smaller shapes. For inputs of calls."""
+        key, size = (name, shape, dtype, device), math.prod(shape)
         if key not in self._buffers:
-            self._own(key, torch.empty(shape, dtype=dtype, device=device))
+            storages = self._storages.setdefault((name, dtype, device), [])
+            storage = next((one for one in storages if one.numel() >= size), None)
+            if storage is None:  # earlier ones stay, for what was recorded reads them
+                storage = torch.empty(size, dtype=dtype, device=device)
+                storages.append(storage)
+            self._own(key, storage[:size].view(shape))
         return self._buffers[key]
 
     def index(self, layer: int | None, name: str, values: Tensor) -> Tensor:
@@ -269,16 +276,13 @@ class Graphs:
 
     def input(self, name: Hashable, values: Tensor) -> Tensor:
         """``values`` in a buffer, unless they are in one already."""
-        owned = self._owned.get(values.data_ptr()) if values.numel() else values
-        if owned is not None and (owned.shape, owned.stride(), owned.dtype) == (
-            values.shape, values.stride(), values.dtype,
-        ):  # fmt: skip
+        if not values.numel() or (values.data_ptr(), values.shape, values.stride(), values.dtype) in self._owned:
             return values
         return self.buffer(name, tuple(values.shape), values.dtype, values.device).copy_(values)
 
     def _own(self, key: Hashable, tensor: Tensor) -> None:
         self._buffers[key] = tensor
-        self._owned[tensor.data_ptr()] = tensor
+        self._owned.add((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
 
 
 class Pass:
