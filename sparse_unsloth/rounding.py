@@ -17,16 +17,26 @@ from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 
 LENGTHS = 8
 """How many lengths there are between a power of two and the next."""
-COUNTS = 16
-"""How many counts of dense rows, likewise."""
 LEAST_STEP = 16
 """Between two sizes."""
+COUNTS = 16, 128
+"""Counts of dense rows: a step is a 16th of all rows, at most so many, and at most half of what is counted."""
 SCALARS = ("num_items_in_batch", "n_items")
 
 
 def round_up(size: int, levels: int) -> int:
     """The next of ``levels`` sizes for each power of two, at least `LEAST_STEP` apart."""
-    step = max(LEAST_STEP, (1 << max(size, 1).bit_length() >> 1) // levels)
+    return _next(size, max(LEAST_STEP, (1 << max(size, 1).bit_length() >> 1) // levels))
+
+
+def round_count(count: int, rows: int) -> int:
+    """The next of few counts of dense rows among so many ``rows``; see `COUNTS`."""
+    parts, most = COUNTS
+    half = (1 << max(count, 1).bit_length() >> 1) // 2
+    return _next(count, max(LEAST_STEP, min(rows // parts, most, half)))
+
+
+def _next(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
@@ -72,7 +82,8 @@ def with_round_counts(partition: TokenPartition, padding_is_context: bool) -> To
     context, padding = partition.context, partition.padding
     if padding_is_context and len(padding):
         context, padding = torch.cat((context, padding)).sort().values, padding[:0]
-    moved = min(round_up(partition.num_dense, COUNTS) - partition.num_dense, len(context))
+    rows = partition.shape[0] * partition.shape[1]
+    moved = min(round_count(partition.num_dense, rows) - partition.num_dense, len(context))
     context, more = context.split([len(context) - moved, moved])
     dense = torch.cat((partition.dense, more)).sort().values if moved else partition.dense
     return TokenPartition(partition.shape, dense, context, padding, partition.loss)

@@ -4,23 +4,28 @@ import pytest
 import torch
 
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.rounding import COUNTS, LENGTHS, round_up, with_round_counts, with_round_length
+from sparse_unsloth.rounding import LENGTHS, round_count, round_up, with_round_counts, with_round_length
 
 
 @pytest.mark.parametrize(
     ("size", "levels", "expected"),
-    [(1, 8, 16), (16, 8, 16), (17, 8, 32), (255, 8, 256), (257, 8, 288), (2048, 8, 2048), (2049, 8, 2304), (0, 8, 0),
-     (2049, 16, 2176), (130, 16, 144)],
-)  # fmt: skip
+    [(1, 8, 16), (16, 8, 16), (17, 8, 32), (255, 8, 256), (257, 8, 288), (2048, 8, 2048), (2049, 8, 2304), (0, 8, 0)],
+)
 def test_round_up(size, levels, expected):
     assert round_up(size, levels) == expected
 
 
 def test_few_sizes_and_little_more():
-    for levels in (LENGTHS, COUNTS):
-        sizes = {round_up(size, levels) for size in range(1024, 2049)}
-        assert len(sizes) == levels + 1
-        assert all(0 <= round_up(size, levels) - size < size / levels for size in range(levels * 16, 5000))
+    assert len({round_up(size, LENGTHS) for size in range(1024, 2049)}) == LENGTHS + 1
+    assert all(0 <= round_up(size, LENGTHS) - size < size / LENGTHS for size in range(LENGTHS * 16, 5000))
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "expected"),
+    [(64, 8192, 64), (65, 8192, 96), (2052, 8192, 2176), (700, 2048, 768), (5, 2048, 16), (0, 100, 0)],
+)
+def test_round_count(count, rows, expected):
+    assert round_count(count, rows) == expected
 
 
 def batch_of(rows, length, **more):
@@ -85,7 +90,7 @@ def test_round_counts(dense, context, expected, padding, folded):
     rows = TokenPartition.from_labels(labels, attention_mask=mask)
     assert rows.num_dense == dense
     ours = with_round_counts(rows, padding_is_context=folded)
-    assert ours.num_dense == min(round_up(dense, COUNTS), dense + context + padding * folded)
+    assert ours.num_dense == min(round_count(dense, length + padding), dense + context + padding * folded)
     assert folded or ours.num_dense == expected
     assert set(rows.dense.tolist()) <= set(ours.dense.tolist())
     for part in (ours.dense, ours.context, ours.padding):

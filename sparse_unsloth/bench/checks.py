@@ -336,12 +336,13 @@ def _visible(stand_in: Compensation, x: Tensor, y: Tensor) -> Compensation:
 def _compare(name: str, projections: list[Projection], x: Tensor, ours: Callable, masked: Callable) -> str:
     """Outputs, and the gradients of the input and of LoRA, of two functions of ``x``; returns the largest error.
 
-    Gradients are read where backward leaves them: Unsloth's tiled MLP puts LoRA's there by itself.
+    Gradients are read where backward leaves them: Unsloth's tiled MLP puts LoRA's there by itself. The input is a view,
+    as a norm's output is: that MLP writes into it, which autograd does not let it do elsewhere.
     """
     loras = [tensor for projection in projections for tensor in (projection.lora.A, projection.lora.B)]
     results = []
     for function in (ours, masked):
-        source = x.clone().requires_grad_()
+        source = x.clone()[None][0].requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = list(function(source))
         for lora in loras:

@@ -26,7 +26,7 @@ from sparse_unsloth.partition import TokenPartition
 
 SEEN_BEFORE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
-MAX_KINDS = 64
+MAX_KINDS = 128
 """Kinds of forwards that are recorded: each takes a second or two, and some memory for every layer."""
 MOVES = 4
 """How often each recording may be made anew, because weights moved, before that is given up."""
