@@ -455,7 +455,6 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
-        assert ctx.saved_tensors[0]._is_view()  # Unsloth's fails with others
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.function(x)
