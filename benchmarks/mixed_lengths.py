@@ -85,14 +85,15 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
     return time.perf_counter() - began, recorded
 
 
-def measure(model, method: str, plain, batches: list[dict]) -> dict:
+def measure(model, method: str, batches: list[dict]) -> dict:
     """The method's columns."""
     import torch
 
     from sparse_unsloth import attach, detach, get_state
-    from sparse_unsloth.bench.checks import check
+    from sparse_unsloth.bench.checks import check, plain_steps
     from sparse_unsloth.bench.methods import sparsity_of
 
+    plain = plain_steps(model)  # anew: the method before has trained it
     with tempfile.TemporaryDirectory() as folder:
         sparsity = sparsity_of(method, model.config.num_hidden_layers, str(Path(folder) / "estimator.safetensors"))
         if sparsity is not None:
@@ -154,17 +155,15 @@ def main(argv: list[str]) -> None:
     from sparse_unsloth.bench.models import load_model
 
     model = load_model(args, "unsloth", LONGEST)
-    from sparse_unsloth.bench.checks import plain_steps
     from sparse_unsloth.bench.speed import describe
 
-    plain = plain_steps(model)
     common = describe(args)
     for layout in args.layouts.split(","):
         batches = make_batches(layout, args.documents, args.steps, model.config.vocab_size)
         tokens = sum(int((batch["attention_mask"] if layout == "padded" else batch["packed_seq_lengths"]).sum())
                      for batch in batches)  # fmt: skip
         for method in args.methods.split(","):
-            found = measure(model, method, plain, batches)
+            found = measure(model, method, batches)
             row = common | {
                 "layout": layout, "method": method, "documents": args.documents, "steps": args.steps, "tokens": tokens
             } | found  # fmt: skip
