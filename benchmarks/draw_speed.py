@@ -50,7 +50,7 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
     return {key: ordered(run) for key, run in sorted(runs.items())}
 
 
-def markdown(runs: dict[tuple, list[dict]], profiles: list[dict]) -> str:
+def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str = "speed.png") -> str:
     """Every run as a heading, a table, and a line of its versions; then where the time of profiled steps goes."""
     lines = [
         "# Step times",
@@ -59,7 +59,7 @@ def markdown(runs: dict[tuple, list[dict]], profiles: list[dict]) -> str:
         "Unsloth at the same shape in the same run. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT",
         "methods use transformers' checkpointing where Unsloth's is named. Made by `benchmarks/draw_speed.py`.",
         "",
-        "![Speed-up over dense Unsloth](speed.png)",
+        f"![Speed-up over dense Unsloth]({picture})",
     ]
     heading = ("shape", "method", "ms", "p20 to p80", "tokens/s", "peak GiB", "memory", "speed-up", "target", "limit")
     for key, run in runs.items():
@@ -177,8 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     runs = newest_runs(read_rows(table))
     if not runs:
         parser.error(f"{table} has no rows yet")
-    table.with_suffix(".md").write_text(markdown(runs, read_profile_rows(profile_path(table))), encoding="utf-8")
-    draw(runs, table.with_suffix(".png"))
+    picture = table.with_suffix(".png")
+    text = markdown(runs, read_profile_rows(profile_path(table)), picture.name)
+    table.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(runs, picture)
 
 
 if __name__ == "__main__":

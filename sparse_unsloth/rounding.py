@@ -58,10 +58,10 @@ def with_round_length(arguments: Mapping[str, Any], limit: int | None = None) ->
     extra = longer - length
     if not extra or extra > length or (packed is not None and batch > 1):
         return dict(arguments)
-    result = dict(arguments)
-    for name, more in (("input_ids", ids[:, :extra]), ("labels", IGNORE_INDEX), ("attention_mask", 0)):
+    result = {**arguments, "input_ids": torch.cat((ids, ids[:, :extra]), dim=1)}
+    for name, filler in (("labels", IGNORE_INDEX), ("attention_mask", 0)):
         if (values := result.get(name)) is not None:
-            result[name] = torch.cat((values, values.new_zeros(batch, extra) + more), dim=1)
+            result[name] = torch.cat((values, values.new_full((batch, extra), filler)), dim=1)
     if packed is not None:
         rest = longer - packed.sum(dtype=packed.dtype)  # with what a collator put behind the last document
         result["packed_seq_lengths"] = torch.cat((packed, rest[None]))

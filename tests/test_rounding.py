@@ -42,6 +42,7 @@ def test_padded_rows_are_lengthened():
     assert torch.equal(ours["labels"][:, :41], batch["labels"])
     assert (ours["labels"][:, 41:] == -100).all()
     assert ours["attention_mask"].sum() == 2 * 41
+    assert with_round_length({**batch, "attention_mask": mask.bool()})["attention_mask"].dtype == torch.bool
     assert {name: ours[name] for name in ("num_items_in_batch", "use_cache")} == {
         name: batch[name] for name in ("num_items_in_batch", "use_cache")
     }

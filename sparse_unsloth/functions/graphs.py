@@ -27,7 +27,7 @@ from sparse_unsloth.partition import TokenPartition
 SEEN_BEFORE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
 MAX_KINDS = 64
-"""Kinds of forwards that are recorded: each takes a few tenths of a second, and some 50 MB of an 8B model's GPU."""
+"""Kinds of forwards that are recorded: each takes some tenths of a second, and memory for all layers' graphs."""
 MOVES = 4
 """How often each recording may be made anew, because weights moved, before that is given up."""
 KINDS_COUNTED = 256
