@@ -53,11 +53,13 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if not (state.runtimes or loss_only or state.recorded_dense):
         return None
     partition = roles_of(state, kwargs)
-    if state.planner is not None:
-        state.planner.plan(partition, scale if len(partition.context) else 0.0)
     state.counts.forwards += 1
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
+    if state.graphs is not None and not state.recorded_dense:
+        partition = with_round_counts(partition, padding_is_context=state.by_rows)
+    if state.planner is not None:
+        state.planner.plan(partition, scale if len(partition.context) else 0.0)
     if not (len(partition.context) or (state.tiers and len(partition.output))):
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
@@ -177,7 +179,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
     layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
     if state.runtimes:
         layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
-    partition = TokenPartition.from_labels(
+    return TokenPartition.from_labels(
         arguments["labels"],
         **layout,
         dense_tokens=state.config.dense_tokens,
@@ -185,9 +187,6 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         padding_masked=state.backend_name != "unsloth",
         tiers=state.tiers,
     )
-    if state.graphs is None or state.recorded_dense:
-        return partition
-    return with_round_counts(partition, padding_is_context=state.by_rows)
 
 
 def _current_scale(state: SparsityState) -> float:

@@ -356,6 +356,8 @@ def check_benchmark(base: nn.Module) -> None:
         plain = checks.plain_steps(model)
         assert "from float32's" in checks.check(model, "unsloth-dense", plain)
         for method in EQUAL_TO_PLAIN:
+            if method.endswith("-graphs"):
+                continue  # they need a GPU
             assert attach(model, sparsity_of(method, 3)).backend == "unsloth"
             get_state(model).begin_training(driver="benchmark", max_steps=100)
             get_state(model).set_step(0)
