@@ -230,9 +230,9 @@ class SparsityConfig(_Config):
     Needs gradient checkpointing to be on; None leaves it as it is."""
     cuda_graphs: Switch = False
     """Whether layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short answers,
-    small models, small batches. Unsloth's Llama-like layers under gradient checkpointing; it pays where micro-batches
-    have few sizes (packing, fixed lengths). Some context tokens stay dense for it. With nothing sparse the whole
-    training is dense and recorded, also of data without prompts."""
+    small models, small batches. Unsloth's Llama-like layers under gradient checkpointing. So that micro-batches have
+    few sizes, rows are lengthened by an eighth at most, and some context tokens stay dense. With nothing sparse the
+    whole training is dense and recorded, also of data without prompts; forwards without labels run as without it."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

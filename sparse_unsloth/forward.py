@@ -43,10 +43,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if kwargs.get("labels") is None:
         if state.planner is not None:
             state.planner.restore()
-        if state.runtimes:
+        if state.runtimes or state.recorded_dense:
+            ran = "nothing of it is recorded" if state.recorded_dense else "it ran dense"
             state.say_once(
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
-                "take them away), so its tokens have no roles and it ran dense."
+                f"take them away), so its tokens have no roles and {ran}."
             )
         return None
     loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)

@@ -75,7 +75,8 @@ def with_round_counts(partition: TokenPartition, padding_is_context: bool) -> To
     """``partition``, with some context rows among the dense ones so that few counts of them come; no host sync.
 
     Args:
-        padding_is_context: for layers that context rows without a gradient cost nothing.
+        padding_is_context: for `backward_rows`: so many more rows are chosen, but none of these before others, for they
+            have no gradient.
     """
     if partition.output is not None:
         return partition

@@ -215,6 +215,15 @@ def test_dense_layers_are_recorded(stand_in, recorder, form):
     assert_same(loss_and_gradients(model, batch), expected[0])
 
 
+def test_a_dense_forward_without_labels_is_not_recorded(stand_in, recorder, caplog):
+    model, batch = checkpointed(stand_in), small_batch()
+    attach_with(model, "dense", True)
+    for _ in range(3):
+        model(input_ids=batch["input_ids"])
+    assert not recorder.recorded
+    assert caplog.text.count("nothing of it is recorded") == 1
+
+
 def test_trained_weights_are_read_anew(stand_in, recorder):
     model, batch = checkpointed(stand_in), small_batch()
     attach_with(model, "both", True)
