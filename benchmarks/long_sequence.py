@@ -10,7 +10,7 @@ of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: ev
 in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
 is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
 lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
-halves the gap; its row holds the longest that did.
+halves the gap to an eighth; its row holds the longest that did.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ COLUMNS = (
 DENSE = "unsloth-dense"
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 DOCUMENT, DOCUMENT_OUTPUTS, OUTPUTS = 4096, 512, 1024
-LONGEST_STEP = 65536
-"""How near the bisection comes to the longest sequence that fits."""
 LONG_DOCUMENT = 65536
 """Longer single documents take minutes a step's cell, and come last."""
 
@@ -206,35 +204,35 @@ class Run:
         self.write(cell, quantiles(times), self.peak(), f"{steps} steps{self.kept()}")
 
     def longest(self, cell: Cell) -> None:
-        """Doubles the tokens while a step fits, then halves the gap; one step each."""
+        """Doubles the tokens while a step fits, then halves the gap to an eighth; one step each."""
         best, failed, tokens = 0, None, self.args.lengths[-1]
         milliseconds = peak = 0.0
-        stopped = ""
-        while failed is None or failed - best > LONGEST_STEP:
+        ended = ""
+        while failed is None or failed - best > max(failed // 8, DOCUMENT):
             if best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
-                stopped = "; stopped by the time limit, more may fit"
+                ended = "; stopped by the time limit, more may fit"
                 break
-            if (
-                cell.checkpointing != "none"
-                and not self.args.cpu
-                and host_bytes(self.model, tokens) > free_host_bytes()
-            ):
-                stopped = "; the host's memory ends here, more fits on the GPU"
-                break
-            try:
-                milliseconds, peak = self.one_step(cell, tokens)
-                best = tokens
-            except self.torch.OutOfMemoryError:
-                failed = tokens
+            if self.too_much_for_host(cell, tokens):
+                failed, ended = tokens, "; the host's memory ends here, more fits on the GPU"
+            else:
+                try:
+                    milliseconds, peak = self.one_step(cell, tokens)
+                    best = tokens
+                except self.torch.OutOfMemoryError:
+                    failed, ended = tokens, ""
             self.forget()
             print(f"  {cell.method} {cell.checkpointing}: {tokens} {'fits' if best == tokens else 'does not fit'}")
             if self.args.cpu and best >= 4 * self.args.lengths[-1]:
-                stopped = "; rehearsal"
+                ended = "; rehearsal"
                 break
             tokens = best * 2 if failed is None else (best + failed) // 2 // DOCUMENT * DOCUMENT
             if tokens <= best:
                 break
-        self.write(cell, (milliseconds,) * 3, peak, f"longest that fits{stopped}{self.kept()}", tokens=best)
+        self.write(cell, (milliseconds,) * 3, peak, f"longest that fits{ended}{self.kept()}", tokens=best)
+
+    def too_much_for_host(self, cell: Cell, tokens: int) -> bool:
+        """Whether the inputs that checkpointing keeps there would not fit."""
+        return cell.checkpointing != "none" and not self.args.cpu and host_bytes(self.model, tokens) > free_host_bytes()
 
     def one_step(self, cell: Cell, tokens: int) -> tuple[float, float]:
         from sparse_unsloth.bench.speed import Stepper
