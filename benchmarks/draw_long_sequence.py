@@ -83,7 +83,7 @@ def draw(rows: list[dict], path: Path) -> None:
         if row["median_ms"] and layout != "longest":
             lines.setdefault((layout, mode, tiled, method), []).append(row)
     layouts = [name for name in ("single", "packed") if any(key[0] == name for key in lines)]
-    figure = Figure(figsize=(6 * max(len(layouts), 1), 7), layout="constrained")
+    figure = Figure(figsize=(6 * max(len(layouts), 1) + 3, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, max(len(layouts), 1), squeeze=False)
     for column, layout in enumerate(layouts):
@@ -105,7 +105,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axes[1][column].set(xlabel="tokens a step, thousands (1024)", ylabel="peak GiB", ylim=(0, None))
         for row in axes:
             row[column].set_xscale("log", base=2)
-        axes[0][column].legend(fontsize="x-small")
+    named = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

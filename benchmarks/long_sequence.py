@@ -187,7 +187,8 @@ class Run:
             return Shape(1, tokens, min(OUTPUTS, tokens // 2))
         length = min(DOCUMENT, tokens)
         outputs = DOCUMENT_OUTPUTS if length == DOCUMENT else length // 8
-        return Shape(tokens // length, length, outputs, packed=max(self.args.lengths))
+        # in one row, as TRL packs them: of several Unsloth makes one mask, of the square of all their tokens
+        return Shape(tokens // length, length, outputs, packed=tokens)
 
     def measure(self, cell: Cell) -> None:
         """Times the cell and writes its row; fewer steps where one takes long."""
@@ -237,6 +238,9 @@ class Run:
     def one_step(self, cell: Cell, tokens: int) -> tuple[float, float]:
         from sparse_unsloth.bench.speed import Stepper
 
+        for module in self.model.modules():
+            if hasattr(module, "max_seq_length"):  # Unsloth cuts longer rows; documents are as short as ever
+                module.max_seq_length = max(module.max_seq_length, tokens)
         self.forget()
         self.reset_peak()
         return Stepper(self.model, self.shape("packed", tokens))(), self.peak()
