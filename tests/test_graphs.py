@@ -149,6 +149,17 @@ class Unused(Graphs):
         return False
 
 
+_expected = {}
+
+
+def small_steps(stand_in, rules="both"):
+    """`step_as_recorded` of the small batch and of another of its kind; once for all tests, as it takes seconds."""
+    if rules not in _expected:
+        batches = small_batch(), other_rows(small_batch())
+        _expected[rules] = [step_as_recorded(checkpointed(stand_in), batch, rules) for batch in batches]
+    return _expected[rules]
+
+
 FORMS = {"whole": 3, "parts": 8}
 """How a layer is recorded, and in how many calls."""
 
@@ -171,8 +182,7 @@ def other_rows(batch):
 )
 def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
     model = checkpointed(stand_in)
-    batches = [small_batch(), other_rows(small_batch())]
-    expected = [step_as_recorded(model, batch, rules) for batch in batches]
+    batches, expected = [small_batch(), other_rows(small_batch())], small_steps(stand_in, rules)
     state = attach_with(model, rules, True)
     for step in range(3):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
@@ -256,7 +266,7 @@ def test_weights_elsewhere_are_recorded_anew(stand_in, recorder):
 
 def test_accumulated_gradients_are_not_those_of_the_last_replay(stand_in, recorder):
     model, batch = checkpointed(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)[1]
+    _, expected = small_steps(stand_in)[0]
     attach_with(model, "both", True)
     for _ in range(2):
         loss_and_gradients(model, batch)
@@ -272,7 +282,7 @@ def test_accumulated_gradients_are_not_those_of_the_last_replay(stand_in, record
 def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, which):
     """Half recorded, its replays would not know which memory is in use."""
     model, batch = checkpointed(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)
+    expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
     loss_and_gradients(model, batch)
     original, calls = recorder.record, []
@@ -306,7 +316,7 @@ def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
 def test_another_forward_before_backward_is_refused(stand_in, recorder):
     """Its channels lie where those of the first did."""
     model, batch = checkpointed(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)
+    expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
     for _ in range(2):
         loss_and_gradients(model, batch)
@@ -353,7 +363,7 @@ def test_what_is_prepared_is_bounded(recorder):
 
 def test_the_end_of_training_gives_memory_back(stand_in, recorder):
     model, batch = checkpointed(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)
+    expected, _ = small_steps(stand_in)
     state = attach_with(model, "both", True)
     for _ in range(2):
         loss_and_gradients(model, batch)
@@ -368,7 +378,7 @@ def test_the_end_of_training_gives_memory_back(stand_in, recorder):
 def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "MOVES", 0)
     model, batch = checkpointed(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)
+    expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
     for step in range(5):
         assert_same(loss_and_gradients(model, batch), expected)

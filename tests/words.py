@@ -3,6 +3,7 @@
 import json
 
 import torch
+import yaml
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATE = (
@@ -51,3 +52,9 @@ def save_rows(path, rows):
 def questions(sizes):
     """Rows of (words of the question, words of the answer)."""
     return [{"question": text(prompt), "answer": text(answer)} for prompt, answer in sizes]
+
+
+def save_recipe(path, recipe, **changes):
+    """The recipe, with the changes, as a file; returns its path."""
+    path.write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False))
+    return str(path)
