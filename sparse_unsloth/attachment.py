@@ -16,6 +16,7 @@ from sparse_unsloth import prefill
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions import packed_attention
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -267,6 +268,26 @@ def _prepare_graphs(state: SparsityState) -> None:
             "cuda_graphs: the layers lie on several devices, and a recording is one device's. Set cuda_graphs: false."
         )
     state.graphs = Graphs()
+    _try_documents(state)
+
+
+def _try_documents(state: SparsityState) -> None:
+    """Whether attention within packed documents can be recorded; a warning where it cannot, on a GPU."""
+    layer = state.layers[0]
+    weight = next(layer.module.parameters())
+    like = getattr(layer.module, "input_layernorm", layer.module).weight.detach()
+    reason = ""
+    if weight.is_cuda:
+        heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        reason = packed_attention.why_not_recorded(*heads, like, state.graphs.recorder)
+        state.graphs.clear()
+    if reason:
+        state.graphs.documents = False
+        logger.warning(
+            "cuda_graphs: attention within packed documents cannot be recorded (%s). In packed and padding-free "
+            "batches it runs as it is, between recordings of what is before and behind it.",
+            reason,
+        )
 
 
 def _register_hooks(state: SparsityState) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.packed_attention import Packing
 from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
@@ -34,6 +35,7 @@ class SparseContext:
         observation: where this forward is one that `explain` looks at.
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
         graphs: what records and replays the layers' work in this forward; None: it runs as it is.
+        packing: the documents of its row, where recordings may attend within them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class SparseContext:
         self.step = step
         self.observation: Observation | None = None
         self.graphs: Graphs | None = None
+        self.packing: Packing | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self._memos: dict[int, dict[str, Any]] = {}
@@ -62,8 +65,8 @@ class SparseContext:
     @functools.cached_property
     def kind(self) -> Hashable:
         """All that decides how much each layer computes: forwards of one kind launch the same kernels."""
-        rows = self.partition
-        return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused
+        rows, room = self.partition, self.packing and self.packing.room
+        return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused, room
 
     def memo(self, index: int) -> dict[str, Any]:
         """What the MLP of layer ``index`` keeps from this forward to its recompute."""

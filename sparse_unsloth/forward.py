@@ -16,6 +16,7 @@ from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
+from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
@@ -82,6 +83,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    if state.graphs is not None and state.graphs.documents:
+        context.packing = packing_of(kwargs, partition.shape)
     if state.recorded_dense:
         _record(state, context)
     elif (

@@ -21,6 +21,8 @@ LEAST_STEP = 16
 """Between two sizes."""
 COUNTS = 16, 128
 """Counts of dense rows: a step is a 16th of all rows, at most so many, and at most half of what is counted."""
+ROOM_STEP = 4
+"""Between two counts of documents; a place that stays empty costs a little."""
 SCALARS = ("num_items_in_batch", "n_items")
 
 
@@ -34,6 +36,11 @@ def round_count(count: int, rows: int) -> int:
     parts, most = COUNTS
     half = (1 << max(count, 1).bit_length() >> 1) // 2
     return _next(count, max(LEAST_STEP, min(rows // parts, most, half)))
+
+
+def round_room(documents: int) -> int:
+    """The next of few counts of documents in a row: for how many a recording has room."""
+    return _next(documents, max(ROOM_STEP, (1 << documents.bit_length() >> 1) // 4))
 
 
 def _next(size: int, step: int) -> int:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,7 +430,7 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
 
 
 def test_unsloths_own_layers(tmp_path):
-    """Whole where attention is plain, in parts where documents are packed."""
+    """Whole where attention is plain or within short documents, in parts where they are long."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
     environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
@@ -439,10 +440,33 @@ def test_unsloths_own_layers(tmp_path):
     whole = ["backward", "layer", "recompute"]
     parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
-        "channels, padded": [whole, 1], "channels, packed": [parts, 1], "rows, padded": [whole, 1],
-        "rows, packed": [["mlp", "o", "qkv", "qkv backward", "rows backward"], 1], "dense, padded": [whole, 1],
-        "dense, packed": [parts, 1],
+        "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
+        "rows, padded": [whole, 1], "rows, packed": [whole, 1],
+        "dense, padded": [whole, 1], "dense, packed": [whole, 1],
     }  # fmt: skip
+
+
+def test_what_attention_depends_on():
+    """With xformers Unsloth hands its layers a mask that is an object; one kind of it holds nothing."""
+    attention = torch.nn.Module()
+    attention.config = SimpleNamespace(sliding_window=None)
+    state = SimpleNamespace(config=SimpleNamespace(refresh_steps=1))
+    layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
+    runtime = SimpleNamespace(layer=layer, state=state, context=SimpleNamespace(packing=None))
+    rows, tables = torch.zeros(1, 8, 4), (torch.zeros(16, 2), torch.ones(16, 2))
+
+    def found(**arguments):
+        names = unsloth_layer.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
+        return None if names is None else set(names)
+
+    plain = {unsloth_layer.COSINES, unsloth_layer.SINES}
+    causal, block = (type(name, (), {})() for name in ("LowerTriangularMask", "BlockDiagonalCausalMask"))
+    assert found(causal_mask=None, use_cache=False) == found(causal_mask=causal) == plain
+    assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
+    assert found(causal_mask=block) is None
+    assert found(packed_seq_lengths=torch.tensor([8])) is None
+    tables = tables[0][:4], tables[1][:4]
+    assert found() is None
 
 
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):

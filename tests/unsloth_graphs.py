@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.functions import packed_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_batch
 
-LENGTHS = ((7, 3), (5, 2))
+LENGTHS = ((7, 3), (5, 2)), ((4, 2), (8, 3))
+"""Of two batches: as many tokens of each kind, in other places."""
 SETTINGS = {
     "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
     "rows": {"backward_rows": 0.25},
@@ -40,11 +42,16 @@ def examine() -> dict[str, list]:
     replace_gpu_kernels()
     model, found = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), {}
     for name, setting in SETTINGS.items():
-        for layout, make in (("padded", make_batch), ("packed", packed_batch)):
+        layouts = {"padded": make_batch, "packed": packed_batch}
+        if name == "channels":
+            layouts["long documents"] = packed_batch
+        for layout, make in layouts.items():
             with pytest.MonkeyPatch.context() as patch:
+                if layout == "long documents":
+                    patch.setattr(packed_attention, "LONGEST_MEAN", 1)
                 recorder = Rerun()
                 share_memory(patch, recorder)
-                batches = [make(seed=seed, lengths=LENGTHS) for seed in (0, 1)]
+                batches = [make(seed=seed, lengths=lengths) for seed, lengths in enumerate(LENGTHS)]
                 expected = [step_as_recorded(model, batch, setting) for batch in batches]
                 attach(model, {**setting, "cuda_graphs": True})
                 for step in range(3):

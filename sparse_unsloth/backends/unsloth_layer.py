@@ -7,6 +7,8 @@ apply, the layer's own forward runs, with the hooks that are in it. Exact, and f
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends.replaced import replace_forward
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions import graphed_layer, graphed_parts
+from sparse_unsloth.functions import graphed_layer, graphed_parts, packed_attention
 from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
@@ -31,6 +33,11 @@ FORWARD = "LlamaDecoderLayer_fast_forward"
 """The forward of ``unsloth.models.llama`` that is replaced: Llama's, Mistral's, Qwen2's and Qwen3's layers have it."""
 
 COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
+OFFSETS, LENGTHS = "documents begin at", "packed_seq_lengths"
+ATTENTION = "run_attention"
+"""What Unsloth's attention modules call for the attention itself."""
+NO_STATE = "LowerTriangularMask"
+"""The mask of xformers that says "causal", and nothing else."""
 UNREAD = ("position_embeddings", "num_items_in_batch")
 """Arguments that do not matter to the attention as they are."""
 
@@ -110,10 +117,34 @@ def recorded_attention(
 
     def attention(x: Tensor, handed: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         named = dict(zip(fixed, tensors, strict=True))
-        embeddings = named.pop(COSINES), named.pop(SINES)
-        return attend(runtime, x, handed, {**arguments, **named, "position_embeddings": embeddings})
+        embeddings, offsets = (named.pop(COSINES), named.pop(SINES)), named.pop(OFFSETS, None)
+        given = {**arguments, **named, "position_embeddings": embeddings, LENGTHS: None}
+        with contextlib.nullcontext() if offsets is None else _within_documents(runtime.layer.self_attn, offsets):
+            return attend(runtime, x, handed, given)
 
     return attention
+
+
+@contextlib.contextmanager
+def _within_documents(attention: nn.Module, offsets: Tensor) -> Iterator[None]:
+    """Unsloth's attention of Q, K, V is `packed_attention` meanwhile."""
+    names = _names(attention)
+    original = names[ATTENTION]
+
+    def packed(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
+        return packed_attention.packed_attention(Q, K, V, offsets, scale)
+
+    names[ATTENTION] = packed
+    try:
+        yield
+    finally:
+        names[ATTENTION] = original
+
+
+def _names(attention: nn.Module) -> dict[str, Any]:
+    """What the forward of an attention module finds under its names."""
+    return getattr(inspect.unwrap(type(attention).forward), "__globals__", {})
 
 
 def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
@@ -130,9 +161,9 @@ def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
 def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
     """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
 
-    It can for plain causal attention: no packed documents, no window, cosines and sines given for the whole length.
-    Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace. Choices can where every
-    forward makes its own.
+    It can for plain causal attention, within packed documents too: no window, cosines and sines given for the whole
+    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace. Choices can where
+    every forward makes its own.
     """
     module, length = runtime.layer.module, hidden_states.shape[1]
     if runtime.state.config.refresh_steps > 1:
@@ -142,7 +173,14 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
     if not embeddings or embeddings[0].shape[-2] < length or (window is not None and window < length):
         return None
     found = {COSINES: embeddings[0], SINES: embeddings[1]}
+    packing = runtime.context.packing
+    if packing is not None:
+        if arguments.get("attention_mask") is not None or ATTENTION not in _names(module.self_attn):
+            return None
+        found[OFFSETS] = packing.offsets
     for name, value in arguments.items():
+        if (name == LENGTHS and packing is not None) or type(value).__name__ == NO_STATE:
+            continue
         mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4
         if mask or (name == "position_ids" and isinstance(value, Tensor)):
             found[name] = value

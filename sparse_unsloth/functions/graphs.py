@@ -124,11 +124,13 @@ class Graphs:
         ready: layers and kinds of forwards that have room for what they will leave.
         forward: the last one whose layers were recorded or replayed.
         serial: counts passes.
+        documents: whether recordings hold attention within packed documents.
     """
 
     def __init__(self, recorder: Any = None):
         self.recorder = CudaRecorder() if recorder is None else recorder
         self.serial = 0
+        self.documents = True
         self._start()
 
     def _start(self) -> None:
