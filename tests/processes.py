@@ -25,6 +25,7 @@ def fork(function: Callable[[], object], said: Path) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+        torch.set_num_threads(1)  # OpenMP's others are not in this process, and would be waited for
         function()
         code = 0
     except BaseException:

@@ -113,7 +113,6 @@ def run(out: Path) -> dict:
         result, said = folder / "result.json", folder / "said.txt"
 
         def work(place, folder=folder, result=result):
-            torch.set_num_threads(1)
             result.write_text(json.dumps(train(folder, place)))
 
         killed = None
