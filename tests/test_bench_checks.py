@@ -15,6 +15,7 @@ from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.layers import find_layers
+from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_lora, pack_nf4
@@ -170,3 +171,13 @@ ROPE = {family: {"rope_type": "default", "rope_theta": 500.0} for family in FAMI
         "original_max_position_embeddings": 16,
     }
 }  # fmt: skip
+
+
+def test_packed_batches_are_of_one_kind():
+    """So that a recording of one is replayed for the other, whose documents lie elsewhere."""
+    batches = [checks.packed_batch(100, seed, torch.device("cpu")) for seed in (0, 1)]
+    layout = ("position_ids", "packed_seq_lengths")
+    roles = [TokenPartition.from_labels(batch["labels"], **{name: batch[name] for name in layout}) for batch in batches]
+    counts = {(rows.shape, rows.num_dense, rows.num_context, rows.num_padding) for rows in roles}
+    assert counts == {((1, 512), 2 * 65, 512 - 2 * 65, 0)}
+    assert not torch.equal(roles[0].dense, roles[1].dense)

@@ -126,7 +126,8 @@ def test_hooks_without_unsloth(monkeypatch):
 def test_hooks_that_are_missing_are_problems_with_a_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_unsloth", lambda: tmp_path)
     items = doctor._unsloth_hooks()
-    assert {item.status for item in items} == {"problem"}
+    for item in items:  # only attention within packed documents can be done without
+        assert item.status == ("note" if item.name.startswith("run_attention") else "problem")
     by_name = {item.name: item for item in items}
     assert by_name["apply_lora_o(self, X)"].found == "not in unsloth/kernels/fast_lora.py"
     assert "backend='peft'" in by_name["apply_lora_o(self, X)"].cure

@@ -8,7 +8,7 @@ LORA = "\n".join(f"def {name}(self, X, inplace=True):\n    return X" for name in
 ATTENTION = """
 def {name}Attention_fast_forward(self, hidden_states, **kwargs):
     Q, K, V = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
-    return self.apply_o(self, Q)
+    return self.apply_o(self, run_attention(config=config, context=context, Q=Q, K=K, V=V))
 """
 LAYER = """
 def {name}DecoderLayer_fast_forward(self, hidden_states, *args, **kwargs):
@@ -79,7 +79,7 @@ def test_the_installed_unsloth_has_every_hook():
 def test_a_whole_tree(folder):
     assert missing(folder) == []
     hooks = read_contract(folder)
-    assert len(hooks) == len({(hook.what, hook.file) for hook in hooks}) == 5 + 8 + 1 + 1 + 4 + 3 + 2
+    assert len(hooks) == len({(hook.what, hook.file) for hook in hooks}) == 5 + 8 + 3 + 1 + 1 + 4 + 3 + 2
 
 
 @pytest.mark.parametrize("name", FUSED_FUNCTIONS)
@@ -97,8 +97,12 @@ BREAKS = {
         ["apply_qkv called by Qwen3Attention_fast_forward"],
     ),
     "slot only mentioned": (
-        ("models/gemma2.py", "self.apply_o(self, Q)", '"apply_o"'),
+        ("models/gemma2.py", "self.apply_o(self, ", "other_o(self, "),
         ["apply_o called by Gemma2Attention_fast_forward"],
+    ),
+    "another attention": (
+        ("models/mistral.py", "run_attention(", "attend("),
+        ["run_attention called by MistralAttention_fast_forward"],
     ),
     "another norm": (
         ("models/llama.py", "fast_rms_layernorm(self.input_layernorm, hidden_states)", "hidden_states"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_unsloth.backends.unsloth import FUSED_MLPS
-from sparse_unsloth.backends.unsloth_layer import FORWARD
+from sparse_unsloth.backends.unsloth_layer import ATTENTION, FORWARD
 from sparse_unsloth.backends.unsloth_rows import NORM
 from sparse_unsloth.loss import FUNCTION as FUSED_LOSS
 
@@ -27,6 +27,8 @@ ATTENTIONS = {
     "Gemma2Attention_fast_forward": "models/gemma2.py",
 }
 """Those of all families: Qwen2 and Gemma take Llama's."""
+RECORDED = [name for name in ATTENTIONS if "Gemma" not in name]
+"""Those of layers that are recorded as a whole."""
 SLOTS = ("apply_qkv", "apply_o")
 HAND_ON = {
     "PeftModel_fast_forward": LLAMA,
@@ -49,7 +51,7 @@ class Hook:
 
     what: str
     file: str
-    needed_by: Literal["layers", "loss"]
+    needed_by: Literal["layers", "loss", "documents"]
     found: bool
 
 
@@ -74,6 +76,8 @@ def read_contract(folder: Path) -> list[Hook]:
     for name, file in ATTENTIONS.items():
         called = _called(sources.function(file, name))
         hooks += [Hook(f"{slot} called by {name}", file, "layers", slot in called) for slot in SLOTS]
+        if name in RECORDED:
+            hooks.append(Hook(f"{ATTENTION} called by {name}", file, "documents", ATTENTION in called))
     found = NORM in _called(sources.function(LLAMA, FORWARD))
     hooks.append(Hook(f"{NORM} called by {FORWARD}", LLAMA, "layers", found))
     hooks.append(Hook("original_apply_qkv", LLAMA, "layers", sources.function(LLAMA, "original_apply_qkv") is not None))

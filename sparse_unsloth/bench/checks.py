@@ -25,7 +25,7 @@ from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, s
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import MLP_PROJECTIONS
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 from sparse_unsloth.weights import Projection, read_projection
 
 TOLERANCE = 0.03
@@ -43,12 +43,16 @@ REPLAY_TOLERANCE = 0.01
 """How far gradients of the same kernels on the same inputs may differ: attention's backward adds in any order."""
 LOSS_TOLERANCE = 2e-3
 SMALL = Shape(2, 256, 64)
+DOCUMENTS = 192, 320
+"""Tokens of the packed documents of a small row, in either order; as many of each bear loss as in `SMALL`."""
 LAYERS = 2
 """Layers of each kind that are checked."""
 
 
 Step = tuple[float, dict[str, Tensor]]
 """Loss, and gradients by the parameter's name."""
+MakeBatch = Callable[[int, int, torch.device], dict[str, Tensor]]
+"""Of a vocabulary's size, a seed and a device."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +165,27 @@ def _through(rows: Tensor, y: Tensor) -> Tensor:
 def check_graphs(model: nn.Module) -> str:
     """Steps that are recorded, and replayed on other batches, against the same ones before.
 
-    Layers by rows run through Unsloth's functions as long as they are not recorded, round otherwise, and then choose
-    other rows: so theirs are compared with what they record, run as it is.
+    Layers by rows, and attention within packed documents, run through Unsloth's functions as long as they are not
+    recorded, and round otherwise; layers by rows then choose other rows. So they are compared with what they record,
+    run as it is.
     """
     state = get_state(model)
-    graphs = state.graphs
-    expected = _as_recorded(model) if state.by_rows else None
+    found = _check_replays(model, small_batch, as_recorded=state.by_rows)
+    if state.graphs.documents:
+        found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
+    return found
+
+
+def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
+    graphs = get_state(model).graphs
+    expected = _as_recorded(model, make) if as_recorded else None
     began = graphs.serial
-    before = [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
+    before = [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
     if graphs.serial != began:
         raise CheckFailed("steps were recorded that come first")
     worst = 0.0
     for number in range(2 * SEEN_BEFORE):
-        loss, gradients = loss_and_gradients(model, number % SEEN_BEFORE)
+        loss, gradients = loss_and_gradients(model, number % SEEN_BEFORE, make)
         plain_loss, plain = (expected or before)[number % SEEN_BEFORE]
         _check_loss(loss, plain_loss, "the one without graphs")
         if gradients.keys() != plain.keys():
@@ -200,14 +212,14 @@ class Immediate:
         """It is made anew each time."""
 
 
-def _as_recorded(model: nn.Module) -> list[Step]:
+def _as_recorded(model: nn.Module, make: MakeBatch) -> list[Step]:
     """The steps of `check_graphs` by the functions that graphs record, with none recorded; afterwards none is known."""
     graphs = get_state(model).graphs
     recorder, graphs.recorder = graphs.recorder, Immediate()
     try:
         for seed in range(SEEN_BEFORE):
-            loss_and_gradients(model, seed)
-        return [loss_and_gradients(model, seed) for seed in range(SEEN_BEFORE)]
+            loss_and_gradients(model, seed, make)
+        return [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
     finally:
         graphs.clear()
         graphs.recorder = recorder
@@ -242,12 +254,28 @@ def check_attention(runtime: LayerRuntime) -> str:
     return "; ".join(found)
 
 
-def loss_and_gradients(model: nn.Module, seed: int = 0) -> Step:
+def small_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Of shape `SMALL`."""
+    return make_batch(SMALL, vocab_size, seed, device)
+
+
+def packed_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """A row of two documents; as many tokens of each kind whichever comes first, which the ``seed`` decides."""
+    lengths = torch.tensor(DOCUMENTS if seed % 2 else DOCUMENTS[::-1], dtype=torch.int32)
+    ids = torch.randint(10, vocab_size, (1, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(seed))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    answers = positions >= lengths.repeat_interleave(lengths)[None] - SMALL.outputs
+    batch = {"input_ids": ids, "labels": ids.where(answers, IGNORE_INDEX)}
+    batch |= {"position_ids": positions, "packed_seq_lengths": lengths}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def loss_and_gradients(model: nn.Module, seed: int = 0, make: MakeBatch = small_batch) -> Step:
     """Of the small batch of this ``seed``; the gradients of every trained parameter on the CPU."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16):
-        loss = model(**make_batch(SMALL, model.config.vocab_size, seed, device)).loss
+        loss = model(**make(model.config.vocab_size, seed, device)).loss
     loss.backward()
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""`functions.layer` with its products in CUDA graphs, around an attention that runs as it is: packed rows, windows.
+"""`functions.layer` with its products in CUDA graphs, around an attention that runs as it is: long documents, windows.
 
 For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one
 behind it, and the MLP, with all that prepares their weights; norms, residual sums and the choice of channels run as
