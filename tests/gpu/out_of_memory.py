@@ -22,7 +22,7 @@ from sparse_unsloth.bench.methods import sparsity_of
 from sparse_unsloth.bench.models import load_model
 from sparse_unsloth.bench.shapes import Shape, make_batch
 
-METHODS = ("unsloth-dense", "sparse-25", "rows-25", "rows-25-graphs")
+METHODS = ("unsloth-dense", "sparse-25", "rows-25")
 DOCUMENT = 4096
 LEFT = 2**26
 """Bytes that may stay: caches of the allocator's users, not activations."""
