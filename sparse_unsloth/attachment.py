@@ -274,13 +274,12 @@ def _prepare_graphs(state: SparsityState) -> None:
 def _try_documents(state: SparsityState) -> None:
     """Whether attention within packed documents can be recorded; a warning where it cannot, on a GPU."""
     layer = state.layers[0]
-    weight = next(layer.module.parameters())
-    like = getattr(layer.module, "input_layernorm", layer.module).weight.detach()
-    reason = ""
-    if weight.is_cuda:
-        heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
-        reason = packed_attention.why_not_recorded(*heads, like, state.graphs.recorder)
-        state.graphs.clear()
+    like = layer.module.input_layernorm.weight.detach()
+    if not like.is_cuda:
+        return
+    heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    reason = packed_attention.why_not_recorded(*heads, like, state.graphs.recorder)
+    state.graphs.clear()
     if reason:
         state.graphs.documents = False
         logger.warning(

@@ -446,9 +446,18 @@ def test_unsloths_own_layers(tmp_path):
     }  # fmt: skip
 
 
+def run_attention(**arguments):
+    """What Unsloth's attention modules find under this name."""
+
+
+class UnslothAttention(torch.nn.Module):
+    def forward(self, hidden_states):
+        return run_attention(Q=hidden_states)
+
+
 def test_what_attention_depends_on():
-    """With xformers Unsloth hands its layers a mask that is an object; one kind of it holds nothing."""
-    attention = torch.nn.Module()
+    """With xformers Unsloth hands its layers a mask that is an object; attention within documents needs none."""
+    attention = UnslothAttention()
     attention.config = SimpleNamespace(sliding_window=None)
     state = SimpleNamespace(config=SimpleNamespace(refresh_steps=1))
     layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
@@ -459,12 +468,18 @@ def test_what_attention_depends_on():
         names = unsloth_layer.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
         return None if names is None else set(names)
 
-    plain = {unsloth_layer.COSINES, unsloth_layer.SINES}
-    causal, block = (type(name, (), {})() for name in ("LowerTriangularMask", "BlockDiagonalCausalMask"))
-    assert found(causal_mask=None, use_cache=False) == found(causal_mask=causal) == plain
+    plain, lengths = {unsloth_layer.COSINES, unsloth_layer.SINES}, torch.tensor([8])
+    assert found(causal_mask=None, use_cache=False) == plain
     assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
-    assert found(causal_mask=block) is None
-    assert found(packed_seq_lengths=torch.tensor([8])) is None
+    assert found(causal_mask=object()) is None
+    assert found(packed_seq_lengths=lengths) is None
+    runtime.context.packing = SimpleNamespace(offsets=torch.tensor([0, 8]))
+    assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_layer.OFFSETS}
+    assert found(packed_seq_lengths=lengths, attention_mask=torch.ones(1, 1, 8, 8)) is None
+    layer.module.self_attn = torch.nn.Linear(1, 1)  # calls no such function
+    layer.module.self_attn.config = attention.config
+    assert found(packed_seq_lengths=lengths) is None
+    layer.module.self_attn, runtime.context.packing = attention, None
     tables = tables[0][:4], tables[1][:4]
     assert found() is None
 

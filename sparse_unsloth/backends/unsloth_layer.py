@@ -36,8 +36,8 @@ COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
 OFFSETS, LENGTHS = "documents begin at", "packed_seq_lengths"
 ATTENTION = "run_attention"
 """What Unsloth's attention modules call for the attention itself."""
-NO_STATE = "LowerTriangularMask"
-"""The mask of xformers that says "causal", and nothing else."""
+REPLACED = (LENGTHS, "causal_mask")
+"""Arguments that only the attention itself reads, which is another within packed documents."""
 UNREAD = ("position_embeddings", "num_items_in_batch")
 """Arguments that do not matter to the attention as they are."""
 
@@ -179,7 +179,7 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
             return None
         found[OFFSETS] = packing.offsets
     for name, value in arguments.items():
-        if (name == LENGTHS and packing is not None) or type(value).__name__ == NO_STATE:
+        if packing is not None and name in REPLACED:
             continue
         mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4
         if mask or (name == "position_ids" and isinstance(value, Tensor)):
