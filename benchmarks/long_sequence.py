@@ -10,7 +10,7 @@ of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: ev
 in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
 is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
 lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
-halves the gap to an eighth; its row holds the longest that did.
+halves the gap to an eighth; its row holds the longest that did, and its second step there.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Run:
         self.write(cell, quantiles(times), self.peak(), f"{steps} steps{self.kept()}")
 
     def longest(self, cell: Cell) -> None:
-        """Doubles the tokens while a step fits, then halves the gap to an eighth; one step each."""
+        """Doubles the tokens while a step fits, then halves the gap to an eighth; one step each, two of the longest."""
         best, failed, tokens = 0, None, self.args.lengths[-1]
         milliseconds = peak = 0.0
         ended = ""
@@ -213,6 +213,7 @@ class Run:
             if best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
                 ended = "; stopped by the time limit, more may fit"
                 break
+            self.release_host()
             if self.too_much_for_host(cell, tokens):
                 failed, ended = tokens, "; the host's memory ends here, more fits on the GPU"
             else:
@@ -229,7 +230,19 @@ class Run:
             tokens = best * 2 if failed is None else (best + failed) // 2 // DOCUMENT * DOCUMENT
             if tokens <= best:
                 break
+        if best:
+            milliseconds, peak = self.one_step(cell, best)  # the first one pinned memory on the host
         self.write(cell, (milliseconds,) * 3, peak, f"longest that fits{ended}{self.kept()}", tokens=best)
+
+    def release_host(self) -> None:
+        """Gives back what Unsloth's checkpointing keeps pinned for the next step."""
+        if self.args.cpu:
+            return
+        from unsloth_zoo import gradient_checkpointing
+
+        gradient_checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+        self.torch.cuda.synchronize()
+        gradient_checkpointing._empty_host_cache()
 
     def too_much_for_host(self, cell: Cell, tokens: int) -> bool:
         """Whether the inputs that checkpointing keeps there would not fit."""
@@ -317,9 +330,10 @@ def set_checkpointing(model, on: bool, cpu: bool) -> None:
 
 
 def host_bytes(model, tokens: int) -> int:
-    """What Unsloth's checkpointing puts on the host: every layer's input."""
+    """What Unsloth's checkpointing puts on the host: every layer's input, which PyTorch pins by powers of two."""
     config = model.config.get_text_config()
-    return tokens * config.hidden_size * 2 * config.num_hidden_layers
+    one = tokens * config.hidden_size * 2
+    return (1 << (one - 1).bit_length()) * config.num_hidden_layers
 
 
 def free_host_bytes() -> float:

@@ -213,8 +213,9 @@ class Immediate:
 
 
 def _as_recorded(model: nn.Module, make: MakeBatch) -> list[Step]:
-    """The steps of `check_graphs` by the functions that graphs record, with none recorded; afterwards none is known."""
+    """The steps of `check_graphs` by the functions that graphs record, not recorded; all recordings are forgotten."""
     graphs = get_state(model).graphs
+    graphs.clear()
     recorder, graphs.recorder = graphs.recorder, Immediate()
     try:
         for seed in range(SEEN_BEFORE):

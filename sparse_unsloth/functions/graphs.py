@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -47,6 +48,7 @@ class CudaRecorder:
         if not torch.cuda.is_available():
             raise BackendError("cuda_graphs needs an NVIDIA GPU, and PyTorch sees none. Set cuda_graphs: false.")
         self.pool = torch.cuda.graph_pool_handle()
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
@@ -58,6 +60,8 @@ class CudaRecorder:
         stream = self._streams.get(current.device_index)
         if stream is None:
             stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
+        if not self._alive:  # PyTorch gives a pool up with its last graph
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -70,6 +74,7 @@ class CudaRecorder:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        self._alive.add(graph)
         current.wait_stream(stream)
         graph.replay()
         places = [_at(output) for output in outputs]
@@ -88,7 +93,7 @@ class CudaRecorder:
     def forget(self) -> None:
         """Waits for what still runs; later recordings have a pool of their own."""
         torch.cuda.synchronize()
-        self.pool = torch.cuda.graph_pool_handle()
+        self._alive = weakref.WeakSet()
 
     @staticmethod
     def keeps(state: Any) -> Any:

@@ -26,6 +26,9 @@ METHODS = ("unsloth-dense", "sparse-25", "rows-25")
 DOCUMENT = 4096
 LEFT = 2**26
 """Bytes that may stay: caches of the allocator's users, not activations."""
+APART = 0.01
+"""How far the next step's gradients may be from those before: attention's backward adds in no fixed order, and two
+steps alike were up to 0.0024 apart."""
 
 
 def take_step(model, tokens: int) -> list[torch.Tensor]:
@@ -70,7 +73,7 @@ def fails_and_goes_on(model, tokens: int, share: float) -> bool:
     stayed = forget(model) - before
     again = repeat(model, tokens)
     apart = max(float((a - b).norm() / b.norm()) for a, b in zip(again, expected, strict=True))
-    good = where is not None and stayed <= LEFT and apart <= max(2 * noise, 1e-6)
+    good = where is not None and stayed <= LEFT and apart <= APART
     print(
         f"  {share:.0%} of {(peak - before) / 2**30:.2f} GiB: {'failed in ' + where if where else 'did not fail'}; "
         f"{stayed / 2**20:.1f} MiB stayed; the next step's gradients within {apart:.1e} (a step twice: {noise:.1e})",
