@@ -178,7 +178,7 @@ def check_graphs(model: nn.Module) -> str:
 
 def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
     graphs = get_state(model).graphs
-    expected = _as_recorded(model, make) if as_recorded else None
+    expected, noise = _as_recorded(model, make) if as_recorded else (None, 0.0)
     began = graphs.serial
     before = [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
     if graphs.serial != began:
@@ -193,9 +193,12 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
         worst = max(worst, _distance(gradients, plain))
     if graphs.serial == began:
         raise CheckFailed("no layer was recorded")
-    if not worst <= REPLAY_TOLERANCE:
-        raise CheckFailed(f"replayed gradients differ by {worst:.3f} of their norm from those without graphs")
-    return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}"
+    if not worst <= max(REPLAY_TOLERANCE, 2 * noise):
+        raise CheckFailed(
+            f"replayed gradients differ by {worst:.3f} of their norm from those without graphs (those twice: {noise:.3f})"
+        )
+    twice = f" (not recorded, twice: {noise:.1e})" if noise else ""
+    return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}{twice}"
 
 
 class Immediate:
@@ -212,15 +215,19 @@ class Immediate:
         """It is made anew each time."""
 
 
-def _as_recorded(model: nn.Module, make: MakeBatch) -> list[Step]:
-    """The steps of `check_graphs` by the functions that graphs record, not recorded; all recordings are forgotten."""
+def _as_recorded(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
+    """The steps of `check_graphs` by the functions that graphs record, not recorded; all recordings are forgotten.
+
+    And how far apart gradients are when that is done twice: some kernels add in no fixed order.
+    """
     graphs = get_state(model).graphs
     graphs.clear()
     recorder, graphs.recorder = graphs.recorder, Immediate()
     try:
         for seed in range(SEEN_BEFORE):
             loss_and_gradients(model, seed, make)
-        return [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
+        steps, again = ([loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)] for _ in range(2))
+        return steps, max(_distance(a[1], b[1]) for a, b in zip(again, steps, strict=True))
     finally:
         graphs.clear()
         graphs.recorder = recorder
