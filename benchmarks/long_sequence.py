@@ -210,12 +210,12 @@ class Run:
         milliseconds = peak = 0.0
         ended = ""
         while failed is None or failed - best > max(failed // 8, DOCUMENT):
-            if best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
-                ended = "; stopped by the time limit, more may fit"
-                break
             self.release_host()
             if self.too_much_for_host(cell, tokens):
                 failed, ended = tokens, "; the host's memory ends here, more fits on the GPU"
+            elif best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
+                ended = "; stopped by the time limit, more may fit"
+                break
             else:
                 try:
                     milliseconds, peak = self.one_step(cell, tokens)
@@ -240,7 +240,8 @@ class Run:
             return
         from unsloth_zoo import gradient_checkpointing
 
-        gradient_checkpointing.reset_unsloth_gradient_checkpointing_buffers()
+        # new, small buffers: its own reset leaves those it had at the beginning as large as they have become
+        gradient_checkpointing.initialize_unsloth_gradient_checkpointing(gradient_checkpointing.GPU_BUFFER_DTYPE)
         self.torch.cuda.synchronize()
         gradient_checkpointing._empty_host_cache()
 

@@ -195,7 +195,8 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
         raise CheckFailed("no layer was recorded")
     if not worst <= max(REPLAY_TOLERANCE, 2 * noise):
         raise CheckFailed(
-            f"replayed gradients differ by {worst:.3f} of their norm from those without graphs (those twice: {noise:.3f})"
+            f"replayed gradients differ by {worst:.3f} of their norm from those without graphs, those by {noise:.3f} "
+            "when they are taken twice"
         )
     twice = f" (not recorded, twice: {noise:.1e})" if noise else ""
     return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}{twice}"
