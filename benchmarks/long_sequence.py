@@ -206,17 +206,17 @@ class Run:
 
     def longest(self, cell: Cell) -> None:
         """Doubles the tokens while a step fits, then halves the gap to an eighth; one step each, two of the longest."""
-        best, failed, tokens = 0, None, self.args.lengths[-1]
+        best, failed, tokens = 0, None, 2 * self.args.lengths[-1]
         milliseconds = peak = 0.0
         ended = ""
         while failed is None or failed - best > max(failed // 8, DOCUMENT):
-            self.release_host()
             if self.too_much_for_host(cell, tokens):
                 failed, ended = tokens, "; the host's memory ends here, more fits on the GPU"
             elif best and 2.2 * tokens / best * milliseconds / 1000 > self.deadline - time.time():
                 ended = "; stopped by the time limit, more may fit"
                 break
             else:
+                self.release_host()
                 try:
                     milliseconds, peak = self.one_step(cell, tokens)
                     best = tokens
@@ -338,9 +338,12 @@ def host_bytes(model, tokens: int) -> int:
 
 
 def free_host_bytes() -> float:
-    """Four fifths of the memory that the host has to give."""
+    """Four fifths of the memory that the host has to give, what is pinned for an earlier step included."""
+    import torch
+
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return 0.8 * 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 0.8 * (available + torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, str]:
