@@ -441,6 +441,7 @@ def test_unsloths_own_layers(tmp_path):
     parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
+        "channels, xformers": [whole, 1],
         "rows, padded": [whole, 1], "rows, packed": [whole, 1],
         "dense, padded": [whole, 1], "dense, packed": [whole, 1],
     }  # fmt: skip
@@ -455,8 +456,14 @@ class UnslothAttention(torch.nn.Module):
         return run_attention(Q=hidden_states)
 
 
+XformersMask, XformersWindow = (
+    type(name, (), {"__module__": "xformers.ops.fmha.attn_bias"})
+    for name in ("LowerTriangularMask", "LowerTriangularFromBottomRightLocalAttentionMask")
+)
+
+
 def test_what_attention_depends_on():
-    """With xformers Unsloth hands its layers a mask that is an object; attention within documents needs none."""
+    """With xformers Unsloth hands its layers a mask that is an object: the plain causal one, or one of a window."""
     attention = UnslothAttention()
     attention.config = SimpleNamespace(sliding_window=None)
     state = SimpleNamespace(config=SimpleNamespace(refresh_steps=1))
@@ -472,6 +479,8 @@ def test_what_attention_depends_on():
     assert found(causal_mask=None, use_cache=False) == plain
     assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
     assert found(causal_mask=object()) is None
+    assert found(causal_mask=XformersMask()) == plain
+    assert found(causal_mask=XformersWindow()) is None
     assert found(packed_seq_lengths=lengths) is None
     runtime.context.packing = SimpleNamespace(offsets=torch.tensor([0, 8]))
     assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_layer.OFFSETS}
@@ -479,7 +488,9 @@ def test_what_attention_depends_on():
     layer.module.self_attn = torch.nn.Linear(1, 1)  # calls no such function
     layer.module.self_attn.config = attention.config
     assert found(packed_seq_lengths=lengths) is None
-    layer.module.self_attn, runtime.context.packing = attention, None
+    runtime.context.packing = None
+    assert found(causal_mask=XformersMask()) is None
+    layer.module.self_attn = attention
     tables = tables[0][:4], tables[1][:4]
     assert found() is None
 

@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,25 @@ SETTINGS = {
 }
 
 
+def load_xformers(patch: pytest.MonkeyPatch, asked: list) -> None:
+    """Unsloth's attention is xformers', a stand-in since it has GPU kernels only; ``asked`` gets its masks."""
+    from unsloth.models import llama
+    from unsloth.utils import attention_dispatch, packing
+    from xformers.ops.fmha import attn_bias
+
+    def attention(query, key, value, attn_bias):
+        asked.append(attn_bias)
+        q, k, v = (values.flatten(2, -2).transpose(1, 2) for values in (query, key, value))  # heads may be in groups
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return output.transpose(1, 2).view(query.shape)
+
+    for module in (llama, attention_dispatch):
+        patch.setattr(module, "xformers", SimpleNamespace(attn_bias=attn_bias))
+        patch.setattr(module, "HAS_XFORMERS", True)
+    patch.setattr(packing, "_XFormersBlockMask", attn_bias.BlockDiagonalCausalMask)
+    patch.setattr(attention_dispatch, "xformers_attention", attention)
+
+
 def examine() -> dict[str, list]:
     """By setting and layout: the calls that were recorded, and how often each was replayed."""
     torch.set_num_threads(1)
@@ -44,9 +64,12 @@ def examine() -> dict[str, list]:
     for name, setting in SETTINGS.items():
         layouts = {"padded": make_batch, "packed": packed_batch}
         if name == "channels":
-            layouts["long documents"] = packed_batch
+            layouts |= {"long documents": packed_batch, "xformers": make_batch}
         for layout, make in layouts.items():
             with pytest.MonkeyPatch.context() as patch:
+                asked = []
+                if layout == "xformers":
+                    load_xformers(patch, asked)
                 if layout == "long documents":
                     patch.setattr(packed_attention, "LONGEST_MEAN", 1)
                 recorder = Rerun()
@@ -55,7 +78,10 @@ def examine() -> dict[str, list]:
                 expected = [step_as_recorded(model, batch, setting) for batch in batches]
                 attach(model, {**setting, "cuda_graphs": True})
                 for step in range(3):
+                    asked.clear()
                     assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+                if layout == "xformers":
+                    assert len(asked) == 2, "the first layer, which is dense, forward and again"
                 passes = get_state(model).graphs._passes.values()
                 calls = sorted({call for _, calls, _ in passes for call in calls})
                 found[f"{name}, {layout}"] = [calls, recorder.replayed // max(recorder.recorded, 1)]

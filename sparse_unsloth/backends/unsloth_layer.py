@@ -8,6 +8,7 @@ apply, the layer's own forward runs, with the hooks that are in it. Exact, and f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -36,7 +37,13 @@ COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
 OFFSETS, LENGTHS = "documents begin at", "packed_seq_lengths"
 ATTENTION = "run_attention"
 """What Unsloth's attention modules call for the attention itself."""
-REPLACED = (LENGTHS, "causal_mask")
+SDPA = "sdpa"
+"""Its name for PyTorch's."""
+MASK = "causal_mask"
+"""Its argument for xformers; None without it."""
+PLAIN_MASK = "LowerTriangularMask"
+"""The class of xformers' plain causal mask, which holds nothing."""
+REPLACED = (LENGTHS, MASK)
 """Arguments that only the attention itself reads, which is another within packed documents."""
 UNREAD = ("position_embeddings", "num_items_in_batch")
 """Arguments that do not matter to the attention as they are."""
@@ -119,23 +126,33 @@ def recorded_attention(
         named = dict(zip(fixed, tensors, strict=True))
         embeddings, offsets = (named.pop(COSINES), named.pop(SINES)), named.pop(OFFSETS, None)
         given = {**arguments, **named, "position_embeddings": embeddings, LENGTHS: None}
-        with contextlib.nullcontext() if offsets is None else _within_documents(runtime.layer.self_attn, offsets):
+        given.pop(MASK, None)
+        with _attending(runtime.layer.self_attn, offsets):
             return attend(runtime, x, handed, given)
 
     return attention
 
 
 @contextlib.contextmanager
-def _within_documents(attention: nn.Module, offsets: Tensor) -> Iterator[None]:
-    """Unsloth's attention of Q, K, V is `packed_attention` meanwhile."""
+def _attending(attention: nn.Module, offsets: Tensor | None) -> Iterator[None]:
+    """Unsloth's attention of Q, K, V is PyTorch's meanwhile: `packed_attention` where documents have ``offsets``.
+
+    Else it goes through Unsloth's own dispatch. What xformers and flash-attn launch has not been tried in a recording.
+    """
     names = _names(attention)
-    original = names[ATTENTION]
+    original = names.get(ATTENTION)
+    if original is None:
+        yield
+        return
 
     def packed(*, config: Any, context: Any, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
         return packed_attention.packed_attention(Q, K, V, offsets, scale)
 
-    names[ATTENTION] = packed
+    def plain(*, config: Any, **arguments: Any) -> Tensor:
+        return original(config=dataclasses.replace(config, backend=SDPA), **arguments)
+
+    names[ATTENTION] = plain if offsets is None else packed
     try:
         yield
     finally:
@@ -179,7 +196,7 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
             return None
         found[OFFSETS] = packing.offsets
     for name, value in arguments.items():
-        if packing is not None and name in REPLACED:
+        if (packing is not None and name in REPLACED) or (name == MASK and _is_plain_mask(module.self_attn, value)):
             continue
         mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4
         if mask or (name == "position_ids" and isinstance(value, Tensor)):
@@ -187,6 +204,13 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
         elif name not in UNREAD and not (value is None or isinstance(value, bool)):
             return None
     return found
+
+
+def _is_plain_mask(attention: nn.Module, mask: Any) -> bool:
+    """Whether ``mask`` is xformers' for plain causal attention, which PyTorch computes as well."""
+    kind = type(mask)
+    known = kind.__name__ == PLAIN_MASK and kind.__module__.partition(".")[0] == "xformers"
+    return known and ATTENTION in _names(attention)
 
 
 def compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:
