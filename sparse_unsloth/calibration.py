@@ -373,9 +373,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def sequence_starts(
     labels: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    packed_seq_lengths: Tensor | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    packed_seq_lengths: Tensor | None = None,
 ) -> Tensor:
     """Where sequences start, as `TokenPartition` tells them, and the first real tokens: bool ``[batch, sequence]``."""
     starts = torch.zeros_like(labels, dtype=torch.bool)

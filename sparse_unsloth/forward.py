@@ -19,7 +19,7 @@ from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
-from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
+from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
 from sparse_unsloth.prefill import close_prefill, open_prefill
 from sparse_unsloth.rounding import with_round_counts, with_round_length
 
@@ -51,17 +51,22 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
                 f"take them away), so its tokens have no roles and {ran}."
             )
         return None
+    split = is_split(kwargs)
+    if split:
+        _leave_out_for_split_rows(state)
+    graphs, planner = (None, None) if split else (state.graphs, state.planner)
+    recorded_dense = state.recorded_dense and not split
     loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
-    if not (state.runtimes or loss_only or state.recorded_dense):
+    if not (state.runtimes or loss_only or recorded_dense):
         return None
     partition = roles_of(state, kwargs)
     state.counts.forwards += 1
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
-    if state.graphs is not None and not state.recorded_dense:
+    if graphs is not None and not recorded_dense:
         partition = with_round_counts(partition, padding_is_context=state.by_rows)
-    if state.planner is not None:
-        state.planner.plan(partition, scale if len(partition.context) else 0.0)
+    if planner is not None:
+        planner.plan(partition, scale if len(partition.context) else 0.0)
     if not (len(partition.context) or (state.tiers and len(partition.output))):
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
@@ -78,22 +83,34 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
-    elif state.recorded_dense:
+    elif recorded_dense:
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
-    if state.graphs is not None and state.graphs.documents:
+    if graphs is not None and graphs.documents:
         context.packing = packing_of(kwargs, partition.shape)
-    if state.recorded_dense:
+    if recorded_dense:
         _record(state, context)
     elif (
         scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
     ):
         context.observation = _observe(state, partition, scale, kwargs)
-    elif state.graphs is not None and scale > 0:
+    elif graphs is not None and scale > 0:
         _record(state, context)
     return context
+
+
+def _leave_out_for_split_rows(state: SparsityState) -> None:
+    """What would differ from rank to rank, or cannot be recorded, while attention talks to the other ranks."""
+    if state.planner is not None:
+        state.planner.restore()
+    wanted = [name for name, used in (("cuda_graphs", state.graphs), ("memory_budget", state.planner)) if used]
+    if wanted:
+        state.say_once(
+            f"{' and '.join(wanted)}: rows are split over several GPUs (context parallelism), so every layer is "
+            "checkpointed as it was set, and nothing is recorded."
+        )
 
 
 def _record(state: SparsityState, context: SparseContext) -> None:
@@ -156,8 +173,8 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
 def _observe(
     state: SparsityState, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]
 ) -> Observation:
-    layout = (arguments.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths"))
-    starts = sequence_starts(arguments["labels"], *layout)
+    named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
+    starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
     tiers = (("", state.layer_sparsity), (OUTPUT, state.output_sparsity))
     sparsity = {
         (index, f"{prefix}{part}"): value * scale
@@ -180,9 +197,9 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
     """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
     if is_sequence_classifier(state.model):
         return partition_of(state.model, arguments, state.config.dense_tokens)
-    layout = {"packed_seq_lengths": arguments.get("packed_seq_lengths")}
-    if state.runtimes:
-        layout |= {name: arguments.get(name) for name in ("attention_mask", "position_ids")}
+    layout = layout_of(arguments)
+    if not state.runtimes:
+        layout |= {"attention_mask": None, "position_ids": None}
     return TokenPartition.from_labels(
         arguments["labels"],
         **layout,

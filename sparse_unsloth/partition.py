@@ -7,6 +7,9 @@ padding-free. Roles follow from the labels as the model receives them (not shift
 - a *loss-bearing* row predicts one, `labels[t + 1] != -100` inside the same document, so the last prompt token is one;
 - *dense* rows are both together, *context* rows the other tokens, *padding* rows neither;
 - with tiers, output tokens are sparse as well, on channels of their own; the last prompt token stays dense.
+
+Where a row's neighbour is not the token that it predicts (context parallelism hands every GPU a part of the sequence),
+``shift_labels`` come beside the labels, made before the sequence was cut: then they say which rows bear loss.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ class TokenPartition:
         dense_tokens: Literal["output", "none"] = "output",
         padding_masked: bool = True,
         tiers: bool = False,
+        shift_labels: Tensor | None = None,
     ) -> TokenPartition:
         """Splits the tokens of one forward; the host waits for the device once.
 
@@ -70,19 +74,26 @@ class TokenPartition:
             padding_masked: whether the model keeps tokens from attending to padding. Where it does not, masked rows
                 with a token behind them (left padding) are read by that token, and count as tokens like any other.
             tiers: also find the output tokens; needs ``dense_tokens="output"``.
+            shift_labels: integers ``[batch, sequence]``, what each row predicts, -100 for nothing. Position ids and
+                lengths, which are the whole sequence's then, say nothing about these rows.
 
         The first label of a document counts as an output token, but no row of the document before it bears its loss
         (Unsloth masks it there, and TRL's and transformers' collators never set it).
 
         Raises:
-            ConfigError: labels that are not one integer per token; an attention mask, position ids or lengths that do
-                not fit them.
+            ConfigError: labels that are not one integer per token; an attention mask, shifted labels, position ids or
+                lengths that do not fit them.
         """
-        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers)
+        if shift_labels is not None:
+            position_ids = packed_seq_lengths = None
+        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers, shift_labels)
         starts, tail, covered = _documents(labels, position_ids, packed_seq_lengths)
         output = labels != IGNORE_INDEX
-        loss = (output & ~starts).roll(-1, dims=1)
-        loss[:, -1:] = False
+        if shift_labels is None:
+            loss = (output & ~starts).roll(-1, dims=1)
+            loss[:, -1:] = False
+        else:
+            loss = shift_labels.to(labels.device) != IGNORE_INDEX
         dense = output | loss
         if attention_mask is not None:
             padding = tail | (attention_mask == 0)
@@ -273,10 +284,20 @@ def partition_of(
             )
         pad = model.config.get_text_config().pad_token_id
         return TokenPartition.from_sequences(tokens, batch.get("attention_mask"), pad, dense_tokens)
-    roles = {name: batch.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths")}
     return TokenPartition.from_labels(
-        batch["labels"], **roles, dense_tokens=dense_tokens, padding_masked=padding_masked
+        batch["labels"], **layout_of(batch), dense_tokens=dense_tokens, padding_masked=padding_masked
     )
+
+
+def layout_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``batch`` decides about roles besides the labels, as `TokenPartition.from_labels` takes it."""
+    names = ("attention_mask", "position_ids", "packed_seq_lengths", "shift_labels")
+    return {name: batch.get(name) for name in names}
+
+
+def is_split(batch: Mapping[str, Any]) -> bool:
+    """Whether the rows of ``batch`` are parts of sequences whose other parts other GPUs have (context parallelism)."""
+    return batch.get("shift_labels") is not None
 
 
 def is_sequence_classifier(model: nn.Module) -> bool:
@@ -319,7 +340,7 @@ def _at_the_end(rows: Tensor) -> Tensor:
     return rows.flip(1).cumprod(1).flip(1).bool()
 
 
-def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers) -> None:
+def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers, shift_labels=None) -> None:
     if dense_tokens not in ("output", "none"):
         raise ConfigError(f"dense_tokens is {dense_tokens!r}; it must be 'output' or 'none'.")
     if tiers and dense_tokens == "none":
@@ -335,6 +356,11 @@ def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_token
         raise ConfigError(
             f"attention_mask is {_describe(attention_mask)}, but {expected}: pass a mask of the labels' shape, 0 for "
             "padding. Packed documents are told by position_ids or packed_seq_lengths, not by a 4-D mask."
+        )
+    if shift_labels is not None and getattr(shift_labels, "shape", None) != labels.shape:
+        raise ConfigError(
+            f"shift_labels are {_describe(shift_labels)}, but {expected}: pass one for every token, -100 where it "
+            "predicts nothing."
         )
     if position_ids is not None and tuple(position_ids.shape) not in {(batch, sequence), (1, sequence), (sequence,)}:
         raise ConfigError(

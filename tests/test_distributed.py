@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from sparse_unsloth.backends.unsloth_sources import find_unsloth
+
 sys.path.insert(0, str(Path(__file__).parent))
 import distributed_worker
 from processes import fork, needs_fork, wait_for
+from unsloth_on_cpu import UNSLOTH_ON_CPU
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 ROOT = WORKER.parents[1]
@@ -125,3 +129,27 @@ def test_accelerate_reads_its_configurations(path):
 
 def test_the_configurations_are_all_there():
     assert [path.stem for path in CONFIGS] == ["ddp", "fsdp2", "multi-node"]
+
+
+def test_unsloths_context_parallelism(tmp_path):
+    """Halves of sequences on two processes: roles, loss and gradients of the whole ones, packed too."""
+    folder = find_unsloth()
+    if folder is None or not (folder / "context_parallel.py").exists():
+        pytest.skip("no Unsloth with context parallelism is installed")
+    script = Path(__file__).with_name("unsloth_context_parallel.py")
+    environment = {**os.environ, **UNSLOTH_ON_CPU}
+    said = [(tmp_path / f"said-{rank}.txt").open("w+") for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path, str(rank)], cwd=tmp_path, env=environment, stdout=file, stderr=file
+        )
+        for rank, file in enumerate(said)
+    ]
+    statuses = [process.wait(timeout=600) for process in processes]
+    texts = [Path(file.name).read_text() for file in said]
+    assert statuses == [0, 0], "\n".join(text[-3000:] for text in texts)
+    for rank in range(2):
+        for name, (loss, gradients, whole, parts) in json.loads((tmp_path / f"found-{rank}.json").read_text()).items():
+            assert max(loss, gradients) < 1e-5, name
+            assert parts == ([0, 0] if name.startswith("dense") else whole), name
+    assert "memory_budget: rows are split over several GPUs" in texts[0]

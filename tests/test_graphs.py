@@ -495,6 +495,21 @@ def test_what_attention_depends_on():
     assert found() is None
 
 
+def test_parts_of_sequences_are_not_recorded(stand_in, recorder, caplog):
+    """Under context parallelism attention talks to other GPUs, in the order in which layers run."""
+    model, batch = checkpointed(stand_in), make_batch()
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    expected = loss_and_gradients(model, batch)
+    for rules in ("dense", "rows"):
+        graphs_of = attach_with(model, rules, True, **({"backward_rows": 0.999} if rules == "rows" else {})).graphs
+        for _ in range(4):
+            assert_same(loss_and_gradients(model, {**batch, "shift_labels": shifted}), expected)
+        assert recorder.recorded == 0
+        assert not graphs_of.kinds
+        detach(model)
+    assert "cuda_graphs: rows are split over several GPUs" in caplog.text
+
+
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):
     for model in (make_lora(), make_model(stand_in)):  # the PEFT backend; no kernels
         for rules in ("both", "dense"):

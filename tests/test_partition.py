@@ -116,6 +116,41 @@ def test_padding_free(documents, tail):
 
 
 @repeatable
+@given(samples, st.integers(1, 3), st.booleans())
+def test_parts_of_sequences(documents, ranks, ring):
+    """Context parallelism: every rank's part has the roles that its tokens have in the whole, whatever lies beside it.
+
+    Parts as Ulysses makes them (one piece a rank) and as ring attention does (one from the front, one from the back).
+    """
+    width = max(map(len, documents))
+    labels, mask, positions, _ = padded(documents, "right", -width % (2 * ranks))
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    whole = TokenPartition.from_labels(labels, mask)
+    place = torch.arange(labels.numel()).view(labels.shape)
+    pieces = place.chunk(2 * ranks, dim=1)
+    for rank in range(ranks):
+        two = (pieces[rank], pieces[-1 - rank]) if ring else pieces[2 * rank : 2 * rank + 2]
+        rows = torch.cat(two, dim=1)
+        part = TokenPartition.from_labels(
+            labels.flatten()[rows],
+            mask.flatten()[rows],
+            positions.flatten()[rows],
+            packed_seq_lengths=torch.tensor([labels.shape[1]] * len(labels)),  # as Unsloth leaves them, of the whole
+            shift_labels=shifted.flatten()[rows],
+        )
+        for role in ("dense", "context", "padding", "loss"):
+            mine = rows.flatten()[getattr(part, role)].tolist()
+            assert set(mine) == set(getattr(whole, role).tolist()) & set(rows.flatten().tolist())
+            assert len(mine) == len(set(mine))
+
+
+def test_shifted_labels_must_fit():
+    labels = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="shift_labels"):
+        TokenPartition.from_labels(labels, shift_labels=labels[:, 1:])
+
+
+@repeatable
 @given(st.lists(samples, min_size=1, max_size=4), st.integers(0, 4))
 def test_packed_rows(packs, extra):
     """Several documents a row, several rows, each filled up to the longest with masked padding."""
