@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import yaml
 from sparse_unsloth.cli import main
 from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.forecast import recorded
 from sparse_unsloth.forecast.command import _recipe, build_parser
 from sparse_unsloth.forecast.estimate import estimate
+from sparse_unsloth.forecast.text import report
+from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.recipe import load_recipe
 from sparse_unsloth.words import parse
 
@@ -281,6 +285,65 @@ def test_predicted_times_on_a_gpu(recipe):
     text = advise(result)
     assert "expect about" in text
     assert "the host's launches take longer" in text, "a model this small is bound by the host"
+
+
+RECORDED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
+
+
+def test_recorded_steps_do_not_wait_for_the_host(recipe):
+    plain = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity="rows"))
+    assert plain.recorded.milliseconds < plain.sparse_exact.milliseconds
+    assert plain.graphs_speedup == pytest.approx(plain.sparse_exact.milliseconds / plain.recorded.milliseconds)
+    assert plain.sparse_as_trained is plain.sparse_exact
+    assert f"`cuda_graphs: true` is expected to make a step {plain.graphs_speedup:.2f}x" in advise(plain)
+    asked = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"backward_rows": 0.25, "cuda_graphs": True}))
+    assert asked.sparse_as_trained is asked.recorded
+    assert asked.dense_as_trained is asked.dense_exact, "dense phases are not recorded"
+    assert asked.speedup == pytest.approx(plain.speedup * plain.graphs_speedup)
+    assert asked.presets["rows"].speedup == pytest.approx(asked.speedup)
+    assert "cuda_graphs" not in advise(asked)
+
+
+def test_dense_training_is_recorded_too(recipe, capsys):
+    plain, asked = (
+        estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
+        for graphs in (False, True)
+    )
+    assert "with nothing left out" in advise(plain)
+    assert asked.sparse is None
+    assert asked.dense_as_trained is asked.recorded
+    assert asked.recorded.milliseconds == plain.recorded.milliseconds < plain.dense_exact.milliseconds
+    assert "dense, with cuda_graphs" in report(asked)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": False},
+        {"lora_target_modules": ["q_proj", "v_proj"]},
+        {"sparsity": {**ALWAYS, "exact_removal": False, "cuda_graphs": True}},
+        {"sparsity": {**ALWAYS, "refresh_steps": 2, "cuda_graphs": True}},
+        {"sparsity": {**ALWAYS, "output_sparsity": 0.25, "cuda_graphs": True}},
+        {"padding_free": True},
+    ],
+)
+def test_steps_that_are_not_recorded_as_a_whole(recipe, changes, monkeypatch):
+    monkeypatch.setattr(recorded, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
+    asked = {**RECORDED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
+    assert estimate(of_gpu(recipe, rows=LONG, **asked)).recorded is not None
+    result = estimate(of_gpu(recipe, rows=LONG, **{**asked, **changes}))
+    assert result.recorded is None
+    assert "The times are those without cuda_graphs" in advise(result)
+
+
+def test_recorded_rows_have_round_lengths():
+    batch = MicroBatch(40, 200, 10, 40, (125, 125))
+    padded = recorded.lengthened(batch, "padded")
+    assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
+    assert recorded.lengthened(padded, "padded") == padded
+    flat = recorded.lengthened(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
+    assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
+    assert recorded.lengthened(flat, "packed") == flat
 
 
 def test_command_prints_text_and_json(recipe, capsys):

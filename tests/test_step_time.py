@@ -22,7 +22,7 @@ from sparse_unsloth.forecast.measured import (
     work_of_row,
 )
 from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
-from sparse_unsloth.forecast.step_time import StepTime, fit
+from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
 from sparse_unsloth.forecast.work import Work
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,23 @@ def test_errors_are_of_rows_that_the_fit_did_not_see():
     wrong["median_ms"] *= 2
     (fitted,) = fit_table(table)
     assert fitted.errors.step_worst == pytest.approx(0.5, abs=0.05)
+
+
+def test_recorded_steps():
+    """The host needs a time of its own; the fit does not see them, and the newest of each shape counts."""
+    work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
+    assert TRUE.device(work) <= TRUE.recorded(work) < 1.01 * TRUE.device(work)
+    assert TRUE.recorded(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * RECORDED_HOST, rel=0.01)
+    methods = ("dense-graphs", "sparse-o2-graphs", "rows-25-graphs")
+    steps = [row(shape, method, 0.0) for shape in ("wizardlm", "custom-1024-0.75") for method in methods]
+    for step in steps:
+        step["median_ms"] = TRUE.recorded(work_of_row(step, LLAMA_3_8B)) / 1.25
+    older = [step | {"median_ms": 1.0, "date": "2026-11-23T12:00:00+00:00"} for step in steps]
+    (plain,), (fitted,) = fit_table(rows()), fit_table([*rows(), *steps, *older])
+    assert fitted.step_time == plain.step_time
+    assert (plain.errors.recorded_median, plain.errors.recorded_worst) == (None, None)
+    assert fitted.errors.recorded_median == pytest.approx(0.25, abs=0.05)
+    assert fitted.errors.recorded_worst < 0.4
 
 
 def test_newest_rows_count_and_older_code_does_not():

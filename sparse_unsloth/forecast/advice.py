@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
+
 if TYPE_CHECKING:
     from sparse_unsloth.forecast.estimate import Estimate
 
@@ -100,11 +102,7 @@ def _hints(estimate: Estimate) -> Iterator[str]:
             f"{padding:.0%} of the rows that a dense step computes are padding: packing: true, or the Unsloth backend "
             "(padding-free by itself), does without them, at no cost."
         )
-    if estimate.sparse is not None and estimate.sparse_as_trained.host_bound:
-        yield (
-            f"With {tokens.rows:.0f} rows a micro-batch the host's launches take longer than the GPU's sparse step: a "
-            "larger per_device_train_batch_size (and fewer gradient_accumulation_steps) gains more."
-        )
+    yield from _host(estimate)
     if estimate.by_rows and not estimate.checkpointing:
         yield (
             "The backward pass computes its rows of O and MLP once more in any case, so gradient_checkpointing: true "
@@ -131,6 +129,28 @@ def _hints(estimate: Estimate) -> Iterator[str]:
         )
     if tokens.without_loss:
         yield f"{tokens.without_loss} of {tokens.samples} samples bear no loss: they cost time and teach nothing."
+
+
+def _host(estimate: Estimate) -> Iterator[str]:
+    step = estimate.sparse_as_trained or estimate.dense_as_trained
+    gain = estimate.graphs_speedup
+    if estimate.cuda_graphs and estimate.recorded is None and estimate.fitted is not None:
+        yield (
+            "The times are those without cuda_graphs: it is predicted for Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
+            "layers with LoRA on every projection, gradient checkpointing and exact_removal, for padded rows, or "
+            f"documents of up to {LONGEST_MEAN} tokens on average."
+        )
+    if not estimate.cuda_graphs and gain is not None and gain > WORTH_IT:
+        kept = "the same gradients" if estimate.sparse else "nothing left out"
+        yield (
+            f"The GPU waits for its host: `cuda_graphs: true` is expected to make a step {gain:.2f}x as fast, with "
+            f"{kept}."
+        )
+    elif estimate.sparse is not None and step.host_bound:
+        yield (
+            f"With {estimate.tokens.rows:.0f} rows a micro-batch the host's launches take longer than the GPU's sparse "
+            "step: a larger per_device_train_batch_size (and fewer gradient_accumulation_steps) gains more."
+        )
 
 
 def _presets(estimate: Estimate) -> Iterator[str]:

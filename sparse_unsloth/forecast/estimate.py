@@ -15,6 +15,7 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
+from sparse_unsloth.forecast.recorded import can_record, lengthened
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.recipe import SEQ_CLS
@@ -65,6 +66,9 @@ class Estimate:
         dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
         backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
         checkpointing: whether the layers run forward twice.
+        recorded: the step that this training is made of, sparse or dense, with `cuda_graphs`; None where not all of it
+            would be recorded, or nothing like it was measured.
+        cuda_graphs: whether the recipe asks for that.
     """
 
     model: Model
@@ -87,6 +91,8 @@ class Estimate:
     dense_layer_0: bool
     backward_rows: float = 1.0
     checkpointing: bool = True
+    recorded: Step | None = None
+    cuda_graphs: bool = False
 
     @property
     def by_rows(self) -> bool:
@@ -95,13 +101,25 @@ class Estimate:
 
     @property
     def dense_as_trained(self) -> Step:
-        """A dense step of this training: with the exact removal where it is on."""
+        """A dense step of this training: with the exact removal where it is on, recorded where nothing is sparse."""
+        if self.cuda_graphs and self.recorded and not self.sparse:
+            return self.recorded
         return self.dense_exact if self.exact_removal and self.dense_exact else self.dense
 
     @property
     def sparse_as_trained(self) -> Step | None:
-        """A sparse step of this training, likewise."""
+        """A sparse step of this training, likewise; None where nothing is sparse."""
+        if self.cuda_graphs and self.recorded and self.sparse:
+            return self.recorded
         return self.sparse_exact if self.exact_removal and self.sparse_exact else self.sparse
+
+    @property
+    def graphs_speedup(self) -> float | None:
+        """Predicted: what `cuda_graphs` makes of a step of this training."""
+        if self.recorded is None:
+            return None
+        without = replace(self, cuda_graphs=False)
+        return _ratio(without.sparse_as_trained or without.dense_as_trained, self.recorded)
 
     @property
     def flops_ratio(self) -> float | None:
@@ -135,7 +153,7 @@ class Estimate:
             "shares_of_rows": {role: self.tokens.share(role) for role in ("context", "dense", "padding")},
             "rows_per_micro_batch": self.tokens.rows,
         }
-        ratios = ("flops_ratio", "speedup", "whole_speedup", "free_speedup")
+        ratios = ("flops_ratio", "speedup", "whole_speedup", "free_speedup", "graphs_speedup")
         return (
             asdict(self)
             | {"tokens": tokens, "memory": self.memory.gib()}
@@ -176,6 +194,11 @@ def estimate(
     def step(plan: Plan, removal: bool) -> Step:
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
+    def step_recorded(plan: Plan) -> Step:
+        longer = [lengthened(batch, tokens.layout) for batch in batches]
+        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, recorded=True)
+
+    recordable = fitted is not None and can_record(recipe, model, backend, tokens.layout, batches)
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
@@ -185,7 +208,9 @@ def estimate(
         preset = SparsityConfig(preset=name)
         if preset.is_sparse(model.shape.num_layers):
             layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
-            other = step(replace(plan, layers=layers, output_layers=None, backward_rows=preset.backward_rows), removal)
+            kind = replace(plan, layers=layers, output_layers=None, backward_rows=preset.backward_rows)
+            graphs = recordable and recipe.sparsity.cuda_graphs
+            other = step_recorded(kind) if graphs else step(kind, removal)
             presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
     sparse_share = len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0
@@ -210,6 +235,8 @@ def estimate(
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
+        recorded=step_recorded(plan if is_sparse else plan.dense()) if recordable else None,
+        cuda_graphs=recipe.sparsity.cuda_graphs,
     )
 
 
@@ -233,14 +260,15 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
     )
 
 
-def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None) -> Step:
-    """The average micro-batch, times those of an optimiser step."""
+def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, recorded: bool = False) -> Step:
+    """The average micro-batch, times those of an optimiser step; ``recorded`` ones as `cuda_graphs` makes them."""
     flops = sum(work.flops for work in works) * accumulation / len(works)
     if fitted is None:
         return Step(flops, None, host_bound=False)
     model = fitted.step_time
-    milliseconds = sum(model(work) for work in works) * accumulation / len(works)
-    return Step(flops, milliseconds, sum(map(model.host, works)) > sum(map(model.device, works)))
+    milliseconds = sum(map(model.recorded if recorded else model, works)) * accumulation / len(works)
+    host_bound = not recorded and sum(map(model.host, works)) > sum(map(model.device, works))
+    return Step(flops, milliseconds, host_bound)
 
 
 def _ratio(slow: Step, fast: Step) -> float | None:

@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sparse_unsloth.bench.methods import CALIBRATED, LLAMA_3_8B, METHODS, backend_of, sparsity_of
@@ -27,6 +27,7 @@ MODELS = {"llama8b": LLAMA_3_8B}
 NOT_OURS = ("unsloth-dense", "peft-dense")
 """Methods whose time does not depend on the code of this package."""
 GRAPHED = tuple(method for method in METHODS if method.endswith("-graphs"))
+"""Methods whose steps are recorded."""
 LEFT_OUT = ("hooks-dense", "nothing-dropped", *CALIBRATED, *GRAPHED)
 """Methods that nobody trains with, and those that a `Plan` does not describe."""
 SAME_CODE = datetime.timedelta(days=1)
@@ -40,7 +41,8 @@ class Errors:
     """Of predictions by a fit to all other rows, relative to what was measured (0.05 is 5 %).
 
     ``step`` is of step times, ``speedup`` of speed-ups over the dense baseline at the same shape; None without one.
-    ``memory`` is of the peak that `peak_memory` states, which is not fitted to anything.
+    ``memory`` is of the peak that `peak_memory` states, which is not fitted to anything, and ``recorded`` of the times
+    of steps with `cuda_graphs`, which the fit does not see either; None where none were measured.
     """
 
     step_median: float
@@ -49,6 +51,8 @@ class Errors:
     speedup_worst: float | None
     memory_median: float
     memory_worst: float
+    recorded_median: float | None = None
+    recorded_worst: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,17 @@ class Fitted:
 
 def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
     """The newest row of each device, model, dtype, checkpointing, method and shape, without those of older code."""
-    newest: dict[tuple, dict] = {}
-    names = ("device", "model", "dtype", "checkpointing", "method", "shape")
-    for row in sorted(rows, key=lambda row: _date(row)):
-        if row["method"] not in LEFT_OUT:
-            newest[tuple(row[name] for name in names)] = dict(row)
-    ours = [_date(row) for row in newest.values() if row["method"] not in NOT_OURS]
+    newest = _newest(row for row in rows if row["method"] not in LEFT_OUT)
+    ours = [_date(row) for row in newest if row["method"] not in NOT_OURS]
     limit = max(ours) - SAME_CODE if ours else None
-    return [row for row in newest.values() if row["method"] in NOT_OURS or _date(row) >= limit]
+    return [row for row in newest if row["method"] in NOT_OURS or _date(row) >= limit]
+
+
+def _newest(rows: Iterable[Mapping]) -> list[dict]:
+    """Of each device, model, dtype, checkpointing, method and shape."""
+    names = ("device", "model", "dtype", "checkpointing", "method", "shape")
+    by_name = {tuple(row[name] for name in names): dict(row) for row in sorted(rows, key=_date)}
+    return list(by_name.values())
 
 
 def work_of_row(row: Mapping, model: ModelShape) -> Work:
@@ -147,22 +154,35 @@ def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None =
         models: sizes by the name of the model; `MODELS` by default. Rows of other models are not used.
     """
     models = MODELS if models is None else models
+    known = [row for row in rows if row["model"] in models]
     groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
-    for row in usable_rows(row for row in rows if row["model"] in models):
-        groups[row["device"], backend_of(row["method"]), row["dtype"]].append(row)
+    for row in usable_rows(known):
+        groups[_group(row)].append(row)
+    recorded: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for row in _newest(row for row in known if row["method"] in GRAPHED):
+        recorded[_group(row)].append(row)
     fitted = []
     for (device, backend, dtype), group in sorted(groups.items()):
         if len(group) < FEWEST or len({row["method"] in NOT_OURS for row in group}) < 2:
             continue
         steps = [(work_of_row(row, models[row["model"]]), row["median_ms"]) for row in group]
         peaks = [memory_of_row(row, models[row["model"]]) for row in group]
+        step_time = fit(steps)
+        others = [
+            abs(step_time.recorded(work_of_row(row, models[row["model"]])) / row["median_ms"] - 1)
+            for row in recorded[device, backend, dtype]
+        ]
         fitted.append(
             Fitted(
                 device,
                 backend,
                 dtype,
-                step_time=fit(steps),
-                errors=_errors(group, leave_one_out(steps), peaks),
+                step_time=step_time,
+                errors=replace(
+                    _errors(group, leave_one_out(steps), peaks),
+                    recorded_median=_rounded(statistics.median(others)) if others else None,
+                    recorded_worst=_rounded(max(others)) if others else None,
+                ),
                 rows=len(group),
                 newest=max(row["date"] for row in group),
                 commits=tuple(sorted({row["commit"] for row in group})),
@@ -171,6 +191,10 @@ def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None =
             )
         )
     return fitted
+
+
+def _group(row: Mapping) -> tuple[str, str, str]:
+    return row["device"], backend_of(row["method"]), row["dtype"]
 
 
 def save(fitted: list[Fitted], path: Path = STORED) -> None:

@@ -18,6 +18,10 @@ from sparse_unsloth.forecast.work import Work
 
 SHARPNESS = 8
 """Of the larger of host and device: they overlap, but not wholly."""
+RECORDED_HOST = 4.5
+"""Milliseconds for each layer that the host needs in a step whose layers are recorded (`cuda_graphs`). Not fitted: 32
+layers took 147 ms at the least where no two micro-batches were alike, and some 100 where all were
+(``benchmarks/results``: ``mixed_lengths.csv``, ``graphs``)."""
 PULL = 0.03
 """Weight of the pull, as a relative error of one step for a coefficient off by a factor of e."""
 
@@ -44,14 +48,21 @@ class StepTime:
 
     def __call__(self, work: Work) -> float:
         """Milliseconds of one micro-batch: forward and backward, the optimiser's update included."""
-        host, device = self.host(work), self.device(work)
-        longer, shorter = max(host, device), min(host, device)
-        return longer * (1 + (shorter / longer) ** SHARPNESS) ** (1 / SHARPNESS)
+        return _larger(self.host(work), self.device(work))
+
+    def recorded(self, work: Work) -> float:
+        """The same where layers are recorded, and the host launches little."""
+        return _larger(RECORDED_HOST * work.layers, self.device(work))
 
     @property
     def teraflops(self) -> float:
         """10^12 FLOPs of products a second."""
         return 1000 / self.products
+
+
+def _larger(host: float, device: float) -> float:
+    longer, shorter = max(host, device), min(host, device)
+    return longer * (1 + (shorter / longer) ** SHARPNESS) ** (1 / SHARPNESS)
 
 
 ROUGHLY = StepTime(products=1.7, attention=2.5, rows=50, sparse_rows=30, host_layer=3, host_sparse_part=2)

@@ -57,6 +57,7 @@ def _steps(estimate: Estimate) -> Iterator[str]:
         "dense, exact removal": estimate.dense_exact,
         "sparse": estimate.sparse,
         "sparse, exact removal": estimate.sparse_exact,
+        f"{'sparse' if estimate.sparse else 'dense'}, with cuda_graphs": estimate.recorded,
     }
     for name, step in lines.items():
         if step is not None:
@@ -78,6 +79,11 @@ def _steps(estimate: Estimate) -> Iterator[str]:
         )
         + "."
     )
+    if estimate.recorded is not None and errors.recorded_median is not None:
+        yield (
+            f"  Steps with cuda_graphs it has not seen either: {errors.recorded_median:.0%}, at worst "
+            f"{errors.recorded_worst:.0%}."
+        )
     yield from _doubts(estimate)
     hours = estimate.optimiser_steps * estimate.dense.milliseconds / 3.6e6
     if estimate.whole_speedup is not None:
