@@ -27,6 +27,7 @@ def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches:
         and model.model_type in LLAMA_LAYERS
         and set(model.lora_targets) >= {*ATTENTION, *MLP}
         and recipe.model.lora_dropout == 0
+        and not recipe.model.use_dora
         and recipe.training.gradient_checkpointing
         and sparsity.exact_removal
         and sparsity.refresh_steps == 1
