@@ -1,5 +1,6 @@
 """The model of step times: that it finds known coefficients, takes the right rows, and is what the package stores."""
 
+import csv
 import json
 import sys
 from dataclasses import asdict
@@ -17,13 +18,17 @@ from sparse_unsloth.forecast.measured import (
     fit_table,
     load,
     memory_of_row,
+    plan_of_row,
     save,
     usable_rows,
     work_of_row,
 )
 from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
+from sparse_unsloth.forecast.recorded import lengthened
 from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
-from sparse_unsloth.forecast.work import Work
+from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.forecast.work import Work, batch_work
+from sparse_unsloth.partition import TokenPartition
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "speed.csv"
@@ -92,6 +97,38 @@ def test_recorded_steps():
     assert (plain.errors.recorded_median, plain.errors.recorded_worst) == (None, None)
     assert fitted.errors.recorded_median == pytest.approx(0.25, abs=0.05)
     assert fitted.errors.recorded_worst < 0.4
+
+
+@pytest.mark.parametrize(("layout", "count"), [("padded", 16), ("flat", 24)])
+def test_recorded_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
+    """``mixed_lengths.csv``, within a tenth; `RECORDED_HOST` was read off its shortest step."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from mixed_lengths import make_batches
+
+    measured = {}
+    with (TABLE.parent / "mixed_lengths.csv").open(newline="") as file:
+        for one in csv.DictReader(file):
+            if one["layout"] == layout and one["method"].endswith("-graphs"):
+                measured[one["method"]] = 1000 * float(one["round_s"]) / int(one["steps"])  # the newest is the last
+    assert len(measured) >= 2
+    predict, errors = choose(load(), "unsloth", "4bit").step_time, {}
+    for method, milliseconds in measured.items():
+        plan, _, removal = plan_of_row(row("wizardlm", method, 0.0), LLAMA_3_8B)
+        works = [
+            batch_work(
+                plan, lengthened(micro_batch(batch), "padded" if layout == "padded" else "padding-free"), removal
+            )
+            for batch in make_batches(layout, 4, count, LLAMA_3_8B.vocab_size)
+        ]
+        errors[method] = sum(map(predict.recorded, works)) / count / milliseconds - 1
+    assert max(map(abs, errors.values())) < 0.1, errors
+
+
+def micro_batch(batch):
+    roles = TokenPartition.from_labels(**{name: values for name, values in batch.items() if name != "input_ids"})
+    lengths = batch.get("packed_seq_lengths")
+    lengths = [roles.shape[1]] * roles.shape[0] if lengths is None else lengths.tolist()
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
 
 
 def test_newest_rows_count_and_older_code_does_not():

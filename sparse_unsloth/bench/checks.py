@@ -193,7 +193,7 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
         worst = max(worst, _distance(gradients, plain))
     if graphs.serial == began:
         raise CheckFailed("no layer was recorded")
-    if not worst <= max(REPLAY_TOLERANCE, 2 * noise):
+    if not worst <= max(REPLAY_TOLERANCE, min(2 * noise, TOLERANCE)):
         raise CheckFailed(
             f"replayed gradients differ by {worst:.3f} of their norm from those without graphs, those by {noise:.3f} "
             "when they are taken twice"

@@ -93,7 +93,7 @@ class CudaRecorder:
     def forget(self) -> None:
         """Waits for what still runs; later recordings have a pool of their own."""
         torch.cuda.synchronize()
-        self._alive = weakref.WeakSet()
+        self.pool, self._alive = torch.cuda.graph_pool_handle(), weakref.WeakSet()
 
     @staticmethod
     def keeps(state: Any) -> Any:
