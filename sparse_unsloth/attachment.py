@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from sparse_unsloth import prefill
+from sparse_unsloth.backends.replaced import Uncompiled
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import packed_attention
 from sparse_unsloth.functions.graphs import Graphs
-from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.loss import install_loss_removal
@@ -59,6 +60,10 @@ class AttachReport:
     Attributes:
         exact_removal: what leaves out rows without loss, "" for nothing.
         backward_rows: see `SparsityConfig.backward_rows`; ``row_layers``: in how many layers.
+        whole_layers: layers that the project's functions compute as a whole, proved in a probe forward.
+        captured_layers: those of them that CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
+        not_whole, not_captured: ``(reason, number of layers)`` of the others that could have been; they train as
+            exactly, and slower.
     """
 
     backend: str
@@ -66,6 +71,10 @@ class AttachReport:
     exact_removal: str = ""
     backward_rows: float = 1.0
     row_layers: int = 0
+    whole_layers: int = 0
+    captured_layers: int = 0
+    not_whole: tuple[tuple[str, int], ...] = ()
+    not_captured: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_sparse(self) -> int:
@@ -84,7 +93,17 @@ class AttachReport:
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
         if self.exact_removal:
             lines.append(f"  rows without loss: left out of {self.exact_removal}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.speed_lines()])
+
+    def speed_lines(self) -> list[str]:
+        """How the layers run: whole, captured in CUDA graphs, or part by part and why."""
+        lines = []
+        if self.whole_layers or self.not_whole:
+            lines.append(f"  {self.whole_layers} of {len(self.layers)} layers run as a whole")
+        lines += [f"  {count} of {len(self.layers)} part by part: {reason}" for reason, count in self.not_whole]
+        if self.captured_layers or self.not_captured:
+            lines.append(f"  {self.captured_layers} of {len(self.layers)} layers are captured in CUDA graphs")
+        return lines + [f"  {count} not captured: {reason}" for reason, count in self.not_captured]
 
     def _runs(self) -> list[tuple[int, int, LayerReport]]:
         """Neighbouring layers that were treated alike."""
@@ -138,9 +157,10 @@ def attach(
             state.backend.install(runtime)
         removed = _remove_rows_without_loss(state)
         _replace_whole_layers(state)
-        _prepare_graphs(state)
         _register_hooks(state)
         _probe(state)
+        _keep_proved_layers(state)
+        _prepare_graphs(state)
         prepare(state, calibration_samples)
     except BaseException:
         detach(model)
@@ -151,7 +171,9 @@ def attach(
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()
-    return _report(state, removed)
+    report = _report(state, removed)
+    _warn_if_slow(report)
+    return report
 
 
 def detach(model: nn.Module) -> None:
@@ -238,31 +260,38 @@ def _replace_whole_layers(state: SparsityState) -> None:
     """Lets the layers of a sparse model run as a whole where that is faster, dense ones among them too."""
     if state.backend_name != "unsloth" or not (state.runtimes or state.recorded_dense):
         return
-    runtimes = [
+    state.whole_forwards = [
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
         for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True)
     ]
-    state.backend.install_whole_layers(runtimes)
-    installed = {id(module) for module in state.hooked}
+    state.backend.install_whole_layers(state.whole_forwards)
     state.whole_layers = {
         runtime.layer.index: runtime
-        for runtime in runtimes
-        if runtime.layer.index not in state.runtimes and id(runtime.layer.module) in installed
+        for runtime in state.whole_forwards
+        if runtime.layer.index not in state.runtimes and not runtime.not_whole
     }
+
+
+def _keep_proved_layers(state: SparsityState) -> None:
+    """Gives layers whose whole forward failed in the probe their own back; what is sparse in them stays hooked."""
+    for runtime in state.whole_forwards:
+        if not runtime.not_whole:
+            continue
+        state.backend.uninstall_whole_layer(runtime)
+        if state.whole_layers.pop(runtime.layer.index, None) is not None and runtime is not state.last_layer:
+            state.uncompiled[runtime.layer.index].remove()
 
 
 def _prepare_graphs(state: SparsityState) -> None:
     """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
     if not state.config.cuda_graphs:
         return
-    runtimes = state.whole_layers if state.recorded_dense else state.runtimes
-    whole = any(state.backend.can_record(runtime) for runtime in runtimes.values())
-    if not whole or not use_kernels(next(state.model.parameters())):
-        which = "layer" if state.recorded_dense else "sparse layer"
-        raise AttachError(
-            f"cuda_graphs: no {which} of this model runs as a whole (Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
-            "layers do, with LoRA on all of their projections, and with Triton's kernels). Set cuda_graphs: false."
-        )
+    layers = [*state.whole_forwards] or [*state.runtimes.values()]
+    for runtime in layers:
+        runtime.not_captured = state.backend.why_not_captured(runtime)
+    if all(runtime.not_captured for runtime in layers):
+        reasons = "; ".join(f"{reason} ({count} layers)" for reason, count in _reasons(layers, "not_captured"))
+        raise AttachError(f"cuda_graphs: no layer of this model can be captured: {reasons}. Set cuda_graphs: false.")
     if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
         raise AttachError(
             "cuda_graphs: the layers lie on several devices, and a recording is one device's. Set cuda_graphs: false."
@@ -296,6 +325,9 @@ def _register_hooks(state: SparsityState) -> None:
     for layer in state.layers:
         runtime = state.runtime(layer)
         layer.module.__dict__["_sparse_runtime"] = runtime
+        if runtime is not None:
+            state.uncompiled[layer.index] = Uncompiled(layer.module)
+            state.handles.append(state.uncompiled[layer.index])
         state.handles.append(layer.module.register_forward_pre_hook(_enter_layer, with_kwargs=True))
         if runtime is not None:
             state.handles.append(layer.module.register_forward_hook(_leave_layer, always_call=True))
@@ -379,8 +411,31 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
                 output_key_channels=keep_count(keys, output.self_attn),
             )
         )
-    row_layers = len(state.runtimes) if state.by_rows else 0
-    return AttachReport(state.backend_name, tuple(rows), exact_removal, state.config.backward_rows, row_layers)
+    forwards = state.whole_forwards
+    captured = [runtime for runtime in forwards if not runtime.not_captured] if state.graphs is not None else []
+    return AttachReport(
+        state.backend_name,
+        tuple(rows),
+        exact_removal,
+        state.config.backward_rows,
+        row_layers=len(state.runtimes) if state.by_rows else 0,
+        whole_layers=sum(not runtime.not_whole for runtime in forwards),
+        captured_layers=len(captured),
+        not_whole=_reasons(forwards, "not_whole"),
+        not_captured=_reasons(forwards, "not_captured"),
+    )
+
+
+def _reasons(runtimes: Iterable[LayerRuntime], name: str) -> tuple[tuple[str, int], ...]:
+    """``(reason, number of layers)``, the commonest first."""
+    return tuple(Counter(reason for runtime in runtimes if (reason := getattr(runtime, name))).most_common())
+
+
+def _warn_if_slow(report: AttachReport) -> None:
+    """Says where layers do not run in the fastest way that was asked for; the last layer alone never matters."""
+    few = report.whole_layers < len(report.layers) - 1 and report.not_whole
+    if few or (report.captured_layers and report.captured_layers < len(report.layers) - 1):
+        logger.warning("Training is exact, and slower than it could be:\n%s", "\n".join(report.speed_lines()))
 
 
 def _save_config_with_adapter(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ class SparseContext:
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
         graphs: what records and replays the layers' work in this forward; None: it runs as it is.
         packing: the documents of its row, where recordings may attend within them.
+        ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class SparseContext:
         self.packing: Packing | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
+        self.whole: set[int] = set()
         self._memos: dict[int, dict[str, Any]] = {}
         self._derived: dict[str, TokenPartition] = {}
 

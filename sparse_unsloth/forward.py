@@ -142,6 +142,13 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         close_prefill(state, context)
         return
     state.watch.look(context)
+    installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
+    if context.scale > 0 and installed and not context.whole:
+        state.say_once(
+            f"{installed} layers can run as a whole, but ran part by part: right, and slower. They need the norms' "
+            "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
+            "one active, unmerged adapter."
+        )
     if context.graphs is not None and context.graphs.idle:
         state.say_once(
             "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "

@@ -28,8 +28,9 @@ class LayerRuntime:
     ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
     (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them;
-    it is empty, and not None, where that computes O alone. ``fusable``: the functions of `functions.layer` can compute
-    this layer.
+    it is empty, and not None, where that computes O alone. ``not_whole``: why the layer runs part by part,
+    ``not_fusable``: why the functions of `functions.layer` do not compute its chosen rows, ``not_captured``: why CUDA
+    graphs do not hold it; "" where that is so.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class LayerRuntime:
         self.output = output
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
-        self.fusable = False
+        self.not_whole = ""
+        self.not_fusable = ""
+        self.not_captured = ""
         self.handed: tuple[Tensor, ...] | None = None
 
     def is_sparse(self, part: str) -> bool:

@@ -29,6 +29,7 @@ from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import ChannelSelector
 
 if TYPE_CHECKING:
+    from sparse_unsloth.backends.replaced import Uncompiled
     from sparse_unsloth.loss import LossRemoval
 
 logger = logging.getLogger("sparse_unsloth")
@@ -48,6 +49,8 @@ class SparsityState:
         layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
+        uncompiled: what keeps hooked layers out of Unsloth's compiled regions, by index.
+        whole_forwards: of all layers where the backend tries to run layers as a whole; each says what came of it.
         last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
         sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
         adapter_folder: where the adapter was loaded from, None for a new one.
@@ -78,6 +81,8 @@ class SparsityState:
             if any(sparsity) or (self.by_rows and not self._drops_rows_without_loss(layer))
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
+        self.whole_forwards: list[LayerRuntime] = []
+        self.uncompiled: dict[int, Uncompiled] = {}
         self.last_layer: LayerRuntime | None = None
         self.driver: object | None = None
         self.sparse_prefill = False
@@ -92,7 +97,7 @@ class SparsityState:
         self.graphs: Graphs | None = None
         self.shared = False
         self.hooked: list[nn.Module] = []
-        self.handles: list[RemovableHandle | LossRemoval] = []
+        self.handles: list[RemovableHandle | LossRemoval | Uncompiled] = []
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None

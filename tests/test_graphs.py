@@ -24,7 +24,7 @@ from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_backward_rows import every_step
-from test_whole_layers import fast_forward, make_model, small_batch
+from test_whole_layers import make_model, small_batch
 from tiny import always, loss_and_gradients, make_batch, make_lora
 from unsloth_on_cpu import UNSLOTH_ON_CPU
 from unsloth_stand_in import StandIn, assert_same, packed_batch
@@ -114,7 +114,6 @@ def recorder(monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     stand_in = StandIn(monkeypatch)
-    setattr(stand_in.llama, unsloth_layer.FORWARD, fast_forward)
     setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
     return stand_in
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sparse_unsloth.backends import row_hooks
-from sparse_unsloth.backends.replaced import original_forward, replace_forward
+from sparse_unsloth.backends.replaced import original_forward, replace_forward, runs
 from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.errors import AttachError, BackendError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
@@ -66,16 +66,15 @@ def uninstall(module: nn.Module) -> None:
         module.forward = original
 
 
-def can_record(runtime: LayerRuntime) -> bool:
-    """Never: see `backends.unsloth.can_record`."""
-    return False
+def why_not_captured(runtime: LayerRuntime) -> str:
+    """See `backends.unsloth.why_not_captured`."""
+    return "the PEFT backend hooks parts of layers, and graphs hold whole ones; backend='unsloth' has them"
 
 
 def is_installed(module: nn.Module) -> bool:
     """Whether the forward that `install` put there is still the one that runs."""
-    forward = getattr(module.__dict__.get("forward"), "__func__", None)
-    ours = (mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward)
-    return forward in ours and "_sparse_runtime" in module.__dict__
+    ours = runs(module, mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward)
+    return ours and "_sparse_runtime" in module.__dict__
 
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

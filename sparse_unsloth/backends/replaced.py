@@ -1,25 +1,71 @@
-"""A module's own ``forward``, replaced on the instance and kept beside it."""
+"""Replaces a module's ``forward`` on the instance, keeps the one before, and keeps torch.compile out of both."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparse_unsloth.layer_runtime import LayerRuntime
+
+BLOCK_MODE, OFF = "_unsloth_block_mode", 0
+"""Unsloth's switch of one decoder layer's compiled region, and its value for "the plain forward"."""
+
+
+@functools.cache
+def untraced(function: Callable) -> Callable:
+    """``function``, which torch.compile leaves alone: Triton launches and choices by data cannot be traced.
+
+    The same object for the same function, so that it can be recognised where it was installed.
+    """
+    return torch.compiler.disable(function)
 
 
 def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime) -> None:
     """Puts a bound ``forward`` on the instance, keeps what was there; a deep copy of the module stays consistent."""
     module.__dict__["_sparse_original"] = module.__dict__.get("forward")
     module.__dict__["_sparse_runtime"] = runtime
-    module.forward = MethodType(forward, module)
+    module.forward = MethodType(untraced(forward), module)
     runtime.state.hooked.append(module)
+
+
+def runs(module: nn.Module, *forwards: Callable) -> bool:
+    """Whether one of ``forwards`` stands on the instance, as `replace_forward` put it there."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) in map(untraced, forwards)
 
 
 def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Calls the forward that was there before."""
     original = module.__dict__["_sparse_original"]
     return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
+
+
+def plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls the forward of a decoder layer's class, beneath what compiles it."""
+    forward = type(layer).forward
+    while (beneath := getattr(forward, "_unsloth_block_original", None)) is not None:
+        forward = beneath
+    return forward(layer, *args, **kwargs)
+
+
+class Uncompiled:
+    """Keeps one decoder layer out of Unsloth's compiled regions, by Unsloth's own switch, until `remove`.
+
+    Unsloth (2026.10.8 and later) compiles the forward of a decoder layer's *class*, and reads the switch of each
+    instance; without such an Unsloth nothing reads it.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self._layer, self._before = layer, layer.__dict__.get(BLOCK_MODE)
+        layer.__dict__[BLOCK_MODE] = OFF
+
+    def remove(self) -> None:
+        """Sets the switch back; may be called again."""
+        if self._before is None:
+            self._layer.__dict__.pop(BLOCK_MODE, None)
+        else:
+            self._layer.__dict__[BLOCK_MODE] = self._before

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends import row_hooks, unsloth_layer, unsloth_rows
 from sparse_unsloth.backends.peft import PARTS
-from sparse_unsloth.backends.replaced import replace_forward
+from sparse_unsloth.backends.replaced import replace_forward, runs, untraced
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
@@ -115,26 +116,39 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
     return reasons
 
 
-def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> int:
+def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
     """Replaces the forward of whole layers, once their parts are hooked, where they have the form for it.
 
-    Returns:
-        Of how many.
+    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer has none.
     """
-    contract, count = Contract(), 0
+    contract = Contract()
     for runtime in runtimes:
-        if runtime.state.by_rows:
-            if runtime.layer.index in runtime.state.runtimes and unsloth_rows.can_replace(runtime):
-                unsloth_rows.replace(runtime)
-                count += 1
+        form = unsloth_rows if runtime.state.by_rows else unsloth_layer
+        leaves_out = runtime.state.by_rows and runtime.layer.index not in runtime.state.runtimes
+        runtime.not_whole = unsloth_layer.LEAVES_OUT_ROWS if leaves_out else form.why_not(runtime)
+        if runtime.not_whole:
             continue
-        if not unsloth_layer.can_replace(runtime):
-            continue
-        if "_sparse_original" not in runtime.layer.self_attn.__dict__:
-            _install(contract, runtime, "self_attn")
-        unsloth_layer.replace(runtime)
-        count += 1
-    return count
+        try:
+            if "_sparse_original" not in runtime.layer.self_attn.__dict__:
+                _install(contract, runtime, "self_attn")
+        except AttachError as error:
+            runtime.not_whole = str(error)
+        else:
+            form.replace(runtime)
+
+
+def uninstall_whole_layer(runtime: LayerRuntime) -> None:
+    """Gives a layer its own forward back; of the hooks of its parts those stay that are needed by themselves."""
+    module, attention, state = runtime.layer.module, runtime.layer.self_attn, runtime.state
+    if not runs(module, unsloth_layer.layer_forward, unsloth_rows.layer_forward):
+        return
+    removed = [module]
+    uninstall(module)
+    module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
+    if not (state.by_rows or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
+        uninstall(attention)
+        removed.append(attention)
+    state.hooked = [one for one in state.hooked if not any(one is gone for gone in removed)]
 
 
 def refuse_sharded_weights(layer: DecoderLayer) -> None:
@@ -168,7 +182,7 @@ def _hook_attention(runtime: LayerRuntime) -> None:
     attention = runtime.layer.self_attn
     attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
     attention.__dict__["_sparse_runtime"] = runtime
-    attention.apply_qkv, attention.apply_o = _apply_qkv, _apply_o
+    attention.apply_qkv, attention.apply_o = untraced(_apply_qkv), untraced(_apply_o)
     runtime.state.hooked.append(attention)
 
 
@@ -184,15 +198,17 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether the functions that `install` put there are still the ones that run."""
     if "apply_qkv" not in module.__dict__:
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        return forward in (unsloth_layer.layer_forward, unsloth_rows.layer_forward) or peft_backend.is_installed(module)
-    return module.apply_qkv is _apply_qkv and module.apply_o is _apply_o and "_sparse_runtime" in module.__dict__
+        whole = runs(module, unsloth_layer.layer_forward, unsloth_rows.layer_forward)
+        return whole or peft_backend.is_installed(module)
+    ours = module.apply_qkv is untraced(_apply_qkv) and module.apply_o is untraced(_apply_o)
+    return ours and "_sparse_runtime" in module.__dict__
 
 
-def can_record(runtime: LayerRuntime) -> bool:
-    """Whether the layer's work goes through functions that CUDA graphs can hold."""
-    forward = getattr(runtime.layer.module.__dict__.get("forward"), "__func__", None)
-    return forward is unsloth_layer.layer_forward or (forward is unsloth_rows.layer_forward and runtime.fusable)
+def why_not_captured(runtime: LayerRuntime) -> str:
+    """What keeps the layer's work from functions that CUDA graphs can hold; "" for nothing."""
+    if not use_kernels(next(runtime.layer.module.parameters())):
+        return "Triton's kernels do not run here"
+    return runtime.not_whole or (runtime.not_fusable if runtime.state.by_rows else "")
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

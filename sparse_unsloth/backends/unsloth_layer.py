@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends import peft as peft_backend
-from sparse_unsloth.backends.replaced import replace_forward
+from sparse_unsloth.backends.replaced import plain_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import graphed_layer, graphed_parts, packed_attention
 from sparse_unsloth.functions.graphs import Graphs, Pass
@@ -29,9 +28,6 @@ from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import Projection, read_projection
-
-FORWARD = "LlamaDecoderLayer_fast_forward"
-"""The forward of ``unsloth.models.llama`` that is replaced: Llama's, Mistral's, Qwen2's and Qwen3's layers have it."""
 
 COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
 OFFSETS, LENGTHS = "documents begin at", "packed_seq_lengths"
@@ -45,23 +41,26 @@ PLAIN_MASK = "LowerTriangularMask"
 """The class of xformers' plain causal mask, which holds nothing."""
 REPLACED = (LENGTHS, MASK)
 """Arguments that only the attention itself reads, which is another within packed documents."""
+OTHER_PARTS = "it has other parts than two norms, attention and MLP"
+LEAVES_OUT_ROWS = "it leaves out all rows without loss instead (exact_removal)"
 UNREAD = ("position_embeddings", "num_items_in_batch")
 """Arguments that do not matter to the attention as they are."""
 
 
-def can_replace(runtime: LayerRuntime) -> bool:
-    """Whether the layer has the form that the two functions compute, and LoRA as they need it."""
+def why_not(runtime: LayerRuntime) -> str:
+    """What keeps the layer from the two functions, of what its parts and its LoRA tell; "" for nothing.
+
+    What its forward computes is not read, but tried (`prove`).
+    """
     layer = runtime.layer
-    module = layer.module
-    llama = sys.modules.get("unsloth.models.llama")
-    norms = [getattr(module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    return (
-        runtime.state.config.lora_branch == "dense"
-        and type(module).forward is getattr(llama, FORWARD, None)
-        and layer.adds_mlp_output
-        and all(_is_plain_norm(norm) for norm in norms)
-        and _suit(layer)
-    )
+    norms = [getattr(layer.module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    if runtime.state.config.lora_branch != "dense":
+        return "lora_branch is not 'dense'"
+    if not layer.adds_mlp_output:
+        return OTHER_PARTS
+    if not all(_is_plain_norm(norm) for norm in norms):
+        return "a norm is trained, has a bias, or is no RMS norm"
+    return _unsuitable(layer)
 
 
 def replace(runtime: LayerRuntime) -> None:
@@ -72,12 +71,21 @@ def replace(runtime: LayerRuntime) -> None:
 def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
     runtime: LayerRuntime = self._sparse_runtime
-    plan = None if args else _plan(runtime, hidden_states, kwargs)
+    if runtime.context is not None and runtime.context.probe:
+        return prove(runtime, hidden_states, kwargs, lambda: _compute(runtime, hidden_states, kwargs))
+    output = None if args else _compute(runtime, hidden_states, kwargs)
+    return plain_forward(self, hidden_states, *args, **kwargs) if output is None else (output,)
+
+
+def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The layer's output by the two functions, recorded or not; None where its own forward must run."""
+    plan = _plan(runtime, hidden_states, kwargs)
     if plan is None:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return None
+    runtime.context.whole.add(runtime.layer.index)
     fixed = None if plan.graphs is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
-        return (_recorded(runtime, hidden_states, plan, kwargs, fixed),)
+        return _recorded(runtime, hidden_states, plan, kwargs, fixed)
     before, behind = before_attention, behind_attention
     if plan.graphs is not None:
         before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
@@ -89,9 +97,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     output = behind(attention_output, residual, plan)
     if runtime.state.graphs is not None and plan.graphs is None and not plan.unread:
         _reserve(runtime, runtime.state.graphs)
-    if runtime.context.probe:
-        compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
-    return (output,)
+    return output
 
 
 def attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tensor], arguments: dict) -> Tensor:
@@ -213,17 +219,44 @@ def _is_plain_mask(attention: nn.Module, mask: Any) -> bool:
     return known and ATTENTION in _names(attention)
 
 
-def compare(layer: DecoderLayer, ours: Tensor, expected: Tensor) -> None:
-    """Raises AttachError unless the layer, with every channel kept, computes what its class does."""
+def prove(
+    runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any], compute: Callable[[], Tensor | None]
+) -> Any:
+    """In the probe forward: what the layer's own forward returns, beside which ``compute`` is tried.
+
+    Where ``compute`` fails or differs, with every channel kept, ``runtime.not_whole`` says so, and attaching gives the
+    layer its own forward back.
+    """
+    context, module = runtime.context, runtime.layer.module
+    own = plain_forward(module, hidden_states, **arguments)
+    reached, loss_only = set(context.ran), context.loss_only
+    context.loss_only = False  # the whole forward is for batches in which every row of the last layer is read
+    try:
+        every_row = plain_forward(module, hidden_states, **arguments) if loss_only and runtime.parts else own
+        runtime.not_whole = why_different(compute, every_row[0], module)
+    finally:
+        context.loss_only = loss_only
+    if runtime.not_whole:
+        context.ran = reached
+    return own
+
+
+def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module: nn.Module) -> str:
+    """What is wrong with the tensor that ``compute`` gives, in a sentence; "" where it is as ``expected``."""
+    try:
+        ours = compute()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"our functions failed on {type(module).__name__}: {type(error).__name__}: {first[:200]}"
+    if ours is None:
+        return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
     error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
     tolerance = 1e-3 if ours.dtype == torch.float32 else 3e-2
-    if not error <= tolerance:
-        raise AttachError(
-            f"{layer.name}: with every channel kept, {type(layer.module).__name__} as a whole differs by {error:.2g} "
-            f"(allowed {tolerance}) from what the installed Unsloth computes: its {FORWARD} does something else than "
-            "the one that sparse_unsloth knows. Install a version that it is tested with (`sparse-unsloth doctor`), "
-            "or use backend='peft'."
-        )
+    if error <= tolerance:
+        return ""
+    return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
 def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> LayerPlan | None:
@@ -282,12 +315,13 @@ def open_pass(graphs: Graphs, layer: DecoderLayer, projections: list[Projection]
     return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))
 
 
-def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition) -> LayerPlan | None:
-    """A plan for some ``rows`` alone, all dense, whose output nobody reads; None where the functions do not apply.
+def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, unread: bool = True) -> LayerPlan | None:
+    """A plan for some ``rows`` alone, all dense; None where the functions do not apply.
 
     Args:
         rows: ``[1, n, hidden_size]``.
         partition: n dense rows.
+        unread: the output is not used, and not computed.
     """
     module = layer.module
     projections = _read(layer) if _takes(rows, module.post_attention_layernorm.weight) else None
@@ -296,7 +330,7 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition) -
     every = Rows(partition, False)
     norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
     return LayerPlan(
-        *norms, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=True, keep=False
+        *norms, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=unread, keep=False
     )
 
 
@@ -339,16 +373,17 @@ def _is_plain_norm(norm: nn.Module | None) -> bool:
     )
 
 
-def _suit(layer: DecoderLayer) -> bool:
-    """Whether every projection has LoRA, of one rank where they are computed together, and the MLP no bias."""
+def _unsuitable(layer: DecoderLayer) -> str:
+    """Why its projections are not as the functions need them: all with LoRA, of one rank where they are together."""
     try:
         for part in peft_backend.PARTS:
             peft_backend.check(layer, part)
-    except AttachError:
-        return False
+    except AttachError as error:
+        return str(error)
     found: list[Projection | None] = [read_projection(module) for module in _modules(layer)]
     if any(projection is None or projection.lora is None for projection in found):
-        return False
+        return "LoRA is not on all of q, k, v, o, gate, up and down (one active, unmerged adapter)"
     ranks = [projection.lora.A.shape[0] for projection in found]
-    biased = [projection for projection in found[4:] if projection.base.bias is not None]
-    return len(set(ranks[:3])) == len(set(ranks[4:])) == 1 and not biased
+    if not len(set(ranks[:3])) == len(set(ranks[4:])) == 1:
+        return "LoRA's ranks of q, k, v differ, or those of gate, up, down"
+    return "the MLP has a bias" if any(projection.base.bias is not None for projection in found[4:]) else ""

@@ -15,41 +15,66 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends import row_hooks, unsloth_layer
-from sparse_unsloth.backends.replaced import original_forward, replace_forward
-from sparse_unsloth.backends.unsloth_layer import FORWARD, compare
+from sparse_unsloth.backends.replaced import original_forward, plain_forward, replace_forward
+from sparse_unsloth.backends.unsloth_layer import OTHER_PARTS, prove, why_different
 from sparse_unsloth.functions import graphed_parts
-from sparse_unsloth.functions.backward_rows import backward_rows
+from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
 from sparse_unsloth.functions.graphed_rows import behind_attention_by_rows, whole_layer_by_rows
-from sparse_unsloth.functions.layer import behind_attention
+from sparse_unsloth.functions.layer import before_attention, behind_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
 
 NORM = "fast_rms_layernorm"
 CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")
 
 
-def can_replace(runtime: LayerRuntime) -> bool:
-    """Whether the layer is Unsloth's Llama layer, whose forward this file repeats."""
-    layer, llama = runtime.layer, sys.modules.get("unsloth.models.llama")
-    forward = getattr(llama, FORWARD, None)
-    return type(layer.module).forward is forward is not None and hasattr(llama, NORM) and layer.adds_mlp_output
+def why_not(runtime: LayerRuntime) -> str:
+    """What keeps the layer from this forward, of what can be seen of it; what it computes is tried (`prove`)."""
+    if not hasattr(sys.modules.get("unsloth.models.llama"), NORM):
+        return f"the installed Unsloth has no {NORM} in unsloth.models.llama"
+    return "" if runtime.layer.adds_mlp_output else OTHER_PARTS
 
 
 def replace(runtime: LayerRuntime) -> None:
     """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
-    runtime.fusable = unsloth_layer.can_replace(runtime)
+    runtime.not_fusable = unsloth_layer.why_not(runtime)
     replace_forward(runtime.layer.module, layer_forward, runtime)
 
 
 def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
     runtime: LayerRuntime = self._sparse_runtime
+    if runtime.context is not None and runtime.context.probe:
+        return _prove(runtime, hidden_states, kwargs)
     usable = not args and not any(kwargs.get(name) for name in CACHED)
     choice = runtime.row_choice(self) if usable and self.self_attn.training and self.mlp.training else None
     if choice is None:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return plain_forward(self, hidden_states, *args, **kwargs)
+    runtime.context.whole.add(runtime.layer.index)
     recorded = _recorded(runtime, hidden_states, kwargs)
-    if recorded is not None:
-        return (recorded,)
+    return (_compute(runtime, hidden_states, kwargs, choice) if recorded is None else recorded,)
+
+
+def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+    """See `unsloth_layer.prove`; the functions that compute the chosen rows again, and are recorded, as well."""
+    choice = runtime.row_choice(runtime.layer.module)
+    own = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
+    if not runtime.not_fusable:
+
+        def compute() -> Tensor | None:
+            every = runtime.context.every_row_dense()
+            plan = unsloth_layer.plan_of_rows(runtime.layer, hidden_states, every, unread=False)
+            if plan is None:
+                return None
+            *handed, residual = before_attention(hidden_states, plan)
+            return behind_attention(unsloth_layer.attend(runtime, hidden_states, handed, arguments), residual, plan)
+
+        runtime.not_fusable = why_different(compute, own[0], runtime.layer.module)
+    return own
+
+
+def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any], choice: RowChoice) -> Tensor:
+    """The layer's output, not recorded."""
+    self = runtime.layer.module
     norm = getattr(sys.modules["unsloth.models.llama"], NORM)
     context, attention, mlp = runtime.context, self.self_attn, self.mlp
     apply_o = attention._sparse_original[1]
@@ -61,7 +86,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     def again(attention_output: Tensor, stream: Tensor) -> Tensor:
         """The same in fewer launches and without the down projection, where the project's functions apply."""
         plan = None
-        if runtime.fusable:
+        if not runtime.not_fusable:
             plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
         return behind(attention_output, stream) if plan is None else behind_attention(attention_output, stream, plan)
 
@@ -79,16 +104,14 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
         output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread, again=again)
     else:
         output = behind(attention_output, hidden_states)
-    if context.probe:
-        compare(runtime.layer, output, type(self).forward(self, hidden_states, **kwargs)[0])
-    return (output,)
+    return output
 
 
 def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """The layer's output from recordings by the project's own functions, where this forward has them."""
     context, layer, config = runtime.context, runtime.layer, runtime.state.config
     memo, again = context.memo(layer.index), torch.is_grad_enabled()
-    if context.graphs is None or not runtime.fusable or not config.exact_removal or (again and "graphs" not in memo):
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and "graphs" not in memo):
         return None
     plan = unsloth_layer.plan_of_rows(layer, hidden_states, context.every_row_dense())
     if plan is None:

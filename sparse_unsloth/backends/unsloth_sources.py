@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_unsloth.backends.unsloth import FUSED_MLPS
-from sparse_unsloth.backends.unsloth_layer import ATTENTION, FORWARD
+from sparse_unsloth.backends.unsloth_layer import ATTENTION
 from sparse_unsloth.backends.unsloth_rows import NORM
 from sparse_unsloth.loss import FUNCTION as FUSED_LOSS
 
 FAST_LORA = "kernels/fast_lora.py"
 LLAMA, MISTRAL = "models/llama.py", "models/mistral.py"
+FORWARD = "LlamaDecoderLayer_fast_forward"
+"""The forward whose mathematics `unsloth_layer` and `unsloth_rows` repeat: Llama's, Mistral's, Qwen2's and Qwen3's."""
 FUSED_FUNCTIONS = (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 ATTENTIONS = {
     "LlamaAttention_fast_forward": LLAMA,
