@@ -57,7 +57,7 @@ ROUNDS = SEEN_BEFORE + 2
 ARM_ROUNDS = {"flat": 2, "padded": 3}
 """Fewest rounds of an arm: at the second pass CUDA graphs of compiled layers are captured."""
 MOST_ROUNDS = 6
-SHAPE_STEPS = ("--warmup", "2", "--steps", "5")
+SHAPE_STEPS = ("--warmup", "2", "--steps", "4")
 """Of the bench, for ``--shapes``."""
 PROMPT, ANSWER = (250, 0.6), (120, 0.7)
 LONGEST = 2048
@@ -195,7 +195,9 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
                 if why := why_idle(arm, model):
                     raise NotThere(why)
                 if name not in checked:
-                    print(f"{name}: {check_arm(model, arm)}", flush=True)
+                    began = time.perf_counter()
+                    found = check_arm(model, arm)
+                    print(f"{name}: {found} ({time.perf_counter() - began:.1f} s)", flush=True)
                 time_pieces(name, arm)
                 continue
             plain = plain_steps(model) if name not in checked else None  # anew: the method before has trained it

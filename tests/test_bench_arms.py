@@ -1,23 +1,37 @@
 """Unsloth's own arms in the benches: what each sets, processes of their own, both ratios, and arms that fail."""
 
 import argparse
+import ast
 import csv
 import importlib.util
+import inspect
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from sparse_unsloth.bench import arms, models, processes, runs, speed
-from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, FLAT, PADDED, STOCK, arm_of, arms_of, why_absent, why_idle
+from sparse_unsloth.bench.arms import (
+    ARMS,
+    DEFAULT_ARMS,
+    FLAT,
+    PADDED,
+    STOCK,
+    arm_again,
+    arm_of,
+    arms_of,
+    what_ran,
+    why_absent,
+    why_idle,
+)
 from sparse_unsloth.bench.methods import LLAMA_3_8B
 from sparse_unsloth.bench.processes import MARK, STOPPED, Budget, Parent, Process, processes_of, serve, warm_up
 from sparse_unsloth.bench.shapes import Shape
@@ -36,7 +50,6 @@ from sparse_unsloth.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_lora
-from unsloth_on_cpu import UNSLOTH_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE = "host-7"
@@ -170,71 +183,103 @@ def test_an_arm_is_loaded_by_unsloth_alone(monkeypatch):
     assert "_sparse_backend" not in model.__dict__
 
 
-INSTALLED = """
-import inspect, types
-import torch
-import unsloth
-from torch import nn
-from unsloth.models import _block_compile, _utils, llama
-from sparse_unsloth.bench import arms
-
-assert [arms.why_absent(arms.arm_of(name)) for name in arms.ARMS] == [None] * len(arms.ARMS)
-assert "checkpoint_skip_layers" in inspect.signature(llama.FastLlamaModel.get_peft_model).parameters
-
-class DemoDecoderLayer(nn.Module):
+class DemoDecoderLayer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.gradient_checkpointing = True
+
     def forward(self, hidden_states, **kwargs):
         return hidden_states
 
-class Demo(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(DemoDecoderLayer() for _ in range(3))
 
-model = Demo()
-assert arms.compiled_layers(model) == []
-assert arms.what_ran(arms.arm_of("padded"), model) == "no layer compiled"
-_block_compile._wrap(DemoDecoderLayer, dict(_block_compile._COMPILE_OPTIONS) | {"triton.cudagraphs": True})
-assert len(arms.compiled_layers(model)) == 3
-assert arms.graphs_of(DemoDecoderLayer.forward) == (0, False)
-for layer in model.layers[:2]:
-    layer.__dict__.update(_unsloth_block_checked=3, _unsloth_block_mode=_block_compile._FULL)
-model.layers[2].__dict__.update(_unsloth_block_checked=3, _unsloth_block_mode=_block_compile._OFF)
-assert arms.what_ran(arms.arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs of 0 shapes"
-inner = inspect.getclosurevars(inspect.getclosurevars(DemoDecoderLayer.forward).nonlocals["run"]).nonlocals
-inner["graph_shapes"].update({(1, n, 4) for n in range(9)})
-inner["graphs_off"][0] = True
-assert arms.what_ran(arms.arm_of("block-graphs"), model).endswith("CUDA graphs given up at 9 shapes")
+@pytest.fixture
+def installed(monkeypatch):
+    """What the arms read and call of the Unsloth that is installed, its own code, without the rest of it.
 
-_utils.find_decoder_layers = lambda model: list(model.layers)
-_utils.skip_checkpointing(model, "max")
-assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
-assert arms.what_ran(arms.arm_of("skip-max"), model) == "3 layers not checkpointed"
-arms.arm_again(arms.arm_of("skip-max"), model, 4, 2048)
-assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
-# As it would be planned on a GPU: nothing is kept until the next two steps, sized for the trainer's batch.
-planner = _utils._AutoCheckpointSkip(model, list(model.layers), model.layers[-1])
-_utils._AutoCheckpointSkip.install = classmethod(lambda cls, model: setattr(model, "_unsloth_auto_skip", planner))
-arms.arm_again(arms.arm_of("skip-auto"), model, 4, 2048)
-assert [layer.gradient_checkpointing for layer in model.layers] == [True] * 3
-assert (planner.target_batch, planner.target_seq) == (4, 2048)
-assert arms.what_ran(arms.arm_of("skip-auto"), model) == "0 layers not checkpointed"
-print("as installed")
-"""
+    Importing all of Unsloth takes half a minute.
+    """
+    found = importlib.util.find_spec("unsloth")
+    if found is None or why_absent(arm_of("block-graphs+skip-max")):
+        pytest.skip("this Unsloth does not have these arms, or is not installed")
+    folder = Path(found.origin).parent / "models"
+    spec = importlib.util.spec_from_file_location("unsloth.models._block_compile", folder / "_block_compile.py")
+    blocks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(blocks)
+    names = {"_skip_aware_flag", "_gc_keep_layers_env", "_AutoCheckpointSkip", "skip_checkpointing"}
+    names |= {"_size_auto_checkpoint_skip_for_trainer", "_PAIRED_FORWARD_TRAINERS"}
+    tree = ast.parse((folder / "_utils.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if names & {getattr(node, "name", ""), *map(target_of, targets_of(node))}]
+    utils = types.ModuleType("unsloth.models._utils")
+    vars(utils).update(os=os, torch=torch, find_decoder_layers=lambda model: list(model.layers))
+    exec(compile(tree, str(folder / "_utils.py"), "exec"), vars(utils))
+    assert names <= vars(utils).keys()
+    offload = types.SimpleNamespace(CURRENT_GC_INDEX=0, FIRST_PASS=False, LAST_GC_INDEX=32)
+    for name, module in {
+        "unsloth": types.SimpleNamespace(models=types.SimpleNamespace(_utils=utils, _block_compile=blocks)),
+        "unsloth.models": types.SimpleNamespace(_utils=utils, _block_compile=blocks),
+        "unsloth.models._block_compile": blocks,
+        "unsloth.models._utils": utils,
+        "unsloth_zoo": types.SimpleNamespace(gradient_checkpointing=offload),
+        "unsloth_zoo.gradient_checkpointing": offload,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("UNSLOTH_GC_KEEP_LAYERS", raising=False)
+    return types.SimpleNamespace(blocks=blocks, utils=utils, offload=offload, folder=folder)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
-def test_the_arms_are_there_in_the_unsloth_that_is_installed():
-    """On the CPU: where each is switched on, and what can be read off the model afterwards."""
-    if (why := why_absent(arm_of("block-graphs+skip-max"))) is not None:
-        pytest.skip(why)
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED], cwd=ROOT, env=os.environ | UNSLOTH_ON_CPU, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.stdout.endswith("as installed\n"), done.stdout[-2000:] + done.stderr[-4000:]
+def targets_of(node):
+    return node.targets if isinstance(node, ast.Assign) else []
+
+
+def target_of(node):
+    return getattr(node, "id", "")
+
+
+def test_what_compiled_layers_did_is_read_off_the_unsloth_that_is_installed(installed, monkeypatch):
+    monkeypatch.setattr(DemoDecoderLayer, "forward", DemoDecoderLayer.forward)  # and back afterwards
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(DemoDecoderLayer() for _ in range(3))
+    assert why_idle(arm_of("block-graphs"), model) is not None
+    assert what_ran(arm_of("padded"), model) == "no layer compiled"
+    blocks = installed.blocks
+    blocks._wrap(DemoDecoderLayer, dict(blocks._COMPILE_OPTIONS) | {"triton.cudagraphs": True})
+    assert why_idle(arm_of("block-graphs"), model) is None
+    for layer, mode in zip(model.layers, (blocks._FULL, blocks._SPLIT, blocks._OFF), strict=True):
+        layer.__dict__.update(_unsloth_block_checked=3, _unsloth_block_mode=mode)
+    assert what_ran(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs of 0 shapes"
+    inner = inspect.getclosurevars(inspect.getclosurevars(DemoDecoderLayer.forward).nonlocals["run"]).nonlocals
+    inner["graph_shapes"].update({(1, length, 4) for length in range(9)})
+    inner["graphs_off"][0] = True
+    assert what_ran(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs given up at 9 shapes"
+    assert what_ran(arm_of("padded"), model) == "2 of 3 layers compiled"
+    assert what_ran(arm_of("stock"), model) == ""
+    monkeypatch.setattr(DemoDecoderLayer, "forward", lambda self, hidden_states: None)
+    DemoDecoderLayer.forward._unsloth_block_compiled = True
+    assert what_ran(arm_of("block-graphs"), model).endswith(
+        ", CUDA graphs not seen into: this Unsloth keeps them elsewhere"
+    )
+
+
+def test_layers_are_kept_and_planned_anew_by_the_unsloth_that_is_installed(installed, monkeypatch):
+    class Layer(DemoDecoderLayer):
+        """Unsloth makes the flag a property of the class."""
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+    installed.utils.skip_checkpointing(model, "max")
+    assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
+    assert what_ran(arm_of("skip-max"), model) == "3 layers not checkpointed"
+    arm_again(arm_of("skip-max"), model, 4, 2048)
+    assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
+    # On a GPU the next two steps choose; until then every layer is checkpointed again.
+    planner = installed.utils._AutoCheckpointSkip(model, list(model.layers), model.layers[-1])
+    install = classmethod(lambda cls, model: setattr(model, "_unsloth_auto_skip", planner))
+    monkeypatch.setattr(installed.utils._AutoCheckpointSkip, "install", install)
+    arm_again(arm_of("skip-auto"), model, 4, 2048)
+    assert [layer.gradient_checkpointing for layer in model.layers] == [True] * 3
+    assert (planner.target_batch, planner.target_seq) == (4, 2048)
+    assert (installed.offload.FIRST_PASS, installed.offload.LAST_GC_INDEX) == (True, 0)
+    assert what_ran(arm_of("skip-auto"), model) == "0 layers not checkpointed"
 
 
 # -- Processes --------------------------------------------------------------------------------------------------------
@@ -248,7 +293,7 @@ def child(code: str) -> list[str]:
 def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys):
     code = """
         print("loading")
-        sys.stderr.write("a progress bar: 50%")
+        sys.stderr.write("bar: 10%\\rbar: 50%")
         sys.stderr.flush()
         words = sys.argv[1:]
         report = {"table": "speed", "row": {"words": words, "env": os.environ["A"]}}
@@ -262,7 +307,8 @@ def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys):
     assert reports == [{"table": "speed", "row": {"words": words, "env": "1"}}]
     printed = capsys.readouterr().out
     assert "loading" in printed
-    assert "a progress bar: 50%" in printed
+    assert "bar: 50%" in printed
+    assert "bar: 10%" not in printed
     assert "done" in printed
     assert MARK not in printed
 
@@ -484,7 +530,6 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "own_command", lambda words: [sys.executable, str(file), *words])
     monkeypatch.setattr(speed, "device_name", lambda: "A GPU")
     monkeypatch.setattr(speed, "model_shape", lambda model: None)
-    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runs, "why_absent", lambda arm: "not there: old" if arm.lora.get(arms.SKIP) == "auto" else None)
     return started
 
@@ -528,7 +573,7 @@ def test_a_call_goes_on_where_the_one_before_stopped(gpu, tmp_path, capsys, monk
     assert {one["run"] for one in rows} == {f"{DATE} {NODE}"}
     assert [one["over_best_arm"] for one in rows if one["method"] == "rows-25"] == ["2.000", "2.000"]
     capsys.readouterr()
-    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: False)
+    monkeypatch.undo()  # no GPU is needed for it
     assert main(["bench", "--out", str(tmp_path / "speed.csv"), "--table"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"Run {DATE} {NODE}: A GPU, m in 4bit, Unsloth ")
@@ -539,10 +584,17 @@ def test_a_call_goes_on_where_the_one_before_stopped(gpu, tmp_path, capsys, monk
 
 @pytest.mark.parametrize(
     "change",
-    [{"device": "Another GPU"}, {"commit": "older"}, {"run": f"{DATE} another-host"}, {"run": "of the user's"}, {}],
+    [
+        {"device": "Another GPU"},
+        {"commit": "older"},
+        {"versions": "torch=2.13"},
+        {"run": f"{DATE} another-host"},
+        {"run": "of the user's"},
+        {},
+    ],
 )
 def test_what_was_measured_elsewhere_is_another_run(tmp_path, change):
-    common = {"commit": "abc", "device": "A GPU", "versions": ""}
+    common = {"commit": "abc-dirty", "device": "A GPU", "versions": ""}  # the table is one of the repository's files
     args = speed.parse(["--model", "llama8b", "--shapes", "wizardlm", "--arms", "stock", "--methods", "rows-25"])
     plan = runs.Plan(tmp_path / "speed.csv", SPEED, runs.pieces_of(args, speed.cases_of(args)))
     append_rows(plan.path, [row("stock", layout=FLAT) | change])
@@ -563,6 +615,33 @@ def test_arms_are_timed_once_for_further_runs(gpu, tmp_path, capsys):
         (("stock", "padded"), ()), ((), ("rows-25",)), ((), ("rows-25",)), (("stock", "padded"), ())
     ]  # fmt: skip
     assert len({one["run"] for one in read_table(tmp_path / "speed.csv", COLUMNS)}) == 1
+
+
+def test_arms_are_drawn_beside_the_methods_of_their_run(tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmarks_draw_speed", ROOT / "benchmarks" / "draw_speed.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    table = tmp_path / "speed.csv"
+    rows = [
+        row(method="rows-25", ms=999.0, run="older", date="2026-11-29T06:00:00+00:00"),
+        row("padded", ms=999.0, run="older", date="2026-11-29T06:00:00+00:00"),
+        row(method="rows-25", ms=100.0),
+        row("no-checkpointing", ms=200.0, layout=FLAT, checkpointing="False"),
+        row(method="rows-25", ms=125.0, layout=FLAT),
+        row(STOCK, ms=300.0, layout=FLAT),
+        row("skip-max", median_ms="", note="out of memory"),
+    ]
+    append_rows(table, with_ratios(rows, SPEED))
+    draw.main([str(table)])
+    text = (tmp_path / "speed.md").read_text()
+    prefix = "| wizardlm "
+    assert [line.removeprefix(prefix) for line in text.splitlines() if line.startswith(prefix)] == [
+        "| no-checkpointing | 200.0 | 200.0 to 200.0 | 40960 | 8.00 | 1.00 | 1.50x | 1.00x |  |  |  |",
+        "| stock | 300.0 | 300.0 to 300.0 | 27307 | 8.00 |  |  | 0.67x |  |  |  |",
+        "| rows-25 | 100.0 | 100.0 to 100.0 | 81920 | 8.00 | 1.00 | 3.00x | 2.00x |  | 1.52x | 197% |",
+        "| rows-25 (flat) | 125.0 | 125.0 to 125.0 | 65536 | 8.00 | 1.00 | 2.40x | 1.60x |  | 1.52x | 157% |",
+    ]
+    assert text.count("## A GPU") == 1
 
 
 def test_wrong_words(capsys):

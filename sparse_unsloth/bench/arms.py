@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -181,20 +181,17 @@ def what_ran(arm: Arm, model: nn.Module) -> str:
         ]
         found.append(f"{len(ran)} of {len(layers)} layers compiled" if layers else "no layer compiled")
         if GRAPHS in arm.env and layers:
-            shapes, given_up = graphs_of(type(layers[0]).forward)
-            found.append(f"CUDA graphs {'given up at' if given_up else 'of'} {shapes} shapes")
+            found.append(f"CUDA graphs {_graphs(type(layers[0]).forward)}")
     if SKIP in arm.lora:
         kept = sum("_unsloth_skip_checkpoint" in module.__dict__ for module in model.modules())
         found.append(f"{kept} layers not checkpointed")
     return ", ".join(found)
 
 
-def graphs_of(forward) -> tuple[int, bool]:
-    """How many shapes a compiled layer class has met, and whether Unsloth gave its CUDA graphs up.
-
-    Raises:
-        KeyError: this Unsloth keeps them elsewhere.
-    """
-    run = inspect.getclosurevars(forward).nonlocals["run"]
-    kept = inspect.getclosurevars(run).nonlocals
-    return len(kept["graph_shapes"]), kept["graphs_off"][0]
+def _graphs(forward: Callable) -> str:
+    """For how many shapes a compiled layer class has them; Unsloth gives them up when it has met too many."""
+    run = inspect.getclosurevars(forward).nonlocals.get("run")
+    kept = {} if run is None else inspect.getclosurevars(run).nonlocals
+    if not {"graph_shapes", "graphs_off"} <= kept.keys():
+        return "not seen into: this Unsloth keeps them elsewhere"
+    return f"{'given up at' if kept['graphs_off'][0] else 'of'} {len(kept['graph_shapes'])} shapes"

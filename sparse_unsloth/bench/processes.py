@@ -109,9 +109,8 @@ class Parent:
             words += ["--deadline", str(self.deadline)]
         error, last = None, ""
         self._child = subprocess.Popen(
-            words, env=process.environment(self._environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+            words, env=process.environment(self._environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         timers = []
         if left is not None:
             timers = [
@@ -122,10 +121,13 @@ class Parent:
             timer.daemon = True
             timer.start()
         try:
-            for line in self._child.stdout:
+            for raw in self._child.stdout:
+                # Of a progress bar, which writes over its line, the last state.
+                line = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
                 if not line.startswith(MARK):
-                    print(line, end="", flush=True)
-                    last = line.strip() or last
+                    if line.strip():
+                        print(line, flush=True)
+                        last = line.strip()
                     continue
                 report = json.loads(line[len(MARK) :])
                 error = report.get("failed", error)

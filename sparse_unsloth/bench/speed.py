@@ -184,8 +184,6 @@ def main(argv: Sequence[str]) -> int:
     if first.table:
         print(printed_table(first.out, SPEED, first.run))
         return 0
-    if not torch.cuda.is_available():
-        raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
     device = device_name()
     whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
     run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
@@ -229,7 +227,13 @@ def model_shape(model: str) -> ModelShape | None:
 
 
 def device_name() -> str:
-    """The GPU's name, asked in another process: this one must not take memory of it."""
+    """The GPU's name, asked in another process: this one must not take memory of it.
+
+    Raises:
+        BackendError: no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
     code = "import torch; print(torch.cuda.get_device_name())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
