@@ -116,10 +116,10 @@ def test_arms_that_need_the_same_share_a_process():
         ((), ("rows-25", "dense-graphs")),
         ((), ("peft-dense",)),
     ]
-    users = {"PATH": "p", "UNSLOTH_BLOCK_COMPILE_LEGACY": "0", "UNSLOTH_GC_KEEP_LAYERS": "max", "UNSLOTH_X": "1"}
-    users["UNSLOTH_BLOCK_CUDAGRAPHS"] = "1"
+    users = dict.fromkeys(("UNSLOTH_BLOCK_COMPILE_LEGACY", "UNSLOTH_GC_KEEP_LAYERS", "UNSLOTH_BLOCK_CUDAGRAPHS"), "1")
+    users |= {"PATH": "p", "UNSLOTH_DISABLE_STATISTICS": "1"}
     stock, graphs, ours = (found[place].environment(users) for place in (0, 1, 5))
-    assert stock == {"PATH": "p", "UNSLOTH_X": "1"}
+    assert stock == {"PATH": "p", "UNSLOTH_DISABLE_STATISTICS": "1"}
     assert graphs == stock | {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
     assert ours == users
 
@@ -290,7 +290,7 @@ def child(code: str) -> list[str]:
     return [sys.executable, "-c", f"import json, os, sys, time, signal\nMARK = {MARK!r}\n{textwrap.dedent(code)}"]
 
 
-def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys):
+def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys, monkeypatch):
     code = """
         print("loading")
         sys.stderr.write("bar: 10%\\rbar: 50%")
@@ -301,6 +301,7 @@ def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys):
         print("done")
     """
     reports = []
+    monkeypatch.setenv("UNSLOTH_GC_KEEP_LAYERS", "max")
     process = Process(("stock", "padded"), (), {"A": "1"})
     assert Parent().run(process, child(code), reports.append) is None
     words = ["--child", "--arms", "stock,padded", "--methods", ""]
@@ -311,6 +312,7 @@ def test_a_childs_rows_are_taken_and_its_lines_passed_on(capsys):
     assert "bar: 10%" not in printed
     assert "done" in printed
     assert MARK not in printed
+    assert "without UNSLOTH_GC_KEEP_LAYERS: arms are Unsloth's defaults" in printed
 
 
 @pytest.mark.parametrize(

@@ -75,16 +75,20 @@ ARMS = {
     ),
 }
 DEFAULT_ARMS = ",".join((*ARMS, "padded+no-checkpointing"))
-CHOICES = (
-    GRAPHS,
-    f"{GRAPHS}_MAX_SHAPES",
-    "UNSLOTH_BLOCK_COMPILE",
-    "UNSLOTH_BLOCK_COMPILE_LEGACY",
-    "UNSLOTH_COMPILE_DISABLE",
-    "UNSLOTH_GC_KEEP_LAYERS",
-    "UNSLOTH_PADDING_CHOICE",
+KEPT = (
+    "UNSLOTH_COMPILE_LOCATION",
+    "UNSLOTH_COMPILE_USE_TEMP",
+    "UNSLOTH_DISABLE_STATISTICS",
+    "UNSLOTH_HOME",
+    "UNSLOTH_OFFLINE",
+    "UNSLOTH_USE_MODELSCOPE",
 )
-"""Variables that make another arm of an arm: taken out of its process, unless it sets them itself."""
+"""Unsloth's variables that do not change how it trains: an arm is Unsloth's defaults, and its own variables."""
+
+
+def is_taken_out(name: str) -> bool:
+    """Whether a variable of the user's would make another arm of an arm."""
+    return name.startswith("UNSLOTH_") and name not in KEPT
 
 
 def arm_of(name: str) -> Arm:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from sparse_unsloth.bench.arms import CHOICES, arm_of
+from sparse_unsloth.bench.arms import arm_of, is_taken_out
 from sparse_unsloth.bench.methods import backend_of
 
 MARK = "@bench "
@@ -48,7 +48,11 @@ class Process:
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
         """The child's: ours, for arms without what would make another arm of it."""
-        return {name: text for name, text in ours.items() if not self.arms or name not in CHOICES} | dict(self.env)
+        return {name: text for name, text in ours.items() if name not in self.taken_out(ours)} | dict(self.env)
+
+    def taken_out(self, ours: Mapping[str, str]) -> list[str]:
+        """The variables that arms run without."""
+        return [name for name in ours if self.arms and is_taken_out(name)]
 
 
 def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
@@ -107,6 +111,8 @@ class Parent:
         words = [*command, *process.words()]
         if self.deadline is not None:
             words += ["--deadline", str(self.deadline)]
+        if taken := process.taken_out(self._environment):
+            print(f"without {', '.join(taken)}: arms are Unsloth's defaults", flush=True)
         error, last = None, ""
         self._child = subprocess.Popen(
             words, env=process.environment(self._environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
