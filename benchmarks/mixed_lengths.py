@@ -120,6 +120,7 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
     import torch
 
     from sparse_unsloth import get_state
+    from sparse_unsloth.bench.speed import frozen_heap
 
     state = get_state(model)
     graphs = None if state is None else state.graphs
@@ -136,10 +137,11 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
         recorded.append(count)
         return seconds
 
-    if piece["arm"]:
-        rounds = warm_up(step, ARM_ROUNDS[piece["layout"]], MOST_ROUNDS)
-    else:
-        rounds = [step() for _ in range(ROUNDS)]
+    with frozen_heap():
+        if piece["arm"]:
+            rounds = warm_up(step, ARM_ROUNDS[piece["layout"]], MOST_ROUNDS)
+        else:
+            rounds = [step() for _ in range(ROUNDS)]
     peak = torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import csv
+import gc
 import importlib.util
 import inspect
 import json
@@ -666,7 +667,9 @@ def test_a_child_times_what_its_process_has_left(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         runs, "load_arm", lambda args, arm, length: events.append(("load", dict(arm.lora), length)) or model
     )
-    monkeypatch.setattr(speed.Stepper, "__call__", lambda self: steps.append(self.shape) or 7.0)
+    monkeypatch.setattr(
+        speed.Stepper, "__call__", lambda self: steps.append(gc.get_freeze_count() > 0 and self.shape) or 7.0
+    )
     monkeypatch.setattr(speed.torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(speed, "arm_again", lambda arm, model, *size: events.append(("plan", *size)))
     monkeypatch.setattr(speed, "what_ran", lambda arm, model: f"ran {arm.layout}")
@@ -812,8 +815,14 @@ def test_rounds_of_an_arm_warm_up_before_one_counts(mixed, monkeypatch):
         (PADDED, [9.0, 3.0, 1.0, 5.0], 1.0, 3),
         (PADDED, [3.0, 9.0, 4.0, 3.1], 3.1, 4),
     ):
-        left = iter(seconds)
-        monkeypatch.setattr(mixed, "round_of", lambda *_, left=left: (next(left), 0))
+        left, frozen = iter(seconds), []
+
+        def round_of(*_, left=left, frozen=frozen):
+            frozen.append(gc.get_freeze_count() > 0)  # as in the trainer that users run
+            return next(left), 0
+
+        monkeypatch.setattr(mixed, "round_of", round_of)
         found = mixed.measure(model, {"arm": "padded", "layout": layout}, [{}] * 4)
         assert (found["round_s"], found["warmup_s"]) == (counted, sum(seconds[: rounds - 1]))
         assert found["used_gib"] == 2
+        assert (frozen, gc.get_freeze_count()) == ([True] * rounds, 0)

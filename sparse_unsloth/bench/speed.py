@@ -30,7 +30,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -243,14 +243,9 @@ def device_name() -> str:
 
 def measure_in_child(args: argparse.Namespace) -> None:
     """Loads the model of this process, and times what the table lacks of its arms or methods."""
-    model = load_for(args, longest_of(args.shapes.values()))
+    model = load_for(args, max(2048, *(shape.length for shape in args.shapes.values())))
     left = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), args.run).left()
     Run(args, model, lambda row: emit(table="speed", row=row), Budget(args.deadline)).measure(left)
-
-
-def longest_of(shapes: Iterable[Shape]) -> int:
-    """Tokens that the model must be loaded for."""
-    return max(2048, *(shape.length for shape in shapes))
 
 
 class Stepper:
@@ -410,13 +405,14 @@ class Run:
         gc.collect()
         torch.cuda.empty_cache()
         shape, key, began = self.args.shapes[shape_name], (name, layout, shape_name), time.perf_counter()
-        if arm is not None:
-            arm_again(arm, self.model, shape.batch, shape.length)
-        stepper = self._recorded_stepper(laid_out(shape, layout), graphs)
-        warm_up(stepper, self.args.warmup if arm is None else max(self.args.warmup, WARM_ARM))
-        self.warmups[key] += time.perf_counter() - began
-        torch.cuda.reset_peak_memory_stats()
-        times = [stepper() for _ in range(self.args.steps)]
+        with frozen_heap():
+            if arm is not None:
+                arm_again(arm, self.model, shape.batch, shape.length)
+            stepper = self._recorded_stepper(laid_out(shape, layout), graphs)
+            warm_up(stepper, self.args.warmup if arm is None else max(self.args.warmup, WARM_ARM))
+            self.warmups[key] += time.perf_counter() - began
+            torch.cuda.reset_peak_memory_stats()
+            times = [stepper() for _ in range(self.args.steps)]
         # What graphs hold is not counted as allocated.
         peak = (torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())) / 2**30
         self.times[name][layout, shape_name] += times
@@ -503,6 +499,17 @@ def check_arm(model: nn.Module, arm: Arm) -> str:
     from sparse_unsloth.bench.checks import check_plain, flat_batch, plain_steps, small_batch
 
     return check_plain(plain_steps(model, flat_batch if arm.layout == FLAT else small_batch))
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Python's collections see only what is made inside, as in ``train()`` of Unsloth's trainers (from 2026.10.9)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def laid_out(shape: Shape, layout: str) -> Shape:
