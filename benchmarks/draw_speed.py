@@ -2,8 +2,9 @@
 
     python benchmarks/draw_speed.py [benchmarks/results/speed.csv]
 
-Of each device, model, dtype and checkpointing mode the newest run is shown, whole: try things out with ``--out``
-elsewhere. Where a step was profiled (``--profile``, ``speed-profile.csv``), the newest one of each is shown below.
+Of each device, model, dtype and checkpointing mode the newest run is shown, whole, with the arms of Unsloth that it
+timed: try things out with ``--out`` elsewhere. Where a step was profiled (``--profile``, ``speed-profile.csv``), the
+newest one of each is shown below.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, METHODS
+from sparse_unsloth.bench.arms import FLAT
+from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS
 from sparse_unsloth.bench.profiling import IDLE
 from sparse_unsloth.bench.shapes import HOST, SHAPES
-from sparse_unsloth.bench.table import STEP, Comparison, compare, profile_path, read_profile_rows, read_rows
+from sparse_unsloth.bench.table import (
+    STEP,
+    Comparison,
+    compare,
+    is_baseline,
+    profile_path,
+    read_profile_rows,
+    read_rows,
+)
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 MODELS = {"llama8b": LLAMA_3_8B}
@@ -29,25 +39,34 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
     A shape whose baseline was measured again (``--then``) comes again from there on.
     """
     runs: dict[tuple, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
+    for row in sorted((row for row in rows if not row["arm"]), key=lambda row: row["date"]):
         key = tuple(row[name] for name in KEY)
-        if key not in runs or runs[key][0]["date"] != row["date"]:
+        if key not in runs or _name(runs[key][0]) != _name(row):
             runs[key] = []
         runs[key].append(row)
     shapes, methods = list(SHAPES | HOST), list(METHODS)
 
-    def ordered(run: list[dict]) -> list[dict]:
+    def ordered(key: tuple, run: list[dict]) -> list[dict]:
+        arms = [row for row in rows if row["arm"] and (row["run"], *(row[name] for name in KEY[:3]))
+                == (run[0]["run"], *key[:3])]  # fmt: skip
+        run = arms + run
         baselines: dict[str, int] = {}
         places = []
         for row in run:
             shape = row["shape"]
-            baselines[shape] = baselines.get(shape, 0) + (row["method"] == BASELINE)
+            baselines[shape] = baselines.get(shape, 0) + (is_baseline(row) and not arms)
             again = max(baselines[shape] - 1, 0)
             number = shapes.index(shape) if shape in shapes else len(shapes)
-            places.append((number, shape, again, methods.index(row["method"])))
+            method = -1 if row["arm"] else methods.index(row["method"])
+            places.append((number, shape, again, method))
         return [run[place] for place in sorted(range(len(run)), key=places.__getitem__)]
 
-    return {key: ordered(run) for key, run in sorted(runs.items())}
+    return {key: ordered(key, run) for key, run in sorted(runs.items())}
+
+
+def _name(row: dict) -> str:
+    """Of a row's run; rows of the time before runs had names have its date."""
+    return row["run"] or row["date"]
 
 
 def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str = "speed.png") -> str:
@@ -56,12 +75,14 @@ def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str =
         "# Step times",
         "",
         "Forward, backward and AdamW; median, with the 20th and 80th percentile. Speed-up and memory are against dense",
-        "Unsloth at the same shape in the same run. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT",
-        "methods use transformers' checkpointing where Unsloth's is named. Made by `benchmarks/draw_speed.py`.",
+        "Unsloth at the same shape in the same run: its stock arm where arms were timed; *best arm* is the speed-up",
+        "over the best of them. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT methods use",
+        "transformers' checkpointing where Unsloth's is named. Made by `benchmarks/draw_speed.py`.",
         "",
         f"![Speed-up over dense Unsloth]({picture})",
     ]
-    heading = ("shape", "method", "ms", "p20 to p80", "tokens/s", "peak GiB", "memory", "speed-up", "target", "limit")
+    heading = ("shape", "arm or method", "ms", "p20 to p80", "tokens/s", "peak GiB", "memory", "speed-up", "best arm")
+    heading += ("target", "limit")
     for key, run in runs.items():
         lines += ["", f"## {title(key)}", ""]
         lines += [f"| {' | '.join((*heading, 'of limit'))} |", f"| --- | --- |{' ---: |' * (len(heading) - 1)}"]
@@ -85,7 +106,8 @@ def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (key, run) in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True):
         shown = [one for one in compare(run, MODELS.get(key[1])) if one.speedup is not None]
-        shown = [one for one in shown if one.row["method"] != BASELINE and one.row["shape"] not in HOST]
+        shown = [one for one in shown if not (one.row["arm"] or is_baseline(one.row) or one.row["shape"] in HOST)]
+        shown = [one for one in shown if one.row["layout"] != FLAT]
         shapes = list(dict.fromkeys(one.row["shape"] for one in shown))
         methods = [name for name in METHODS if any(one.row["method"] == name for one in shown)]
         width = 0.8 / max(len(methods), 1)
@@ -122,7 +144,8 @@ def _where_time_goes(profiles: list[dict]) -> list[str]:
         "kernels. The whole step was timed without the profiler; *no kernel running* is what is left of it.",
     ]  # fmt: skip
     for (*key, shape), methods in sorted(newest.items()):
-        columns = {name: {row["kind"]: row for row in methods[name]} for name in METHODS if name in methods}
+        known = [*(name for name in methods if name not in METHODS), *(name for name in METHODS if name in methods)]
+        columns = {name: {row["kind"]: row for row in methods[name]} for name in known}
         order = dict.fromkeys(
             row["kind"] for rows in methods.values() for row in rows if row["kind"] not in (STEP, IDLE)
         )
@@ -143,16 +166,17 @@ def _milliseconds(row: dict | None) -> str:
 
 
 def _cells(one: Comparison) -> tuple[str, ...]:
-    row, baseline = one.row, one.row["method"] == BASELINE
+    row, baseline = one.row, is_baseline(one.row)
     return (
         row["shape"],
-        row["method"],
+        row["arm"] or row["method"] + f" ({FLAT})" * (row["layout"] == FLAT),
         f"{row['median_ms']:.1f}",
         f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
         f"{one.tokens_per_second:.0f}",
         f"{row['peak_gib']:.2f}",
         _form(one.memory, "{:.2f}", baseline),
         _form(one.speedup, "{:.2f}x", baseline),
+        _form(float(row["over_best_arm"]) if row["over_best_arm"] else None, "{:.2f}x"),
         _form(one.target, "{:.2f}x"),
         _form(one.limit, "{:.2f}x", baseline),
         _form(one.of_limit, "{:.0%}", baseline),
@@ -174,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", type=Path, default=RESULTS)
     table = parser.parse_args(argv).table
-    runs = newest_runs(read_rows(table))
+    runs = newest_runs(read_rows(table, arms=True))
     if not runs:
         parser.error(f"{table} has no rows yet")
     picture = table.with_suffix(".png")

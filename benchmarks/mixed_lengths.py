@@ -1,34 +1,64 @@
 """Steps on micro-batches as data give them: every one of another length.
 
-    python benchmarks/mixed_lengths.py --model /tmp/llama8b --out runs/mixed
+    python benchmarks/mixed_lengths.py --model /tmp/llama8b --out runs/mixed --seconds 540
+    python benchmarks/mixed_lengths.py --out runs/mixed --table
 
 `sparse-unsloth bench` repeats one shape. Here each micro-batch has ``--documents`` documents of random tokens, prompts
 of 250 tokens in the median and answers of 120 (log-normal, sigma 0.6 and 0.7), padded or laid one behind the other
-(padding-free, what Unsloth does by itself). Every method goes through the same micro-batches four times, as the same
-sizes come again in a long training: recordings are made in the third round and used in the fourth, whose time counts.
-Tokens are those of the documents. Each method is checked first, as in the bench; rows are appended to
-``mixed_lengths.csv``.
+(flat: padding-free, what Unsloth does by itself). Unsloth's own arms run in processes of their own, our methods in
+another, as in the bench, and are compared with stock Unsloth and with the best arm. Every method goes through the same
+micro-batches four times, as the same sizes come again in a long training: recordings are made in the third round and
+used in the fourth, whose time counts. An arm goes through them once to warm up, padded twice (layers are compiled, CUDA
+graphs captured), and then until a round is about as quick as the quickest. Tokens are those of the documents. Each is
+checked first; rows are appended to ``mixed_lengths.csv``.
+
+With ``--shapes`` the same processes time these shapes of the bench too, before the micro-batches, into ``speed.csv``
+beside: a model is loaded once for both. With ``--seconds`` the job ends in time; called again on the same machine
+within two hours it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import copy
 import gc
 import sys
-import tempfile
 import time
-from datetime import datetime, timezone
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_again, arm_of, arms_of, what_ran, why_idle
+from sparse_unsloth.bench.methods import methods_of
+from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, processes_of, serve, warm_up
+from sparse_unsloth.bench.runs import (
+    Plan,
+    add_run_options,
+    fill,
+    layouts_of,
+    load_for,
+    pieces_of,
+    printed_table,
+    run_to_go_on_with,
+)
+from sparse_unsloth.bench.shapes import shapes_of
+from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "layout", "method", "documents", "steps", "tokens",
-    "recording_s", "round_s", "recorded_share", "kinds", "peak_gib", "used_gib",
+    "recording_s", "round_s", "recorded_share", "kinds", "peak_gib", "used_gib", *ARM_COLUMNS,
 )  # fmt: skip
-METHODS = "unsloth-dense,dense-graphs,rows-25,rows-25-graphs,sparse-o2,sparse-o2-graphs"
+MIXED = Kind(COLUMNS, ("documents", "steps"), "round_s", lambda row: 1000 * float(row["round_s"]) / int(row["steps"]))
+METHODS = "dense-graphs,rows-25,rows-25-graphs,sparse-o2-graphs"
 ROUNDS = SEEN_BEFORE + 2
+ARM_ROUNDS = {"flat": 2, "padded": 3}
+"""Fewest rounds of an arm: at the second pass CUDA graphs of compiled layers are captured."""
+MOST_ROUNDS = 6
+SHAPE_STEPS = ("--warmup", "2", "--steps", "4")
+"""Of the bench, for ``--shapes``."""
 PROMPT, ANSWER = (250, 0.6), (120, 0.7)
 LONGEST = 2048
 
@@ -85,97 +115,224 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
     return time.perf_counter() - began, recorded
 
 
-def measure(model, method: str, batches: list[dict]) -> dict:
-    """The method's columns."""
+def measure(model, piece: dict, batches: list[dict]) -> dict:
+    """The figures of an arm, or of a method that is attached, in the columns of the table."""
     import torch
 
-    from sparse_unsloth import attach, detach, get_state
-    from sparse_unsloth.bench.checks import check, plain_steps
-    from sparse_unsloth.bench.methods import sparsity_of
+    from sparse_unsloth import get_state
+    from sparse_unsloth.bench.speed import frozen_heap
 
-    plain = plain_steps(model)  # anew: the method before has trained it
-    with tempfile.TemporaryDirectory() as folder:
-        sparsity = sparsity_of(method, model.config.num_hidden_layers, str(Path(folder) / "estimator.safetensors"))
-        if sparsity is not None:
-            attach(model, sparsity)
-            state = get_state(model)
-            state.begin_training(driver="benchmark", max_steps=1_000_000)
-            state.set_step(0)
+    state = get_state(model)
+    graphs = None if state is None else state.graphs
+    if graphs is not None:
+        graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    recorded = []
+
+    def step() -> float:
+        seconds, count = round_of(model, batches, optimiser, graphs)
+        recorded.append(count)
+        return seconds
+
+    with frozen_heap():
+        if piece["arm"]:
+            rounds = warm_up(step, ARM_ROUNDS[piece["layout"]], MOST_ROUNDS)
+        else:
+            rounds = [step() for _ in range(ROUNDS)]
+    peak = torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "recording_s": round(rounds[-2] - rounds[-1], 3), "round_s": round(rounds[-1], 3),
+        "recorded_share": round(recorded[-1] / len(batches), 3), "kinds": 0 if graphs is None else len(graphs.kinds),
+        "peak_gib": round(peak / 2**30, 3), "used_gib": round((total - free) / 2**30, 3),
+        "warmup_s": round(sum(rounds[:-1]), 1),
+    }  # fmt: skip
+
+
+def tokens_of(batches: list[dict]) -> int:
+    """Of the documents, without padding."""
+    return sum(int(batch.get("packed_seq_lengths", batch.get("attention_mask")).sum()) for batch in batches)
+
+
+def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Budget, checked: set[str]) -> None:
+    """Every piece that is left on this model; what cannot be timed is written with the reason.
+
+    Args:
+        checked: arms and methods that were checked in this process.
+    """
+    import torch
+
+    from sparse_unsloth.bench.checks import plain_steps
+    from sparse_unsloth.bench.speed import attached, check_arm, check_method
+
+    pieces = defaultdict(list)
+    for piece in left:
+        pieces[piece["arm"] or piece["method"]].append(piece)
+
+    def time_pieces(name: str, arm) -> None:
+        for piece in list(pieces[name]):
+            documents, steps = int(piece["documents"]), int(piece["steps"])
+            batches = make_batches(piece["layout"], documents, steps, model.config.vocab_size)
+            if arm is not None:
+                arm_again(arm, model, documents, LONGEST)
+            try:
+                with budget.piece():
+                    found = measure(model, piece, batches)
+                note = "" if arm is None else what_ran(arm, model)
+            except torch.OutOfMemoryError:
+                found, note = {}, "out of memory"
+            write(piece | found | {"tokens": tokens_of(batches), "note": note})
+            pieces[name].remove(piece)
+            if found:
+                say(name, piece, found, tokens_of(batches), note)
+
+    for name in list(pieces):
+        arm = arm_of(name) if pieces[name][0]["arm"] else None
         try:
-            print(f"{method}: {check(model, method, plain)}", flush=True)
-            graphs = None if sparsity is None else state.graphs
-            if graphs is not None:
-                graphs.clear()
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-            rounds = [round_of(model, batches, optimiser, graphs) for _ in range(ROUNDS)]
-            peak = torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            return {
-                "recording_s": round(rounds[-2][0] - rounds[-1][0], 3), "round_s": round(rounds[-1][0], 3),
-                "recorded_share": round(rounds[-1][1] / len(batches), 3),
-                "kinds": 0 if graphs is None else len(graphs.kinds), "peak_gib": round(peak / 2**30, 3),
-                "used_gib": round((total - free) / 2**30, 3),
-            }  # fmt: skip
-        finally:
-            if sparsity is not None:
-                detach(model)
+            if arm is not None:
+                if why := why_idle(arm, model):
+                    raise NotThere(why)
+                if name not in checked:
+                    began = time.perf_counter()
+                    found = check_arm(model, arm)
+                    print(f"{name}: {found} ({time.perf_counter() - began:.1f} s)", flush=True)
+                time_pieces(name, arm)
+                continue
+            plain = plain_steps(model) if name not in checked else None  # anew: the method before has trained it
+            with attached(model, name):
+                if plain is not None:
+                    print(f"{name}: {check_method(model, name, plain)}", flush=True)
+                time_pieces(name, None)
+        except NotThere as why:
+            fail(pieces[name], str(why), write)
+        except Exception as error:
+            traceback.print_exc()
+            fail(pieces[name], f"NOT TIMED: {first_line(error)}", write)
 
 
-def append(path: Path, row: dict) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+class NotThere(Exception):
+    """The arm is none on this model."""
+
+
+def fail(pieces: list[dict], why: str, write: Callable[[dict], None]) -> None:
+    """Rows without a time, and why."""
+    for piece in pieces:
+        print(f"{piece['arm'] or piece['method']}: {why}", flush=True)
+        write(piece | {"note": why})
+
+
+def say(name: str, piece: dict, found: dict, tokens: int, note: str) -> None:
+    """One line."""
+    milliseconds = 1000 * found["round_s"] / int(piece["steps"])
+    print(
+        f"{piece['documents']:>3} {piece['layout']:7} {name:17} {milliseconds:7.1f} ms a step, "
+        f"{tokens / found['round_s']:6.0f} tokens/s, {found['recorded_share']:.0%} replayed of {found['kinds']} kinds, "
+        f"recorded in {found['recording_s']:.1f} s, warmed up in {found['warmup_s']:.1f} s, "
+        f"peak {found['peak_gib']:.2f} GiB, in use {found['used_gib']:.2f}  {note}".rstrip(),
+        flush=True,
+    )
+
+
+def plans_of(args: argparse.Namespace) -> dict[str, Plan]:
+    """Of both tables, by the name that rows of children carry; shapes come first, see `measure_in_child`."""
+    from sparse_unsloth.bench.speed import cases_of
+
+    cases = [{"documents": count, "steps": str(args.steps)} for count in args.documents]
+    plans = {"mixed": Plan(args.out / "mixed_lengths.csv", MIXED, pieces_of(args, cases), args.run)}
+    if args.shapes:
+        of_shapes = copy.copy(args)
+        of_shapes.layouts = [PADDED]
+        plans["speed"] = Plan(args.out / "speed.csv", SPEED, pieces_of(of_shapes, cases_of(args)), args.run)
+    return plans
+
+
+def measure_in_child(args: argparse.Namespace) -> None:
+    """Loads the model of this process, and times what the tables lack of its arms or methods.
+
+    Shapes come first: Unsloth gives CUDA graphs up for good once it has met more than 8 shapes.
+    """
+    from sparse_unsloth.bench import speed
+
+    plans, budget = plans_of(args), Budget(args.deadline)
+    left = {name: [one for one in plan.left() if is_of(one, args)] for name, plan in plans.items()}
+    model = load_for(args, max(LONGEST, *(shape.length for shape in args.shapes.values()), 0))
+    checked = set()
+    if left.get("speed"):
+        words = ["--model", args.model, "--dtype", args.dtype, "--shapes", ",".join(args.shapes), *SHAPE_STEPS]
+        words += ["--arms", ",".join(args.arms), "--methods", ",".join(args.methods)]
+        run = speed.Run(
+            speed.parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget
+        )
+        run.measure(left["speed"])
+        checked = {one["arm"] or one["method"] for one in left["speed"]} - run.failed
+    time_all(model, left["mixed"], partial(_emit, "mixed"), budget, checked)
+
+
+def is_of(piece: dict, args: argparse.Namespace) -> bool:
+    """Whether a child with these words times it."""
+    return piece["arm"] in args.arms if piece["arm"] else piece["method"] in args.methods
+
+
+def _emit(table: str, row: dict) -> None:
+    emit(table=table, row=row)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
     parser.add_argument("--out", type=Path, default=Path("runs/mixed"))
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--layouts", default="flat,padded")
-    parser.add_argument("--documents", type=int, default=4, help="in each micro-batch")
-    parser.add_argument("--steps", type=int, default=24, help="of a round")
+    parser.add_argument("--layouts", default="flat,padded", help="of the methods; default: %(default)s")
+    parser.add_argument("--documents", default="4,16", help="in each micro-batch; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=24, help="micro-batches of a round")
+    parser.add_argument("--shapes", default="", help="of `sparse-unsloth bench`: timed in the same processes")
+    add_run_options(parser)
     args = parser.parse_args(argv)
+    if args.model is None and not args.table:
+        parser.error("--model is needed, a checkpoint folder or hub name")
+    args.arms = arms_of(args.arms)
+    args.methods = methods_of(args.methods) if args.methods else []
+    args.layouts = layouts_of(args.layouts)
+    args.documents = args.documents.split(",")
+    args.shapes = shapes_of(args.shapes) if args.shapes else {}
     args.rank, args.checkpointing = 16, "unsloth"
-    args.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """1 if something has no time, or not yet."""
     args = parse(argv)
-    from sparse_unsloth.bench.models import load_model
+    if args.child:
+        return serve(partial(measure_in_child, args))
+    if not args.table:
+        complete = conduct(args, argv)
+    for path, kind in ((args.out / "mixed_lengths.csv", MIXED), (args.out / "speed.csv", SPEED)):
+        if any(row["run"] == args.run or not args.run for row in read_table(path, kind.columns)):
+            print(printed_table(path, kind, args.run), flush=True)
+    return 0 if args.table else int(not complete)
 
-    model = load_model(args, "unsloth", LONGEST)
-    from sparse_unsloth.bench.speed import describe
 
-    common = describe(args)
-    for layout in args.layouts.split(","):
-        batches = make_batches(layout, args.documents, args.steps, model.config.vocab_size)
-        tokens = sum(int((batch["attention_mask"] if layout == "padded" else batch["packed_seq_lengths"]).sum())
-                     for batch in batches)  # fmt: skip
-        for method in args.methods.split(","):
-            found = measure(model, method, batches)
-            row = common | {
-                "layout": layout, "method": method, "documents": args.documents, "steps": args.steps, "tokens": tokens
-            } | found  # fmt: skip
-            append(args.out / "mixed_lengths.csv", {name: row.get(name, "") for name in COLUMNS})
-            print(
-                f"{layout:7} {method:17} {1000 * found['round_s'] / args.steps:7.1f} ms a step, "
-                f"{tokens / found['round_s']:6.0f} tokens/s, {found['recorded_share']:.0%} replayed of "
-                f"{found['kinds']} kinds, recorded in {found['recording_s']:.1f} s, peak {found['peak_gib']:.2f} GiB, "
-                f"in use {found['used_gib']:.2f}",
-                flush=True,
-            )
+def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
+    """Times everything in children; whether all of it has a time now. Sets ``args.run``."""
+    from sparse_unsloth.bench.speed import describe, device_name
+
+    common = describe(args, device_name())
+    args.run = args.run or run_to_go_on_with(plans_of(args).values(), common, args.date)
+    print(f"run {args.run}", flush=True)
+    plans = plans_of(args)
+    for plan in plans.values():
+        plan.common.update(common)
+    command = [sys.executable, __file__, *argv, "--run", args.run, "--date", args.date]
+    with Parent(args.seconds).listening() as parent:
+        return fill(plans, processes_of(list(args.arms), args.methods), command, parent)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
+    sys.exit(main(sys.argv[1:]))

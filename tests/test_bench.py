@@ -13,11 +13,19 @@ import pytest
 import torch
 
 from sparse_unsloth import get_state
-from sparse_unsloth.bench import checks, profiling, speed
-from sparse_unsloth.bench import models as bench_models
+from sparse_unsloth.bench import checks, processes, profiling, runs, speed
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, TARGETS, flop_limit, methods_of, sparsity_of
 from sparse_unsloth.bench.shapes import SHAPES, Shape, custom_name, make_batch, shapes_of
-from sparse_unsloth.bench.table import COLUMNS, append_rows, compare, read_profile_rows, read_rows, report
+from sparse_unsloth.bench.table import (
+    COLUMNS,
+    SPEED,
+    append_rows,
+    compare,
+    read_profile_rows,
+    read_rows,
+    read_table,
+    report,
+)
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
@@ -34,7 +42,8 @@ TRUE_TIME = speed.Run._time
 
 
 def row(method, shape="wizardlm", date="2026-01-01T00:00:00+00:00", ms=100.0, **changes):
-    common = dict.fromkeys(COLUMNS, "x") | {"date": date, "model": "llama8b", "dtype": "4bit", "tokens": 8192}
+    common = dict.fromkeys(COLUMNS[:7], "x") | dict.fromkeys(COLUMNS[COLUMNS.index("arm") :], "")
+    common |= {"date": date, "model": "llama8b", "dtype": "4bit", "tokens": 8192}
     figures = {"median_ms": ms, "p20_ms": ms - 1, "p80_ms": ms + 1, "peak_gib": ms / 10}
     return common | figures | {"shape": shape, "method": method} | changes
 
@@ -210,7 +219,7 @@ def test_drawing_shows_the_newest_run(tmp_path):
     load("draw_speed").main([str(table)])
     text = (tmp_path / "speed.md").read_text()
     assert "999.0" not in text
-    assert "| wizardlm | sparse-o2 | 30.0 | 29.0 to 31.0 | 273067 | 3.00 | 0.50 | 2.00x | 2.00x | 2.41x | 83% |" in text
+    assert "| wizardlm | sparse-o2 | 30.0 | 29.0 to 31.0 | 273067 | 3.00 | 0.50 | 2.00x |  | 2.00x | 2.41x |" in text
     assert "555.0" in text
     assert "sparse-o2 over dense PEFT: wizardlm 2.00x." in text
     assert text.index("| wizardlm | unsloth-dense") < text.index("| wizardlm | sparse-o2") < text.index("custom-8192")
@@ -250,25 +259,30 @@ def model():
 @pytest.fixture
 def run(model, tmp_path, monkeypatch):
     """Makes runs on the tiny model whose steps take 10 ms in the first round and 30 ms in the second."""
-    monkeypatch.setattr(speed, "describe", lambda args: dict.fromkeys(COLUMNS[:7], "x") | {"date": args.date})
-    monkeypatch.setattr(speed.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(speed, "describe", lambda *_: dict.fromkeys(COLUMNS[:7], "x"))
     turns = []
 
-    def time(self, method, name, shape):
-        assert (get_state(model) is not None) == (sparsity_of(method, 3) is not None)
-        turns.append((method, name))
-        self.peaks[method, name] = 1.0
-        self.times[method][name] += [10.0 if turns.count((method, name)) == 1 else 30.0]
+    def time(self, name, layout, shape):
+        assert (get_state(model) is not None) == (name not in self.args.arms and sparsity_of(name, 3) is not None)
+        turns.append((name, shape))
+        self.peaks[name, layout, shape] = 1.0
+        self.times[name][layout, shape] += [10.0 if turns.count((name, shape)) == 1 else 30.0]
 
     monkeypatch.setattr(speed.Run, "_time", time)
 
     def make(*words):
-        args = speed.parse(["--model", "m", "--date", "today", "--out", str(tmp_path / "speed.csv"), *words])
-        made = speed.Run(args, model)
-        made.turns = turns
+        out = tmp_path / "speed.csv"
+        args = speed.parse(["--model", "m", "--date", "today", "--out", str(out), "--arms", "", *words])
+        plan = runs.Plan(out, SPEED, runs.pieces_of(args, speed.cases_of(args)), "a run", {"date": "today"})
+        made = speed.Run(args, model, plan.write, processes.Budget(args.deadline))
+        made.turns, made.plan = turns, plan
         return made
 
     return make
+
+
+def measure(run):
+    return run.measure(run.plan.left())
 
 
 def written(run):
@@ -276,8 +290,8 @@ def written(run):
 
 
 def test_methods_take_turns_and_share_the_date(run, model):
-    made = run("--shapes", "host,wizardlm", "--rounds", "2")
-    assert made.measure(["unsloth-dense", "sparse-o2"])
+    made = run("--shapes", "host,wizardlm", "--rounds", "2", "--methods", "unsloth-dense,sparse-o2")
+    assert measure(made)
     assert [method for method, _ in made.turns[::2]] == ["unsloth-dense", "sparse-o2"] * 2
     assert written(made) == [
         (method, shape, 20.0, 14.0) for method in ("unsloth-dense", "sparse-o2") for shape in ("host", "wizardlm")
@@ -289,24 +303,26 @@ def test_methods_take_turns_and_share_the_date(run, model):
 def test_a_method_that_fails_its_check_has_no_rows(run, monkeypatch, capsys):
     true = checks.masked_mlp
     monkeypatch.setattr(checks, "masked_mlp", lambda *args, **options: true(*args, **options) * 1.1)
-    made = run("--shapes", "wizardlm")
-    assert not made.measure(["unsloth-dense", "sparse-50", "hooks-dense"])
+    made = run("--shapes", "wizardlm", "--methods", "unsloth-dense,sparse-50,hooks-dense")
+    assert not measure(made)
     assert [method for method, *_ in written(made)] == ["unsloth-dense", "hooks-dense"]
-    assert "sparse-50: NOT TIMED" in capsys.readouterr().out
+    assert "sparse-50: padded wizardlm: NOT TIMED: CheckFailed: " in capsys.readouterr().out
+    (failed,) = (r for r in read_table(made.args.out, COLUMNS) if not r["median_ms"])
+    assert (failed["method"], failed["note"][:23]) == ("sparse-50", "NOT TIMED: CheckFailed:")
 
 
 def test_a_stopped_job_keeps_what_it_measured(run, monkeypatch):
     time = speed.Run._time
 
-    def stop(self, method, name, shape):
+    def stop(self, name, layout, shape):
         if len(self.turns) == 3:
             raise SystemExit(143)
-        time(self, method, name, shape)
+        time(self, name, layout, shape)
 
     monkeypatch.setattr(speed.Run, "_time", stop)
-    made = run("--shapes", "host,wizardlm", "--rounds", "2")
+    made = run("--shapes", "host,wizardlm", "--rounds", "2", "--methods", "unsloth-dense,sparse-50")
     with pytest.raises(SystemExit):
-        made.measure(["unsloth-dense", "sparse-50"])
+        measure(made)
     assert [row[:2] for row in written(made)] == [
         ("unsloth-dense", "host"),
         ("unsloth-dense", "wizardlm"),
@@ -317,19 +333,20 @@ def test_a_stopped_job_keeps_what_it_measured(run, monkeypatch):
 def test_a_shape_without_memory_is_left_out(run, monkeypatch, capsys):
     time = speed.Run._time
 
-    def full(self, method, name, shape):
-        if name == "long16k":
+    def full(self, name, layout, shape):
+        if shape == "long16k":
             raise torch.OutOfMemoryError
-        time(self, method, name, shape)
+        time(self, name, layout, shape)
 
     monkeypatch.setattr(speed.Run, "_time", full)
-    made = run("--shapes", "long16k,wizardlm")
-    assert not made.measure(["unsloth-dense"])
+    made = run("--shapes", "long16k,wizardlm", "--methods", "unsloth-dense")
+    assert not measure(made)
     assert [row[:2] for row in written(made)] == [("unsloth-dense", "wizardlm")]
     assert "long16k: out of memory" in capsys.readouterr().out
+    assert made.plan.left() == []
 
 
-def test_runs_of_one_process():
+def test_runs_of_one_command():
     first = ["--model", "m", "--shapes", "wizardlm", "--steps", "5"]
     second = ["--dtype", "bf16", "--shapes", "all"]
     runs = speed.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
@@ -342,66 +359,17 @@ def test_runs_of_one_process():
     assert runs[1].words == [*first, *second]
 
 
-def test_a_model_is_loaded_once_for_runs_that_share_it(model, monkeypatch):
-    loaded, asked = [], []
-
-    def load_model(args, backend, max_seq_length):
-        loaded.append((args.dtype, args.checkpointing, max_seq_length))
-        return model
-
-    def for_training(model, use_gradient_checkpointing):
-        asked.append(use_gradient_checkpointing)
-        return model
-
-    monkeypatch.setattr(bench_models, "load_model", load_model)
-    monkeypatch.setattr("sparse_unsloth.FastSparseLanguageModel.for_training", for_training)
-    models = bench_models.Models("unsloth", 4096)
-    for dtype, checkpointing in (
-        ("4bit", "unsloth"), ("4bit", "False"), ("4bit", "unsloth"), ("bf16", "unsloth"), ("bf16", "True"),
-    ):  # fmt: skip
-        models.get(argparse.Namespace(model="m", rank=16, dtype=dtype, checkpointing=checkpointing))
-    assert [row[:2] for row in loaded] == [("4bit", "unsloth"), ("bf16", "unsloth"), ("bf16", "True")]
-    assert asked == [False, "unsloth"]
-
-
-def test_each_run_is_compared_with_its_own_baseline(run, monkeypatch, capsys):
-    """The command as a whole, on a stand-in for the GPU: two dtypes, PEFT methods in a process of their own."""
-    made, calls = run(), []
-    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
-    served = {"4bit": made.model, "bf16": made.model}
-    models = argparse.Namespace(get=lambda args: served[args.dtype], drop=lambda: None)
-    monkeypatch.setattr(speed, "Models", lambda *_: models)
-    monkeypatch.setattr(speed, "describe", lambda args: dict.fromkeys(COLUMNS[:7], "x") | {
-        "date": args.date, "model": "m", "dtype": args.dtype, "checkpointing": args.checkpointing
-    })  # fmt: skip
-    monkeypatch.setattr(speed.subprocess, "call", lambda words, env: calls.append(words) or 0)
-    words = ["--model", "m", "--date", "today", "--out", str(made.args.out), "--shapes", "wizardlm"]
-    first = [*words, "--methods", "unsloth-dense,sparse-50,peft-dense"]
-    assert speed.main([*first, "--then", "--dtype", "bf16", "--methods", "unsloth-dense,sparse-25"]) == 0
-    assert [(r["dtype"], r["method"]) for r in read_rows(made.args.out)] == [
-        ("4bit", "unsloth-dense"), ("4bit", "sparse-50"), ("bf16", "unsloth-dense"), ("bf16", "sparse-25"),
-    ]  # fmt: skip
-    printed = capsys.readouterr().out
-    assert printed.count("x the speed of dense") == 2
-    assert calls[0][3:] == ["bench", *first, "--methods", "peft-dense", "--date", "today"]
-    served["bf16"] = None  # the model before it could not be freed: a process of its own
-    assert speed.main([*words, "--methods", "sparse-50", "--then", "--dtype", "bf16"]) == 0
-    assert calls[1][3:] == [
-        "bench",
-        *words,
-        *["--methods", "sparse-50", "--dtype", "bf16", "--methods", "sparse-50", "--date", "today"],
-    ]
-
-
 def test_calibrated_methods(run, monkeypatch, capsys):
-    made = run("--shapes", "host")
-    assert made.measure(["sparse-25-static", "sparse-25-comp"])
+    made = run("--shapes", "host", "--methods", "sparse-25-static,sparse-25-comp")
+    assert measure(made)
     assert [row[0] for row in written(made)] == ["sparse-25-static", "sparse-25-comp"]
     assert capsys.readouterr().out.count("mlp with compensation within") == 2
     true = Compensation.input_gradient
     monkeypatch.setattr(Compensation, "input_gradient", lambda *args: 1.5 * true(*args))
-    assert not run("--shapes", "host").measure(["sparse-25-comp"])
-    assert "sparse-25-comp: NOT TIMED" in capsys.readouterr().out
+    again = run("--shapes", "host", "--methods", "sparse-25-comp")
+    again.plan = replace(again.plan, run="another")
+    assert not measure(again)
+    assert "sparse-25-comp: padded host: NOT TIMED" in capsys.readouterr().out
 
 
 # -- The profile ------------------------------------------------------------------------------------------------------
@@ -447,7 +415,11 @@ def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
     for date, step in (("2026-01-01", 200.0), ("2026-01-02", 100.0)):
         monkeypatch.setattr(speed, "describe", lambda args, date=date: common | {"date": date})
         monkeypatch.setattr(profiling, "profile", lambda *_, step=step: replace(found, step_ms=step))
-        assert run("--shapes", "host,wizardlm", "--profile", "wizardlm").measure(["unsloth-dense", "sparse-50"])
+        words = ["--shapes", "host,wizardlm", "--profile", "wizardlm", "--methods", "unsloth-dense,sparse-50"]
+        made = run(*words)
+        made.plan = replace(made.plan, run=date, common=common | {"date": date})
+        made.write = made.plan.write
+        assert measure(made)
     rows = read_profile_rows(tmp_path / "speed-profile.csv")
     assert [(r["kind"], r["ms"], r["launches"]) for r in rows if r["date"] == "2026-01-02"][:4] == [
         ("whole step", 100.0, 10), ("matrix products", 60.0, 7), ("gated unit", 20.0, 3), ("no kernel running", 15.0, 0)
@@ -472,10 +444,11 @@ def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
     monkeypatch.setattr(speed.torch.cuda, "reset_peak_memory_stats", lambda: counted.append(len(steps)))
     found = profiling.Profile(1.0, {}, 0.0, "")
     monkeypatch.setattr(profiling, "profile", lambda *_: counted.append(len(steps)) or found)
-    made = run("--shapes", "host,wizardlm", "--profile", "host", "--warmup", "1", "--steps", "2")
-    assert made.measure(["unsloth-dense"])
+    words = ["--profile", "host", "--warmup", "1", "--steps", "2", "--methods", "unsloth-dense"]
+    made = run("--shapes", "host,wizardlm", *words)
+    assert measure(made)
     assert counted == [SEEN_BEFORE + 2, SEEN_BEFORE + 2, SEEN_BEFORE + 1]
-    assert made.peaks["unsloth-dense", "host"] >= 1
+    assert made.peaks["unsloth-dense", "padded", "host"] >= 1
 
 
 def test_shapes_to_profile():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -93,12 +93,16 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     return "; ".join(found)
 
 
-def plain_steps(model: nn.Module) -> PlainSteps:
-    """Of one small batch, on the model with nothing attached."""
+def plain_steps(model: nn.Module, make: MakeBatch | None = None) -> PlainSteps:
+    """Of one small batch, on the model with nothing attached.
+
+    Args:
+        make: `small_batch` (None), or another layout of its tokens.
+    """
     exact = None
     if model.config.model_type in FAMILIES:
         exact = float32_step(model, make_batch(SMALL, model.config.vocab_size, 0, next(model.parameters()).device))
-    return PlainSteps(loss_and_gradients(model), exact)
+    return PlainSteps(loss_and_gradients(model, 0, make or small_batch), exact)
 
 
 def check_mlp(runtime: LayerRuntime) -> str:
@@ -266,6 +270,11 @@ def check_attention(runtime: LayerRuntime) -> str:
 def small_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Of shape `SMALL`."""
     return make_batch(SMALL, vocab_size, seed, device)
+
+
+def flat_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """The tokens of `small_batch` in one row, as Unsloth lays them out."""
+    return make_batch(replace(SMALL, packed=SMALL.tokens), vocab_size, seed, device)
 
 
 def packed_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:

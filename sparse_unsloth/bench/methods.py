@@ -10,7 +10,7 @@ from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import ConfigError
 
 METHODS = {
-    "unsloth-dense": "Unsloth as it is, the baseline",
+    "unsloth-dense": "Unsloth with nothing attached, as the arm padded, in our process",
     "unsloth-dense-exact": "Unsloth, dense, without work that has no effect",
     "dense-graphs": "dense, without that work, layers recorded as CUDA graphs",
     "hooks-dense": "every hook of sparse-o2 installed, in a dense phase",
@@ -100,13 +100,19 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
     return {"preset": method[-2:], **common}
 
 
-def flop_limit(shape_name: str, method: str, model: ModelShape, checkpointing: bool = True) -> float:
-    """The speed-up over dense Unsloth, checkpointed alike, that the FLOPs allow: as `TARGETS` states it, else counted.
+def flop_limit(
+    shape_name: str, method: str, model: ModelShape, checkpointing: bool = True, base_checkpointing: bool | None = None
+) -> float:
+    """The speed-up over dense Unsloth that the FLOPs allow: as `TARGETS` states it, else counted.
+
+    Args:
+        checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: alike.
 
     Counted with the exact removal (logits of rows that bear loss; the last layer's Q, O and MLP of such rows), which
     neither the PEFT backend nor ``hooks-dense`` has. Stated limits weigh attention a little less than `step_flops`.
     """
-    if checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
+    base_checkpointing = checkpointing if base_checkpointing is None else base_checkpointing
+    if checkpointing and base_checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
         return TARGETS[shape_name, method][1]
     shape = shape_of(shape_name)
     config = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense")
@@ -124,10 +130,13 @@ def flop_limit(shape_name: str, method: str, model: ModelShape, checkpointing: b
             lora_rank=16,
             compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
             backward_rows=config.backward_rows if removed else 1.0,
-            checkpointing=checkpointing,
+            checkpointing=again,
             head_tokens=shape.batch * shape.outputs if removed else None,
         ).total
-        for sparsity, removed in (([(0.0, 0.0)] * model.num_layers, False), (layers, removal))
+        for sparsity, removed, again in (
+            ([(0.0, 0.0)] * model.num_layers, False, base_checkpointing),
+            (layers, removal, checkpointing),
+        )
     )
     return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape, config.backward_rows, checkpointing))
 

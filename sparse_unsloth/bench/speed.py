@@ -1,69 +1,120 @@
-"""Times training steps, method beside method: the same process, model, batches and optimiser.
+"""Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
 
 One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
-fresh random tokens. Each method is attached to the same loaded model, checked (a method that does not compute what it
-should is not timed), warmed up, and timed with CUDA events. Rows go into the table as soon as a method is done, or when
-the job is told to stop (SIGTERM).
+fresh random tokens. Each arm of Unsloth runs in a process of its own (arms with the same variables and arguments share
+one), our methods in another, so that each sees the machine as a user's process does. Each is checked (what does not
+compute what it should is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows go into the
+table as soon as they are there, or when the job is told to stop (SIGTERM); an arm that fails, or that this Unsloth does
+not have, gets a row that says why. At the end every row of the run gets its ratios: to Unsloth's defaults (stock), and
+to the best arm at that shape.
 
-With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a row is the median of
-all rounds. Methods peft-* run in a process of their own, which never imports Unsloth, on the same batches; for them
---checkpointing unsloth is transformers' own.
+With --seconds the job ends in time; called again with the same --out on the same machine within two hours, it goes on
+where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a
+row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
+unsloth is transformers' own.
 
-Several runs share one process and date: what stands behind --then is a further run, which keeps the options before it
-but for those that it gives. The model is loaded again only for another --model, --dtype, --rank or checkpointing (not
-for --checkpointing False). Methods are compared with the dense baseline of the same dtype and checkpointing.
+What stands behind --then is a further run of the same date, which keeps the options before it but for those that it
+gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import importlib.metadata
 import itertools
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sparse_unsloth.bench.methods import CALIBRATED, METHODS, backend_of, methods_of, sparsity_of
-from sparse_unsloth.bench.models import CHECKPOINTING, Models
+from sparse_unsloth.bench.arms import (
+    ARMS,
+    DEFAULT_ARMS,
+    FLAT,
+    PADDED,
+    Arm,
+    arm_again,
+    arm_of,
+    arms_of,
+    what_ran,
+    why_idle,
+)
+from sparse_unsloth.bench.methods import CALIBRATED, METHODS, methods_of, sparsity_of
+from sparse_unsloth.bench.models import CHECKPOINTING
+from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, own_command, processes_of, serve, warm_up
+from sparse_unsloth.bench.runs import (
+    Plan,
+    add_run_options,
+    fill,
+    layouts_of,
+    load_for,
+    pieces_of,
+    printed_table,
+    run_to_go_on_with,
+)
 from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_of
-from sparse_unsloth.bench.table import PROFILE_COLUMNS, STEP, append_rows, profile_path, read_rows, report
+from sparse_unsloth.bench.table import (
+    COLUMNS,
+    PROFILE_COLUMNS,
+    SPEED,
+    STEP,
+    append_rows,
+    profile_path,
+    read_rows,
+    read_table,
+    report,
+)
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE, Graphs
 from sparse_unsloth.words import command_parser
 
+if TYPE_CHECKING:
+    from sparse_unsloth.bench.checks import PlainSteps
+
 ROOT = Path(__file__).resolve().parents[2]
 EPILOG = f"""\
 shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
-methods:
-""" + "\n".join(f"  {name:20} {what}" for name, what in METHODS.items())
+arms of Unsloth (joined by + they are one arm):
+""" + "\n".join(
+    [f"  {name:20} {arm.what}" for name, arm in ARMS.items()]
+    + ["methods:"]
+    + [f"  {name:20} {what}" for name, what in METHODS.items()]
+)
 THEN, FIRST = "--then", "first"
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
+WARM_ARM = 3
+"""Steps that an arm needs at least before it is as it stays: compiled, CUDA graphs captured, layers chosen."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("bench", __doc__, EPILOG, "--model MODEL [options] [--then further options] ...")
     in_source = ROOT / "benchmarks" / "results"
     table = in_source / "speed.csv" if in_source.is_dir() else Path("speed.csv")
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model", help="checkpoint folder or hub name")
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit", help="of the base weights")
-    parser.add_argument("--methods", default="unsloth-dense,rows-25,rows-10,sparse-o2", help="default: %(default)s")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
+    parser.add_argument(
+        "--methods", default="dense-graphs,rows-25,rows-25-graphs,sparse-o2", help="default: %(default)s"
+    )
+    layouts = "of the methods' batches: padded (a row for each sequence) or flat (one row, as Unsloth lays them out)"
+    parser.add_argument("--layouts", default=PADDED, help=f"{layouts}, or both; default: %(default)s")
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
     parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
     parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
-    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth")
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth", help="of the methods")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
@@ -71,19 +122,22 @@ def build_parser() -> argparse.ArgumentParser:
     profile = "profile a step of each method at these of the shapes (without a name: the first)"
     parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
     parser.add_argument("--out", type=Path, default=table, help="the table, default: %(default)s")
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
+    add_run_options(parser)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with ``methods`` and ``shapes`` resolved.
+    """The arguments, with ``arms``, ``methods``, ``layouts`` and ``shapes`` resolved.
 
     Raises:
-        ConfigError: an unknown method or shape, a count below 1, or a table of another kind to append to.
+        ConfigError: an unknown arm, method, layout or shape, a count below 1, or a table of another kind to append to.
     """
     args = build_parser().parse_args(argv)
-    args.methods = methods_of(args.methods)
+    if args.model is None and not args.table:
+        raise ConfigError("bench needs --model, a checkpoint folder or hub name")
+    args.arms = arms_of(args.arms)
+    args.methods = methods_of(args.methods) if args.methods else []
+    args.layouts = layouts_of(args.layouts)
     args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
     if args.profile == FIRST:
         args.profile = next(iter(args.shapes))
@@ -110,50 +164,88 @@ def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
         words = [*words, *part]
         runs.append(parse(words))
         runs[-1].words, runs[-1].date = words, runs[0].date
-    return runs or [parse(argv)]
+    if not runs:
+        runs = [parse(argv)]
+        runs[0].words = []
+    return runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; 1 if a method could not be timed.
+    """Runs the benchmark; 1 if an arm or a method could not be timed, or not yet.
 
     Raises:
-        ConfigError: see `parse`.
+        ConfigError: see `parse`; or a table is asked for of a run that is not there.
         BackendError: no CUDA GPU.
     """
     runs = parse_runs(argv)
-    if not torch.cuda.is_available():
-        raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
-    environment = dict(os.environ)  # importing Unsloth changes it
-    backends = {backend_of(method) for args in runs for method in args.methods}
-    backend = "unsloth" if "unsloth" in backends else "peft"
-    models = Models(backend, max(2048, *(shape.length for args in runs for shape in args.shapes.values())))
-    complete, further = True, []
-    for args in runs:
-        methods = [method for method in args.methods if backend_of(method) == backend]
-        others = [method for method in args.methods if method not in methods]
-        model = models.get(args) if methods else None
-        if model is not None:
-            complete = Run(args, model).measure(methods) and complete
-            print(report(rows_of_run(args), ModelShape.from_config(model.config), methods), flush=True)
-            del model
-        else:
-            others = args.methods
-        if others:
-            further += [THEN] * bool(further) + [*args.words, "--methods", ",".join(others), "--date", args.date]
-    models.drop()
-    if further:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child hears it too, and still writes its rows
-        code = subprocess.call([sys.executable, "-m", "sparse_unsloth.cli", "bench", *further], env=environment)
-        complete = complete and code == 0
+    first = runs[0]
+    if first.child:
+        return serve(partial(measure_in_child, first))
+    if first.table:
+        print(printed_table(first.out, SPEED, first.run))
+        return 0
+    device = device_name()
+    whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
+    run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
+    print(f"run {run}", flush=True)
+    complete = True
+    with Parent(first.seconds).listening() as parent:
+        for args in runs:
+            args.run = run
+            plan = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), run, describe(args, device))
+            command = own_command(["bench", *args.words, "--run", run, "--date", args.date])
+            complete = fill({"speed": plan}, processes_of(list(args.arms), args.methods), command, parent) and complete
+            print(report(rows_of_run(args), model_shape(args.model), args.methods), flush=True)
+    if any(row["run"] == run for row in read_table(first.out, COLUMNS)):
+        print(printed_table(first.out, SPEED, run), flush=True)
     return int(not complete)
 
 
+def cases_of(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The columns of each shape."""
+    return [{"shape": name, "tokens": str(shape.tokens)} for name, shape in args.shapes.items()]
+
+
 def rows_of_run(args: argparse.Namespace) -> list[dict]:
-    """Rows of this date that can be compared with each other."""
-    wanted = {
-        "date": args.date, "model": Path(args.model).name, "dtype": args.dtype, "checkpointing": args.checkpointing
-    }  # fmt: skip
-    return [row for row in read_rows(args.out) if all(row[name] == value for name, value in wanted.items())]
+    """Timed rows of this run that can be compared with each other: arms, and methods with this checkpointing."""
+    wanted = {"run": args.run, "model": Path(args.model).name, "dtype": args.dtype}
+    return [
+        row
+        for row in read_rows(args.out, arms=True)
+        if row.items() >= wanted.items() and (row["arm"] or row["checkpointing"] == args.checkpointing)
+    ]
+
+
+def model_shape(model: str) -> ModelShape | None:
+    """Of a checkpoint folder; None where its configuration is not there to be read."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.from_config(AutoConfig.from_pretrained(model))
+    except OSError:
+        return None
+
+
+def device_name() -> str:
+    """The GPU's name, asked in another process: this one must not take memory of it.
+
+    Raises:
+        BackendError: no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
+    code = "import torch; print(torch.cuda.get_device_name())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+# -- In a child -------------------------------------------------------------------------------------------------------
+
+
+def measure_in_child(args: argparse.Namespace) -> None:
+    """Loads the model of this process, and times what the table lacks of its arms or methods."""
+    model = load_for(args, max(2048, *(shape.length for shape in args.shapes.values())))
+    left = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), args.run).left()
+    Run(args, model, lambda row: emit(table="speed", row=row), Budget(args.deadline)).measure(left)
 
 
 class Stepper:
@@ -210,90 +302,86 @@ class _Clock:
 
 
 class Run:
-    """Measurements of several methods on one loaded model, and their rows."""
+    """Measurements of what shares one loaded model: arms of Unsloth, or methods.
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module):
-        self.args, self.model = args, model
-        self.times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.peaks: dict[tuple[str, str], float] = defaultdict(float)
+    Args:
+        write: takes each row, as `plan_of` describes it, with its figures.
+        budget: of the seconds that are left.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, write: Callable[[dict], None], budget: Budget):
+        self.args, self.model, self.write, self.budget = args, model, write, budget
+        self.times: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.peaks: dict[tuple[str, str, str], float] = defaultdict(float)
+        self.warmups: dict[tuple[str, str, str], float] = defaultdict(float)
+        self.notes: dict[tuple[str, str, str], str] = {}
         self.failed: set[str] = set()
-        self.common = describe(args)
 
-    def measure(self, methods: list[str]) -> bool:
-        """Whether every method was timed at every shape; rows of those that were are in the table."""
+    def measure(self, left: list[dict]) -> bool:
+        """Whether all that is left has a time now; rows of what has one, and of what cannot have one, are written.
+
+        Args:
+            left: of the plan, of this process.
+        """
         from sparse_unsloth.bench.checks import plain_steps
 
-        plain = plain_steps(self.model)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        pieces: dict[str, list[dict]] = defaultdict(list)
+        for piece in left:
+            pieces[piece["arm"] or piece["method"]].append(piece)
+        plain = plain_steps(self.model) if any(not piece["arm"] for piece in left) else None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for number in range(self.args.rounds):
-                    for method in methods:
-                        if method in self.failed:
+                    for name, own in pieces.items():
+                        if name in self.failed:
                             continue
                         try:
-                            self._take_turn(method, number, plain, Path(folder))
-                        except SparsityError as error:
-                            self.times.pop(method, None)
-                            self._fail(method, f"NOT TIMED: {error}")
+                            self._take_turn(name, own, number, plain, Path(folder))
+                        except Exception as error:
+                            if not isinstance(error, SparsityError):
+                                traceback.print_exc()
+                            self.times.pop(name, None)
+                            self._fail(name, own, f"NOT TIMED: {first_line(error)}")
             finally:
-                for method in list(self.times):
-                    self._write(method)
+                for name in list(self.times):
+                    self._write(name, pieces[name])
         return not self.failed
 
-    def _take_turn(self, method: str, number: int, plain, folder: Path) -> None:
-        from sparse_unsloth.bench.checks import check
-
-        last = number == self.args.rounds - 1
-        with self._attached(method, folder, say=number == 0):
+    def _take_turn(self, name: str, pieces: list[dict], number: int, plain: PlainSteps | None, folder: Path) -> None:
+        """Of one arm or method, at all its shapes."""
+        last, arm = number == self.args.rounds - 1, arm_of(name) if pieces[0]["arm"] else None
+        if arm is not None and (why := why_idle(arm, self.model)):
+            self._fail(name, pieces, why)
+            return
+        file = folder / f"{name}.safetensors" if self.args.rounds > 1 else None
+        with attached(self.model, name, file, say=number == 0) if arm is None else contextlib.nullcontext():
             if number == 0:
                 began = time.perf_counter()
-                found = check(self.model, method, plain)
-                print(f"{method}: {found} ({time.perf_counter() - began:.1f} s)", flush=True)
-            for name, shape in self.args.shapes.items():
+                found = check_method(self.model, name, plain) if arm is None else check_arm(self.model, arm)
+                print(f"{name}: {found} ({time.perf_counter() - began:.1f} s)", flush=True)
+            for piece in pieces:
                 try:
-                    self._time(method, name, shape)
+                    with self.budget.piece():
+                        self._time(name, piece["layout"], piece["shape"])
                 except torch.OutOfMemoryError:
-                    self._fail(method, f"{name}: out of memory")
+                    self._fail(name, [piece], "out of memory")
             if last:
-                self._write(method)
-            for name in self.args.profile if last else ():
-                self._profile(method, name)
+                self._write(name, pieces)
+            for shape in self.args.profile if last else ():
+                self._profile(name, pieces[0]["layout"], shape)
 
-    def _profile(self, method: str, name: str) -> None:
+    def _profile(self, name: str, layout: str, shape: str) -> None:
         """Of one step: printed, and its sums written beside the table."""
         from sparse_unsloth.bench.profiling import IDLE, profile
 
-        stepper = self._recorded_stepper(self.args.shapes[name], self._fresh_graphs())
+        stepper = self._recorded_stepper(laid_out(self.args.shapes[shape], layout), self._fresh_graphs())
         found = profile(stepper, self.model.config.num_hidden_layers)
-        print(f"-- {method} {name}: {found.text}", flush=True)
+        print(f"-- {name} {shape}: {found.text}", flush=True)
         launches = sum(count for _, count in found.kinds.values())
         sums = {STEP: (found.step_ms, launches), **found.kinds, IDLE: (found.idle_ms, 0)}
-        row = self.common | {"shape": name, "method": method}
+        row = describe(self.args) | {"shape": shape, "method": name}
         rows = [row | {"kind": kind, "ms": round(ms, 2), "launches": count} for kind, (ms, count) in sums.items()]
         append_rows(profile_path(self.args.out), rows, PROFILE_COLUMNS)
-
-    @contextlib.contextmanager
-    def _attached(self, method: str, folder: Path, say: bool) -> Iterator[None]:
-        """The model with the sparse paths of ``method``; factors are kept in ``folder`` for the next round."""
-        from sparse_unsloth import attach, detach, get_state
-
-        file = str(folder / f"{method}.safetensors") if self.args.rounds > 1 else None
-        sparsity = sparsity_of(method, self.model.config.num_hidden_layers, file)
-        if sparsity is None:
-            yield
-            return
-        began = time.perf_counter()
-        attached = attach(self.model, sparsity, self._samples() if method in CALIBRATED else None)
-        if say:
-            print(f"{attached}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
-        try:
-            state = get_state(self.model)
-            state.begin_training(driver="benchmark", max_steps=1_000_000)
-            state.set_step(0)
-            yield
-        finally:
-            detach(self.model)
 
     def _fresh_graphs(self) -> Graphs | None:
         """The attached model's, without the recordings of other shapes, which would count as memory of this one."""
@@ -312,54 +400,121 @@ class Run:
             stepper()
         return stepper
 
-    def _samples(self) -> list[dict[str, torch.Tensor]]:
-        """What estimators calibrate on: random tokens, as the steps train on."""
-        shape, device = Shape(1, 1024, 64), next(self.model.parameters()).device
-        return [make_batch(shape, self.model.config.vocab_size, -seed, device) for seed in range(1, 5)]
-
-    def _time(self, method: str, name: str, shape: Shape) -> None:
-        graphs = self._fresh_graphs()
+    def _time(self, name: str, layout: str, shape_name: str) -> None:
+        graphs, arm = self._fresh_graphs(), arm_of(name) if name in self.args.arms else None
         gc.collect()
         torch.cuda.empty_cache()
-        stepper = self._recorded_stepper(shape, graphs)
-        for _ in range(self.args.warmup):
-            stepper()
-        torch.cuda.reset_peak_memory_stats()
-        times = [stepper() for _ in range(self.args.steps)]
+        shape, key, began = self.args.shapes[shape_name], (name, layout, shape_name), time.perf_counter()
+        with frozen_heap():
+            if arm is not None:
+                arm_again(arm, self.model, shape.batch, shape.length)
+            stepper = self._recorded_stepper(laid_out(shape, layout), graphs)
+            warm_up(stepper, self.args.warmup if arm is None else max(self.args.warmup, WARM_ARM))
+            self.warmups[key] += time.perf_counter() - began
+            torch.cuda.reset_peak_memory_stats()
+            times = [stepper() for _ in range(self.args.steps)]
         # What graphs hold is not counted as allocated.
         peak = (torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())) / 2**30
-        self.times[method][name] += times
-        self.peaks[method, name] = max(self.peaks[method, name], peak)
+        self.times[name][layout, shape_name] += times
+        self.peaks[key] = max(self.peaks[key], peak)
+        self.notes[key] = "" if arm is None else what_ran(arm, self.model)
         middle, low, high = quantiles(times)
         rate = shape.tokens / middle * 1000
         print(
-            f"{method:20} {name:13} {middle:8.1f} ms  ({low:.1f} to {high:.1f})  {rate:7.0f} tokens/s  "
-            f"peak {peak:.2f} GiB",
+            f"{name:20} {layout:6} {shape_name:13} {middle:8.1f} ms  ({low:.1f} to {high:.1f})  {rate:7.0f} tokens/s  "
+            f"peak {peak:.2f} GiB  warmed up in {self.warmups[key]:.1f} s  {self.notes[key]}".rstrip(),
             flush=True,
         )
 
-    def _write(self, method: str) -> None:
-        """Puts the rows of a method into the table, once."""
-        rows = []
-        for name, times in self.times.pop(method, {}).items():
+    def _write(self, name: str, pieces: list[dict]) -> None:
+        """Hands on the rows of an arm or a method, once."""
+        for (layout, shape), times in self.times.pop(name, {}).items():
             middle, low, high = quantiles(times)
-            rows.append(
-                self.common
+            piece = next(piece for piece in pieces if (piece["layout"], piece["shape"]) == (layout, shape))
+            figures = {"median_ms": middle, "p20_ms": low, "p80_ms": high}
+            self.write(
+                piece
+                | {column: round(value, 2) for column, value in figures.items()}
                 | {
-                    "shape": name,
-                    "method": method,
-                    "tokens": self.args.shapes[name].tokens,
-                    "median_ms": round(middle, 2),
-                    "p20_ms": round(low, 2),
-                    "p80_ms": round(high, 2),
-                    "peak_gib": round(self.peaks[method, name], 3),
+                    "peak_gib": round(self.peaks[name, layout, shape], 3),
+                    "warmup_s": round(self.warmups[name, layout, shape], 1),
+                    "note": self.notes.get((name, layout, shape), ""),
                 }
             )
-        append_rows(self.args.out, rows)
 
-    def _fail(self, method: str, why: str) -> None:
-        self.failed.add(method)
-        print(f"{method}: {why}", flush=True)
+    def _fail(self, name: str, pieces: list[dict], why: str) -> None:
+        """Rows that say why they have no time; the next round leaves the arm or method out."""
+        self.failed.add(name)
+        for piece in pieces:
+            print(f"{name}: {piece['layout']} {piece['shape']}: {why}", flush=True)
+            self.write(piece | {"note": why})
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, method: str, file: Path | None = None, say: bool = True) -> Iterator[None]:
+    """The model with the sparse paths of ``method``, as in training; a method that is plain Unsloth attaches nothing.
+
+    Args:
+        file: keeps the estimator's factors from one time to the next.
+        say: print what became sparse.
+    """
+    from sparse_unsloth import attach, detach, get_state
+
+    sparsity = sparsity_of(method, model.config.num_hidden_layers, None if file is None else str(file))
+    if sparsity is None:
+        yield
+        return
+    began = time.perf_counter()
+    found = attach(model, sparsity, _samples(model) if method in CALIBRATED else None)
+    if say:
+        print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
+    try:
+        state = get_state(model)
+        state.begin_training(driver="benchmark", max_steps=1_000_000)
+        state.set_step(0)
+        yield
+    finally:
+        detach(model)
+
+
+def _samples(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """What estimators calibrate on: random tokens, as the steps train on."""
+    shape, device = Shape(1, 1024, 64), next(model.parameters()).device
+    return [make_batch(shape, model.config.vocab_size, -seed, device) for seed in range(1, 5)]
+
+
+def check_method(model: nn.Module, method: str, plain: PlainSteps) -> str:
+    """`sparse_unsloth.bench.checks.check`, which must not be imported before Unsloth."""
+    from sparse_unsloth.bench.checks import check
+
+    return check(model, method, plain)
+
+
+def check_arm(model: nn.Module, arm: Arm) -> str:
+    """The arm's own step of a small batch, as far from float32 as rounding in bf16 takes it.
+
+    Raises:
+        CheckFailed: it is further away.
+    """
+    from sparse_unsloth.bench.checks import check_plain, flat_batch, plain_steps, small_batch
+
+    return check_plain(plain_steps(model, flat_batch if arm.layout == FLAT else small_batch))
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Python's collections see only what is made inside, as in ``train()`` of Unsloth's trainers (from 2026.10.9)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def laid_out(shape: Shape, layout: str) -> Shape:
+    """The shape, its sequences one behind the other in one row where the layout is flat."""
+    return replace(shape, packed=shape.tokens) if layout == FLAT else shape
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -367,8 +522,12 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist())
 
 
-def describe(args: argparse.Namespace) -> dict[str, str]:
-    """The columns that all rows of a run share."""
+def describe(args: argparse.Namespace, device: str | None = None) -> dict[str, str]:
+    """The columns that all rows of a run share.
+
+    Args:
+        device: the GPU's name; None: asked, which takes memory of the GPU.
+    """
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = []
@@ -378,7 +537,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
     return {
         "date": args.date,
         "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device is None else device,
         "versions": " ".join(versions),
         "model": Path(args.model).name,
         "dtype": args.dtype,

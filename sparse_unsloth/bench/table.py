@@ -1,19 +1,25 @@
-"""The one long table of measurements, and what a run says when its rows are compared with its dense baseline."""
+"""The tables of measurements, and what a run says when its rows are compared with Unsloth's arms."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterable, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_unsloth.bench.arms import FLAT, PADDED, STOCK
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_limit
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
 
+ARM_COLUMNS = ("arm", "warmup_s", "over_stock", "over_best_arm", "best_arm", "run", "unsloth", "torch", "note")
+"""Of every table with arms: ``arm`` is empty in rows of our methods, ``note`` says why a row has no time; the ratios
+are the time of the stock arm, and of the best arm, at the same case in the same run, over the row's."""
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "checkpointing", "shape", "method", "tokens", "median_ms",
-    "p20_ms", "p80_ms", "peak_gib",
+    "p20_ms", "p80_ms", "peak_gib", *ARM_COLUMNS, "layout",
 )  # fmt: skip
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_gib")
 SHARED = COLUMNS[:7]
@@ -23,19 +29,40 @@ PROFILE_COLUMNS = (*SHARED, "shape", "method", "kind", "ms", "launches")
 STEP = "whole step"
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of table with arms.
+
+    Attributes:
+        columns: all of them.
+        case: those that say what was timed: rows that share them, the run, model and dtype are compared.
+        time: the one that is empty in a row that has no time.
+        milliseconds: of a micro-batch, of a row that has a time.
+    """
+
+    columns: tuple[str, ...]
+    case: tuple[str, ...]
+    time: str
+    milliseconds: Callable[[Mapping[str, str]], float]
+
+
+SPEED = Kind(COLUMNS, ("shape",), "median_ms", lambda row: float(row["median_ms"]))
+
+
 def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
-    """Adds rows at the end of the table, which begins with its heading.
+    """Adds rows at the end of the table, which begins with its heading; tables and rows without arms get their columns.
 
     Raises:
         ConfigError: the file there has other columns.
         ValueError: a row with a column too many or too few.
     """
-    rows = list(rows)
-    if any(set(row) != set(columns) for row in rows):
-        raise ValueError(f"a row must have the columns {', '.join(columns)}")
+    without = dict.fromkeys(set(columns) - set(_older(columns)), "")
+    rows = [without | row for row in rows]
+    _check_columns(rows, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    _read(path, columns)
+    if not new and _heading(path, columns) != tuple(columns):
+        write_table(path, read_table(path, columns), columns)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
@@ -43,14 +70,47 @@ def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUM
         writer.writerows(rows)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows, with numbers as numbers; none where there is no file.
+def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
+    """The whole table anew; the one before stays until this one is written."""
+    rows = list(rows)
+    _check_columns(rows, columns)
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
+    """The rows as text; none where there is no file. Columns that a table without arms lacks are empty.
 
     Raises:
         ConfigError: the file has other columns.
     """
-    rows = _read(path, COLUMNS)
-    return [row | {"tokens": int(row["tokens"])} | {name: float(row[name]) for name in NUMBERS} for row in rows]
+    if not path.exists():
+        return []
+    missing = dict.fromkeys(set(columns) - set(_heading(path, columns)), "")
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row | missing for row in csv.DictReader(file)]
+
+
+def read_rows(path: Path, arms: bool = False) -> list[dict]:
+    """The rows that have a time, with numbers as numbers; none where there is no file.
+
+    Args:
+        arms: those of Unsloth's arms and of flat batches too. Without them a row of the arm with padded batches counts
+            as one of the method ``unsloth-dense``, which it is.
+
+    Raises:
+        ConfigError: the file has other columns.
+    """
+    rows = [row for row in read_table(path, COLUMNS) if row["median_ms"]]
+    return [
+        row | {"tokens": int(row["tokens"])} | {name: float(row[name]) for name in NUMBERS}
+        for row in rows
+        if arms or (row["arm"] in ("", PADDED) and row["layout"] != FLAT)
+    ]
 
 
 def profile_path(table: Path) -> Path:
@@ -60,29 +120,98 @@ def profile_path(table: Path) -> Path:
 
 def read_profile_rows(path: Path) -> list[dict]:
     """`read_rows` of a table of profiles."""
-    rows = _read(path, PROFILE_COLUMNS)
+    rows = read_table(path, PROFILE_COLUMNS)
     return [row | {"ms": float(row["ms"]), "launches": int(row["launches"])} for row in rows]
 
 
-def _read(path: Path, columns: Sequence[str]) -> list[dict]:
-    if not path.exists():
-        return []
+def _check_columns(rows: list[dict], columns: Sequence[str]) -> None:
+    if any(set(row) != set(columns) for row in rows):
+        raise ValueError(f"a row must have the columns {', '.join(columns)}")
+
+
+def _heading(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
+    """Of the file: today's columns, or those before the first of `ARM_COLUMNS`, as older tables have them."""
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise ConfigError(f"{path} has other columns than a table of speed; write to another file")
-        return list(reader)
+        heading = tuple(next(csv.reader(file), ()))
+    if heading not in (tuple(columns), _older(columns)):
+        raise ConfigError(f"{path} has other columns than this table; write to another file")
+    return heading
+
+
+def _older(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of tables without arms."""
+    return tuple(columns[: columns.index("arm")] if "arm" in columns else columns)
+
+
+def with_ratios(rows: Iterable[dict], kind: Kind) -> list[dict]:
+    """The rows of a table, as `read_table` gives them, with their ratios, as far as their run has timed the arms."""
+    rows = list(rows)
+    groups = defaultdict(list)
+    for row in rows:
+        if row["run"] and row[kind.time]:
+            groups[tuple(row[name] for name in ("run", "model", "dtype", *kind.case))].append(row)
+    ratios = {}
+    for group in groups.values():
+        times = {row["arm"]: kind.milliseconds(row) for row in group if row["arm"]}
+        best = min(times, key=times.__getitem__, default="")
+        for row in group:
+            own = kind.milliseconds(row)
+            over = {
+                column: f"{times[arm] / own:.3f}" if arm in times else ""
+                for column, arm in (("over_stock", STOCK), ("over_best_arm", best))
+            }
+            ratios[id(row)] = over | {"best_arm": best}
+    return [row | ratios.get(id(row), {}) for row in rows]
+
+
+def table_of_run(rows: Iterable[dict], kind: Kind) -> str:
+    """Markdown: every row of a run beside the stock arm and the best one; arms come before methods.
+
+    Args:
+        rows: of one run and model, as `with_ratios` gives them.
+    """
+    heading = (
+        *kind.case,
+        "arm or method",
+        "layout",
+        "ms",
+        "over stock",
+        "over best arm",
+        "best arm",
+        "peak GiB",
+        "note",
+    )
+    lines = [f"| {' | '.join(heading)} |", f"|{' --- |' * len(heading)}"]
+    places: dict[tuple, int] = {}
+    rows = [(places.setdefault(tuple(row[name] for name in kind.case), len(places)), row) for row in rows]
+    for _, row in sorted(rows, key=lambda one: (one[0], not one[1]["arm"])):
+        cells = [*(row[name] for name in kind.case), row["arm"] or row["method"], row["layout"]]
+        cells += [f"{kind.milliseconds(row):.1f}" if row[kind.time] else ""]
+        cells += [f"{float(row[name]):.2f}x" if row[name] else "" for name in ("over_stock", "over_best_arm")]
+        cells += [row["best_arm"], row["peak_gib"], row["note"].replace("|", "/")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside the dense baseline of its run and shape; None where there is none, or where none is stated."""
+    """A row beside the dense baseline of its run and shape; None where there is none, or where none is stated.
+
+    The baseline is Unsloth's stock arm, or the method ``unsloth-dense`` in a run without arms.
+    """
 
     row: dict
-    speedup: float | None
-    memory: float | None
+    base: dict | None
     target: float | None
     limit: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        return None if self.base is None else self.base["median_ms"] / self.row["median_ms"]
+
+    @property
+    def memory(self) -> float | None:
+        return None if self.base is None else self.row["peak_gib"] / self.base["peak_gib"]
 
     @property
     def tokens_per_second(self) -> float:
@@ -94,37 +223,49 @@ class Comparison:
         return None if self.speedup is None or self.limit is None else self.speedup / self.limit
 
 
+def is_baseline(row: dict) -> bool:
+    """Whether rows without a stock arm beside them are compared with this one."""
+    return row["arm"] == STOCK or (not row["arm"] and row["method"] == BASELINE)
+
+
 def compare(rows: list[dict], model: ModelShape | None) -> list[Comparison]:
-    """The rows of one run against its dense Unsloth; ``model`` None: limits are not known.
+    """The rows of one run against its baseline; ``model`` None: limits are not known, as they never are of arms.
 
     Where dense was measured more than once at a shape (``--then``), the row before counts, or else the first.
     """
-    dense = {row["shape"]: row for row in reversed(rows) if row["method"] == BASELINE}
+    stock = {row["shape"]: row for row in rows if row["arm"] == STOCK}
+    dense = {row["shape"]: row for row in reversed(rows) if is_baseline(row)}
     comparisons = []
     for row in rows:
         shape, method = row["shape"], row["method"]
-        if method == BASELINE:
+        if is_baseline(row):
             dense[shape] = row
-        base, checkpointing = dense.get(shape), row["checkpointing"] != "False"
-        comparisons.append(
-            Comparison(
-                row,
-                speedup=None if base is None else base["median_ms"] / row["median_ms"],
-                memory=None if base is None else row["peak_gib"] / base["peak_gib"],
-                target=TARGETS.get((shape, method), (None,))[0] if checkpointing and model == LLAMA_3_8B else None,
-                limit=None if model is None or shape == "host" else flop_limit(shape, method, model, checkpointing),
-            )
-        )
+        base = stock.get(shape, dense.get(shape))
+        target = limit = None
+        if not row["arm"]:
+            checkpointing = row["checkpointing"] != "False"
+            target = TARGETS.get((shape, method), (None,))[0] if checkpointing and model == LLAMA_3_8B else None
+            if model is not None and shape != "host":
+                base_checkpointing = base is None or base["checkpointing"] != "False"
+                limit = flop_limit(shape, method, model, checkpointing, base_checkpointing)
+        comparisons.append(Comparison(row, base, target, limit))
     return comparisons
 
 
 def report(rows: list[dict], model: ModelShape | None, methods: Collection[str]) -> str:
-    """One line for each row of ``methods`` that has a baseline among the ``rows`` of its run."""
+    """One line for each row of ``methods`` that has a baseline among the ``rows`` of its run.
+
+    Args:
+        rows: with their ratios (`with_ratios`) and numbers as numbers.
+    """
     lines = []
     for one in compare(rows, model):
-        if one.speedup is None or one.row["method"] == BASELINE or one.row["method"] not in methods:
+        row = one.row
+        if one.speedup is None or is_baseline(row) or row["arm"] or row["method"] not in methods:
             continue
-        parts = [f"{one.row['method']:20} {one.row['shape']:13} {one.speedup:.2f}x the speed of dense"]
+        parts = [f"{row['method']:20} {row['shape']:13} {one.speedup:.2f}x the speed of {one.base['arm'] or 'dense'}"]
+        if row["over_best_arm"]:
+            parts.append(f"{float(row['over_best_arm']):.2f}x of the best arm ({row['best_arm']})")
         if one.target is not None:
             parts.append(f"target {one.target:g}x {'reached' if one.speedup >= one.target else 'MISSED'}")
         if one.limit is not None:

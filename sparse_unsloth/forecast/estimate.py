@@ -285,8 +285,8 @@ def _fits(speed_table: str | Path | None, model: Model) -> list[Fitted]:
     if not fitted:
         raise ConfigError(
             f"--speed-table: {speed_table} has too few rows to fit, which must be of {', '.join(MODELS)} or of "
-            f"{Path(model.name).name}, dense and sparse: `sparse-unsloth bench --model DIR --methods "
-            "unsloth-dense,sparse-o1,sparse-o2 --shapes all,host` measures them."
+            f"{Path(model.name).name}, dense and sparse: `sparse-unsloth bench --model DIR --arms padded "
+            "--methods sparse-o1,sparse-o2 --shapes all,host` measures them."
         )
     return fitted
 

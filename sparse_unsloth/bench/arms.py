@@ -1,0 +1,201 @@
+"""Unsloth's own arms: the ways to run it that our methods are compared with.
+
+Unsloth reads environment variables when it is imported and replaces the forwards of classes, so arms that differ in
+variables or in arguments of ``get_peft_model`` need processes of their own (`sparse_unsloth.bench.processes`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import nn
+
+from sparse_unsloth.errors import ConfigError
+
+STOCK = "stock"
+FLAT, PADDED = "flat", "padded"
+"""How documents of a micro-batch are laid out: in one row without padding, as Unsloth does by itself, or a row each."""
+GRAPHS, SKIP = "UNSLOTH_BLOCK_CUDAGRAPHS", "checkpoint_skip_layers"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run Unsloth.
+
+    Attributes:
+        what: one line of help.
+        layout: of its micro-batches.
+        env: variables of the process that imports Unsloth.
+        lora: arguments of ``get_peft_model`` beside Unsloth's defaults.
+        needs: ``(file, word)``: a file of Unsloth's package must have that word, or the arm is not there.
+    """
+
+    what: str
+    layout: str = FLAT
+    env: Mapping[str, str] = field(default_factory=dict)
+    lora: Mapping[str, object] = field(default_factory=dict)
+    needs: tuple[tuple[str, str], ...] = ()
+
+    def __add__(self, other: Arm) -> Arm:
+        """Both at once; padded if one of them is."""
+        for name in ("env", "lora"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if clash := [key for key in ours if theirs.get(key, ours[key]) != ours[key]]:
+                raise ConfigError(f"arms that set {', '.join(clash)} to different values do not go together")
+        layout = PADDED if PADDED in (self.layout, other.layout) else FLAT
+        needs = tuple(dict.fromkeys(self.needs + other.needs))
+        what = f"{self.what}; {other.what}"
+        return Arm(what, layout, {**self.env, **other.env}, {**self.lora, **other.lora}, needs)
+
+
+_SKIPS = (("models/llama.py", SKIP),)
+ARMS = {
+    STOCK: Arm("Unsloth's defaults, padding-free batches"),
+    "padded": Arm("padded batches (padding_free=False), for which Unsloth compiles layers from torch 2.11 on", PADDED),
+    "block-graphs": Arm(
+        f"padded batches, compiled layers as CUDA graphs ({GRAPHS}=1): up to 8 shapes",
+        PADDED,
+        env={GRAPHS: "1"},
+        needs=(("models/_block_compile.py", GRAPHS),),
+    ),
+    "skip-max": Arm(f'get_peft_model({SKIP}="max"): all layers keep activations', lora={SKIP: "max"}, needs=_SKIPS),
+    "skip-auto": Arm(
+        f'get_peft_model({SKIP}="auto"): as many as fit, found in the first step', lora={SKIP: "auto"}, needs=_SKIPS
+    ),
+    "no-checkpointing": Arm(
+        "get_peft_model(use_gradient_checkpointing=False)", lora={"use_gradient_checkpointing": False}
+    ),
+}
+DEFAULT_ARMS = ",".join((*ARMS, "padded+no-checkpointing"))
+KEPT = (
+    "UNSLOTH_COMPILE_LOCATION",
+    "UNSLOTH_COMPILE_USE_TEMP",
+    "UNSLOTH_DISABLE_STATISTICS",
+    "UNSLOTH_HOME",
+    "UNSLOTH_OFFLINE",
+    "UNSLOTH_USE_MODELSCOPE",
+)
+"""Unsloth's variables that do not change how it trains: an arm is Unsloth's defaults, and its own variables."""
+
+
+def is_taken_out(name: str) -> bool:
+    """Whether a variable of the user's would make another arm of an arm."""
+    return name.startswith("UNSLOTH_") and name not in KEPT
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of a name; names joined by ``+`` are one arm.
+
+    Raises:
+        ConfigError: there is none of that name, or those that are joined contradict each other.
+    """
+    parts = name.split("+")
+    if unknown := [part for part in parts if part not in ARMS]:
+        raise ConfigError(
+            f"there is no arm {', '.join(unknown)}; arms are {', '.join(ARMS)}, and several of them joined by +"
+        )
+    return reduce(Arm.__add__, [ARMS[part] for part in parts])
+
+
+def arms_of(names: str) -> dict[str, Arm]:
+    """Arms by name, from names parted by commas; none of an empty text.
+
+    Raises:
+        ConfigError: as `arm_of`.
+    """
+    return {name: arm_of(name) for name in names.split(",") if name}
+
+
+def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
+    """Why the Unsloth that is installed does not have the arm; None where it does. Unsloth is not imported.
+
+    Args:
+        folder: of Unsloth's package, in place of the installed one.
+    """
+    if folder is None:
+        found = importlib.util.find_spec("unsloth")
+        if found is None:
+            return "not there: Unsloth is not installed"
+        folder = Path(found.origin).parent
+    for name, word in arm.needs:
+        file = folder / name
+        if not file.is_file() or word not in file.read_text(encoding="utf-8"):
+            return f"not there: Unsloth {version_of('unsloth')} has no {word}"
+    return None
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def why_idle(arm: Arm, model: nn.Module) -> str | None:
+    """Why the arm is none on this loaded model: CUDA graphs are those of compiled layers."""
+    if GRAPHS in arm.env and not compiled_layers(model):
+        return f"not there: Unsloth compiles no layer here (torch {version_of('torch')}), so {GRAPHS} does nothing"
+    return None
+
+
+def compiled_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that Unsloth compiles for padded batches."""
+    return [module for module in model.modules() if getattr(type(module).forward, "_unsloth_block_compiled", False)]
+
+
+def arm_again(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
+    """Lets ``checkpoint_skip_layers="auto"`` plan anew in the next two steps, for another size of micro-batch.
+
+    Unsloth plans once for a model, and for the size that its trainer tells it, of ``documents`` rows of ``longest``
+    tokens: so this calls what its trainer calls. Other arms need nothing.
+    """
+    if arm.lora.get(SKIP) != "auto":
+        return
+    import unsloth_zoo.gradient_checkpointing as offload
+    from unsloth.models import _utils
+
+    for module in model.modules():
+        module.__dict__.pop("_unsloth_skip_checkpoint", None)
+    if getattr(offload, "CURRENT_GC_INDEX", None) == 0:  # it has counted the layers that were checkpointed
+        offload.FIRST_PASS, offload.LAST_GC_INDEX = True, 0
+    _utils.skip_checkpointing(model, "auto")
+    sizes = SimpleNamespace(per_device_train_batch_size=documents, max_length=longest)
+    _utils._size_auto_checkpoint_skip_for_trainer(SimpleNamespace(model=model, args=sizes))
+
+
+def what_ran(arm: Arm, model: nn.Module) -> str:
+    """What Unsloth made of the arm, for the table's notes; after the timing."""
+    found = []
+    if arm.layout == PADDED:
+        layers = compiled_layers(model)
+        off = getattr(sys.modules.get("unsloth.models._block_compile"), "_OFF", None)
+        ran = [
+            layer
+            for layer in layers
+            if layer.__dict__.get("_unsloth_block_checked") and layer.__dict__.get("_unsloth_block_mode") != off
+        ]
+        found.append(f"{len(ran)} of {len(layers)} layers compiled" if layers else "no layer compiled")
+        if GRAPHS in arm.env and layers:
+            found.append(f"CUDA graphs {_graphs(type(layers[0]).forward)}")
+    if SKIP in arm.lora:
+        kept = sum("_unsloth_skip_checkpoint" in module.__dict__ for module in model.modules())
+        found.append(f"{kept} layers not checkpointed")
+    return ", ".join(found)
+
+
+def _graphs(forward: Callable) -> str:
+    """For how many shapes a compiled layer class has them; Unsloth gives them up when it has met too many."""
+    run = inspect.getclosurevars(forward).nonlocals.get("run")
+    kept = {} if run is None else inspect.getclosurevars(run).nonlocals
+    if not {"graph_shapes", "graphs_off"} <= kept.keys():
+        return "not seen into: this Unsloth keeps them elsewhere"
+    return f"{'given up at' if kept['graphs_off'][0] else 'of'} {len(kept['graph_shapes'])} shapes"

@@ -1,0 +1,225 @@
+"""Each arm, and our methods together, in a process of its own: what the parent starts, and how a child reports.
+
+The parent never touches the GPU. A child prints its rows as lines of JSON behind a mark, all other lines are passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from sparse_unsloth.bench.arms import arm_of, is_taken_out
+from sparse_unsloth.bench.methods import backend_of
+
+MARK = "@bench "
+STOPPED = 143
+"""Exit code of a child that had to stop, by a signal or because its time was up."""
+GRACE = 30
+"""Seconds that a stopped child has to write what it measured."""
+LOADING = 60
+"""Seconds without which no child is started: it would hardly have loaded the model."""
+STEADY = 1.15
+"""A step, or a pass, this much slower than the quickest so far is still warming up."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """What runs on one loaded model: arms with the same variables and arguments, or our methods of one backend."""
+
+    arms: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    lora: Mapping[str, object] = field(default_factory=dict)
+
+    def words(self) -> list[str]:
+        """Of the child's command line, behind the parent's."""
+        return ["--child", "--arms", ",".join(self.arms), "--methods", ",".join(self.methods)]
+
+    def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
+        """The child's: ours, for arms without what would make another arm of it."""
+        return {name: text for name, text in ours.items() if name not in self.taken_out(ours)} | dict(self.env)
+
+    def taken_out(self, ours: Mapping[str, str]) -> list[str]:
+        """The variables that arms run without."""
+        return [name for name in ours if self.arms and is_taken_out(name)]
+
+
+def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
+    """In the order of the names, arms first."""
+    alike: dict[tuple, list[str]] = defaultdict(list)
+    for name in arms:
+        arm = arm_of(name)
+        alike[tuple(sorted(arm.env.items())), tuple(sorted(arm.lora.items()))].append(name)
+    found = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
+    for backend in ("unsloth", "peft"):
+        if own := tuple(method for method in methods if backend_of(method) == backend):
+            found.append(Process((), own))
+    return found
+
+
+class Parent:
+    """Runs children one after another until the time is up or the job is told to stop.
+
+    Args:
+        seconds: of everything; None: no limit.
+
+    Attributes:
+        stopped: why no further child is started; None as long as there is no reason.
+    """
+
+    def __init__(self, seconds: float | None = None):
+        self.deadline = None if seconds is None else time.time() + seconds - GRACE
+        self.stopped: str | None = None
+        self._child: subprocess.Popen | None = None
+        self._environment = dict(os.environ)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Parent]:
+        """SIGTERM stops the child, which writes its rows, and then this process."""
+        before = signal.signal(signal.SIGTERM, lambda *_: self._stop("told to stop"))
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def run(self, process: Process, command: Sequence[str], take: Callable[[dict], None]) -> str | None:
+        """Runs one child, and hands on what it reports while it runs.
+
+        Args:
+            command: of the child, without the words of ``process``.
+            take: gets each report with a row.
+
+        Returns:
+            The first line of the error that ended it; None if it ended well, or had to stop: see ``stopped``.
+        """
+        left = None if self.deadline is None else self.deadline - time.time()
+        if left is not None and left < LOADING:
+            self.stopped = self.stopped or "the time is up"
+        if self.stopped:
+            return None
+        words = [*command, *process.words()]
+        if self.deadline is not None:
+            words += ["--deadline", str(self.deadline)]
+        if taken := process.taken_out(self._environment):
+            print(f"without {', '.join(taken)}: arms are Unsloth's defaults", flush=True)
+        error, last = None, ""
+        self._child = subprocess.Popen(
+            words, env=process.environment(self._environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        timers = []
+        if left is not None:
+            timers = [
+                threading.Timer(left, partial(self._stop, "the time is up")),
+                threading.Timer(left + GRACE, self._child.kill),
+            ]
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        try:
+            for raw in self._child.stdout:
+                # Of a progress bar, which writes over its line, the last state.
+                line = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+                if not line.startswith(MARK):
+                    if line.strip():
+                        print(line, flush=True)
+                        last = line.strip()
+                    continue
+                report = json.loads(line[len(MARK) :])
+                error = report.get("failed", error)
+                if "row" in report:
+                    take(report)
+            code = self._child.wait()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            if self._child.poll() is None:
+                self._child.terminate()
+                self._child.wait(GRACE)
+        if code == STOPPED or self.stopped:
+            self.stopped = self.stopped or "the time is up"
+            return None
+        if code and error is None:
+            error = f"the process ended with exit code {code}: {last}"
+        return error
+
+    def _stop(self, why: str) -> None:
+        self.stopped = why
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+
+
+def own_command(words: Sequence[str]) -> list[str]:
+    """The command line that runs ``sparse-unsloth`` with these words, by the same interpreter."""
+    return [sys.executable, "-m", "sparse_unsloth.cli", *words]
+
+
+# -- The child's side -------------------------------------------------------------------------------------------------
+
+
+def emit(**report: object) -> None:
+    """Tells the parent: ``row=`` a row for its ``table=``, or ``failed=`` why everything that is left fails."""
+    # A progress bar may have left the line open.
+    print("\n" + MARK + json.dumps(report), flush=True)
+
+
+def serve(work: Callable[[], None]) -> int:
+    """Runs the child's work; its exit code. What it raises is told to the parent."""
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        work()
+    except Exception as error:
+        traceback.print_exc()
+        emit(failed=first_line(error))
+        return 1
+    return 0
+
+
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the writing
+    sys.exit(STOPPED)
+
+
+class Budget:
+    """Stops a child before a piece of work that would not be done at the deadline."""
+
+    def __init__(self, deadline: float | None):
+        self.deadline, self._last = deadline, 0.0
+
+    @contextlib.contextmanager
+    def piece(self) -> Iterator[None]:
+        """Raises SystemExit where a piece as long as the one before would end too late."""
+        began = time.time()
+        if self.deadline is not None and began + self._last > self.deadline:
+            print(f"the time is up: the next piece takes some {self._last:.0f} s", flush=True)
+            sys.exit(STOPPED)
+        yield
+        self._last = time.time() - began
+
+
+def first_line(error: BaseException) -> str:
+    """What goes into a table's note."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def warm_up(step: Callable[[], float], least: int, most: int = 12) -> list[float]:
+    """Times of steps until one is about as quick as the quickest: compiling and capturing are over then.
+
+    Args:
+        step: runs one, and returns its time.
+    """
+    times: list[float] = []
+    while len(times) < least or (times[-1] > STEADY * min(times) and len(times) < most):
+        times.append(step())
+    return times
