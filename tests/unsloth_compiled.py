@@ -2,9 +2,9 @@
 
 Unsloth (2026.10.8 and later) wraps the methods that it patches (`_gated_method`) and compiles each decoder layer's
 class forward (`_block_compile._wrap`); here ``torch.compile`` is a stand-in that notes what runs inside. Prints as
-JSON, by wrapper and mode: how many layers run as a whole, which ones run compiled, which hooks were traced, and how far loss
-and gradients are from the same model before attaching. In a process of its own, as importing Unsloth patches torch and
-transformers for good.
+JSON, by wrapper and mode: how many layers run as a whole, which ones run compiled, which hooks were traced, and how
+far loss and gradients are from the same model before attaching. In a process of its own, as importing Unsloth patches
+torch and transformers for good.
 """
 
 import copy

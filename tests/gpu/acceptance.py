@@ -32,8 +32,8 @@ LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0,
 }  # fmt: skip
-TIMEOUT = 460
-"""Seconds for all processes together."""
+SECONDS = 460
+"""For all processes together."""
 
 
 def processes(folder: Path, large: bool) -> dict[str, list[str]]:
@@ -131,6 +131,7 @@ def main() -> int:
     parser.add_argument("--no-large", action="store_true", help="without the pass of 8B, which takes 20 GB of disk")
     parser.add_argument("--only", default="", help="processes, parted by commas: 'llama 4bit', PEFT, 'llama 8B', ...")
     parser.add_argument("--large-model", type=Path, help="folder with a checkpoint llama/; made where missing")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("acceptance: needs an NVIDIA GPU, and PyTorch sees none", file=sys.stderr)
@@ -164,7 +165,7 @@ def main() -> int:
         outcomes, ends = {}, {}
         for one, process in running.items():
             try:
-                process.wait(timeout=max(1.0, TIMEOUT - (time.time() - began)))
+                process.wait(timeout=max(1.0, args.seconds - (time.time() - began)))
             except subprocess.TimeoutExpired:
                 process.kill()
             ends[one] = round(time.time() - began)
