@@ -146,7 +146,7 @@ def main() -> int:
             commands = {name: commands[name] for name in args.only.split(",")}
         write_models(folder / "models")
         running = {}
-        for one in [*[LARGE] * (LARGE in commands), *(name for name in commands if name != LARGE)]:
+        for one in sorted(commands, key=lambda name: name == LARGE):  # its checkpoint is made while the others load
             if one == LARGE and not (folder / "large" / "llama" / "config.json").is_file():
                 write_models(folder / "large", ("llama",), "cuda", **LLAMA_3_8B)
                 torch.cuda.empty_cache()
