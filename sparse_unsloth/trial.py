@@ -26,13 +26,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.backends.replaced import Uncompiled
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
+from sparse_unsloth.layers import find_layers
 
 ALMOST_NOTHING = 1e-9
 """A sparsity, or a share of rows left out, at which every channel and every row is kept."""
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-3, 0.03
-"""Relative differences that two orders of bf16 arithmetic leave, of the loss and of all gradients together."""
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, OF_EACH_LAYER = 2e-3, 0.03, 0.004
+"""Relative differences that two orders of bf16 arithmetic leave: of the loss; and of all gradients together, the
+larger of a constant and so much a layer. Measured on an H200: 0.012 with 4 small layers, 0.105 with the 32 of
+Llama-3-8B, where Unsloth's own layers, compiled and not, are 0.067 apart."""
 LEAST_COSINE = 0.5
 """Of a gradient through few rows with the whole one; random rows of random models give less."""
 DROP = 0.05
@@ -210,6 +214,22 @@ def step(model: nn.Module, batch: dict[str, Any]) -> Step:
     return loss.detach().float().item(), gradients
 
 
+def plain_step(model: nn.Module, batch: dict[str, Any]) -> tuple[Step, str]:
+    """A step with nothing attached, and what is wrong with it.
+
+    Where Unsloth's compiled layers fail by themselves, they run uncompiled from here on, as a user would have to run
+    them (``UNSLOTH_BLOCK_COMPILE=0``).
+    """
+    try:
+        return step(model, batch), ""
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        for layer in find_layers(model):
+            Uncompiled(layer.module)
+        found = f"Unsloth's compiled layers fail without sparse_unsloth ({type(error).__name__}: {first}), so all run "
+        return step(model, batch), found + "uncompiled here"
+
+
 class TrialError(Exception):
     """A mode that does not compute what it should."""
 
@@ -229,13 +249,14 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
         report = attach(model, exact)
         for _ in range(steps):
             ours = step(model, batch)
-        error = _compare(ours, plain, "with nothing left out")
+        depth = len(report.layers)
+        error = _compare(ours, plain, "with nothing left out", depth)
         trial = replace(trial, gradient_error=error)
         detach(model)
         report = attach(model, used)
         for _ in range(steps):
             ours = step(model, batch)
-        _check(ours, plain, mode)
+        _check(ours, plain, mode, depth)
         _check_descent(model, batch, ours)
         reasons = [f"{count} layers: {reason}" for reason, count in (*report.not_whole, *report.not_captured)]
         graphs, captured = get_state(model).graphs, report.captured_layers
@@ -259,21 +280,21 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
     return replace(trial, seconds=round(time.perf_counter() - began, 2))
 
 
-def _compare(ours: Step, plain: Step, what: str) -> float:
+def _compare(ours: Step, plain: Step, what: str, depth: int) -> float:
     """The relative error of all gradients together."""
     if not math.isclose(ours[0], plain[0], rel_tol=LOSS_TOLERANCE):
         raise TrialError(f"{what} the loss is {ours[0]:.5f} instead of {plain[0]:.5f}")
     apart = sum((ours[1][name] - plain[1][name]).square().sum() for name in plain[1])
     error = (apart / sum(values.square().sum() for values in plain[1].values())).sqrt().item()
-    if not error <= GRADIENT_TOLERANCE:
+    if not error <= max(GRADIENT_TOLERANCE, OF_EACH_LAYER * depth):
         raise TrialError(f"{what} the gradients are {error:.3g} (relative) off")
     return error
 
 
-def _check(ours: Step, plain: Step, mode: str) -> None:
+def _check(ours: Step, plain: Step, mode: str, depth: int) -> None:
     """That a mode as it is used leaves out what it should, and not more."""
     if mode.startswith("dense"):
-        _compare(ours, plain, "dense,")
+        _compare(ours, plain, "dense,", depth)
         return
     if mode.startswith("rows"):
         if not math.isclose(ours[0], plain[0], rel_tol=LOSS_TOLERANCE):
@@ -326,12 +347,12 @@ def try_all(
                     described = replace(described, layout=layout)
                     batch = make_batch(layout, model.config.vocab_size, device, backend)
                     try:
-                        plain = step(model, batch)
+                        plain, found = plain_step(model, batch)
                     except Exception as error:
                         detail = f"without sparse_unsloth: {type(error).__name__}: {error}"
                         yield replace(described, verdict="failed", detail=detail[:2000])
                         continue
-                    yield replace(described, seconds=round(time.perf_counter() - began, 2))
+                    yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
                     for mode in modes:
                         yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
                     began = time.perf_counter()

@@ -110,16 +110,16 @@ def test_arms_that_need_the_same_share_a_process():
     found = processes_of([*arms_of(DEFAULT_ARMS)], methods)
     assert [(one.arms, one.methods) for one in found] == [
         (("stock", "padded"), ()),
+        ((), ("rows-25", "dense-graphs")),
+        ((), ("peft-dense",)),
         (("block-graphs",), ()),
         (("skip-max",), ()),
         (("skip-auto",), ()),
         (("no-checkpointing", "padded+no-checkpointing"), ()),
-        ((), ("rows-25", "dense-graphs")),
-        ((), ("peft-dense",)),
     ]
     users = dict.fromkeys(("UNSLOTH_BLOCK_COMPILE_LEGACY", "UNSLOTH_GC_KEEP_LAYERS", "UNSLOTH_BLOCK_CUDAGRAPHS"), "1")
     users |= {"PATH": "p", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    stock, graphs, ours = (found[place].environment(users) for place in (0, 1, 5))
+    stock, graphs, ours = (found[place].environment(users) for place in (0, 3, 1))
     assert stock == {"PATH": "p", "UNSLOTH_DISABLE_STATISTICS": "1"}
     assert graphs == stock | {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
     assert ours == users

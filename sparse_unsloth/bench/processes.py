@@ -56,16 +56,16 @@ class Process:
 
 
 def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
-    """In the order of the names, arms first."""
+    """Stock Unsloth's first, then ours, then those of the other arms: if the time runs out, what is compared most is
+    there."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for name in arms:
         arm = arm_of(name)
         alike[tuple(sorted(arm.env.items())), tuple(sorted(arm.lora.items()))].append(name)
-    found = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
-    for backend in ("unsloth", "peft"):
-        if own := tuple(method for method in methods if backend_of(method) == backend):
-            found.append(Process((), own))
-    return found
+    of_arms = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
+    backends = {backend: [one for one in methods if backend_of(one) == backend] for backend in ("unsloth", "peft")}
+    ours = [Process((), tuple(own)) for own in backends.values() if own]
+    return [*of_arms[:1], *ours, *of_arms[1:]]
 
 
 class Parent:
