@@ -143,7 +143,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         return
     state.watch.look(context)
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
-    if context.scale > 0 and installed and not context.whole:
+    if context.scale > 0 and installed and not (context.whole or context.probe):
         state.say_once(
             f"{installed} layers can run as a whole, but ran part by part: right, and slower. They need the norms' "
             "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
