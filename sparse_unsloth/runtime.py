@@ -19,11 +19,13 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimator import Estimator
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.gradients import FirstBackward, LossRows
 from sparse_unsloth.layer_runtime import LayerRuntime
-from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.layers import DecoderLayer, decoder_stack
 from sparse_unsloth.memory_budget import CheckpointPlanner
 from sparse_unsloth.metrics import ForwardCounts
 from sparse_unsloth.nonfinite import ScoreWatch
+from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.preparation import prepare_for_all
 from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import ChannelSelector
@@ -57,6 +59,8 @@ class SparsityState:
         graphs: what `SparsityConfig.cuda_graphs` records.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: every process has the estimator of rank 0.
+        stack: every decoder layer by name, those that no sparse path is for among them.
+        loss_rows, first_backward: what looks at backward passes (`sparse_unsloth.gradients`).
         ran: parts that ran sparsely with gradients in this step.
         scale, step: the share of the configured sparsity in this step, and optimiser steps done (None: not counted).
         counts: what `metrics` sums up, since it was last asked.
@@ -93,6 +97,11 @@ class SparsityState:
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval] = []
+        self.stack = decoder_stack(model, layers)
+        self.loss_rows = LossRows(self, self.stack)
+        self.first_backward: FirstBackward | None = None
+        self.gradients_seen = False
+        self.context_seen: bool | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
@@ -141,6 +150,7 @@ class SparsityState:
         if self.config.memory_budget is not None and self.planner is None:
             self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
+        self.gradients_seen, self.context_seen = False, None
         self.kept.clear()
         self.observer.clear()
         self.counts = ForwardCounts()
@@ -180,18 +190,36 @@ class SparsityState:
 
     def set_step(self, step: int) -> None:
         """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
+        self.verify_step()
         self.scale, self.step = self.config.schedule.scale(step, self._max_steps), step
         self.observer.begin_step(step, self.scale > 0)
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
         self.ran.clear()
 
+    def look_back(self) -> None:
+        """Between two forwards: judges the backward pass of the last one, where that is still to be done.
+
+        Raises:
+            AttachError: see `FirstBackward.close`.
+        """
+        self.loss_rows.collect()
+        if self.first_backward is not None:
+            watch, self.first_backward = self.first_backward, None
+            self.gradients_seen = watch.close()
+
     def verify_step(self) -> None:
-        """After the first sparse optimiser step: every hooked part ran sparsely with gradients.
+        """After the first sparse optimiser step: every hooked part ran sparsely with gradients; and see `look_back`.
 
         Raises:
             AttachError: some did not; the message names them.
         """
+        self.look_back()
+        if self.context_seen is False:
+            self.say_once(
+                f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
+                "train dense (sparsity=None)."
+            )
         if self._verified or not self.sparse_forwards_in_step:
             return
         expected = self.expected_parts()
@@ -207,6 +235,7 @@ class SparsityState:
 
     def end_training(self) -> None:
         """Forgets the driver; the next training brings its own."""
+        self.look_back()
         if self.planner is not None:
             self.planner.restore()
             self.planner = None

@@ -80,7 +80,7 @@ def is_installed(module: nn.Module) -> bool:
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
-    partition = runtime.partition("mlp", self)
+    partition = runtime.partition("mlp", self, hidden_states)
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
         return original_forward(self, hidden_states, *args, **kwargs)
@@ -102,7 +102,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
     name = self._sparse_projection
-    partition = runtime.partition("self_attn", self)
+    partition = runtime.partition("self_attn", self, hidden_states)
     projection = None if partition is None else read_projection(self)
     if projection is None:
         return original_forward(self, hidden_states, *args, **kwargs)
@@ -163,6 +163,12 @@ def check(layer: DecoderLayer, part: str) -> None:
     Raises:
         AttachError: an unsupported layer type or LoRA variant, or a base weight that is itself trained.
     """
+    if part == "self_attn" and not layer.queries_alone:
+        raise AttachError(
+            f"{layer.name}.self_attn.q_proj: it gives more than the queries that o_proj's input is made of (a gate "
+            "beside them, as in Qwen3.5), so its channels cannot be paired with those of k_proj and o_proj. Leave "
+            "self_attn out of the configuration; mlp channels and rows (backward_rows) work."
+        )
     for name, module in layer.projections().items():
         if not name.startswith(part):
             continue

@@ -18,7 +18,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.modes import training_flags
+from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.weights import read_base
 
 PROBE_TOKENS = 8
@@ -50,7 +50,7 @@ def install_mlp(runtime: LayerRuntime) -> None:
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The module's own forward, whose backward chooses the layer's rows and goes through them."""
     runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self)
+    choice = None if args or kwargs else runtime.row_choice(self, hidden_states)
     if choice is None:
         return original_forward(self, hidden_states, *args, **kwargs)
     unread = is_unread(runtime)
@@ -63,7 +63,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The O projection's own forward, whose backward goes through the rows that the MLP's chose."""
     runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self)
+    choice = None if args or kwargs else runtime.row_choice(self, attention_output)
     if choice is None:
         return original_forward(self, attention_output, *args, **kwargs)
     return through_output(partial(original_forward, self), attention_output, self, choice, runtime)
@@ -82,12 +82,10 @@ def through_output(
 def is_unread(runtime: LayerRuntime) -> bool:
     """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
 
-    Asked once in each forward of a layer: any but the first, with gradients, is a recompute, whether the first had them
-    (checkpointing that is not reentrant) or not.
+    It is where this forward came through the layer before, with gradients (checkpointing that is not reentrant) or
+    without, and comes again within a backward pass.
     """
-    memo = runtime.context.memo(runtime.layer.index)
-    recompute = torch.is_grad_enabled() and "ran" in memo
-    memo["ran"] = True
+    recompute = in_backward() and torch.is_grad_enabled() and (runtime.layer.index, "mlp") in runtime.context.ran
     return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 

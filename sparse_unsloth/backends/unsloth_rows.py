@@ -44,7 +44,9 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
     runtime: LayerRuntime = self._sparse_runtime
     usable = not args and not any(kwargs.get(name) for name in CACHED)
-    choice = runtime.row_choice(self) if usable and self.self_attn.training and self.mlp.training else None
+    choice = (
+        runtime.row_choice(self, hidden_states) if usable and self.self_attn.training and self.mlp.training else None
+    )
     if choice is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     recorded = _recorded(runtime, hidden_states, kwargs)
