@@ -220,7 +220,9 @@ class SparsityState:
                 f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
                 "train dense (sparsity=None)."
             )
-        if self._verified or not self.sparse_forwards_in_step:
+        # Without a driver it is not known where a step ends: a recompute may still be to come.
+        ended = self.driver is not None or self.gradients_seen
+        if self._verified or not self.sparse_forwards_in_step or not ended:
             return
         expected = self.expected_parts()
         missing = expected - self.ran - self.paused_in_step
