@@ -19,7 +19,7 @@ def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> 
 
     Args:
         model: the outermost model.
-        layers: its decoder layers by name, those that stay dense among them.
+        layers: the decoder layers that the sparse functions compute, by name; in others an adapter runs as it is.
 
     Raises:
         AttachError: soft prompts, another tuner, or a LoRA variant that is not computed row by row.

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from sparse_unsloth import prefill
-from sparse_unsloth.adapters import refuse_other_adapters
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
@@ -87,12 +86,11 @@ class AttachReport:
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
         for first, last, layer in () if self.row_layers else self._runs():
-            span = _span(first, last)
+            span = f"layer {first}" if first == last else f"layers {first}-{last}"
             mlp = _kept(layer.mlp, layer.mlp_channels, layer.output_mlp, layer.output_mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels, layer.output_self_attn, layer.output_key_channels)
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
-        for reason, places in self._reasons().items():
-            lines.append(f"  {places}: as they are, dense; {reason}")
+        lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
         if self.exact_removal:
             lines.append(f"  rows without loss: left out of {self.exact_removal}")
         return "\n".join(lines)
@@ -117,16 +115,19 @@ class AttachReport:
                 found[-1] = (found[-1][0], place)
             else:
                 found.append((place, place))
-        return {reason: ", ".join(_span(*span) for span in found) for reason, found in spans.items()}
+        texts = {
+            reason: [str(first) if first == last else f"{first}-{last}" for first, last in found]
+            for reason, found in spans.items()
+        }
+        return {
+            reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
+            for reason, found in texts.items()
+        }
 
 
 def _place(name: str, default: int) -> int:
     """The layer's number in its list, the last number of its name."""
     return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
-
-
-def _span(first: int, last: int) -> str:
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def _kept(sparsity: float, channels: tuple[int, int], output: float, output_channels: int | None) -> str:
@@ -165,8 +166,7 @@ def attach(
     state = SparsityState(model, layers, config, _backend_of(model, layers))
     model.__dict__["_sparsity_state"] = state
     try:
-        if state.runtimes or state.recorded_dense:
-            refuse_other_adapters(model, state.stack)
+        state.refuse_other_adapters()
         _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
         for runtime in state.runtimes.values():

@@ -96,8 +96,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen:
-            layers = [runtime.layer for runtime in state.runtimes.values()]
-            state.first_backward = context.first_backward = FirstBackward(layers)
+            state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
         if state.loss_rows.wants(context):
             context.loss_rows = state.loss_rows
     if graphs is not None and graphs.documents:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from sparse_unsloth.adapters import active_parameters
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.layer_runtime import LayerRuntime
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
@@ -33,12 +33,13 @@ UNREAD = 1e-8
 class FirstBackward:
     """Of one sparse training forward: whether its backward pass gives every trained tensor of the layers a gradient.
 
-    Only layers whose output receives a gradient are judged, so a loss that reads a part of the model is no fault.
+    Only layers whose output receives a gradient are judged, so a loss that reads a part of the model is no fault. Of a
+    layer it is what the sparse functions compute: elsewhere a model may have parameters that it does not use.
     """
 
-    def __init__(self, layers: list[DecoderLayer]):
-        self._layers = {layer.index: layer for layer in layers}
-        self._missing = {layer.index: active_parameters(layer.module) for layer in layers}
+    def __init__(self, runtimes: Iterable[LayerRuntime]):
+        self._layers = {runtime.layer.index: runtime.layer for runtime in runtimes}
+        self._missing = {runtime.layer.index: _trained(runtime) for runtime in runtimes}
         self._expected = {index: len(found) for index, found in self._missing.items()}
         self._ending: set[int] = set()  # layers that the running part of the backward pass has come to
         self._reached: set[int] = set()
@@ -112,6 +113,19 @@ class FirstBackward:
                 "them, or nothing of the loss depends on them: an adapter or a hook of another kind is on these "
                 "modules. Train plain LoRA (peft.LoraConfig), freeze these tensors, or train dense (sparsity=None)."
             )
+
+
+def _trained(runtime: LayerRuntime) -> dict[str, nn.Parameter]:
+    """The parameters of a layer that its sparse functions must give a gradient, by name."""
+    parts = [part for part, sparsity in runtime.sparsity._asdict().items() if sparsity > 0]
+    modules = {"mlp": runtime.layer.mlp, "self_attn.o_proj": runtime.layer.self_attn.o_proj}
+    if not runtime.state.by_rows:
+        modules = {name: one for name, one in runtime.layer.projections().items() if name.partition(".")[0] in parts}
+    return {
+        f"{place}.{name}": parameter
+        for place, module in modules.items()
+        for name, parameter in active_parameters(module).items()
+    }
 
 
 def _is_autograd_grad(parameters: Iterable[Tensor]) -> bool:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth import forward, metrics, prefill
+from sparse_unsloth.adapters import refuse_other_adapters
+from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import is_main
@@ -156,13 +158,26 @@ class SparsityState:
         self.counts = ForwardCounts()
 
     def verify_hooks(self) -> None:
-        """Raises AttachError if something replaced a sparse forward since it was installed."""
+        """Checks what may have changed since the model was attached.
+
+        Raises:
+            AttachError: something replaced a sparse forward, or added an adapter that it does not compute.
+        """
+        self.refuse_other_adapters()
+        for runtime in self.runtimes.values():
+            peft_backend.check_adapters_of(runtime)
         lost = [module for module in self.hooked if not self.backend.is_installed(module)]
         if lost:
             raise AttachError(
                 f"{len(lost)} of {len(self.hooked)} sparse forwards were replaced after attach() (first: "
                 f"{type(lost[0]).__name__}). Load adapters and patch the model first, then attach it last."
             )
+
+    def refuse_other_adapters(self) -> None:
+        """Raises AttachError for adapters that are not LoRA, where layers are sparse or recorded."""
+        layers = self.layers if self.recorded_dense else [runtime.layer for runtime in self.runtimes.values()]
+        if layers:
+            refuse_other_adapters(self.model, {layer.name: layer.module for layer in layers})
 
     def expected_parts(self) -> set[tuple[int, str]]:
         """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""

@@ -157,6 +157,21 @@ def select(
     return SelectedProjection(projection, out_index=channels, output_out_index=output_channels)
 
 
+def check_adapters_of(runtime: LayerRuntime) -> None:
+    """Refuses adapters on the parts that are sparse which their functions do not compute.
+
+    Raises:
+        AttachError: dropout, or a variant of LoRA.
+    """
+    layer = runtime.layer
+    if runtime.state.by_rows:
+        row_hooks.refuse_dropout(layer)
+        return
+    for name, module in layer.projections().items():
+        if getattr(runtime.sparsity, name.partition(".")[0]) > 0:
+            check_adapters(module, f"{layer.name}.{name}")
+
+
 def check(layer: DecoderLayer, part: str) -> None:
     """Refuses projections that have no exact sparse path.
 
