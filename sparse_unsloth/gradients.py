@@ -59,7 +59,7 @@ class FirstBackward:
         """Ends the look, and judges what came late (FSDP2 hands gradients on behind the backward pass).
 
         Returns:
-            Whether a backward pass came.
+            Whether a backward pass came, and handed its gradients on (FSDP2 may do so a micro-batch later).
 
         Raises:
             AttachError: tensors without a gradient.
@@ -67,7 +67,8 @@ class FirstBackward:
         self.drop()
         late = {index for index in self._reached if 0 < len(self._missing[index]) < self._expected[index]}
         self._judge(late)
-        return bool(self._reached)
+        came = any(len(self._missing[index]) < self._expected[index] for index in self._reached)
+        return came or (bool(self._reached) and not any(self._expected.values()))
 
     def drop(self) -> None:
         """Ends the look without a judgement."""

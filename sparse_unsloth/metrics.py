@@ -39,7 +39,7 @@ def metrics(state: SparsityState) -> dict[str, float]:
     if state.by_rows:
         figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
     else:
-        means = [sum(values) / state.num_layers for values in zip(*state.layer_sparsity, strict=True)]
+        means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]
         scale = state.scale * enabled
         figures |= {"sparsity/mean_mlp": means[0] * scale, "sparsity/mean_self_attn": means[1] * scale}
     notice_nonfinite_scores(state)
@@ -49,7 +49,7 @@ def metrics(state: SparsityState) -> dict[str, float]:
     if state.planner is not None:
         figures["sparsity/kept_layers"] = float(state.planner.num_kept)
     if state.tiers:
-        means = [sum(values) / state.num_layers for values in zip(*state.output_sparsity, strict=True)]
+        means = [sum(values) / len(state.stack) for values in zip(*state.output_sparsity, strict=True)]
         figures |= {
             "sparsity/mean_output_mlp": means[0] * scale,
             "sparsity/mean_output_self_attn": means[1] * scale,
