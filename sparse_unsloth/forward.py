@@ -95,7 +95,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
-        if not state.gradients_seen:
+        if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
         if state.loss_rows.wants(context):
             context.loss_rows = state.loss_rows

@@ -146,11 +146,16 @@ class LossRows:
 
     Behind the last decoder layer come the final norm, the head and the loss, all row by row, so the gradient of the
     layer's output is exactly zero in every row that the loss does not read.
+
+    Attributes:
+        last: the last decoder layer; None where something that mixes tokens may come behind it.
+        looks: backward passes that were looked at.
     """
 
     def __init__(self, state: SparsityState, stack: Mapping[str, nn.Module]):
         self._state = state
         self.last = next(reversed(stack.values())) if self._ends_the_model(state.model, stack) else None
+        self.looks = 0
         self._forwards = 0
         self._on_the_way: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
@@ -187,6 +192,7 @@ class LossRows:
         self._on_the_way = waiting
 
     def _look(self, context: SparseContext, gradient: Tensor) -> None:
+        self.looks += 1
         partition = context.partition
         rows = gradient.detach().flatten(0, -2)
         squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32)).square()

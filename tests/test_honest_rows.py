@@ -36,6 +36,7 @@ def assert_exact(model, batch, config=ALL_ROWS):
     attach(model, config)
     for _ in range(2):  # the second forward judges the first one's backward pass
         other_loss, others = loss_and_gradients(model, batch)
+    assert get_state(model).gradients_seen
     torch.testing.assert_close(other_loss, loss)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
@@ -194,6 +195,7 @@ def test_some_layers_checkpointed(kind, reentrant):
     decoder(model).layers[1].gradient_checkpointing = False
     for _ in range(2):
         loss, gradients = loss_and_gradients(model, batch)
+    assert get_state(model).gradients_seen
     torch.testing.assert_close(loss, expected[0])
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-6)
@@ -217,6 +219,24 @@ def checkpoint_together(model, reentrant):
             return checkpoint(both, hidden, use_reentrant=reentrant)
 
     first.__class__, second.__class__ = First, Second
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_whole_model_checkpointed_is_exact(reentrant):
+    model, batch = make_lora(dtype=torch.float64), make_batch()
+    expected = loss_and_gradients(model, batch)
+    attach(model, ALL_ROWS)
+    for _ in range(2):
+        model.zero_grad()
+        start = torch.ones((), requires_grad=True)
+        loss = checkpoint(lambda one: one * model(**batch).loss, start, use_reentrant=reentrant)
+        loss.backward()
+    assert get_state(model).gradients_seen
+    torch.testing.assert_close(loss.detach(), expected[0])
+    for name, parameter in model.named_parameters():
+        if name in expected[1]:
+            torch.testing.assert_close(parameter.grad, expected[1][name])
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -285,15 +305,16 @@ def lora_config(**options):
     return peft.LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": TARGETS} | options)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "name", "kind"),
     [
-        ({"alora_invocation_tokens": [7, 9]}, "alora_invocation_tokens"),
-        ({"alora_invocation_tokens": [7, 9], "target_modules": ["q_proj"]}, "alora_invocation_tokens"),
-        ({"velora_config": peft.VeloraConfig()}, "VeloraLinearVariant"),
-        ({"monteclora_config": peft.MontecloraConfig()}, "MontecloraLinearVariant"),
-        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [7, 9]}, r"\(alora_invocation_tokens\)", "rows"),
+        ({"alora_invocation_tokens": [7, 9]}, r"\(alora_invocation_tokens\)", "channels"),
+        ({"alora_invocation_tokens": [7, 9], "target_modules": ["q_proj"]}, "alora_invocation_tokens", "rows"),
+        ({"velora_config": peft.VeloraConfig()}, "VeloraLinearVariant", "rows"),
+        ({"monteclora_config": peft.MontecloraConfig()}, "MontecloraLinearVariant", "rows"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters", "rows"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.gate_proj.weight"]}, "target_param", "channels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -404,6 +425,7 @@ def test_what_rightly_has_no_gradient_is_no_fault(kind):
     for _ in range(2):
         model(**batch).loss.backward()
     get_state(model).verify_step()
+    assert get_state(model).gradients_seen
 
 
 def test_an_optimiser_in_the_backward_pass_is_no_fault():
@@ -471,6 +493,7 @@ def test_losses_on_labels_are_no_alarm(family, side, caplog):
     losses = F.cross_entropy(output.logits.flatten(0, 1), shifted.flatten(), reduction="none")
     (output.loss + (losses * weights.flatten()).mean()).backward()
     model(**batch).loss.backward()
+    assert get_state(model).loss_rows.looks == 1
     assert not said(caplog)
 
 
@@ -483,4 +506,5 @@ def test_heads_that_mix_tokens_are_no_alarm(caplog):
     last = output.hidden_states[-1]
     (output.loss + model.mtp(last, last, last)[0].square().mean()).backward()
     model(**batch)
+    assert get_state(model).loss_rows.last is None
     assert not said(caplog)
