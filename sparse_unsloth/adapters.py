@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
 
@@ -56,6 +56,35 @@ def active_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and parameter not in off
     }
+
+
+def refuse_foreign_leaves(where: str, output: Tensor, known: Iterable[nn.Parameter]) -> None:
+    """Refuses a function that depends on trained tensors which its sparse path would give no gradient.
+
+    Args:
+        where: the function's name.
+        output: what it gave, with gradients enabled.
+        known: the trained tensors that its sparse path knows.
+
+    Raises:
+        AttachError: there are others (an adapter that lies elsewhere and is added by a hook, say).
+    """
+    known = set(known)
+    nodes, seen, foreign = [output.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and node.variable not in known:
+            foreign.append(list(node.variable.shape))
+        nodes += [one for one, _ in node.next_functions]
+    if foreign:
+        raise AttachError(
+            f"{where}: its output depends on {len(foreign)} trained tensors (of shape "
+            f"{', '.join(map(str, foreign[:4]))}) that its sparse path does not know: a hook adds them, or they lie in "
+            f"another module. They would get no gradient, without a word. {PLAIN_LORA}."
+        )
 
 
 def _adapter_configs(model: nn.Module) -> Iterator[tuple[str, object]]:

@@ -376,6 +376,29 @@ def add_own_adapter(model):
     projection.register_forward_hook(lambda module, args, output: output + F.linear(args[0], own.weight))
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("part", ["mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj"])
+def test_an_adapter_that_lies_elsewhere_is_refused(part, kind):
+    model = make_lora()
+    projection = decoder(model).layers[1].get_submodule(part)
+    model.elsewhere = Added(projection.in_features, projection.out_features)
+    projection.register_forward_hook(lambda module, args, output: output + F.linear(args[0], model.elsewhere.weight))
+    with pytest.raises(AttachError, match=r"layers\.1\S*: its output depends on 1 trained tensors \(of shape \["):
+        attach(model, CONFIGS[kind])
+
+
+def test_an_adapter_of_one_part_stays_where_another_is_sparse():
+    model, batch = make_lora(), make_batch()
+    projection = decoder(model).layers[1].self_attn.o_proj
+    model.elsewhere = Added(projection.in_features, projection.out_features)
+    projection.register_forward_hook(lambda module, args, output: output + F.linear(args[0], model.elsewhere.weight))
+    attach(model, always(self_attn={}))
+    for _ in range(2):
+        model(**batch).loss.backward()
+    assert model.elsewhere.weight.grad.any()
+    assert get_state(model).gradients_seen
+
+
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_a_tensor_that_the_sparse_path_goes_by_is_named(checkpointing):
     model, batch = make_lora(), make_batch()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
@@ -124,11 +125,14 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
     rows = torch.arange(1, PROBE_TOKENS, 2, device=base.device)
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
-    with torch.no_grad(), training_flags(layer.module):
-        whole, few = function(x), function(x[:, rows])
+    with torch.enable_grad(), training_flags(layer.module):
+        whole = function(x)
+        with torch.no_grad():
+            few = function(x[:, rows])
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
-    expected, ours = whole[:, rows].float(), few.float()
+    refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
+    expected, ours = whole.detach()[:, rows].float(), few.float()
     error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     if not error <= tolerance:
