@@ -63,6 +63,8 @@ class SparsityState:
         shared: every process has the estimator of rank 0.
         stack: every decoder layer by name, those that no sparse path is for among them.
         loss_rows, first_backward: what looks at backward passes (`sparse_unsloth.gradients`).
+        gradients_seen: a sparse forward's backward pass gave every trained tensor of the sparse layers its gradient.
+        context_seen: some forward that was to be sparse had context tokens; None before the first one.
         ran: parts that ran sparsely with gradients in this step.
         scale, step: the share of the configured sparsity in this step, and optimiser steps done (None: not counted).
         counts: what `metrics` sums up, since it was last asked.
