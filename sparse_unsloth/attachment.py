@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,10 +21,10 @@ from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import packed_attention
 from sparse_unsloth.functions.graphs import Graphs
-from sparse_unsloth.layer_runtime import LayerRuntime
-from sparse_unsloth.layers import DecoderLayer, find_layers
+from sparse_unsloth.layer_runtime import LayerRuntime, runs_twice
+from sparse_unsloth.layers import DecoderLayer, find_layers, left_out_layers
 from sparse_unsloth.loss import install_loss_removal
-from sparse_unsloth.modes import training_flags
+from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.preparation import prepare
 from sparse_unsloth.runtime import SparsityState
@@ -64,6 +65,7 @@ class AttachReport:
         captured_layers: those of them that CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
         not_whole, not_captured: ``(reason, number of layers)`` of the others that could have been; they train as
             exactly, and slower.
+        left_out: decoder layers that no sparse path is for, by name: what each lacks.
     """
 
     backend: str
@@ -75,14 +77,20 @@ class AttachReport:
     captured_layers: int = 0
     not_whole: tuple[tuple[str, int], ...] = ()
     not_captured: tuple[tuple[str, int], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_sparse(self) -> int:
         return self.row_layers or sum(bool(layer.mlp or layer.self_attn) for layer in self.layers)
 
+    @property
+    def num_layers(self) -> int:
+        """Of all decoder layers."""
+        return len(self.layers) + len(self.left_out)
+
     def __str__(self) -> str:
         lines = [
-            f"sparse_unsloth: {self.num_sparse} of {len(self.layers)} layers sparse on context tokens ({self.backend})"
+            f"sparse_unsloth: {self.num_sparse} of {self.num_layers} layers sparse on context tokens ({self.backend})"
         ]
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
@@ -91,6 +99,7 @@ class AttachReport:
             mlp = _kept(layer.mlp, layer.mlp_channels, layer.output_mlp, layer.output_mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels, layer.output_self_attn, layer.output_key_channels)
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
+        lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
         if self.exact_removal:
             lines.append(f"  rows without loss: left out of {self.exact_removal}")
         return "\n".join([*lines, *self.speed_lines()])
@@ -109,11 +118,35 @@ class AttachReport:
         """Neighbouring layers that were treated alike."""
         runs: list[tuple[int, int, LayerReport]] = []
         for index, layer in enumerate(self.layers):
-            if runs and replace(layer, name="") == replace(runs[-1][2], name=""):
-                runs[-1] = (runs[-1][0], index, layer)
+            place = _place(layer.name, index)
+            if runs and runs[-1][1] == place - 1 and replace(layer, name="") == replace(runs[-1][2], name=""):
+                runs[-1] = (runs[-1][0], place, layer)
             else:
-                runs.append((index, index, layer))
+                runs.append((place, place, layer))
         return runs
+
+    def _reasons(self) -> dict[str, str]:
+        """The layers that are left out, "layers 0-2, 4-6", by reason."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for index, (name, reason) in enumerate(self.left_out.items()):
+            place, found = _place(name, index), spans.setdefault(reason, [])
+            if found and found[-1][1] == place - 1:
+                found[-1] = (found[-1][0], place)
+            else:
+                found.append((place, place))
+        texts = {
+            reason: [str(first) if first == last else f"{first}-{last}" for first, last in found]
+            for reason, found in spans.items()
+        }
+        return {
+            reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
+            for reason, found in texts.items()
+        }
+
+
+def _place(name: str, default: int) -> int:
+    """The layer's number in its list, the last number of its name."""
+    return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
 
 
 def _kept(sparsity: float, channels: tuple[int, int], output: float, output_channels: int | None) -> str:
@@ -152,6 +185,8 @@ def attach(
     state = SparsityState(model, layers, config, _backend_of(model, layers))
     model.__dict__["_sparsity_state"] = state
     try:
+        state.refuse_other_adapters()
+        _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
@@ -195,8 +230,11 @@ def detach(model: nn.Module) -> None:
         state.backend.uninstall(module)
     for handle in state.handles:
         handle.remove()
-    for layer in state.layers:
-        layer.module.__dict__.pop("_sparse_runtime", None)
+    for module in state.stack.values():
+        module.__dict__.pop("_sparse_runtime", None)
+        module.__dict__.pop("_sparse_context", None)
+    if state.first_backward is not None:
+        state.first_backward.drop()
     if "_sparse_save_pretrained" in model.__dict__:
         original = model.__dict__.pop("_sparse_save_pretrained")
         if original is None:
@@ -216,6 +254,17 @@ def get_state(model: nn.Module) -> SparsityState | None:
         modules = getattr(model, "_modules", {})
         model = modules.get("module") or modules.get("_orig_mod")
     return None
+
+
+def _refuse_shared_modules(state: SparsityState) -> None:
+    """Raises AttachError where two layers have a module in common: its calls would be told apart by nothing."""
+    owners: dict[nn.Module, str] = {}
+    for runtime in state.runtimes.values():
+        layer = runtime.layer
+        for name, module in {"mlp": layer.mlp, "self_attn": layer.self_attn, **layer.projections()}.items():
+            if module in owners:
+                raise runs_twice(f"{owners[module]}, which is {layer.name}.{name} too,")
+            owners[module] = f"{layer.name}.{name}"
 
 
 def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> str:
@@ -328,9 +377,14 @@ def _register_hooks(state: SparsityState) -> None:
         if runtime is not None:
             state.uncompiled[layer.index] = Uncompiled(layer.module)
             state.handles.append(state.uncompiled[layer.index])
-        state.handles.append(layer.module.register_forward_pre_hook(_enter_layer, with_kwargs=True))
-        if runtime is not None:
-            state.handles.append(layer.module.register_forward_hook(_leave_layer, always_call=True))
+    last = state.loss_rows.last
+    if last is not None and state.runtimes:
+        state.handles.append(last.register_forward_hook(_leave_last_layer))
+    for place, (name, module) in enumerate(state.stack.items()):
+        enter = partial(_enter_layer, place, name, module is last)
+        state.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        if module.__dict__.get("_sparse_runtime") is not None:
+            state.handles.append(module.register_forward_hook(_leave_layer, always_call=True))
 
 
 def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -347,16 +401,52 @@ def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     model.__dict__["_sparsity_state"].close_forward(kwargs.get(CONTEXT_ARGUMENT))
 
 
-def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
+
+    Raises:
+        AttachError: the layer ran in this forward already, or recomputes what another one left out.
+    """
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
-    context = kwargs.pop(CONTEXT_ARGUMENT, None)
+    context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is not None:
+        if in_backward():
+            _check_recompute(context, place, name, runtime)
+        elif name in context.entered and runtime is not None:
+            raise runs_twice(name)
+        context.entered.add(name)
+        if last and context.loss_rows is not None:
+            layer.__dict__["_sparse_context"] = context
     if runtime is not None:
         runtime.context = context
     return args, kwargs
 
 
+def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
+    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
+    if name not in context.entered or not torch.is_grad_enabled():
+        return
+    before, this = context.recomputed, torch._C._current_graph_task_id()
+    if before is not None and before[0] == this and before[1] == place - 1 and before[2]:
+        raise AttachError(
+            f"{name} and the layer before it are checkpointed together, so that its recompute reads an output that is "
+            "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
+            "exact_removal: false."
+        )
+    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
+
+
 def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
-    layer.__dict__["_sparse_runtime"].context = None
+    runtime: LayerRuntime = layer.__dict__["_sparse_runtime"]
+    if runtime.context is not None and runtime.context.first_backward is not None:
+        runtime.context.first_backward.watch(runtime.layer.index, output)
+    runtime.context = None
+
+
+def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
+    if context is not None:
+        context.loss_rows.watch(context, output)
 
 
 def _probe(state: SparsityState) -> None:
@@ -419,6 +509,7 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
         exact_removal,
         state.config.backward_rows,
         row_layers=len(state.runtimes) if state.by_rows else 0,
+        left_out=left_out_layers(state.stack, state.layers),
         whole_layers=sum(not runtime.not_whole for runtime in forwards),
         captured_layers=len(captured),
         not_whole=_reasons(forwards, "not_whole"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.backward_rows import RowChoice
@@ -13,6 +13,9 @@ from sparse_unsloth.functions.packed_attention import Packing
 from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
+
+if TYPE_CHECKING:
+    from sparse_unsloth.gradients import FirstBackward, LossRows
 
 CONTEXT_ARGUMENT = "sparse_context"
 """The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
@@ -37,6 +40,10 @@ class SparseContext:
         graphs: what records and replays the layers' work in this forward; None: it runs as it is.
         packing: the documents of its row, where recordings may attend within them.
         ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole.
+        first_backward: of the first sparse forward, what looks whether its backward pass reaches every trained tensor.
+        loss_rows: where this forward is one that it looks at.
+        entered: names of the decoder layers that it came through.
+        recomputed: the layer that was recomputed last: the backward pass, its place, and whether its output is zeros.
     """
 
     def __init__(
@@ -58,9 +65,13 @@ class SparseContext:
         self.observation: Observation | None = None
         self.graphs: Graphs | None = None
         self.packing: Packing | None = None
+        self.first_backward: FirstBackward | None = None
+        self.loss_rows: LossRows | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self.whole: set[int] = set()
+        self.entered: set[str] = set()
+        self.recomputed: tuple[int, int, bool] | None = None
         self._memos: dict[int, dict[str, Any]] = {}
         self._derived: dict[str, TokenPartition] = {}
 

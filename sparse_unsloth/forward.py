@@ -17,7 +17,9 @@ from sparse_unsloth.errors import EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
+from sparse_unsloth.gradients import FirstBackward
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
+from sparse_unsloth.modes import in_backward
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
 from sparse_unsloth.prefill import close_prefill, open_prefill
@@ -40,6 +42,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
         return open_prefill(state, kwargs)
+    if not in_backward():
+        state.look_back() if state.driver is not None else state.verify_step()
     scale = _current_scale(state) if state.runtimes else 0.0
     if kwargs.get("labels") is None:
         if state.planner is not None:
@@ -67,6 +71,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         partition = with_round_counts(partition, padding_is_context=state.by_rows)
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
+    if scale > 0 and not state.context_seen:
+        state.context_seen = bool(len(partition.context) or state.tiers)
     if not (len(partition.context) or (state.tiers and len(partition.output))):
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
@@ -88,6 +94,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif state.last_layer is None:
         return None
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    if scale > 0 and state.runtimes and torch.is_grad_enabled():
+        if not state.gradients_seen and state.first_backward is None:
+            state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
+        if state.loss_rows.wants(context):
+            context.loss_rows = state.loss_rows
     if graphs is not None and graphs.documents:
         context.packing = packing_of(kwargs, partition.shape)
     if recorded_dense:

@@ -13,6 +13,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.modes import in_backward
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
 
 DENSE = LayerSparsity(0.0, 0.0)
+
+
+def runs_twice(where: str) -> AttachError:
+    """What a module or a layer that is called again in one forward is refused with."""
+    return AttachError(
+        f"{where} runs more than once in one forward (a decoder that loops over its layers, or one module that several "
+        "layers share), so its two calls' rows and channels cannot be told apart. It has no sparse path; train it "
+        "dense (sparsity=None)."
+    )
 
 
 class LayerRuntime:
@@ -56,25 +66,54 @@ class LayerRuntime:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
 
-    def row_choice(self, module: nn.Module) -> RowChoice | None:
-        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is."""
+    def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
+        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is.
+
+        Raises:
+            AttachError: see `check_rows`.
+        """
         context = self.context
         if context is None or context.scale <= 0 or not (self.state.by_rows and module.training):
             return None
+        self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
 
-    def partition(self, part: str, module: nn.Module) -> TokenPartition | None:
+    def check_rows(self, module: nn.Module, rows: Tensor) -> None:
+        """Raises AttachError unless ``rows [..., width]``, the input of ``module``, are those that have roles."""
+        shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
+        if shape == expected:
+            return
+        sizes = [size for size in shape if size != 1]
+        if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
+            return
+        named = self.layer.module.named_modules()
+        where = next((f".{name}" for name, one in named if one is module and name), "")
+        raise AttachError(
+            f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
+            f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
+            "puts rows in front of the tokens (soft prompts, a prefix, images, sound), cuts its input off "
+            "(max_seq_length), or cuts or reorders its rows. Give it embeddings and labels of the whole length "
+            "(-100 for the rows in front), or train dense (sparsity=None)."
+        )
+
+    def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
         """The rows that ``part`` computes, or None where ``module``'s own function does.
 
         That is so whenever the module's own ``training`` flag is off, unless prompts are sparse outside training too.
         In the last layer these are the rows of the MLP and of the O projection; its keys and values need every row.
+
+        Raises:
+            AttachError: see `check_rows`; ``rows`` is the input of ``module``.
         """
         context, sparse = self.context, self.is_sparse(part)
         if context is None or not (module.training or context.prefill):
             return None
+        found = context.partition if sparse else None
         if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
-            return context.rows_with_loss(sparse)
-        return context.partition if sparse else None
+            found = context.rows_with_loss(sparse)
+        if found is not None:
+            self.check_rows(module, rows)
+        return found
 
     def _mlp_scores_every_row(self, part: str) -> bool:
         """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
@@ -117,11 +156,24 @@ class LayerRuntime:
         return self._selection("self_attn", "self_attn", context_rows, self.sparsity.self_attn, None)
 
     def record_run(self, part: str) -> None:
-        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`)."""
+        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
+
+        Raises:
+            AttachError: it ran in this forward already, and this is no recompute.
+        """
+        whole = self.context.probe and "_sparse_original" in self.layer.module.__dict__  # runs both ways in the probe
+        if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
+            raise runs_twice(f"{self.layer.name}.{part}")
         self.context.ran.add((self.layer.index, part))
         by_rows = self.state.by_rows and self.layer.index in self.state.runtimes
         if torch.is_grad_enabled() and (by_rows or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
+
+    def leaves_output_out(self, context: SparseContext) -> bool:
+        """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
+        rows = self.state.by_rows or context.memo(self.layer.index).get("first with gradients") is False
+        ran = (self.layer.index, "mlp") in context.ran
+        return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 
     def compensation(self) -> Compensation | None:
         """The stand-in for this layer's dropped MLP channels, where one was fitted; a ramp drops others: None."""

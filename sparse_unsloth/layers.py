@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,11 @@ class DecoderLayer:
         return self.num_heads // self.num_kv_heads
 
     @functools.cached_property
+    def queries_alone(self) -> bool:
+        """Whether ``q_proj`` gives queries and nothing else, as wide as what ``o_proj`` takes."""
+        return _shape(self.self_attn.q_proj)[0] == _shape(self.self_attn.o_proj)[1]
+
+    @functools.cached_property
     def adds_mlp_output(self) -> bool:
         """Whether the MLP's output goes into the residual stream as it is, at most scaled, and the layer ends there.
 
@@ -59,24 +65,92 @@ class DecoderLayer:
 def find_layers(model: nn.Module) -> list[DecoderLayer]:
     """The decoder layers of ``model`` (bare, PEFT-wrapped or inside DDP), in depth order.
 
+    Of a model with towers for images or sound these are the text decoder's alone.
+
     Raises:
-        AttachError: the model has no layer with gate/up/down and q/k/v/o projections, or an unknown activation.
+        AttachError: the model has no layer with gate/up/down and q/k/v/o projections, or an unknown activation; or it
+            is an encoder-decoder model.
     """
-    found = []
-    for name, module in model.named_modules():
-        mlp, attention = getattr(module, "mlp", None), getattr(module, "self_attn", None)
-        if all(hasattr(mlp, part) for part in MLP_PROJECTIONS) and all(
-            hasattr(attention, part) for part in ATTENTION_PROJECTIONS
-        ):
-            found.append((name, module))
+    within = _text_decoder(model)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(within) and hasattr(module, "mlp") and hasattr(module, "self_attn") and not _lacks(module)
+    ]
     if not found:
         kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
+        stacks = [module for name, module in model.named_modules() if name.startswith(within) and _is_stack(module)]
+        first = max(stacks, key=len)[0] if stacks else None
         raise AttachError(
             f"{kind} has no decoder layer with mlp.gate_proj/up_proj/down_proj and "
-            "self_attn.q_proj/k_proj/v_proj/o_proj. Supported families: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, "
-            "Gemma2, Granite, and others of that form."
+            "self_attn.q_proj/k_proj/v_proj/o_proj"
+            f"{'' if first is None else f' ({type(first).__name__}: {_lacks(first)})'}. "
+            "Supported families: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2, Granite, and others of that "
+            "form."
         )
     return [_describe(index, name, module) for index, (name, module) in enumerate(found)]
+
+
+def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, nn.Module]:
+    """Every decoder layer of ``model``, by name and in depth order: those of ``layers``, and the others beside them."""
+    modules, stack = dict(model.named_modules()), {}
+    for layer in layers:
+        above = layer.name
+        while above and not _is_stack(modules[above]):
+            above = above.rpartition(".")[0]
+        if not _is_stack(modules[above]):
+            stack[layer.name] = layer.module
+            continue
+        for number, member in enumerate(modules[above]):
+            inside = next((one for one in layers if one.name.startswith(f"{above}.{number}.")), None)
+            name, module = (f"{above}.{number}", member) if inside is None else (inside.name, inside.module)
+            stack[name] = module
+    return stack
+
+
+def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer]) -> dict[str, str]:
+    """Of a `decoder_stack` the layers that are not among ``layers``: what each lacks to be one, by name."""
+    found = {layer.module for layer in layers}
+    return {name: f"{type(module).__name__}: {_lacks(module)}" for name, module in stack.items() if module not in found}
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """What the names of the text decoder's modules begin with.
+
+    Raises:
+        AttachError: an encoder-decoder model: a token's label there is what the decoder's same row predicts.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "get_decoder"):
+            continue
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            raise AttachError(
+                f"{type(module).__name__} is an encoder-decoder model: its prompt is in the encoder, and its labels "
+                "belong to the decoder's rows, so no token has the role of context. It has no sparse path; train it "
+                "dense."
+            )
+        decoder = module.get_decoder()
+        return next((f"{name}." for name, other in model.named_modules() if name and other is decoder), "")
+    return ""
+
+
+def _lacks(module: nn.Module) -> str:
+    """What ``module`` lacks to be a `DecoderLayer`; "" for nothing."""
+    for part, names in (("mlp", MLP_PROJECTIONS), ("self_attn", ATTENTION_PROJECTIONS)):
+        holder = getattr(module, part, None)
+        if not isinstance(holder, nn.Module):
+            return f"no {part} (it has {', '.join(name for name, _ in module.named_children()) or 'no parts'})"
+        absent = [name for name in names if getattr(holder, name, None) is None]
+        if absent:
+            return f"no {', '.join(absent)} in {part} ({type(holder).__name__})"
+        for name in names:
+            if not all(hasattr(_base(getattr(holder, name)), size) for size in ("in_features", "out_features")):
+                return f"{part}.{name} is a {type(_base(getattr(holder, name))).__name__}"
+    return ""
 
 
 def _describe(index: int, name: str, module: nn.Module) -> DecoderLayer:
@@ -101,8 +175,12 @@ def _describe(index: int, name: str, module: nn.Module) -> DecoderLayer:
     )
 
 
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
 def _shape(module: nn.Module) -> tuple[int, int]:
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    base = _base(module)
     return base.out_features, base.in_features
 
 

@@ -22,21 +22,26 @@ class ForwardCounts:
 
 
 def metrics(state: SparsityState) -> dict[str, float]:
-    """What sparsity did since the last call; empty counts give zeros, a model without sparse layers nothing."""
+    """What sparsity did since the last call; empty counts give zeros, a model without sparse layers nothing.
+
+    ``sparsity/enabled`` is 1 where a forward was sparse since then, and ``sparsity/scale`` what the schedule asks for.
+    """
     if not state.runtimes:
         return {}
     tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
+    enabled = float(state.counts.sparse_forwards > 0)
     figures = {
-        "sparsity/enabled": float(state.scale > 0),
+        "sparsity/enabled": enabled,
         "sparsity/scale": state.scale,
         "sparsity/context_share": state.counts.context_tokens / tokens,
         "sparsity/sparse_forwards": state.counts.sparse_forwards / max(state.counts.forwards, 1),
     }
     if state.by_rows:
-        figures["sparsity/backward_rows"] = state.config.backward_rows * float(state.scale > 0)
+        figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
     else:
-        means = [sum(values) / state.num_layers for values in zip(*state.layer_sparsity, strict=True)]
-        figures |= {"sparsity/mean_mlp": means[0] * state.scale, "sparsity/mean_self_attn": means[1] * state.scale}
+        means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]
+        scale = state.scale * enabled
+        figures |= {"sparsity/mean_mlp": means[0] * scale, "sparsity/mean_self_attn": means[1] * scale}
     notice_nonfinite_scores(state)
     if state.watch.events:
         figures["sparsity/nonfinite"] = float(state.watch.events)
@@ -44,10 +49,10 @@ def metrics(state: SparsityState) -> dict[str, float]:
     if state.planner is not None:
         figures["sparsity/kept_layers"] = float(state.planner.num_kept)
     if state.tiers:
-        means = [sum(values) / state.num_layers for values in zip(*state.output_sparsity, strict=True)]
+        means = [sum(values) / len(state.stack) for values in zip(*state.output_sparsity, strict=True)]
         figures |= {
-            "sparsity/mean_output_mlp": means[0] * state.scale,
-            "sparsity/mean_output_self_attn": means[1] * state.scale,
+            "sparsity/mean_output_mlp": means[0] * scale,
+            "sparsity/mean_output_self_attn": means[1] * scale,
         }
     state.counts = ForwardCounts()
     return figures

@@ -1,11 +1,14 @@
-"""Training flags, set for a moment and put back."""
+"""The mode that a forward runs in: training flags, set for a moment and put back; inside a backward pass or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+NO_GRAPH_TASK = -1
 
 
 @contextmanager
@@ -22,3 +25,8 @@ def training_flags(model: nn.Module, training: bool = True) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+def in_backward() -> bool:
+    """Whether this is called from within a backward pass: a forward there is a recompute (gradient checkpointing)."""
+    return torch._C._current_graph_task_id() != NO_GRAPH_TASK

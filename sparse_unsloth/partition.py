@@ -25,6 +25,12 @@ from torch import Tensor, nn
 from .errors import ConfigError
 
 IGNORE_INDEX = -100
+EVERY_TOKEN_BEARS_LOSS = "every token bears loss, so no token has the role of context, and no other can be sparse."
+ROLES_COME_FROM = (
+    "prompt and completion (or question and answer) columns, messages with assistant_only_loss: true, or labels that "
+    "are -100 on prompts"
+)
+"""What tells prompts from answers."""
 PADDING_PLACE = -(1 << 30)
 """A padding row in `TokenPartition.place`."""
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth import forward, metrics, prefill
+from sparse_unsloth.adapters import refuse_other_adapters
+from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import is_main
@@ -19,11 +21,13 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimator import Estimator
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.gradients import FirstBackward, LossRows
 from sparse_unsloth.layer_runtime import LayerRuntime
-from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.layers import DecoderLayer, decoder_stack
 from sparse_unsloth.memory_budget import CheckpointPlanner
 from sparse_unsloth.metrics import ForwardCounts
 from sparse_unsloth.nonfinite import ScoreWatch
+from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.preparation import prepare_for_all
 from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import ChannelSelector
@@ -60,6 +64,10 @@ class SparsityState:
         graphs: what `SparsityConfig.cuda_graphs` records.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: every process has the estimator of rank 0.
+        stack: every decoder layer by name, those that no sparse path is for among them.
+        loss_rows, first_backward: what looks at backward passes (`sparse_unsloth.gradients`).
+        gradients_seen: a sparse forward's backward pass gave every trained tensor of the sparse layers its gradient.
+        context_seen: some forward that was to be sparse had context tokens; None before the first one.
         ran: parts that ran sparsely with gradients in this step.
         scale, step: the share of the configured sparsity in this step, and optimiser steps done (None: not counted).
         counts: what `metrics` sums up, since it was last asked.
@@ -98,6 +106,11 @@ class SparsityState:
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval | Uncompiled] = []
+        self.stack = decoder_stack(model, layers)
+        self.loss_rows = LossRows(self, self.stack)
+        self.first_backward: FirstBackward | None = None
+        self.gradients_seen = False
+        self.context_seen: bool | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
@@ -146,18 +159,32 @@ class SparsityState:
         if self.config.memory_budget is not None and self.planner is None:
             self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
+        self.gradients_seen, self.context_seen = False, None
         self.kept.clear()
         self.observer.clear()
         self.counts = ForwardCounts()
 
     def verify_hooks(self) -> None:
-        """Raises AttachError if something replaced a sparse forward since it was installed."""
+        """Checks what may have changed since the model was attached.
+
+        Raises:
+            AttachError: something replaced a sparse forward, or added an adapter that it does not compute.
+        """
+        self.refuse_other_adapters()
+        for runtime in self.runtimes.values():
+            peft_backend.check_adapters_of(runtime)
         lost = [module for module in self.hooked if not self.backend.is_installed(module)]
         if lost:
             raise AttachError(
                 f"{len(lost)} of {len(self.hooked)} sparse forwards were replaced after attach() (first: "
                 f"{type(lost[0]).__name__}). Load adapters and patch the model first, then attach it last."
             )
+
+    def refuse_other_adapters(self) -> None:
+        """Raises AttachError for adapters that are not LoRA, where layers are sparse or recorded."""
+        layers = self.layers if self.recorded_dense else [runtime.layer for runtime in self.runtimes.values()]
+        if layers:
+            refuse_other_adapters(self.model, {layer.name: layer.module for layer in layers})
 
     def expected_parts(self) -> set[tuple[int, str]]:
         """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""
@@ -185,19 +212,39 @@ class SparsityState:
 
     def set_step(self, step: int) -> None:
         """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
+        self.verify_step()
         self.scale, self.step = self.config.schedule.scale(step, self._max_steps), step
         self.observer.begin_step(step, self.scale > 0)
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
         self.ran.clear()
 
+    def look_back(self) -> None:
+        """Between two forwards: judges the backward pass of the last one, where that is still to be done.
+
+        Raises:
+            AttachError: see `FirstBackward.close`.
+        """
+        self.loss_rows.collect()
+        if self.first_backward is not None:
+            watch, self.first_backward = self.first_backward, None
+            self.gradients_seen = watch.close()
+
     def verify_step(self) -> None:
-        """After the first sparse optimiser step: every hooked part ran sparsely with gradients.
+        """After the first sparse optimiser step: every hooked part ran sparsely with gradients; and see `look_back`.
 
         Raises:
             AttachError: some did not; the message names them.
         """
-        if self._verified or not self.sparse_forwards_in_step:
+        self.look_back()
+        if self.context_seen is False:
+            self.say_once(
+                f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
+                "train dense (sparsity=None)."
+            )
+        # Without a driver it is not known where a step ends: a recompute may still be to come.
+        ended = self.driver is not None or self.gradients_seen
+        if self._verified or not self.sparse_forwards_in_step or not ended:
             return
         expected = self.expected_parts()
         missing = expected - self.ran - self.paused_in_step
@@ -212,6 +259,7 @@ class SparsityState:
 
     def end_training(self) -> None:
         """Forgets the driver; the next training brings its own."""
+        self.look_back()
         if self.planner is not None:
             self.planner.restore()
             self.planner = None

@@ -26,6 +26,7 @@ from sparse_unsloth.errors import BackendError
 from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
+from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
 from sparse_unsloth.recipe import SEQ_CLS, Recipe, RecipeError
@@ -315,11 +316,8 @@ def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
     if asked and sparsity.dense_tokens == "output" and not masked:
         raise DataError(
-            f"{recipe.data.dataset_name}: with the columns {', '.join(columns)} every token bears loss, so no token "
-            "can be "
-            "sparse. Use prompt and completion (or question and answer) columns, messages with assistant_only_loss: "
-            "true, "
-            "or sparsity: dense."
+            f"{recipe.data.dataset_name}: with the columns {', '.join(columns)} {EVERY_TOKEN_BEARS_LOSS} Use "
+            f"{ROLES_COME_FROM}, or sparsity: dense."
         )
 
 

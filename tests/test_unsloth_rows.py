@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_rows
 from sparse_unsloth.backends.replaced import runs
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_backward_rows import every_step, masked_gradients
 from test_whole_layers import fast_forward, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
-from tiny import loss_and_gradients, make_batch
+from tiny import always, loss_and_gradients, make_batch
 from unsloth_stand_in import assert_same, decoder_layers, packed_batch
 
 
@@ -88,6 +90,39 @@ def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
     assert_same(loss_and_gradients(model, batch), expected)
     assert len(ran) == 3
     assert all(rows.shape == stream.shape and plan.unread for rows, stream, plan in ran)
+
+
+def put_rows_in_front(model):
+    embed = model.get_base_model().model.embed_tokens
+    plain = embed.forward
+    embed.forward = lambda ids: torch.cat((plain(ids[:, :2]), plain(ids)), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "kernels"),
+    [
+        (every_step(exact_removal=False), False),
+        (every_step(exact_removal=False), True),
+        (always(exact_removal=False), 0),
+    ],
+    ids=["rows", "rows, kernels", "channels"],
+)
+def test_rows_are_counted_and_layers_run_once(whole, monkeypatch, config, kernels):
+    """By whole layers, and by each part where whole layers do not apply."""
+    if kernels:
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model, batch = make_model(whole, "reentrant"), small_batch()
+    attach(model, config)
+    model(**batch).loss.backward()
+    decoder = model.get_base_model().model
+    layers = decoder.layers
+    decoder.layers = torch.nn.ModuleList([*layers[:2], *layers[:1]])
+    with pytest.raises(AttachError, match=r"layers\.0 runs more than once"):
+        model(**batch)
+    decoder.layers = layers
+    put_rows_in_front(model)
+    with pytest.raises(AttachError, match=r"layers\.0\S* got \d+ rows"):
+        model(**{name: value for name, value in batch.items() if name != "attention_mask"})
 
 
 def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.backends.replaced import original_forward, replace_forward, runs
 from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
@@ -79,7 +80,7 @@ def is_installed(module: nn.Module) -> bool:
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
-    partition = runtime.partition("mlp", self)
+    partition = runtime.partition("mlp", self, hidden_states)
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
         return original_forward(self, hidden_states, *args, **kwargs)
@@ -101,7 +102,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
     name = self._sparse_projection
-    partition = runtime.partition("self_attn", self)
+    partition = runtime.partition("self_attn", self, hidden_states)
     projection = None if partition is None else read_projection(self)
     if projection is None:
         return original_forward(self, hidden_states, *args, **kwargs)
@@ -156,12 +157,33 @@ def select(
     return SelectedProjection(projection, out_index=channels, output_out_index=output_channels)
 
 
+def check_adapters_of(runtime: LayerRuntime) -> None:
+    """Refuses adapters on the parts that are sparse which their functions do not compute.
+
+    Raises:
+        AttachError: dropout, or a variant of LoRA.
+    """
+    layer = runtime.layer
+    if runtime.state.by_rows:
+        row_hooks.refuse_dropout(layer)
+        return
+    for name, module in layer.projections().items():
+        if getattr(runtime.sparsity, name.partition(".")[0]) > 0:
+            check_adapters(module, f"{layer.name}.{name}")
+
+
 def check(layer: DecoderLayer, part: str) -> None:
     """Refuses projections that have no exact sparse path.
 
     Raises:
         AttachError: an unsupported layer type or LoRA variant, or a base weight that is itself trained.
     """
+    if part == "self_attn" and not layer.queries_alone:
+        raise AttachError(
+            f"{layer.name}.self_attn.q_proj: it gives more than the queries that o_proj's input is made of (a gate "
+            "beside them, as in Qwen3.5), so its channels cannot be paired with those of k_proj and o_proj. Leave "
+            "self_attn out of the configuration; mlp channels and rows (backward_rows) work."
+        )
     for name, module in layer.projections().items():
         if not name.startswith(part):
             continue
@@ -179,14 +201,14 @@ def probe_mlp(layer: DecoderLayer) -> None:
     """Proves that `sparse_mlp` with every channel kept is what the layer's own MLP computes.
 
     Raises:
-        AttachError: it is not (an extra norm, scale or dropout in the MLP, say).
+        AttachError: it is not (an extra norm, scale or dropout in the MLP, say), or depends on other trained tensors.
     """
     projections = [read_projection(getattr(layer.mlp, name), f"{layer.name}.mlp.{name}") for name in MLP_PROJECTIONS]
     if None in projections:
         raise _not_live(f"{layer.name}.mlp")
     channels = torch.arange(layer.intermediate_size, device=projections[0].base.device)
     mlp = GatedMlp(*projections, layer.activation)
-    _compare(layer.mlp, projections[0].base, lambda x, partition: sparse_mlp(x, partition, channels, mlp), layer.name)
+    _compare(layer.mlp, projections, lambda x, partition: sparse_mlp(x, partition, channels, mlp), layer.name)
 
 
 def probe_projection(where: str, module: nn.Module) -> None:
@@ -200,10 +222,13 @@ def probe_projection(where: str, module: nn.Module) -> None:
         raise _not_live(where)
     channels = torch.arange(projection.base.shape[0], device=projection.base.device)
     part = SelectedProjection(projection, out_index=channels)
-    _compare(module, projection.base, lambda x, partition: sparse_linear(x, partition, [part])[0], where)
+    _compare(module, [projection], lambda x, partition: sparse_linear(x, partition, [part])[0], where)
 
 
-def _compare(module: nn.Module, base, sparse: Callable[[Tensor, TokenPartition], Tensor], where: str) -> None:
+def _compare(
+    module: nn.Module, projections: list[Projection], sparse: Callable[[Tensor, TokenPartition], Tensor], where: str
+) -> None:
+    base = projections[0].base
     dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
@@ -211,8 +236,14 @@ def _compare(module: nn.Module, base, sparse: Callable[[Tensor, TokenPartition],
     half = PROBE_TOKENS // 2
     partition = TokenPartition((1, PROBE_TOKENS), rows[:half], rows[half:], rows[:0], rows[:half])
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
-    with torch.no_grad(), training_flags(module):
-        expected, ours = module(x).float(), sparse(x, partition).float()
+    with training_flags(module):
+        with torch.enable_grad():
+            own = module(x)
+        refuse_foreign_leaves(
+            where, own, (part for one in projections if one.lora for part in (one.lora.A, one.lora.B))
+        )
+        with torch.no_grad():
+            expected, ours = own.detach().float(), sparse(x, partition).float()
     error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     if not error <= tolerance:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.modes import training_flags
+from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.weights import read_base
 
 PROBE_TOKENS = 8
@@ -50,7 +51,7 @@ def install_mlp(runtime: LayerRuntime) -> None:
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The module's own forward, whose backward chooses the layer's rows and goes through them."""
     runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self)
+    choice = None if args or kwargs else runtime.row_choice(self, hidden_states)
     if choice is None:
         return original_forward(self, hidden_states, *args, **kwargs)
     unread = is_unread(runtime)
@@ -63,7 +64,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The O projection's own forward, whose backward goes through the rows that the MLP's chose."""
     runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self)
+    choice = None if args or kwargs else runtime.row_choice(self, attention_output)
     if choice is None:
         return original_forward(self, attention_output, *args, **kwargs)
     return through_output(partial(original_forward, self), attention_output, self, choice, runtime)
@@ -82,12 +83,10 @@ def through_output(
 def is_unread(runtime: LayerRuntime) -> bool:
     """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
 
-    Asked once in each forward of a layer: any but the first, with gradients, is a recompute, whether the first had them
-    (checkpointing that is not reentrant) or not.
+    It is where this forward came through the layer before, with gradients (checkpointing that is not reentrant) or
+    without, and comes again within a backward pass.
     """
-    memo = runtime.context.memo(runtime.layer.index)
-    recompute = torch.is_grad_enabled() and "ran" in memo
-    memo["ran"] = True
+    recompute = in_backward() and torch.is_grad_enabled() and (runtime.layer.index, "mlp") in runtime.context.ran
     return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 
@@ -126,11 +125,14 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
     rows = torch.arange(1, PROBE_TOKENS, 2, device=base.device)
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
-    with torch.no_grad(), training_flags(layer.module):
-        whole, few = function(x), function(x[:, rows])
+    with torch.enable_grad(), training_flags(layer.module):
+        whole = function(x)
+        with torch.no_grad():
+            few = function(x[:, rows])
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
-    expected, ours = whole[:, rows].float(), few.float()
+    refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
+    expected, ours = whole.detach()[:, rows].float(), few.float()
     error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     if not error <= tolerance:

@@ -215,7 +215,7 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.handed:
         return runtime.handed
-    partition = runtime.partition("self_attn", self)
+    partition = runtime.partition("self_attn", self, hidden_states)
     modules = (self.q_proj, self.k_proj, self.v_proj)
     projections = None if partition is None else [read_projection(module) for module in modules]
     if projections is None or None in projections:
@@ -234,11 +234,11 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.handed is not None:
         return attention_output
-    choice = runtime.row_choice(self)
+    choice = runtime.row_choice(self, attention_output)
     if choice is not None and not (args or kwargs):
         function = partial(self._sparse_original[1], self)
         return row_hooks.through_output(function, attention_output, self.o_proj, choice, runtime)
-    partition = runtime.partition("self_attn", self)
+    partition = runtime.partition("self_attn", self, attention_output)
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:
         return self._sparse_original[1](self, attention_output, *args, **kwargs)

@@ -272,6 +272,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         return None
     if not _takes(hidden_states, module.input_layernorm.weight):
         return None
+    runtime.check_rows(module, hidden_states)
     memo = context.memo(layer.index)
     recompute = is_recompute(memo)
     projections = memo.pop("projections", None) if recompute else None

@@ -46,7 +46,9 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if runtime.context is not None and runtime.context.probe:
         return _prove(runtime, hidden_states, kwargs)
     usable = not args and not any(kwargs.get(name) for name in CACHED)
-    choice = runtime.row_choice(self) if usable and self.self_attn.training and self.mlp.training else None
+    choice = (
+        runtime.row_choice(self, hidden_states) if usable and self.self_attn.training and self.mlp.training else None
+    )
     if choice is None:
         return plain_forward(self, hidden_states, *args, **kwargs)
     runtime.context.whole.add(runtime.layer.index)
@@ -56,7 +58,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
 
 def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
     """See `unsloth_layer.prove`; the functions that compute the chosen rows again, and are recorded, as well."""
-    choice = runtime.row_choice(runtime.layer.module)
+    choice = runtime.row_choice(runtime.layer.module, hidden_states)
     own = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
     if not runtime.not_fusable:
 
