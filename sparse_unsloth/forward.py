@@ -18,6 +18,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
+from sparse_unsloth.lifetime import why_dense
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
 from sparse_unsloth.prefill import close_prefill, open_prefill
@@ -36,11 +37,17 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     """
     if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer or state.recorded_dense):
         return None
+    reason = why_dense(state)
+    if reason:
+        if torch.is_grad_enabled():
+            state.say_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
+        if state.planner is not None:
+            state.planner.restore()
+        return None
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
         return open_prefill(state, kwargs)
-    scale = _current_scale(state) if state.runtimes else 0.0
     if kwargs.get("labels") is None:
         if state.planner is not None:
             state.planner.restore()
@@ -50,6 +57,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
                 f"take them away), so its tokens have no roles and {ran}."
             )
+        return None
+    if kwargs["labels"].is_meta:
         return None
     split = is_split(kwargs)
     if split:
@@ -65,10 +74,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     state.counts.dense_tokens += len(partition.dense)
     if graphs is not None and not recorded_dense:
         partition = with_round_counts(partition, padding_is_context=state.by_rows)
+    scale = 0.0
+    if state.runtimes and (len(partition.context) or (state.tiers and len(partition.output))):
+        scale = _current_scale(state)
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
-    if not (len(partition.context) or (state.tiers and len(partition.output))):
-        scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
         if state.selector is None and not state.by_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from pathlib import Path
@@ -53,6 +54,9 @@ class SparsityState:
         adapter_folder: where the adapter was loaded from, None for a new one.
         kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
+        projections: of each layer, when the model was attached, by index.
+        adapters, reason: what `lifetime.why_dense` saw last, and what it made of that.
+        inside: a forward of the model runs.
         driver: the callback, or whatever else sets the step; None outside training.
         graphs: what `SparsityConfig.cuda_graphs` records.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
@@ -79,6 +83,10 @@ class SparsityState:
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
+        self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
+        self.adapters: list[Any] | None = None
+        self.reason = ""
+        self.inside = False
         self.driver: object | None = None
         self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
@@ -102,6 +110,23 @@ class SparsityState:
         self.paused_in_step: set[tuple[int, str]] = set()
         self.said: set[str] = set()
         self.counts = ForwardCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a pickled model: what drives it belongs to this process."""
+        return {**self.__dict__, "driver": None, "inside": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from sparse_unsloth.lifetime import set_up_process
+
+        self.__dict__.update(state)
+        set_up_process(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsityState:
+        """The copy has the same driver, which is not copied."""
+        memo[id(self.driver)] = self.driver
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def backend(self) -> ModuleType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -11,11 +10,24 @@ from torch import nn
 from sparse_unsloth.layer_runtime import LayerRuntime
 
 
+class BoundMethod:
+    """A function of a module's file, bound to an instance whose class does not have it; it can be copied and pickled.
+
+    Python pickles a method by its name in the instance's class, so what is loaded would not find ours there.
+    """
+
+    def __init__(self, function: Callable, instance: nn.Module):
+        self.__func__, self.__self__ = function, instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+
 def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime) -> None:
     """Puts a bound ``forward`` on the instance, keeps what was there; a deep copy of the module stays consistent."""
     module.__dict__["_sparse_original"] = module.__dict__.get("forward")
     module.__dict__["_sparse_runtime"] = runtime
-    module.forward = MethodType(forward, module)
+    module.forward = BoundMethod(forward, module)
     runtime.state.hooked.append(module)
 
 

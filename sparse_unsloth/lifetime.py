@@ -1,0 +1,236 @@
+"""An attached model after attaching: its adapters change, are unloaded or wrapped again; it is copied, or stored.
+
+What attaching proved holds for the adapters of then. So before each forward `why_dense` looks whether they are still
+those, and proves it again where not; unloading them detaches the model, and what PEFT returns is a plain one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from sparse_unsloth.backends import peft as peft_backend
+from sparse_unsloth.backends import row_hooks, unsloth_layer
+from sparse_unsloth.backends.replaced import BoundMethod
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.weights import read_projection
+
+if TYPE_CHECKING:
+    from sparse_unsloth.runtime import SparsityState
+
+AGAIN = "Call detach(model), then attach it again."
+
+
+def watch(state: SparsityState) -> None:
+    """Lets whoever unloads the adapters detach the model, and finds the state from each decoder layer.
+
+    PEFT returns the base model then, whose decoder layers are the attached ones.
+    """
+    for layer in state.layers:
+        layer.module.__dict__["_sparsity_state"] = state
+    for tuner in _tuners(state.model):
+        tuner.__dict__["_sparsity_state"] = state
+        tuner.__dict__["_sparse_unloading"] = {name: tuner.__dict__.get(name) for name in UNLOADING}
+        for name, function in UNLOADING.items():
+            tuner.__dict__[name] = BoundMethod(function, tuner)
+    state.model.__dict__.pop("_sparsity_unloaded", None)
+    set_up_process(state)
+
+
+def unwatch(state: SparsityState) -> None:
+    """Undoes `watch`, as far as it came."""
+    for layer in state.layers:
+        layer.module.__dict__.pop("_sparsity_state", None)
+    for tuner in _tuners(state.model):
+        for name, original in tuner.__dict__.pop("_sparse_unloading", {}).items():
+            del tuner.__dict__[name]
+            if original is not None:
+                tuner.__dict__[name] = original
+        tuner.__dict__.pop("_sparsity_state", None)
+
+
+def was_unloaded(model: nn.Module) -> bool:
+    """Whether ``model`` was attached until its adapters were unloaded."""
+    return "_sparsity_unloaded" in model.__dict__
+
+
+def set_up_process(state: SparsityState) -> None:
+    """What an attached model needs of its process: trainers that drive it, and PEFT's wrappers noticed."""
+    global _noticing
+    if not _noticing:
+        register_module_module_registration_hook(_refuse_wrapping)
+        _noticing = True
+    if state.hooked:
+        from sparse_unsloth.callback import register_with_trainers
+
+        register_with_trainers()
+
+
+def leftovers(model: nn.Module) -> Iterator[SparsityState]:
+    """The states of attached models whose layers are in ``model``, but whose adapters were unloaded.
+
+    Raises:
+        AttachError: one that is attached still, around ``model`` or inside it.
+    """
+    found = {id(state): state for module in model.modules() if (state := module.__dict__.get("_sparsity_state"))}
+    for state in found.values():
+        if not _is_unloaded(state):
+            raise AttachError(
+                f"The layers of this {type(model).__name__} are attached already, as those of a "
+                f"{type(state.model).__name__}. Call detach() on that model first."
+            )
+        yield state
+
+
+def why_dense(state: SparsityState) -> str:
+    """Why a forward of now must be the model's own in every part, "" where it need not.
+
+    A look at what may have changed in each hooked layer; what attaching refuses is looked for where something has.
+    """
+    adapters = _adapters(state)
+    if adapters != state.adapters:
+        state.adapters, state.reason = adapters, _reason(state)
+    return state.reason
+
+
+def say_bypassed(state: SparsityState) -> None:
+    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        state.say_once(
+            f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
+            "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
+            "detach(model) takes the sparse paths off."
+        )
+
+
+def _adapters(state: SparsityState) -> list[Any]:
+    """What `_reason` depends on; compared by identity, but for names and flags."""
+    found: list[Any] = []
+    for layer in state.layers:
+        if state.runtime(layer) is None:
+            continue
+        attention, mlp = layer.module._modules.get("self_attn"), layer.module._modules.get("mlp")
+        found += attention, mlp
+        for projection in layer.projections().values():
+            own = projection.__dict__
+            base = projection._modules.get("base_layer", projection)
+            active, dropouts = own.get("_active_adapter"), projection._modules.get("lora_dropout", ())
+            found += (
+                projection,
+                tuple(active) if isinstance(active, list) else active,
+                own.get("_disable_adapters"),
+                tuple(own.get("merged_adapters", ())),
+                *(dropouts and dropouts._modules.values()),  # each adapter brings its own
+                base._parameters.get("weight") is not None and base.weight.requires_grad,
+            )
+    return found
+
+
+def _reason(state: SparsityState) -> str:
+    hooked = {id(module) for module in state.hooked}
+    for layer in state.layers:
+        runtime = state.runtime(layer)
+        if runtime is None:
+            continue
+        module, projections = layer.module, layer.projections()
+        if (module.mlp, module.self_attn, *projections.values()) != (
+            layer.mlp,
+            layer.self_attn,
+            *state.projections[layer.index],
+        ):
+            return f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {AGAIN}"
+        whole = id(module) in hooked
+        try:
+            if state.by_rows:
+                row_hooks.refuse_dropout(layer)
+                if any(_is_off(projection) for projection in projections.values()):
+                    return f"{layer.name}: its adapter is merged or disabled."
+                if runtime.fusable and not unsloth_layer.can_replace(runtime):
+                    return f"{layer.name}: its adapter is of another form than the one of attaching. {AGAIN}"
+                continue
+            if whole and not unsloth_layer.can_replace(runtime):
+                return f"{layer.name}: its adapter is of another form than the one of attaching. {AGAIN}"
+            for part in peft_backend.PARTS:
+                if whole or _is_hooked(layer, part, hooked):
+                    peft_backend.check(layer, part)
+                    if any(read_projection(one) is None for name, one in projections.items() if name.startswith(part)):
+                        return f"{layer.name}.{part}: its adapter is merged or disabled, or several are active."
+        except AttachError as error:
+            return str(error)
+    return ""
+
+
+def _is_off(projection: nn.Module) -> bool:
+    return bool(getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False))
+
+
+def _is_hooked(layer: DecoderLayer, part: str, hooked: set[int]) -> bool:
+    """Whether ``part`` of a layer, or a projection of its, has a forward of ours; ``hooked``: the ids of what has."""
+    return not hooked.isdisjoint(map(id, (getattr(layer, part), *getattr(layer, part).children())))
+
+
+def _tuners(model: nn.Module) -> list[nn.Module]:
+    """PEFT's modules inside ``model`` that can unload their adapters."""
+    return [module for module in model.modules() if all(hasattr(type(module), name) for name in UNLOADING)]
+
+
+def _is_unloaded(state: SparsityState) -> bool:
+    """Whether a projection of an attached layer is the bare one now that had an adapter around it."""
+    for layer in state.layers:
+        for old, now in zip(state.projections[layer.index], layer.projections().values(), strict=True):
+            if old is not now and hasattr(old, "get_base_layer") and old.get_base_layer() is now:
+                return True
+    return False
+
+
+def _merge_and_unload(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return _unload_and_detach(self, "merge_and_unload", *args, **kwargs)
+
+
+def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return _unload_and_detach(self, "unload", *args, **kwargs)
+
+
+UNLOADING = {"merge_and_unload": _merge_and_unload, "unload": _unload}
+"""What PEFT's tuners take their adapters off by, and what stands there while the model is attached."""
+
+
+def _unload_and_detach(tuner: nn.Module, name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """As PEFT's; the model is detached then, and stays as it is where that failed."""
+    from sparse_unsloth.attachment import detach
+
+    original = tuner.__dict__["_sparse_unloading"][name]
+    base = getattr(type(tuner), name)(tuner, *args, **kwargs) if original is None else original(*args, **kwargs)
+    state = tuner.__dict__.get("_sparsity_state")
+    if state is not None:
+        detach(state.model)
+        state.model.__dict__["_sparsity_unloaded"] = True
+    return base
+
+
+_noticing = False
+
+
+def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Called when a module gets a child: PEFT begins to build another model around an attached one.
+
+    Raises:
+        AttachError: its trainers and `save_pretrained` would not find what is attached inside.
+    """
+    tuners, models = (sys.modules.get(f"peft.{name}") for name in ("tuners.tuners_utils", "peft_model"))
+    if child is None or parent._modules or tuners is None or models is None:
+        return
+    if not isinstance(parent, (tuners.BaseTuner, models.PeftModel)):
+        return
+    if any("_sparsity_state" in module.__dict__ for module in child.modules()):
+        raise AttachError(
+            f"PEFT would build another {type(parent).__name__} around layers that are attached. Add adapters first and "
+            "attach last: call detach(model), then add them, then attach the model that PEFT returns. One more adapter "
+            "beside those that are there: model.add_adapter(name, config)."
+        )
