@@ -130,8 +130,12 @@ def attach(
     if get_state(model) is not None:
         raise AttachError("This model is attached already; call detach(model) first to attach it differently.")
     config = SparsityConfig.from_any(sparsity)
-    for leftover in lifetime.leftovers(model):
-        detach(leftover.model)
+    around = lifetime.attached_model(model)
+    if around is not None:
+        raise AttachError(
+            f"The layers of this {type(model).__name__} are attached already, as those of a {type(around).__name__}. "
+            "Call detach() on that model first."
+        )
     layers = find_layers(model)
     state = SparsityState(model, layers, config, _backend_of(model, layers))
     model.__dict__["_sparsity_state"] = state

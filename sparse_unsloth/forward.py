@@ -39,7 +39,10 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         return None
     reason = why_dense(state)
     if reason:
-        if torch.is_grad_enabled():
+        if not model.training:
+            parts = state.expected_parts()
+            state.say_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
+        elif torch.is_grad_enabled():
             state.say_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
         if state.planner is not None:
             state.planner.restore()

@@ -6,8 +6,6 @@ those, and proves it again where not; unloading them detaches the model, and wha
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,31 +59,35 @@ def was_unloaded(model: nn.Module) -> bool:
 
 
 def set_up_process(state: SparsityState) -> None:
-    """What an attached model needs of its process: trainers that drive it, and PEFT's wrappers noticed."""
-    global _noticing
-    if not _noticing:
+    """What an attached model needs of its process: trainers that drive it, and PEFT's wrappers noticed.
+
+    And ``torch.compile`` leaves this package's functions alone: they decide by what they find, and would be compiled
+    for it.
+    """
+    global _is_set_up
+    if not _is_set_up:
         register_module_module_registration_hook(_refuse_wrapping)
-        _noticing = True
+        import torch._dynamo
+
+        torch._dynamo.trace_rules.add(__package__)
+        _is_set_up = True
     if state.hooked:
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()
 
 
-def leftovers(model: nn.Module) -> Iterator[SparsityState]:
-    """The states of attached models whose layers are in ``model``, but whose adapters were unloaded.
+def attached_model(model: nn.Module) -> nn.Module | None:
+    """The attached model that has layers of ``model``, or None; one whose adapters were unloaded is detached."""
+    from sparse_unsloth.attachment import detach
 
-    Raises:
-        AttachError: one that is attached still, around ``model`` or inside it.
-    """
-    found = {id(state): state for module in model.modules() if (state := module.__dict__.get("_sparsity_state"))}
-    for state in found.values():
-        if not _is_unloaded(state):
-            raise AttachError(
-                f"The layers of this {type(model).__name__} are attached already, as those of a "
-                f"{type(state.model).__name__}. Call detach() on that model first."
-            )
-        yield state
+    for module in model.modules():
+        state: SparsityState | None = module.__dict__.get("_sparsity_state")
+        if state is not None and not _is_unloaded(state):
+            return state.model
+        if state is not None:
+            detach(state.model)
+    return None
 
 
 def why_dense(state: SparsityState) -> str:
@@ -214,7 +216,7 @@ def _unload_and_detach(tuner: nn.Module, name: str, *args: Any, **kwargs: Any) -
     return base
 
 
-_noticing = False
+_is_set_up = False
 
 
 def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -223,12 +225,10 @@ def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> N
     Raises:
         AttachError: its trainers and `save_pretrained` would not find what is attached inside.
     """
-    tuners, models = (sys.modules.get(f"peft.{name}") for name in ("tuners.tuners_utils", "peft_model"))
-    if child is None or parent._modules or tuners is None or models is None:
+    if parent._modules or child is None or not type(parent).__module__.startswith("peft."):
         return
-    if not isinstance(parent, (tuners.BaseTuner, models.PeftModel)):
-        return
-    if any("_sparsity_state" in module.__dict__ for module in child.modules()):
+    kinds = {kind.__name__ for kind in type(parent).__mro__}
+    if kinds & {"BaseTuner", "PeftModel", "PeftMixedModel"} and attached_model(child) is not None:
         raise AttachError(
             f"PEFT would build another {type(parent).__name__} around layers that are attached. Add adapters first and "
             "attach last: call detach(model), then add them, then attach the model that PEFT returns. One more adapter "

@@ -16,6 +16,8 @@ class BoundMethod:
     Python pickles a method by its name in the instance's class, so what is loaded would not find ours there.
     """
 
+    __slots__ = ("__func__", "__self__")
+
     def __init__(self, function: Callable, instance: nn.Module):
         self.__func__, self.__self__ = function, instance
 
