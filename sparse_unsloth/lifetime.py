@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends import row_hooks, unsloth_layer
 from sparse_unsloth.backends.replaced import BoundMethod
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.weights import read_projection
+from sparse_unsloth.weights import check_adapters, check_frozen
 
 if TYPE_CHECKING:
+    from sparse_unsloth.layer_runtime import LayerRuntime
     from sparse_unsloth.runtime import SparsityState
 
 AGAIN = "Call detach(model), then attach it again."
@@ -38,6 +37,7 @@ def watch(state: SparsityState) -> None:
         for name, function in UNLOADING.items():
             tuner.__dict__[name] = BoundMethod(function, tuner)
     state.model.__dict__.pop("_sparsity_unloaded", None)
+    state.proved = state.seen = _adapters(state)
     set_up_process(state)
 
 
@@ -96,8 +96,8 @@ def why_dense(state: SparsityState) -> str:
     A look at what may have changed in each hooked layer; what attaching refuses is looked for where something has.
     """
     adapters = _adapters(state)
-    if adapters != state.adapters:
-        state.adapters, state.reason = adapters, _reason(state)
+    if adapters != state.seen:
+        state.seen, state.reason = adapters, "" if adapters == state.proved else _reason(state)
     return state.reason
 
 
@@ -129,52 +129,46 @@ def _adapters(state: SparsityState) -> list[Any]:
                 own.get("_disable_adapters"),
                 tuple(own.get("merged_adapters", ())),
                 *(dropouts and dropouts._modules.values()),  # each adapter brings its own
-                base._parameters.get("weight") is not None and base.weight.requires_grad,
+                *(tensor is not None and tensor.requires_grad for tensor in base._parameters.values()),
             )
     return found
 
 
 def _reason(state: SparsityState) -> str:
     hooked = {id(module) for module in state.hooked}
-    for layer in state.layers:
-        runtime = state.runtime(layer)
-        if runtime is None:
-            continue
-        module, projections = layer.module, layer.projections()
-        if (module.mlp, module.self_attn, *projections.values()) != (
-            layer.mlp,
-            layer.self_attn,
-            *state.projections[layer.index],
-        ):
-            return f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {AGAIN}"
-        whole = id(module) in hooked
-        try:
-            if state.by_rows:
-                row_hooks.refuse_dropout(layer)
-                if any(_is_off(projection) for projection in projections.values()):
-                    return f"{layer.name}: its adapter is merged or disabled."
-                if runtime.fusable and not unsloth_layer.can_replace(runtime):
-                    return f"{layer.name}: its adapter is of another form than the one of attaching. {AGAIN}"
-                continue
-            if whole and not unsloth_layer.can_replace(runtime):
-                return f"{layer.name}: its adapter is of another form than the one of attaching. {AGAIN}"
-            for part in peft_backend.PARTS:
-                if whole or _is_hooked(layer, part, hooked):
-                    peft_backend.check(layer, part)
-                    if any(read_projection(one) is None for name, one in projections.items() if name.startswith(part)):
-                        return f"{layer.name}.{part}: its adapter is merged or disabled, or several are active."
-        except AttachError as error:
-            return str(error)
+    try:
+        for runtime in filter(None, map(state.runtime, state.layers)):
+            _refuse_changes(runtime, hooked)
+    except AttachError as error:
+        return str(error)
     return ""
 
 
-def _is_off(projection: nn.Module) -> bool:
-    return bool(getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False))
-
-
-def _is_hooked(layer: DecoderLayer, part: str, hooked: set[int]) -> bool:
-    """Whether ``part`` of a layer, or a projection of its, has a forward of ours; ``hooked``: the ids of what has."""
-    return not hooked.isdisjoint(map(id, (getattr(layer, part), *getattr(layer, part).children())))
+def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
+    """Raises AttachError if the functions of a layer would compute something else now; ``hooked``: ids of modules."""
+    state, layer, module = runtime.state, runtime.layer, runtime.layer.module
+    projections, attached = layer.projections(), state.projections[layer.index]
+    if (module.mlp, module.self_attn, *projections.values()) != (layer.mlp, layer.self_attn, *attached):
+        raise AttachError(
+            f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {AGAIN}"
+        )
+    by_rows = state.by_rows and layer.index in state.runtimes
+    whole = runtime.fusable if by_rows else id(module) in hooked
+    for name, projection in projections.items():
+        part, where = getattr(layer, name.partition(".")[0]), f"{layer.name}.{name}"
+        ours = whole or not hooked.isdisjoint(map(id, (part, *part.children())))
+        if ours and (getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False)):
+            raise AttachError(f"{where}: its adapter is merged or disabled.")
+        if by_rows or not ours:
+            continue
+        check_adapters(projection, where)
+        check_frozen(projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection, where)
+        if len(set(getattr(projection, "active_adapters", ())) & set(getattr(projection, "lora_A", ()))) > 1:
+            raise AttachError(f"{where}: several adapters are active, and the sparse functions compute one.")
+    if by_rows:
+        row_hooks.refuse_dropout(layer)
+    if whole and not unsloth_layer.can_replace(runtime):
+        raise AttachError(f"{layer.name}: its adapter is of another form than the one of attaching. {AGAIN}")
 
 
 def _tuners(model: nn.Module) -> list[nn.Module]:

@@ -54,8 +54,8 @@ class SparsityState:
         adapter_folder: where the adapter was loaded from, None for a new one.
         kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
-        projections: of each layer, when the model was attached, by index.
-        adapters, reason: what `lifetime.why_dense` saw last, and what it made of that.
+        projections, proved: of each layer, by index, and what `lifetime` saw of them, when the model was attached.
+        seen, reason: what `lifetime.why_dense` saw last, and what it made of that.
         inside: a forward of the model runs.
         driver: the callback, or whatever else sets the step; None outside training.
         graphs: what `SparsityConfig.cuda_graphs` records.
@@ -84,7 +84,8 @@ class SparsityState:
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.last_layer: LayerRuntime | None = None
         self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
-        self.adapters: list[Any] | None = None
+        self.proved: list[Any] = []
+        self.seen: list[Any] = []
         self.reason = ""
         self.inside = False
         self.driver: object | None = None
@@ -225,8 +226,7 @@ class SparsityState:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
                 f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
-                "attach(), merged or disabled their adapter, or several adapters are active. Attach last, with one "
-                "active adapter."
+                "attach(), or does not call it. Attach last."
             )
         self._verified = True
 
