@@ -113,8 +113,9 @@ class SparsityState:
         self.counts = ForwardCounts()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a pickled model: what drives it belongs to this process."""
-        return {**self.__dict__, "driver": None, "inside": False}
+        """Of a pickled model: the training that it is in belongs to this process."""
+        kept = KeptSelections(self.kept.steps)
+        return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "kept": kept, "inside": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from sparse_unsloth.lifetime import set_up_process
