@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,12 @@ class BoundMethod:
 
     def __init__(self, function: Callable, instance: nn.Module):
         self.__func__, self.__self__ = function, instance
+
+    def __getstate__(self) -> tuple[Callable, nn.Module]:
+        return inspect.unwrap(self.__func__), self.__self__  # a wrapped function would not be found by its name
+
+    def __setstate__(self, state: tuple[Callable, nn.Module]) -> None:
+        self.__init__(*state)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
