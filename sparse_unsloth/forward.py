@@ -72,16 +72,16 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if not (state.runtimes or loss_only or recorded_dense):
         return None
     partition = roles_of(state, kwargs)
+    scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
     if graphs is not None and not recorded_dense:
         partition = with_round_counts(partition, padding_is_context=state.by_rows)
-    scale = 0.0
-    if state.runtimes and (len(partition.context) or (state.tiers and len(partition.output))):
-        scale = _current_scale(state)
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
+    if not (len(partition.context) or (state.tiers and len(partition.output))):
+        scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
         if state.selector is None and not state.by_rows:
@@ -223,13 +223,13 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
     )
 
 
-def _current_scale(state: SparsityState) -> float:
+def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     if state.driver is not None:
         return state.scale
     schedule = state.config.schedule
     if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
         return 1.0
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not (len(partition.context) or (state.tiers and len(partition.output))):
         return 0.0
     raise SparsityError(
         f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "
