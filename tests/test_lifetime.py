@@ -15,7 +15,7 @@ from torch import nn
 
 import sparse_unsloth
 from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state
-from sparse_unsloth.errors import AttachError
+from sparse_unsloth.errors import AttachError, SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, make_base, make_batch, make_lora
@@ -382,3 +382,14 @@ def test_unloading_gives_unsloth_its_functions_back(monkeypatch, config):
     base = model.merge_and_unload()
     assert slots(model) == before
     assert not [mark for mark in marks(base) if not mark.endswith(".forward")]
+
+
+def test_a_second_stage_on_text_without_context_needs_no_driver():
+    plain, model = make_lora(), make_lora()
+    attach(model, {"mlp": {"all": 0.5}, "estimator": {"kind": "svd"}})  # with a schedule
+    plain, model = with_lora(plain.merge_and_unload()), with_lora(model.merge_and_unload())
+    attach(model, {"mlp": {"all": 0.5}, "estimator": {"kind": "svd"}})
+    ids = make_batch()["input_ids"]
+    assert_same(step(model, {"input_ids": ids, "labels": ids}), step(plain, {"input_ids": ids, "labels": ids}))
+    with pytest.raises(SparsityError, match="nothing drives it"):
+        model(**make_batch())
