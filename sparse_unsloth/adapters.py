@@ -113,7 +113,7 @@ def _refuse_layer(where: str, module: nn.Module) -> None:
         raise AttachError(f"{where}: an adapter of the kind {tuner} ({kind.__name__}) {NO_PATH}. {PLAIN_LORA}.")
     for adapter, variant in getattr(module, "lora_variant", {}).items():
         name = type(variant).__name__
-        if name not in ROW_BY_ROW:
+        if name not in ROW_BY_ROW and adapter in module.active_adapters:
             option = " (alora_invocation_tokens)" if name == "ALoraLinearVariant" else ""
             raise AttachError(
                 f"{where}: adapter {adapter!r} uses the LoRA variant {name}{option}, which {NO_PATH}. {PLAIN_LORA}."

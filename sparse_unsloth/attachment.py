@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_unsloth import prefill
-from sparse_unsloth.backends.replaced import Uncompiled
+from sparse_unsloth import lifetime, prefill
+from sparse_unsloth.backends.replaced import BoundMethod, Uncompiled
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
@@ -174,13 +173,20 @@ def attach(
 
     Raises:
         AttachError: a layer that the configuration names cannot be made sparse, differs from what the sparse function
-            computes, or did not run in the probe forward; the model is then as before.
+            computes, or did not run in the probe forward; or the model, or one around it or inside, is attached. The
+            model is then as before.
         ConfigError: the configuration is wrong, or names layers that the model does not have.
         EstimatorError: the estimator's file does not fit or is damaged, or the samples cannot calibrate.
     """
     if get_state(model) is not None:
         raise AttachError("This model is attached already; call detach(model) first to attach it differently.")
     config = SparsityConfig.from_any(sparsity)
+    around = lifetime.attached_model(model)
+    if around is not None:
+        raise AttachError(
+            f"The layers of this {type(model).__name__} are attached already, as those of a {type(around).__name__}. "
+            "Call detach() on that model first."
+        )
     layers = find_layers(model)
     state = SparsityState(model, layers, config, _backend_of(model, layers))
     model.__dict__["_sparsity_state"] = state
@@ -201,11 +207,8 @@ def attach(
         detach(model)
         raise
     _save_config_with_adapter(model)
+    lifetime.watch(state)
     forget_bases(module for layer in layers for module in layer.projections().values())
-    if state.hooked:
-        from sparse_unsloth.callback import register_with_trainers
-
-        register_with_trainers()
     report = _report(state, removed)
     _warn_if_slow(report)
     return report
@@ -219,6 +222,8 @@ def detach(model: nn.Module) -> None:
     """
     state = get_state(model)
     if state is None:
+        if lifetime.was_unloaded(model):
+            return
         raise AttachError("This model is not attached.")
     model = state.model
     if state.planner is not None:
@@ -242,7 +247,8 @@ def detach(model: nn.Module) -> None:
         else:
             model.save_pretrained = original
     _keep_four_bit_weights_unpacked(state, on=False)
-    del model.__dict__["_sparsity_state"]
+    lifetime.unwatch(state)
+    model.__dict__.pop("_sparsity_state", None)
 
 
 def get_state(model: nn.Module) -> SparsityState | None:
@@ -391,6 +397,7 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if CONTEXT_ARGUMENT in kwargs:
         return None
     state = model.__dict__["_sparsity_state"]
+    state.inside = True
     if state.graphs is not None and not args:
         kwargs = state.few_sizes(model, kwargs)
     context = state.open_forward(model, args, kwargs)
@@ -398,7 +405,9 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    model.__dict__["_sparsity_state"].close_forward(kwargs.get(CONTEXT_ARGUMENT))
+    state = model.__dict__["_sparsity_state"]
+    state.inside = False
+    state.close_forward(kwargs.get(CONTEXT_ARGUMENT))
 
 
 def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -419,6 +428,8 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
             layer.__dict__["_sparse_context"] = context
     if runtime is not None:
         runtime.context = context
+        if context is None and layer.training and not runtime.state.inside:
+            lifetime.say_bypassed(runtime.state)
     return args, kwargs
 
 
@@ -534,7 +545,7 @@ def _save_config_with_adapter(model: nn.Module) -> None:
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__["_sparse_save_pretrained"] = model.__dict__.get("save_pretrained")
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = BoundMethod(_save_pretrained, model)
 
 
 def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,10 @@ class Estimator:
 
     gathers = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies place their tensors themselves, wherever they are."""
+        return {**self.__dict__, "_placed": {}}
+
     def placed(self, devices: Mapping[int, torch.device | str]) -> Estimator:
         """The same estimator with each layer's compensation on its device, and nothing that it put there so far."""
         compensation = {index: part.to(devices[index], torch.float32) for index, part in self.compensation.items()}

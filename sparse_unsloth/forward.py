@@ -19,6 +19,7 @@ from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.gradients import FirstBackward
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
+from sparse_unsloth.lifetime import why_dense
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
@@ -38,13 +39,22 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     """
     if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer or state.recorded_dense):
         return None
+    reason = why_dense(state)
+    if reason:
+        if not model.training:
+            parts = state.expected_parts()
+            state.say_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
+        elif torch.is_grad_enabled():
+            state.say_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
+        if state.planner is not None:
+            state.planner.restore()
+        return None
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
         return open_prefill(state, kwargs)
     if not in_backward():
         state.look_back() if state.driver is not None else state.verify_step()
-    scale = _current_scale(state) if state.runtimes else 0.0
     if kwargs.get("labels") is None:
         if state.planner is not None:
             state.planner.restore()
@@ -55,6 +65,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
                 f"take them away), so its tokens have no roles and {ran}."
             )
         return None
+    if kwargs["labels"].is_meta:
+        return None
     split = is_split(kwargs)
     if split:
         _leave_out_for_split_rows(state)
@@ -64,6 +76,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if not (state.runtimes or loss_only or recorded_dense):
         return None
     partition = roles_of(state, kwargs)
+    scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
@@ -228,13 +241,13 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
     )
 
 
-def _current_scale(state: SparsityState) -> float:
+def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     if state.driver is not None:
         return state.scale
     schedule = state.config.schedule
     if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
         return 1.0
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not (len(partition.context) or (state.tiers and len(partition.output))):
         return 0.0
     raise SparsityError(
         f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "

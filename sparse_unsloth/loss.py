@@ -41,6 +41,15 @@ class LossRemoval:
         self._context: SparseContext | None = None
         self._hook = last_layer.register_forward_pre_hook(self._note_context, prepend=True, with_kwargs=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_context": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or loaded model asks for itself."""
+        self.__dict__.update(state)
+        _replace_functions()
+        _asking.add(self)
+
     @property
     def head(self) -> Tensor:
         """The weight of the model's output head, ``[vocabulary, hidden_size]``: it tells whose loss a call computes."""

@@ -9,7 +9,7 @@ forwards, and every such event is counted.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class ScoreWatch:
         self.events = 0
         self._left: dict[Part, int] = {}
         self._on_the_way: list[tuple[list[Part], Tensor, torch.cuda.Event | None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is on its way arrives here, and not in a copy."""
+        return {**self.__dict__, "_on_the_way": []}
 
     def look(self, context: SparseContext) -> None:
         """Sends off whether the scores of this forward are finite; two or three launches on each device."""

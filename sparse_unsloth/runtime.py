@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth import forward, metrics, prefill
 from sparse_unsloth.adapters import refuse_other_adapters
-from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import is_main
@@ -60,6 +60,9 @@ class SparsityState:
         adapter_folder: where the adapter was loaded from, None for a new one.
         kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
+        projections, proved: of each layer, by index, and what `lifetime` saw of them, when the model was attached.
+        seen, reason: what `lifetime.why_dense` saw last, and what it made of that.
+        inside: a forward of the model runs.
         driver: the callback, or whatever else sets the step; None outside training.
         graphs: what `SparsityConfig.cuda_graphs` records.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
@@ -92,6 +95,11 @@ class SparsityState:
         self.whole_forwards: list[LayerRuntime] = []
         self.uncompiled: dict[int, Uncompiled] = {}
         self.last_layer: LayerRuntime | None = None
+        self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
+        self.proved: list[Any] = []
+        self.seen: list[Any] = []
+        self.reason = ""
+        self.inside = False
         self.driver: object | None = None
         self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
@@ -120,6 +128,24 @@ class SparsityState:
         self.paused_in_step: set[tuple[int, str]] = set()
         self.said: set[str] = set()
         self.counts = ForwardCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a pickled model: the training that it is in belongs to this process."""
+        kept = KeptSelections(self.kept.steps)
+        return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "kept": kept, "inside": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from sparse_unsloth.lifetime import set_up_process
+
+        self.__dict__.update(state)
+        set_up_process(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsityState:
+        """The copy has the same driver, which is not copied."""
+        memo[id(self.driver)] = self.driver
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def backend(self) -> ModuleType:
@@ -165,14 +191,7 @@ class SparsityState:
         self.counts = ForwardCounts()
 
     def verify_hooks(self) -> None:
-        """Checks what may have changed since the model was attached.
-
-        Raises:
-            AttachError: something replaced a sparse forward, or added an adapter that it does not compute.
-        """
-        self.refuse_other_adapters()
-        for runtime in self.runtimes.values():
-            peft_backend.check_adapters_of(runtime)
+        """Raises AttachError if something replaced a sparse forward since it was installed."""
         lost = [module for module in self.hooked if not self.backend.is_installed(module)]
         if lost:
             raise AttachError(
@@ -252,8 +271,7 @@ class SparsityState:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
                 f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
-                "attach(), merged or disabled their adapter, or several adapters are active. Attach last, with one "
-                "active adapter."
+                "attach(), or does not call it. Attach last."
             )
         self._verified = True
 

@@ -6,7 +6,7 @@ Scores are energies here, the squares of the norms that the paper ranks by: the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class ChannelSelector:
         layer_sparsity = config.layer_sparsity(len(layers))
         self._criterion: Criterion = make_criterion(config.criterion, estimator, layer_sparsity, config.seed)
         self._kept: dict[tuple[int, str, torch.device], dict[float, MlpSelection | AttentionSelection]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies choose anew, wherever they are."""
+        return {**self.__dict__, "_kept": {}}
 
     def mlp(
         self, layer: DecoderLayer, hidden_states: Tensor, sparsity: float, rows: Tensor | None = None

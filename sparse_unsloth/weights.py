@@ -210,8 +210,21 @@ def is_fake_quantised(module: nn.Module, adapter: str) -> bool:
     )
 
 
+def check_frozen(base: BaseWeight | nn.Module, name: str) -> None:
+    """Refuse a base whose weight or bias is trained itself; ``base``: what `read_base` gives, or the layer.
+
+    Raises:
+        AttachError: it is.
+    """
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        raise AttachError(
+            f"{name}: the base weight or its bias is trainable, and the sparse functions compute no gradient for "
+            "it. Freeze the base model and train LoRA adapters (bias='none'), or leave this layer dense."
+        )
+
+
 def check_adapters(module: nn.Module, name: str) -> None:
-    """Refuse LoRA variants that the sparse functions do not compute.
+    """Refuse LoRA variants that the sparse functions do not compute, of the active adapters.
 
     Raises:
         AttachError: DoRA or another LoRA variant, ``lora_dropout > 0``, a LoRA bias, or fake quantisation; the message
@@ -219,7 +232,7 @@ def check_adapters(module: nn.Module, name: str) -> None:
     """
     if not hasattr(module, "lora_A"):
         return
-    for adapter in module.lora_A:
+    for adapter in filter(module.lora_A.__contains__, module.active_adapters):
         variant = getattr(module, "lora_variant", {}).get(adapter)
         if getattr(module, "use_dora", {}).get(adapter, False):
             raise AttachError(f"{name}: adapter {adapter!r} uses DoRA, which has no sparse path. Set use_dora=False.")

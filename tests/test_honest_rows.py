@@ -347,15 +347,21 @@ def test_rows_of_lora_in_its_forms_are_exact(options):
     assert_exact(model, make_batch())
 
 
-def test_an_adapter_added_after_attaching_is_checked_when_training_begins():
-    model = make_lora()
+def test_an_adapter_of_another_kind_that_takes_over_runs_dense(caplog):
+    model, batch = make_lora(), make_batch()
     attach(model, ALL_ROWS)
     state = get_state(model)
-    state.begin_training(object(), 10)
-    state.end_training()
     model.add_adapter("later", lora_config(alora_invocation_tokens=[7]))
-    with pytest.raises(AttachError, match=r"'later' uses .* \(alora_invocation_tokens\)"):
-        state.begin_training(object(), 10)
+    model(**batch)
+    assert (state.counts.sparse_forwards, caplog.text) == (1, "")
+    model.set_adapter("later")
+    model(**batch)
+    assert state.counts.sparse_forwards == 1
+    assert "'later' uses the LoRA variant ALoraLinearVariant (alora_invocation_tokens)" in caplog.text
+    assert "the model runs as it does without sparse paths" in caplog.text
+    model.set_adapter("default")
+    model(**batch)
+    assert state.counts.sparse_forwards == 2
 
 
 # -- Every trained tensor has a gradient ------------------------------------------------------------------------------

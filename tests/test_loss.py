@@ -157,7 +157,9 @@ def test_the_partition_arrives_in_attached_models(recorder, checkpointing):
     loss.backward()
     model.eval()(**make_batch())
     assert removal.num_rows(more_than_labelled) == 1024, "the count of an earlier forward was used"
-    copy.deepcopy(model)
+    copied = copy.deepcopy(model)
+    assert len(loss_module._asking) == 2, "the copy does not ask for itself"
+    detach(copied)
     detach(model)
     assert not loss_module._asking
 

@@ -31,7 +31,9 @@ def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
     """A LoRA model of ``base`` as Unsloth's ``get_peft_model`` leaves it, in float32."""
     from unsloth.models import llama
 
-    base.model.rotary_emb = rotary = Rotary(base.model.rotary_emb, base.config.max_position_embeddings)
+    rotary = base.model.rotary_emb
+    if not isinstance(rotary, Rotary):  # the merged model of an earlier one has it already
+        base.model.rotary_emb = rotary = Rotary(rotary, base.config.max_position_embeddings)
     for layer in base.model.layers:
         layer.self_attn.rotary_emb = rotary
         layer.self_attn.apply_qkv, layer.self_attn.apply_o = llama.original_apply_qkv, llama.original_apply_o

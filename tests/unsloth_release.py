@@ -79,6 +79,7 @@ def examine() -> dict[str, str]:
     found["micro-batches of one kind of rows"] = failure_of(check_every_gradient_comes, bases["llama"])
     found["left padding"] = failure_of(check_left_padding, bases["llama"])
     found["sparse prefill"] = failure_of(check_sparse_prefill, bases["llama"], prefills)
+    found["life after attaching"] = failure_of(check_life_after_attaching, bases["llama"])
     found["benchmark"] = failure_of(check_benchmark, longer)
     return {name: text for name, text in found.items() if text}
 
@@ -345,6 +346,30 @@ def check_sparse_prefill(base: nn.Module, expected: dict) -> None:
     attach(fresh, SETTINGS["sparse"])
     batch = make_batch()
     assert_same(loss_and_gradients(model, batch), loss_and_gradients(fresh, batch), "after the generation")
+
+
+def check_life_after_attaching(base: nn.Module) -> None:
+    """A copy, another adapter and a second LoRA on the merged model: as without sparse paths."""
+    batch = make_batch()
+    for setting in ({"backward_rows": 0.999}, SETTINGS["nothing dropped"]):
+        plain, model = (fused_by_unsloth(copy.deepcopy(base), checkpointing=True) for _ in range(2))
+        attach(model, setting)
+        assert_same(loss_and_gradients(copy.deepcopy(model), batch), loss_and_gradients(plain, batch), "the copy")
+        for each in (plain, model):
+            each.add_adapter("other", each.peft_config["default"])
+            torch.manual_seed(3)
+            for name, parameter in each.named_parameters():
+                if "other" in name:
+                    parameter.data.normal_(0, 0.05)
+            each.set_adapter("other")
+        assert_same(loss_and_gradients(model, batch), loss_and_gradients(plain, batch), "another adapter")
+        plain, model = (
+            fused_by_unsloth(each.merge_and_unload().requires_grad_(False), checkpointing=True)
+            for each in (plain, model)
+        )
+        assert get_state(model) is None
+        attach(model, setting)
+        assert_same(loss_and_gradients(model, batch), loss_and_gradients(plain, batch), "a second stage")
 
 
 def check_benchmark(base: nn.Module) -> None:

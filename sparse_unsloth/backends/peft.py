@@ -26,7 +26,7 @@ from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, Decode
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
 from sparse_unsloth.selection import AttentionSelection
-from sparse_unsloth.weights import Projection, check_adapters, read_base, read_projection
+from sparse_unsloth.weights import Projection, check_adapters, check_frozen, read_base, read_projection
 
 NAME = "peft"
 PARTS = ("mlp", "self_attn")
@@ -189,12 +189,7 @@ def check(layer: DecoderLayer, part: str) -> None:
             continue
         where = f"{layer.name}.{name}"
         check_adapters(module, where)
-        base = read_base(module, where)
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            raise AttachError(
-                f"{where}: the base weight or its bias is trainable, and the sparse functions compute no gradient for "
-                "it. Freeze the base model and train LoRA adapters (bias='none'), or leave this layer dense."
-            )
+        check_frozen(read_base(module, where), where)
 
 
 def probe_mlp(layer: DecoderLayer) -> None:

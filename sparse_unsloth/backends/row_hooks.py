@@ -102,13 +102,20 @@ def refuse_dropout(layer: DecoderLayer) -> None:
         AttachError: O or the MLP drops out something in training.
     """
     for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
+        inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
         for module in part.modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
+            if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
                 raise AttachError(
                     f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
                     "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
                     "backward_rows out."
                 )
+
+
+def _inactive_dropouts(module: nn.Module) -> list[nn.Module]:
+    """Those of the LoRA adapters that ``module`` has and that are not active."""
+    dropouts = getattr(module, "lora_dropout", {})
+    return [dropouts[name] for name in dropouts if name not in module.active_adapters]
 
 
 def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:

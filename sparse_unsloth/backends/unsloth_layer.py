@@ -24,9 +24,9 @@ from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
 from sparse_unsloth.functions.mlp import is_recompute
+from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import Projection, read_projection
 
 COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"

@@ -138,6 +138,10 @@ class Graphs:
         self.documents = True
         self._start()
 
+    def __reduce__(self) -> tuple[Callable[..., Graphs | None], tuple]:
+        """Recordings are of one model's memory: a copy has none yet, and records nothing where there is no GPU."""
+        return _without_recordings, (type(self.recorder), self.documents)
+
     def _start(self) -> None:
         self.kinds: set[Hashable] = set()
         self.forward: object = None
@@ -290,6 +294,14 @@ class Graphs:
     def _own(self, key: Hashable, tensor: Tensor) -> None:
         self._buffers[key] = tensor
         self._owned.add((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+
+
+def _without_recordings(recorder: type, documents: bool) -> Graphs | None:
+    if recorder is CudaRecorder and not torch.cuda.is_available():
+        return None
+    graphs = Graphs(recorder())
+    graphs.documents = documents
+    return graphs
 
 
 class Pass:
