@@ -8,10 +8,11 @@ import functools
 import importlib.resources
 import json
 import logging
+import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from sparse_unsloth.adapters import SETTINGS, find_adapter, read_settings
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data import DataArguments
-from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.errors import ConfigError, DataError, SparsityError
 from sparse_unsloth.rank.config import RankConfig, RankError
 
 if TYPE_CHECKING:
@@ -83,14 +85,18 @@ class Recipe:
     backend: str
     rank: RankConfig | None = None
 
-    def save(self, path: str | Path) -> None:
-        """Writes a recipe that `load_recipe` reads back to an equal one, the sparsity spelled out in full."""
+    def resolved(self) -> dict[str, Any]:
+        """Its keys as plain data, the sparsity spelled out in full."""
         resolved = {key: value for key, value in self.given.items() if key not in UNSAVED}
         resolved |= {"backend": self.backend, "output_dir": self.training.output_dir}
         resolved["sparsity"] = self.sparsity.model_dump(mode="json")
         if self.rank is not None:
             resolved["rank"] = vars(self.rank)
-        Path(path).write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return resolved
+
+    def save(self, path: str | Path) -> None:
+        """Writes a recipe that `load_recipe` reads back to an equal one."""
+        Path(path).write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def shipped_recipes() -> dict[str, Traversable]:
@@ -232,12 +238,15 @@ class _Document:
     def __init__(self, entry: Traversable, extended_by: tuple[str, ...] = ()):
         self.name = name = entry.name
         self.problems: list[str] = []
-        text = entry.read_text(encoding="utf-8")
+        self.adopted: dict[str, Any] = {}  # of the adapter that training goes on with
         try:
+            text = entry.read_text(encoding="utf-8")
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             self.values: dict[str, Any] = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise RecipeError(f"{name}: cannot be read as YAML: {error}") from None
+            raise RecipeError(yaml_problem(name, error)) from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name}: cannot be read as YAML: it is not UTF-8 text ({error}).") from None
         if not isinstance(self.values, dict):
             raise RecipeError(f"{name}: must hold a mapping of keys, but holds a {type(self.values).__name__}.")
         self.places: dict[str, str] = {}
@@ -246,6 +255,9 @@ class _Document:
             if key.value in self.places:
                 self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
             self.places[key.value] = place
+        self.problems += [
+            problem for _, block in (root.value if root is not None else ()) for problem in _twice(name, block)
+        ]
         self._resolve_sparsity_file(entry)
         if "extends" in self.values:
             self._extend(entry, (*extended_by, name))
@@ -303,6 +315,30 @@ class _Document:
         block[path[-1]] = _parsed(value)
 
 
+def yaml_problem(name: str, error: yaml.YAMLError) -> str:
+    """One line: file, line and column, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return (
+        f"{place}: cannot be read as YAML: {', '.join(part for part in said if part) or ' '.join(str(error).split())}."
+    )
+
+
+def _twice(name: str, node: yaml.Node) -> list[str]:
+    """Keys that a block holds twice, of which YAML keeps the last without a word."""
+    problems, seen = [], {}
+    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            place = f"{name}:{key.start_mark.line + 1}: {key.value}"
+            if key.value in seen:
+                problems.append(f"{place}: given twice, first as {seen[key.value]}")
+            seen[key.value] = place
+        problems += _twice(name, value)
+    return problems
+
+
 class _Words:
     """A command-line value, not yet known to be a text or YAML."""
 
@@ -336,13 +372,15 @@ def _build(document: _Document) -> Recipe:
         else:
             try:
                 values[key] = _typed(keys[key], value)
+                _check_range(key, values[key])
             except RecipeError as error:
                 problems.append(f"{place}: {error}")
+    _adopt_adapter(document, values)
     sparsity = _sparsity(document, values.pop("sparsity", None))
     sparsity = _apply_peft(document, values, sparsity)
     rank = _rank(document, values.pop("rank", None))
     for needed in ("model_name_or_path", "dataset_name"):
-        if document.values.get(needed) is None:
+        if document.values.get(needed) in (None, ""):
             problems.append(f"{document.name}: {needed} is missing")
 
     blocks = {}
@@ -351,7 +389,7 @@ def _build(document: _Document) -> Recipe:
         names = {entry.name for entry in fields(kind) if entry.init}
         chosen = {key: value for key, value in values.items() if key in names}
         if block == "model":
-            chosen = {key: value for key, value in MODEL_DEFAULTS.items() if key in names} | chosen
+            chosen = {key: value for key, value in MODEL_DEFAULTS.items() if key in names} | chosen | document.adopted
         if block == "training":
             chosen.setdefault("output_dir", f"runs/{name}")
         try:
@@ -419,9 +457,87 @@ def _unsupported(name: str, model: ModelConfig | None) -> list[str]:
         problems.append(f"{name}: lora_task_type: must be {CAUSAL_LM} or {SEQ_CLS}, given {model.lora_task_type!r}")
     if model.load_in_8bit:
         problems.append(f"{name}: load_in_8bit: has no sparse path; use load_in_4bit, or neither")
+    if model.lora_target_modules == []:
+        problems.append(f"{name}: lora_target_modules: names no module; leave it out for all projections")
     if model.lora_target_parameters:
         problems.append(f"{name}: lora_target_parameters: has no sparse path; use lora_target_modules")
     return problems
+
+
+_COUNT = (lambda x: x >= 1, "1 or more")
+_FROM_0 = (lambda x: x >= 0, "0 or more")
+_ABOVE_0 = (lambda x: x > 0, "above 0")
+_SHARE = (lambda x: 0 <= x <= 1, "from 0 to 1")
+_PART = (lambda x: 0 <= x < 1, "0 or more and below 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (lambda x: 0 < x <= 1, "above 0 and at most 1 (usually 1e-5 to 1e-3)"),
+    "max_steps": (lambda x: x == -1 or x >= 1, "1 or more, or -1 for num_train_epochs"),
+    **dict.fromkeys(
+        (
+            "lora_r", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "max_length", "save_total_limit", "eval_accumulation_steps", "dataset_num_proc",
+        ),
+        _COUNT,
+    ),
+    "dataset_size": (lambda x: x >= 1, "1 or more, or null for all"),
+    "dataset_test_size": (lambda x: x >= 1, "1 or more, or null for none"),
+    **dict.fromkeys(("lora_alpha", "num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(
+        (
+            "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha", "seed", "data_seed",
+            "dataset_seed", "dataloader_num_workers", "eval_delay",
+        ),
+        _FROM_0,
+    ),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
+    "warmup_ratio": _SHARE,
+}  # fmt: skip
+"""What values the libraries take without a word, or refuse late and badly: the test, and how it reads."""
+
+
+def _check_range(key: str, value: Any) -> None:
+    if key not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    fits, words = RANGES[key]
+    if not math.isfinite(value) or not fits(value):
+        raise RecipeError(f"must be {words}, given {value}")
+
+
+def _adopt_adapter(document: _Document, values: dict[str, Any]) -> None:
+    """Where the model is an adapter's folder: what that adapter is, in place of the keys' defaults.
+
+    Such keys stay out of the saved recipe; the adapter says them again.
+    """
+    name = values.get("model_name_or_path")
+    if not isinstance(name, str):
+        return
+    try:
+        adapter = find_adapter(name)
+        settings = {} if adapter is None else read_settings(adapter)
+    except DataError as error:
+        document.problems.append(str(error))
+        return
+    method = PEFT_METHODS.get(values.get("peft"), {})
+    for key, theirs in SETTINGS.items():
+        found = settings.get(theirs)
+        if found is None:
+            continue
+        asked = values.get(key, method.get(key, found) if key == "use_dora" else found)
+        if not _same_setting(asked, found):
+            document.problems.append(
+                f"{document.places.get(key, document.name)}: the adapter in {adapter} was made with {found!r}, and "
+                f"training goes on with that: leave {key} out, or begin from the base model "
+                f"({settings['base_model_name_or_path']})"
+            )
+        document.adopted[key] = found
+
+
+def _same_setting(asked: Any, found: Any) -> bool:
+    if asked in ("all-linear", ["all-linear"]):
+        return True
+    if isinstance(asked, list) and isinstance(found, list):
+        return sorted(asked) == sorted(found)
+    return asked == found or (not asked and not found)
 
 
 def _typed(key: Key, value: Any) -> Any:

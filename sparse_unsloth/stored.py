@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.adapters import is_lost
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.unreadable import first_line, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from sparse_unsloth.data import DataArguments
 
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+OTHER_FILES = (".txt", ".tsv", ".xml", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml", ".md", ".pkl")
+"""Ends of files' names, not of hub names."""
 # Files that the published experiments trained on, and where they come from.
 KNOWN_FILES = {
     "math_10k.json": "ft-training_set/ of https://github.com/AGI-Edgerunners/LLM-Adapters",
@@ -45,7 +49,12 @@ def stored_splits(
         where = f" It is in {known}; download it, and name it with --dataset_name." if known else ""
         raise DataError(f"dataset_name: there is no file {path} (looked for in {Path.cwd()}).{where}")
     if path.is_file() and not from_file:
-        raise DataError(f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}.")
+        raise DataError(
+            f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}: these are what is read, by the name's end. "
+            "Convert it, or rename it if that is what it holds."
+        )
+    if is_lost(arguments.dataset_name) or (path.suffix in OTHER_FILES and not path.exists()):
+        raise DataError(f"dataset_name: there is no file or folder {path} (looked for from {Path.cwd()}).")
     held_out = arguments.dataset_test_size
 
     def read(split: str, size: int | None) -> Dataset:
@@ -92,7 +101,7 @@ def _first_rows(stream: Callable[[], IterableDataset], arguments: DataArguments,
             return datasets.Dataset.from_list([])
         if isinstance(cause, DataError):
             raise cause from None
-        raise DataError(f"dataset_name: {arguments.dataset_name!r} cannot be read: {first_line(cause)}") from error
+        raise DataError(unreadable(arguments.dataset_name, cause)) from error
 
 
 def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | IterableDataset:
@@ -104,25 +113,30 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | It
             return datasets.load_dataset(
                 FILE_LOADERS[Path(name).suffix], data_files=name, split=split, streaming=streaming
             )
-        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-            raise DataError(f"dataset_name: {name} is empty, or cannot be read: {first_line(error)}") from error
+        except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(unreadable(name, error)) from error
+    if Path(name).is_dir():
+        try:
+            return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
+        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+            files = sorted(path.name for path in Path(name).iterdir() if path.suffix in FILE_LOADERS)
+            found = f"of those in it: {', '.join(files[:5])}" if files else "such as .jsonl; there is none in it"
+            raise DataError(
+                f"dataset_name: {name} is a folder that `datasets` cannot read as a data set: {first_line(error)}. "
+                f"Name a file ({found})."
+            ) from error
     try:
         return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:
         # DatasetNotFoundError is a FileNotFoundError: without a network the two cannot be told apart.
         raise DataError(
-            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {first_line(error)}\nCheck the "
+            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {first_line(error)}. Check the "
             "name and the connection, or give a local file (.json, .jsonl, .csv, .parquet) with the columns "
             f"{_wanted_columns(arguments)}: --dataset_name FILE --dataset_test_size N. "
             "reasoning-gym:needle_haystack,family_relationships needs no network."
         ) from error
     except ValueError as error:
-        raise DataError(f"dataset_name: {name!r}, split {split!r}: {error}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; its kind if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"dataset_name: {name!r}, split {split!r}: {first_line(error)}") from error
 
 
 def _wanted_columns(arguments: DataArguments) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_unsloth.errors import CalibrationError
+from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.words import command_parser, parse, recipe_source
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def main(words: Sequence[str]) -> int:
         raise CalibrationError(
             "--samples, --probe-samples and --part-samples must be 1 or more, --held-out-samples 0 or more."
         )
+    check_output(arguments.output_dir, "output-dir")
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
     recipe = _recipe(names, overrides, arguments.output_dir)
     result = calibrate_recipe(
@@ -144,7 +146,8 @@ def calibrate_recipe(
             "calibrate measures the loss of answer tokens, and a classifier (SEQ_CLS) has none. Its estimator "
             "calibrates by itself when training begins; its layers are given by hand."
         )
-    model, samples, probe_samples, held_out = load(recipe, counts)
+    with SetUp(output_dir):
+        model, samples, probe_samples, held_out = load(recipe, counts)
     result = calibrate(
         model,
         samples,

