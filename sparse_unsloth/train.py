@@ -225,17 +225,17 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
         return _nothing_to_do(folder, finished)
     with SetUp(folder) as setup:
         trainer, timer = build_trainer(recipe, callbacks, checkpoint)
-        timer.data, before = data_digest(trainer.train_dataset), None
+        timer.data, before, planned = data_digest(trainer.train_dataset), None, None
         if checkpoint is not None:
             planned, done = _planned_steps(trainer), _finished_metrics(folder)
-            if done is not None and done["steps"] >= planned and not _lacks_evaluation(recipe, done):
+            if done is not None and done["steps"] >= planned and _is_complete(recipe, done):
                 return _nothing_to_do(folder, done)
             before = _resume_state(checkpoint, timer.data, planned)
 
         def begin_to_write() -> None:
             setup.over = True
             if trainer.is_world_process_zero():
-                _begin_folder(recipe, folder)
+                _begin_folder(recipe, folder, planned)
 
         timer.begins = begin_to_write
         timer.start(trainer, before)
@@ -270,11 +270,11 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
     return RunResult(folder, metrics)
 
 
-def _begin_folder(recipe: Recipe, folder: Path) -> None:
+def _begin_folder(recipe: Recipe, folder: Path, planned: int | None) -> None:
     """Writes what a run's folder has from its first step on; figures of a shorter run, now trained longer, are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     done = _finished_metrics(folder)
-    if done is not None:
+    if None not in (done, planned) and done["steps"] < planned:
         (folder / METRICS_FILE).replace(folder / f"metrics-{done['steps']}-steps.json")
     recipe.save(folder / RECIPE_FILE)
     _write_json(folder / ENVIRONMENT_FILE, environment())
@@ -475,7 +475,7 @@ def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
         steps = recipe.training.max_steps
         # How many steps epochs make, only the data tell: `run` looks again.
         longer = (changes or not began.is_file()) and (finished["steps"] < steps or steps < 0)
-        if not (longer or _lacks_evaluation(recipe, finished)):
+        if not longer and _is_complete(recipe, finished):
             return None, finished
     if asked in (True, "true", "True"):
         checkpoint = last_whole_checkpoint(folder)
@@ -597,10 +597,11 @@ def _finished_metrics(folder: Path) -> dict[str, Any] | None:
     return metrics
 
 
-def _lacks_evaluation(recipe: Recipe, metrics: dict[str, Any]) -> bool:
-    """Whether the run ended in the evaluation after its training."""
+def _is_complete(recipe: Recipe, metrics: dict[str, Any]) -> bool:
+    """Whether a run that wrote ``metrics`` has its adapter, and the evaluation that came after it if it was to."""
     folder = Path(recipe.training.output_dir)
-    return _evaluates(recipe) and "evaluation" not in metrics and bool(stored_checkpoints(folder))
+    evaluated = "evaluation" in metrics or not _evaluates(recipe) or not stored_checkpoints(folder)
+    return evaluated and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
 
 
 def data_digest(data: Any) -> str | None:

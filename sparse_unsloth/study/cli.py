@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_unsloth.faults import check_output
 from sparse_unsloth.study.comparison import TESTS
 from sparse_unsloth.study.components import METHODS
-from sparse_unsloth.faults import check_output
 from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
