@@ -89,7 +89,8 @@ def read_run(folder: str | Path) -> Run:
     missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
     if missing:
         raise CompareError(f"{folder}: has no {' and no '.join(missing)}, so it holds no finished run.")
-    recipe, metrics = _stored(folder / RECIPE_FILE, yaml.safe_load), _stored(folder / METRICS_FILE, json.loads)
+    recipe = _stored(folder / RECIPE_FILE, yaml.safe_load)
+    metrics = _stored(folder / METRICS_FILE, json.loads, "log")
     settings = {key: value for key, value in recipe.items() if key not in NOT_A_SETTING}
     # Factors lie in the run folder, unless the recipe brings them.
     estimator = settings.get("sparsity", {}).get("estimator", {})
@@ -98,7 +99,7 @@ def read_run(folder: str | Path) -> Run:
     values = dict(_training_values(metrics))
     items = {}
     for path in sorted(folder.glob(f"evaluation/*/{RESULTS_FILE}")):
-        results = _stored(path, json.loads)
+        results = _stored(path, json.loads, "suite", "scores", "items")
         for number, (name, value) in enumerate(results["scores"].items()):
             values[f"{results['suite']} {name}"] = value
             if number == 0 and results["items"]:
@@ -108,13 +109,19 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder.resolve().name, seed, json.dumps(settings, sort_keys=True), values, items, losses)
 
 
-def _stored(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+def _stored(path: Path, read: Callable[[str], Any], *needed: str) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+        CompareError: it cannot be read, or has not the keys that are needed.
+    """
     try:
         found = read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise CompareError(f"{path}: is damaged: {' '.join(str(error).split())}. Train or evaluate again.") from error
-    if not isinstance(found, dict):
-        raise CompareError(f"{path}: is damaged: it holds no mapping. Train or evaluate again.")
+    missing = [key for key in needed if key not in found] if isinstance(found, dict) else ["mapping"]
+    if missing:
+        raise CompareError(f"{path}: is damaged: it holds no {', '.join(missing)}. Train or evaluate again.")
     return found
 
 

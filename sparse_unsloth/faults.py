@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -41,10 +43,11 @@ class SetUp:
 
     Args:
         folder: the run's.
+        begun: whether the folder holds something that must not be lost, though it is not `over`.
     """
 
-    def __init__(self, folder: str | Path):
-        self.over = False
+    def __init__(self, folder: str | Path, begun: Callable[[], bool] = lambda: False):
+        self.over, self._begun = False, begun
         self._folder = Path(folder)
         self._absent = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
         self._before = set() if self._absent else {path.name for path in self._folder.iterdir()}
@@ -58,7 +61,7 @@ class SetUp:
         if self.over:
             if isinstance(error, Exception) and IN_TRAINING not in getattr(error, "__notes__", ()):
                 error.add_note(IN_TRAINING)
-        elif is_main():
+        elif is_main() and not self._begun():
             self._clear()
 
     def _clear(self) -> None:
@@ -114,7 +117,7 @@ def explain(error: Exception) -> tuple[str, int]:
     library = _library(error)
     if library is None and "out of memory" not in str(error):
         return (
-            f"unexpected error {type(error).__name__}: {_one_line(error)}. This is a fault of sparse-unsloth: please "
+            f"unexpected error {type(error).__name__}: {_one_line(error)}. If no value of yours explains it, please "
             "report it with its traceback (the same command with --debug) and what `sparse-unsloth doctor` prints."
         ), 1
     fix = next((text for words, text in FIXES.items() if words in str(error)), None)
@@ -136,19 +139,19 @@ def _fix_of(error: OSError) -> str:
 def _library(error: Exception) -> str | None:
     """The library that refused what it was asked for; None where the error may be the program's own."""
     own = type(error).__module__.partition(".")[0]
-    if own in LIBRARIES:
+    if own in (*LIBRARIES, "torch"):
         return own.removesuffix("_rust")
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    packages, trace = [], error.__traceback__
+    while trace is not None:
+        packages.append(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
         trace = trace.tb_next
-    if trace is None:
-        return None
-    raiser = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    # Python's own functions, and PyTorch's, refuse on behalf of those that call them.
+    raiser = next((name for name in reversed(packages) if name not in (*sys.stdlib_module_names, "torch")), "")
     refused = isinstance(error, KINDS) or (isinstance(error, TypeError) and UNKNOWN_ARGUMENT in str(error))
     if raiser in LIBRARIES and refused:
         return raiser
-    # PyTorch says so of a device or a file that is not there.
-    return "torch" if raiser == "torch" and any(words in str(error) for words in FIXES) else None
+    # PyTorch's words for a device or a place on the disk that is not there.
+    return "torch" if packages[-1:] == ["torch"] and any(words in str(error) for words in FIXES) else None
 
 
 def _one_line(error: Exception) -> str:

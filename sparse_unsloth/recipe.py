@@ -44,6 +44,11 @@ PEFT_METHODS = {
     "dora": {"load_in_4bit": False, "use_dora": True},
 }
 SUFFIXES = (".yaml", ".yml")
+CHECKPOINTING_OPTIONS = (
+    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers", "offload",
+)  # fmt: skip
+DEVICES = ("device", "devices", "gpu", "gpus", "cuda", "cpu", "device_map", "no_cuda", "gpu_ids")
+"""Keys that users try, and that no block has."""
 # A secret, and what belongs to one start of a run only.
 UNSAVED = ("hub_token", "resume_from_checkpoint")
 
@@ -119,8 +124,7 @@ def find_recipe(source: str) -> Traversable:
         return path
     shipped = shipped_recipes()
     if source not in shipped:
-        near = difflib.get_close_matches(source, shipped, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = _did_you_mean(source, shipped) or "."
         raise RecipeError(
             f"there is no shipped recipe {source!r}{hint} Shipped: {', '.join(shipped)}; a file's name ends in .yaml."
         )
@@ -369,6 +373,8 @@ def _build(document: _Document) -> Recipe:
             problems.append(f"{place}: unknown key{_nearest(str(key), keys)}")
         elif key in ("sparsity", "rank"):
             values[key] = value.parsed() if isinstance(value, _Words) else value
+            if key == "sparsity" and values[key] is False and isinstance(value, _Words):
+                values[key] = value.value  # as it was written: off, no, false
         else:
             try:
                 values[key] = _typed(keys[key], value)
@@ -394,9 +400,10 @@ def _build(document: _Document) -> Recipe:
             chosen.setdefault("output_dir", f"runs/{name}")
         try:
             blocks[block] = kind(**chosen)
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            problems.append(f"{document.name}: {error}")
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+            problems.append(f"{document.name}: {' '.join(str(error).split())}")
     problems += _unsupported(document.name, blocks.get("model"))
+    problems += _unheard(document, blocks.get("training"))
     if problems:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
@@ -419,6 +426,39 @@ def _apply_peft(document: _Document, values: dict[str, Any], sparsity: SparsityC
         return sparsity
     logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
+
+
+def _unheard(document: _Document, training: SFTConfig | None) -> list[str]:
+    """What transformers passes over, or refuses only after the model is loaded."""
+    if training is None:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    def place(key: str) -> str:
+        return document.places.get(key, f"{document.name}: {key}")
+
+    problems = []
+    if training.load_best_model_at_end and training.eval_strategy == "no":
+        problems.append(f"{place('load_best_model_at_end')}: needs eval_strategy and save_strategy: steps or epoch")
+    if training.restore_callback_states_from_checkpoint:
+        problems.append(f"{place('restore_callback_states_from_checkpoint')}: a run restores its own; leave it out")
+    for name in training.gradient_checkpointing_kwargs or ():
+        if name not in CHECKPOINTING_OPTIONS:
+            near = _did_you_mean(str(name), CHECKPOINTING_OPTIONS)
+            problems.append(f"{place('gradient_checkpointing_kwargs')}: {name}: unknown option{near}")
+    valid = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    asked = training.report_to or []
+    return problems + [
+        f"{place('report_to')}: there is no integration {name!r}{_did_you_mean(str(name), valid)}; there are "
+        f"{', '.join(valid)}"
+        for name in ([asked] if isinstance(asked, str) else asked)
+        if name not in valid
+    ]
+
+
+def _did_you_mean(given: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:
@@ -564,8 +604,7 @@ def _typed(key: Key, value: Any) -> Any:
     last = value.value if isinstance(value, _Words) else value
     given = reprlib.repr(last)
     choices = _choices(key.kind)
-    near = difflib.get_close_matches(str(last), choices, n=1) if choices else []
-    raise RecipeError(f"must be {describe(key.kind)}, given {given}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise RecipeError(f"must be {describe(key.kind)}, given {given}{_did_you_mean(str(last), choices)}")
 
 
 def _enums_only(kind: Any) -> Any:
@@ -618,6 +657,8 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     names |= {name: f"sparsity.estimator.{name}" for name in EstimatorConfig.model_fields if name not in names}
     names |= {name: f"sparsity.{name}" for name in SparsityConfig.model_fields if name not in names}
     names |= {f"sparsity.{name}": f"sparsity.{name}" for name in SparsityConfig.model_fields}
+    if key in DEVICES:
+        return "; use_cpu: true chooses the CPU, CUDA_VISIBLE_DEVICES=N in the environment a GPU"
     if key in names:
         return f"; did you mean {names[key]}?"
     near = difflib.get_close_matches(key, names, n=1)

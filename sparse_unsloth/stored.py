@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.adapters import is_lost
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.unreadable import first_line, unreadable
+from sparse_unsloth.unreadable import first_line, root_of, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -55,6 +55,11 @@ def stored_splits(
         )
     if is_lost(arguments.dataset_name) or (path.suffix in OTHER_FILES and not path.exists()):
         raise DataError(f"dataset_name: there is no file or folder {path} (looked for from {Path.cwd()}).")
+    if from_file:
+        splits = {"dataset_train_split": "train", "dataset_test_split": "test", "dataset_config": None}
+        given = [key for key, default in splits.items() if getattr(arguments, key) != default]
+        if given:
+            raise DataError(f"{', '.join(given)}: is for hub data sets, and {path} is one file of rows; leave it out.")
     held_out = arguments.dataset_test_size
 
     def read(split: str, size: int | None) -> Dataset:
@@ -110,20 +115,24 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | It
     name, streaming = arguments.dataset_name, arguments.dataset_streaming
     if from_file:
         try:
-            return datasets.load_dataset(
+            data = datasets.load_dataset(
                 FILE_LOADERS[Path(name).suffix], data_files=name, split=split, streaming=streaming
             )
-        except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetGenerationError) as error:
+            if not streaming:
+                data.data.validate(full=True)  # texts that are not UTF-8 would fail where they are read first
+            return data
+        except Exception as error:  # of every kind: it depends on where in `datasets` the file's contents first fail
             raise DataError(unreadable(name, error)) from error
     if Path(name).is_dir():
         try:
             return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
-        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        except Exception as error:  # likewise
+            reason = first_line(root_of(error))
             files = sorted(path.name for path in Path(name).iterdir() if path.suffix in FILE_LOADERS)
             found = f"of those in it: {', '.join(files[:5])}" if files else "such as .jsonl; there is none in it"
             raise DataError(
-                f"dataset_name: {name} is a folder that `datasets` cannot read as a data set: {first_line(error)}. "
-                f"Name a file ({found})."
+                f"dataset_name: {name} is a folder that `datasets` cannot read as a data set: {reason}. Name a "
+                f"file ({found})."
             ) from error
     try:
         return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)

@@ -23,7 +23,15 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from sparse_unsloth.adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, SETTINGS, check_targets, find_adapter, named_targets
+from sparse_unsloth.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    SETTINGS,
+    check_targets,
+    find_adapter,
+    is_lost,
+    named_targets,
+)
 from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_checkpoint, read_state, stored_checkpoints
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_base, resolve_model
@@ -386,6 +394,10 @@ def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) 
     name = resolve_model(arguments.model_name_or_path)
     if find_adapter(name) is not None:
         options["sparsity"] = _with_estimator_path(recipe, checkpoint)
+    elif is_lost(name):
+        raise _not_loaded(recipe, f"there is no such folder (looked for from {Path.cwd()})")
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file() and "gguf_file" not in options:
+        raise _not_loaded(recipe, "there is no config.json in it")
     try:
         return FastSparseLanguageModel.from_pretrained(
             name,
@@ -398,11 +410,14 @@ def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) 
             **options,
         )
     except OSError as error:
-        raise DataError(
-            f"model_name_or_path: {arguments.model_name_or_path!r} cannot be loaded; it must be a folder with a "
-            f"transformers checkpoint or a LoRA adapter, or a hub name that can be reached from here: "
-            f"{first_line(error)}"
-        ) from error
+        raise _not_loaded(recipe, first_line(error)) from error
+
+
+def _not_loaded(recipe: Recipe, reason: str) -> DataError:
+    return DataError(
+        f"model_name_or_path: {recipe.model.model_name_or_path!r} cannot be loaded: {reason}. It must be a folder "
+        "with a transformers checkpoint or a LoRA adapter, or a hub name that can be reached from here."
+    )
 
 
 def _adapt(recipe: Recipe, model: nn.Module, checkpoint: str | None) -> tuple[nn.Module, StepTimer]:

@@ -9,7 +9,7 @@ from pathlib import Path
 _WORDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of its message; its kind if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -20,9 +20,14 @@ def unreadable(name: str, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return f"dataset_name: {name} is empty."
     place = _first_bad_json(path) if path.suffix in (".json", ".jsonl") and path.is_file() else None
-    while place is None and error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    return f"dataset_name: {place or f'{name} holds no rows, or cannot be read: {first_line(root_of(error))}'}"
+
+
+def root_of(error: BaseException) -> BaseException:
+    """What `datasets` met: its own errors say that one occurred."""
+    while error.__cause__ is not None:
         error = error.__cause__
-    return f"dataset_name: {place or f'{name} holds no rows, or cannot be read: {first_line(error)}'}"
+    return error
 
 
 def _first_bad_json(path: Path) -> str | None:

@@ -138,7 +138,7 @@ def calibrate_recipe(
         SparsityError: see `calibrate` and `build_trainer`.
     """
     from sparse_unsloth.autosparsity.report import save
-    from sparse_unsloth.autosparsity.search import calibrate
+    from sparse_unsloth.autosparsity.search import JOURNAL_FILE, calibrate
     from sparse_unsloth.recipe import SEQ_CLS
 
     if recipe.model.lora_task_type == SEQ_CLS:
@@ -146,19 +146,19 @@ def calibrate_recipe(
             "calibrate measures the loss of answer tokens, and a classifier (SEQ_CLS) has none. Its estimator "
             "calibrates by itself when training begins; its layers are given by hand."
         )
-    with SetUp(output_dir):
+    with SetUp(output_dir, begun=(Path(output_dir) / JOURNAL_FILE).is_file):
         model, samples, probe_samples, held_out = load(recipe, counts)
-    result = calibrate(
-        model,
-        samples,
-        probe_samples=probe_samples,
-        held_out=held_out,
-        config=recipe.sparsity,
-        lora_rank=recipe.model.lora_r,
-        output_dir=output_dir,
-        **bounds,
-        **options,
-    )
+        result = calibrate(
+            model,
+            samples,
+            probe_samples=probe_samples,
+            held_out=held_out,
+            config=recipe.sparsity,
+            lora_rank=recipe.model.lora_r,
+            output_dir=output_dir,
+            **bounds,
+            **options,
+        )
     save(result, Path(output_dir), recipe.data.dataset_name)
     return result
 

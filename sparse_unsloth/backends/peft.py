@@ -305,7 +305,8 @@ def load(
     elif max_seq_length > config.max_position_embeddings:
         raise BackendError(
             f"max_seq_length={max_seq_length} is beyond the {config.max_position_embeddings} positions of "
-            f"{model_name}. Lower it, or give rope_scaling={{'rope_type': 'linear', 'factor': 2.0}}."
+            f"{model_name}. Lower it (a recipe's max_length), or give rope_scaling="
+            "{'rope_type': 'linear', 'factor': 2.0}."
         )
     if load_in_4bit and "quantization_config" not in kwargs and getattr(config, "quantization_config", None) is None:
         kwargs["quantization_config"] = BitsAndBytesConfig(

@@ -147,8 +147,8 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
         raise
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            f"{source.name}: the model {source.model!r} cannot be loaded: {first_line(error)}. Give a folder with a "
-            "transformers checkpoint, a run's folder, or a hub name that can be reached from here."
+            f"{source.name}: the model {source.model!r} cannot be loaded: {first_line(error).rstrip('.')}. Give a "
+            "folder with a transformers checkpoint, a run's folder, or a hub name that can be reached from here."
         ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

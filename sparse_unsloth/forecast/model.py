@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_unsloth.adapters import check_targets, named_targets
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
 from sparse_unsloth.data import DataError, resolve_base, resolve_tokenizer
-from sparse_unsloth.errors import AttachError, ConfigError
+from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
+from sparse_unsloth.unreadable import first_line
 
 if TYPE_CHECKING:
     from sparse_unsloth.recipe import Recipe
@@ -162,11 +163,13 @@ def _configuration(recipe: Recipe) -> tuple[Any, Any]:
         with _quiet():
             config = AutoConfig.from_pretrained(resolve_base(name), **hub)
             tokenizer = AutoTokenizer.from_pretrained(resolve_tokenizer(name), **hub)
+    except SparsityError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(
-            f"model_name_or_path: configuration and tokenizer of {arguments.model_name_or_path!r} cannot be read; it "
-            "must be a folder with a transformers checkpoint, or a hub name that can be reached from here. (Their few "
-            f"small files suffice: no weights are needed.)\n{error}"
+            f"model_name_or_path: configuration and tokenizer of {name!r} cannot be read: {first_line(error)}. It "
+            "must be a folder with a transformers checkpoint or a LoRA adapter, or a hub name that can be reached "
+            "from here. (Their few small files suffice: no weights are needed.)"
         ) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

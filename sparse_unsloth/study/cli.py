@@ -9,6 +9,8 @@ from pathlib import Path
 from sparse_unsloth.faults import check_output
 from sparse_unsloth.study.comparison import TESTS
 from sparse_unsloth.study.components import METHODS
+from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.unreadable import first_line
 from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
@@ -95,8 +97,18 @@ def _toy(arguments: argparse.Namespace, outdir: Path) -> None:
 def _spectra(arguments: argparse.Namespace, outdir: Path) -> None:
     from sparse_unsloth.study.spectra import spectra
 
+    _check_device(arguments.device)
     options = {key: value for key, value in vars(arguments).items() if key not in ("study", "outdir", "model")}
     spectra(arguments.model, outdir, **options)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"--device: {name!r} is no device of this machine: {first_line(error)}") from error
 
 
 def _prune(arguments: argparse.Namespace, outdir: Path) -> None:
