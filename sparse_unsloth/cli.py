@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.words import positive
 
 DESCRIPTION = "Faster LoRA and QLoRA fine-tuning by contextual sparsity, through TRL's SFTTrainer."
@@ -68,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_line("interrupted.")
         return 130
     except Exception as error:
-        from sparse_unsloth.faults import explain, happened_in_training
+        from sparse_unsloth.faults import explain, is_fault_of_training
 
-        if happened_in_training(error) and not isinstance(error, SparsityError):
+        if is_fault_of_training(error):
             raise
         if debug:
             traceback.print_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import sys
@@ -22,11 +23,15 @@ LIBRARIES = {
 KINDS = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError)
 UNKNOWN_ARGUMENT = "unexpected keyword argument"
 """In a TypeError: how Python says that a mapping of a recipe (``model_init_kwargs``, ...) has a wrong key."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FULL_DISK = ("No space left", "PytorchStreamWriter", "inline_container.cc")
+"""What safetensors and PyTorch say where a file cannot be written to its end."""
+FREE_SPACE = (
+    "The disk is full, or cannot be written to: free space, or give another output folder. A run can be resumed."
+)
 FIXES = {
     "out of memory": "Lower per_device_train_batch_size or max_length, or set load_in_4bit: true.",
-    "No space left": "Free space on the disk, or give another output folder.",
-    "PytorchStreamWriter": "The disk is full, or the file cannot be written: free space, or give another output "
-    "folder.",
+    **dict.fromkeys(FULL_DISK, FREE_SPACE),
     "invalid device ordinal": "Name a GPU that this machine has (`sparse-unsloth doctor` lists them).",
 }
 """By what a message contains."""
@@ -68,9 +73,7 @@ class SetUp:
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             if path.name not in self._before:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for path in self._absent:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        _remove_empty(self._absent)
 
 
 def check_output(folder: str | Path, option: str) -> None:
@@ -95,14 +98,21 @@ def check_output(folder: str | Path, option: str) -> None:
             "its permissions."
         ) from error
     finally:
-        for path in absent:
-            if path.is_dir():
-                path.rmdir()
+        _remove_empty(absent)
 
 
-def happened_in_training(error: BaseException) -> bool:
-    """Whether `SetUp` marked it so."""
-    return IN_TRAINING in getattr(error, "__notes__", ())
+def _remove_empty(folders: list[Path]) -> None:
+    """The inner ones first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # another process may have written into it
+            folder.rmdir()
+
+
+def is_fault_of_training(error: Exception) -> bool:
+    """Whether it happened after the set-up, and is neither one of this package's own nor the disk's."""
+    of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    of_disk = of_disk or any(words in str(error) for words in FULL_DISK)
+    return IN_TRAINING in getattr(error, "__notes__", ()) and not isinstance(error, SparsityError) and not of_disk
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -112,8 +122,9 @@ def explain(error: Exception) -> tuple[str, int]:
     """
     if isinstance(error, SparsityError):
         return str(error), 1 if isinstance(error, BackendError) else 2
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.strerror}: {error.filename}. {_fix_of(error)}", 2
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
+        where = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror or error}{where}. {_fix_of(error)}", 2
     library = _library(error)
     if library is None and "out of memory" not in str(error):
         return (
@@ -128,7 +139,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _fix_of(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free space there, or give another folder."
+        return FREE_SPACE
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Change its permissions, or give another folder."
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):

@@ -394,6 +394,9 @@ def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) 
     name = resolve_model(arguments.model_name_or_path)
     if find_adapter(name) is not None:
         options["sparsity"] = _with_estimator_path(recipe, checkpoint)
+        if is_main():
+            settings = f"rank {arguments.lora_r}, over {resolve_base(name)}"
+            print(f"sparse-unsloth: training goes on from the adapter in {name} ({settings})")
     elif is_lost(name):
         raise _not_loaded(recipe, f"there is no such folder (looked for from {Path.cwd()})")
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file() and "gguf_file" not in options:
@@ -410,7 +413,7 @@ def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) 
             **options,
         )
     except OSError as error:
-        raise _not_loaded(recipe, first_line(error)) from error
+        raise _not_loaded(recipe, first_line(error).rstrip(".")) from error
 
 
 def _not_loaded(recipe: Recipe, reason: str) -> DataError:

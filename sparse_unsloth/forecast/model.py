@@ -166,8 +166,9 @@ def _configuration(recipe: Recipe) -> tuple[Any, Any]:
     except SparsityError:
         raise
     except (OSError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise DataError(
-            f"model_name_or_path: configuration and tokenizer of {name!r} cannot be read: {first_line(error)}. It "
+            f"model_name_or_path: configuration and tokenizer of {name!r} cannot be read: {reason}. It "
             "must be a folder with a transformers checkpoint or a LoRA adapter, or a hub name that can be reached "
             "from here. (Their few small files suffice: no weights are needed.)"
         ) from error
