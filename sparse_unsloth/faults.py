@@ -26,9 +26,7 @@ UNKNOWN_ARGUMENT = "unexpected keyword argument"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_DISK = ("No space left", "PytorchStreamWriter", "inline_container.cc")
 """What safetensors and PyTorch say where a file cannot be written to its end."""
-FREE_SPACE = (
-    "The disk is full, or cannot be written to: free space, or give another output folder. A run can be resumed."
-)
+FREE_SPACE = "The disk is full or refuses: free space, or give another output folder. A run can be resumed."
 FIXES = {
     "out of memory": "Lower per_device_train_batch_size or max_length, or set load_in_4bit: true.",
     **dict.fromkeys(FULL_DISK, FREE_SPACE),
