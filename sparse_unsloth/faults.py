@@ -122,9 +122,9 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 1 if isinstance(error, BackendError) else 2
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
         where = "" if error.filename is None else f": {error.filename}"
-        return f"{error.strerror or error}{where}. {_fix_of(error)}", 2
+        return f"{error.strerror or error}{where}. {_fix_of(error)}", 1 if error.errno in DISK_ERRORS else 2
     library = _library(error)
-    if library is None and "out of memory" not in str(error):
+    if library is None and not any(words in str(error) for words in FIXES):
         return (
             f"unexpected error {type(error).__name__}: {_one_line(error)}. If no value of yours explains it, please "
             "report it with its traceback (the same command with --debug) and what `sparse-unsloth doctor` prints."
