@@ -202,4 +202,6 @@ def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: st
     for name in missing:
         near = difflib.get_close_matches(name, ends, n=1)
         said.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    raise ConfigError(f"{key}: no module of this model is called {', nor '.join(said)}. It has {', '.join(ends)}.")
+    raise ConfigError(
+        f"{key}: {', '.join(said)} not found in the base model, whose modules are called {', '.join(ends)}."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from sparse_unsloth.data import DataArguments
+
+logger = logging.getLogger("sparse_unsloth")
 
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 OTHER_FILES = (".txt", ".tsv", ".xml", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml", ".md", ".pkl")
@@ -55,11 +58,10 @@ def stored_splits(
         )
     if is_lost(arguments.dataset_name) or (path.suffix in OTHER_FILES and not path.exists()):
         raise DataError(f"dataset_name: there is no file or folder {path} (looked for from {Path.cwd()}).")
-    if from_file:
-        splits = {"dataset_train_split": "train", "dataset_test_split": "test", "dataset_config": None}
-        given = [key for key, default in splits.items() if getattr(arguments, key) != default]
-        if given:
-            raise DataError(f"{', '.join(given)}: is for hub data sets, and {path} is one file of rows; leave it out.")
+    if from_file and arguments.dataset_train_split != "train":
+        logger.warning(
+            "dataset_train_split: %r plays no part: %s is one file of rows.", arguments.dataset_train_split, path
+        )
     held_out = arguments.dataset_test_size
 
     def read(split: str, size: int | None) -> Dataset:
@@ -139,7 +141,7 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | It
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:
         # DatasetNotFoundError is a FileNotFoundError: without a network the two cannot be told apart.
         raise DataError(
-            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {first_line(error)}. Check the "
+            f"dataset_name: {name!r} cannot be loaded from the Hugging Face hub: {first_line(error)}\nCheck the "
             "name and the connection, or give a local file (.json, .jsonl, .csv, .parquet) with the columns "
             f"{_wanted_columns(arguments)}: --dataset_name FILE --dataset_test_size N. "
             "reasoning-gym:needle_haystack,family_relationships needs no network."

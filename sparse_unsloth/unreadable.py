@@ -20,7 +20,7 @@ def unreadable(name: str, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return f"dataset_name: {name} is empty."
     place = _first_bad_json(path) if path.suffix in (".json", ".jsonl") and path.is_file() else None
-    return f"dataset_name: {place or f'{name} holds no rows, or cannot be read: {first_line(root_of(error))}'}"
+    return f"dataset_name: {place or f'{name} is empty, or cannot be read: {first_line(root_of(error))}'}"
 
 
 def root_of(error: BaseException) -> BaseException:

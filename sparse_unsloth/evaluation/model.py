@@ -148,7 +148,7 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
     except (OSError, ValueError) as error:
         reason = first_line(error).rstrip(".")
         raise EvaluationError(
-            f"{source.name}: the model {source.model!r} cannot be loaded: {reason}. Give a "
+            f"{source.name}: the model cannot be loaded: {source.model!r}: {reason}. Give a "
             "folder with a transformers checkpoint, a run's folder, or a hub name that can be reached from here."
         ) from error
     tokenizer.padding_side = "left"
