@@ -18,7 +18,7 @@ def unreadable(name: str, error: Exception) -> str:
     """What is wrong with a file of rows, and where in it."""
     path = Path(name)
     if path.is_file() and path.stat().st_size == 0:
-        return f"dataset_name: {name} is empty."
+        return f"dataset_name: {name} is empty, or cannot be read: it holds nothing."
     place = _first_bad_json(path) if path.suffix in (".json", ".jsonl") and path.is_file() else None
     return f"dataset_name: {place or f'{name} is empty, or cannot be read: {first_line(root_of(error))}'}"
 
