@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.adapters import base_of, find_adapter, tokenizer_of
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.saved_adapters import base_of, find_adapter, tokenizer_of
 from sparse_unsloth.stored import first_line, stored_splits
 from sparse_unsloth.templates import CHAT_TEMPLATE, FILTERS, TEMPLATES, filtered, training_pair
 

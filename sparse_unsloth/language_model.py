@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from sparse_unsloth import prefill
-from sparse_unsloth.adapters import check_targets, find_adapter
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
+from sparse_unsloth.saved_adapters import check_targets, find_adapter
 
 logger = logging.getLogger("sparse_unsloth")
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from sparse_unsloth.adapters import SETTINGS, find_adapter, read_settings
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data import DataArguments
 from sparse_unsloth.errors import ConfigError, DataError, SparsityError
 from sparse_unsloth.rank.config import RankConfig, RankError
+from sparse_unsloth.saved_adapters import SETTINGS, find_adapter, read_settings
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.adapters import is_lost
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.saved_adapters import is_lost
 from sparse_unsloth.unreadable import first_line, root_of, unreadable
 
 if TYPE_CHECKING:

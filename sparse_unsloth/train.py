@@ -23,15 +23,6 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from sparse_unsloth.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_FOLDER,
-    SETTINGS,
-    check_targets,
-    find_adapter,
-    is_lost,
-    named_targets,
-)
 from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_checkpoint, read_state, stored_checkpoints
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_base, resolve_model
@@ -45,6 +36,15 @@ from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageMode
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
 from sparse_unsloth.recipe import SEQ_CLS, Recipe, RecipeError, raw_values, recipe_keys
+from sparse_unsloth.saved_adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    SETTINGS,
+    check_targets,
+    find_adapter,
+    is_lost,
+    named_targets,
+)
 from sparse_unsloth.stored import first_line
 
 logger = logging.getLogger("sparse_unsloth")

@@ -17,10 +17,12 @@ def first_line(error: BaseException) -> str:
 def unreadable(name: str, error: Exception) -> str:
     """What is wrong with a file of rows, and where in it."""
     path = Path(name)
+    place = None
     if path.is_file() and path.stat().st_size == 0:
-        return f"dataset_name: {name} is empty, or cannot be read: it holds nothing."
-    place = _first_bad_json(path) if path.suffix in (".json", ".jsonl") and path.is_file() else None
-    return f"dataset_name: {place or f'{name} is empty, or cannot be read: {first_line(root_of(error))}'}"
+        place = "it holds nothing."
+    elif path.suffix in (".json", ".jsonl") and path.is_file():
+        place = _first_bad_json(path)
+    return f"dataset_name: {name} is empty, or cannot be read: {place or first_line(root_of(error))}"
 
 
 def root_of(error: BaseException) -> BaseException:
@@ -32,34 +34,37 @@ def root_of(error: BaseException) -> BaseException:
 
 def _first_bad_json(path: Path) -> str | None:
     """The first place in a file of JSON rows where there is none, or one unlike those before; None if all are alike."""
+
+    def line_of(number: int) -> str:
+        return f"line {number} ({path.name}:{number})"
+
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        return f"{path}:{line}: is not UTF-8 text ({error.reason})."
+        return f"{line_of(line)} is not UTF-8 text ({error.reason})."
     if text.lstrip().startswith("["):
         try:
-            rows = [(f"{path}: entry {number}", row) for number, row in enumerate(json.loads(text), start=1)]
+            rows = [(f"entry {number}", row) for number, row in enumerate(json.loads(text), start=1)]
         except json.JSONDecodeError as error:
-            return f"{path}:{error.lineno}: is no JSON: {error.msg} (column {error.colno})."
+            return f"{line_of(error.lineno)} is no JSON: {error.msg} (column {error.colno})."
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
-                rows.append((f"{path}:{number}", json.loads(line)))
+                rows.append((line_of(number), json.loads(line)))
             except json.JSONDecodeError as error:
-                return f"{path}:{number}: is no JSON object: {error.msg} (column {error.colno}). Each line must be one."
+                return (
+                    f"{line_of(number)} is no JSON object: {error.msg} (column {error.colno}). Each line must be one."
+                )
     kinds: dict[str, tuple[str, type]] = {}
     for place, row in rows:
         if not isinstance(row, dict):
-            return f"{place}: holds {reprlib.repr(row)}, and a row must be an object, {{column: value}}."
+            return f"{place} holds {reprlib.repr(row)}, and a row must be an object, {{column: value}}."
         for column, value in row.items():
             first, kind = kinds.setdefault(column, (place, type(value))) if value is not None else (place, None)
             if kind not in (None, type(value)) and {kind, type(value)} != {int, float}:
-                return (
-                    f"{place}: {column} is {_WORDS[type(value)]}, and {_WORDS[kind]} in "
-                    f"{first.removeprefix(str(path))[1:]}."
-                )
+                return f"{place}: {column} is {_WORDS[type(value)]}, and {_WORDS[kind]} in {first}."
     return None

@@ -159,14 +159,26 @@ def test_a_length_beyond_the_models_positions(place, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", b'{"question":"a","answer":"b"}\n{"question":"a","answer":\n', "a.jsonl:2: is no JSON object"),
-        ("b.jsonl", b'{"question":"a","answer":"b"}\n\n["a"]\n', "b.jsonl:3: holds ['a'], and a row must be an object"),
-        ("c.json", b'[{"question":"a","answer":"b"},\n{"question":"a" "answer":"b"}]', "c.json:2: is no JSON"),
-        ("d.json", b'[{"question":"a","answer":"b"}, 3]', "d.json: entry 2: holds 3"),
-        ("e.jsonl", b'{"question":"a","answer":"b"}\n{"question":"\xff","answer":"b"}\n', "e.jsonl:2: is not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"question":"a","answer":"b"}\n{"question":"a","answer":\n',
+            "line 2 (a.jsonl:2) is no JSON object",
+        ),
+        (
+            "b.jsonl",
+            b'{"question":"a","answer":"b"}\n\n["a"]\n',
+            "line 3 (b.jsonl:3) holds ['a'], and a row must be an object",
+        ),
+        ("c.json", b'[{"question":"a","answer":"b"},\n{"question":"a" "answer":"b"}]', "line 2 (c.json:2) is no JSON"),
+        ("d.json", b'[{"question":"a","answer":"b"}, 3]', "entry 2 holds 3"),
+        (
+            "e.jsonl",
+            b'{"question":"a","answer":"b"}\n{"question":"\xff","answer":"b"}\n',
+            "line 2 (e.jsonl:2) is not UTF-8",
+        ),
         ("g.csv", b"question,answer\na,b\na,b,c\n", "g.csv is empty, or cannot be read: Error tokenizing data"),
         ("h.csv", b"question,answer\na,\xff\n", "h.csv is empty, or cannot be read: 'utf-8'"),
-        ("j.jsonl", b"question,answer\na,b\n", "j.jsonl:1: is no JSON object"),
+        ("j.jsonl", b"question,answer\na,b\n", "line 1 (j.jsonl:1) is no JSON object"),
     ],
 )
 def test_a_file_of_rows_that_cannot_be_read_is_named_with_its_line(place, name, text, message, capsys):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sparse_unsloth.adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
@@ -24,6 +23,7 @@ from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
+from sparse_unsloth.saved_adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
 from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, read_base, read_projection
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_unsloth.adapters import base_of, find_adapter, vocabulary_of
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends import row_hooks, unsloth_layer, unsloth_rows
 from sparse_unsloth.backends.peft import PARTS
@@ -28,6 +27,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.saved_adapters import base_of, find_adapter, vocabulary_of
 from sparse_unsloth.weights import read_projection
 
 logger = logging.getLogger("sparse_unsloth")

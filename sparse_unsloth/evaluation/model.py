@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.adapters import (
+from sparse_unsloth.data import resolve_model
+from sparse_unsloth.errors import DataError, SparsityError
+from sparse_unsloth.recipe import raw_values
+from sparse_unsloth.saved_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     base_of,
@@ -24,9 +27,6 @@ from sparse_unsloth.adapters import (
     is_lost,
     vocabulary_of,
 )
-from sparse_unsloth.data import resolve_model
-from sparse_unsloth.errors import DataError, SparsityError
-from sparse_unsloth.recipe import raw_values
 from sparse_unsloth.stored import first_line
 from sparse_unsloth.templates import CHAT_TEMPLATE
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sparse_unsloth import FastSparseLanguageModel
-from sparse_unsloth.adapters import check_targets, named_targets, vocabulary_of
 from sparse_unsloth.cli import main
 from sparse_unsloth.errors import BackendError, ConfigError, DataError
 from sparse_unsloth.evaluation.model import find_source
 from sparse_unsloth.evaluation.model import load as load_for_evaluation
+from sparse_unsloth.saved_adapters import check_targets, named_targets, vocabulary_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_base
