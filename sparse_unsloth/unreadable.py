@@ -35,30 +35,25 @@ def root_of(error: BaseException) -> BaseException:
 def _first_bad_json(path: Path) -> str | None:
     """The first place in a file of JSON rows where there is none, or one unlike those before; None if all are alike."""
 
-    def line_of(number: int) -> str:
-        return f"line {number} ({path.name}:{number})"
-
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        return f"{line_of(line)} is not UTF-8 text ({error.reason})."
+        return f"line {line} is not UTF-8 text ({error.reason})."
     if text.lstrip().startswith("["):
         try:
             rows = [(f"entry {number}", row) for number, row in enumerate(json.loads(text), start=1)]
         except json.JSONDecodeError as error:
-            return f"{line_of(error.lineno)} is no JSON: {error.msg} (column {error.colno})."
+            return f"line {error.lineno} is no JSON: {error.msg} (column {error.colno})."
     else:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
-                rows.append((line_of(number), json.loads(line)))
+                rows.append((f"line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
-                return (
-                    f"{line_of(number)} is no JSON object: {error.msg} (column {error.colno}). Each line must be one."
-                )
+                return f"line {number} is no JSON: {error.msg} (column {error.colno}). Each line must be one."
     kinds: dict[str, tuple[str, type]] = {}
     for place, row in rows:
         if not isinstance(row, dict):
