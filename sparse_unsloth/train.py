@@ -5,7 +5,6 @@ Importing this module imports TRL. With the Unsloth backend, Unsloth must come b
 
 from __future__ import annotations
 
-import array
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -623,14 +623,16 @@ def _is_complete(recipe: Recipe, metrics: dict[str, Any]) -> bool:
 
 
 def data_digest(data: Any) -> str | None:
-    """Of the samples' token ids and their order; None where they cannot be read that way."""
-    if "input_ids" not in (getattr(data, "column_names", None) or ()) or not hasattr(data, "select_columns"):
+    """Of the samples' token ids and their order; None where they cannot be read that way (streams, say)."""
+    if "input_ids" not in (getattr(data, "column_names", None) or ()) or not isinstance(data, Dataset):
         return None
-    digest = hashlib.sha256()
-    for batch in data.select_columns("input_ids").with_format(None).iter(batch_size=1000):
-        for ids in batch["input_ids"]:
-            digest.update(array.array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()[:16]
+    # Apart, so that it does not matter into which pieces Arrow has cut the column.
+    lengths, values = hashlib.sha256(), hashlib.sha256()
+    for table in data.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        for chunk in table["input_ids"].chunks:
+            lengths.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            values.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return f"{lengths.hexdigest()[:8]}{values.hexdigest()[:16]}"
 
 
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:

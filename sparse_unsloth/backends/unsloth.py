@@ -46,10 +46,13 @@ def load(
     """
     adapter = find_adapter(model_name)
     if adapter is not None:
-        base_of(adapter)
-        vocabulary = vocabulary_of(adapter)
+        base, vocabulary = base_of(adapter), vocabulary_of(adapter)
         if vocabulary is not None:
-            kwargs.setdefault("resize_model_vocab", vocabulary)
+            from transformers import AutoConfig
+
+            hub = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
+            if AutoConfig.from_pretrained(base, **hub).get_text_config().vocab_size != vocabulary:
+                kwargs.setdefault("resize_model_vocab", vocabulary)
     if "trl" in sys.modules and "unsloth" not in sys.modules:
         logger.warning(
             "TRL was imported before Unsloth, which replaces TRL's trainers when it is imported: trainers that your "
