@@ -389,6 +389,9 @@ def _build(document: _Document) -> Recipe:
         if document.values.get(needed) in (None, ""):
             problems.append(f"{document.name}: {needed} is missing")
 
+    if "output_dir" in values and not values["output_dir"]:
+        problems.append(f"{document.places['output_dir']}: must name a folder; leave it out for runs/{name}")
+
     blocks = {}
     given = dict(values)
     for block, kind in _blocks().items():

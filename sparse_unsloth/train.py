@@ -475,6 +475,11 @@ def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
         checkpoint = Path(asked)
         if not checkpoint.is_dir():
             raise RecipeError(f"resume_from_checkpoint: there is no folder {asked}.")
+        if stored_checkpoints(checkpoint):  # a run's folder: its last one
+            last = last_whole_checkpoint(checkpoint)
+            if last is None:
+                raise RecipeError(f"resume_from_checkpoint: no checkpoint in {asked} is whole.")
+            checkpoint = Path(last)
         in_folder = checkpoint.resolve().parent == folder.resolve()
     if not resumes or not in_folder:
         whole = any(damage(path) is None for path in stored)

@@ -105,6 +105,7 @@ def refused(words, capsys, place, code=2, program=True):
         ("--dataset_name {T}", "is a folder that `datasets` cannot read as a data set"),
         ("--output_dir {S}/r.yaml", "output_dir: {S}/r.yaml is a file, and"),
         ("--output_dir {S}/r.yaml/run", "output_dir: {S}/r.yaml is a file, and"),
+        ("--output_dir=", "--output_dir: must name a folder; leave it out for runs/r"),
         ("--output_dir /proc/run", "output_dir: /proc/run cannot be written to"),
         ("--optim lomo", "transformers says: You need to install `lomo_optim`"),
         ("--lr_scheduler_type cosine_with_min_lr", "transformers says: One of min_lr or min_lr_rate should be set"),

@@ -93,6 +93,7 @@ def named(caplog):
         [],
         ["--max_steps", "3"],
         ["--resume_from_checkpoint", "{run}/checkpoint-2"],
+        ["--resume_from_checkpoint", "{run}"],
         ["--learning_rate", "0.1", "--save_only_model"],
         ["--max_steps", "-1", "--num_train_epochs", "0.5"],
     ],
@@ -249,8 +250,10 @@ def test_a_checkpoint_without_its_optimizer_is_refused(recipe, copy, where, caps
     ],
 )
 def test_other_settings_are_named(recipe, copy, tmp_path, words, message, caplog):
-    elsewhere = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(copy / "checkpoint-6")]
+    shutil.rmtree(copy / "checkpoint-7")
+    elsewhere = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(copy)]
     assert main(["train", recipe, *elsewhere, *words]) == 0
+    assert f"{copy / 'checkpoint-6'}" in named(caplog)
     assert message in named(caplog)
 
 
