@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from sparse_unsloth.data import DataArguments, resolve_model
+from sparse_unsloth.data import DataArguments, resolve_tokenizer
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.stored import stored_splits
 
@@ -125,7 +125,7 @@ def load_tokenizer(model_name: str, **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model_name), **hub)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_tokenizer(model_name), **hub)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DataError(f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {first}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from sparse_unsloth.words import positive
@@ -29,7 +30,8 @@ examples:
   sparse-unsloth train my.yaml --lora_target_modules q_proj v_proj --packing
   sparse-unsloth train my.yaml --resume_from_checkpoint
 
-Unknown keys and wrong types are errors, all of them reported at once (exit code 2)."""
+Unknown keys and wrong types are errors, all of them reported at once (exit code 2). A finished run that is resumed
+stays as it is. model_name_or_path may be an adapter, a checkpoint or a run's folder: training goes on from that."""
 
 OWN_WORDS = {
     "estimate": ("say before training what sparsity will gain: tokens, FLOPs, time, memory", "forecast.command"),
@@ -44,25 +46,61 @@ OWN_WORDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 it was asked wrongly."""
+    """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 it was asked wrongly.
+
+    What the user or his machine can change is said in one line on standard error; ``--debug`` adds the traceback.
+
+    Raises:
+        Exception: what nobody expected while training, with its traceback.
+    """
+    words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
         return 0
-    from sparse_unsloth.errors import BackendError, SparsityError
-
     try:
         return COMMANDS[arguments.command](arguments)
-    except SparsityError as error:
-        print(f"sparse-unsloth: {error}", file=sys.stderr)
-        return 1 if isinstance(error, BackendError) else 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print_line("interrupted.")
+        return 130
+    except Exception as error:
+        from sparse_unsloth.faults import explain, is_fault_of_training
+
+        if is_fault_of_training(error):
+            raise
+        if debug:
+            traceback.print_exception(error)
+        line, code = explain(error)
+        print_line(line)
+        return code
+
+
+def take_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without a bare ``--debug``, and whether there was one; TRL has a key of that name, which takes "
+    "values."""
+    kept, found = [], False
+    for index, word in enumerate(words):
+        following = words[index + 1 : index + 2]
+        if word == "--debug" and (index == 0 or not following or following[0].startswith("--")):
+            found = True
+        else:
+            kept.append(word)
+    return kept, found
+
+
+def print_line(text: str) -> None:
+    """On standard error, under the program's name."""
+    print(f"sparse-unsloth: {text}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; ``train`` leaves its ``--key value`` words to `recipe.parse_overrides`."""
     parser = argparse.ArgumentParser(prog="sparse-unsloth", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, with every command")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     train = commands.add_parser(
@@ -131,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from sparse_unsloth.train import run
 
     result = run(recipe)
-    if is_main():
+    if is_main() and result.trained:
         print(f"sparse-unsloth: trained {result.metrics['steps']} steps; adapter and metrics are in {result.folder}")
     return 0
 
@@ -157,7 +195,7 @@ def _keys(arguments: argparse.Namespace) -> int:
     word = arguments.word.lower()
     keys = [key for key in recipe_keys().values() if word in key.name.lower() or word in key.help.lower()]
     if not keys:
-        print(f"sparse-unsloth: no key of a recipe has to do with {arguments.word!r}", file=sys.stderr)
+        print_line(f"no key of a recipe has to do with {arguments.word!r}")
         return 1
     table = Table("key", "type", "default", "what it does", box=None, pad_edge=False)
     for key in keys:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.faults import check_output
 from sparse_unsloth.study.comparison import compare_paired, holm
 from sparse_unsloth.words import command_parser
 
@@ -88,8 +89,8 @@ def read_run(folder: str | Path) -> Run:
     missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
     if missing:
         raise CompareError(f"{folder}: has no {' and no '.join(missing)}, so it holds no finished run.")
-    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    recipe = _stored(folder / RECIPE_FILE, yaml.safe_load)
+    metrics = _stored(folder / METRICS_FILE, json.loads, "log")
     settings = {key: value for key, value in recipe.items() if key not in NOT_A_SETTING}
     # Factors lie in the run folder, unless the recipe brings them.
     estimator = settings.get("sparsity", {}).get("estimator", {})
@@ -98,7 +99,7 @@ def read_run(folder: str | Path) -> Run:
     values = dict(_training_values(metrics))
     items = {}
     for path in sorted(folder.glob(f"evaluation/*/{RESULTS_FILE}")):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = _stored(path, json.loads, "suite", "scores", "items")
         for number, (name, value) in enumerate(results["scores"].items()):
             values[f"{results['suite']} {name}"] = value
             if number == 0 and results["items"]:
@@ -106,6 +107,22 @@ def read_run(folder: str | Path) -> Run:
     losses = [(entry["step"], entry["loss"]) for entry in metrics["log"] if "loss" in entry]
     seed = recipe.get("seed", "default")
     return Run(folder.resolve().name, seed, json.dumps(settings, sort_keys=True), values, items, losses)
+
+
+def _stored(path: Path, read: Callable[[str], Any], *needed: str) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+        CompareError: it cannot be read, or has not the keys that are needed.
+    """
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise CompareError(f"{path}: is damaged: {' '.join(str(error).split())}. Train or evaluate again.") from error
+    missing = [key for key in needed if key not in found] if isinstance(found, dict) else ["mapping"]
+    if missing:
+        raise CompareError(f"{path}: is damaged: it holds no {', '.join(missing)}. Train or evaluate again.")
+    return found
 
 
 def _training_values(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -321,6 +338,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")
     parser.add_argument("--output-dir", default="runs/comparison", help="default: %(default)s")
     arguments = parser.parse_args(words)
+    check_output(arguments.output_dir, "output-dir")
     groups = group_runs([read_run(folder) for folder in arguments.runs])
     comparison = compare(groups)
     folder, console = Path(arguments.output_dir), Console()

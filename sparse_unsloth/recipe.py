@@ -8,10 +8,11 @@ import functools
 import importlib.resources
 import json
 import logging
+import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +22,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data import DataArguments
-from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.errors import ConfigError, DataError, SparsityError
 from sparse_unsloth.rank.config import RankConfig, RankError
+from sparse_unsloth.saved_adapters import SETTINGS, find_adapter, read_settings
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -42,6 +44,11 @@ PEFT_METHODS = {
     "dora": {"load_in_4bit": False, "use_dora": True},
 }
 SUFFIXES = (".yaml", ".yml")
+CHECKPOINTING_OPTIONS = (
+    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers", "offload",
+)  # fmt: skip
+DEVICES = ("device", "devices", "gpu", "gpus", "cuda", "cpu", "device_map", "no_cuda", "gpu_ids")
+"""Keys that users try, and that no block has."""
 # A secret, and what belongs to one start of a run only.
 UNSAVED = ("hub_token", "resume_from_checkpoint")
 
@@ -83,14 +90,18 @@ class Recipe:
     backend: str
     rank: RankConfig | None = None
 
-    def save(self, path: str | Path) -> None:
-        """Writes a recipe that `load_recipe` reads back to an equal one, the sparsity spelled out in full."""
+    def resolved(self) -> dict[str, Any]:
+        """Its keys as plain data, the sparsity spelled out in full."""
         resolved = {key: value for key, value in self.given.items() if key not in UNSAVED}
         resolved |= {"backend": self.backend, "output_dir": self.training.output_dir}
         resolved["sparsity"] = self.sparsity.model_dump(mode="json")
         if self.rank is not None:
             resolved["rank"] = vars(self.rank)
-        Path(path).write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return resolved
+
+    def save(self, path: str | Path) -> None:
+        """Writes a recipe that `load_recipe` reads back to an equal one."""
+        Path(path).write_text(yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def shipped_recipes() -> dict[str, Traversable]:
@@ -113,8 +124,7 @@ def find_recipe(source: str) -> Traversable:
         return path
     shipped = shipped_recipes()
     if source not in shipped:
-        near = difflib.get_close_matches(source, shipped, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = _did_you_mean(source, shipped) or "."
         raise RecipeError(
             f"there is no shipped recipe {source!r}{hint} Shipped: {', '.join(shipped)}; a file's name ends in .yaml."
         )
@@ -232,12 +242,15 @@ class _Document:
     def __init__(self, entry: Traversable, extended_by: tuple[str, ...] = ()):
         self.name = name = entry.name
         self.problems: list[str] = []
-        text = entry.read_text(encoding="utf-8")
+        self.adopted: dict[str, Any] = {}  # of the adapter that training goes on with
         try:
+            text = entry.read_text(encoding="utf-8")
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             self.values: dict[str, Any] = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise RecipeError(f"{name}: cannot be read as YAML: {error}") from None
+            raise RecipeError(yaml_problem(name, error)) from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name}: cannot be read as YAML: it is not UTF-8 text ({error}).") from None
         if not isinstance(self.values, dict):
             raise RecipeError(f"{name}: must hold a mapping of keys, but holds a {type(self.values).__name__}.")
         self.places: dict[str, str] = {}
@@ -246,6 +259,9 @@ class _Document:
             if key.value in self.places:
                 self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
             self.places[key.value] = place
+        self.problems += [
+            problem for _, block in (root.value if root is not None else ()) for problem in _twice(name, block)
+        ]
         self._resolve_sparsity_file(entry)
         if "extends" in self.values:
             self._extend(entry, (*extended_by, name))
@@ -303,6 +319,30 @@ class _Document:
         block[path[-1]] = _parsed(value)
 
 
+def yaml_problem(name: str, error: yaml.YAMLError) -> str:
+    """One line: file, line and column, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return (
+        f"{place}: cannot be read as YAML: {', '.join(part for part in said if part) or ' '.join(str(error).split())}."
+    )
+
+
+def _twice(name: str, node: yaml.Node) -> list[str]:
+    """Keys that a block holds twice, of which YAML keeps the last without a word."""
+    problems, seen = [], {}
+    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            place = f"{name}:{key.start_mark.line + 1}: {key.value}"
+            if key.value in seen:
+                problems.append(f"{place}: given twice, first as {seen[key.value]}")
+            seen[key.value] = place
+        problems += _twice(name, value)
+    return problems
+
+
 class _Words:
     """A command-line value, not yet known to be a text or YAML."""
 
@@ -333,17 +373,24 @@ def _build(document: _Document) -> Recipe:
             problems.append(f"{place}: unknown key{_nearest(str(key), keys)}")
         elif key in ("sparsity", "rank"):
             values[key] = value.parsed() if isinstance(value, _Words) else value
+            if key == "sparsity" and values[key] is False and isinstance(value, _Words):
+                values[key] = value.value  # as it was written: off, no, false
         else:
             try:
                 values[key] = _typed(keys[key], value)
+                _check_range(key, values[key])
             except RecipeError as error:
                 problems.append(f"{place}: {error}")
+    _adopt_adapter(document, values)
     sparsity = _sparsity(document, values.pop("sparsity", None))
     sparsity = _apply_peft(document, values, sparsity)
     rank = _rank(document, values.pop("rank", None))
     for needed in ("model_name_or_path", "dataset_name"):
-        if document.values.get(needed) is None:
+        if document.values.get(needed) in (None, ""):
             problems.append(f"{document.name}: {needed} is missing")
+
+    if "output_dir" in values and not values["output_dir"]:
+        problems.append(f"{document.places['output_dir']}: must name a folder; leave it out for runs/{name}")
 
     blocks = {}
     given = dict(values)
@@ -351,14 +398,15 @@ def _build(document: _Document) -> Recipe:
         names = {entry.name for entry in fields(kind) if entry.init}
         chosen = {key: value for key, value in values.items() if key in names}
         if block == "model":
-            chosen = {key: value for key, value in MODEL_DEFAULTS.items() if key in names} | chosen
+            chosen = {key: value for key, value in MODEL_DEFAULTS.items() if key in names} | chosen | document.adopted
         if block == "training":
             chosen.setdefault("output_dir", f"runs/{name}")
         try:
             blocks[block] = kind(**chosen)
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            problems.append(f"{document.name}: {error}")
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+            problems.append(f"{document.name}: {' '.join(str(error).split())}")
     problems += _unsupported(document.name, blocks.get("model"))
+    problems += _unheard(document, blocks.get("training"))
     if problems:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
@@ -381,6 +429,39 @@ def _apply_peft(document: _Document, values: dict[str, Any], sparsity: SparsityC
         return sparsity
     logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
+
+
+def _unheard(document: _Document, training: SFTConfig | None) -> list[str]:
+    """What transformers passes over, or refuses only after the model is loaded."""
+    if training is None:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    def place(key: str) -> str:
+        return document.places.get(key, f"{document.name}: {key}")
+
+    problems = []
+    if training.load_best_model_at_end and training.eval_strategy == "no":
+        problems.append(f"{place('load_best_model_at_end')}: needs eval_strategy and save_strategy: steps or epoch")
+    if training.restore_callback_states_from_checkpoint:
+        problems.append(f"{place('restore_callback_states_from_checkpoint')}: a run restores its own; leave it out")
+    for name in training.gradient_checkpointing_kwargs or ():
+        if name not in CHECKPOINTING_OPTIONS:
+            near = _did_you_mean(str(name), CHECKPOINTING_OPTIONS)
+            problems.append(f"{place('gradient_checkpointing_kwargs')}: {name}: unknown option{near}")
+    valid = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    asked = training.report_to or []
+    return problems + [
+        f"{place('report_to')}: there is no integration {name!r}{_did_you_mean(str(name), valid)}; there are "
+        f"{', '.join(valid)}"
+        for name in ([asked] if isinstance(asked, str) else asked)
+        if name not in valid
+    ]
+
+
+def _did_you_mean(given: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _sparsity(document: _Document, value: Any) -> SparsityConfig | None:
@@ -419,9 +500,87 @@ def _unsupported(name: str, model: ModelConfig | None) -> list[str]:
         problems.append(f"{name}: lora_task_type: must be {CAUSAL_LM} or {SEQ_CLS}, given {model.lora_task_type!r}")
     if model.load_in_8bit:
         problems.append(f"{name}: load_in_8bit: has no sparse path; use load_in_4bit, or neither")
+    if model.lora_target_modules == []:
+        problems.append(f"{name}: lora_target_modules: names no module; leave it out for all projections")
     if model.lora_target_parameters:
         problems.append(f"{name}: lora_target_parameters: has no sparse path; use lora_target_modules")
     return problems
+
+
+_COUNT = (lambda x: x >= 1, "1 or more")
+_FROM_0 = (lambda x: x >= 0, "0 or more")
+_ABOVE_0 = (lambda x: x > 0, "above 0")
+_SHARE = (lambda x: 0 <= x <= 1, "from 0 to 1")
+_PART = (lambda x: 0 <= x < 1, "0 or more and below 1")
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (lambda x: 0 < x <= 1, "above 0 and at most 1 (usually 1e-5 to 1e-3)"),
+    "max_steps": (lambda x: x == -1 or x >= 1, "1 or more, or -1 for num_train_epochs"),
+    **dict.fromkeys(
+        (
+            "lora_r", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "max_length", "save_total_limit", "eval_accumulation_steps", "dataset_num_proc",
+        ),
+        _COUNT,
+    ),
+    "dataset_size": (lambda x: x >= 1, "1 or more, or null for all"),
+    "dataset_test_size": (lambda x: x >= 1, "1 or more, or null for none"),
+    **dict.fromkeys(("lora_alpha", "num_train_epochs", "save_steps", "logging_steps", "eval_steps"), _ABOVE_0),
+    **dict.fromkeys(
+        (
+            "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha", "seed", "data_seed",
+            "dataset_seed", "dataloader_num_workers", "eval_delay",
+        ),
+        _FROM_0,
+    ),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
+    "warmup_ratio": _SHARE,
+}  # fmt: skip
+"""What values the libraries take without a word, or refuse late and badly: the test, and how it reads."""
+
+
+def _check_range(key: str, value: Any) -> None:
+    if key not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    fits, words = RANGES[key]
+    if not math.isfinite(value) or not fits(value):
+        raise RecipeError(f"must be {words}, given {value}")
+
+
+def _adopt_adapter(document: _Document, values: dict[str, Any]) -> None:
+    """Where the model is an adapter's folder: what that adapter is, in place of the keys' defaults.
+
+    Such keys stay out of the saved recipe; the adapter says them again.
+    """
+    name = values.get("model_name_or_path")
+    if not isinstance(name, str):
+        return
+    try:
+        adapter = find_adapter(name)
+        settings = {} if adapter is None else read_settings(adapter)
+    except DataError as error:
+        document.problems.append(str(error))
+        return
+    method = PEFT_METHODS.get(values.get("peft"), {})
+    for key, theirs in SETTINGS.items():
+        found = settings.get(theirs)
+        if found is None:
+            continue
+        asked = values.get(key, method.get(key, found) if key == "use_dora" else found)
+        if not _same_setting(asked, found):
+            document.problems.append(
+                f"{document.places.get(key, document.name)}: the adapter in {adapter} was made with {found!r}, and "
+                f"training goes on with that: leave {key} out, or begin from the base model "
+                f"({settings['base_model_name_or_path']})"
+            )
+        document.adopted[key] = found
+
+
+def _same_setting(asked: Any, found: Any) -> bool:
+    if asked in ("all-linear", ["all-linear"]):
+        return True
+    if isinstance(asked, list) and isinstance(found, list):
+        return sorted(asked) == sorted(found)
+    return asked == found or (not asked and not found)
 
 
 def _typed(key: Key, value: Any) -> Any:
@@ -448,8 +607,7 @@ def _typed(key: Key, value: Any) -> Any:
     last = value.value if isinstance(value, _Words) else value
     given = reprlib.repr(last)
     choices = _choices(key.kind)
-    near = difflib.get_close_matches(str(last), choices, n=1) if choices else []
-    raise RecipeError(f"must be {describe(key.kind)}, given {given}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise RecipeError(f"must be {describe(key.kind)}, given {given}{_did_you_mean(str(last), choices)}")
 
 
 def _enums_only(kind: Any) -> Any:
@@ -502,6 +660,8 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     names |= {name: f"sparsity.estimator.{name}" for name in EstimatorConfig.model_fields if name not in names}
     names |= {name: f"sparsity.{name}" for name in SparsityConfig.model_fields if name not in names}
     names |= {f"sparsity.{name}": f"sparsity.{name}" for name in SparsityConfig.model_fields}
+    if key in DEVICES:
+        return "; use_cpu: true chooses the CPU, CUDA_VISIBLE_DEVICES=N in the environment a GPU"
     if key in names:
         return f"; did you mean {names[key]}?"
     near = difflib.get_close_matches(key, names, n=1)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.saved_adapters import is_lost
+from sparse_unsloth.unreadable import first_line, root_of, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from sparse_unsloth.data import DataArguments
 
+logger = logging.getLogger("sparse_unsloth")
+
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+OTHER_FILES = (".txt", ".tsv", ".xml", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml", ".md", ".pkl")
+"""Ends of files' names, not of hub names."""
 # Files that the published experiments trained on, and where they come from.
 KNOWN_FILES = {
     "math_10k.json": "ft-training_set/ of https://github.com/AGI-Edgerunners/LLM-Adapters",
@@ -45,7 +52,16 @@ def stored_splits(
         where = f" It is in {known}; download it, and name it with --dataset_name." if known else ""
         raise DataError(f"dataset_name: there is no file {path} (looked for in {Path.cwd()}).{where}")
     if path.is_file() and not from_file:
-        raise DataError(f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}.")
+        raise DataError(
+            f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}: these are what is read, by the name's end. "
+            "Convert it, or rename it if that is what it holds."
+        )
+    if is_lost(arguments.dataset_name) or (path.suffix in OTHER_FILES and not path.exists()):
+        raise DataError(f"dataset_name: there is no file or folder {path} (looked for from {Path.cwd()}).")
+    if from_file and arguments.dataset_train_split != "train":
+        logger.warning(
+            "dataset_train_split: %r plays no part: %s is one file of rows.", arguments.dataset_train_split, path
+        )
     held_out = arguments.dataset_test_size
 
     def read(split: str, size: int | None) -> Dataset:
@@ -92,7 +108,7 @@ def _first_rows(stream: Callable[[], IterableDataset], arguments: DataArguments,
             return datasets.Dataset.from_list([])
         if isinstance(cause, DataError):
             raise cause from None
-        raise DataError(f"dataset_name: {arguments.dataset_name!r} cannot be read: {first_line(cause)}") from error
+        raise DataError(unreadable(arguments.dataset_name, cause)) from error
 
 
 def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | IterableDataset:
@@ -101,11 +117,25 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | It
     name, streaming = arguments.dataset_name, arguments.dataset_streaming
     if from_file:
         try:
-            return datasets.load_dataset(
+            data = datasets.load_dataset(
                 FILE_LOADERS[Path(name).suffix], data_files=name, split=split, streaming=streaming
             )
-        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-            raise DataError(f"dataset_name: {name} is empty, or cannot be read: {first_line(error)}") from error
+            if not streaming:
+                data.data.validate(full=True)  # texts that are not UTF-8 would fail where they are read first
+            return data
+        except Exception as error:  # of every kind: it depends on where in `datasets` the file's contents first fail
+            raise DataError(unreadable(name, error)) from error
+    if Path(name).is_dir():
+        try:
+            return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
+        except Exception as error:  # likewise
+            reason = first_line(root_of(error))
+            files = sorted(path.name for path in Path(name).iterdir() if path.suffix in FILE_LOADERS)
+            found = f"of those in it: {', '.join(files[:5])}" if files else "such as .jsonl; there is none in it"
+            raise DataError(
+                f"dataset_name: {name} is a folder that `datasets` cannot read as a data set: {reason}. Name a "
+                f"file ({found})."
+            ) from error
     try:
         return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:
@@ -117,12 +147,7 @@ def _load(arguments: DataArguments, split: str, from_file: bool) -> Dataset | It
             "reasoning-gym:needle_haystack,family_relationships needs no network."
         ) from error
     except ValueError as error:
-        raise DataError(f"dataset_name: {name!r}, split {split!r}: {error}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; its kind if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"dataset_name: {name!r}, split {split!r}: {first_line(error)}") from error
 
 
 def _wanted_columns(arguments: DataArguments) -> str:

@@ -5,31 +5,50 @@ Importing this module imports TRL. With the Unsloth backend, Unsloth must come b
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from sparse_unsloth.checkpoints import last_whole_checkpoint
+from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_checkpoint, read_state, stored_checkpoints
 from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_model
+from sparse_unsloth.data import DataError, length_filter, load_dataset_for, resolve_base, resolve_model
+from sparse_unsloth.distributed import from_main, is_main, world_size
 from sparse_unsloth.doctor import check_can_train, environment
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
+from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
-from sparse_unsloth.recipe import SEQ_CLS, Recipe, RecipeError
+from sparse_unsloth.recipe import SEQ_CLS, Recipe, RecipeError, raw_values, recipe_keys
+from sparse_unsloth.saved_adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    SETTINGS,
+    check_targets,
+    find_adapter,
+    is_lost,
+    named_targets,
+)
+from sparse_unsloth.stored import first_line
+
+logger = logging.getLogger("sparse_unsloth")
 
 try:
     import resource
@@ -37,48 +56,131 @@ except ImportError:  # Windows
     resource = None
 
 RECIPE_FILE, METRICS_FILE, ENVIRONMENT_FILE = "recipe.yaml", "metrics.json", "environment.json"
-ADAPTER_FOLDER, PRUNED_FOLDER = "adapter", "adapter-pruned"
+PRUNED_FOLDER = "adapter-pruned"
 ESTIMATOR_FILE = "estimator.safetensors"
+UNIMPORTANT = (
+    "output_dir", "run_name", "resume_from_checkpoint", "disable_tqdm", "report_to", "trackio", "project", "hub_",
+    "push_to", "log_", "logging_", "save_", "eval_", "do_", "per_device_eval", "metric_for", "greater_is", "load_best",
+    "dataloader_", "dataset_num_proc", "extends", "include_", "use_cpu", "debug", "skip_memory",
+)  # fmt: skip
+"""What keys begin with that decide nothing of what a step of the training computes."""
 BNB_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 @dataclass
 class StepTimes:
-    """Seconds of each optimiser step, and whether it was sparse."""
+    """Seconds of each optimiser step of a run, and whether it was sparse.
+
+    ``starts`` are the steps at which its parts began: the first one, and each that followed an interruption.
+    """
 
     seconds: list[float] = field(default_factory=list)
     sparse: list[bool] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    def warm(self) -> list[tuple[float, bool]]:
+        """Without the first step of each part, which warms up."""
+        pairs = zip(self.seconds, self.sparse, strict=True)
+        return [pair for index, pair in enumerate(pairs) if index not in self.starts]
 
     def median(self, sparse: bool) -> float | None:
-        """Of the sparse or of the dense steps, without the first step, which warms up; None if there were none."""
-        chosen = [seconds for seconds, was in list(zip(self.seconds, self.sparse, strict=True))[1:] if was is sparse]
+        """Of the sparse or of the dense steps, the warm ones; None if there were none."""
+        chosen = [seconds for seconds, was in self.warm() if was is sparse]
         return statistics.median(chosen) if chosen else None
 
 
-class StepTimer(TrainerCallback):
+class StepTimer(TrainerCallback, ExportableState):
     """Times optimiser steps: forward, backward, update; not the loading of data, nor logging, saving and evaluation.
+
+    It also keeps what transformers' Trainer begins anew when it is resumed, and takes it along in the checkpoints, so
+    that times and losses are of the whole run: without interruptions, and without steps that were lost with them.
 
     Args:
         sparsity: decides which steps count as sparse.
         num_layers: of the model, for the layer rules.
+
+    Attributes:
+        begins: called once, before the first step.
+        data: the digest of the training data (`data_digest`), to be stored.
     """
 
     def __init__(self, sparsity: SparsityConfig, num_layers: int):
         self.times = StepTimes()
         self.setup_seconds = 0.0
+        self.begins: Callable[[], None] = lambda: None
+        self.data: str | None = None
         self._schedule = sparsity.schedule
         self._any_sparse = sparsity.is_sparse(num_layers)
         self._created = self._begun = time.perf_counter()
         self._first = True
+        self._trainer: Trainer | None = None
+        self._before: dict[str, Any] = {}
 
-    def start(self) -> None:
-        """Called just before ``trainer.train()``: what passes until the first step is set-up, calibration included."""
-        self._created, self._first = time.perf_counter(), True
+    @property
+    def seconds(self) -> float:
+        """Of the whole training up to now."""
+        return self._before.get("train_seconds", 0.0) + time.perf_counter() - self._created
+
+    def start(self, trainer: Trainer | None = None, before: dict[str, Any] | None = None) -> None:
+        """Called just before ``trainer.train()``: what passes until the first step is set-up, calibration included.
+
+        Args:
+            trainer: the one that will train, for its losses.
+            before: what `state` stored in the checkpoint that it will resume from.
+        """
+        self._created, self._first, self._trainer, self._before = time.perf_counter(), True, trainer, before or {}
+        if before:
+            self.times = StepTimes(**before["times"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores, as plain data."""
+        stored = {
+            "times": asdict(self.times),
+            "train_seconds": self.seconds,
+            "setup_seconds": self.setup_seconds,
+            "memory": self.memory(),
+            "data": self.data,
+            "processes": world_size(),
+        }
+        if self._trainer is not None and hasattr(self._trainer, "_tr_loss"):
+            # Of several processes the first one's share of what was not logged yet stands for all of them.
+            stored["loss"] = [
+                self._trainer._total_loss_scalar,
+                self._trainer._tr_loss.item(),
+                self._trainer._globalstep_last_logged,
+            ]
+            stored["tokens"] = getattr(self._trainer, "_total_train_tokens", None)
+        return {"args": {}, "attributes": stored}
+
+    def memory(self) -> dict[str, int]:
+        """`peak_memory` of all parts."""
+        found, earlier = peak_memory(), self._before.get("memory", {})
+        return {name: max(found.get(name, 0), earlier.get(name, 0)) for name in {**earlier, **found}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        state.stateful_callbacks.setdefault(type(self).__name__, {})  # a checkpoint of an older version has none
+        if trainer is None:
+            return
+        if "loss" in self._before:
+            trainer._total_loss_scalar, waiting, trainer._globalstep_last_logged = self._before["loss"]
+            trainer._tr_loss += waiting
+        if self._before.get("tokens") is not None:
+            trainer._total_train_tokens = self._before["tokens"]
+        if state.global_step >= state.max_steps:
+            # Interrupted after the last step: the trainer would take another one.
+            trainer._run_epoch = lambda *args, **kwargs: None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if self._first:
+            self.begins()
         self._begun = _now()
         if self._first:
-            self.setup_seconds, self._first = self._begun - self._created, False
+            self.setup_seconds, self._first = (
+                self._before.get("setup_seconds", 0.0) + self._begun - self._created,
+                False,
+            )
+            self.times.starts.append(len(self.times.seconds))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.times.seconds.append(_now() - self._begun)
@@ -86,18 +188,39 @@ class StepTimer(TrainerCallback):
         scale = self._schedule.scale(state.global_step - 1, state.max_steps)
         self.times.sparse.append(self._any_sparse and scale > 0)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        earlier = self._before.get("train_seconds")
+        if earlier is None or "train_runtime" not in (logs or {}):
+            return
+        # The trainer's last line: it counts the samples and steps of the whole run, and the seconds of the last part.
+        whole = logs["train_runtime"] + earlier
+        changes = {
+            name: logs[name] * logs["train_runtime"] / whole
+            for name in ("train_samples_per_second", "train_steps_per_second")
+            if name in logs
+        } | {"train_runtime": whole}
+        logs.update(changes)
+        if state.log_history and "train_runtime" in state.log_history[-1]:
+            state.log_history[-1].update(changes)
+
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind in memory; `metrics` is also written to the run folder."""
+    """What a run leaves behind in memory; `metrics` is also written to the run folder.
+
+    ``trained`` is False where the run was finished before: nothing was done then.
+    """
 
     folder: Path
     metrics: dict[str, Any]
+    trained: bool = True
 
 
 def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResult:
     """Trains what ``recipe`` describes and writes recipe, adapter, metrics and environment into its ``output_dir``.
 
+    Nothing is written before the first step. A run that is resumed and was finished before stays as it is. Losses and
+    times in the metrics are those of the whole run, whatever interrupted it.
     Where channels were looked at (``explain_steps``), what `sparse-unsloth explain` says is written there too.
 
     Raises:
@@ -105,43 +228,74 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
     """
     if recipe.model.lora_task_type != SEQ_CLS:
         check_can_train(recipe.training.use_cpu)
-    checkpoint = _checkpoint(recipe)
-    trainer, timer = build_trainer(recipe, callbacks, checkpoint)
     folder = Path(recipe.training.output_dir)
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(folder / RECIPE_FILE)
-        _write_json(folder / ENVIRONMENT_FILE, environment())
-    timer.start()
-    _forget_peak_memory()
-    started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    memory = peak_memory()
-    trainer.save_model(str(folder / ADAPTER_FOLDER))
-    metrics = {
-        "steps": outcome.global_step,
-        "train_loss": outcome.training_loss,
-        "train_seconds": seconds,
-        "setup_seconds": timer.setup_seconds,
-        "median_step_seconds": {kind: timer.times.median(kind == "sparse") for kind in ("dense", "sparse")},
-        "step_times": asdict(timer.times),
-        "memory": memory,
-        **throughput(trainer, timer.times.seconds),
-        "log": trainer.state.log_history,
-    }
-    if trainer.is_world_process_zero():
-        if recipe.rank is not None and recipe.rank.retain_ratio is not None:
-            save_pruned_checkpoint(trainer.model, folder / PRUNED_FOLDER, recipe.rank.retain_ratio)
-        _write_json(folder / METRICS_FILE, metrics)
-        if (folder / RECORDS_FILE).is_file():
-            write_explanation(folder)
-    if trainer.eval_dataset is not None:
-        # Afterwards: should it fail, the training and its figures are safe.
-        metrics["evaluation"] = trainer.evaluate()
+    checkpoint, finished = from_main(lambda: begin(recipe))
+    if finished:
+        return _nothing_to_do(folder, finished)
+    with SetUp(folder) as setup:
+        trainer, timer = build_trainer(recipe, callbacks, checkpoint)
+        timer.data, before, planned = data_digest(trainer.train_dataset), None, None
+        if checkpoint is not None:
+            planned, done = _planned_steps(trainer), _finished_metrics(folder)
+            if done is not None and done["steps"] >= planned and _is_complete(recipe, done):
+                return _nothing_to_do(folder, done)
+            before = _resume_state(checkpoint, timer.data, planned)
+
+        def begin_to_write() -> None:
+            setup.over = True
+            if trainer.is_world_process_zero():
+                _begin_folder(recipe, folder, planned)
+
+        timer.begins = begin_to_write
+        timer.start(trainer, before)
+        _forget_peak_memory()
+        if checkpoint is not None and read_state(checkpoint)["global_step"] >= planned:
+            begin_to_write()
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        seconds, memory = timer.seconds, timer.memory()
+        trainer.save_model(str(folder / ADAPTER_FOLDER))
+        metrics = {
+            "steps": outcome.global_step,
+            "train_loss": outcome.training_loss,
+            "train_seconds": seconds,
+            "setup_seconds": timer.setup_seconds,
+            "median_step_seconds": {kind: timer.times.median(kind == "sparse") for kind in ("dense", "sparse")},
+            "step_times": asdict(timer.times),
+            "memory": memory,
+            **throughput(trainer, timer.times),
+            "log": trainer.state.log_history,
+        }
         if trainer.is_world_process_zero():
+            if recipe.rank is not None and recipe.rank.retain_ratio is not None:
+                save_pruned_checkpoint(trainer.model, folder / PRUNED_FOLDER, recipe.rank.retain_ratio)
             _write_json(folder / METRICS_FILE, metrics)
+            if (folder / RECORDS_FILE).is_file():
+                write_explanation(folder)
+        if trainer.eval_dataset is not None:
+            # Afterwards: should it fail, the training and its figures are safe.
+            metrics["evaluation"] = trainer.evaluate()
+            if trainer.is_world_process_zero():
+                _write_json(folder / METRICS_FILE, metrics)
     return RunResult(folder, metrics)
+
+
+def _begin_folder(recipe: Recipe, folder: Path, planned: int | None) -> None:
+    """Writes what a run's folder has from its first step on; figures of a shorter run, now trained longer, are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _finished_metrics(folder)
+    if None not in (done, planned) and done["steps"] < planned:
+        (folder / METRICS_FILE).replace(folder / f"metrics-{done['steps']}-steps.json")
+    recipe.save(folder / RECIPE_FILE)
+    _write_json(folder / ENVIRONMENT_FILE, environment())
+
+
+def _nothing_to_do(folder: Path, metrics: dict[str, Any]) -> RunResult:
+    if is_main():
+        print(
+            f"sparse-unsloth: nothing to do: the run in {folder} is finished ({metrics['steps']} steps), and stays as "
+            "it is. To train it longer raise max_steps or num_train_epochs; to train again give another --output_dir."
+        )
+    return RunResult(folder, metrics, trained=False)
 
 
 def build_trainer(
@@ -169,7 +323,7 @@ def _build_sft(
     train_data, test_data = load_dataset_for(recipe.data, _evaluates(recipe), training.completion_only_loss, fits)
     _check_context_exists(recipe, train_data.column_names)
     backend = "peft" if training.use_cpu and recipe.backend == "auto" else recipe.backend
-    model, tokenizer = _load(recipe, explain_backend(backend)[0])
+    model, tokenizer = _load(recipe, explain_backend(backend)[0], checkpoint)
     model, timer = _adapt(recipe, model, checkpoint)
     trainer = SFTTrainer(
         model=model,
@@ -199,8 +353,8 @@ def _build_classifier(
         None if data is None else classification.encode(data, columns, names, tokenizer, training.max_length)
         for data in (train_data, test_data)
     ]
-    config = classification.model_config(resolve_model(name), names, tokenizer.pad_token_id, **_hub(recipe))
-    model, _ = _load(recipe, "peft", auto_model=AutoModelForSequenceClassification, config=config)
+    config = classification.model_config(resolve_base(name), names, tokenizer.pad_token_id, **_hub(recipe))
+    model, _ = _load(recipe, "peft", checkpoint, auto_model=AutoModelForSequenceClassification, config=config)
     model, timer = _adapt(recipe, model, checkpoint)
     metrics = classification.metrics_for(classification.task_of(recipe.data), names)
     trainer = Trainer(
@@ -220,8 +374,8 @@ def _evaluates(recipe: Recipe) -> bool:
     return recipe.training.eval_strategy != "no" or recipe.training.do_eval
 
 
-def _load(recipe: Recipe, backend: str, **options: Any) -> tuple[nn.Module, Any]:
-    """The recipe's model and tokenizer.
+def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) -> tuple[nn.Module, Any]:
+    """The recipe's model and tokenizer; an adapter, with its base, comes with the recipe's sparsity.
 
     Raises:
         DataError: they cannot be had.
@@ -238,9 +392,19 @@ def _load(recipe: Recipe, backend: str, **options: Any) -> tuple[nn.Module, Any]
         options["device_map"] = "cpu"
     if arguments.load_in_4bit and any(key in recipe.given for key in BNB_KEYS):
         options["quantization_config"] = _quantization(arguments)
+    name = resolve_model(arguments.model_name_or_path)
+    if find_adapter(name) is not None:
+        options["sparsity"] = _with_estimator_path(recipe, checkpoint)
+        if is_main():
+            settings = f"rank {arguments.lora_r}, over {resolve_base(name)}"
+            print(f"sparse-unsloth: training goes on from the adapter in {name} ({settings})")
+    elif is_lost(name):
+        raise _not_loaded(recipe, f"there is no such folder (looked for from {Path.cwd()})")
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file() and "gguf_file" not in options:
+        raise _not_loaded(recipe, "there is no config.json in it")
     try:
         return FastSparseLanguageModel.from_pretrained(
-            resolve_model(arguments.model_name_or_path),
+            name,
             dtype=None if arguments.dtype in (None, "auto") else getattr(torch, arguments.dtype),
             load_in_4bit=arguments.load_in_4bit,
             backend=backend,
@@ -250,28 +414,36 @@ def _load(recipe: Recipe, backend: str, **options: Any) -> tuple[nn.Module, Any]
             **options,
         )
     except OSError as error:
-        raise DataError(
-            f"model_name_or_path: {arguments.model_name_or_path!r} cannot be loaded; it must be a folder with a "
-            f"transformers checkpoint, or a hub name that can be reached from here.\n{error}"
-        ) from error
+        raise _not_loaded(recipe, first_line(error).rstrip(".")) from error
+
+
+def _not_loaded(recipe: Recipe, reason: str) -> DataError:
+    return DataError(
+        f"model_name_or_path: {recipe.model.model_name_or_path!r} cannot be loaded: {reason}. It must be a folder "
+        "with a transformers checkpoint or a LoRA adapter, or a hub name that can be reached from here."
+    )
 
 
 def _adapt(recipe: Recipe, model: nn.Module, checkpoint: str | None) -> tuple[nn.Module, StepTimer]:
-    """The model with its adapters and sparse paths, and what times its steps."""
+    """The model with its adapters and sparse paths, and what times its steps; an adapter that it came with is kept."""
     arguments = recipe.model
-    model = FastSparseLanguageModel.get_peft_model(
-        model,
-        r=arguments.lora_r,
-        target_modules=arguments.lora_target_modules or TARGET_MODULES,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        use_rslora=arguments.use_rslora,
-        modules_to_save=arguments.lora_modules_to_save,
-        use_gradient_checkpointing=_checkpointing(recipe),
-        random_state=recipe.training.seed,
-        sparsity=_with_estimator_path(recipe, checkpoint),
-        **({"use_dora": True} if arguments.use_dora else {}),
-    )
+    if not hasattr(model, "peft_config"):
+        targets = named_targets(arguments.lora_target_modules) or TARGET_MODULES
+        check_targets(model, targets)
+        check_targets(model, arguments.lora_modules_to_save, "lora_modules_to_save")
+        model = FastSparseLanguageModel.get_peft_model(
+            model,
+            r=arguments.lora_r,
+            target_modules=targets,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            use_rslora=arguments.use_rslora,
+            modules_to_save=arguments.lora_modules_to_save,
+            use_gradient_checkpointing=_checkpointing(recipe),
+            random_state=recipe.training.seed,
+            sparsity=_with_estimator_path(recipe, checkpoint),
+            **({"use_dora": True} if arguments.use_dora else {}),
+        )
     if recipe.rank is not None:
         apply_rank(model, **vars(recipe.rank))
     return model, StepTimer(recipe.sparsity, model.config.get_text_config().num_hidden_layers)
@@ -285,28 +457,188 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
     return {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
 
 
-def _checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from; a folder that holds another run is refused, so that no run is lost."""
+def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
+    """Looks at the run's folder: ``(checkpoint to resume from, metrics of a run that is finished)``, each or None.
+
+    Settings that the resumed run had otherwise are named. Called on one process.
+
+    Raises:
+        SparsityError: the folder holds another run, cannot be written to, has nothing to resume from, or the checkpoint
+            does not fit.
+    """
     asked, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
-    last = last_whole_checkpoint(folder)
-    if asked in (None, False, "false", "False"):
-        if last is not None or (folder / METRICS_FILE).exists():
+    check_output(folder, "output_dir")
+    finished = _finished_metrics(folder)
+    stored = stored_checkpoints(folder)
+    resumes = asked not in (None, False, "false", "False")
+    in_folder = asked in (True, "true", "True")
+    if resumes and not in_folder:
+        checkpoint = Path(asked)
+        if not checkpoint.is_dir():
+            raise RecipeError(f"resume_from_checkpoint: there is no folder {asked}.")
+        if stored_checkpoints(checkpoint):  # a run's folder: its last one
+            last = last_whole_checkpoint(checkpoint)
+            if last is None:
+                raise RecipeError(f"resume_from_checkpoint: no checkpoint in {asked} is whole.")
+            checkpoint = Path(last)
+        in_folder = checkpoint.resolve().parent == folder.resolve()
+    if not resumes or not in_folder:
+        whole = any(damage(path) is None for path in stored)
+        if whole or finished is not None or (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
             raise RecipeError(
                 f"output_dir: {folder} holds a run already. Give another --output_dir, delete the folder, or go on "
-                "with it: "
-                "--resume_from_checkpoint true."
+                "with it: --resume_from_checkpoint true."
             )
-        if recipe.training.process_index == 0:
-            # Left by a run that ended before its first checkpoint, perhaps on other data.
-            (folder / ESTIMATOR_FILE).unlink(missing_ok=True)
-        return None
+    if not resumes:
+        # Left by a run that ended before its first checkpoint, perhaps on other data.
+        (folder / ESTIMATOR_FILE).unlink(missing_ok=True)
+        return None, None
+    began = (folder if in_folder else checkpoint.parent) / RECIPE_FILE
+    changes = changed_settings(began, recipe) if began.is_file() else {}
+    if in_folder and finished is not None:
+        steps = recipe.training.max_steps
+        # How many steps epochs make, only the data tell: `run` looks again.
+        longer = (changes or not began.is_file()) and (finished["steps"] < steps or steps < 0)
+        if not longer and _is_complete(recipe, finished):
+            return None, finished
     if asked in (True, "true", "True"):
-        if last is None:
+        checkpoint = last_whole_checkpoint(folder)
+        if checkpoint is None and stored:
+            raise RecipeError(
+                f"resume_from_checkpoint: no checkpoint in {folder} is whole: {stored[0].name}: {damage(stored[0])}. "
+                "Leave --resume_from_checkpoint out to begin the run again."
+            )
+        if checkpoint is None and (finished is not None or not began.is_file()):
             raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {folder}.")
-        return last
-    if not Path(asked).is_dir():
-        raise RecipeError(f"resume_from_checkpoint: there is no folder {asked}.")
-    return asked
+        if checkpoint is None:
+            logger.warning("%s: the run was interrupted before its first checkpoint, and begins again.", folder)
+            return None, None
+    else:
+        check_checkpoint(checkpoint)
+    _name_changes(changes, checkpoint)
+    return str(checkpoint), None
+
+
+def changed_settings(file: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What ``recipe`` sets otherwise than the run's ``recipe.yaml``: ``{key: (was, is)}``, blocks by their parts.
+
+    Keys that change nothing of what is trained (`UNIMPORTANT`) are left out.
+    """
+    keys = recipe_keys()
+    old, new = raw_values(file), recipe.resolved()
+    changes = {}
+    for key in sorted({*old, *new}):
+        if key.startswith(UNIMPORTANT) or key not in keys:
+            continue
+        was, now = (values.get(key, keys[key].default) for values in (old, new))
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            parts = {name for name in {*was, *now} if was.get(name) != now.get(name)}
+            changes |= {f"{key}.{name}": (was.get(name), now.get(name)) for name in sorted(parts)}
+        elif was != now and str(was) != str(now):
+            changes[key] = was, now
+    return changes
+
+
+def _name_changes(changes: dict[str, tuple[Any, Any]], checkpoint: str | Path) -> None:
+    """Warns of settings that the run began without.
+
+    Raises:
+        RecipeError: the checkpoint's adapter does not fit them.
+    """
+    said = {key: f"{key}: {was!r} before, {now!r} now" for key, (was, now) in changes.items()}
+    misfits = [text for key, text in said.items() if key in SETTINGS or key in ("rank", "peft")]
+    if misfits:
+        raise RecipeError(
+            f"resume_from_checkpoint: the adapter in {checkpoint} was made with other settings ({'; '.join(misfits)}). "
+            "Give them as they were, or begin another run with another --output_dir."
+        )
+    if said:
+        logger.warning(
+            "The run goes on from %s with other settings than it began with: %s. Give them as they were if that is not "
+            "meant.",
+            checkpoint,
+            "; ".join(said.values()),
+        )
+
+
+def _resume_state(checkpoint: str, data: str | None, planned: int) -> dict[str, Any] | None:
+    """What `StepTimer.state` stored in the checkpoint; other data or another number of processes is named."""
+    state = read_state(checkpoint)
+    stored = state.get("stateful_callbacks", {}).get(StepTimer.__name__, {}).get("attributes")
+    if stored is None:
+        logger.warning(
+            "%s was written by an older version, without times: those in %s will be of the steps from %d on.",
+            checkpoint,
+            METRICS_FILE,
+            state["global_step"] + 1,
+        )
+        return None
+    if data is not None and stored["data"] is not None and data != stored["data"]:
+        logger.warning(
+            "The training data are not those that %s was trained on: the run goes on with the samples at the same "
+            "places of the new data.",
+            checkpoint,
+        )
+    if stored["processes"] != world_size():
+        logger.warning(
+            "%s was trained by %d processes, and %d go on: a step has another number of samples.",
+            checkpoint,
+            stored["processes"],
+            world_size(),
+        )
+    if state["max_steps"] != planned:
+        logger.warning(
+            "The run was to have %d steps and has %d now: the learning rate and the sparsity of a step are those of a "
+            "run of %d steps from here on.",
+            state["max_steps"],
+            planned,
+            planned,
+        )
+    return stored
+
+
+def _planned_steps(trainer: Trainer) -> int:
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def _finished_metrics(folder: Path) -> dict[str, Any] | None:
+    """What a run wrote when it had ended; None where none has.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    if not (folder / METRICS_FILE).is_file():
+        return None
+    try:
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        metrics["steps"] + 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"output_dir: {folder / METRICS_FILE} is damaged ({error}). Delete it to go on from the last checkpoint."
+        ) from error
+    return metrics
+
+
+def _is_complete(recipe: Recipe, metrics: dict[str, Any]) -> bool:
+    """Whether a run that wrote ``metrics`` has its adapter, and the evaluation that came after it if it was to."""
+    folder = Path(recipe.training.output_dir)
+    evaluated = "evaluation" in metrics or not _evaluates(recipe) or not stored_checkpoints(folder)
+    return evaluated and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
+
+
+def data_digest(data: Any) -> str | None:
+    """Of the samples' token ids and their order; None where they cannot be read that way (streams, say)."""
+    if "input_ids" not in (getattr(data, "column_names", None) or ()) or not isinstance(data, Dataset):
+        return None
+    # Apart, so that it does not matter into which pieces Arrow has cut the column.
+    lengths, values = hashlib.sha256(), hashlib.sha256()
+    for table in data.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        for chunk in table["input_ids"].chunks:
+            lengths.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            values.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return f"{lengths.hexdigest()[:8]}{values.hexdigest()[:16]}"
 
 
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
@@ -343,25 +675,25 @@ def _quantization(arguments):
     )
 
 
-def throughput(trainer: Trainer, step_seconds: list[float]) -> dict[str, float | None]:
+def throughput(trainer: Trainer, times: StepTimes) -> dict[str, float | None]:
     """Tokens without padding, by the mean length of the data set's samples, and how many a second.
 
     Args:
         trainer: after its training.
-        step_seconds: of the optimiser steps; the first one, which warms up, does not count for the speed.
+        times: of the optimiser steps; those that warm up do not count for the speed.
 
     Returns:
         ``{"tokens": ..., "tokens_per_second": ...}``, the latter over forward, backward and update only; None where the
         samples have no ``input_ids`` to count, or there was one step only.
     """
     data, state = trainer.train_dataset, trainer.state
-    if not step_seconds or "input_ids" not in (getattr(data, "column_names", None) or ()):
+    if not times.seconds or "input_ids" not in (getattr(data, "column_names", None) or ()):
         return {"tokens": None, "tokens_per_second": None}
     lengths = sum(map(len, data["input_ids"]))
     by_step = lengths * state.epoch / max(state.global_step, 1)
-    timed = step_seconds[1:]
+    timed = [seconds for seconds, _ in times.warm()]
     return {
-        "tokens": by_step * len(step_seconds),
+        "tokens": by_step * len(times.seconds),
         "tokens_per_second": by_step * len(timed) / sum(timed) if timed else None,
     }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_unsloth.errors import CalibrationError
+from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.words import command_parser, parse, recipe_source
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def main(words: Sequence[str]) -> int:
         raise CalibrationError(
             "--samples, --probe-samples and --part-samples must be 1 or more, --held-out-samples 0 or more."
         )
+    check_output(arguments.output_dir, "output-dir")
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
     recipe = _recipe(names, overrides, arguments.output_dir)
     result = calibrate_recipe(
@@ -136,7 +138,7 @@ def calibrate_recipe(
         SparsityError: see `calibrate` and `build_trainer`.
     """
     from sparse_unsloth.autosparsity.report import save
-    from sparse_unsloth.autosparsity.search import calibrate
+    from sparse_unsloth.autosparsity.search import JOURNAL_FILE, calibrate
     from sparse_unsloth.recipe import SEQ_CLS
 
     if recipe.model.lora_task_type == SEQ_CLS:
@@ -144,18 +146,19 @@ def calibrate_recipe(
             "calibrate measures the loss of answer tokens, and a classifier (SEQ_CLS) has none. Its estimator "
             "calibrates by itself when training begins; its layers are given by hand."
         )
-    model, samples, probe_samples, held_out = load(recipe, counts)
-    result = calibrate(
-        model,
-        samples,
-        probe_samples=probe_samples,
-        held_out=held_out,
-        config=recipe.sparsity,
-        lora_rank=recipe.model.lora_r,
-        output_dir=output_dir,
-        **bounds,
-        **options,
-    )
+    with SetUp(output_dir, begun=(Path(output_dir) / JOURNAL_FILE).is_file):
+        model, samples, probe_samples, held_out = load(recipe, counts)
+        result = calibrate(
+            model,
+            samples,
+            probe_samples=probe_samples,
+            held_out=held_out,
+            config=recipe.sparsity,
+            lora_rank=recipe.model.lora_r,
+            output_dir=output_dir,
+            **bounds,
+            **options,
+        )
     save(result, Path(output_dir), recipe.data.dataset_name)
     return result
 

@@ -7,7 +7,6 @@ forward does not apply: no context (evaluation, generation, dense phases), adapt
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
+from sparse_unsloth.saved_adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
 from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, check_frozen, read_base, read_projection
 
@@ -284,13 +284,18 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """A transformers model and its tokenizer; an adapter folder gives a trainable ``PeftModel`` over its base.
 
+    The base gets as many token embeddings as were saved with the adapter. An adapter's folder without a tokenizer gives
+    the base's.
+
     ``auto_model`` is the class that loads it, as in Unsloth's ``FastModel``: ``AutoModelForCausalLM`` by default,
     ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which says how many labels).
 
     Raises:
-        BackendError: an argument asks for what only Unsloth does, or ``max_seq_length`` exceeds its positions.
+        BackendError: an argument asks for what only Unsloth does, ``max_seq_length`` exceeds its positions, or the
+            adapter was trained with another vocabulary than ``resize_model_vocab``.
+        DataError: the adapter is damaged, or its base model cannot be loaded.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
     asked = [name for name in NEEDS_UNSLOTH if kwargs.pop(name, None)]
@@ -302,20 +307,31 @@ def load(
         kwargs.pop(name, None)
     set_seed(random_state)
     hub = {"token": token, "revision": revision, "trust_remote_code": trust_remote_code}
-    adapter = model_name if (Path(model_name) / "adapter_config.json").is_file() else None
+    adapter = find_adapter(model_name)
+    vocabulary = None
     if adapter is not None:
-        model_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        model_name, vocabulary = base_of(adapter), vocabulary_of(adapter)
+        if None not in (vocabulary, resize_model_vocab) and vocabulary != resize_model_vocab:
+            raise BackendError(
+                f"resize_model_vocab={resize_model_vocab}: the adapter in {adapter} was trained with {vocabulary} "
+                "token embeddings, which are stored beside it. Leave resize_model_vocab out."
+            )
     if dtype is None:
         dtype = _default_dtype()
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-        model_name, **hub, **{key: kwargs[key] for key in ("gguf_file",) if key in kwargs}
-    )
+    gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
+    try:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model_name, **hub, **gguf)
+    except (OSError, ValueError) as error:
+        if adapter is None:
+            raise
+        raise base_not_loaded(adapter, error) from error
     if rope_scaling is not None:
         config.rope_scaling = rope_scaling
     elif max_seq_length > config.max_position_embeddings:
         raise BackendError(
             f"max_seq_length={max_seq_length} is beyond the {config.max_position_embeddings} positions of "
-            f"{model_name}. Lower it, or give rope_scaling={{'rope_type': 'linear', 'factor': 2.0}}."
+            f"{model_name}. Lower it (a recipe's max_length), or give rope_scaling="
+            "{'rope_type': 'linear', 'factor': 2.0}."
         )
     if load_in_4bit and "quantization_config" not in kwargs and getattr(config, "quantization_config", None) is None:
         kwargs["quantization_config"] = BitsAndBytesConfig(
@@ -326,21 +342,36 @@ def load(
         )
     if device_map == "sequential":  # Unsloth's default: one device
         device_map = {"": _device()} if torch.cuda.is_available() and (load_in_4bit or not uses_fsdp()) else None
-    gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-    model = (auto_model or AutoModelForCausalLM).from_pretrained(
-        model_name, config=config, dtype=dtype, device_map=device_map, **hub, **kwargs
-    )
-    tokenizer = AutoTokenizer.from_pretrained(adapter or model_name, **hub, **({} if adapter else gguf))
+    try:
+        model = (auto_model or AutoModelForCausalLM).from_pretrained(
+            model_name, config=config, dtype=dtype, device_map=device_map, **hub, **kwargs
+        )
+    except OSError as error:
+        if adapter is None:
+            raise
+        raise base_not_loaded(adapter, error) from error
+    holder = model_name if adapter is None else tokenizer_of(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(holder, **hub, **(gguf if holder == model_name else {}))
     tokenizer.model_max_length = max_seq_length
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if resize_model_vocab is not None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary is not None and vocabulary != rows:
+        # The adapter's own embeddings replace them, so what new ones begin as plays no part.
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    elif resize_model_vocab is not None:
         model.resize_token_embeddings(resize_model_vocab)
+    elif adapter is not None and len(tokenizer) > rows:
+        raise BackendError(
+            f"{adapter}: its tokenizer has {len(tokenizer)} tokens and the base model {model_name} {rows} embeddings: "
+            "those that it was trained with were not saved with it. Save the adapter again with "
+            f"save_embedding_layers=True, or give resize_model_vocab={len(tokenizer)} to begin with new ones."
+        )
     model.max_seq_length = max_seq_length
     if adapter is not None:
         _prepare(model, use_gradient_checkpointing)
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         model.max_seq_length = max_seq_length
     return model, tokenizer
 

@@ -28,6 +28,7 @@ from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.saved_adapters import base_of, find_adapter, vocabulary_of
 from sparse_unsloth.weights import read_projection
 
 logger = logging.getLogger("sparse_unsloth")
@@ -39,7 +40,20 @@ FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora
 def load(
     model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
-    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on."""
+    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on.
+
+    Raises:
+        DataError: the adapter that ``model_name`` means is damaged, or its base model was moved.
+    """
+    adapter = find_adapter(model_name)
+    if adapter is not None:
+        base, vocabulary = base_of(adapter), vocabulary_of(adapter)
+        if vocabulary is not None:
+            from transformers import AutoConfig
+
+            hub = {name: kwargs[name] for name in ("token", "trust_remote_code") if name in kwargs}
+            if AutoConfig.from_pretrained(base, **hub).get_text_config().vocab_size != vocabulary:
+                kwargs.setdefault("resize_model_vocab", vocabulary)
     if "trl" in sys.modules and "unsloth" not in sys.modules:
         logger.warning(
             "TRL was imported before Unsloth, which replaces TRL's trainers when it is imported: trainers that your "

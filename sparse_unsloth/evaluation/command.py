@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_unsloth.evaluation.model import EvaluationError, Source, find_source
+from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.words import command_parser, positive
 
 DESCRIPTION = """\
@@ -77,7 +78,10 @@ def main(words: Sequence[str]) -> int:
         raise EvaluationError("--output-dir: is for one RUN; without it each run's results go into its own folder.")
     for text in arguments.runs:
         source = find_source(text, arguments.base, arguments.output_dir)
-        results = evaluate(source, arguments)
+        check_output(source.folder, "output-dir")
+        folder = source.folder / arguments.suite
+        with SetUp(folder, begun=lambda folder=folder: any(folder.rglob("*.jsonl"))):
+            results = evaluate(source, arguments)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in results["scores"].items()) or "not scored"
         print(f"sparse-unsloth: {source.name}: {arguments.suite}: {scores} ({source.folder / arguments.suite})")
     return 0

@@ -7,7 +7,6 @@ training. TRL and Unsloth are not imported.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,21 @@ import torch
 from torch import nn
 
 from sparse_unsloth.data import resolve_model
-from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.errors import DataError, SparsityError
 from sparse_unsloth.recipe import raw_values
+from sparse_unsloth.saved_adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    base_of,
+    find_adapter,
+    has_tokenizer,
+    is_lost,
+    vocabulary_of,
+)
+from sparse_unsloth.stored import first_line
 from sparse_unsloth.templates import CHAT_TEMPLATE
 
-RECIPE_FILE, ADAPTER_FOLDER, ADAPTER_CONFIG = "recipe.yaml", "adapter", "adapter_config.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 class EvaluationError(SparsityError):
@@ -65,6 +74,7 @@ def find_source(text: str, base: bool = False, output_dir: str | None = None) ->
 
     Raises:
         EvaluationError: a run folder without an adapter.
+        DataError: an adapter that is damaged, or whose base model was moved.
     """
     folder = Path(text)
     if (folder / RECIPE_FILE).is_file():
@@ -75,12 +85,15 @@ def find_source(text: str, base: bool = False, output_dir: str | None = None) ->
         name = folder.resolve().name
         results = Path(output_dir) if output_dir else folder / ("evaluation-base" if base else "evaluation")
         name = f"{name} (base)" if base else name
-        return Source(name, recipe["model_name_or_path"], None if base else adapter, recipe, results)
+        model = recipe["model_name_or_path"]
+        # The run may have gone on from another one's adapter, or its base may have been moved since.
+        if (is_lost(model) or find_adapter(model) is not None) and (adapter / ADAPTER_CONFIG).is_file():
+            model = base_of(adapter)
+        return Source(name, model, None if base else adapter, recipe, results)
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     results = Path(output_dir or Path("runs") / "evaluation" / name)
     if (folder / ADAPTER_CONFIG).is_file():
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return Source(name, config["base_model_name_or_path"], None if base else folder, {}, results)
+        return Source(name, base_of(folder), None if base else folder, {}, results)
     return Source(name, text, None, {}, results)
 
 
@@ -122,13 +135,22 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
         if source.adapter is not None:
             from peft import PeftModel
 
+            vocabulary = vocabulary_of(source.adapter)
+            if vocabulary is not None and vocabulary != model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(vocabulary, mean_resizing=False)
             model = PeftModel.from_pretrained(model, str(source.adapter))
             sparse = sparse_prefill and _make_prompts_sparse(model, source.adapter)
             model = model if four_bit or sparse else model.merge_and_unload()
-        holds_tokenizer = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+        holds_tokenizer = source.adapter is not None and has_tokenizer(source.adapter)
         tokenizer = AutoTokenizer.from_pretrained(str(source.adapter) if holds_tokenizer else name, **hub)
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{source.name}: the model cannot be loaded: {error}") from error
+        reason = first_line(error).rstrip(".")
+        raise EvaluationError(
+            f"{source.name}: the model cannot be loaded: {source.model!r}: {reason}. Give a "
+            "folder with a transformers checkpoint, a run's folder, or a hub name that can be reached from here."
+        ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

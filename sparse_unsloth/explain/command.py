@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_unsloth.faults import check_output
 from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
@@ -41,6 +42,7 @@ def main(words: Sequence[str]) -> int:
         print(json.dumps(records, indent=2))
         return 0
     out = folder if arguments.output_dir is None else Path(arguments.output_dir)
+    check_output(out, "output-dir")
     write(folder, out)
     print("\n".join(f"- {line}" for line in summary(records)))
     print(f"sparse-unsloth: the table is {out / REPORT_FILE}, the picture {out / PICTURE_FILE}")

@@ -178,6 +178,8 @@ def estimate(
     """
     if recipe.model.lora_task_type == SEQ_CLS:
         raise ConfigError("estimate counts the tokens of text recipes; a classifier (SEQ_CLS) it cannot estimate yet.")
+    if recipe.training.use_cpu and (device is not None or speed_table is not None):
+        raise ConfigError("--device, --speed-table: are of GPUs, and this training has use_cpu: true; leave them out.")
     model, tokenizer = read_model(recipe)
     backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
     length = recipe.training.max_length

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
-from sparse_unsloth.data import DataError, resolve_model
-from sparse_unsloth.errors import AttachError, ConfigError
+from sparse_unsloth.data import DataError, resolve_base, resolve_tokenizer
+from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
+from sparse_unsloth.saved_adapters import check_targets, named_targets
+from sparse_unsloth.unreadable import first_line
 
 if TYPE_CHECKING:
     from sparse_unsloth.recipe import Recipe
@@ -89,7 +91,9 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
             for module in layer.module.modules()
             if isinstance(module, torch.nn.Linear)
         )
-        targets = arguments.lora_target_modules or [*ATTENTION, *MLP]
+        targets = named_targets(arguments.lora_target_modules) or [*ATTENTION, *MLP]
+        check_targets(model, targets)
+        check_targets(model, arguments.lora_modules_to_save, "lora_modules_to_save")
         try:
             model = get_peft_model(
                 model,
@@ -98,7 +102,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
                     r=arguments.lora_r,
                     lora_alpha=arguments.lora_alpha,
                     lora_dropout=arguments.lora_dropout,
-                    target_modules=targets[0] if targets == ["all-linear"] else targets,
+                    target_modules=targets,
                     modules_to_save=arguments.lora_modules_to_save,
                     use_dora=arguments.use_dora,
                 ),
@@ -153,17 +157,20 @@ def _configuration(recipe: Recipe) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     arguments = recipe.model
-    name = resolve_model(arguments.model_name_or_path)
+    name = arguments.model_name_or_path
     hub = {"revision": arguments.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(name, **hub)
-            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+            config = AutoConfig.from_pretrained(resolve_base(name), **hub)
+            tokenizer = AutoTokenizer.from_pretrained(resolve_tokenizer(name), **hub)
+    except SparsityError:
+        raise
     except (OSError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise DataError(
-            f"model_name_or_path: configuration and tokenizer of {arguments.model_name_or_path!r} cannot be read; it "
-            "must be a folder with a transformers checkpoint, or a hub name that can be reached from here. (Their few "
-            f"small files suffice: no weights are needed.)\n{error}"
+            f"model_name_or_path: configuration and tokenizer of {name!r} cannot be read: {reason}. It "
+            "must be a folder with a transformers checkpoint or a LoRA adapter, or a hub name that can be reached "
+            "from here. (Their few small files suffice: no weights are needed.)"
         ) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_unsloth.faults import check_output
 from sparse_unsloth.study.comparison import TESTS
 from sparse_unsloth.study.components import METHODS
+from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.unreadable import first_line
 from sparse_unsloth.words import command_parser
 
 DESCRIPTION = """\
@@ -32,6 +35,7 @@ def main(words: Sequence[str]) -> int:
     """
     arguments = build_parser().parse_args(words)
     outdir = Path(arguments.outdir or f"runs/study-{arguments.study}")
+    check_output(outdir, "outdir")
     RUN[arguments.study](arguments, outdir)
     print(f"sparse-unsloth: wrote {', '.join(sorted(path.name for path in outdir.glob(f'{arguments.study}*')))}")
     print(f"sparse-unsloth: in {outdir}")
@@ -93,8 +97,18 @@ def _toy(arguments: argparse.Namespace, outdir: Path) -> None:
 def _spectra(arguments: argparse.Namespace, outdir: Path) -> None:
     from sparse_unsloth.study.spectra import spectra
 
+    _check_device(arguments.device)
     options = {key: value for key, value in vars(arguments).items() if key not in ("study", "outdir", "model")}
     spectra(arguments.model, outdir, **options)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"--device: {name!r} is no device of this machine: {first_line(error)}") from error
 
 
 def _prune(arguments: argparse.Namespace, outdir: Path) -> None:
