@@ -34,6 +34,8 @@ PAIR = ("prompt", "completion")
 # What TRL takes as it is, in the order in which it looks; its key dataset_text_field names one more.
 TRL_FORMS = ((TOKENS,), PAIR, ("messages",), (CONVERSATIONS,))
 CHATS = (("messages",), (CONVERSATIONS,))
+TRL_READS = (*PAIR, "messages", CONVERSATIONS, "chosen", "rejected", "text", TOOLS, TEMPLATE_OPTIONS)
+"""TRL takes a sample by these for one of another form, so those that are not used do not stay."""
 OF_TOKENS = (
     "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths", "token_type_ids",
 )  # fmt: skip
@@ -49,7 +51,7 @@ OWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 
 NO_ANSWER, NO_QUESTION = "without an answer", "without a question"
 EMPTY_TURN, WRONG_ORDER = "with an empty turn", "with turns in the wrong order"
-BEGINS_WITH_ANSWER = "that begin with the assistant's turn"
+BEGINS_WITH_ANSWER = "with an assistant's turn first"
 FILTERED = "by dataset_filters"
 JOINED = "turns of one role in a row are joined"
 LAST_QUESTION = "a last turn that nobody answers is cut off"
@@ -95,7 +97,7 @@ def _parsed(value: Any, column: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise _LeftOut(f"with {column} that are no JSON") from None
+        raise _LeftOut(f"with unreadable {column} (no JSON)") from None
 
 
 def tools_of(value: Any) -> list[Any] | None:
@@ -105,7 +107,7 @@ def tools_of(value: Any) -> list[Any] | None:
         return None
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _LeftOut(f"with {TOOLS} that are no JSON list of mappings")
+        raise _LeftOut(f"with unreadable {TOOLS} (no list of mappings)")
     return tools
 
 
@@ -115,13 +117,13 @@ def history_of(value: Any) -> list[tuple[str, str]]:
     if is_conversation(turns):
         turns, _ = _ordered(_turns(turns, HISTORY))
         if len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-            raise _LeftOut(f"with a {HISTORY} that is no list of question and answer")
+            raise _LeftOut(f"with unreadable {HISTORY} (no list of question and answer)")
         texts = [turn["content"] for turn in turns]
         turns = list(zip(texts[::2], texts[1::2], strict=True))
     found = []
     for turn in turns if isinstance(turns, list) else [None]:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise _LeftOut(f"with a {HISTORY} that is no list of question and answer")
+            raise _LeftOut(f"with unreadable {HISTORY} (no list of question and answer)")
         question, answer = map(text_of, turn)
         if question is None and answer is None:
             continue
@@ -140,7 +142,7 @@ def _turns(value: Any, column: str, keep_unknown: bool = False) -> list[dict[str
     if turns is None or turns == []:
         raise _LeftOut(NO_ANSWER)
     if not is_conversation(turns):
-        raise _LeftOut(f"with {column} that are no list of turns")
+        raise _LeftOut(f"with unreadable {column} (no list of turns)")
     found = []
     for turn in turns:
         name = str(turn.get("role") or turn.get("from") or "")
@@ -199,7 +201,7 @@ def _ordered(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | N
     Two turns of one role in a row are joined: nothing of them is lost.
     """
     found: list[dict[str, Any]] = []
-    note = None
+    notes = []
     for turn in turns:
         role, before = turn["role"], found[-1]["role"] if found else None
         if _is_empty(turn) and role in ("system", "developer"):
@@ -210,20 +212,21 @@ def _ordered(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | N
             raise _LeftOut(WRONG_ORDER)
         if role in ("system", "developer") and before is not None:
             raise _LeftOut(WRONG_ORDER)
-        plain = all(
-            set(each) == {"role", "content"} and isinstance(each["content"], str) for each in (*found[-1:], turn)
-        )
-        if role == before and role in ("user", "assistant") and plain:
+        if role == before and role in ("user", "assistant") and all(map(_is_text, (found[-1], turn))):
             found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{turn['content']}"}
-            note = JOINED
+            notes = [JOINED]
         else:
             found.append(turn)
     last = max((index for index, turn in enumerate(found) if turn["role"] == "assistant"), default=None)
     if last is None:
         raise _LeftOut(NO_ANSWER)
     if last + 1 < len(found):
-        found, note = found[: last + 1], LAST_QUESTION
-    return found, note
+        notes = [*notes, LAST_QUESTION]
+    return found[: last + 1], "\n".join(notes) or None
+
+
+def _is_text(turn: dict[str, Any]) -> bool:
+    return set(turn) == {"role", "content"} and isinstance(turn["content"], str)
 
 
 def _with_system(turns: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
@@ -297,13 +300,16 @@ def _trl_form(
     fits: Callable[[dict[str, Any]], bool] | None,
 ) -> Reading:
     """Passes rows as they are where TRL can train them so: most often all."""
+    from datasets import List, Value
+
     own = [names.get(name, name) for name in form]
     if form == (TOKENS,):
         _no_changes(arguments, TOKENS)
         used = {"tokens": [name for name in columns if name in (TOKENS, *OF_TOKENS)]}
         return _reading(
-            lambda row: (row, None, None) if row[TOKENS] else (None, "without tokens", None), used, columns, fits
-        )
+            lambda row: (row, None, None) if row[TOKENS] else (None, "without tokens", None),
+            used, columns, fits, dict.fromkeys(used["tokens"], List(Value("int64"))),
+        )  # fmt: skip
     # TRL looks at the first row to tell conversations from texts.
     chat = form in CHATS or (form == PAIR and any(is_conversation(_quiet_json(first.get(name))) for name in own))
     strict = form == (CONVERSATIONS,)
@@ -314,6 +320,7 @@ def _trl_form(
     used |= {role: [name] for role, name in (("system", system), (TOOLS, tools), ("options", options)) if name}
     target = ("messages",) if strict else form
     gone = {old for old, new in zip([*own, tools], [*target, TOOLS], strict=True) if old != new} | {system}
+    gone |= set(TRL_READS).intersection(columns).difference(*used.values())
     gone -= {None}
 
     def read(row: dict[str, Any]) -> Outcome:

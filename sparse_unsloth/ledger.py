@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.json_rows import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,10 @@ class Split:
     kept: int = 0
     cut: int = 0
 
+    def add_notes(self, notes: Iterable[str | None]) -> None:
+        """Each of them one line or more."""
+        self.notes.update(line for note in notes if note for line in note.split("\n"))
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "read": self.read, "left_out": dict(self.left_out.most_common()), "changed": dict(self.notes.most_common()),
@@ -72,9 +77,12 @@ class Ledger:
         return self.splits.setdefault(name, Split())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``metrics.json``."""
-        columns = {"used": self.used, "not_used": self.unused}
-        return {**{name: split.as_dict() for name, split in self.splits.items()}, "columns": columns}
+        """Plain data for ``metrics.json``; ``facts`` are the lines of the log."""
+        return {
+            **{name: split.as_dict() for name, split in self.splits.items()},
+            "columns": {"used": self.used, "not_used": self.unused},
+            "facts": [line for _, line in self._facts()],
+        }
 
     def log(self) -> None:
         """One line for each fact that was not told yet."""
@@ -143,7 +151,7 @@ def no_loss(dataset: str, samples: int, max_length: int | None, split: str = TRA
 # -- Before TRL: rows into samples ------------------------------------------------------------------------------------
 
 Outcome = tuple[dict[str, Any] | None, str | None, str | None]
-"""``(sample, why it is left out, what was changed)``; the sample is the row itself where nothing changes."""
+"""``(sample, why it is left out, lines of what was changed)``; the sample is the row itself where nothing changes."""
 LONG = "longer than max_length"
 _TOLD = "sparse_unsloth: told"
 
@@ -158,6 +166,7 @@ class Reading:
         made, gone: the features of the columns that ``read`` makes, and the columns that go; without features all are
             inferred.
         used, unused: columns, see `Ledger`.
+        encoded: columns whose values are JSON text in the rows; ``read`` gets the values of those that are used.
     """
 
     read: Callable[[dict[str, Any]], Outcome] | None = None
@@ -166,9 +175,17 @@ class Reading:
     gone: frozenset[str] = frozenset()
     used: dict[str, list[str]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    encoded: frozenset[str] = frozenset()
+
+    def sample(self, row: dict[str, Any]) -> Outcome:
+        """Of whatever length."""
+        if to_decode := self.encoded.difference(self.unused):
+            row = {**row, **{name: decode(row[name]) for name in to_decode}}
+        return (row, None, None) if self.read is None else self.read(row)
 
     def outcome(self, row: dict[str, Any]) -> Outcome:
-        sample, reason, note = (row, None, None) if self.read is None else self.read(row)
+        """Of one that may be too long."""
+        sample, reason, note = self.sample(row)
         if reason is None and self.fits is not None and not self.fits(sample):
             reason = LONG
         return sample, reason, note
@@ -178,7 +195,8 @@ class Reading:
         from datasets import Features, Value
 
         split.read += len(data)
-        if (self.read is None and self.fits is None) or len(data) == 0:
+        to_decode = self.encoded.difference(self.unused)
+        if (self.read is None and self.fits is None and not to_decode) or len(data) == 0:
             return data
 
         def decide(row: dict[str, Any]) -> dict[str, Any]:
@@ -189,20 +207,23 @@ class Reading:
         decided = data.map(decide, remove_columns=data.column_names, features=kinds, desc="Reading samples")
         reasons = decided["reason"][:]
         split.left_out.update(reason for reason in reasons if reason is not None)
-        split.notes.update(
-            note for note, reason in zip(decided["note"][:], reasons, strict=True) if note and reason is None
-        )
+        split.add_notes(note for note, reason in zip(decided["note"][:], reasons, strict=True) if reason is None)
         if any(reason is not None for reason in reasons):
             data = data.select([index for index, reason in enumerate(reasons) if reason is None])
         if not any(decided["changed"][:]):
             return data
         features = None
         if self.made:
-            features = Features(
-                {name: kind for name, kind in data.features.items() if name not in self.gone} | self.made
-            )
+            from datasets import Json
+
+            stay = {name: kind for name, kind in data.features.items() if name not in self.gone}
+            stay |= {name: Json() for name in to_decode if name in stay}
+            features = Features(stay | self.made)
         return data.map(
-            lambda row: self.read(row)[0], remove_columns=data.column_names, features=features, desc="Making samples"
+            lambda row: self.sample(row)[0],
+            remove_columns=data.column_names,
+            features=features,
+            desc="Making samples",
         )
 
     def stream(self, rows: Any, size: int, split: Split) -> Iterator[dict[str, Any]]:
@@ -221,6 +242,7 @@ class Reading:
                 left[reason] += 1
                 split.left_out[reason] += 1
                 continue
+            sample = {name: value for name, value in sample.items() if name not in self.unused}
             if held is not None:
                 yield {**held, _TOLD: json.dumps(told)}
                 told = {}
@@ -245,7 +267,7 @@ def counted(data: Dataset, ledger: Ledger, split: Split) -> Dataset:
     for told in all_told:
         split.left_out.update(told["left"])
         split.left_out.update(told.get("behind", {}))
-        split.notes.update([told["note"]] if told["note"] else ())
+        split.add_notes([told["note"]])
     split.read = len(data) + split.left_out.total()
     first = all_told[0]
     ledger.used, ledger.unused = ledger.used or first["used"], ledger.unused or first["unused"]

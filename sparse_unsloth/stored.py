@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.json_rows import PEEKED, decode, is_list, json_dataset, json_rows, stream_rows
 from sparse_unsloth.ledger import HELD_OUT, TRAINING, Ledger, Reading, Split, counted
 
 if TYPE_CHECKING:
     import pandas
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, IterableDataset
 
     from sparse_unsloth.data import DataArguments
 
@@ -58,14 +60,18 @@ def stored_splits(
     def read(name: str, size: int | None, split: str) -> Dataset:
         account = ledger.split(split)
 
-        def load() -> tuple[Dataset | IterableDataset, Reading]:
-            data = _load(arguments, name, from_file, label)
+        def load() -> tuple[Any, Reading]:
+            from datasets import IterableDataset
+
+            data, encoded = _load(arguments, name, from_file, label)
             first: dict[str, Any] = {}  # a value of every column that has one nearby
-            for row in itertools.islice(data, 1 if arguments.dataset_streaming else 100):
+            columns = getattr(data, "column_names", None)
+            for row in itertools.islice(iter(data), 1 if isinstance(data, IterableDataset) else PEEKED):
+                row = {column: decode(value) if column in encoded else value for column, value in row.items()}
                 first |= {column: value for column, value in row.items() if first.get(column) is None}
-            found = reading(data.column_names or list(first), first)
+            found = replace(reading(columns or list(first), first), encoded=encoded)
             ledger.used, ledger.unused = ledger.used or found.used, ledger.unused or list(found.unused)
-            twice = [name for group in found.used.values() for name in group if f"{name}.1" in found.unused]
+            twice = [column for group in found.used.values() for column in group if f"{column}.1" in found.unused]
             if twice and path.suffix == ".csv":  # as pandas calls the second one
                 raise DataError(f"dataset_name: {path} has several columns called {twice[0]}: rename all but one.")
             return data, found
@@ -103,7 +109,7 @@ def stored_splits(
 
 
 def _first_samples(
-    load: Callable[[], tuple[IterableDataset, Reading]],
+    load: Callable[[], tuple[Any, Reading]],
     arguments: DataArguments,
     key: tuple,
     size: int,
@@ -137,25 +143,38 @@ def _first_samples(
         raise DataError(f"dataset_name: {arguments.dataset_name!r} cannot be read: {first_line(cause)}") from error
 
 
-def _load(arguments: DataArguments, split: str, from_file: bool, label: str | None = None) -> Dataset | IterableDataset:
+def _load(
+    arguments: DataArguments, split: str, from_file: bool, label: str | None = None
+) -> tuple[Any, frozenset[str]]:
+    """The rows of a split, which may be iterated over again, and the columns whose values are JSON text."""
     import datasets
 
     name, streaming = arguments.dataset_name, arguments.dataset_streaming
     if from_file:
-        kind = FILE_LOADERS[Path(name).suffix]
+        kind, path = FILE_LOADERS[Path(name).suffix], Path(name)
         try:
+            if kind == "json" and label is None:
+                if not streaming:
+                    return json_dataset(path)
+                if is_list(path):
+                    rows = list(json_rows(path))
+                    names = dict.fromkeys(name for row in rows for name in row)
+                    return [{name: row.get(name) for name in names} for row in rows], frozenset()
+                return _Lines(
+                    datasets.load_dataset("text", data_files=name, split=split, streaming=True), path
+                ), frozenset()
             options = _csv_options(name, label) if kind == "csv" else {}
             data = datasets.load_dataset(kind, data_files=name, split=split, streaming=streaming, **options)
-            if kind == "json" and label is None and (exact := _exact(data.features)) is not None:
-                data = datasets.load_dataset(kind, data_files=name, split=split, streaming=streaming, features=exact)
-            return data
+            return data, frozenset()
+        except DataError:
+            raise
         except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
             cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
             raise DataError(
                 f"dataset_name: {name} is empty, or cannot be read: {first_line(cause or error)}"
             ) from error
     try:
-        return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, arguments.dataset_config, split=split, streaming=streaming), frozenset()
     except (ConnectionError, TimeoutError, FileNotFoundError) as error:
         # DatasetNotFoundError is a FileNotFoundError: without a network the two cannot be told apart.
         raise DataError(
@@ -166,6 +185,16 @@ def _load(arguments: DataArguments, split: str, from_file: bool, label: str | No
         ) from error
     except ValueError as error:
         raise DataError(f"dataset_name: {name!r}, split {split!r}: {error}") from error
+
+
+class _Lines:
+    """The rows of a stream of JSON lines, to be iterated over as often as the stream."""
+
+    def __init__(self, stream: IterableDataset, path: Path):
+        self.stream, self.path = stream, path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return stream_rows(self.stream, self.path)
 
 
 def _csv_options(name: str, label: str | None) -> dict[str, Any]:
@@ -201,30 +230,6 @@ def _number(labels: pandas.Series) -> str:
     if not whole:
         return "float64"
     return "string" if labels.isna().any() else "int64"
-
-
-def _exact(features: Features | None) -> Features | None:
-    """``features`` of a JSON file with values as they are written: 5 beside 2.5 is not 5.0, a date not a time.
-
-    None where nothing has to change, or `datasets` is too old for it.
-    """
-    import datasets
-
-    if features is None or not hasattr(datasets, "Json"):
-        return None
-
-    def changes(kind: Any) -> bool:
-        if isinstance(kind, datasets.Value):
-            return kind.dtype.startswith(("float", "timestamp", "date", "time", "duration"))
-        if isinstance(kind, dict):
-            return any(map(changes, kind.values()))
-        if isinstance(kind, list | tuple):
-            return any(map(changes, kind))
-        return hasattr(kind, "feature") and changes(kind.feature)
-
-    if not any(map(changes, features.values())):
-        return None
-    return datasets.Features({name: datasets.Json() if changes(kind) else kind for name, kind in features.items()})
 
 
 def first_line(error: Exception) -> str:
