@@ -29,12 +29,14 @@ CONTEXT_COLUMNS = ("input", "context")
 """Belong to the question, and come after it in this order."""
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 HISTORY, TOOLS, TEMPLATE_OPTIONS = "history", "tools", "chat_template_kwargs"
-TOKENS, CONVERSATIONS = "input_ids", "conversations"
+TOKENS = "input_ids"
+CONVERSATIONS = (("conversations",), ("conversation",))
+"""Of turns by whatever names and in whatever order; ``messages`` are taken as they are."""
 PAIR = ("prompt", "completion")
 # What TRL takes as it is, in the order in which it looks; its key dataset_text_field names one more.
-TRL_FORMS = ((TOKENS,), PAIR, ("messages",), (CONVERSATIONS,))
-CHATS = (("messages",), (CONVERSATIONS,))
-TRL_READS = (*PAIR, "messages", CONVERSATIONS, "chosen", "rejected", "text", TOOLS, TEMPLATE_OPTIONS)
+TRL_FORMS = ((TOKENS,), PAIR, ("messages",), *CONVERSATIONS)
+CHATS = (("messages",), *CONVERSATIONS)
+TRL_READS = (*PAIR, "messages", "conversations", "chosen", "rejected", "text", TOOLS, TEMPLATE_OPTIONS)
 """TRL takes a sample by these for one of another form, so those that are not used do not stay."""
 OF_TOKENS = (
     "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths", "token_type_ids",
@@ -54,6 +56,7 @@ EMPTY_TURN, WRONG_ORDER = "with an empty turn", "with turns in the wrong order"
 BEGINS_WITH_ANSWER = "with an assistant's turn first"
 FILTERED = "by dataset_filters"
 JOINED = "turns of one role in a row are joined"
+OWN_SYSTEM = "the conversation's own system turn is taken, and the system column is not"
 LAST_QUESTION = "a last turn that nobody answers is cut off"
 
 
@@ -155,6 +158,8 @@ def _turns(value: Any, column: str, keep_unknown: bool = False) -> list[dict[str
             others.pop(key, None)
         if role == "function_call":
             role, content, others = _call(content, others)
+        elif role == "assistant" and "function_call" in others:  # OpenAI's older form
+            _, _, others = _call(others.pop("function_call"), others)
         if name in OWN_ROLES:
             role = name
         message = {"role": role or name}
@@ -312,7 +317,7 @@ def _trl_form(
         )  # fmt: skip
     # TRL looks at the first row to tell conversations from texts.
     chat = form in CHATS or (form == PAIR and any(is_conversation(_quiet_json(first.get(name))) for name in own))
-    strict = form == (CONVERSATIONS,)
+    strict = form in CONVERSATIONS
     _no_changes(arguments, " and ".join(form), system=strict)
     used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], own, strict=True)}
     system, tools = (_first_of(wanted, names, own) if chat else None for wanted in (SYSTEM_COLUMNS, (TOOLS,)))
@@ -330,8 +335,8 @@ def _trl_form(
             if form == PAIR and chat:
                 prompt, completion = map(_quiet_json, values)
                 made = [
-                    _turns(prompt, "prompt") if isinstance(prompt, list) else _texts(row, own[:1]),
-                    _turns(completion, "completion") if isinstance(completion, list) else _answer(completion, ()),
+                    _turns(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, own[:1]),
+                    _turns(completion, "completion", True) if isinstance(completion, list) else _answer(completion, ()),
                 ]
             elif form == PAIR:
                 # An empty prompt is one: its completion is what a text begins with.
@@ -353,6 +358,8 @@ def _trl_form(
             if chat:
                 text = None if system is None else text_of(row[system])
                 made[0] = _with_system(made[0], arguments.dataset_system_prompt if text is None else text)
+                if text is not None and made[0][0]["content"] != text:
+                    note = "\n".join(filter(None, (note, OWN_SYSTEM)))
             changes = {} if _same(values, made) and not gone else dict(zip(target, made, strict=True))
             if tools is not None and (isinstance(row[tools], str) or tools != TOOLS):
                 changes[TOOLS] = tools_of(row[tools])
@@ -403,6 +410,8 @@ def _pair_form(
                     before = _turns(asked, question) if is_conversation(asked) else _texts(row, [question, *contexts])
                     turns = [*before, *turns]
                 turns, note = _ordered(turns)
+                if filters:
+                    turns[-1] = {**turns[-1], **_answer(turns[-1]["content"], filters)[0]}
                 pairs = [
                     {"role": role, "content": text}
                     for pair in earlier for role, text in zip(("user", "assistant"), pair, strict=True)
@@ -437,7 +446,7 @@ def made_features(names: Sequence[str], chat: bool, with_tools: bool) -> dict[st
 
 
 def _texts(row: dict[str, Any], columns: Iterable[str]) -> list[dict[str, Any]]:
-    found = [text for column in columns if (text := text_of(row[column])) is not None]
+    found = [text for column in columns if row[column] != [] and (text := text_of(row[column])) is not None]
     if not found:
         raise _LeftOut(NO_QUESTION)
     return [{"role": "user", "content": "\n\n".join(found)}]

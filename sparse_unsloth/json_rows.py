@@ -60,12 +60,12 @@ def is_list(path: Path) -> bool:
     """Whether the file is one JSON list, or one object of many lines, and no JSON Lines."""
     with path.open(encoding="utf-8-sig") as file:
         begin = next((line for line in file if line.strip()), "").strip()
-    if begin.startswith("["):
-        return True
+    if not begin or begin.startswith("["):
+        return bool(begin)
     try:
         json.loads(begin)
     except ValueError:
-        return begin == "{"
+        return True
     return False
 
 

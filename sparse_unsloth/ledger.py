@@ -98,7 +98,8 @@ class Ledger:
     def _facts(self) -> Iterator[tuple[int, str]]:
         if self.used:
             made = "; ".join(f"{role} from {' and '.join(columns)}" for role, columns in self.used.items())
-            yield logging.INFO, f"columns used: {made}"
+            # Which of several was taken shows where others are left.
+            yield logging.WARNING if self.unused else logging.INFO, f"columns used: {made}"
         if self.unused:
             yield logging.WARNING, f"columns not used: {', '.join(self.unused)}"
         for name, split in self.splits.items():

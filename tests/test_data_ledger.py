@@ -265,6 +265,28 @@ def test_what_is_changed_of_conversations_is_said(read):
     assert "1 of 1 samples: a last turn that nobody answers is cut off" in facts
 
 
+def test_a_system_column_beside_a_system_turn_is_said(read):
+    rows = [share_gpt(("system", "own"), ("human", "h"), ("gpt", "g"), system=system) for system in ("own", "x", None)]
+    samples, ledger = read(rows)
+    assert [sample["messages"][0] for sample in samples] == chat(("system", "own")) * 3
+    assert list(ledger.split("training").notes.values()) == [1]
+
+
+def test_an_older_function_call_is_an_answer(read):
+    call = {"name": "add", "arguments": '{"one": 1}'}
+    turns = [*chat(("user", "u")), {"role": "assistant", "content": None, "function_call": call}]
+    (sample,), _ = read([{"messages": turns}])
+    function = sample["messages"][1]["tool_calls"][0]["function"]
+    assert function == {"name": "add", "arguments": {"one": 1}}
+
+
+def test_filters_read_the_answer_of_a_conversation(read):
+    rows = [{"prompt": "p", "chosen": chat(("user", "p"), ("assistant", text))} for text in ("Sorry.", "Yes.")]
+    samples, ledger = read(rows, dataset_filters=["no-refusal"])
+    assert texts(samples) == ["Yes."]
+    assert ledger.split("training").left_out == {"by dataset_filters": 1}
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -273,6 +295,7 @@ def test_what_is_changed_of_conversations_is_said(read):
         {"messages": chat(("human", "u"), ("gpt", "a"))},
         {"messages": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
         {"conversations": chat(("user", "u"), ("assistant", "a"))},
+        {"conversation": chat(("user", "u"), ("assistant", "a"))},
         {"conversations": json.dumps([{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}])},
     ],
 )
