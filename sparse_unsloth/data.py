@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -346,7 +347,7 @@ def length_filter(
         tokenizer.chat_template = other.chat_template
         tokenizer.add_tokens(list(other.added_tokens_decoder.values()))
     template = None
-    if training.assistant_only_loss and "generation" not in str(tokenizer.chat_template):
+    if training.assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         from trl.chat_template_utils import get_training_chat_template
 
         with contextlib.suppress(ValueError):  # no such template: TRL says so when it prepares the data
@@ -358,8 +359,8 @@ def _left_out(arguments: DataArguments, reasons: Counter[str]) -> str:
     causes = [f"dataset_filters {', '.join(arguments.dataset_filters)}"] if arguments.dataset_filters else []
     causes += ["dataset_drop_long"] if arguments.dataset_drop_long else []
     text = f" after {' and '.join(causes)}" if causes else ": the split is empty"
-    told = [f"{count:,} {reason}" for reason, count in reasons.most_common(MANY_REASONS)]
-    return f"{text}{'' if causes else ' but for rows'} that are left out ({', '.join(told)})" if told else text
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(MANY_REASONS))
+    return f"{text}{'' if causes else ' but for rows that are left out'} ({told})" if told else text
 
 
 def _check_filters(arguments: DataArguments) -> None:

@@ -489,6 +489,30 @@ def test_lengths_are_those_that_trl_trains(checkpoint, tmp_path, monkeypatch, fo
     assert ledger.split("training").left_out == {"longer than max_length": 1}
 
 
+def test_lengths_are_those_of_the_template_that_trl_trains_with(checkpoint, tmp_path, monkeypatch):
+    """For a loss on the assistant's turns it takes another one than the tokenizer's."""
+    import trl
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    arguments = DataArguments(
+        dataset_name=words.save_rows(
+            tmp_path / "rows.jsonl", [share_gpt(("human", "one"), ("gpt", "two"), ("human", "three"), ("gpt", "four"))]
+        ),
+        dataset_drop_long=True,
+    )
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": None, "assistant_only_loss": True}
+    args = trl.SFTConfig(str(tmp_path / "out"), chat_template_path=str(template), **options)
+    data, _ = load_dataset_for(arguments)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    trained = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer).train_dataset
+    count = length_filter(arguments, checkpoint, 99, args)
+    assert count.length(data[0]) == len(trained[0]["input_ids"])
+    count.chat_template = None
+    assert count.length(data[0]) < len(trained[0]["input_ids"]), "the tokenizer's own leaves out a turn's thoughts"
+
+
 def test_length_filter_of_two_words_stays(checkpoint):
     """As it was before it knew TRL's other forms."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
