@@ -82,7 +82,7 @@ def json_rows(path: Path) -> Iterator[dict[str, Any]]:
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _row(line, path, number)
+                yield _row(line.strip(), path, number)
 
 
 def encode(value: Any) -> str | None:
@@ -106,7 +106,8 @@ def _row(text: str, path: Path, number: int, whole: bool = False) -> Any:
         found = json.loads(text, object_pairs_hook=no_twice)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
-        raise DataError(f"dataset_name: {path} is empty, or cannot be read: line {line} is no JSON: {error.msg}") from None
+        why = f"line {line} is no JSON: {error.msg}"
+        raise DataError(f"dataset_name: {path} is empty, or cannot be read: {why}.") from None
     return found if whole else _as_row(found, path)
 
 
@@ -114,7 +115,8 @@ def _as_row(item: Any, path: Path) -> dict[str, Any]:
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, dict):
-        raise DataError(f"dataset_name: {path} is empty, or cannot be read: its rows must be objects, but one is {item!r:.40}.")
+        why = f"its rows must be objects, but one is {item!r:.40}"
+        raise DataError(f"dataset_name: {path} is empty, or cannot be read: {why}.")
     return item
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ import transformers
 
 from sparse_unsloth.cli import main
 from sparse_unsloth.data import DataArguments, DataError, LengthFilter, length_filter, load_dataset_for
-from sparse_unsloth.ledger import Ledger, left_out
+from sparse_unsloth.ledger import Ledger, drop_without_loss, left_out
 
 sys.path.insert(0, str(Path(__file__).parent))
 import words
@@ -588,6 +589,54 @@ def test_tokens_without_a_label_are_counted(training, prepare):
     assert metrics["data"]["training"]["kept"] == 2
     assert metrics["data"]["training"]["left_out"] == {"without a loss token within max_length": 4}
     assert torch.isfinite(torch.tensor(metrics["train_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "completion_only", "kept"),
+    [
+        ({"labels": [[-100, 5], [-100, -100], [5, -100]]}, True, [0]),
+        ({"completion_mask": [[0, 1], [0, 0], [1, 0]]}, True, [0]),
+        ({"completion_mask": [[0, 1], [0, 0], [1, 0]]}, False, [0, 1, 2]),
+        ({"completion_mask": [[0, 1], [0, 1], [0, 0]], "assistant_masks": [[0, 1], [1, 0], [0, 1]]}, True, [0]),
+        ({"labels": [[-100, 5], [-100, 5], [-100, 5]], "seq_lengths": [[2], [1, 1], [2]]}, True, [0, 2]),
+        ({}, True, [0, 1, 2]),
+    ],
+)
+def test_rows_without_loss_of_every_layout_go(columns, completion_only, kept):
+    """Unsloth's rows have masks and no labels; the first token of a packed document is predicted by none."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[4, 5]] * 3, **columns, "row": [0, 1, 2]})
+    trainer = SimpleNamespace(train_dataset=rows, completion_only_loss=completion_only)
+    lengths, documents, of_rows = drop_without_loss(trainer, "train_dataset")
+    assert trainer.train_dataset["row"][:] == kept == of_rows.nonzero()[0].tolist()
+    assert lengths.sum() == 6
+    assert documents.sum() == len(kept)
+
+
+@pytest.mark.parametrize("frame", [{"answer": [1.5, None]}, {"answer": ["NA", None]}, {"answer": [True, None]}])
+def test_a_parquet_file_loses_only_what_is_missing(tmp_path, monkeypatch, frame):
+    import pandas
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pandas.DataFrame({"question": ["a", "b"], **frame}).to_parquet(tmp_path / "rows.parquet")
+    ledger = Ledger()
+    train, _ = load_dataset_for(DataArguments(dataset_name=str(tmp_path / "rows.parquet")), ledger=ledger)
+    assert texts(train) == [str(frame["answer"][0])]
+    assert ledger.split("training").left_out == {"without an answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "a", "answer": "b", "answer": "c"}\n', r"names 'answer' twice in one row \(line 1\)"),
+        ('{"question": "a", "answer": "b"}\n{"question": "a",\n', r"line 2 is no JSON"),
+        ('[{"question": "a",\n "answer": }]', r"line 2 is no JSON"),
+        ("[1, 2]", r"its rows must be objects, but one is 1"),
+        ("\n\n", r"is empty, or cannot be read"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_says_where(read, content, message):
+    with pytest.raises(DataError, match=message):
+        read(content)
 
 
 def test_conversations_train_on_the_assistants_turns(training):
