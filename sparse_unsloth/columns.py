@@ -54,7 +54,6 @@ OWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 NO_ANSWER, NO_QUESTION = "without an answer", "without a question"
 EMPTY_TURN, WRONG_ORDER = "with an empty turn", "with turns in the wrong order"
 BEGINS_WITH_ANSWER = "with an assistant's turn first"
-FILTERED = "by dataset_filters"
 JOINED = "turns of one role in a row are joined"
 OWN_SYSTEM = "the conversation's own system turn is taken, and the system column is not"
 LAST_QUESTION = "a last turn that nobody answers is cut off"
@@ -339,6 +338,8 @@ def _trl_form(
                     _turns(completion, "completion", True) if isinstance(completion, list) else _answer(completion, ()),
                 ]
             elif form == PAIR:
+                if any(is_conversation(_quiet_json(value)) for value in values):
+                    raise _LeftOut("with turns, where the first row has texts")
                 # An empty prompt is one: its completion is what a text begins with.
                 made = [values[0] if isinstance(values[0], str) else text_of(values[0]), text_of(values[1])]
                 if None in made:
@@ -456,10 +457,11 @@ def _answer(value: Any, filters: Sequence[str]) -> list[dict[str, Any]]:
     text = text_of(value)
     if text is None:
         raise _LeftOut(NO_ANSWER)
-    found = filtered(text, filters)
-    if found is None or not found.strip():
-        raise _LeftOut(FILTERED)
-    return [{"role": "assistant", "content": found}]
+    for name in filters:
+        text = filtered(text, [name])
+        if text is None or not text.strip():
+            raise _LeftOut(f"by the filter {name}")
+    return [{"role": "assistant", "content": text}]
 
 
 def _quiet_json(value: Any) -> Any:

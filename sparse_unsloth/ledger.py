@@ -65,12 +65,14 @@ class Ledger:
         splits: "training" and, where there is one, "held-out".
         used: the columns that samples are made of, by what they give.
         unused: the columns that nothing uses.
+        others: further lines.
     """
 
     dataset: str = ""
     splits: dict[str, Split] = field(default_factory=dict)
     used: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     _told: set[str] = field(default_factory=set, repr=False)
 
     def split(self, name: str) -> Split:
@@ -102,6 +104,7 @@ class Ledger:
             yield logging.WARNING if self.unused else logging.INFO, f"columns used: {made}"
         if self.unused:
             yield logging.WARNING, f"columns not used: {', '.join(self.unused)}"
+        yield from ((logging.WARNING, line) for line in self.others)
         for name, split in self.splits.items():
             where = "" if name == TRAINING else f"{name} split: "
             reasons = Counter({reason: count for reason, count in split.left_out.items() if reason != WITHOUT_LOSS})
@@ -168,6 +171,7 @@ class Reading:
             inferred.
         used, unused: columns, see `Ledger`.
         encoded: columns whose values are JSON text in the rows; ``read`` gets the values of those that are used.
+        version: to be raised where the same rows give other samples, so that none come out of the cache of `datasets`.
     """
 
     read: Callable[[dict[str, Any]], Outcome] | None = None
@@ -177,6 +181,7 @@ class Reading:
     used: dict[str, list[str]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     encoded: frozenset[str] = frozenset()
+    version: int = 1
 
     def sample(self, row: dict[str, Any]) -> Outcome:
         """Of whatever length."""

@@ -102,7 +102,9 @@ def stored_splits(
         raise DataError(f"dataset_test_size: say how many samples of {path} to hold out for evaluation.")
     elif evaluation:
         test = read(arguments.dataset_test_split, size, HELD_OUT)
-    if size and size < len(train):
+    if size and size > len(train):
+        ledger.others.append(f"dataset_size asks for {size:,} samples, and {len(train):,} are there")
+    elif size and size < len(train):
         account.set_aside["beyond dataset_size"] = len(train) - size
         train = train.select(range(size))
     return train, test
@@ -126,7 +128,7 @@ def _first_samples(
 
     path = Path(arguments.dataset_name)
     version = path.stat().st_mtime_ns if path.is_file() else None
-    fingerprint = Hasher.hash((vars(arguments), version, key))
+    fingerprint = Hasher.hash((vars(arguments), version, key, Reading.version))
 
     def samples() -> Iterator[dict[str, Any]]:
         rows, found = load()

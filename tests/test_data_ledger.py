@@ -285,7 +285,7 @@ def test_filters_read_the_answer_of_a_conversation(read):
     rows = [{"prompt": "p", "chosen": chat(("user", "p"), ("assistant", text))} for text in ("Sorry.", "Yes.")]
     samples, ledger = read(rows, dataset_filters=["no-refusal"])
     assert texts(samples) == ["Yes."]
-    assert ledger.split("training").left_out == {"by dataset_filters": 1}
+    assert ledger.split("training").left_out == {"by the filter no-refusal": 1}
 
 
 @pytest.mark.parametrize(
@@ -381,6 +381,21 @@ def test_every_sample_of_a_file_is_accounted_for(read, tmp_path):
         load_dataset_for(
             DataArguments(dataset_name=words.save_rows(tmp_path / "none.jsonl", [{"question": "q", "answer": ""}] * 20))
         )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fewer_samples_than_asked_for_are_said(read, streaming):
+    _, ledger = read([{"question": "q", "answer": "a"}] * 3, dataset_size=7, dataset_streaming=streaming)
+    assert "dataset_size asks for 7 samples, and 3 are there" in ledger.as_dict()["facts"]
+    _, ledger = read([{"question": "q", "answer": "a"}] * 3, dataset_size=3, dataset_streaming=streaming)
+    assert not ledger.others
+
+
+def test_turns_among_texts_are_not_trained_as_json(read):
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": chat(("user", "p")), "completion": chat(("assistant", "c"))}]
+    samples, ledger = read(rows)
+    assert len(samples) == 1
+    assert ledger.split("training").left_out == {"with turns, where the first row has texts": 1}
 
 
 def test_many_reasons_stay_one_line():
