@@ -362,6 +362,8 @@ def _trl_form(
                 if text is not None and made[0][0]["content"] != text:
                     note = "\n".join(filter(None, (note, OWN_SYSTEM)))
             changes = {} if _same(values, made) and not gone else dict(zip(target, made, strict=True))
+            if options is not None and row[options] is None:
+                changes[options] = {}  # TRL unpacks it
             if tools is not None and (isinstance(row[tools], str) or tools != TOOLS):
                 changes[TOOLS] = tools_of(row[tools])
         except _LeftOut as reason:
@@ -369,7 +371,8 @@ def _trl_form(
         kept = {name: value for name, value in row.items() if name not in gone}
         return {**kept, **changes} if changes else row, None, note
 
-    return _reading(read, used, columns, fits, made_features(target, chat, tools is not None), frozenset(gone))
+    made_kinds = made_features(target, chat, [tools and TOOLS, options])
+    return _reading(read, used, columns, fits, made_kinds, frozenset(gone))
 
 
 def _pair_form(
@@ -429,21 +432,22 @@ def _pair_form(
         return sample, None, note
 
     # A column called prompt or completion alone would clash with the new ones, so no other column stays.
-    made = made_features(PAIR, chat, tools is not None)
+    made = made_features(PAIR, chat, [tools and TOOLS])
     return _reading(read, used, columns, fits, made, frozenset(columns))
 
 
-def made_features(names: Sequence[str], chat: bool, with_tools: bool) -> dict[str, Any]:
-    """Of the columns that are made; empty where `datasets` is too old for values of any shape, and infers them.
+def made_features(names: Sequence[str], chat: bool, nested: Iterable[str | None]) -> dict[str, Any]:
+    """Of the columns that are made, the ``nested`` ones of any shape.
 
-    Turns and tools differ in their keys, which a column of one shape would fill with null in every row.
+    Turns and tools differ in their keys, which a column of one shape would fill with null in every row. Empty where
+    `datasets` is too old for that, and infers one shape.
     """
     import datasets
 
     if not hasattr(datasets, "Json"):
         return {}
     kind = datasets.List(datasets.Json()) if chat else datasets.Value("string")
-    return {**dict.fromkeys(names, kind), **({TOOLS: datasets.Json()} if with_tools else {})}
+    return {**dict.fromkeys(names, kind), **{name: datasets.Json() for name in nested if name is not None}}
 
 
 def _texts(row: dict[str, Any], columns: Iterable[str]) -> list[dict[str, Any]]:

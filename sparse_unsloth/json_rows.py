@@ -49,11 +49,25 @@ def json_dataset(path: Path) -> tuple[Dataset, frozenset[str]]:
 
 
 def stream_rows(lines: Iterable[dict[str, str]], path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a stream of JSON lines; all have the columns of the first hundred."""
+    """The rows of a stream of JSON lines; all have the columns of the first hundred.
+
+    Raises:
+        DataError: a later row has another one, which would be lost.
+    """
     stream = (_row(line["text"], path, number) for number, line in enumerate(lines, start=1) if line["text"].strip())
     first = list(itertools.islice(stream, PEEKED))
     names = dict.fromkeys(name for row in first for name in row)
-    return ({name: row.get(name) for name in names} for row in itertools.chain(first, stream))
+
+    def complete(row: dict[str, Any]) -> dict[str, Any]:
+        late = next((name for name in row if name not in names), None)
+        if late is not None:
+            raise DataError(
+                f"dataset_name: {path} has the column {late!r} in a later row than its first {PEEKED}, which a stream "
+                "cannot know: set dataset_streaming: false."
+            )
+        return {name: row.get(name) for name in names}
+
+    return map(complete, itertools.chain(first, stream))
 
 
 def is_list(path: Path) -> bool:

@@ -282,7 +282,7 @@ def counted(data: Dataset, ledger: Ledger, split: Split) -> Dataset:
     if not shapeless:
         return data
     turns = datasets.List(datasets.Json())
-    kinds = {name: datasets.Json() if name == "tools" else turns for name in shapeless}
+    kinds = {name: datasets.Json() if name in ("tools", "chat_template_kwargs") else turns for name in shapeless}
     return data.map(
         lambda row: {name: json.loads(row[name]) for name in shapeless},
         features=datasets.Features({**data.features, **kinds}),

@@ -391,6 +391,29 @@ def test_fewer_samples_than_asked_for_are_said(read, streaming):
     assert not ledger.others
 
 
+def test_a_column_that_begins_late_is_used_or_an_error(read):
+    rows = [{"question": "q", "answer": "a"}] * 120 + [{"question": "q", "answer": "a", "context": "late"}]
+    samples, _ = read(rows)
+    assert texts(samples, "prompt")[-1] == "q\n\nlate"
+    with pytest.raises(DataError, match=r"has the column 'context' in a later row .* set dataset_streaming: false"):
+        read(rows, dataset_streaming=True, dataset_size=130)
+
+
+@pytest.mark.parametrize("options", [{}, {"dataset_streaming": True, "dataset_size": 2}])
+def test_columns_that_trl_would_take_for_another_form_do_not_stay(read, options):
+    """TRL ends `text` instead of the completion, trains `conversations` instead of `messages`, and unpacks null."""
+    rows = [{"prompt": "p", "completion": "c", "text": "pc", "tools": "x"}] * 2
+    samples, ledger = read(rows, **options)
+    assert samples == [{"prompt": "p", "completion": "c"}] * 2
+    assert ledger.unused == ["text", "tools"]
+    messages = chat(("user", "u"), ("assistant", "a"))
+    samples, _ = read([{"messages": messages, "conversations": [], "prompt": "p"}] * 2, **options)
+    assert samples == [{"messages": messages}] * 2
+    rows = [{"messages": messages, "chat_template_kwargs": value} for value in ({"deep": True}, None)]
+    samples, _ = read(rows, **options)
+    assert [sample["chat_template_kwargs"] for sample in samples] == [{"deep": True}, {}]
+
+
 def test_turns_among_texts_are_not_trained_as_json(read):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": chat(("user", "p")), "completion": chat(("assistant", "c"))}]
     samples, ledger = read(rows)
