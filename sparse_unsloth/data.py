@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from sparse_unsloth.columns import TEMPLATE_OPTIONS, TOKENS, TOOLS, reading_for
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.ledger import HELD_OUT, MANY_REASONS, TRAINING, Ledger, Reading
@@ -279,7 +281,11 @@ class LengthFilter:
         return self.length(row) <= self.max_length
 
     def length(self, row: dict[str, Any]) -> int:
-        """Tokens of a sample before anything is cut."""
+        """Tokens of a sample before anything is cut.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
         if row.get(TOKENS) is not None:
             return len(row[TOKENS])
         if "prompt" in row:
@@ -296,7 +302,12 @@ class LengthFilter:
         tools = row.get(TOOLS)
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {"chat_template": self.chat_template, "tools": tools, **(row.get(TEMPLATE_OPTIONS) or {})}
-        return len(self.tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)["input_ids"])
+        try:
+            return len(
+                self.tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)["input_ids"]
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses a conversation: {error}") from error
 
 
 def length_filter(

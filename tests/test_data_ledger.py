@@ -687,10 +687,14 @@ def test_conversations_train_on_the_assistants_turns(training):
     assert metrics["data"]["training"]["left_out"] == {"without an answer": 4}
 
 
-def test_a_conversation_that_the_template_refuses_is_one_line(training, tmp_path, capsys):
+@pytest.mark.parametrize("drop_long", [False, True])
+def test_a_conversation_that_the_template_refuses_is_one_line(training, tmp_path, capsys, drop_long):
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + words.TEMPLATE
     (tmp_path / "strict.jinja").write_text(strict)
     rows = [{"messages": chat(("assistant", "one"))}] * 2
-    code, _ = training(rows, chat_template_path=str(tmp_path / "strict.jinja"), assistant_only_loss=True, max_length=64)
+    changes = {"chat_template_path": str(tmp_path / "strict.jinja"), "assistant_only_loss": True, "max_length": 64}
+    code, _ = training(rows, dataset_drop_long=drop_long, **changes)
     assert code == 2
     assert "the chat template refuses a conversation: user first" in capsys.readouterr().err
+    assert main(["estimate", str(training.recipe)]) == 2
+    assert "user first" in capsys.readouterr().err

@@ -189,6 +189,7 @@ def is_padding_free(recipe: Recipe, backend: str, model_type: str) -> bool:
 def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backend: str) -> Iterator[SFTTrainer]:
     """TRL's trainer over a model of a few numbers, with ``data`` prepared as it would be trained."""
     import torch
+    from jinja2 import TemplateError
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
 
@@ -211,7 +212,7 @@ def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backen
             trainer = SFTTrainer(
                 LlamaForCausalLM(config), arguments, train_dataset=data, processing_class=copy.deepcopy(tokenizer)
             )
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, TemplateError) as error:
             raise DataError(f"TRL cannot prepare this data set: {error}") from error
         yield trainer
 
