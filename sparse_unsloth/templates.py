@@ -19,14 +19,21 @@ Turns = Sequence[tuple[str, str | None]]
 """``(question, answer)`` pairs; the answer of the last one is None where the model shall give it."""
 
 
-def training_pair(template: str, question: str, answer: str, system_prompt: str | None = None) -> dict[str, Any]:
+def training_pair(
+    template: str, question: str, answer: str, system_prompt: str | None = None, history: Turns = ()
+) -> dict[str, Any]:
     """One sample in TRL's prompt-completion form: messages for "chat", plain texts for "alpaca".
+
+    ``history`` comes before the question; its answers are part of the prompt.
 
     With plain texts TRL adds the end of the sequence to the completion; with messages the chat template does.
     """
     if template == ALPACA_TEMPLATE:
-        return {"prompt": alpaca([(question, None)]), "completion": answer}
-    return {"prompt": messages([(question, None)], system_prompt), "completion": [_message("assistant", answer)]}
+        return {"prompt": alpaca([*history, (question, None)]), "completion": answer}
+    return {
+        "prompt": messages([*history, (question, None)], system_prompt),
+        "completion": [_message("assistant", answer)],
+    }
 
 
 def alpaca(turns: Turns) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -33,6 +34,7 @@ from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
+from sparse_unsloth.ledger import Ledger, settle
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
@@ -46,7 +48,7 @@ from sparse_unsloth.saved_adapters import (
     is_lost,
     named_targets,
 )
-from sparse_unsloth.stored import first_line
+from sparse_unsloth.unreadable import first_line
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -263,6 +265,7 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
             "step_times": asdict(timer.times),
             "memory": memory,
             **throughput(trainer, timer.times),
+            "data": trainer.ledger.as_dict(),
             "log": trainer.state.log_history,
         }
         if trainer.is_world_process_zero():
@@ -319,20 +322,28 @@ def _build_sft(
     recipe: Recipe, callbacks: tuple[TrainerCallback, ...], checkpoint: str | None
 ) -> tuple[SFTTrainer, StepTimer]:
     training, arguments = recipe.training, recipe.model
-    fits = length_filter(recipe.data, arguments.model_name_or_path, training.max_length, **_hub(recipe))
-    train_data, test_data = load_dataset_for(recipe.data, _evaluates(recipe), training.completion_only_loss, fits)
+    ledger, max_length = Ledger(), training.max_length
+    fits = length_filter(recipe.data, arguments.model_name_or_path, max_length, training, **_hub(recipe))
+    train_data, test_data = load_dataset_for(
+        recipe.data, _evaluates(recipe), training.completion_only_loss, fits, training.dataset_text_field, ledger
+    )
     _check_context_exists(recipe, train_data.column_names)
     backend = "peft" if training.use_cpu and recipe.backend == "auto" else recipe.backend
     model, tokenizer = _load(recipe, explain_backend(backend)[0], checkpoint)
     model, timer = _adapt(recipe, model, checkpoint)
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=training,
-        train_dataset=train_data,
-        eval_dataset=test_data,
-        callbacks=[timer, *callbacks],
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            processing_class=tokenizer,
+            args=training,
+            train_dataset=train_data,
+            eval_dataset=test_data,
+            callbacks=[timer, *callbacks],
+        )
+    except TemplateError as error:
+        raise DataError(f"{recipe.data.dataset_name}: the chat template refuses a conversation: {error}") from error
+    settle(trainer, ledger, max_length)
+    trainer.ledger = ledger
     return trainer, timer
 
 
@@ -346,7 +357,8 @@ def _build_classifier(
         raise BackendError(
             "backend: 'unsloth' has no fast path for classification heads (SEQ_CLS). Use backend: peft, or auto."
         )
-    train_data, test_data, columns = classification.load_labelled(recipe.data, _evaluates(recipe))
+    ledger = Ledger()
+    train_data, test_data, columns = classification.load_labelled(recipe.data, _evaluates(recipe), ledger)
     names = classification.label_names(train_data, test_data)
     tokenizer = classification.load_tokenizer(name, **_hub(recipe))
     encoded = [
@@ -367,6 +379,7 @@ def _build_classifier(
         compute_metrics=classification.compute_metrics(metrics, names),
         callbacks=[timer, *callbacks],
     )
+    trainer.ledger = ledger
     return trainer, timer
 
 
@@ -646,6 +659,7 @@ def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
     training, sparsity = recipe.training, recipe.sparsity
     asked = sparsity.by_rows or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
+    masked = masked or bool({"labels", "completion_mask", "assistant_masks"} & set(columns))
     if asked and sparsity.dense_tokens == "output" and not masked:
         raise DataError(
             f"{recipe.data.dataset_name}: with the columns {', '.join(columns)} {EVERY_TOKEN_BEARS_LOSS} Use "

@@ -405,8 +405,9 @@ def test_help(capsys):
         (
             [{"messages": [{"role": "user", "content": "one"}]}] * 5,
             {"assistant_only_loss": True},
-            "TRL cannot prepare this data set",
+            r"no training samples are left.*\(5 without an answer\)",
         ),
+        ([{"text": "one two"}] * 5, {"assistant_only_loss": True}, "TRL cannot prepare this data set"),
         (None, {"sparsity": {"mlp": {"1-9": 0.5}}}, r"mlp.*1-9"),
         (None, {"lora_dropout": 0.1}, "lora_dropout=0.1"),
         (None, {"lora_dropout": 0.1, "sparsity": "rows"}, "drops out 0.1 of its inputs"),

@@ -27,8 +27,8 @@ from sparse_unsloth.saved_adapters import (
     is_lost,
     vocabulary_of,
 )
-from sparse_unsloth.stored import first_line
 from sparse_unsloth.templates import CHAT_TEMPLATE
+from sparse_unsloth.unreadable import first_line
 
 RECIPE_FILE = "recipe.yaml"
 

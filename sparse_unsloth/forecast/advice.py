@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
+from sparse_unsloth.ledger import most_likely_cut, without_loss
 
 if TYPE_CHECKING:
     from sparse_unsloth.forecast.estimate import Estimate
@@ -118,15 +119,9 @@ def _hints(estimate: Estimate) -> Iterator[str]:
     if estimate.sparse is not None and tokens.context:
         yield from _presets(estimate)
     if tokens.truncated > MANY_CUT * tokens.samples:
-        yield (
-            f"{tokens.truncated} of {tokens.samples} samples are as long as max_length, so most likely cut: what is "
-            "cut off is answer, unless truncation_mode says otherwise."
-        )
+        yield most_likely_cut(tokens.truncated, tokens.samples)
     if tokens.dropped:
-        yield (
-            f"{tokens.dropped} of {tokens.samples} samples are left out: within max_length none of their tokens bears "
-            "loss. Raise max_length, or shorten the prompts."
-        )
+        yield without_loss(tokens.dropped, tokens.samples)
     if tokens.without_loss:
         yield f"{tokens.without_loss} of {tokens.samples} samples bear no loss: they cost time and teach nothing."
 

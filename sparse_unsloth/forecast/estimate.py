@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config import PRESETS, SparsityConfig
-from sparse_unsloth.data import LengthFilter, load_dataset_for
+from sparse_unsloth.data import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
@@ -182,9 +182,12 @@ def estimate(
         raise ConfigError("--device, --speed-table: are of GPUs, and this training has use_cpu: true; leave them out.")
     model, tokenizer = read_model(recipe)
     backend, reason = backend_of(recipe, model.model_type, recipe.training.use_cpu)
-    length = recipe.training.max_length
-    fits = LengthFilter(tokenizer, length) if recipe.data.dataset_drop_long and length is not None else None
-    data, _ = load_dataset_for(recipe.data, completion_only_loss=recipe.training.completion_only_loss, fits=fits)
+    training = recipe.training
+    name = recipe.model.model_name_or_path
+    fits = length_filter(recipe.data, name, training.max_length, training, tokenizer)
+    data, _ = load_dataset_for(
+        recipe.data, False, training.completion_only_loss, fits, text_field=training.dataset_text_field
+    )
     batches, tokens = read_tokens(recipe, data, tokenizer, backend, model.model_type, samples)
     fitted = None
     if not recipe.training.use_cpu:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.data import DataError
+from sparse_unsloth.ledger import drop_without_loss, no_loss
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class TokenStatistics:
     Attributes:
         layout: "padded", "padding-free" or "packed".
         dataset_samples, samples: in the data set; looked at.
-        dropped: samples that TRL left out, because nothing that bears loss was left within ``max_length`` (unpacked
+        dropped: samples that are left out, because nothing that bears loss is left within ``max_length`` (unpacked
             layouts only).
         without_loss: samples that are trained and bear no loss.
         truncated: samples as long as ``max_length``, so most likely cut.
@@ -139,10 +140,12 @@ def read_tokens(
     with _stand_in_trainer(recipe.training, data, tokenizer, backend) as trainer:
         prepared = trainer.train_dataset
         if len(prepared) == 0:
-            raise _no_loss(recipe, looked_at)
+            raise no_loss(recipe.data.dataset_name, looked_at, recipe.training.max_length)
+        drop_without_loss(trainer, "train_dataset")
+        prepared = trainer.train_dataset
         documents = list(_documents(prepared))
         if not any(outputs for _, outputs in documents):
-            raise _no_loss(recipe, looked_at)
+            raise no_loss(recipe.data.dataset_name, looked_at, recipe.training.max_length)
         # A last batch that is not full would count as much as a full one.
         trainer.args.dataloader_drop_last = len(prepared) >= recipe.training.per_device_train_batch_size
         if padding_free:
@@ -186,6 +189,7 @@ def is_padding_free(recipe: Recipe, backend: str, model_type: str) -> bool:
 def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backend: str) -> Iterator[SFTTrainer]:
     """TRL's trainer over a model of a few numbers, with ``data`` prepared as it would be trained."""
     import torch
+    from jinja2 import TemplateError
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
 
@@ -208,7 +212,7 @@ def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backen
             trainer = SFTTrainer(
                 LlamaForCausalLM(config), arguments, train_dataset=data, processing_class=copy.deepcopy(tokenizer)
             )
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, TemplateError) as error:
             raise DataError(f"TRL cannot prepare this data set: {error}") from error
         yield trainer
 
@@ -257,12 +261,3 @@ def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) ->
         lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
     output = 0 if roles.output is None else len(roles.output)
     return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths), output)
-
-
-def _no_loss(recipe: Recipe, samples: int) -> DataError:
-    limit = recipe.training.max_length
-    return DataError(
-        f"{recipe.data.dataset_name}: none of {samples} samples bears loss. Either the prompts alone fill max_length "
-        f"({limit}), so that truncation leaves no answer: raise max_length; or no token has a label: look at the "
-        "answer column, the chat template and completion_only_loss / assistant_only_loss."
-    )
