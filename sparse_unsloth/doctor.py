@@ -1,14 +1,19 @@
-"""What this machine can run: versions against the tested ranges, GPU, backend, kernels, and what is missing."""
+"""Says what this machine can run: versions against the tested ranges, GPU, backend, kernels; and tries each mode."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +24,7 @@ from sparse_unsloth.backends.unsloth_sources import find_unsloth, read_contract
 from sparse_unsloth.data import REASONING_GYM, SMOLLM2, SMOLLM2_INSTALL
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.language_model import explain_backend
+from sparse_unsloth.trial import MODES, Trial
 
 PACKAGE = "sparse-unsloth"
 # From this release on, TRL's SFTTrainer computes its loss in a Triton kernel.
@@ -27,6 +33,10 @@ OPTIONAL = {
     "xformers": "comes with Unsloth",
     "flash-attn": "faster attention, for GPUs that have it",
 }
+
+TRIAL_SECONDS = 115
+"""For the trials of all backends together."""
+OUTSIDE = "Install an Unsloth of the tested range, or report it with `sparse-unsloth doctor`'s output."
 
 Status = Literal["ok", "note", "problem"]
 
@@ -45,6 +55,92 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Every finding; those with status "problem" keep training from running here."""
     return [*_versions(), _device(), _trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
+
+
+def try_training() -> list[Finding]:
+    """Every mode, tried in training steps of a small random model with four layers, by each backend that can run here.
+
+    In processes of their own, because Unsloth patches its process for good. On a GPU 4-bit, without padding.
+    """
+    cuda = torch.cuda.is_available()
+    words = {"peft": ["--dtypes", "4bit" if cuda else "bf16", "--checkpointing", "True"]}
+    findings = []
+    if not cuda:
+        modes = ", ".join(mode for mode in MODES if mode.endswith("graphs"))
+        findings.append(
+            Finding("not tried", f"no CUDA GPU: the Unsloth backend, 4-bit bases, Triton's kernels, {modes}")
+        )
+        words["peft"] += ["--modes", ",".join(mode for mode in MODES if not mode.endswith("graphs"))]
+    elif find_unsloth() is None:
+        findings.append(Finding("not tried", "Unsloth is not installed: the Unsloth backend"))
+    else:
+        words["unsloth"] = ["--dtypes", "4bit", "--checkpointing", "unsloth"]
+    with tempfile.TemporaryDirectory() as name:
+        folder, running, deadline = Path(name), {}, time.time() + TRIAL_SECONDS
+        for backend, own in words.items():
+            place = folder / backend
+            place.mkdir()  # Unsloth writes its compiled modules into the working directory
+            command = [sys.executable, "-m", "sparse_unsloth.trial", "--backend", backend, "--families", "llama"]
+            command += ["--layouts", "padding-free", "--models", str(place / "models"), "--out", str(place / "out")]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            with (place / "log").open("w") as log:
+                running[backend] = subprocess.Popen(
+                    [*command, *own], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+        for backend, process in running.items():
+            try:
+                process.wait(timeout=max(1.0, deadline - time.time()))
+                ended = f"ended with exit code {process.returncode}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                ended = f"was not done after {TRIAL_SECONDS} s"
+            findings += _judge(backend, folder / backend, ended, "--modes" in words[backend])
+    return findings
+
+
+def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:
+    """What a backend's trials mean; those that are missing are a problem, with the end of what the process printed."""
+    lines = (place / "out").read_text().splitlines() if (place / "out").is_file() else []
+    trials = [Trial(**json.loads(line)) for line in lines]
+    findings = [
+        judge_trial(trial) for trial in trials if trial.mode != "plain" or trial.verdict == "failed" or trial.detail
+    ]
+    tried = {trial.mode for trial in trials}
+    missing = [mode for mode in MODES if mode not in tried and not (few and mode.endswith("graphs"))]
+    if missing:
+        said = (place / "log").read_text(errors="replace").strip().splitlines() or ["nothing"]
+        cure = f"The process {ended}; the last that it said: {said[-1][:300]}"
+        findings.append(Finding(f"tried {backend}", f"not tried: {', '.join(missing)}", "", "problem", cure))
+    return findings
+
+
+def judge_trial(trial: Trial) -> Finding:
+    """One trial as a line of the report: whole layers, one by one, captured, or refused and why."""
+    name, graphs = f"tried {trial.backend}: {trial.mode}", trial.mode.endswith("graphs")
+    if trial.mode == "plain":
+        status: Status = "problem" if trial.verdict == "failed" else "note"
+        return Finding(name, trial.detail, "", status, "The model without sparse_unsloth does not train here.")
+    if trial.verdict == "failed":
+        return Finding(name, "wrong", "", "problem", f"{trial.detail} Do not train in this mode here; report it.")
+    if trial.verdict == "refused":
+        expected = trial.backend == "peft" and graphs
+        return Finding(
+            name, f"refused: {trial.detail}", "", "ok" if expected else "problem", "" if expected else OUTSIDE
+        )
+    found = "trains; layers part by part"
+    if trial.whole:
+        found = f"trains; {trial.whole} of {trial.layers} layers as a whole"
+    if graphs:
+        found += f", {trial.captured} captured"
+    least = trial.layers - 1  # the last one leaves out rows without loss instead
+    slow = (
+        trial.backend == "unsloth"
+        and trial.mode != "dense"
+        and min(trial.whole, trial.captured if graphs else least) < least
+    )
+    cure = f"Right, and slower than it could be: {trial.detail}. {OUTSIDE}" if slow else ""
+    return Finding(name, found, "", "note" if slow else "ok", cure)
 
 
 def check_can_train(use_cpu: bool = False) -> None:

@@ -46,7 +46,14 @@ def test_keys_are_listed(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_doctor(capsys, monkeypatch):
     assert main(["doctor"]) == 0
-    assert "peft (no CUDA GPU)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "peft (no CUDA GPU)" in told
+    assert [mode for mode in ("dense", "rows", "channels") if f"tried peft: {mode}" in told] == [
+        "dense",
+        "rows",
+        "channels",
+    ]
+    assert "not tried" in told
     true = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == "trl" else true(name))
     assert main(["doctor"]) == 1

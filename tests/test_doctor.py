@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sparse_unsloth import doctor
 from sparse_unsloth.errors import BackendError
+from sparse_unsloth.trial import Trial
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -149,3 +150,44 @@ def test_environment_is_plain_data():
     assert Version(found["packages"]["torch"]).release == Version(torch.__version__).release
     assert found["cpu_cores"] >= 1
     assert found["processor"]
+
+
+def trial(**changes):
+    described = {
+        "backend": "unsloth",
+        "family": "llama",
+        "dtype": "4bit",
+        "checkpointing": "unsloth",
+        "layout": "packed",
+    }
+    return Trial(**{**described, "mode": "rows graphs", "layers": 4, "whole": 3, "captured": 3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({}, "ok", "3 of 4 layers as a whole, 3 captured"),
+        ({"captured": 0, "detail": "no"}, "note", "0 captured"),
+        ({"whole": 0, "captured": 0, "detail": "the forward differs"}, "note", "part by part"),
+        ({"verdict": "failed", "detail": "off"}, "problem", "wrong"),
+        ({"verdict": "refused", "detail": "cuda_graphs: no layer"}, "problem", "refused: cuda_graphs: no layer"),
+        ({"verdict": "refused", "backend": "peft", "detail": "parts"}, "ok", "refused: parts"),
+        ({"verdict": "refused", "backend": "peft", "mode": "rows", "detail": "x"}, "problem", "refused: x"),
+        ({"mode": "dense", "whole": 0, "captured": 0}, "ok", "part by part"),
+        ({"mode": "plain", "verdict": "failed", "detail": "CUDA error"}, "problem", "CUDA error"),
+    ],
+)
+def test_what_a_trial_means(changes, status, words):
+    finding = doctor.judge_trial(trial(**changes))
+    assert (finding.status, words in finding.found) == (status, True)
+    assert bool(finding.cure) == (status != "ok")
+
+
+def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
+    """Its last words are in the report, and no mode is taken for tried."""
+    monkeypatch.setattr(doctor.sys, "executable", "/bin/false")
+    findings = doctor.try_training()
+    (item,) = [item for item in findings if item.status == "problem"]
+    assert item.found == "not tried: dense, rows, channels"
+    assert "ended with exit code 1" in item.cure
+    assert doctor.sys.executable == "/bin/false"
