@@ -39,7 +39,8 @@ class SparseContext:
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
         graphs: what records and replays the layers' work in this forward; None: it runs as it is.
         packing: the documents of its row, where recordings may attend within them.
-        ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole.
+        ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole;
+            ``captured``: those whose work is in CUDA graphs.
         first_backward: of the first sparse forward, what looks whether its backward pass reaches every trained tensor.
         loss_rows: where this forward is one that it looks at.
         entered: names of the decoder layers that it came through.
@@ -70,6 +71,7 @@ class SparseContext:
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self.whole: set[int] = set()
+        self.captured: set[int] = set()
         self.entered: set[str] = set()
         self.recomputed: tuple[int, int, bool] | None = None
         self._memos: dict[int, dict[str, Any]] = {}

@@ -166,6 +166,8 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         close_prefill(state, context)
         return
     state.watch.look(context)
+    if torch.is_grad_enabled():
+        state.counts.whole_layers, state.counts.captured_layers = len(context.whole), len(context.captured)
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
         state.say_once(

@@ -543,7 +543,7 @@ WORDS = ["--model", "m", "--dtype", "4bit", "--shapes", "wizardlm,math10k", "--m
 def test_a_failing_arm_becomes_a_row_and_the_bench_goes_on(gpu, tmp_path, capsys):
     words = [*WORDS, "--out", str(tmp_path / "speed.csv"), "--arms", "stock,padded,skip-max,skip-auto,no-checkpointing"]
     assert main(["bench", *words]) == 1
-    assert gpu == [(("stock", "padded"), ()), (("skip-max",), ()), (("no-checkpointing",), ()), ((), ("rows-25",))]
+    assert gpu == [(("stock", "padded"), ()), ((), ("rows-25",)), (("skip-max",), ()), (("no-checkpointing",), ())]
     rows = [one for one in read_table(tmp_path / "speed.csv", COLUMNS) if one["shape"] == "wizardlm"]
     found = {one["arm"] or one["method"]: one for one in rows}
     assert {name: (one["median_ms"], one["over_stock"], one["over_best_arm"]) for name, one in found.items()} == {
@@ -761,7 +761,7 @@ def test_mixed_lengths_and_shapes_share_processes(mixed, monkeypatch, tmp_path, 
     words = ["--model", "m", "--out", str(tmp_path), "--steps", "10", "--arms", "stock,skip-max", "--layouts", "flat"]
     words += ["--methods", "rows-25", "--shapes", "host"]
     assert mixed.main(words) == 0
-    assert started == [(("stock",), ()), (("skip-max",), ()), ((), ("rows-25",))]
+    assert started == [(("stock",), ()), ((), ("rows-25",)), (("skip-max",), ())]
     printed = capsys.readouterr().out
     assert "| 4 | 10 | rows-25 | flat | 100.0 | 4.00x | 2.00x | skip-max | 5.0 |  |" in printed
     assert "| 16 | 10 | stock | flat | 400.0 | 1.00x | 0.50x | skip-max | 5.0 |  |" in printed

@@ -221,6 +221,7 @@ def test_dense_layers_are_recorded(stand_in, recorder, form):
         assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
         assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
+    assert state.metrics()["sparsity/captured_layers"] == LAYERS
     detach(model)
     assert_same(loss_and_gradients(model, batch), expected[0])
 

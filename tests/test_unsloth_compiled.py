@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_unsloth import attach, detach
+from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_rows
 from sparse_unsloth.backends.replaced import BLOCK_MODE, plain_forward
 
@@ -73,6 +73,7 @@ def test_each_mode_runs_whole_layers(wrapped, monkeypatch, mode):
     assert (report.whole_layers, report.not_whole) == (3, ())
     assert all("forward" in layer.__dict__ for layer in decoder_layers(model))
     ours = loss_and_gradients(model, batch)
+    assert get_state(model).metrics()["sparsity/whole_layers"] == 3
     detach(model)
     assert not any(BLOCK_MODE in layer.__dict__ or "forward" in layer.__dict__ for layer in decoder_layers(model))
     if mode == "rows":

@@ -192,7 +192,9 @@ def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkey
     assert report.not_whole == ((why, 3),)
     assert "3 of 3 part by part: the forward of FastLayer differs" in caplog.text
     assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "torch")  # quicker than the interpreter
     assert_same(loss_and_gradients(model, small_batch()), expected)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     with pytest.raises(AttachError, match=r"no layer .* can be captured: the forward of FastLayer differs"):
         detach(model) or attach(model, {**configuration, "cuda_graphs": True})
     assert get_state(model) is None
@@ -206,4 +208,5 @@ def test_a_layer_whose_attention_takes_other_arguments_runs_part_by_part(stand_i
     expected = loss_and_gradients(model, small_batch())
     report = attach(model, {**always(**RULES["nothing dropped"]), "exact_removal": False})
     assert report.not_whole == (("our functions failed on FastLayer: KeyError: 'moved'", 3),)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "torch")  # quicker than the interpreter
     assert_same(loss_and_gradients(model, small_batch()), expected)

@@ -293,6 +293,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     graphs = None
     if memo.get("graphs", False):
         context.graphs.check(context)
+        context.captured.add(layer.index)
         graphs = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
     return LayerPlan(
         input_norm=_norm(module.input_layernorm),

@@ -120,6 +120,7 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
         return None
     memo["graphs"] = True  # a recompute goes the way of its first pass
     context.graphs.check(context)
+    context.captured.add(layer.index)
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows

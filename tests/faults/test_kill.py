@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparse_unsloth.checkpoints import last_whole_checkpoint
 from sparse_unsloth.tensor_file import read_tensors
@@ -66,9 +67,12 @@ def test_a_tensor_file_is_whole_whenever_its_writer_is_killed(tmp_path):
 
 def test_half_a_checkpoint_is_passed_over(tmp_path, caplog):
     assert last_whole_checkpoint(tmp_path / "none") is None
-    for step, text in ((2, "{}"), (10, '{"global_step": 10'), (4, "{}"), (12, None)):
+    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10'), (4, '{"global_step": 4}'), (12, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        save_file({"value": torch.ones(2)}, folder / "adapter_model.safetensors")
+        for part in ("optimizer", "scheduler", "rng_state"):
+            torch.save({}, folder / f"{part}.pt")
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-99-old").mkdir()
