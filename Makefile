@@ -12,7 +12,7 @@ RESULTS := benchmarks/results/quickstart
 help:
 	@echo "make quickstart  train SmolLM2-135M dense and sparse on the CPU, and compare (about 10 minutes)"
 	@echo "make doctor      what this machine can run"
-	@echo "make test        the tests that need no GPU;  make test-gpu  those that do"
+	@echo "make test        the tests that need no GPU;  make test-gpu  those that do, after the acceptance run"
 	@echo "make lint        ruff check and format check; make format   apply them"
 	@echo "make clean       remove the environment, caches and build outputs (runs/ stays)"
 
@@ -34,6 +34,7 @@ test: $(VENV)/.dev
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
+	$(BIN)/python tests/gpu/acceptance.py
 	TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m gpu
 
 lint: $(VENV)/.dev

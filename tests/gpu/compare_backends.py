@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sparse_unsloth.trial import load
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 NOTHING_DROPPED = 1e-9
 LENGTHS = (200, 256, 131, 256)
@@ -73,30 +75,6 @@ def batches(vocab_size, device):
     ]
 
 
-def build(backend, folder, four_bit, checkpointing):
-    from sparse_unsloth import FastSparseLanguageModel, detach
-
-    model, _ = FastSparseLanguageModel.from_pretrained(
-        str(folder),
-        max_seq_length=1024,
-        dtype=torch.bfloat16,
-        load_in_4bit=four_bit,
-        backend=backend,
-        use_gradient_checkpointing=checkpointing,
-    )
-    model = FastSparseLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
-    )
-    detach(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
-                value = torch.randn(parameter.shape, generator=generator) * 0.02
-                parameter.copy_(value.to(parameter.device, parameter.dtype))
-    return FastSparseLanguageModel.for_training(model, checkpointing)
-
-
 def step(model, batch):
     model.zero_grad()
     with torch.autocast("cuda", torch.bfloat16):
@@ -127,7 +105,7 @@ def main():
     families = sys.argv[4].split(",")
     results, prefill = {}, {}
     for family, four_bit, mode, sparsities in settings(backend, families):
-        model = build(backend, folder / family, four_bit, mode)
+        model = load(backend, folder / family, "4bit" if four_bit else "bf16", mode)
         padded, packed = batches(model.config.vocab_size, model.device)
         dtype = "4bit" if four_bit else "bf16"
         for sparsity in sparsities:
