@@ -281,16 +281,19 @@ def _unsloth_hooks() -> list[Finding]:
         "exact_removal: false.",
         "documents": "This Unsloth has moved it: with cuda_graphs, attention within packed documents is not recorded.",
     }
+    hooks = read_contract(folder)
+    missing = [hook for hook in hooks if not hook.found]
     return [
-        Finding(hook.what, f"found in unsloth/{hook.file}")
-        if hook.found
-        else Finding(
-            hook.what,
-            f"not in unsloth/{hook.file}",
-            status="note" if hook.needed_by == "documents" else "problem",
-            cure=cures[hook.needed_by],
-        )
-        for hook in read_contract(folder)
+        Finding("Unsloth's hooks", f"{len(hooks) - len(missing)} of {len(hooks)} found in its sources"),
+        *(
+            Finding(
+                hook.what,
+                f"not in unsloth/{hook.file}",
+                status="note" if hook.needed_by == "documents" else "problem",
+                cure=cures[hook.needed_by],
+            )
+            for hook in missing
+        ),
     ]
 
 

@@ -126,7 +126,8 @@ def test_hooks_without_unsloth(monkeypatch):
 
 def test_hooks_that_are_missing_are_problems_with_a_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_unsloth", lambda: tmp_path)
-    items = doctor._unsloth_hooks()
+    summary, *items = doctor._unsloth_hooks()
+    assert summary.found == f"0 of {len(items)} found in its sources"
     for item in items:  # only attention within packed documents can be done without
         assert item.status == ("note" if item.name.startswith("run_attention") else "problem")
     by_name = {item.name: item for item in items}
