@@ -106,6 +106,10 @@ class AttachReport:
     def speed_lines(self) -> list[str]:
         """How the layers run: whole, captured in CUDA graphs, or part by part and why."""
         lines = []
+        if self.backend == "peft" and self.num_sparse:
+            lines.append(
+                "  layers run part by part: the PEFT backend hooks parts; backend='unsloth' runs them as a whole"
+            )
         if self.whole_layers or self.not_whole:
             lines.append(f"  {self.whole_layers} of {len(self.layers)} layers run as a whole")
         lines += [f"  {count} of {len(self.layers)} part by part: {reason}" for reason, count in self.not_whole]
