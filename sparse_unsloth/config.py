@@ -8,7 +8,7 @@ import reprlib
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from sparse_unsloth import older_formats
+from sparse_unsloth import older_formats, removed
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.layer_rules import absent_layers, canonical_rule, expand, share
 from sparse_unsloth.schedule import Schedule
@@ -81,12 +81,6 @@ def _step(value: object) -> float | int:
     raise ValueError("must be a float in [0, 1] (fraction of the training) or an int from 0 up (optimiser steps)")
 
 
-def _fraction(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError("must be a number in [0, 1], a share of the training")
-    return float(value)
-
-
 def _kept_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError("must be a share in (0, 1] of the context rows; 1.0 is every row")
@@ -123,6 +117,7 @@ class _Reporting(type(BaseModel)):
 
 
 class _Config(BaseModel, metaclass=_Reporting):
+    _place: ClassVar[str] = ""
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
@@ -132,6 +127,9 @@ class _Config(BaseModel, metaclass=_Reporting):
 
     @classmethod
     def _checked(cls, obj, source: str, problems: list[str], **kwargs):
+        if isinstance(obj, Mapping):
+            obj, gone = removed.drop(obj, cls._place)
+            problems = problems + gone
         try:
             config = super().model_validate(obj, **kwargs)
         except ValidationError as error:
@@ -144,6 +142,7 @@ class _Config(BaseModel, metaclass=_Reporting):
 class EstimatorConfig(_Config):
     """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
 
+    _place: ClassVar[str] = "estimator."
     kind: Literal["auto", "svd", "whitened", "prior", "static"] = "auto"
     """`svd`: low-rank factors of the weight, no data needed (as published); `whitened`: factors in the metric of
     calibrated inputs; `prior`: calibrated static channel energy combined with the contextual estimate; `static`: the
@@ -239,10 +238,6 @@ class SparsityConfig(_Config):
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
     """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
-    ramp: Annotated[float, BeforeValidator(_fraction)] = 0.0
-    """Share of the training before `end_step` over which sparsity falls linearly to 0."""
-    refresh_steps: Positive = 1
-    """Optimiser steps for which a layer keeps the channels that it chose; 1 chooses anew in every forward."""
     explain_steps: NonNegative = 50
     """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
     the best ones would (`sparse-unsloth explain`); 0 never looks."""
@@ -278,12 +273,11 @@ class SparsityConfig(_Config):
             )
         return share
 
-    @field_validator("ramp", "refresh_steps", "sparse_prefill")
+    @field_validator("sparse_prefill")
     @classmethod
-    def _means_channels(cls, value: float | int | bool, info: ValidationInfo) -> float | int | bool:
-        default = cls.model_fields[info.field_name].default
-        if value != default and info.data.get("backward_rows", 1.0) < 1:
-            raise ValueError(f"must be {default} with backward_rows, which chooses no channels")
+    def _means_channels(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("backward_rows", 1.0) < 1:
+            raise ValueError("must be False with backward_rows, which chooses no channels")
         return value
 
     @field_validator("end_step")
@@ -296,14 +290,6 @@ class SparsityConfig(_Config):
             raise ValueError(f"must not be less than start_step ({start})")
         return end
 
-    @field_validator("ramp")
-    @classmethod
-    def _ramp_fits(cls, ramp: float, info: ValidationInfo) -> float:
-        start, end = info.data.get("start_step"), info.data.get("end_step")
-        if isinstance(start, float) and isinstance(end, float) and ramp > end - start + 1e-9:
-            raise ValueError(f"must fit between start_step and end_step: at most {round(end - start, 9)}")
-        return ramp
-
     @field_validator("output_sparsity")
     @classmethod
     def _output_tokens_are_told_apart(cls, output: OutputSparsity, info: ValidationInfo) -> OutputSparsity:
@@ -314,7 +300,7 @@ class SparsityConfig(_Config):
     @property
     def schedule(self) -> Schedule:
         """When the training is sparse."""
-        return Schedule(self.start_step, self.end_step, self.ramp)
+        return Schedule(self.start_step, self.end_step)
 
     @property
     def by_rows(self) -> bool:

@@ -92,11 +92,6 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if scale > 0:
         if state.selector is None and not state.by_rows:
             raise _no_estimator(state)
-        if state.step is None and state.config.refresh_steps > 1:
-            state.say_once(
-                f"refresh_steps is {state.config.refresh_steps}, but nothing counts the optimiser steps (no "
-                "trainer, no set_step()), so channels are chosen anew in every forward."
-            )
         state.counts.sparse_forwards += 1
         state.sparse_forwards_in_step += torch.is_grad_enabled()
         notice_nonfinite_scores(state)
@@ -106,7 +101,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
-    context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    context = SparseContext(partition, scale, loss_only and worth_removing(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
@@ -119,7 +114,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif (
         scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
     ):
-        context.observation = _observe(state, partition, scale, kwargs)
+        context.observation = _observe(state, partition, kwargs)
     elif graphs is not None and scale > 0:
         _record(state, context)
     return context
@@ -201,14 +196,12 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
     )
 
 
-def _observe(
-    state: SparsityState, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]
-) -> Observation:
+def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
     named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
     starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
     tiers = (("", state.layer_sparsity), (OUTPUT, state.output_sparsity))
     sparsity = {
-        (index, f"{prefix}{part}"): value * scale
+        (index, f"{prefix}{part}"): value
         for prefix, layers in tiers
         for index, layer in enumerate(layers)
         for part, value in layer._asdict().items()

@@ -176,11 +176,9 @@ class LayerRuntime:
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 
     def compensation(self) -> Compensation | None:
-        """The stand-in for this layer's dropped MLP channels, where one was fitted; a ramp drops others: None."""
+        """The stand-in for this layer's dropped MLP channels, where one was fitted."""
         estimator = self.state.estimator
-        if estimator is None or self.context.scale != 1.0:
-            return None
-        return estimator.compensation.get(self.layer.index)
+        return None if estimator is None else estimator.compensation.get(self.layer.index)
 
     def _tiers(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
         context, output = None, None
@@ -201,14 +199,10 @@ class LayerRuntime:
         if chosen is None:
             if hidden_states is None:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
-            sparsity, step = sparsity * self.context.scale, self.context.step
-            chosen = self.state.kept.find(key, step, sparsity)
-            if chosen is None:
-                select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-                # What is kept of it (static channels, factors on the device) serves trainings too.
-                with torch.inference_mode(False), torch.no_grad():
-                    chosen = select(self.layer, hidden_states, sparsity, rows)
-                self.state.kept.put(key, step, sparsity, chosen)
+            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+            # What is kept of it (static channels, factors on the device) serves trainings too.
+            with torch.inference_mode(False), torch.no_grad():
+                chosen = select(self.layer, hidden_states, sparsity, rows)
             if part == "mlp" and chosen.order is not None:
                 memo = self.context.memo(self.layer.index)
                 (memo if name == part else memo.setdefault("output", {}))["order"] = chosen.order

@@ -85,7 +85,6 @@ class ScoreWatch:
 def notice_nonfinite_scores(state: SparsityState) -> None:
     """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
     found = state.watch.collect()
-    state.kept.drop(found)
     if found and "non-finite" not in state.said:
         state.said.add("non-finite")
         logger.warning(

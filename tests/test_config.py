@@ -20,7 +20,7 @@ from sparsity_configs import SHARE, STEP, error_of, published_layers, write
 def test_defaults_are_dense_with_a_dense_tail():
     config = SparsityConfig()
     assert config.layer_sparsity(3) == [LayerSparsity(0.0, 0.0)] * 3
-    assert (config.start_step, config.end_step, config.ramp) == (0.05, 0.75, 0.0)
+    assert (config.start_step, config.end_step) == (0.05, 0.75)
     assert (config.estimator.kind, config.estimator.rank) == ("auto", 8)
     assert (config.criterion, config.dense_tokens, config.lora_branch) == ("estimator", "output", "dense")
 
@@ -88,7 +88,6 @@ def test_collected_rules_give_back_the_layers(layers):
 # --- refusals
 
 RULE = "must name layers as 'all', one layer '5' or a range '3-30'"
-FRACTION = "must be a number in [0, 1], a share of the training"
 REFUSED = [
     ({"mpl": {}}, "mpl: unknown key; did you mean mlp? (given {})"),
     ({"self_atn": {}}, "self_atn: unknown key; did you mean self_attn? (given {})"),
@@ -98,7 +97,7 @@ REFUSED = [
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
         "output_sparsity, backward_rows, rope_pairs, lora_branch, exact_removal, memory_budget, cuda_graphs, "
-        "start_step, end_step, ramp, refresh_steps, explain_steps, sparse_prefill, seed (given 1)",
+        "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
     ({"mlp": {"3-30": 99}}, f"mlp.3-30: {SHARE}, given 99"),
@@ -142,9 +141,6 @@ REFUSED = [
     ({"start_step": 0.5, "end_step": 0.25}, "end_step: must not be less than start_step (0.5), given 0.25"),
     ({"start_step": 50, "end_step": 20}, "end_step: must not be less than start_step (50), given 20"),
     ({"start_step": 0.8}, "end_step: must not be less than start_step (0.8), given 0.75"),
-    ({"ramp": 1.5}, f"ramp: {FRACTION}, given 1.5"),
-    ({"ramp": False}, f"ramp: {FRACTION}, given False"),
-    ({"ramp": 0.8}, "ramp: must fit between start_step and end_step: at most 0.7, given 0.8"),
     (
         {"estimator": "svd"},
         "estimator: must be a mapping with some of the keys kind, rank, path, calibration_samples, compensation_rank, "
@@ -182,14 +178,14 @@ def test_bad_input_is_refused_by_name(build, data, message):
 
 
 def test_all_problems_are_reported_at_once():
-    data = {"mlp": {"3-30": 1.5, "9-1": 0.5}, "ramp": 2, "estimator": {"rank": 0, "kin": 1}, "sed": 1}
+    data = {"mlp": {"3-30": 1.5, "9-1": 0.5}, "end_step": -1, "estimator": {"rank": 0, "kin": 1}, "sed": 1}
     assert error_of(SparsityConfig.from_any, data).splitlines() == [
         "sparsity configuration: 6 problems",
         f"  mlp.3-30: {SHARE}, given 1.5",
         "  mlp.9-1: must run from low to high: '1-9', given '9-1'",
         "  estimator.rank: must be greater than or equal to 1, given 0",
         "  estimator.kin: unknown key; did you mean estimator.kind? (given 1)",
-        f"  ramp: {FRACTION}, given 2",
+        f"  end_step: {STEP}, given -1",
         "  sed: unknown key; did you mean seed? (given 1)",
     ]
 

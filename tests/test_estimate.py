@@ -322,7 +322,6 @@ def test_dense_training_is_recorded_too(recipe, capsys):
         {"gradient_checkpointing": False},
         {"lora_target_modules": ["q_proj", "v_proj"]},
         {"sparsity": {**ALWAYS, "exact_removal": False, "cuda_graphs": True}},
-        {"sparsity": {**ALWAYS, "refresh_steps": 2, "cuda_graphs": True}},
         {"sparsity": {**ALWAYS, "output_sparsity": 0.25, "cuda_graphs": True}},
         {"sparsity": {"preset": "dense", "cuda_graphs": True}, "use_dora": True},
         {"padding_free": True},

@@ -185,12 +185,9 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
     """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
 
     It can for plain causal attention, within packed documents too: no window, cosines and sines given for the whole
-    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace. Choices can where
-    every forward makes its own.
+    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace.
     """
     module, length = runtime.layer.module, hidden_states.shape[1]
-    if runtime.state.config.refresh_steps > 1:
-        return None
     embeddings = arguments.get("position_embeddings")
     window = getattr(module.self_attn.config, "sliding_window", None)
     if not embeddings or embeddings[0].shape[-2] < length or (window is not None and window < length):

@@ -38,7 +38,7 @@ class Arm:
         compensation: rank of the stand-ins, 0 for none.
         kind, cut: see `Mode`; ``cut`` gives the first layer from which on (counted from 0) context rows stay connected:
             below it their gradients stop at each layer. None: nowhere.
-        start, end, ramp: see `Schedule`.
+        start, end: see `Schedule`.
         mix: "alternate": every other step between start and end is dense; "layers": at each step a random half of
             the layers is.
         refits: when the stand-ins are fitted again, as shares of the training.
@@ -57,7 +57,6 @@ class Arm:
     cut: int | None = None
     start: float = 0.05
     end: float = 0.75
-    ramp: float = 0.0
     mix: str = ""
     refits: tuple[float, ...] = ()
     stream: str = "dense"
@@ -100,27 +99,25 @@ class Arm:
             random_rows=self.kind == "rows" and self.selector == "random",
         )
 
-    def keep(self, layers: int, inner: int, scale: float = 1.0) -> tuple[int, ...]:
+    def keep(self, layers: int, inner: int) -> tuple[int, ...]:
         """MLP channels that each layer keeps on context rows; sparsity 1 keeps none."""
         shares = expand(self.mlp, [0.0] * layers)
-        return tuple(0 if share * scale >= 1 else keep_count(inner, share * scale) for share in shares)
+        return tuple(0 if share >= 1 else keep_count(inner, share) for share in shares)
 
     def plan(self, steps: int, layers: int, inner: int) -> list[StepPlan]:
         """Every step of a training of ``steps`` steps; the same for all seeds."""
-        schedule, rng = Schedule(self.start, self.end, self.ramp), random.Random(0)
+        schedule, rng = Schedule(self.start, self.end), random.Random(0)
         full, dense = self.mode, StepPlan(DENSE, (inner,) * layers)
         plans = []
         for step in range(steps):
-            scale = schedule.scale(step, steps) if full != DENSE else 0.0
-            if scale == 0 or (self.mix == "alternate" and step % 2):
+            sparse = full != DENSE and schedule.scale(step, steps) > 0
+            if not sparse or (self.mix == "alternate" and step % 2):
                 plans.append(dense)
                 continue
-            keep = self.keep(layers, inner, scale)
+            keep = self.keep(layers, inner)
             if self.mix == "layers":
                 keep = tuple(inner if rng.random() < 0.5 else count for count in keep)
-            # As in the library: a stand-in fits the channels that it was fitted for, and no others.
-            mode = full._replace(compensation=full.compensation and scale == 1)
-            plans.append(StepPlan(mode, keep))
+            plans.append(StepPlan(full, keep))
         return plans
 
 
@@ -184,7 +181,6 @@ ARMS: dict[str, Arm] = {
     "tail-10": half(0.5, end=0.9),
     "tail-30": half(0.5, end=0.7),
     "no-tail": half(0.5, end=1.0),
-    "ramp": half(0.75, end=0.95, ramp=0.5),
     "last-token": half(0.5, last=True),
     "layer-0": Arm(mlp={"0-29": 0.5}),
     "naive-pairing": Arm(self_attn={"10-29": 0.5}, selector="static", pairing="naive"),

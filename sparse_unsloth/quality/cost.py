@@ -219,7 +219,7 @@ def measured_method(arm: Arm) -> str | None:
     shares = set(arm.mlp.values())
     if arm.kind == "rows":
         return ROW_METHODS.get(round(1 - min(shares), 6))
-    plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix and arm.ramp == 0
+    plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix
     plain = (
         plain
         and not arm.last

@@ -130,8 +130,8 @@ def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, capl
 
 
 def test_a_choice_from_bad_scores_is_not_kept(monkeypatch):
-    """Neither for the steps that a choice is kept, nor for output tokens as a tier of their own."""
-    model, bad, good = poisoned(float("nan"), refresh_steps=50, output_sparsity={"mlp": {"1-2": 0.3}})
+    """Nor for output tokens as a tier of their own."""
+    model, bad, good = poisoned(float("nan"), output_sparsity={"mlp": {"1-2": 0.3}})
     state, seen = get_state(model), record_selections(model, monkeypatch)
     model(**bad)
     for _ in range(PAUSE):

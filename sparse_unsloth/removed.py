@@ -1,0 +1,51 @@
+"""Options that older configurations may name: a value that asks for what is gone is an error that says why."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Removed(NamedTuple):
+    """``neutral``: the values that asked for nothing, and are dropped on reading; ``was``: what it was, why it went."""
+
+    neutral: tuple[Any, ...]
+    was: str
+
+
+REMOVED: dict[str, Removed] = {
+    "ramp": Removed(
+        (0,),
+        "let sparsity fall linearly before end_step. No recipe used it and no measurement favoured it, and every step "
+        "had other shapes, so that CUDA graphs could not replay them (benchmarks/results/quality-notes.md)",
+    ),
+    "refresh_steps": Removed(
+        (1,),
+        "kept a layer's channels for several optimiser steps. 93 % of the channels stay the same anyway, no time "
+        "was ever shown to be saved, and such layers could not be CUDA graphs (benchmarks/results/quality-notes.md)",
+    ),
+}
+"""By the path of the key in `SparsityConfig`."""
+
+
+def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
+    """``data`` without the keys of `REMOVED`, and one line for each that asked for more than its neutral value.
+
+    Args:
+        data: a mapping of options, with its nested ones.
+        prefix: its own path, such as ``"estimator."``.
+    """
+    kept, problems = {}, []
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        if path in REMOVED:
+            if value not in REMOVED[path].neutral:
+                problems.append(f"{path}: {said(path)}; delete the key (given {value!r})")
+            continue
+        if isinstance(value, Mapping) and any(name.startswith(f"{path}.") for name in REMOVED):
+            value, nested = drop(value, f"{path}.")
+            problems += nested
+        kept[key] = value
+    return kept, problems
+
+
+def said(path: str) -> str:
+    return f"this option was removed: it {REMOVED[path].was}"

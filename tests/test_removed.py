@@ -1,0 +1,51 @@
+"""Options that are gone: an old file loads where it asked for nothing of them, else the error says what they were."""
+
+import re
+
+import pytest
+import yaml
+
+from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.recipe import RecipeError, load_recipe
+from sparse_unsloth.removed import REMOVED
+
+ASKED = {"ramp": 0.25, "refresh_steps": 4}
+"""A value of each option that asked for what is gone."""
+
+
+def nested(path, value):
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def test_every_removed_option_is_tested():
+    assert set(ASKED) == set(REMOVED)
+
+
+@pytest.mark.parametrize("path", REMOVED)
+def test_a_value_that_asks_for_it_is_an_error_that_says_why(path, tmp_path):
+    data = nested(path, ASKED[path])
+    files = [tmp_path / "it.yaml", tmp_path / "it.json"]
+    for file in files:  # JSON is YAML
+        file.write_text(yaml.safe_dump(data) if file.suffix == ".yaml" else str(data).replace("'", '"'))
+    said = rf"{re.escape(path)}: this option was removed: it .*delete the key \(given {re.escape(repr(ASKED[path]))}\)"
+    for read in (*(lambda file=file: SparsityConfig.from_any(file) for file in files), lambda: SparsityConfig(**data)):
+        with pytest.raises(ConfigError, match=said):
+            read()
+    with pytest.raises(ConfigError, match="2 problems"):
+        SparsityConfig.from_any({**data, "seed": -1})
+    words = [f"--sparsity.{path}", yaml.safe_dump(ASKED[path], default_flow_style=True).split("\n")[0]]
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("quickstart", ["--use_cpu", "--bf16", "false", *words])
+
+
+@pytest.mark.parametrize("path", REMOVED)
+def test_a_saved_neutral_value_is_dropped(path, tmp_path):
+    for value in REMOVED[path].neutral:
+        file = tmp_path / "sparsity_config.yaml"
+        file.write_text(yaml.safe_dump(nested(path, value)))
+        assert SparsityConfig.from_file(file) == SparsityConfig(**nested(path, value)) == SparsityConfig()
+        if path.startswith("estimator."):
+            assert EstimatorConfig(**{path.removeprefix("estimator."): value}) == EstimatorConfig()
