@@ -219,8 +219,6 @@ class SparsityConfig(_Config):
     `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
     rope_pairs: Switch = True
     """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
-    lora_branch: Literal["dense", "selected"] = "dense"
-    """Whether context rows keep the LoRA branch of unselected channels."""
     exact_removal: Switch = True
     """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
     after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient

@@ -22,6 +22,11 @@ REMOVED: dict[str, Removed] = {
         "kept a layer's channels for several optimiser steps. 93 % of the channels stay the same anyway, no time "
         "was ever shown to be saved, and such layers could not be CUDA graphs (benchmarks/results/quality-notes.md)",
     ),
+    "lora_branch": Removed(
+        ("dense",),
+        "let context rows leave out the LoRA branch of unselected channels as well. No recipe used it and it was never "
+        "measured; the branch is always computed in full (benchmarks/results/quality-notes.md)",
+    ),
 }
 """By the path of the key in `SparsityConfig`."""
 

@@ -22,7 +22,7 @@ def test_defaults_are_dense_with_a_dense_tail():
     assert config.layer_sparsity(3) == [LayerSparsity(0.0, 0.0)] * 3
     assert (config.start_step, config.end_step) == (0.05, 0.75)
     assert (config.estimator.kind, config.estimator.rank) == ("auto", 8)
-    assert (config.criterion, config.dense_tokens, config.lora_branch) == ("estimator", "output", "dense")
+    assert (config.criterion, config.dense_tokens) == ("estimator", "output")
 
 
 def test_later_rules_override_earlier_ones_and_the_preset():
@@ -96,7 +96,7 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "output_sparsity, backward_rows, rope_pairs, lora_branch, exact_removal, memory_budget, cuda_graphs, "
+        "output_sparsity, backward_rows, rope_pairs, exact_removal, memory_budget, cuda_graphs, "
         "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
@@ -125,7 +125,6 @@ REFUSED = [
         "did you mean 'wanda'?",
     ),
     ({"dense_tokens": False}, "dense_tokens: must be 'output' or 'none', given False"),
-    ({"lora_branch": "sparse"}, "lora_branch: must be 'dense' or 'selected', given 'sparse'"),
     ({"rope_pairs": 1}, "rope_pairs: must be a valid boolean, given 1"),
     ({"seed": -1}, "seed: must be greater than or equal to 0, given -1"),
     ({"seed": True}, "seed: must be a valid integer, given True"),

@@ -48,7 +48,6 @@ def configs():
         "criterion": st.sampled_from(["estimator", "oracle", "wanda", "magnitude", "random"]),
         "dense_tokens": st.sampled_from(["output", "none"]),
         "rope_pairs": st.booleans(),
-        "lora_branch": st.sampled_from(["dense", "selected"]),
         "seed": st.integers(0, 2**63),
     }
     return st.tuples(st.fixed_dictionaries({}, optional=fields), schedules()).map(

@@ -82,7 +82,6 @@ def test_activation_slopes(kind):
     torch.testing.assert_close(ours, slope)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(
     ("roles", "activation", "lora", "bias", "compensated"),
     [
@@ -92,7 +91,7 @@ def test_activation_slopes(kind):
         *((roles, "silu", "u", True, False) for roles in ("ccd cpd", "cd")),
     ],
 )
-def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
+def test_mlp_gradcheck(roles, activation, lora, bias, compensated):
     generator = torch.Generator().manual_seed(0)
     partition = make_partition(roles)
     gate = make_projection(INTERMEDIATE, HIDDEN, generator, "g" in lora, bias)
@@ -102,14 +101,13 @@ def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
     compensation = make_compensation(generator) if compensated else None
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     channels = subset(INTERMEDIATE, 4, generator)
-    arguments = (partition, channels, mlp, lora_branch, compensation)
+    arguments = (partition, channels, mlp, compensation)
     inputs = [x, *loras_of(gate, up, down)]
     weights = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     assert_same(sparse_mlp(x, *arguments), masked_mlp(x, *arguments), inputs, weights)
     assert gradcheck(lambda x, *_: sparse_mlp(x, *arguments), inputs)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(
     ("roles", "lora", "bias", "groups"),
     [
@@ -118,7 +116,7 @@ def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
         *((roles, "v", False, 1) for roles in ("dd", "cc", "pp")),
     ],
 )
-def test_qkv_gradcheck(roles, lora_branch, lora, bias, groups):
+def test_qkv_gradcheck(roles, lora, bias, groups):
     generator = torch.Generator().manual_seed(1)
     partition = make_partition(roles)
     head_dim, kv_heads = 2, 2
@@ -135,16 +133,15 @@ def test_qkv_gradcheck(roles, lora_branch, lora, bias, groups):
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = [x, *loras_of(*projections.values())]
     weights = torch.randn(*partition.shape, sum(sizes.values()), dtype=torch.float64, generator=generator)
-    ours = torch.cat(sparse_linear(x, partition, parts, lora_branch), -1)
-    masked = torch.cat(masked_linear(x, partition, parts, lora_branch), -1)
+    ours = torch.cat(sparse_linear(x, partition, parts), -1)
+    masked = torch.cat(masked_linear(x, partition, parts), -1)
     assert_same(ours, masked, inputs, weights)
-    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts), inputs)
 
 
 @pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(("lora", "bias"), [(True, False), (False, True)])
-def test_output_projection_gradcheck(roles, lora_branch, lora, bias):
+def test_output_projection_gradcheck(roles, lora, bias):
     generator = torch.Generator().manual_seed(2)
     partition = make_partition(roles)
     projection = make_projection(HIDDEN, 8, generator, lora, bias)
@@ -152,9 +149,9 @@ def test_output_projection_gradcheck(roles, lora_branch, lora, bias):
     x = torch.randn(*partition.shape, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = [x, *loras_of(projection)]
     weights = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator)
-    (ours,), (masked,) = (f(x, partition, parts, lora_branch) for f in (sparse_linear, masked_linear))
+    (ours,), (masked,) = (f(x, partition, parts) for f in (sparse_linear, masked_linear))
     assert_same(ours, masked, inputs, weights)
-    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts), inputs)
 
 
 def four_bit(out_features, in_features, generator, kind, nested):
@@ -167,8 +164,7 @@ def four_bit(out_features, in_features, generator, kind, nested):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("roles", ["ccdd", "cccc"], ids=["mixed", "no-dense"])
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles, lora_branch):
+def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles):
     generator = torch.Generator().manual_seed(3)
     partition, hidden, intermediate = make_partition(roles), 64, 128
     packed = [
@@ -181,7 +177,7 @@ def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles, lora_b
     results = []
     for bases in (packed, [BaseWeight(base.dense(torch.float32)) for base in packed]):
         mlp = GatedMlp(*(Projection(b, l) for b, l in zip(bases, loras, strict=True)), "silu")
-        y = sparse_mlp(x, partition, channels, mlp, lora_branch)
+        y = sparse_mlp(x, partition, channels, mlp)
         inputs = [x, *(tensor for lora in loras for tensor in (lora.A, lora.B))]
         results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
     for left, right in zip(*results, strict=True):
@@ -268,23 +264,20 @@ def test_incoming_gradient_is_not_modified():
 
 
 @pytest.mark.parametrize(
-    ("roles", "lora_branch", "compensated", "chunk"),
+    ("roles", "compensated", "chunk"),
     [
-        ("ccdd ccpd", "dense", True, 4096),
-        ("ccdd ccpd", "dense", False, 2),
-        ("ccdd ccpd", "selected", True, 2),
-        ("ccdd ccpd", "selected", False, 4096),
-        ("cccc cccc", "dense", True, 2),
-        ("cccc cccc", "dense", False, 4096),
-        ("cccc cccc", "selected", False, 2),
-        ("dddd dddd", "dense", True, 2),
-        ("dddd dddd", "selected", False, 4096),
-        ("c", "dense", True, 4096),
-        ("c", "selected", False, 2),
+        ("ccdd ccpd", True, 4096),
+        ("ccdd ccpd", False, 2),
+        ("cccc cccc", True, 2),
+        ("cccc cccc", False, 4096),
+        ("dddd dddd", True, 2),
+        ("dddd dddd", False, 4096),
+        ("c", True, 4096),
+        ("c", False, 2),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkeypatch):
+def test_kernels_on_and_off_agree(roles, compensated, chunk, monkeypatch):
     monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
@@ -303,7 +296,7 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkey
     outcomes = []
     for choice in ("torch", "triton"):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
-        y = sparse_mlp(x, partition, channels, mlp, lora_branch, compensation)
+        y = sparse_mlp(x, partition, channels, mlp, compensation)
         inputs = [x, *loras_of(mlp.gate, mlp.up, mlp.down)]
         outcomes.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
     for left, right in zip(*outcomes, strict=True):
@@ -340,8 +333,8 @@ def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkey
     def run(first_with_gradients, **changes):
         memo = {}
         with torch.set_grad_enabled(first_with_gradients):
-            first = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
-        again = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
+            first = sparse_mlp(x, partition, channels, mlp, compensation, memo, **changes)
+        again = sparse_mlp(x, partition, channels, mlp, compensation, memo, **changes)
         return first, again, torch.autograd.grad((again * weights).sum(), inputs)
 
     first, again, expected = run(False)

@@ -142,14 +142,12 @@ def test_dense_step_is_that_of_the_model():
     assert_equals_library(Harness(model, [batch]), DENSE, model, batch, **CLOSE)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-def test_static_channels_equal_the_library(lora_branch):
+def test_static_channels_equal_the_library():
     model, batch = make_model(), make_batch()
-    selections = attached(model, batch, mlp={"1-2": 0.6}, estimator={"kind": "static"}, lora_branch=lora_branch)
+    selections = attached(model, batch, mlp={"1-2": 0.6}, estimator={"kind": "static"})
     harness = Harness(model, [batch])
     set_selection(harness, selections)
-    mode = Mode("forward", selected_lora=lora_branch == "selected")
-    assert_equals_library(harness, mode, model, batch, **CLOSE)
+    assert_equals_library(harness, Mode("forward"), model, batch, **CLOSE)
 
 
 def test_attention_channels_equal_the_library():

@@ -36,7 +36,6 @@ ROLES = {
     "output-and-context": "co",
     "one-dense": "do",
 }
-OTHERS = [("selected", False), ("dense", True), ("selected", True)]
 TIERED = {"output_sparsity": {"mlp": {"all": 0.4}, "self_attn": {"all": 0.25}}}
 
 
@@ -95,15 +94,11 @@ def test_the_tiers_cover_every_row_once(flat, padding):
 
 
 @pytest.mark.parametrize(
-    ("roles", "lora_branch", "lora", "bias"),
-    [
-        *((roles, "dense", "gud", True) for roles in ROLES.values()),
-        *((roles, "selected", "gud", True) for roles in ("cdo odp", "oo", "co")),
-        ("cdo odp", "dense", "u", False),
-    ],
+    ("roles", "lora", "bias"),
+    [*((roles, "gud", True) for roles in ROLES.values()), ("cdo odp", "u", False)],
 )
 @pytest.mark.parametrize("context_dense", [False, True])
-def test_mlp_gradcheck(roles, lora_branch, lora, bias, context_dense):
+def test_mlp_gradcheck(roles, lora, bias, context_dense):
     generator = torch.Generator().manual_seed(0)
     partition = partition_of(roles)
     gate, up = (make_projection(INTERMEDIATE, HIDDEN, generator, name in lora, bias) for name in "gu")
@@ -112,7 +107,7 @@ def test_mlp_gradcheck(roles, lora_branch, lora, bias, context_dense):
     channels, output = subset(INTERMEDIATE, 3, generator), subset(INTERMEDIATE, 6, generator)
     compensation = make_compensation(generator) if bias and not context_dense else None
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
-    arguments = (partition, None if context_dense else channels, mlp, lora_branch, compensation)
+    arguments = (partition, None if context_dense else channels, mlp, compensation)
     inputs = [x, *loras_of(gate, up, down)]
     weights = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     ours = sparse_mlp(x, *arguments, output_channels=output)
@@ -121,14 +116,11 @@ def test_mlp_gradcheck(roles, lora_branch, lora, bias, context_dense):
 
 
 @pytest.mark.parametrize(
-    ("roles", "lora_branch", "context_dense"),
-    [
-        *((roles, "dense", False) for roles in ROLES.values()),
-        *((roles, branch, dense) for roles in ("cdo odp", "oo", "co") for branch, dense in OTHERS),
-    ],
+    ("roles", "context_dense"),
+    [*((roles, False) for roles in ROLES.values()), *((roles, True) for roles in ("cdo odp", "oo", "co"))],
 )
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_attention_gradcheck(roles, lora_branch, context_dense, side):
+def test_attention_gradcheck(roles, context_dense, side):
     generator = torch.Generator().manual_seed(1)
     partition = partition_of(roles)
     sizes = {"out": [(12, HIDDEN), (6, HIDDEN), (6, HIDDEN)], "in": [(HIDDEN, 8)]}[side]
@@ -141,12 +133,10 @@ def test_attention_gradcheck(roles, lora_branch, context_dense, side):
         parts.append(SelectedProjection(projection, **index))
     x = torch.randn(*partition.shape, sizes[0][1], dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = [x, *loras_of(*(part.projection for part in parts))]
-    ours, masked = (
-        torch.cat(function(x, partition, parts, lora_branch), -1) for function in (sparse_linear, masked_linear)
-    )
+    ours, masked = (torch.cat(function(x, partition, parts), -1) for function in (sparse_linear, masked_linear))
     weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
     assert_same(ours, masked, inputs, weights)
-    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts), inputs)
 
 
 def test_through_the_kernels(monkeypatch):

@@ -91,7 +91,6 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         partition,
         channels,
         GatedMlp(*projections, runtime.layer.activation),
-        runtime.state.config.lora_branch,
         runtime.compensation(),
         runtime.context.memo(runtime.layer.index),
         output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
@@ -110,7 +109,7 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     part = select(projection, name[0], *chosen)
     if name == "o_proj":
         runtime.record_run("self_attn")
-    (output,) = sparse_linear(hidden_states, partition, [part], runtime.state.config.lora_branch)
+    (output,) = sparse_linear(hidden_states, partition, [part])
     return output
 
 

@@ -54,8 +54,6 @@ def why_not(runtime: LayerRuntime) -> str:
     """
     layer = runtime.layer
     norms = [getattr(layer.module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    if runtime.state.config.lora_branch != "dense":
-        return "lora_branch is not 'dense'"
     if not layer.adds_mlp_output:
         return OTHER_PARTS
     if not all(_is_plain_norm(norm) for norm in norms):

@@ -58,7 +58,7 @@ class FusedMlp:
         scales: LoRA's, of gate, up, down.
         activation: key of `sparse_unsloth.kernels.glu.KINDS`.
         channels: int64: the channels of context rows.
-        order: int64 ``[P]``: the channels of the LoRA branch of context rows, ``channels`` first.
+        order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
         compensation: added to context rows.
         dtype: of the products.
     """
@@ -180,14 +180,10 @@ class FusedMlp:
             up_A *= up_scale
         kept = (loras[1], loras[3], loras[4])
         dense = None if not dense else dense[0] if len(dense) == 1 else torch.cat(dense)
-        if context and len(order) == len(loras[1]):
+        if context:
             gate_B, up_B, down_A = mlp_gradients(context[0], dense, order, kept, down_scale)
-        elif not context:
+        else:
             gate_B, up_B, down_A = mlp_gradients(dense, None, _natural(len(loras[1]), dense.device), kept, down_scale)
-        else:  # lora_branch="selected": context rows leave the other channels alone
-            total = context[0].new_zeros((3, *loras[1].shape)) if dense is None else dense.sum(0)
-            gate_B, up_B, down = total.index_add_(1, order, context[0].sum(0))
-            down_A = down.t().mul_(down_scale)
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
 
 

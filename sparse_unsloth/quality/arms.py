@@ -44,7 +44,7 @@ class Arm:
         refits: when the stand-ins are fitted again, as shares of the training.
         stream: see `fit_stand_ins`.
         pairing: "naive" pairs query heads with key heads as the older implementations did.
-        selected_lora, last, per_sample: see `Mode`.
+        last, per_sample: see `Mode`.
         outputs: share of MLP channels that answer tokens keep, 1 for all.
     """
 
@@ -61,7 +61,6 @@ class Arm:
     refits: tuple[float, ...] = ()
     stream: str = "dense"
     pairing: str = "groups"
-    selected_lora: bool = False
     last: bool = False
     per_sample: bool = False
     outputs: float = 1.0
@@ -92,7 +91,6 @@ class Arm:
             contextual=self.contextual,
             compensation=self.compensation > 0,
             attention=bool(self.self_attn),
-            selected_lora=self.selected_lora,
             outputs=self.outputs < 1,
             last=self.last,
             per_sample=self.per_sample,
@@ -191,7 +189,6 @@ ARMS: dict[str, Arm] = {
     "per-sample": half(0.5, per_sample=True),
     "per-sample-no-tail": half(0.5, per_sample=True, end=1.0),
     "static-norms": half(0.5, selector="static-norms"),
-    "selected-lora": half(0.5, selected_lora=True),
     "outputs-75": half(0.5, outputs=0.75),
     "no-compensation-25": half(0.75, selector="static", end=0.9),
 }

@@ -220,14 +220,7 @@ def measured_method(arm: Arm) -> str | None:
     if arm.kind == "rows":
         return ROW_METHODS.get(round(1 - min(shares), 6))
     plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix
-    plain = (
-        plain
-        and not arm.last
-        and not arm.per_sample
-        and not arm.selected_lora
-        and arm.outputs == 1
-        and list(arm.mlp) == ["1-29"]
-    )
+    plain = plain and not arm.last and not arm.per_sample and arm.outputs == 1 and list(arm.mlp) == ["1-29"]
     return SPARSE_METHODS.get(next(iter(shares))) if plain and len(shares) == 1 else None
 
 

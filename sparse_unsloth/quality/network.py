@@ -36,7 +36,6 @@ class Mode(NamedTuple):
         contextual: channels are chosen from each batch by factors, not given.
         compensation: stand-ins are added to context rows.
         attention: Q, K, V and O are masked too.
-        selected_lora: the LoRA branch is masked like the base branch.
         outputs: answer tokens have MLP masks of their own.
         last: the last prompt token counts as context.
         per_sample: of contextual channels, every sequence has a set of its own.
@@ -48,7 +47,6 @@ class Mode(NamedTuple):
     contextual: bool = False
     compensation: bool = False
     attention: bool = False
-    selected_lora: bool = False
     outputs: bool = False
     last: bool = False
     per_sample: bool = False
@@ -293,11 +291,8 @@ def gated_mlp(x, weights, adapters, selection, roles, network, mode, layout: Lay
         gate_base, up_base = (torch.where(kept, y, y.detach()) for y in (gate_base, up_base))
         h = act(gate_base + gate_lora) * (up_base + up_lora)
         return F.linear(torch.where(kept, h, h.detach()), weights.down_proj) + _lora(h, adapters, 6, scale)
-    if mode.selected_lora:
-        gate_lora, up_lora = gate_lora * kept, up_lora * kept
     h = act(gate_base * kept + gate_lora) * (up_base * kept + up_lora)
-    selected = h * kept
-    y = F.linear(selected, weights.down_proj) + _lora(selected if mode.selected_lora else h, adapters, 6, scale)
+    y = F.linear(h * kept, weights.down_proj) + _lora(h, adapters, 6, scale)
     if mode.compensation:
         y = y + stand_in(x, selection) * (roles.context * selection.stand_in_on).to(x.dtype)
     return y
