@@ -153,8 +153,6 @@ class EstimatorConfig(_Config):
     """Safetensors file: loaded if it exists, else written after building."""
     calibration_samples: NonNegative = 32
     """Training samples that a calibrated kind looks at."""
-    compensation_rank: NonNegative = 0
-    """Rank of the linear stand-in for the dropped channels; above 0 needs `kind: static`, whose fit is closed form."""
 
     @field_validator("calibration_samples")
     @classmethod
@@ -163,14 +161,6 @@ class EstimatorConfig(_Config):
         if samples == 0 and kind in ("whitened", "prior", "static") and info.data.get("path") is None:
             raise ValueError(f"must be at least 1 for kind '{kind}', unless path names factors made before")
         return samples
-
-    @field_validator("compensation_rank")
-    @classmethod
-    def _compensation_needs_static_channels(cls, rank: int, info: ValidationInfo) -> int:
-        kind = info.data.get("kind", "static")
-        if rank and kind != "static":
-            raise ValueError(f"must be 0 for kind '{kind}': compensation is fitted for fixed channels, kind 'static'")
-        return rank
 
 
 class OutputSparsity(_Config):

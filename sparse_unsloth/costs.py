@@ -92,7 +92,6 @@ class Parts:
     attention_core: int = 0
     head: int = 0
     estimator: int = 0
-    compensation: int = 0
 
     @property
     def total(self) -> int:
@@ -142,7 +141,6 @@ def step_flops(
     attention: Literal["fused", "eager"] = "fused",
     input_requires_grad: bool | None = None,
     estimator_rank: int = 0,
-    compensation_rank: int = 0,
     last_layer_tokens: int | None = None,
     padding_tokens: int = 0,
     output_sparsity: Sequence[tuple[float, float]] | None = None,
@@ -173,7 +171,6 @@ def step_flops(
             `checkpointing or trainable_base`: PEFT asks for it with gradient checkpointing, else autograd skips it.
         estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
             forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
-        compensation_rank: of the linear stand-in for the dropped MLP channels on context rows (frozen); 0 for none.
         last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
             that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
             attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
@@ -247,10 +244,6 @@ def step_flops(
         forward["estimator"] += sum(2 * context_tokens * estimator_rank * sum(full[name]) for name in scored)
         scored = (MLP[:2] if output[0] > 0 else ()) + (ATTENTION[:3] if output[1] > 0 else ())
         forward["estimator"] += sum(2 * output_tokens * estimator_rank * sum(full[name]) for name in scored)
-        if sparse_mlp:
-            stand_in = 2 * context_tokens * compensation_rank * 2 * shape.hidden_size
-            for phase in (forward, again, backward) if checkpointing else (forward, backward):
-                phase["compensation"] += stand_in
     if checkpointing:
         again["attention_core"] = forward["attention_core"]
 

@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 from sparse_unsloth.energy import AttentionEnergy, base_weight, column_energy
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, mlp_scores, thin_products
 from sparse_unsloth.layers import DecoderLayer
@@ -58,23 +57,12 @@ class Estimator:
         kind: "svd", "whitened", "prior" or "static".
         rank: of the factors.
         layers: by layer index.
-        compensation: stand-ins for the MLP channels that ``static`` drops, by layer index.
-        compensation_sparsity: the MLP sparsity for which each of them was fitted.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        rank: int,
-        layers: Mapping[int, LayerEstimate],
-        compensation: Mapping[int, Compensation] | None = None,
-        compensation_sparsity: Mapping[int, float] | None = None,
-    ):
+    def __init__(self, kind: str, rank: int, layers: Mapping[int, LayerEstimate]):
         self.kind = kind
         self.rank = rank
         self.layers = dict(layers)
-        self.compensation = dict(compensation or {})
-        self.compensation_sparsity = dict(compensation_sparsity or {})
         self._placed: dict[tuple, Any] = {}
 
     gathers = True
@@ -82,11 +70,6 @@ class Estimator:
     def __getstate__(self) -> dict[str, Any]:
         """Copies place their tensors themselves, wherever they are."""
         return {**self.__dict__, "_placed": {}}
-
-    def placed(self, devices: Mapping[int, torch.device | str]) -> Estimator:
-        """The same estimator with each layer's compensation on its device, and nothing that it put there so far."""
-        compensation = {index: part.to(devices[index], torch.float32) for index, part in self.compensation.items()}
-        return Estimator(self.kind, self.rank, self.layers, compensation, self.compensation_sparsity)
 
     @property
     def max_rows(self) -> int:

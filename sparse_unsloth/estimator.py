@@ -27,12 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_unsloth.calibration import DroppedMoments, LayerStatistics, Statistics, collect_statistics
+from sparse_unsloth.calibration import LayerStatistics, Statistics, collect_statistics
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import ENERGIES, FACTORED, Estimator, Factors, LayerEstimate, sparse_parts
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import load_estimator, save_estimator
 from sparse_unsloth.tensor_file import DamagedFileError
@@ -40,12 +39,9 @@ from sparse_unsloth.tensor_file import DamagedFileError
 if TYPE_CHECKING:
     from sparse_unsloth.config import EstimatorConfig, LayerSparsity
 
-__all__ = ["Estimator", "build_estimator", "fit_compensation", "load_estimator", "obtain_estimator", "save_estimator"]
+__all__ = ["Estimator", "build_estimator", "load_estimator", "obtain_estimator", "save_estimator"]
 
 CALIBRATED_KINDS = ("whitened", "prior", "static")
-RIDGE = 0.3
-"""Of the mean variance of the inputs. At rank 64, 0.3 leaves 0.53 of the dropped energy on other prompts of the
-calibrated tasks and 0.92 on tasks never seen; 0.1: 0.52 and 0.96; 0.01: 0.56 and 1.15 (SmolLM2-135M, 25 % kept)."""
 DEFAULT_SEED = 3407
 
 
@@ -103,7 +99,6 @@ def obtain_estimator(
             samples,
             dense_tokens=dense_tokens,
             inputs=config.kind != "static",
-            dropped=config.compensation_rank > 0,
             progress=progress,
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
@@ -144,7 +139,6 @@ def build_estimator(
     parts = sparse_parts(layer_sparsity)
     quiet = None if progress and is_main() else True
     estimates: dict[int, LayerEstimate] = {}
-    compensation: dict[int, Compensation] = {}
     for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=quiet):
         layer, before = layers[index], estimates.get(index, LayerEstimate())
         known = None if kind == "svd" else _statistics_of(statistics, layer, part, inputs=kind != "static")
@@ -152,41 +146,7 @@ def build_estimator(
         energy = {name: known.energy[name] for name in ENERGIES[part]} if kind in ("static", "prior") else {}
         gain = _gains(layer, part, config.rank, factors, energy, known) if kind == "prior" else {}
         estimates[index] = LayerEstimate(before.factors | factors, before.energy | energy, before.gain | gain)
-        if part == "mlp" and config.compensation_rank:
-            moments = known.dropped if known is not None else None
-            if moments is None or moments.sparsity != layer_sparsity[index].mlp:
-                raise EstimatorError(
-                    f"{layer.name}.mlp: the statistics hold no dropped contributions at sparsity "
-                    f"{layer_sparsity[index].mlp}. Collect them with collect_statistics(..., dropped=True) for these "
-                    "layers and sparsities, or set estimator.compensation_rank: 0."
-                )
-            device = base_weight(layer, "mlp.down_proj").device
-            compensation[index] = fit_compensation(moments, config.compensation_rank, device, seed)
-    sparsity = {index: layer_sparsity[index].mlp for index in compensation}
-    return Estimator(kind, config.rank, estimates, compensation, sparsity)
-
-
-def fit_compensation(
-    moments: DroppedMoments, rank: int, device: torch.device | str = "cpu", seed: int = DEFAULT_SEED
-) -> Compensation:
-    """The map of ``rank`` that loses least of the dropped contribution: ridge reduced-rank regression, in closed form.
-
-    With the centred covariances ``S`` of the inputs and ``C`` of contribution and inputs and ``M = S + RIDGE mean(S) I
-    = L L'``, the ridge solution is ``B = C M^-1``; its best approximation of rank r in the metric ``M`` is ``U U' B``,
-    ``U`` the top left singular vectors of ``B L`` (Izenman 1975; Mukherjee and Zhu 2011). The intercept makes the mean
-    right: rank 0 would be the mean contribution alone.
-
-    Returns:
-        fp32 tensors on ``device``.
-    """
-    mean_input, mean_dropped = moments.mean_input.to(device), moments.mean_dropped.to(device)
-    metric = moments.input_covariance.to(device)
-    metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric), device=device)
-    root = torch.linalg.cholesky(metric)
-    solution = torch.cholesky_solve(moments.cross_covariance.to(device).t(), root).t()
-    up = _top_left(solution @ root, rank, seed)
-    down = up.t() @ solution
-    return Compensation(down=down, up=up, bias=mean_dropped - up @ (down @ mean_input))
+    return Estimator(kind, config.rank, estimates)
 
 
 def _factorise(

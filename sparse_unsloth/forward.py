@@ -171,7 +171,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     if context.graphs is not None and context.graphs.idle:
         state.say_once(
             "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
-            "exact_removal: true, one active adapter with LoRA on every projection, and no compensation."
+            "exact_removal: true, and one active adapter with LoRA on every projection."
         )
     if context.loss_only and not context.loss_reached:
         raise SparsityError(

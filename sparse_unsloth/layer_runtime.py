@@ -11,7 +11,6 @@ from sparse_unsloth.config import OUTPUT, LayerSparsity
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.partition import TokenPartition
@@ -174,11 +173,6 @@ class LayerRuntime:
         rows = self.state.by_rows or context.memo(self.layer.index).get("first with gradients") is False
         ran = (self.layer.index, "mlp") in context.ran
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
-
-    def compensation(self) -> Compensation | None:
-        """The stand-in for this layer's dropped MLP channels, where one was fitted."""
-        estimator = self.state.estimator
-        return None if estimator is None else estimator.compensation.get(self.layer.index)
 
     def _tiers(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
         context, output = None, None

@@ -237,7 +237,6 @@ def _step_flops(
         seq_lengths=[length] * size,
         head_tokens=head_tokens,
         estimator_rank=estimator_rank,
-        compensation_rank=recipe.sparsity.estimator.compensation_rank,
         **options,
     )
     total = step.total + step.forward.head

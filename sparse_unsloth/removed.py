@@ -27,6 +27,11 @@ REMOVED: dict[str, Removed] = {
         "let context rows leave out the LoRA branch of unselected channels as well. No recipe used it and it was never "
         "measured; the branch is always computed in full (benchmarks/results/quality-notes.md)",
     ),
+    "estimator.compensation_rank": Removed(
+        (0,),
+        "added a low-rank stand-in for the dropped channels. It lost to a shorter dense run of the same cost, and its "
+        "layers could not be CUDA graphs (benchmarks/results/quality.md, comp-50 and comp-25-no-tail)",
+    ),
 }
 """By the path of the key in `SparsityConfig`."""
 

@@ -71,7 +71,7 @@ def test_losses_with_a_tier_are_those_of_the_training_forward():
     alone = with_sparsity((TieredSparsity(),) * 3, [(1, "output_mlp")], 0.4)
     with attached(model, config) as state:
         prepared = prepare_batches([batch], torch.device("cpu"), config, tiers=True)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         found, by_output = probe.measure([recipe, alone], prepared, "")
     assert found.loss == pytest.approx(expected, rel=1e-5)
     assert by_output.divergence > 0, "output tokens alone left nothing out"
@@ -86,7 +86,7 @@ def test_losses_are_those_of_the_training_forward(family):
     expected = [masked_loss(model, batch, one, config) for one in (recipe, changed)]
     with attached(model, config) as state:
         prepared = prepare_batches([batch], torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         found = probe.measure([recipe, changed], prepared, "", reference=recipe)
         (dense,) = probe.measure([probe.dense], prepared, "")
     assert [measured.loss for measured in found] == pytest.approx(expected, rel=1e-5)
@@ -102,7 +102,7 @@ def test_the_layers_below_a_change_do_not_run_again(monkeypatch):
         layer.mlp.gate_proj.register_forward_hook(lambda *_, index=index: ran.append(index))
     with attached(model, config) as state:
         prepared = prepare_batches(batches(1), torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         changed = with_sparsity(probe.dense, [(2, "self_attn")], 0.5)
         ran.clear()
         (found,) = probe.measure([changed], prepared, "")
@@ -119,7 +119,7 @@ def test_dropout_and_gradients_stay_off():
     config = SparsityConfig(**always())
     with attached(model, config) as state:
         prepared = prepare_batches(batches(1), torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         recipe = (TieredSparsity(0.5, 0.5),) * 3
         before = torch.get_rng_state()
         first = probe.measure([recipe], prepared, "")
@@ -181,8 +181,8 @@ def test_allocation_is_the_best_of_all(seed):
 
 def test_parts_add_up_to_the_recipe_and_the_step():
     recipe = [LayerSparsity(0.5, 0.0), LayerSparsity(0.9, 0.75), LayerSparsity(0.0, 0.25)]
-    parts = sum(part_cost(SHAPE, part, getattr(s, part), 4, 8) for s in recipe for part in ("mlp", "self_attn"))
-    assert parts == pytest.approx(frozen_share(SHAPE, recipe, 4, 8))
+    parts = sum(part_cost(SHAPE, part, getattr(s, part), 4) for s in recipe for part in ("mlp", "self_attn"))
+    assert parts == pytest.approx(frozen_share(SHAPE, recipe, 4))
     assert sum(part_cost(SHAPE, part, 0.0) for part in ("mlp", "self_attn")) * 3 == pytest.approx(1)
     prepared = prepare_batches(batches(2), torch.device("cpu"), SparsityConfig())
     data = DataShape.of(prepared)
@@ -254,19 +254,6 @@ def test_output_tokens_are_calibrated_under_the_loss_bound(tmp_path):
     attach(model, tmp_path / "sparsity.yaml")
     expected = [layer.output for layer in result.chosen.recipe]
     assert get_state(model).output_sparsity == expected
-
-
-def test_compensation_is_that_of_each_chosen_sparsity(tmp_path):
-    model = make_lora("llama")
-    config = {"estimator": {"kind": "static", "compensation_rank": 4}}
-    result = run(model, config=config, budget=0.55, attention_levels=())
-    sparse = {index: s.mlp for index, s in enumerate(result.chosen.recipe) if s.mlp}
-    assert sparse
-    assert result.estimator.compensation_sparsity == sparse
-    assert all(s.self_attn == 0 for s in result.chosen.recipe)
-    save(result, tmp_path)
-    attach(model, tmp_path / "sparsity.yaml")
-    assert get_state(model).estimator.compensation.keys() == sparse.keys()
 
 
 def test_a_base_that_leaves_out_rows_is_calibrated_for_channels():

@@ -29,7 +29,6 @@ from sparse_unsloth.bench.table import (
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.partition import TokenPartition
 
@@ -359,17 +358,10 @@ def test_runs_of_one_command():
     assert runs[1].words == [*first, *second]
 
 
-def test_calibrated_methods(run, monkeypatch, capsys):
-    made = run("--shapes", "host", "--methods", "sparse-25-static,sparse-25-comp")
+def test_calibrated_methods(run, monkeypatch):
+    made = run("--shapes", "host", "--methods", "sparse-25-static")
     assert measure(made)
-    assert [row[0] for row in written(made)] == ["sparse-25-static", "sparse-25-comp"]
-    assert capsys.readouterr().out.count("mlp with compensation within") == 2
-    true = Compensation.input_gradient
-    monkeypatch.setattr(Compensation, "input_gradient", lambda *args: 1.5 * true(*args))
-    again = run("--shapes", "host", "--methods", "sparse-25-comp")
-    again.plan = replace(again.plan, run="another")
-    assert not measure(again)
-    assert "sparse-25-comp: padded host: NOT TIMED" in capsys.readouterr().out
+    assert [row[0] for row in written(made)] == ["sparse-25-static"]
 
 
 # -- The profile ------------------------------------------------------------------------------------------------------

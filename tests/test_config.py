@@ -142,8 +142,7 @@ REFUSED = [
     ({"start_step": 0.8}, "end_step: must not be less than start_step (0.8), given 0.75"),
     (
         {"estimator": "svd"},
-        "estimator: must be a mapping with some of the keys kind, rank, path, calibration_samples, compensation_rank, "
-        "given 'svd'",
+        "estimator: must be a mapping with some of the keys kind, rank, path, calibration_samples, given 'svd'",
     ),
     (
         {"estimator": {"kind": "svdd"}},
@@ -157,15 +156,6 @@ REFUSED = [
         {"estimator": {"kind": "prior", "calibration_samples": 0}},
         "estimator.calibration_samples: must be at least 1 for kind 'prior', unless path names factors made before, "
         "given 0",
-    ),
-    (
-        {"estimator": {"compensation_rank": 64}},
-        "estimator.compensation_rank: must be 0 for kind 'auto': compensation is fitted for fixed channels, "
-        "kind 'static', given 64",
-    ),
-    (
-        {"estimator": {"kind": "static", "compensation_rank": -1}},
-        "estimator.compensation_rank: must be greater than or equal to 0, given -1",
     ),
 ]
 
@@ -193,8 +183,8 @@ def test_an_estimator_alone_reports_the_same_way():
     assert error_of(EstimatorConfig, rank=0) == (
         "sparsity configuration: rank: must be greater than or equal to 1, given 0"
     )
-    config = SparsityConfig(estimator=EstimatorConfig(kind="static", compensation_rank=64, path=Path("a") / "b"))
-    assert config.estimator.compensation_rank == 64
+    config = SparsityConfig(estimator=EstimatorConfig(kind="prior", rank=64, path=Path("a") / "b"))
+    assert config.estimator.rank == 64
     assert config.estimator.path == os.path.join("a", "b")
 
 

@@ -10,7 +10,7 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.recipe import RecipeError, load_recipe
 from sparse_unsloth.removed import REMOVED
 
-ASKED = {"ramp": 0.25, "refresh_steps": 4, "lora_branch": "selected"}
+ASKED = {"ramp": 0.25, "refresh_steps": 4, "lora_branch": "selected", "estimator.compensation_rank": 64}
 """A value of each option that asked for what is gone."""
 
 

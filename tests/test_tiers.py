@@ -22,7 +22,6 @@ from test_functions import (
     INTERMEDIATE,
     assert_same,
     loras_of,
-    make_compensation,
     make_projection,
     subset,
 )
@@ -105,9 +104,8 @@ def test_mlp_gradcheck(roles, lora, bias, context_dense):
     down = make_projection(HIDDEN, INTERMEDIATE, generator, "d" in lora, bias)
     mlp = GatedMlp(gate, up, down, "silu")
     channels, output = subset(INTERMEDIATE, 3, generator), subset(INTERMEDIATE, 6, generator)
-    compensation = make_compensation(generator) if bias and not context_dense else None
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
-    arguments = (partition, None if context_dense else channels, mlp, compensation)
+    arguments = (partition, None if context_dense else channels, mlp)
     inputs = [x, *loras_of(gate, up, down)]
     weights = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     ours = sparse_mlp(x, *arguments, output_channels=output)

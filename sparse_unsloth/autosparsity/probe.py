@@ -20,7 +20,6 @@ from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.estimator import Estimator
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
@@ -155,7 +154,6 @@ class LossProbe:
     Args:
         state: of the model, attached with every candidate part sparse.
         estimator: covers every candidate part.
-        stand_ins: compensation by layer and MLP sparsity; empty without compensation.
         journal: what was measured before, and is measured now.
     """
 
@@ -163,12 +161,11 @@ class LossProbe:
         self,
         state: SparsityState,
         estimator: Estimator | None,
-        stand_ins: Mapping[tuple[int, float], Compensation],
         journal: Journal,
         progress: bool = True,
     ):
         self.layers: list[DecoderLayer] = state.layers
-        self._state, self._estimator, self._stand_ins = state, estimator, stand_ins
+        self._state = state
         self._journal, self._progress = journal, progress
         self._candidates = state.expected_parts()
         if state.selector is None:
@@ -261,12 +258,6 @@ class LossProbe:
     def _set(self, recipe: Recipe) -> None:
         for index, runtime in self._state.runtimes.items():
             runtime.sparsity, runtime.output = recipe[index].context, recipe[index].output
-        if self._stand_ins:
-            self._estimator.compensation = {
-                index: self._stand_ins[index, sparsity.mlp]
-                for index, sparsity in enumerate(recipe)
-                if (index, sparsity.mlp) in self._stand_ins
-            }
 
     @contextmanager
     def _running(self) -> Iterator[None]:

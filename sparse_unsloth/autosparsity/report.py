@@ -93,7 +93,7 @@ def markdown(result: Calibration, dataset: str = "") -> str:
                 for name, found in result.held_out.items()
             ],
         )
-        lines += ["", "Presets run with the same estimator, without compensation."]
+        lines += ["", "Presets run with the same estimator."]
     lines += ["", "## Layers", ""]
     lines += _table(*_layer_table(result))
     lines += [

@@ -21,7 +21,7 @@ from torch import nn
 from sparse_unsloth.autosparsity.allocation import Option, allocate
 from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cost
 from sparse_unsloth.autosparsity.curves import Curves, PartKey
-from sparse_unsloth.autosparsity.estimators import CandidateEstimators, fit_estimators
+from sparse_unsloth.autosparsity.estimators import fit_estimator, of_recipe
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import (
     LossProbe,
@@ -156,8 +156,8 @@ def calibrate(
         model: with its adapters as training will begin with them (under Unsloth they must be there), not attached. Base
             weights are frozen.
         samples: batches as the model receives them, with ``labels``: the estimator is calibrated on them.
-        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient, estimator and
-            compensation) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
+        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient and
+            estimator) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
         max_loss: or: what may be measured as increase of the answer loss and as divergence from the dense model, in
             nats. The FLOPs are then the least that were found. Neither: ``budget=0.5``.
         probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
@@ -219,14 +219,14 @@ def calibrate(
         }
         key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
-        fitted = fit_estimators(model, layers, every, levels["mlp"], samples, progress)
-        probe = LossProbe(state, fitted.estimator, fitted.stand_ins, journal, progress)
+        fitted = fit_estimator(model, layers, every, samples, progress)
+        probe = LossProbe(state, fitted, journal, progress)
         search = _Search(probe, batches, part_batches, levels, costs, asked)
         chosen = search.run()
         recipe = chosen.recipe
         apart = _hold_out(probe, recipe, kept_apart, costs) if kept_apart else {}
     final = _config(base, recipe, fitted)
-    estimator = fitted.final(recipe)
+    estimator = of_recipe(fitted, recipe)
     judged = held_out or probe_samples
     data = DataShape.of([*batches, *kept_apart])
     return Calibration(
@@ -246,7 +246,7 @@ def calibrate(
             shape,
             [layer.context for layer in recipe],
             lora_rank,
-            *costs.ranks,
+            costs.rank,
             output=[layer.output for layer in recipe],
         ),
         held_out=apart,
@@ -259,15 +259,13 @@ class _Costs:
 
     def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
         scores = config.criterion == "estimator" and config.estimator.kind != "static"
-        self.ranks = (config.estimator.rank if scores else 0, config.estimator.compensation_rank)
+        self.rank = config.estimator.rank if scores else 0
         self._shape, self._levels = shape, levels
         self._part = {
-            (part, sparsity): part_cost(shape, part, sparsity, *self.ranks)
+            (part, sparsity): part_cost(shape, part, sparsity, self.rank)
             for part in PARTS
             for sparsity in {0.0, *levels[part], *levels[f"{OUTPUT}{part}"]}
         }
-        # Compensation stands in for context rows alone.
-        self._output_part = {key: part_cost(shape, *key, self.ranks[0]) for key in self._part}
         self._tiers = any(levels[f"{OUTPUT}{part}"] for part in PARTS)
         # Of all rows that may be sparse, how many are output tokens.
         self._output = 0.0
@@ -280,18 +278,18 @@ class _Costs:
     def part(self, part: str, sparsity: float, output: float) -> float:
         """Of one layer's ``part`` at these sparsities of context rows and output tokens."""
         context = self._part[part, sparsity]
-        return (1 - self._output) * context + self._output * self._output_part[part, output]
+        return (1 - self._output) * context + self._output * self._part[part, output]
 
     def share(self, recipe: Recipe) -> float:
-        context = frozen_share(self._shape, [layer.context for layer in recipe], *self.ranks)
+        context = frozen_share(self._shape, [layer.context for layer in recipe], self.rank)
         if not self._output:
             return context
-        output = frozen_share(self._shape, [layer.output for layer in recipe], self.ranks[0])
+        output = frozen_share(self._shape, [layer.output for layer in recipe], self.rank)
         return (1 - self._output) * context + self._output * output
 
     def bound(self, budget: float) -> float:
         """``budget`` less the parts that are no candidates."""
-        fixed = sum(part_cost(self._shape, part, 0.0, *self.ranks) for part in PARTS if not self._levels[part])
+        fixed = sum(part_cost(self._shape, part, 0.0, self.rank) for part in PARTS if not self._levels[part])
         return budget - fixed * self._shape.num_layers
 
     def check_reachable(self, budget: float) -> None:
@@ -485,8 +483,8 @@ def _divide(samples, probe_samples) -> tuple[list, list]:
     return (samples[::2], samples[1::2]) if len(samples) > 1 else (samples, samples)
 
 
-def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -> SparsityConfig:
-    kind = base.estimator.kind if fitted.estimator is None else fitted.estimator.kind
+def _config(base: SparsityConfig, recipe: Recipe, fitted: Estimator | None) -> SparsityConfig:
+    kind = base.estimator.kind if fitted is None else fitted.kind
     estimator = base.estimator.model_copy(update={"kind": kind, "path": None})
     rules = {name: collect({i: getattr(s, name) for i, s in enumerate(recipe)}) for name in TieredSparsity._fields}
     output = OutputSparsity(**{part: rules.pop(f"{OUTPUT}{part}") for part in PARTS})

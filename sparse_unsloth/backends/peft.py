@@ -91,7 +91,6 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         partition,
         channels,
         GatedMlp(*projections, runtime.layer.activation),
-        runtime.compensation(),
         runtime.context.memo(runtime.layer.index),
         output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
         output_channels=output_channels,

@@ -281,10 +281,9 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         for part in ("self_attn", "mlp")
     )
     unread = recompute and runtime.state.config.exact_removal
-    compensation = runtime.compensation() if mlp.sparse else None
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
         ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
-        memo["graphs"] = ready and compensation is None and runtime.state.config.exact_removal
+        memo["graphs"] = ready and runtime.state.config.exact_removal
     graphs = None
     if memo.get("graphs", False):
         context.graphs.check(context)
@@ -296,7 +295,6 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        compensation=compensation,
         choose_attention=runtime.attention_of_context,
         choose_mlp=runtime.mlp_of_context,
         unread=unread,

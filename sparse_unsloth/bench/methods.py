@@ -20,7 +20,6 @@ METHODS = {
     "sparse-50": "half of the MLP channels, layer 0 and attention dense",
     "sparse-25": "a quarter of the MLP channels, likewise",
     "sparse-25-static": "the same quarter in every batch, calibrated on random tokens",
-    "sparse-25-comp": "that with compensation of rank 64",
     "rows-25": "exact forward, backward through a quarter of the context tokens",
     "rows-10": "through a tenth of them",
     "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
@@ -33,9 +32,8 @@ METHODS = {
 BASELINE = "unsloth-dense"
 PLAIN = ("unsloth-dense", "peft-dense")
 """Methods that nothing is attached for."""
-CALIBRATED = ("sparse-25-static", "sparse-25-comp")
+CALIBRATED = ("sparse-25-static",)
 """Methods whose estimator needs samples."""
-COMPENSATION_RANK = 64
 EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "hooks-dense", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
@@ -87,8 +85,7 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
     if method == "hooks-dense":
         return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
     if method in CALIBRATED:
-        rank = COMPENSATION_RANK if method == "sparse-25-comp" else 0
-        common["estimator"] |= {"kind": "static", "compensation_rank": rank}
+        common["estimator"]["kind"] = "static"
     if kept := re.match(r"rows-(\d\d)", method):
         return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs")}
     if kept := re.match(r"sparse-(\d\d)", method):
@@ -128,7 +125,6 @@ def flop_limit(
             shape.context_tokens,
             [shape.length] * shape.batch,
             lora_rank=16,
-            compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
             backward_rows=config.backward_rows if removed else 1.0,
             checkpointing=again,
             head_tokens=shape.batch * shape.outputs if removed else None,

@@ -257,7 +257,6 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         lora_rank=recipe.model.lora_r,
         lora_targets=model.lora_targets,
         estimator_rank=sparsity.estimator.rank if scores else 0,
-        compensation_rank=sparsity.estimator.compensation_rank,
         eager_attention=model.eager_attention,
         output_layers=model.output_layers,
         backward_rows=sparsity.backward_rows,

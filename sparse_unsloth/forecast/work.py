@@ -27,7 +27,6 @@ class Plan:
         chunked_loss: TRL's loss over rows with loss only, whose logits are computed twice (PEFT backend).
         lora_rank, lora_targets: of the adapters.
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
-        compensation_rank: of the stand-in for dropped channels; 0 for none.
         backward_rows: see `SparsityConfig.backward_rows`.
         whole_layers: for it one function takes the place of O and MLP (Unsloth's Llama layers); else they are hooked
             one by one.
@@ -41,7 +40,6 @@ class Plan:
     lora_rank: int = 16
     lora_targets: Collection[str] = (*ATTENTION, *MLP)
     estimator_rank: int = 8
-    compensation_rank: int = 0
     eager_attention: bool = False
     output_layers: tuple[tuple[float, float], ...] | None = None
     backward_rows: float = 1.0
@@ -122,7 +120,6 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         last_layer_tokens=last_layer,
         attention="eager" if plan.eager_attention else "fused",
         estimator_rank=plan.estimator_rank,
-        compensation_rank=plan.compensation_rank,
         output_sparsity=plan.output_layers if sparse else None,
         output_tokens=batch.output,
         backward_rows=plan.backward_rows if sparse else 1.0,

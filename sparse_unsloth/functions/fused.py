@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.products import product_fp32
 from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
@@ -59,7 +58,6 @@ class FusedMlp:
         activation: key of `sparse_unsloth.kernels.glu.KINDS`.
         channels: int64: the channels of context rows.
         order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
-        compensation: added to context rows.
         dtype: of the products.
     """
 
@@ -73,12 +71,11 @@ class FusedMlp:
         activation: str,
         channels: Tensor,
         order: Tensor,
-        compensation: Compensation | None,
         dtype: torch.dtype,
     ):
         self.num_dense, self.num_context = num_dense, num_context
         self.bases, self.scales, self.activation = bases, scales, activation
-        self.channels, self.order, self.compensation, self.dtype = channels, order, compensation, dtype
+        self.channels, self.order, self.dtype = channels, order, dtype
         self.loras = [lora.detach().contiguous() for lora in loras]
         self.r = loras[0].shape[0]
 
@@ -94,8 +91,6 @@ class FusedMlp:
                 weights.out.collect(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
-        if self.compensation is not None and self.num_context:
-            y[self.num_dense :] += self.compensation.forward(x[self.num_dense :])
         return y, tuple(saved)
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -116,8 +111,6 @@ class FusedMlp:
                 sums = (
                     products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
                 )
-        if self.compensation is not None and self.num_context:
-            dx[self.num_dense :] += self.compensation.input_gradient(dy[self.num_dense :])
         return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.rows import RowProjection
@@ -35,7 +34,6 @@ class SelectedProjection:
     projection: Projection
     out_index: Tensor | None = None
     in_index: Tensor | None = None
-    compensation: Compensation | None = None
     output_out_index: Tensor | None = None
     output_in_index: Tensor | None = None
 
@@ -53,7 +51,6 @@ class _Part:
     scale: float
     out_index: Tensor | None
     in_index: Tensor | None
-    compensation: Compensation | None
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,7 @@ def sparse_linear(
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     constants = tuple(
-        _Part(part.projection.base, lora_scale(part.projection), part.out_index, part.in_index, part.compensation)
-        for part in parts
+        _Part(part.projection.base, lora_scale(part.projection), part.out_index, part.in_index) for part in parts
     )
     tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
     return _SparseLinear.apply(hidden_states, _Plan(partition, constants), *tensors)
@@ -118,8 +114,6 @@ def masked_linear(
             y = y + base.bias
         if lora is not None:
             y = y + lora.scale * (x @ lora.A.t()) @ lora.B.t()
-        if part.compensation is not None:
-            y = y + rows_mask(partition.context, x) * part.compensation.forward(x)
         y = y * (1 - rows_mask(partition.padding, x))
         outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
     return tuple(outputs)
@@ -220,7 +214,7 @@ class _SparseLinear(torch.autograd.Function):
                 if dense is not None:
                     y.index_copy_(0, partition.dense, dense.forward(dense_input))
                 if context is not None:
-                    rows = _forward_context(part, context, context_input)
+                    rows = context.forward(context_input)
                     y.index_copy_(0, partition.context, rows)
                 outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
         return tuple(outputs)
@@ -242,9 +236,7 @@ class _SparseLinear(torch.autograd.Function):
             context_input = x.index_select(0, plan.partition.context)
             dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
             lora_gradients: list[Tensor | None] = []
-            for number, (part, (dense, context)) in enumerate(
-                zip(plan.parts, _projections(plan, loras, x.dtype), strict=True)
-            ):
+            for number, (dense, context) in enumerate(_projections(plan, loras, x.dtype)):
                 dy = gradients[number].flatten(0, -2)
                 A, B = loras[2 * number : 2 * number + 2]
                 dA = None if A is None else torch.zeros_like(A, dtype=x.dtype)
@@ -256,7 +248,9 @@ class _SparseLinear(torch.autograd.Function):
                     _accumulate(dA, dB, step)
                 if context is not None:
                     dy_context = dy.index_select(0, plan.partition.context)
-                    _backward_context(part, context, dy_context, context_input, dx_context, dA, dB)
+                    step = context.backward(dy_context, context_input, context.thin(context_input))
+                    dx_context += step[0]
+                    _accumulate(dA, dB, step)
                 lora_gradients += [None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype)]
             dx = torch.zeros_like(x)
             dx.index_copy_(0, plan.partition.dense, dx_dense)
@@ -271,8 +265,6 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
     if fused is not None or not (len(plan.partition.rows) and use_kernels(x)):
         return fused
     if len(parts) > 3 or any(lora is None for lora in loras) or len({A.shape[0] for A in loras[::2]}) > 1:
-        return None
-    if any(part.compensation is not None for part in parts):
         return None
     scales = [part.scale for part in parts]
     if all(part.in_index is None for part in parts):
@@ -308,20 +300,6 @@ def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype
             weight = gather_weight(base, whole, part.out_index, part.in_index, dtype)
             context = row_projection(base, weight, (A, B), scale, part.out_index, part.in_index)
         yield dense, context
-
-
-def _forward_context(part: _Part, rows: RowProjection, x: Tensor) -> Tensor:
-    y = rows.forward(x)
-    return y if part.compensation is None else y.add_(part.compensation.to(x.device, x.dtype).forward(x))
-
-
-def _backward_context(part: _Part, rows: RowProjection, dy: Tensor, x: Tensor, dx: Tensor, dA, dB) -> None:
-    """Adds the context rows' share to ``dx``, ``dA``, ``dB``."""
-    if part.compensation is not None:
-        dx += part.compensation.to(x.device, x.dtype).input_gradient(dy)
-    step = rows.backward(dy, x, rows.thin(x))
-    dx += step[0]
-    _accumulate(dA, dB, step)
 
 
 def _accumulate(dA: Tensor | None, dB: Tensor | None, step) -> None:

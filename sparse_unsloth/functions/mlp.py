@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import place_rows
 from sparse_unsloth.functions.implementation import use_kernels
@@ -64,7 +63,6 @@ class _Plan:
     scales: tuple[float, float, float]
     ranks: tuple[int | None, int | None, int | None]
     activation: str
-    compensation: Compensation | None
     order: Tensor | None
     unread: bool
     keep: bool
@@ -77,7 +75,6 @@ def sparse_mlp(
     partition: TokenPartition,
     channels: Tensor | None,
     mlp: GatedMlp,
-    compensation: Compensation | None = None,
     memo: dict[str, Any] | None = None,
     output_is_added: bool = False,
     output_channels: Tensor | None = None,
@@ -90,7 +87,6 @@ def sparse_mlp(
         channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep. None, with
             ``output_channels``: all of them.
         mlp: the projections.
-        compensation: added to context rows.
         memo: a dictionary for one forward and these channels, by which its recompute is known; the order of the
             channels may be put in beforehand (key "order").
         output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
@@ -102,10 +98,10 @@ def sparse_mlp(
         memo = {} if memo is None else memo
         if channels is None:
             swapped = partition.output_as_context
-            return sparse_mlp(hidden_states, swapped, output_channels, mlp, None, memo, output_is_added)
-        y = sparse_mlp(hidden_states, partition.without_output, channels, mlp, compensation, memo, output_is_added)
+            return sparse_mlp(hidden_states, swapped, output_channels, mlp, memo, output_is_added)
+        y = sparse_mlp(hidden_states, partition.without_output, channels, mlp, memo, output_is_added)
         memo, alone = memo.setdefault("output", {}), partition.output_alone
-        return y + sparse_mlp(hidden_states, alone, output_channels, mlp, None, memo, output_is_added)
+        return y + sparse_mlp(hidden_states, alone, output_channels, mlp, memo, output_is_added)
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
@@ -118,7 +114,6 @@ def sparse_mlp(
         scales=tuple(lora_scale(projection) for projection in projections),
         ranks=tuple(None if projection.lora is None else projection.lora.A.shape[0] for projection in projections),
         activation=mlp.activation,
-        compensation=compensation,
         order=memo.get("order"),
         unread=unread,
         keep=torch.is_grad_enabled(),
@@ -138,7 +133,6 @@ def masked_mlp(
     partition: TokenPartition,
     channels: Tensor | None,
     mlp: GatedMlp,
-    compensation: Compensation | None = None,
     output_channels: Tensor | None = None,
 ) -> Tensor:
     """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
@@ -155,8 +149,6 @@ def masked_mlp(
 
     h = ACTIVATIONS[mlp.activation](project(mlp.gate, x, x, mask)) * project(mlp.up, x, x, mask)
     y = project(mlp.down, h, mask * h, 1.0)
-    if compensation is not None:
-        y = y + rows_mask(partition.context, x) * compensation.forward(x)
     return (y * (1 - rows_mask(partition.padding, x))).unflatten(0, hidden_states.shape[:-1])
 
 
@@ -216,7 +208,6 @@ class _GluRows:
     up: RowProjection
     down: RowProjection
     activation: str
-    compensation: Compensation | None
 
     def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """``y [n, hidden]`` (None if ``unread``) and what backward needs beside ``x``: the pre-activations of gate and
@@ -229,8 +220,6 @@ class _GluRows:
             return None, saved
         h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
         y = self.down.combine(self.down.base(h), self.down.thin(h))
-        if self.compensation is not None:
-            y += self.compensation.forward(x)
         return y, saved
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
@@ -246,8 +235,6 @@ class _GluRows:
         dx, *gate_gradients = self.gate.backward(de, x, gate_thin)
         up_dx, *up_gradients = self.up.backward(dg, x, up_thin)
         dx += up_dx
-        if self.compensation is not None:
-            dx += self.compensation.input_gradient(dy)
         for place, gradient in enumerate((*gate_gradients, *up_gradients, *down_gradients)):
             if gradient is not None:
                 gradients[place] += gradient
@@ -262,19 +249,18 @@ def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
     if partition.dense.numel():
         wholes = [base.dense(dtype) for base in plan.bases]
         dense = [row_projection(*each) for each in zip(plan.bases, wholes, pairs, plan.scales, strict=True)]
-        yield partition.dense, _GluRows(*dense, plan.activation, None)
+        yield partition.dense, _GluRows(*dense, plan.activation)
     if partition.context.numel():
         indices = ({"out_index": plan.channels}, {"out_index": plan.channels}, {"in_index": plan.channels})
         weights = [
             gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
             for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
         ]
-        compensation = plan.compensation and plan.compensation.to(weights[0].device, dtype)
         context = [
             row_projection(base, weight, pair, scale, **index)
             for base, weight, pair, scale, index in zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
         ]
-        yield partition.context, _GluRows(*context, plan.activation, compensation)
+        yield partition.context, _GluRows(*context, plan.activation)
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
@@ -287,9 +273,8 @@ def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedM
     order = plan.order
     if order is None and partition.num_context:
         order = channel_order(plan.channels, plan.bases[0].shape[0])
-    compensation = plan.compensation and plan.compensation.to(x.device, x.dtype)
     fused = plan.kept["fused"] = FusedMlp(
         partition.num_dense, partition.num_context, plan.bases, loras, plan.scales, plan.activation, plan.channels,
-        order, compensation, x.dtype,
+        order, x.dtype,
     )  # fmt: skip
     return fused
