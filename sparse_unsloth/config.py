@@ -46,14 +46,7 @@ BACKWARD_ROWS = 0.25
 """Of the preset "rows"; see benchmarks/results/quality.md."""
 
 
-OUTPUT = "output_"
-"""Before the name of a part ("mlp", "self_attn"): the same of output tokens."""
-PART_NAMES = {
-    "mlp": "MLP",
-    "self_attn": "attention",
-    f"{OUTPUT}mlp": "MLP, output tokens",
-    f"{OUTPUT}self_attn": "attention, output tokens",
-}
+PART_NAMES = {"mlp": "MLP", "self_attn": "attention"}
 """Parts as a reader knows them."""
 
 
@@ -163,23 +156,6 @@ class EstimatorConfig(_Config):
         return samples
 
 
-class OutputSparsity(_Config):
-    """Layer rules for output tokens, as `SparsityConfig` has them for context; without a rule a layer is dense."""
-
-    mlp: Rules = {}
-    self_attn: Rules = {}
-
-
-def _output_rules(value: object) -> object:
-    """One share for every layer, or a mapping of the two parts."""
-    if value is None or isinstance(value, Mapping | OutputSparsity):
-        return {} if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a share such as 0.25, or a mapping such as {'mlp': {'1-29': 0.25}}")
-    everywhere = {"all": share(value)}
-    return {"mlp": everywhere, "self_attn": everywhere} if value else {}
-
-
 class SparsityConfig(_Config):
     """Per-layer sparsity, estimator, tokens and schedule of a sparse training run.
 
@@ -200,9 +176,6 @@ class SparsityConfig(_Config):
     """What ranks the channels; all but `estimator` are baselines for study."""
     dense_tokens: Literal["output", "none"] = "output"
     """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
-    output_sparsity: Annotated[OutputSparsity, BeforeValidator(_output_rules)] = OutputSparsity()
-    """Tiered sparsity: what output tokens leave out, on channels of their own; the last prompt token stays dense. One
-    share, or `{mlp: rules, self_attn: rules}`; of each layer at most its own `mlp` and `self_attn`. 0: dense."""
     backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
     """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
     batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
@@ -252,9 +225,6 @@ class SparsityConfig(_Config):
         rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
         if info.data.get("preset") in ("o1", "o2"):
             rules.append(f"preset {info.data['preset']}")
-        output = info.data.get("output_sparsity")
-        if output is not None and (output.mlp or output.self_attn):
-            rules.append("output_sparsity")
         if share < 1 and rules:
             raise ValueError(
                 f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
@@ -277,13 +247,6 @@ class SparsityConfig(_Config):
         if type(start) is type(end) and end < start:
             raise ValueError(f"must not be less than start_step ({start})")
         return end
-
-    @field_validator("output_sparsity")
-    @classmethod
-    def _output_tokens_are_told_apart(cls, output: OutputSparsity, info: ValidationInfo) -> OutputSparsity:
-        if (output.mlp or output.self_attn) and info.data.get("dense_tokens") == "none":
-            raise ValueError("must be 0 with dense_tokens 'none', where output tokens are context like the others")
-        return output
 
     @property
     def schedule(self) -> Schedule:
@@ -332,22 +295,6 @@ class SparsityConfig(_Config):
             base[0] = 0.0
             problems += absent_layers(part, getattr(self, part), num_layers)
             parts.append(expand(getattr(self, part), base))
-        if problems:
-            raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
-        return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
-
-    def output_layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
-        """What output tokens leave out in each layer: `output_sparsity`, at most what `layer_sparsity` says.
-
-        Raises:
-            ConfigError: rules name layers that the model does not have.
-        """
-        parts, problems = [], []
-        for part in LayerSparsity._fields:
-            rules = getattr(self.output_sparsity, part)
-            problems += absent_layers(f"output_sparsity.{part}", rules, num_layers)
-            own = (getattr(layer, part) for layer in self.layer_sparsity(num_layers))
-            parts.append([min(pair) for pair in zip(expand(rules, [0.0] * num_layers), own, strict=True)])
         if problems:
             raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
         return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
@@ -513,6 +460,8 @@ def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
 
 def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
     """The valid key nearest to an unknown one, in its own mapping or one below; all valid keys if none is near."""
+    if gone := removed.unknown(location[-1]):
+        return f"; {gone}"
     parent = ".".join([*location[:-1], ""])
     names = {}
     for name, field in _model_at(cls, location[:-1]).model_fields.items():

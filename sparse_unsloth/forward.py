@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sparse_unsloth.calibration import sequence_starts
-from sparse_unsloth.config import OUTPUT
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
@@ -85,8 +84,8 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
     if scale > 0 and not state.context_seen:
-        state.context_seen = bool(len(partition.context) or state.tiers)
-    if not (len(partition.context) or (state.tiers and len(partition.output))):
+        state.context_seen = bool(len(partition.context))
+    if not len(partition.context):
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
@@ -199,11 +198,9 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
 def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
     named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
     starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
-    tiers = (("", state.layer_sparsity), (OUTPUT, state.output_sparsity))
     sparsity = {
-        (index, f"{prefix}{part}"): value
-        for prefix, layers in tiers
-        for index, layer in enumerate(layers)
+        (index, part): value
+        for index, layer in enumerate(state.layer_sparsity)
         for part, value in layer._asdict().items()
     }
     return state.observer.open(state.step, partition, starts, state.layers, sparsity)
@@ -212,7 +209,7 @@ def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping
 def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
     idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
-    if not model.training or idle or state.tiers or not loss_is_fused(model, arguments):
+    if not model.training or idle or not loss_is_fused(model, arguments):
         return arguments
     return with_round_length(arguments, getattr(model, "max_seq_length", None))
 
@@ -230,7 +227,6 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         dense_tokens=state.config.dense_tokens,
         # Unsloth drops the mask in training, and tokens attend to padding on their left.
         padding_masked=state.backend_name != "unsloth",
-        tiers=state.tiers,
     )
 
 
@@ -240,7 +236,7 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     schedule = state.config.schedule
     if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
         return 1.0
-    if not torch.is_grad_enabled() or not (len(partition.context) or (state.tiers and len(partition.output))):
+    if not torch.is_grad_enabled() or not len(partition.context):
         return 0.0
     raise SparsityError(
         f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "

@@ -32,6 +32,11 @@ REMOVED: dict[str, Removed] = {
         "added a low-rank stand-in for the dropped channels. It lost to a shorter dense run of the same cost, and its "
         "layers could not be CUDA graphs (benchmarks/results/quality.md, comp-50 and comp-25-no-tail)",
     ),
+    "output_sparsity": Removed(
+        (0, None),
+        "left channels out for output tokens too. It cost quality and saved little, and its layers ran part by part, "
+        "without CUDA graphs (benchmarks/results/quality-notes.md)",
+    ),
 }
 """By the path of the key in `SparsityConfig`."""
 
@@ -47,7 +52,7 @@ def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
     for key, value in data.items():
         path = f"{prefix}{key}"
         if path in REMOVED:
-            if value not in REMOVED[path].neutral:
+            if _asks(value, REMOVED[path].neutral):
                 problems.append(f"{path}: {said(path)}; delete the key (given {value!r})")
             continue
         if isinstance(value, Mapping) and any(name.startswith(f"{path}.") for name in REMOVED):
@@ -55,6 +60,20 @@ def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
             problems += nested
         kept[key] = value
     return kept, problems
+
+
+def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value, or one inside a mapping such as ``{"mlp": {"all": 0.5}}``, is another than the neutral ones."""
+    if isinstance(value, Mapping):
+        return any(_asks(each, neutral) for each in value.values())
+    return value not in neutral
+
+
+def unknown(key: str) -> str:
+    """What is said of an unknown command-line word or recipe key that was an option once, else ""."""
+    name = key.replace("-", "_").removeprefix("sparsity.")
+    name = "output_sparsity" if name == "output_levels" else name  # of calibrate
+    return next((said(path) for path in REMOVED if path == name or path.endswith(f".{name}")), "")
 
 
 def said(path: str) -> str:

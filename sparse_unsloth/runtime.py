@@ -49,7 +49,7 @@ class SparsityState:
         num_layers: decoder layers of the model.
         by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
         recorded_dense: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
-        layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
+        layer_sparsity: of context rows, by layer.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
         uncompiled: what keeps hooked layers out of Unsloth's compiled regions, by index.
@@ -80,13 +80,11 @@ class SparsityState:
         self.layers = layers
         self.config = config
         self.layer_sparsity = config.layer_sparsity(len(layers))
-        self.output_sparsity = config.output_layer_sparsity(len(layers))
-        self.tiers = any(map(any, self.output_sparsity))
         self.by_rows = config.by_rows
         self.recorded_dense = config.cuda_graphs and not config.is_sparse(len(layers))
         self.runtimes = {
-            layer.index: LayerRuntime(self, layer, sparsity, output)
-            for layer, sparsity, output in zip(layers, self.layer_sparsity, self.output_sparsity, strict=True)
+            layer.index: LayerRuntime(self, layer, sparsity)
+            for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity) or (self.by_rows and not self._drops_rows_without_loss(layer))
         }
         self.whole_layers: dict[int, LayerRuntime] = {}

@@ -96,7 +96,7 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "output_sparsity, backward_rows, rope_pairs, exact_removal, memory_budget, cuda_graphs, "
+        "backward_rows, rope_pairs, exact_removal, memory_budget, cuda_graphs, "
         "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),

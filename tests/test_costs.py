@@ -378,20 +378,3 @@ def test_shape_from_configs():
 def test_bad_inputs(layers, options, message):
     with pytest.raises(ConfigError, match=message):
         step_flops(SHAPE, layers, 1, 1, [2], RANK, **options)
-
-
-def test_output_tokens_with_a_tier_of_their_own():
-    """The step of rows that are context there, at the same sparsity: what output tokens compute is no different."""
-    layers, output = [(0.9, 0.5), (0.5, 0.0), (0.0, 0.0)], [(0.5, 0.25), (0.25, 0.0), (0.0, 0.0)]
-
-    def flops(layers, dense, context, **options):
-        return step_flops(SHAPE, layers, dense, context, [SEQUENCE] * BATCH, RANK, estimator_rank=4, **options).parts
-
-    tiered = flops(layers, 20, TOKENS - 20, output_sparsity=output, output_tokens=12)
-    context, outputs, dense = (
-        step_flops(SHAPE, sparsity, *rows, [], RANK, estimator_rank=4).parts
-        for sparsity, rows in ((layers, (0, TOKENS - 20)), (output, (0, 12)), (DENSE, (8, 0)))
-    )
-    for part in ("mlp_base", "attention_projections", "lora", "estimator"):
-        assert getattr(tiered, part) == sum(getattr(each, part) for each in (context, outputs, dense)), part
-    assert flops(layers, 20, TOKENS - 20, output_tokens=12) == flops(layers, 20, TOKENS - 20)

@@ -59,15 +59,13 @@ def _frozen(shape: ModelShape, recipe, estimator_rank: int) -> int:
 class DataShape:
     """Tokens of sample batches by role, without padding, and the lengths of their rows.
 
-    ``output_tokens`` are those dense ones that may have a sparsity of their own; 0 without tiers. A row counts as one
-    sequence: where it packs several, the attention core is counted too large.
+    A row counts as one sequence: where it packs several, the attention core is counted too large.
     """
 
     dense_tokens: int
     context_tokens: int
     loss_tokens: int
     row_lengths: tuple[int, ...]
-    output_tokens: int = 0
 
     @classmethod
     def of(cls, batches: Sequence[ProbeBatch]) -> DataShape:
@@ -80,7 +78,6 @@ class DataShape:
             context_tokens=sum(batch.partition.num_context for batch in batches),
             loss_tokens=sum(len(batch.partition.loss) for batch in batches),
             row_lengths=tuple(lengths),
-            output_tokens=sum(len(batch.partition.output) for batch in batches if batch.partition.output is not None),
         )
 
     @property
@@ -94,14 +91,13 @@ class DataShape:
         recipe: Sequence[LayerSparsity],
         lora_rank: int,
         estimator_rank: int = 0,
-        output: Sequence[LayerSparsity] | None = None,
     ) -> float:
-        """FLOPs of a training step with ``recipe``, and ``output`` for output tokens, over those of the dense one.
+        """FLOPs of a training step with ``recipe`` over those of the dense one.
 
         No checkpointing, logits of the loss-bearing rows alone.
         """
 
-        def total(layers, output, rank: int) -> int:
+        def total(layers, rank: int) -> int:
             return step_flops(
                 shape,
                 layers,
@@ -111,9 +107,7 @@ class DataShape:
                 lora_rank,
                 head_tokens=self.loss_tokens,
                 estimator_rank=rank,
-                output_sparsity=output,
-                output_tokens=self.output_tokens,
             ).total
 
         dense = [(0.0, 0.0)] * shape.num_layers
-        return total(recipe, output, estimator_rank) / total(dense, None, 0)
+        return total(recipe, estimator_rank) / total(dense, 0)

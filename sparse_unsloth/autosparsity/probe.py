@@ -33,24 +33,7 @@ MAX_POSITIONS = 1024
 LAYOUT = ("attention_mask", "position_ids", "packed_seq_lengths")
 
 
-class TieredSparsity(NamedTuple):
-    """`LayerSparsity` of context rows, and of output tokens where these are a tier of their own."""
-
-    mlp: float = 0.0
-    self_attn: float = 0.0
-    output_mlp: float = 0.0
-    output_self_attn: float = 0.0
-
-    @property
-    def context(self) -> LayerSparsity:
-        return LayerSparsity(self.mlp, self.self_attn)
-
-    @property
-    def output(self) -> LayerSparsity:
-        return LayerSparsity(self.output_mlp, self.output_self_attn)
-
-
-Recipe = tuple[TieredSparsity, ...]
+Recipe = tuple[LayerSparsity, ...]
 """The sparsity of every layer."""
 
 
@@ -67,7 +50,7 @@ class Measured(NamedTuple):
 
 
 def with_sparsity(recipe: Recipe, parts: Iterable[tuple[int, str]], sparsity: float) -> Recipe:
-    """``recipe`` with another sparsity for some parts, ``(layer index, field of TieredSparsity)``."""
+    """``recipe`` with another sparsity for some parts, ``(layer index, field of LayerSparsity)``."""
     changed = list(recipe)
     for index, part in parts:
         changed[index] = changed[index]._replace(**{part: sparsity})
@@ -98,9 +81,8 @@ def prepare_batches(
     device: torch.device,
     config: SparsityConfig,
     padding_masked: bool = True,
-    tiers: bool = False,
 ) -> list[ProbeBatch]:
-    """The samples that bear loss; with ``tiers`` output tokens can have a sparsity of their own.
+    """The samples that bear loss.
 
     Raises:
         CalibrationError: no samples, one without labels, none with a loss-bearing position, or none with a context
@@ -123,7 +105,6 @@ def prepare_batches(
             **{name: moved.get(name) for name in LAYOUT},
             dense_tokens=config.dense_tokens,
             padding_masked=padding_masked,
-            tiers=tiers,
         )
         if len(partition.loss):
             inputs = {name: value for name, value in moved.items() if name not in NOT_FOR_FORWARD}
@@ -179,7 +160,7 @@ class LossProbe:
 
     @property
     def dense(self) -> Recipe:
-        return (TieredSparsity(),) * len(self.layers)
+        return (LayerSparsity(0.0, 0.0),) * len(self.layers)
 
     def measure(
         self, recipes: Sequence[Recipe], batches: Sequence[ProbeBatch], title: str, reference: Recipe | None = None
@@ -257,7 +238,7 @@ class LossProbe:
 
     def _set(self, recipe: Recipe) -> None:
         for index, runtime in self._state.runtimes.items():
-            runtime.sparsity, runtime.output = recipe[index].context, recipe[index].output
+            runtime.sparsity = recipe[index]
 
     @contextmanager
     def _running(self) -> Iterator[None]:

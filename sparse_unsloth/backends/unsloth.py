@@ -240,7 +240,7 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
         (q,) = sparse_linear(hidden_states, partition, [query])
         return q, *sparse_linear(hidden_states, context.every_row_dense(), others)
     chosen = runtime.attention_channels(context.partition, hidden_states)
-    parts = [peft_backend.select(*each, *chosen) for each in zip(projections, "qkv", strict=True)]
+    parts = [peft_backend.select(*each, chosen) for each in zip(projections, "qkv", strict=True)]
     return sparse_linear(hidden_states, context.partition, parts)
 
 
@@ -256,7 +256,7 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:
         return self._sparse_original[1](self, attention_output, *args, **kwargs)
-    part = peft_backend.select(projection, "o", *runtime.attention_channels(partition))
+    part = peft_backend.select(projection, "o", runtime.attention_channels(partition))
     runtime.record_run("self_attn")
     return sparse_linear(attention_output, partition, [part])[0]
 

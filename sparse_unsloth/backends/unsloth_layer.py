@@ -258,7 +258,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     """What this call computes, or None where the layer's own forward must."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
-    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts) or runtime.state.tiers:
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
         return None
     training = module.training and layer.self_attn.training and layer.mlp.training
     if not training or arguments.get("use_cache") or arguments.get("output_attentions"):

@@ -1,14 +1,13 @@
 """Q, K, V and O projections: dense on dense rows, selected channels on context rows (design section 2).
 
 Q, K, V select output channels, ``y = m * (x W') + bias + LoRA(x)``; O selects input channels, ``y = (m * x) W' +
-LoRA(x)``. Gradients are exact, masks constant. With tiers, output tokens have channels of their own: two calls on
-disjoint rows, added, as in `functions.mlp`.
+LoRA(x)``. Gradients are exact, masks constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +24,11 @@ from sparse_unsloth.weights import BaseWeight, Projection
 
 @dataclass(frozen=True)
 class SelectedProjection:
-    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``).
-
-    ``output_out_index`` and ``output_in_index`` are likewise those that output tokens keep, of a partition with tiers;
-    all parts of a call have them, or none.
-    """
+    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``)."""
 
     projection: Projection
     out_index: Tensor | None = None
     in_index: Tensor | None = None
-    output_out_index: Tensor | None = None
-    output_in_index: Tensor | None = None
-
-    @property
-    def has_tier(self) -> bool:
-        """Whether output tokens have channels of their own."""
-        return self.output_out_index is not None or self.output_in_index is not None
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,6 @@ def sparse_linear(
         partition: the roles of the rows. Padding rows come out as zero.
         parts: the projections with their selected channels.
     """
-    if any(part.has_tier for part in parts):
-        return _tiered_linear(hidden_states, partition, parts)
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     constants = tuple(
@@ -82,18 +68,6 @@ def sparse_linear(
     )
     tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
     return _SparseLinear.apply(hidden_states, _Plan(partition, constants), *tensors)
-
-
-def _tiered_linear(
-    hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection]
-) -> tuple[Tensor, ...]:
-    output = [SelectedProjection(part.projection, part.output_out_index, part.output_in_index) for part in parts]
-    if all(part.out_index is None and part.in_index is None for part in parts):
-        return sparse_linear(hidden_states, partition.output_as_context, output)
-    others = [replace(part, output_out_index=None, output_in_index=None) for part in parts]
-    first = sparse_linear(hidden_states, partition.without_output, others)
-    second = sparse_linear(hidden_states, partition.output_alone, output)
-    return tuple(one + other for one, other in zip(first, second, strict=True))
 
 
 def masked_linear(
@@ -107,8 +81,8 @@ def masked_linear(
     for part in parts:
         base, lora = part.projection.base, part.projection.lora
         weight = base.dense(x.dtype)
-        out_mask = context_mask(partition, part.out_index, weight.shape[0], x, part.output_out_index)
-        in_mask = context_mask(partition, part.in_index, weight.shape[1], x, part.output_in_index)
+        out_mask = context_mask(partition, part.out_index, weight.shape[0], x)
+        in_mask = context_mask(partition, part.in_index, weight.shape[1], x)
         y = out_mask * F.linear(in_mask * x, weight)
         if base.bias is not None:
             y = y + base.bias
@@ -119,19 +93,12 @@ def masked_linear(
     return tuple(outputs)
 
 
-def context_mask(
-    partition: TokenPartition,
-    channels: Tensor | None,
-    width: int,
-    like: Tensor,
-    output_channels: Tensor | None = None,
-) -> Tensor:
-    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels``, and on output tokens only at
-    ``output_channels`` (None: everywhere)."""
+def context_mask(partition: TokenPartition, channels: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels`` (None: everywhere)."""
     mask = torch.ones(like.shape[0], width, dtype=like.dtype, device=like.device)
-    for rows, kept in ((partition.context, channels), (partition.output, output_channels)):
-        if kept is not None:
-            mask[rows] = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, kept, 1.0)
+    if channels is not None:
+        kept = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, channels, 1.0)
+        mask[partition.context] = kept
     return mask
 
 

@@ -3,9 +3,6 @@
 On context rows, with the channel mask ``m``, ``e = m * (x Wg') + LoRA_g(x)``, ``g = m * (x Wu') + LoRA_u(x)``,
 ``h = act(e) * g``, ``y = (m * h) Wd' + LoRA_d(h)``; biases stay dense. Gradients are exact, ``m``
 constant.
-
-With tiers, output tokens have channels of their own. Each tier is then a call to which the other's rows are padding,
-which comes out as zero, and the two outputs are added: one more of each launch, and the same exact gradients.
 """
 
 from __future__ import annotations
@@ -73,35 +70,24 @@ class _Plan:
 def sparse_mlp(
     hidden_states: Tensor,
     partition: TokenPartition,
-    channels: Tensor | None,
+    channels: Tensor,
     mlp: GatedMlp,
     memo: dict[str, Any] | None = None,
     output_is_added: bool = False,
-    output_channels: Tensor | None = None,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
     Args:
         hidden_states: flattened, its rows are those that ``partition`` counts.
         partition: the roles of the rows. Padding rows come out as zero.
-        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep. None, with
-            ``output_channels``: all of them.
+        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
         mlp: the projections.
         memo: a dictionary for one forward and these channels, by which its recompute is known; the order of the
             channels may be put in beforehand (key "order").
         output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
             to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
             saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
-        output_channels: int64, ascending: the channels that output tokens keep, of a partition with tiers. None: all.
     """
-    if output_channels is not None:
-        memo = {} if memo is None else memo
-        if channels is None:
-            swapped = partition.output_as_context
-            return sparse_mlp(hidden_states, swapped, output_channels, mlp, memo, output_is_added)
-        y = sparse_mlp(hidden_states, partition.without_output, channels, mlp, memo, output_is_added)
-        memo, alone = memo.setdefault("output", {}), partition.output_alone
-        return y + sparse_mlp(hidden_states, alone, output_channels, mlp, memo, output_is_added)
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
@@ -131,13 +117,12 @@ def is_recompute(memo: dict[str, Any]) -> bool:
 def masked_mlp(
     hidden_states: Tensor,
     partition: TokenPartition,
-    channels: Tensor | None,
+    channels: Tensor,
     mlp: GatedMlp,
-    output_channels: Tensor | None = None,
 ) -> Tensor:
     """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
     x = hidden_states.flatten(0, -2)
-    mask = context_mask(partition, channels, mlp.gate.base.shape[0], x, output_channels)
+    mask = context_mask(partition, channels, mlp.gate.base.shape[0], x)
 
     def project(projection: Projection, source: Tensor, base_source: Tensor, out_mask: Tensor | float) -> Tensor:
         y = out_mask * F.linear(base_source, projection.base.dense(x.dtype))
