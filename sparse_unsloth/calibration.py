@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INPUT_ROWS = 2048
 """Inputs kept of each layer, evenly spaced: a square root of their second moment. On SmolLM2-135M, 1024 rows give the
-figures of all 2100 of 32 samples, 512 lose 0.01 of the energy at rank 8 (whitened) or 0.001 (prior)."""
+figures of all 2100 of 32 samples, 512 lose 0.01 of the energy at rank 8 (factors alone) or 0.001 (prior)."""
 _NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
 
 
@@ -82,7 +82,6 @@ def collect_statistics(
     samples: Sequence[Mapping[str, Any]],
     *,
     dense_tokens: str = "output",
-    inputs: bool = True,
     progress: bool = True,
 ) -> Statistics:
     """Runs ``model`` densely and without gradients over ``samples``; the model and the random state are then as before.
@@ -93,14 +92,13 @@ def collect_statistics(
         layer_sparsity: of each of them.
         samples: batches as the model receives them, with ``labels``; on any device.
         dense_tokens: as in `SparsityConfig`: which tokens are not context.
-        inputs: keep input rows, which "whitened" and "prior" need.
         progress: show a bar on a terminal.
 
     Raises:
         EstimatorError: no samples, none with labels or context rows, or a layer that the forward does not reach.
     """
     runs = _Runs(model, samples, dense_tokens, progress)
-    quota = INPUT_ROWS // len(runs.batches) if inputs else 0
+    quota = INPUT_ROWS // len(runs.batches)
     found = {layer.index: LayerStatistics() for layer in layers if any(layer_sparsity[layer.index])}
     parts = [(layers[index], part) for index, part in sparse_parts(layer_sparsity)]
 

@@ -136,10 +136,10 @@ class EstimatorConfig(_Config):
     """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
 
     _place: ClassVar[str] = "estimator."
-    kind: Literal["auto", "svd", "whitened", "prior", "static"] = "auto"
-    """`svd`: low-rank factors of the weight, no data needed (as published); `whitened`: factors in the metric of
-    calibrated inputs; `prior`: calibrated static channel energy combined with the contextual estimate; `static`: the
-    calibrated ranking alone; `auto`: `prior` where calibration samples exist, else `svd` with a warning."""
+    kind: Literal["auto", "svd", "prior"] = "auto"
+    """`svd`: low-rank factors of the weight, no data needed (as published); `prior`: calibrated static channel energy
+    combined with the estimate of factors in the metric of calibrated inputs; `auto`: `prior` where calibration samples
+    exist, else `svd` with a warning."""
     rank: Positive = 8
     """Rank of the factors; 8 as published."""
     path: Annotated[str | None, Field(strict=True), BeforeValidator(_path)] = None
@@ -151,7 +151,7 @@ class EstimatorConfig(_Config):
     @classmethod
     def _calibrated_kinds_need_samples(cls, samples: int, info: ValidationInfo) -> int:
         kind = info.data.get("kind")
-        if samples == 0 and kind in ("whitened", "prior", "static") and info.data.get("path") is None:
+        if samples == 0 and kind == "prior" and info.data.get("path") is None:
             raise ValueError(f"must be at least 1 for kind '{kind}', unless path names factors made before")
         return samples
 

@@ -54,7 +54,7 @@ class Estimator:
     """Estimates channel energies of a batch (a `Criterion`). Lives outside the module tree: no checkpoint holds it.
 
     Args:
-        kind: "svd", "whitened", "prior" or "static".
+        kind: "svd" or "prior".
         rank: of the factors.
         layers: by layer index.
     """
@@ -66,6 +66,7 @@ class Estimator:
         self._placed: dict[tuple, Any] = {}
 
     gathers = True
+    constant = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies place their tensors themselves, wherever they are."""
@@ -74,12 +75,7 @@ class Estimator:
     @property
     def max_rows(self) -> int:
         """How many rows of a batch are looked at, at most."""
-        return 1 if self.constant else SCORED_ROWS
-
-    @property
-    def constant(self) -> bool:
-        """Whether the estimate looks at no row."""
-        return self.kind == "static"
+        return SCORED_ROWS
 
     def mlp(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Energy of each MLP channel over a batch, up to a common factor: ``[intermediate_size]``.
@@ -88,8 +84,6 @@ class Estimator:
             hidden_states: ``[..., hidden_size]``; its leading dimensions count as one.
             rows: int64, at least one: those to look at; None for all.
         """
-        if self.constant:
-            return self._vectors(layer, "mlp", "energy", hidden_states.device)[0]
         if not self._by_kernels(hidden_states):
             return self._mlp_by_torch(layer, _sample(hidden_states, rows))
         down, up, *biases_and_gain = self._stacked(layer, "mlp", hidden_states)
@@ -98,8 +92,6 @@ class Estimator:
 
     def attention(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> AttentionEnergy:
         """Energies of the channels of Q, K and V over a batch, each up to a common factor; arguments as in `mlp`."""
-        if self.constant:
-            return AttentionEnergy(*self._vectors(layer, "self_attn", "energy", hidden_states.device))
         if not self._by_kernels(hidden_states):
             return self._attention_by_torch(layer, _sample(hidden_states, rows))
         down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
@@ -124,8 +116,6 @@ class Estimator:
         estimate = self.layers.get(index)
         if estimate is None:
             return False
-        if self.constant:
-            return all(name in estimate.energy for name in ENERGIES[part])
         return all(name in estimate.factors for name in FACTORED[part])
 
     def _by_kernels(self, hidden_states: Tensor) -> bool:

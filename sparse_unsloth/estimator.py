@@ -3,11 +3,11 @@
 Kinds (DESIGN.md section 2), for a weight ``W [out, in]`` and the inputs ``X`` of a calibration pass:
 
 - ``svd``: ``x̂ = x W' U U'``, with ``U [out, rank]`` the top left singular vectors of ``W`` (SparseLoRA section 3.2);
-- ``whitened``: the same with those of ``W X'``, which lose least of ``x W'`` over the calibrated inputs;
-- ``static``: no contextual part; the calibrated mean energy of each channel;
-- ``prior``: the static energy ``s`` corrected by how far the whitened estimate ``ĉ`` stands above its own calibrated
-  mean ``c̄``: ``s (ĉ / c̄)^½``. So the bias of the factors cancels channel by channel, and half of the batch's
-  deviation, in logarithms, is believed. It costs one factor a channel: ``s / c̄^½`` times the estimate's L2 norm.
+- ``prior``: the static energy ``s``, the calibrated mean of each channel, corrected by how far a contextual estimate
+  ``ĉ`` stands above its own calibrated mean ``c̄``: ``s (ĉ / c̄)^½``. ``ĉ`` is as in ``svd``, but whitened: with the
+  singular vectors of ``W X'``, which lose least of ``x W'`` over the calibrated inputs. So the bias of the factors
+  cancels channel by channel, and half of the batch's deviation, in logarithms, is believed. It costs one factor a
+  channel: ``s / c̄^½`` times the estimate's L2 norm.
 
 Share of the oracle's energy captured in SmolLM2-135M's MLPs (layers 1-29, batches of 8, 32 calibration samples, rank 8,
 shared prompt text left out) at 10 % / 25 % of the channels, other prompts of the calibrated tasks | tasks never seen:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimator", "build_estimator", "load_estimator", "obtain_estimator", "save_estimator"]
 
-CALIBRATED_KINDS = ("whitened", "prior", "static")
 DEFAULT_SEED = 3407
 
 
@@ -86,7 +85,7 @@ def obtain_estimator(
     if samples is None and config.kind != "svd":
         if wait:
             return None
-        if config.kind in CALIBRATED_KINDS:
+        if config.kind == "prior":
             raise damage or _needs_samples(config.kind)
     if damage is not None:
         warnings.warn(f"{damage} It is built again now.", stacklevel=2)
@@ -98,7 +97,6 @@ def obtain_estimator(
             layer_sparsity,
             samples,
             dense_tokens=dense_tokens,
-            inputs=config.kind != "static",
             progress=progress,
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
@@ -134,16 +132,16 @@ def build_estimator(
                 "channels): pass calibration_samples=, or train through a trainer, whose first samples are taken.",
                 stacklevel=2,
             )
-    if kind in CALIBRATED_KINDS and statistics is None:
+    if kind == "prior" and statistics is None:
         raise _needs_samples(kind)
     parts = sparse_parts(layer_sparsity)
     quiet = None if progress and is_main() else True
     estimates: dict[int, LayerEstimate] = {}
     for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=quiet):
         layer, before = layers[index], estimates.get(index, LayerEstimate())
-        known = None if kind == "svd" else _statistics_of(statistics, layer, part, inputs=kind != "static")
-        factors = {} if kind == "static" else _factorise(layer, part, config.rank, known, seed)
-        energy = {name: known.energy[name] for name in ENERGIES[part]} if kind in ("static", "prior") else {}
+        known = None if kind == "svd" else _statistics_of(statistics, layer, part)
+        factors = _factorise(layer, part, config.rank, known, seed)
+        energy = {name: known.energy[name] for name in ENERGIES[part]} if kind == "prior" else {}
         gain = _gains(layer, part, config.rank, factors, energy, known) if kind == "prior" else {}
         estimates[index] = LayerEstimate(before.factors | factors, before.energy | energy, before.gain | gain)
     return Estimator(kind, config.rank, estimates)
@@ -174,7 +172,7 @@ def _gains(
     energy: Mapping[str, Tensor],
     statistics: LayerStatistics,
 ) -> dict[str, Tensor]:
-    estimate = Estimator("whitened", rank, {layer.index: LayerEstimate(factors)})
+    estimate = Estimator("svd", rank, {layer.index: LayerEstimate(factors)})
     rows = statistics.inputs[part].to(base_weight(layer, FACTORED[part][0]).device, torch.float32)
     if part == "mlp":
         estimated = (estimate._factored_mlp(layer, rows),)
@@ -200,12 +198,12 @@ def _top_left(matrix: Tensor, rank: int, seed: int) -> Tensor:
     return left[:, :rank].contiguous()
 
 
-def _statistics_of(statistics: Statistics, layer: DecoderLayer, part: str, inputs: bool) -> LayerStatistics:
+def _statistics_of(statistics: Statistics, layer: DecoderLayer, part: str) -> LayerStatistics:
     known = statistics.layers.get(layer.index)
-    if known is None or ENERGIES[part][0] not in known.energy or (inputs and part not in known.inputs):
+    if known is None or ENERGIES[part][0] not in known.energy or part not in known.inputs:
         raise EstimatorError(
             f"The calibration statistics lack what is needed for {layer.name}.{part}. Collect them again for this "
-            "configuration; whitened and prior need inputs=True."
+            "configuration."
         )
     return known
 

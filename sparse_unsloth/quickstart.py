@@ -252,7 +252,7 @@ def _step_flops(
 
 
 def _scoring_rank(estimator: Any) -> int:
-    return 0 if estimator is None or estimator.kind == "static" else estimator.rank
+    return 0 if estimator is None else estimator.rank
 
 
 def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:

@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 
 
 class Removed(NamedTuple):
-    """``neutral``: the values that asked for nothing, and are dropped on reading; ``was``: what it was, why it went."""
+    """``neutral``: the values that asked for nothing, and are dropped on reading; ``was``: what it was, why it went.
+
+    With ``values`` the key is still there, and these values of it are gone.
+    """
 
     neutral: tuple[Any, ...]
     was: str
+    values: tuple[Any, ...] = ()
 
 
 REMOVED: dict[str, Removed] = {
@@ -37,6 +41,12 @@ REMOVED: dict[str, Removed] = {
         "left channels out for output tokens too. It cost quality and saved little, and its layers ran part by part, "
         "without CUDA graphs (benchmarks/results/quality-notes.md)",
     ),
+    "estimator.kind": Removed(
+        (),
+        "'whitened' and 'static' were removed: 'prior', which combines both, captures more energy at the same cost "
+        "(figures in sparse_unsloth/estimator.py); set 'prior'",
+        values=("whitened", "static"),
+    ),
 }
 """By the path of the key in `SparsityConfig`."""
 
@@ -51,7 +61,11 @@ def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
     kept, problems = {}, []
     for key, value in data.items():
         path = f"{prefix}{key}"
-        if path in REMOVED:
+        if path in REMOVED and REMOVED[path].values:
+            if isinstance(value, str) and value in REMOVED[path].values:
+                problems.append(f"{path}: {REMOVED[path].was} (given {value!r})")
+                continue
+        elif path in REMOVED:
             if _asks(value, REMOVED[path].neutral):
                 problems.append(f"{path}: {said(path)}; delete the key (given {value!r})")
             continue
@@ -73,7 +87,8 @@ def unknown(key: str) -> str:
     """What is said of an unknown command-line word or recipe key that was an option once, else ""."""
     name = key.replace("-", "_").removeprefix("sparsity.")
     name = "output_sparsity" if name == "output_levels" else name  # of calibrate
-    return next((said(path) for path in REMOVED if path == name or path.endswith(f".{name}")), "")
+    paths = [path for path, gone in REMOVED.items() if not gone.values and (path == name or path.endswith(f".{name}"))]
+    return said(paths[0]) if paths else ""
 
 
 def said(path: str) -> str:

@@ -18,6 +18,7 @@ from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import FACTORED, Estimator, Factors, LayerEstimate, shorten, sparse_parts
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.removed import REMOVED
 from sparse_unsloth.tensor_file import DamagedFileError, raw_bytes, read_tensors, read_unchecked, write_tensors
 
 if TYPE_CHECKING:
@@ -233,13 +234,18 @@ def _oriented(path: Path, name: str, w1: Tensor, w2: Tensor, in_features: int, o
 
 
 def _check_kind_and_rank(path: Path, kind: str, rank: int, config: EstimatorConfig) -> None:
+    if kind in REMOVED["estimator.kind"].values:
+        raise EstimatorError(
+            f"{path} holds an estimator of kind {kind!r}. {REMOVED['estimator.kind'].was}, and point estimator.path to "
+            "another file, or delete this one: it is built again."
+        )
     cure = "or point estimator.path to another file; delete this one, and it is built again"
     if config.kind not in ("auto", kind):
         raise EstimatorError(
             f"{path} holds an estimator of kind {kind!r}, but the configuration asks for {config.kind!r}. Set "
             f"estimator.kind: {kind}, {cure}."
         )
-    if kind != "static" and config.rank != rank:
+    if config.rank != rank:
         raise EstimatorError(
             f"{path} holds factors of rank {rank}, but the configuration asks for {config.rank}. Set estimator.rank: "
             f"{rank}, {cure}."

@@ -358,12 +358,6 @@ def test_runs_of_one_command():
     assert runs[1].words == [*first, *second]
 
 
-def test_calibrated_methods(run, monkeypatch):
-    made = run("--shapes", "host", "--methods", "sparse-25-static")
-    assert measure(made)
-    assert [row[0] for row in written(made)] == ["sparse-25-static"]
-
-
 # -- The profile ------------------------------------------------------------------------------------------------------
 
 

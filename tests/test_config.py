@@ -146,7 +146,7 @@ REFUSED = [
     ),
     (
         {"estimator": {"kind": "svdd"}},
-        "estimator.kind: must be 'auto', 'svd', 'whitened', 'prior' or 'static', given 'svdd'; did you mean 'svd'?",
+        "estimator.kind: must be 'auto', 'svd' or 'prior', given 'svdd'; did you mean 'svd'?",
     ),
     ({"estimator": {"rank": 0}}, "estimator.rank: must be greater than or equal to 1, given 0"),
     ({"estimator": {"rank": 8.0}}, "estimator.rank: must be a valid integer, given 8.0"),

@@ -28,7 +28,7 @@ def rules():
 def estimators():
     text = st.text("ab1:#-/\\ '\"\n\u00e9\u4e2d", max_size=20)
     return st.fixed_dictionaries(
-        {"kind": st.sampled_from(["auto", "svd", "whitened", "prior"]), "rank": st.integers(1, 512)},
+        {"kind": st.sampled_from(["auto", "svd", "prior"]), "rank": st.integers(1, 512)},
         optional={"path": text | st.none(), "calibration_samples": st.integers(1, 99)},
     )
 

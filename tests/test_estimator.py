@@ -25,7 +25,7 @@ from tiny import make_base, make_batch, make_lora
 
 SPARSE = SparsityConfig(mlp={"1-2": 0.75}, self_attn={"1": 0.5})
 SPARSITY = SPARSE.layer_sparsity(3)
-KINDS = ["svd", "whitened", "prior", "static"]
+KINDS = ["svd", "prior"]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_svd_factors_are_the_best_of_their_rank(layers):
 
 def test_whitened_factors_lose_least_over_the_inputs(model, layers):
     statistics = collect_statistics(model, layers, SPARSITY, samples())
-    estimator = build_estimator(layers, SPARSITY, config("whitened", rank=3), statistics)
+    estimator = build_estimator(layers, SPARSITY, config("prior", rank=3), statistics)
     plain = build_estimator(layers, SPARSITY, config("svd", rank=3))
     for name in ("mlp.up_proj", "self_attn.v_proj"):
         rows = statistics.layers[1].inputs[name.split(".")[0]]
@@ -113,18 +113,6 @@ def test_prior_is_the_static_energy_where_the_batch_is_as_calibrated(model, laye
     for estimated, name in zip(prior.attention(layers[1], known.inputs["self_attn"]), "qkv", strict=True):
         ratio = estimated / known.energy[name]
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
-
-
-def test_static_channels_are_constant_and_worked_out_once(model, layers):
-    estimator = obtained(model, kind="static", given=samples())
-    selector = ChannelSelector(SPARSE, layers, estimator)
-    first = selector.mlp(layers[1], torch.randn(5, 64), 0.75)
-    assert selector.mlp(layers[1], torch.randn(9, 64), 0.75) is first
-    energy = estimator.layers[1].energy["mlp"]
-    assert first.channels.tolist() == sorted(energy.topk(32).indices.tolist())
-    assert selector.attention(layers[1], torch.randn(5, 64), 0.5) is selector.attention(
-        layers[1], torch.randn(2, 64), 0.5
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
@@ -196,22 +184,18 @@ def test_auto_is_prior_with_samples_and_svd_without(model, layers):
     assert obtain_estimator(model, layers, SPARSITY, config("auto"), wait=True) is None
 
 
-@pytest.mark.parametrize("kind", ["whitened", "prior", "static"])
-def test_calibrated_kinds_need_samples(model, layers, kind):
-    with pytest.raises(EstimatorError, match=f"{kind}' is calibrated, and there are no calibration samples.*kind: svd"):
-        obtained(model, kind=kind)
+def test_the_calibrated_kind_needs_samples(model, layers):
+    with pytest.raises(EstimatorError, match=r"prior' is calibrated, and there are no calibration samples.*kind: svd"):
+        obtained(model, kind="prior")
     with pytest.raises(EstimatorError, match="calibrated"):
-        build_estimator(layers, SPARSITY, config(kind))
-    assert obtain_estimator(model, layers, SPARSITY, config(kind), wait=True) is None
+        build_estimator(layers, SPARSITY, config("prior"))
+    assert obtain_estimator(model, layers, SPARSITY, config("prior"), wait=True) is None
 
 
 def test_statistics_must_hold_the_layers(model, layers):
     few = collect_statistics(model, layers, SparsityConfig(mlp={"1": 0.5}).layer_sparsity(3), samples())
     with pytest.raises(EstimatorError, match=r"lack what is needed for model\.layers\.1\.self_attn"):
-        build_estimator(layers, SPARSITY, config("static"), few)
-    energies = collect_statistics(model, layers, SPARSITY, samples(), inputs=False)
-    with pytest.raises(EstimatorError, match="inputs=True"):
-        build_estimator(layers, SPARSITY, config("whitened"), energies)
+        build_estimator(layers, SPARSITY, config("prior"), few)
 
 
 def test_rank_above_the_weights_is_refused(layers):
@@ -294,13 +278,24 @@ def test_files_that_do_not_fit_the_configuration_are_refused(model, layers, tmp_
         EstimatorError, match=r"factors of rank 8, but the configuration asks for 4.*estimator\.rank: 8"
     ):
         obtained(model, path, rank=4)
-    with pytest.raises(EstimatorError, match=r"kind 'svd', but the configuration asks for 'static'.*kind: svd"):
-        obtained(model, path, "static", samples())
+    with pytest.raises(EstimatorError, match=r"kind 'svd', but the configuration asks for 'prior'.*kind: svd"):
+        obtained(model, path, "prior", samples())
     more = SparsityConfig(mlp={"0-2": 0.5}).layer_sparsity(3)
     with pytest.raises(EstimatorError, match=r"nothing for 0\.mlp, which the configuration makes sparse"):
         load_estimator(path, layers, more, config("svd"))
     with pytest.raises(EstimatorError, match="there is no file"):
         load_estimator(tmp_path / "none.safetensors", layers, SPARSITY, config("svd"))
+
+
+@pytest.mark.parametrize("kind", ["whitened", "static"])
+def test_files_of_kinds_that_are_gone_are_refused(model, layers, kind, tmp_path):
+    path = tmp_path / "e.safetensors"
+    made = obtained(model, path, "prior", samples())
+    made.kind = kind
+    save_estimator(made, path, layers)
+    for asked in ("auto", "prior"):
+        with pytest.raises(EstimatorError, match=f"of kind '{kind}'.*set 'prior', and point estimator.path to another"):
+            obtained(model, path, asked, samples())
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])

@@ -291,14 +291,14 @@ def test_top_channels_are_ascending():
     assert math.isclose(scores[top_channels(scores, 1)].item(), 9)
 
 
-@pytest.mark.parametrize("criterion", ["oracle", "wanda", "magnitude", "random", "svd", "prior", "static"])
+@pytest.mark.parametrize("criterion", ["oracle", "wanda", "magnitude", "random", "svd", "prior"])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("rope_pairs", [False, True])
 def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeypatch):
     model = make_base(family, mlp_bias=True)
     layers = find_layers(model)
     layer = uneven_(layers[0])
-    changes = {"estimator": {"kind": criterion}} if criterion in ("svd", "prior", "static") else {}
+    changes = {"estimator": {"kind": criterion}} if criterion in ("svd", "prior") else {}
     config = SparsityConfig(mlp={"all": 0.5}, self_attn={"all": 0.5}, rope_pairs=rope_pairs, **changes)
     estimator = None
     if changes:
@@ -328,7 +328,7 @@ def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("kind", ["svd", "prior", "static"])
+@pytest.mark.parametrize("kind", ["svd", "prior"])
 def test_selection_never_waits_for_the_gpu(kind):
     model = make_base("llama", dtype=torch.bfloat16).cuda()
     layers = find_layers(model)

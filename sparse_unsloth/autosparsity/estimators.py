@@ -31,7 +31,7 @@ def fit_estimator(
         return None
     settings, sparsity, statistics = config.estimator, config.layer_sparsity(len(layers)), None
     if settings.kind != "svd":
-        options = {"dense_tokens": config.dense_tokens, "progress": progress, "inputs": settings.kind != "static"}
+        options = {"dense_tokens": config.dense_tokens, "progress": progress}
         statistics = collect_statistics(model, layers, sparsity, samples, **options)
     return build_estimator(layers, sparsity, settings, statistics, seed=config.seed, progress=progress)
 

@@ -244,8 +244,7 @@ class _Costs:
     """FLOPs of recipes and parts as shares of the context tokens' dense frozen products."""
 
     def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
-        scores = config.criterion == "estimator" and config.estimator.kind != "static"
-        self.rank = config.estimator.rank if scores else 0
+        self.rank = config.estimator.rank if config.criterion == "estimator" else 0
         self._shape, self._levels = shape, levels
         self._part = {
             (part, sparsity): part_cost(shape, part, sparsity, self.rank)

@@ -19,7 +19,6 @@ METHODS = {
     "sparse-o2-graphs": "preset o2, its layers recorded as CUDA graphs",
     "sparse-50": "half of the MLP channels, layer 0 and attention dense",
     "sparse-25": "a quarter of the MLP channels, likewise",
-    "sparse-25-static": "the same quarter in every batch, calibrated on random tokens",
     "rows-25": "exact forward, backward through a quarter of the context tokens",
     "rows-10": "through a tenth of them",
     "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
@@ -32,8 +31,6 @@ METHODS = {
 BASELINE = "unsloth-dense"
 PLAIN = ("unsloth-dense", "peft-dense")
 """Methods that nothing is attached for."""
-CALIBRATED = ("sparse-25-static",)
-"""Methods whose estimator needs samples."""
 EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "hooks-dense", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
@@ -84,8 +81,6 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         return {"preset": "dense", "cuda_graphs": True}
     if method == "hooks-dense":
         return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
-    if method in CALIBRATED:
-        common["estimator"]["kind"] = "static"
     if kept := re.match(r"rows-(\d\d)", method):
         return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs")}
     if kept := re.match(r"sparse-(\d\d)", method):

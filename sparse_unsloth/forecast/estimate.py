@@ -247,7 +247,6 @@ def estimate(
 
 def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
     sparsity = recipe.sparsity
-    scores = sparsity.criterion == "estimator" and sparsity.estimator.kind != "static"
     return Plan(
         model.shape,
         model.layers,
@@ -256,7 +255,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         chunked_loss=backend == "peft" and recipe.training.loss_type == "chunked_nll",
         lora_rank=recipe.model.lora_r,
         lora_targets=model.lora_targets,
-        estimator_rank=sparsity.estimator.rank if scores else 0,
+        estimator_rank=sparsity.estimator.rank if sparsity.criterion == "estimator" else 0,
         eager_attention=model.eager_attention,
         backward_rows=sparsity.backward_rows,
         whole_layers=backend == "unsloth" and model.model_type in LLAMA_LAYERS,
