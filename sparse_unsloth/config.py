@@ -180,8 +180,6 @@ class SparsityConfig(_Config):
     """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
     batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
     `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
-    rope_pairs: Switch = True
-    """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
     exact_removal: Switch = True
     """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
     after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient

@@ -41,6 +41,11 @@ REMOVED: dict[str, Removed] = {
         "left channels out for output tokens too. It cost quality and saved little, and its layers ran part by part, "
         "without CUDA graphs (benchmarks/results/quality-notes.md)",
     ),
+    "rope_pairs": Removed(
+        (True,),
+        "chose query and key channels one by one when it was false. That was an ablation; they are always chosen as "
+        "rotary pairs (d, d + head_dim / 2), which the rotation mixes",
+    ),
     "estimator.kind": Removed(
         (),
         "'whitened' and 'static' were removed: 'prior', which combines both, captures more energy at the same cost "

@@ -96,7 +96,7 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "backward_rows, rope_pairs, exact_removal, memory_budget, cuda_graphs, "
+        "backward_rows, exact_removal, memory_budget, cuda_graphs, "
         "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
@@ -125,7 +125,7 @@ REFUSED = [
         "did you mean 'wanda'?",
     ),
     ({"dense_tokens": False}, "dense_tokens: must be 'output' or 'none', given False"),
-    ({"rope_pairs": 1}, "rope_pairs: must be a valid boolean, given 1"),
+    ({"exact_removal": 1}, "exact_removal: must be a valid boolean, given 1"),
     ({"seed": -1}, "seed: must be greater than or equal to 0, given -1"),
     ({"seed": True}, "seed: must be a valid integer, given True"),
     ({"start_step": True}, f"start_step: {STEP}, given True"),

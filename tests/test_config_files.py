@@ -47,7 +47,7 @@ def configs():
         "estimator": estimators(),
         "criterion": st.sampled_from(["estimator", "oracle", "wanda", "magnitude", "random"]),
         "dense_tokens": st.sampled_from(["output", "none"]),
-        "rope_pairs": st.booleans(),
+        "exact_removal": st.booleans(),
         "seed": st.integers(0, 2**63),
     }
     return st.tuples(st.fixed_dictionaries({}, optional=fields), schedules()).map(

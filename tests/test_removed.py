@@ -17,6 +17,7 @@ ASKED = {
     "lora_branch": "selected",
     "estimator.compensation_rank": 64,
     "output_sparsity": {"mlp": {"1-2": 0.25}, "self_attn": {}},
+    "rope_pairs": False,
     "estimator.kind": "static",
 }
 """A value of each option that asked for what is gone."""
