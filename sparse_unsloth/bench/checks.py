@@ -81,10 +81,9 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     found = [] if state.graphs is None else [check_graphs(model)]
     if state.by_rows:
         return "; ".join([*found, check_rows(model, plain)])
-    if method != "hooks-dense":
-        for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
-            runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
-            found += [function(runtime) for runtime in runtimes[:LAYERS]]
+    for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
+        runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
+        found += [function(runtime) for runtime in runtimes[:LAYERS]]
     if method in EQUAL_TO_PLAIN:
         found.append(check_model(loss_and_gradients(model), plain))
     if not found:

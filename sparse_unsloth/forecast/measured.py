@@ -28,7 +28,7 @@ NOT_OURS = ("unsloth-dense", "peft-dense")
 """Methods whose time does not depend on the code of this package."""
 GRAPHED = tuple(method for method in METHODS if method.endswith("-graphs"))
 """Methods whose steps are recorded."""
-LEFT_OUT = ("hooks-dense", "nothing-dropped", *GRAPHED)
+LEFT_OUT = ("nothing-dropped", *GRAPHED)
 """Methods that nobody trains with, and those that a `Plan` does not describe."""
 SAME_CODE = datetime.timedelta(days=1)
 """Rows of our own methods that are older than the newest one by more than this were measured on older code."""
