@@ -324,7 +324,7 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, u
     every = Rows(partition, False)
     norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
     return LayerPlan(
-        *norms, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=unread, keep=False
+        *norms, every, every, projections, layer.activation, _no_choice, _no_choice, unread=unread, keep=False
     )
 
 
