@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,17 +56,6 @@ def test_help_lists_methods_and_shapes(capsys):
     printed = capsys.readouterr().out
     for word in (*METHODS, *SHAPES, "--context-share"):
         assert word in printed
-
-
-def test_the_script_is_the_command(monkeypatch, capsys):
-    script = ROOT / "benchmarks" / "speed.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
-    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(script), run_name="__main__")
-    assert caught.value.code == 0
-    assert "usage: sparse-unsloth bench" in capsys.readouterr().out
-    assert str(script.parent) not in sys.path
 
 
 def test_importing_the_benchmark_leaves_unsloth_the_first_place():
