@@ -85,14 +85,14 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def pilot(arguments: argparse.Namespace) -> None:
-    """Step times of dense and sparse steps, then dense at several lengths, the default and an exact forward."""
+    """Step times of dense and sparse steps, then dense at two lengths and the two ways to be sparse."""
     from sparse_unsloth.quality.arms import ARMS
 
     began, model = time.perf_counter(), load_model(arguments.model)
     experiment = make_experiment(arguments, model, "A")
     print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
     pace = 0.0
-    for name in ("dense", "default", "dense-75", "channels-50", "cut"):
+    for name in ("dense", "default", "dense-75", "channels-50"):
         if time.perf_counter() - began + RESERVE * pace * ARMS[name].steps > arguments.seconds:
             break
         outcome = experiment.run(ARMS[name])
@@ -181,7 +181,7 @@ def recount(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, settings[name])
         experiment, known = make_experiment(arguments, model, task), {}
         for row in rows:
-            if row["task"] != task:
+            if row["task"] != task or row["config"] not in ARMS:  # or of code that was deleted
                 continue
             key = row["config"], int(row["seed"])
             if key not in known:

@@ -23,10 +23,10 @@ task() { # NAME STEPS ARMS
     --seconds $((LIMIT - 8)) ${FLAGS---compile} >"$OUT/$1.log" 2>&1 &
 }
 
-# Done on A: every dense training, the default and rows-10-75, channels-50, comp-50, random, random-rows-25-50 and cut.
-task A "${STEPS_A:-900}" rows-10,rows-10-50,backward-25-65,comp-25-no-tail,recipe-comp,per-sample-no-tail,prior-norms,keep-0
+# Done on A: every dense training, the default and rows-10-75, channels-50, random and random-rows-25-50.
+task A "${STEPS_A:-900}" rows-10,rows-10-50
 COMMON=dense,dense-50,default,default-50,dense-30,channels-50,dense-75,rows-10,random-rows-25-50,random,dense-65,default-75
-task B "${STEPS_B:-400}" $COMMON,rows-10-50,comp-25-no-tail
-task C "${STEPS_C:-300}" $COMMON,rows-10-50,comp-25-no-tail
+task B "${STEPS_B:-400}" $COMMON,rows-10-50
+task C "${STEPS_C:-300}" $COMMON,rows-10-50
 wait
 for name in A B C; do echo "== $name"; grep ' nll \|done\|ready\|spent\|trained with\|Error' "$OUT/$name.log" | tail -14; done

@@ -37,20 +37,13 @@ LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "m
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep.
-
-    ``output_*`` says the same of output tokens.
-    """
+    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep."""
 
     name: str
     mlp: float
     self_attn: float
     mlp_channels: tuple[int, int]
     key_channels: tuple[int, int]
-    output_mlp: float = 0.0
-    output_self_attn: float = 0.0
-    output_mlp_channels: int | None = None
-    output_key_channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,8 @@ class AttachReport:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
         for first, last, layer in () if self.row_layers else self._runs():
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
-            mlp = _kept(layer.mlp, layer.mlp_channels, layer.output_mlp, layer.output_mlp_channels)
-            attention = _kept(layer.self_attn, layer.key_channels, layer.output_self_attn, layer.output_key_channels)
+            mlp = _kept(layer.mlp, layer.mlp_channels)
+            attention = _kept(layer.self_attn, layer.key_channels)
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
         lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
         if self.exact_removal:
@@ -152,10 +145,8 @@ def _place(name: str, default: int) -> int:
     return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
 
 
-def _kept(sparsity: float, channels: tuple[int, int], output: float, output_channels: int | None) -> str:
-    if not sparsity:
-        return "dense"
-    return f"{channels[0]} of {channels[1]} channels" + (f" (output tokens {output_channels})" if output else "")
+def _kept(sparsity: float, channels: tuple[int, int]) -> str:
+    return f"{channels[0]} of {channels[1]} channels" if sparsity else "dense"
 
 
 def attach(
@@ -501,7 +492,7 @@ def _probe(state: SparsityState) -> None:
 
 def _report(state: SparsityState, exact_removal: str) -> AttachReport:
     rows = []
-    for layer, sparsity, output in zip(state.layers, state.layer_sparsity, state.output_sparsity, strict=True):
+    for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
         keys = layer.num_kv_heads * layer.head_dim
         rows.append(
             LayerReport(
@@ -510,10 +501,6 @@ def _report(state: SparsityState, exact_removal: str) -> AttachReport:
                 self_attn=sparsity.self_attn,
                 mlp_channels=(keep_count(layer.intermediate_size, sparsity.mlp), layer.intermediate_size),
                 key_channels=(keep_count(keys, sparsity.self_attn), keys),
-                output_mlp=output.mlp,
-                output_self_attn=output.self_attn,
-                output_mlp_channels=keep_count(layer.intermediate_size, output.mlp),
-                output_key_channels=keep_count(keys, output.self_attn),
             )
         )
     forwards = state.whole_forwards

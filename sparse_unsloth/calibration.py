@@ -1,4 +1,4 @@
-"""One dense pass over sample batches: the inputs of each sparse layer, its channel energies, what dropped channels add.
+"""One dense pass over sample batches: the inputs of each sparse layer, its channel energies.
 
 Only context rows count (DESIGN.md section 2): no padding, prompts as they will be trained. The first token of each
 sequence is left out, an attention sink that holds up to 99.9 % of a layer's MLP energy.
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_unsloth.distributed import is_main
-from sparse_unsloth.energy import attention_energy, base_weight, mlp_energy, mlp_values
+from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import is_sequence_classifier, partition_of
-from sparse_unsloth.selection import keep_count, key_channel_scores, top_channels
+from sparse_unsloth.selection import key_channel_scores
 
 if TYPE_CHECKING:
     from sparse_unsloth.config import LayerSparsity
@@ -31,26 +31,8 @@ if TYPE_CHECKING:
 
 INPUT_ROWS = 2048
 """Inputs kept of each layer, evenly spaced: a square root of their second moment. On SmolLM2-135M, 1024 rows give the
-figures of all 2100 of 32 samples, 512 lose 0.01 of the energy at rank 8 (whitened) or 0.001 (prior)."""
+figures of all 2100 of 32 samples, 512 lose 0.01 of the energy at rank 8 (factors alone) or 0.001 (prior)."""
 _NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
-
-
-@dataclass(frozen=True)
-class DroppedMoments:
-    """First and second moments of a layer's MLP input ``x`` and of what its dropped channels add to the output, ``z``.
-
-    Args:
-        sparsity: share of the channels dropped, those of least static energy.
-        mean_input, mean_dropped: ``[hidden_size]``.
-        input_covariance: ``[hidden_size, hidden_size]``, of ``x``.
-        cross_covariance: ``[hidden_size, hidden_size]``, of ``z`` (rows) with ``x`` (columns).
-    """
-
-    sparsity: float
-    mean_input: Tensor
-    mean_dropped: Tensor
-    input_covariance: Tensor
-    cross_covariance: Tensor
 
 
 @dataclass
@@ -62,12 +44,10 @@ class LayerStatistics:
             `INPUT_ROWS` of them.
         energy: by "mlp", "q", "k", "v", the mean square of each channel, fp32: ``[intermediate_size]``,
             ``[num_heads * head_dim]``, ``[num_kv_heads * head_dim]``.
-        dropped: where asked for.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, Tensor] = field(default_factory=dict)
-    dropped: DroppedMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +82,6 @@ def collect_statistics(
     samples: Sequence[Mapping[str, Any]],
     *,
     dense_tokens: str = "output",
-    inputs: bool = True,
-    dropped: bool = False,
     progress: bool = True,
 ) -> Statistics:
     """Runs ``model`` densely and without gradients over ``samples``; the model and the random state are then as before.
@@ -114,15 +92,13 @@ def collect_statistics(
         layer_sparsity: of each of them.
         samples: batches as the model receives them, with ``labels``; on any device.
         dense_tokens: as in `SparsityConfig`: which tokens are not context.
-        inputs: keep input rows, which "whitened" and "prior" need.
-        dropped: add a second pass for `DroppedMoments`, which compensation needs.
         progress: show a bar on a terminal.
 
     Raises:
         EstimatorError: no samples, none with labels or context rows, or a layer that the forward does not reach.
     """
     runs = _Runs(model, samples, dense_tokens, progress)
-    quota = INPUT_ROWS // len(runs.batches) if inputs else 0
+    quota = INPUT_ROWS // len(runs.batches)
     found = {layer.index: LayerStatistics() for layer in layers if any(layer_sparsity[layer.index])}
     parts = [(layers[index], part) for index, part in sparse_parts(layer_sparsity)]
 
@@ -143,8 +119,6 @@ def collect_statistics(
     runs.visit(parts, observe, "Calibration")
     for statistics in found.values():
         statistics.energy = {name: (total / runs.rows).float().cpu() for name, total in statistics.energy.items()}
-    if dropped:
-        _collect_dropped(runs, layers, layer_sparsity, found)
     return Statistics(found, runs.rows)
 
 
@@ -203,40 +177,6 @@ def energy_captured(
 
 def _means(shares: Mapping[int, list[Tensor]]) -> dict[int, float]:
     return {index: torch.stack(values).mean().item() for index, values in shares.items()}
-
-
-def _collect_dropped(
-    runs: _Runs,
-    layers: list[DecoderLayer],
-    layer_sparsity: Sequence[LayerSparsity],
-    found: dict[int, LayerStatistics],
-) -> None:
-    kept = {}
-    for layer in layers:
-        sparsity = layer_sparsity[layer.index].mlp
-        if sparsity > 0:
-            count = keep_count(layer.intermediate_size, sparsity)
-            kept[layer.index] = top_channels(found[layer.index].energy["mlp"], count)
-    sums: dict[int, list[Tensor]] = {}
-
-    def observe(layer: DecoderLayer, part: str, rows: Tensor) -> None:
-        hidden = mlp_values(layer, rows.dtype)(rows).index_fill_(1, kept[layer.index].to(rows.device), 0)
-        z = (hidden @ base_weight(layer, "mlp.down_proj").dense(rows.dtype).t()).float()
-        x = rows.float()
-        new = [term.cpu().double() for term in (x.sum(0), z.sum(0), x.t() @ x, z.t() @ x)]
-        before = sums.get(layer.index)
-        sums[layer.index] = new if before is None else [a.add_(b) for a, b in zip(before, new, strict=True)]
-
-    runs.visit([(layer, "mlp") for layer in layers if layer.index in kept], observe, "Calibration of compensation")
-    for index, terms in sums.items():
-        x, z, xx, zx = (term / runs.rows for term in terms)
-        found[index].dropped = DroppedMoments(
-            sparsity=layer_sparsity[index].mlp,
-            mean_input=x.float(),
-            mean_dropped=z.float(),
-            input_covariance=(xx - torch.outer(x, x)).float(),
-            cross_covariance=(zx - torch.outer(z, x)).float(),
-        )
 
 
 class _Runs:

@@ -8,7 +8,7 @@ import reprlib
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from sparse_unsloth import older_formats
+from sparse_unsloth import older_formats, removed
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.layer_rules import absent_layers, canonical_rule, expand, share
 from sparse_unsloth.schedule import Schedule
@@ -46,14 +46,7 @@ BACKWARD_ROWS = 0.25
 """Of the preset "rows"; see benchmarks/results/quality.md."""
 
 
-OUTPUT = "output_"
-"""Before the name of a part ("mlp", "self_attn"): the same of output tokens."""
-PART_NAMES = {
-    "mlp": "MLP",
-    "self_attn": "attention",
-    f"{OUTPUT}mlp": "MLP, output tokens",
-    f"{OUTPUT}self_attn": "attention, output tokens",
-}
+PART_NAMES = {"mlp": "MLP", "self_attn": "attention"}
 """Parts as a reader knows them."""
 
 
@@ -79,12 +72,6 @@ def _step(value: object) -> float | int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError("must be a float in [0, 1] (fraction of the training) or an int from 0 up (optimiser steps)")
-
-
-def _fraction(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError("must be a number in [0, 1], a share of the training")
-    return float(value)
 
 
 def _kept_share(value: object) -> float:
@@ -123,6 +110,7 @@ class _Reporting(type(BaseModel)):
 
 
 class _Config(BaseModel, metaclass=_Reporting):
+    _place: ClassVar[str] = ""
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
@@ -132,6 +120,9 @@ class _Config(BaseModel, metaclass=_Reporting):
 
     @classmethod
     def _checked(cls, obj, source: str, problems: list[str], **kwargs):
+        if isinstance(obj, Mapping):
+            obj, gone = removed.drop(obj, cls._place)
+            problems = problems + gone
         try:
             config = super().model_validate(obj, **kwargs)
         except ValidationError as error:
@@ -144,51 +135,25 @@ class _Config(BaseModel, metaclass=_Reporting):
 class EstimatorConfig(_Config):
     """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
 
-    kind: Literal["auto", "svd", "whitened", "prior", "static"] = "auto"
-    """`svd`: low-rank factors of the weight, no data needed (as published); `whitened`: factors in the metric of
-    calibrated inputs; `prior`: calibrated static channel energy combined with the contextual estimate; `static`: the
-    calibrated ranking alone; `auto`: `prior` where calibration samples exist, else `svd` with a warning."""
+    _place: ClassVar[str] = "estimator."
+    kind: Literal["auto", "svd", "prior"] = "auto"
+    """`svd`: low-rank factors of the weight, no data needed (as published); `prior`: calibrated static channel energy
+    combined with the estimate of factors in the metric of calibrated inputs; `auto`: `prior` where calibration samples
+    exist, else `svd` with a warning."""
     rank: Positive = 8
     """Rank of the factors; 8 as published."""
     path: Annotated[str | None, Field(strict=True), BeforeValidator(_path)] = None
     """Safetensors file: loaded if it exists, else written after building."""
     calibration_samples: NonNegative = 32
     """Training samples that a calibrated kind looks at."""
-    compensation_rank: NonNegative = 0
-    """Rank of the linear stand-in for the dropped channels; above 0 needs `kind: static`, whose fit is closed form."""
 
     @field_validator("calibration_samples")
     @classmethod
     def _calibrated_kinds_need_samples(cls, samples: int, info: ValidationInfo) -> int:
         kind = info.data.get("kind")
-        if samples == 0 and kind in ("whitened", "prior", "static") and info.data.get("path") is None:
+        if samples == 0 and kind == "prior" and info.data.get("path") is None:
             raise ValueError(f"must be at least 1 for kind '{kind}', unless path names factors made before")
         return samples
-
-    @field_validator("compensation_rank")
-    @classmethod
-    def _compensation_needs_static_channels(cls, rank: int, info: ValidationInfo) -> int:
-        kind = info.data.get("kind", "static")
-        if rank and kind != "static":
-            raise ValueError(f"must be 0 for kind '{kind}': compensation is fitted for fixed channels, kind 'static'")
-        return rank
-
-
-class OutputSparsity(_Config):
-    """Layer rules for output tokens, as `SparsityConfig` has them for context; without a rule a layer is dense."""
-
-    mlp: Rules = {}
-    self_attn: Rules = {}
-
-
-def _output_rules(value: object) -> object:
-    """One share for every layer, or a mapping of the two parts."""
-    if value is None or isinstance(value, Mapping | OutputSparsity):
-        return {} if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a share such as 0.25, or a mapping such as {'mlp': {'1-29': 0.25}}")
-    everywhere = {"all": share(value)}
-    return {"mlp": everywhere, "self_attn": everywhere} if value else {}
 
 
 class SparsityConfig(_Config):
@@ -211,17 +176,10 @@ class SparsityConfig(_Config):
     """What ranks the channels; all but `estimator` are baselines for study."""
     dense_tokens: Literal["output", "none"] = "output"
     """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
-    output_sparsity: Annotated[OutputSparsity, BeforeValidator(_output_rules)] = OutputSparsity()
-    """Tiered sparsity: what output tokens leave out, on channels of their own; the last prompt token stays dense. One
-    share, or `{mlp: rules, self_attn: rules}`; of each layer at most its own `mlp` and `self_attn`. 0: dense."""
     backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
     """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
     batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
     `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
-    rope_pairs: Switch = True
-    """Whether query and key channels are chosen as rotary pairs (d, d + head_dim / 2)."""
-    lora_branch: Literal["dense", "selected"] = "dense"
-    """Whether context rows keep the LoRA branch of unselected channels."""
     exact_removal: Switch = True
     """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
     after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient
@@ -239,10 +197,6 @@ class SparsityConfig(_Config):
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
     """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
-    ramp: Annotated[float, BeforeValidator(_fraction)] = 0.0
-    """Share of the training before `end_step` over which sparsity falls linearly to 0."""
-    refresh_steps: Positive = 1
-    """Optimiser steps for which a layer keeps the channels that it chose; 1 chooses anew in every forward."""
     explain_steps: NonNegative = 50
     """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
     the best ones would (`sparse-unsloth explain`); 0 never looks."""
@@ -269,21 +223,17 @@ class SparsityConfig(_Config):
         rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
         if info.data.get("preset") in ("o1", "o2"):
             rules.append(f"preset {info.data['preset']}")
-        output = info.data.get("output_sparsity")
-        if output is not None and (output.mlp or output.self_attn):
-            rules.append("output_sparsity")
         if share < 1 and rules:
             raise ValueError(
                 f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
             )
         return share
 
-    @field_validator("ramp", "refresh_steps", "sparse_prefill")
+    @field_validator("sparse_prefill")
     @classmethod
-    def _means_channels(cls, value: float | int | bool, info: ValidationInfo) -> float | int | bool:
-        default = cls.model_fields[info.field_name].default
-        if value != default and info.data.get("backward_rows", 1.0) < 1:
-            raise ValueError(f"must be {default} with backward_rows, which chooses no channels")
+    def _means_channels(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("backward_rows", 1.0) < 1:
+            raise ValueError("must be False with backward_rows, which chooses no channels")
         return value
 
     @field_validator("end_step")
@@ -296,25 +246,10 @@ class SparsityConfig(_Config):
             raise ValueError(f"must not be less than start_step ({start})")
         return end
 
-    @field_validator("ramp")
-    @classmethod
-    def _ramp_fits(cls, ramp: float, info: ValidationInfo) -> float:
-        start, end = info.data.get("start_step"), info.data.get("end_step")
-        if isinstance(start, float) and isinstance(end, float) and ramp > end - start + 1e-9:
-            raise ValueError(f"must fit between start_step and end_step: at most {round(end - start, 9)}")
-        return ramp
-
-    @field_validator("output_sparsity")
-    @classmethod
-    def _output_tokens_are_told_apart(cls, output: OutputSparsity, info: ValidationInfo) -> OutputSparsity:
-        if (output.mlp or output.self_attn) and info.data.get("dense_tokens") == "none":
-            raise ValueError("must be 0 with dense_tokens 'none', where output tokens are context like the others")
-        return output
-
     @property
     def schedule(self) -> Schedule:
         """When the training is sparse."""
-        return Schedule(self.start_step, self.end_step, self.ramp)
+        return Schedule(self.start_step, self.end_step)
 
     @property
     def by_rows(self) -> bool:
@@ -358,22 +293,6 @@ class SparsityConfig(_Config):
             base[0] = 0.0
             problems += absent_layers(part, getattr(self, part), num_layers)
             parts.append(expand(getattr(self, part), base))
-        if problems:
-            raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
-        return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
-
-    def output_layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
-        """What output tokens leave out in each layer: `output_sparsity`, at most what `layer_sparsity` says.
-
-        Raises:
-            ConfigError: rules name layers that the model does not have.
-        """
-        parts, problems = [], []
-        for part in LayerSparsity._fields:
-            rules = getattr(self.output_sparsity, part)
-            problems += absent_layers(f"output_sparsity.{part}", rules, num_layers)
-            own = (getattr(layer, part) for layer in self.layer_sparsity(num_layers))
-            parts.append([min(pair) for pair in zip(expand(rules, [0.0] * num_layers), own, strict=True)])
         if problems:
             raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
         return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
@@ -539,6 +458,8 @@ def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
 
 def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
     """The valid key nearest to an unknown one, in its own mapping or one below; all valid keys if none is near."""
+    if gone := removed.unknown(location[-1]):
+        return f"; {gone}"
     parent = ".".join([*location[:-1], ""])
     names = {}
     for name, field in _model_at(cls, location[:-1]).model_fields.items():

@@ -34,7 +34,6 @@ class SparseContext:
         loss_reached: set by the loss that makes this right.
         probe: the forward that attaching proves the hooks by; it keeps every channel.
         prefill: a forward outside training whose prompts are sparse all the same (`sparse_unsloth.prefill`).
-        step: optimiser steps done, or None where nothing counts them.
         observation: where this forward is one that `explain` looks at.
         paused: parts that are dense all the same (`sparse_unsloth.nonfinite`).
         graphs: what records and replays the layers' work in this forward; None: it runs as it is.
@@ -52,7 +51,6 @@ class SparseContext:
         partition: TokenPartition,
         scale: float,
         loss_only: bool = False,
-        step: int | None = None,
         paused: frozenset[tuple[int, str]] = frozenset(),
     ):
         self.partition = partition
@@ -62,7 +60,6 @@ class SparseContext:
         self.loss_reached = False
         self.probe = False
         self.prefill = False
-        self.step = step
         self.observation: Observation | None = None
         self.graphs: Graphs | None = None
         self.packing: Packing | None = None

@@ -92,7 +92,6 @@ class Parts:
     attention_core: int = 0
     head: int = 0
     estimator: int = 0
-    compensation: int = 0
 
     @property
     def total(self) -> int:
@@ -142,11 +141,8 @@ def step_flops(
     attention: Literal["fused", "eager"] = "fused",
     input_requires_grad: bool | None = None,
     estimator_rank: int = 0,
-    compensation_rank: int = 0,
     last_layer_tokens: int | None = None,
     padding_tokens: int = 0,
-    output_sparsity: Sequence[tuple[float, float]] | None = None,
-    output_tokens: int = 0,
     backward_rows: float = 1.0,
     whole_again: Collection[str] = (),
 ) -> StepFlops:
@@ -173,14 +169,11 @@ def step_flops(
             `checkpointing or trainable_base`: PEFT asks for it with gradient checkpointing, else autograd skips it.
         estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
             forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
-        compensation_rank: of the linear stand-in for the dropped MLP channels on context rows (frozen); 0 for none.
         last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
             that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
             attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
         padding_tokens: further rows that dense parts compute like any other, and sparse parts leave out. (Their
             sequences are as long as `seq_lengths` says, and their logits count as `head_tokens` says.)
-        output_sparsity: of output tokens, by layer as `layer_sparsity`; None: they are dense.
-        output_tokens: how many of `dense_tokens` they are. (In a last layer with `last_layer_tokens`, at most those.)
         backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
             compute these and the dense rows once more for it, with checkpointing instead of all rows. Padding they
             leave out.
@@ -190,10 +183,8 @@ def step_flops(
     Raises:
         ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
     """
-    tiers = [(0.0, 0.0)] * shape.num_layers if output_sparsity is None else output_sparsity
-    for given in (layer_sparsity, tiers):
-        if len(given) != shape.num_layers:
-            raise ConfigError(f"{len(given)} layer sparsities were given for a model of {shape.num_layers} layers")
+    if len(layer_sparsity) != shape.num_layers:
+        raise ConfigError(f"{len(layer_sparsity)} layer sparsities were given for a model of {shape.num_layers} layers")
     if attention not in ("fused", "eager"):
         raise ConfigError(f"attention is {attention!r}; it must be 'fused' or 'eager'")
     if unknown := set(lora_targets) - {*ATTENTION, *MLP}:
@@ -210,8 +201,8 @@ def step_flops(
 
     forward, again, backward = Counter(), Counter(), Counter()
     by_rows = backward_rows < 1
-    for layer, ((mlp, self_attn), output) in enumerate(zip(layer_sparsity, tiers, strict=True)):
-        chosen, output_chosen = shape.projections(mlp, self_attn), shape.projections(*output)
+    for layer, (mlp, self_attn) in enumerate(layer_sparsity):
+        chosen = shape.projections(mlp, self_attn)
         narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and last_layer_tokens is not None else ()
         for name, (inputs, outputs) in full.items():
             part = "mlp_base" if name in MLP else "attention_projections"
@@ -220,12 +211,7 @@ def step_flops(
             if name in narrowed:
                 dense_rows, context_rows, padding_rows = last_layer_tokens, 0, 0
             rows = dense_rows + context_rows
-            output_rows = min(output_tokens, dense_rows) if output[name not in MLP] > 0 else 0
-            base = 2 * (
-                (dense_rows - output_rows) * inputs * outputs
-                + context_rows * chosen[name][0] * chosen[name][1]
-                + output_rows * output_chosen[name][0] * output_chosen[name][1]
-            )
+            base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
             rank = lora_rank if name in lora_targets else 0
             lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
             input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
@@ -245,12 +231,6 @@ def step_flops(
         sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
         scored = (MLP[:2] if sparse_mlp else ()) + (ATTENTION[:3] if self_attn > 0 else ())
         forward["estimator"] += sum(2 * context_tokens * estimator_rank * sum(full[name]) for name in scored)
-        scored = (MLP[:2] if output[0] > 0 else ()) + (ATTENTION[:3] if output[1] > 0 else ())
-        forward["estimator"] += sum(2 * output_tokens * estimator_rank * sum(full[name]) for name in scored)
-        if sparse_mlp:
-            stand_in = 2 * context_tokens * compensation_rank * 2 * shape.hidden_size
-            for phase in (forward, again, backward) if checkpointing else (forward, backward):
-                phase["compensation"] += stand_in
     if checkpointing:
         again["attention_core"] = forward["attention_core"]
 

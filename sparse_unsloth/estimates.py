@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 from sparse_unsloth.energy import AttentionEnergy, base_weight, column_energy
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, mlp_scores, thin_products
 from sparse_unsloth.layers import DecoderLayer
@@ -55,48 +54,28 @@ class Estimator:
     """Estimates channel energies of a batch (a `Criterion`). Lives outside the module tree: no checkpoint holds it.
 
     Args:
-        kind: "svd", "whitened", "prior" or "static".
+        kind: "svd" or "prior".
         rank: of the factors.
         layers: by layer index.
-        compensation: stand-ins for the MLP channels that ``static`` drops, by layer index.
-        compensation_sparsity: the MLP sparsity for which each of them was fitted.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        rank: int,
-        layers: Mapping[int, LayerEstimate],
-        compensation: Mapping[int, Compensation] | None = None,
-        compensation_sparsity: Mapping[int, float] | None = None,
-    ):
+    def __init__(self, kind: str, rank: int, layers: Mapping[int, LayerEstimate]):
         self.kind = kind
         self.rank = rank
         self.layers = dict(layers)
-        self.compensation = dict(compensation or {})
-        self.compensation_sparsity = dict(compensation_sparsity or {})
         self._placed: dict[tuple, Any] = {}
 
     gathers = True
+    constant = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies place their tensors themselves, wherever they are."""
         return {**self.__dict__, "_placed": {}}
 
-    def placed(self, devices: Mapping[int, torch.device | str]) -> Estimator:
-        """The same estimator with each layer's compensation on its device, and nothing that it put there so far."""
-        compensation = {index: part.to(devices[index], torch.float32) for index, part in self.compensation.items()}
-        return Estimator(self.kind, self.rank, self.layers, compensation, self.compensation_sparsity)
-
     @property
     def max_rows(self) -> int:
         """How many rows of a batch are looked at, at most."""
-        return 1 if self.constant else SCORED_ROWS
-
-    @property
-    def constant(self) -> bool:
-        """Whether the estimate looks at no row."""
-        return self.kind == "static"
+        return SCORED_ROWS
 
     def mlp(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Energy of each MLP channel over a batch, up to a common factor: ``[intermediate_size]``.
@@ -105,8 +84,6 @@ class Estimator:
             hidden_states: ``[..., hidden_size]``; its leading dimensions count as one.
             rows: int64, at least one: those to look at; None for all.
         """
-        if self.constant:
-            return self._vectors(layer, "mlp", "energy", hidden_states.device)[0]
         if not self._by_kernels(hidden_states):
             return self._mlp_by_torch(layer, _sample(hidden_states, rows))
         down, up, *biases_and_gain = self._stacked(layer, "mlp", hidden_states)
@@ -115,8 +92,6 @@ class Estimator:
 
     def attention(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> AttentionEnergy:
         """Energies of the channels of Q, K and V over a batch, each up to a common factor; arguments as in `mlp`."""
-        if self.constant:
-            return AttentionEnergy(*self._vectors(layer, "self_attn", "energy", hidden_states.device))
         if not self._by_kernels(hidden_states):
             return self._attention_by_torch(layer, _sample(hidden_states, rows))
         down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
@@ -141,8 +116,6 @@ class Estimator:
         estimate = self.layers.get(index)
         if estimate is None:
             return False
-        if self.constant:
-            return all(name in estimate.energy for name in ENERGIES[part])
         return all(name in estimate.factors for name in FACTORED[part])
 
     def _by_kernels(self, hidden_states: Tensor) -> bool:

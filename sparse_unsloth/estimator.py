@@ -3,11 +3,11 @@
 Kinds (DESIGN.md section 2), for a weight ``W [out, in]`` and the inputs ``X`` of a calibration pass:
 
 - ``svd``: ``x̂ = x W' U U'``, with ``U [out, rank]`` the top left singular vectors of ``W`` (SparseLoRA section 3.2);
-- ``whitened``: the same with those of ``W X'``, which lose least of ``x W'`` over the calibrated inputs;
-- ``static``: no contextual part; the calibrated mean energy of each channel;
-- ``prior``: the static energy ``s`` corrected by how far the whitened estimate ``ĉ`` stands above its own calibrated
-  mean ``c̄``: ``s (ĉ / c̄)^½``. So the bias of the factors cancels channel by channel, and half of the batch's
-  deviation, in logarithms, is believed. It costs one factor a channel: ``s / c̄^½`` times the estimate's L2 norm.
+- ``prior``: the static energy ``s``, the calibrated mean of each channel, corrected by how far a contextual estimate
+  ``ĉ`` stands above its own calibrated mean ``c̄``: ``s (ĉ / c̄)^½``. ``ĉ`` is as in ``svd``, but whitened: with the
+  singular vectors of ``W X'``, which lose least of ``x W'`` over the calibrated inputs. So the bias of the factors
+  cancels channel by channel, and half of the batch's deviation, in logarithms, is believed. It costs one factor a
+  channel: ``s / c̄^½`` times the estimate's L2 norm.
 
 Share of the oracle's energy captured in SmolLM2-135M's MLPs (layers 1-29, batches of 8, 32 calibration samples, rank 8,
 shared prompt text left out) at 10 % / 25 % of the channels, other prompts of the calibrated tasks | tasks never seen:
@@ -27,12 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_unsloth.calibration import DroppedMoments, LayerStatistics, Statistics, collect_statistics
+from sparse_unsloth.calibration import LayerStatistics, Statistics, collect_statistics
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import ENERGIES, FACTORED, Estimator, Factors, LayerEstimate, sparse_parts
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import load_estimator, save_estimator
 from sparse_unsloth.tensor_file import DamagedFileError
@@ -40,12 +39,8 @@ from sparse_unsloth.tensor_file import DamagedFileError
 if TYPE_CHECKING:
     from sparse_unsloth.config import EstimatorConfig, LayerSparsity
 
-__all__ = ["Estimator", "build_estimator", "fit_compensation", "load_estimator", "obtain_estimator", "save_estimator"]
+__all__ = ["Estimator", "build_estimator", "load_estimator", "obtain_estimator", "save_estimator"]
 
-CALIBRATED_KINDS = ("whitened", "prior", "static")
-RIDGE = 0.3
-"""Of the mean variance of the inputs. At rank 64, 0.3 leaves 0.53 of the dropped energy on other prompts of the
-calibrated tasks and 0.92 on tasks never seen; 0.1: 0.52 and 0.96; 0.01: 0.56 and 1.15 (SmolLM2-135M, 25 % kept)."""
 DEFAULT_SEED = 3407
 
 
@@ -90,7 +85,7 @@ def obtain_estimator(
     if samples is None and config.kind != "svd":
         if wait:
             return None
-        if config.kind in CALIBRATED_KINDS:
+        if config.kind == "prior":
             raise damage or _needs_samples(config.kind)
     if damage is not None:
         warnings.warn(f"{damage} It is built again now.", stacklevel=2)
@@ -102,8 +97,6 @@ def obtain_estimator(
             layer_sparsity,
             samples,
             dense_tokens=dense_tokens,
-            inputs=config.kind != "static",
-            dropped=config.compensation_rank > 0,
             progress=progress,
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
@@ -139,54 +132,19 @@ def build_estimator(
                 "channels): pass calibration_samples=, or train through a trainer, whose first samples are taken.",
                 stacklevel=2,
             )
-    if kind in CALIBRATED_KINDS and statistics is None:
+    if kind == "prior" and statistics is None:
         raise _needs_samples(kind)
     parts = sparse_parts(layer_sparsity)
     quiet = None if progress and is_main() else True
     estimates: dict[int, LayerEstimate] = {}
-    compensation: dict[int, Compensation] = {}
     for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=quiet):
         layer, before = layers[index], estimates.get(index, LayerEstimate())
-        known = None if kind == "svd" else _statistics_of(statistics, layer, part, inputs=kind != "static")
-        factors = {} if kind == "static" else _factorise(layer, part, config.rank, known, seed)
-        energy = {name: known.energy[name] for name in ENERGIES[part]} if kind in ("static", "prior") else {}
+        known = None if kind == "svd" else _statistics_of(statistics, layer, part)
+        factors = _factorise(layer, part, config.rank, known, seed)
+        energy = {name: known.energy[name] for name in ENERGIES[part]} if kind == "prior" else {}
         gain = _gains(layer, part, config.rank, factors, energy, known) if kind == "prior" else {}
         estimates[index] = LayerEstimate(before.factors | factors, before.energy | energy, before.gain | gain)
-        if part == "mlp" and config.compensation_rank:
-            moments = known.dropped if known is not None else None
-            if moments is None or moments.sparsity != layer_sparsity[index].mlp:
-                raise EstimatorError(
-                    f"{layer.name}.mlp: the statistics hold no dropped contributions at sparsity "
-                    f"{layer_sparsity[index].mlp}. Collect them with collect_statistics(..., dropped=True) for these "
-                    "layers and sparsities, or set estimator.compensation_rank: 0."
-                )
-            device = base_weight(layer, "mlp.down_proj").device
-            compensation[index] = fit_compensation(moments, config.compensation_rank, device, seed)
-    sparsity = {index: layer_sparsity[index].mlp for index in compensation}
-    return Estimator(kind, config.rank, estimates, compensation, sparsity)
-
-
-def fit_compensation(
-    moments: DroppedMoments, rank: int, device: torch.device | str = "cpu", seed: int = DEFAULT_SEED
-) -> Compensation:
-    """The map of ``rank`` that loses least of the dropped contribution: ridge reduced-rank regression, in closed form.
-
-    With the centred covariances ``S`` of the inputs and ``C`` of contribution and inputs and ``M = S + RIDGE mean(S) I
-    = L L'``, the ridge solution is ``B = C M^-1``; its best approximation of rank r in the metric ``M`` is ``U U' B``,
-    ``U`` the top left singular vectors of ``B L`` (Izenman 1975; Mukherjee and Zhu 2011). The intercept makes the mean
-    right: rank 0 would be the mean contribution alone.
-
-    Returns:
-        fp32 tensors on ``device``.
-    """
-    mean_input, mean_dropped = moments.mean_input.to(device), moments.mean_dropped.to(device)
-    metric = moments.input_covariance.to(device)
-    metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric), device=device)
-    root = torch.linalg.cholesky(metric)
-    solution = torch.cholesky_solve(moments.cross_covariance.to(device).t(), root).t()
-    up = _top_left(solution @ root, rank, seed)
-    down = up.t() @ solution
-    return Compensation(down=down, up=up, bias=mean_dropped - up @ (down @ mean_input))
+    return Estimator(kind, config.rank, estimates)
 
 
 def _factorise(
@@ -214,7 +172,7 @@ def _gains(
     energy: Mapping[str, Tensor],
     statistics: LayerStatistics,
 ) -> dict[str, Tensor]:
-    estimate = Estimator("whitened", rank, {layer.index: LayerEstimate(factors)})
+    estimate = Estimator("svd", rank, {layer.index: LayerEstimate(factors)})
     rows = statistics.inputs[part].to(base_weight(layer, FACTORED[part][0]).device, torch.float32)
     if part == "mlp":
         estimated = (estimate._factored_mlp(layer, rows),)
@@ -240,12 +198,12 @@ def _top_left(matrix: Tensor, rank: int, seed: int) -> Tensor:
     return left[:, :rank].contiguous()
 
 
-def _statistics_of(statistics: Statistics, layer: DecoderLayer, part: str, inputs: bool) -> LayerStatistics:
+def _statistics_of(statistics: Statistics, layer: DecoderLayer, part: str) -> LayerStatistics:
     known = statistics.layers.get(layer.index)
-    if known is None or ENERGIES[part][0] not in known.energy or (inputs and part not in known.inputs):
+    if known is None or ENERGIES[part][0] not in known.energy or part not in known.inputs:
         raise EstimatorError(
             f"The calibration statistics lack what is needed for {layer.name}.{part}. Collect them again for this "
-            "configuration; whitened and prior need inputs=True."
+            "configuration."
         )
     return known
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sparse_unsloth.calibration import sequence_starts
-from sparse_unsloth.config import OUTPUT
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
@@ -85,18 +84,13 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
     if scale > 0 and not state.context_seen:
-        state.context_seen = bool(len(partition.context) or state.tiers)
-    if not (len(partition.context) or (state.tiers and len(partition.output))):
+        state.context_seen = bool(len(partition.context))
+    if not len(partition.context):
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
         if state.selector is None and not state.by_rows:
             raise _no_estimator(state)
-        if state.step is None and state.config.refresh_steps > 1:
-            state.say_once(
-                f"refresh_steps is {state.config.refresh_steps}, but nothing counts the optimiser steps (no "
-                "trainer, no set_step()), so channels are chosen anew in every forward."
-            )
         state.counts.sparse_forwards += 1
         state.sparse_forwards_in_step += torch.is_grad_enabled()
         notice_nonfinite_scores(state)
@@ -106,7 +100,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
-    context = SparseContext(partition, scale, loss_only and worth_removing(partition), state.step, paused)
+    context = SparseContext(partition, scale, loss_only and worth_removing(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
@@ -119,7 +113,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif (
         scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
     ):
-        context.observation = _observe(state, partition, scale, kwargs)
+        context.observation = _observe(state, partition, kwargs)
     elif graphs is not None and scale > 0:
         _record(state, context)
     return context
@@ -178,7 +172,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     if context.graphs is not None and context.graphs.idle:
         state.say_once(
             "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
-            "exact_removal: true, one active adapter with LoRA on every projection, and no compensation."
+            "exact_removal: true, and one active adapter with LoRA on every projection."
         )
     if context.loss_only and not context.loss_reached:
         raise SparsityError(
@@ -203,16 +197,12 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
     )
 
 
-def _observe(
-    state: SparsityState, partition: TokenPartition, scale: float, arguments: Mapping[str, Any]
-) -> Observation:
+def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
     named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
     starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
-    tiers = (("", state.layer_sparsity), (OUTPUT, state.output_sparsity))
     sparsity = {
-        (index, f"{prefix}{part}"): value * scale
-        for prefix, layers in tiers
-        for index, layer in enumerate(layers)
+        (index, part): value
+        for index, layer in enumerate(state.layer_sparsity)
         for part, value in layer._asdict().items()
     }
     return state.observer.open(state.step, partition, starts, state.layers, sparsity)
@@ -221,7 +211,7 @@ def _observe(
 def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
     idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
-    if not model.training or idle or state.tiers or not loss_is_fused(model, arguments):
+    if not model.training or idle or not loss_is_fused(model, arguments):
         return arguments
     return with_round_length(arguments, getattr(model, "max_seq_length", None))
 
@@ -239,7 +229,6 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         dense_tokens=state.config.dense_tokens,
         # Unsloth drops the mask in training, and tokens attend to padding on their left.
         padding_masked=state.backend_name != "unsloth",
-        tiers=state.tiers,
     )
 
 
@@ -249,7 +238,7 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     schedule = state.config.schedule
     if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
         return 1.0
-    if not torch.is_grad_enabled() or not (len(partition.context) or (state.tiers and len(partition.output))):
+    if not torch.is_grad_enabled() or not len(partition.context):
         return 0.0
     raise SparsityError(
         f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "

@@ -74,9 +74,7 @@ def rows_with_loss(partition: TokenPartition, sparse: bool) -> TokenPartition:
     others = others.argsort(descending=True, stable=True)[: num_rows - len(loss)]
     none = loss[:0]
     dense, context = (none, loss) if sparse and not len(partition.dense) else (loss, none)
-    return TokenPartition(
-        partition.shape, dense, context, others, loss, output=partition.output_loss, output_loss=partition.output_loss
-    )
+    return TokenPartition(partition.shape, dense, context, others, loss)
 
 
 def every_row_dense(partition: TokenPartition) -> TokenPartition:

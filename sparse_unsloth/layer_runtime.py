@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.config import OUTPUT, LayerSparsity
+from sparse_unsloth.config import LayerSparsity
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.partition import TokenPartition
@@ -19,8 +18,6 @@ from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
-
-DENSE = LayerSparsity(0.0, 0.0)
 
 
 def runs_twice(where: str) -> AttachError:
@@ -35,7 +32,7 @@ def runs_twice(where: str) -> AttachError:
 class LayerRuntime:
     """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
 
-    ``sparsity`` is that of context rows, ``output`` that of output tokens, a tier of their own where it is above 0.
+    ``sparsity`` is that of context rows.
     ``parts`` are those that leave out rows without loss, in the last layer, where a forward may
     (`SparseContext.loss_only`). ``handed`` holds Q, K, V while a whole layer's forward has computed them;
     it is empty, and not None, where that computes O alone. ``not_whole``: why the layer runs part by part,
@@ -43,13 +40,10 @@ class LayerRuntime:
     graphs do not hold it; "" where that is so.
     """
 
-    def __init__(
-        self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity, output: LayerSparsity = DENSE
-    ):
+    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
         self.state = state
         self.layer = layer
         self.sparsity = sparsity
-        self.output = output
         self.context: SparseContext | None = None
         self.parts: tuple[str, ...] = ()
         self.not_whole = ""
@@ -62,7 +56,7 @@ class LayerRuntime:
         context = self.context
         if context is None or context.scale <= 0:
             return False
-        if getattr(self.sparsity, part) <= 0 and getattr(self.output, part) <= 0:
+        if getattr(self.sparsity, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
 
@@ -122,38 +116,36 @@ class LayerRuntime:
         """
         return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
 
-    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> tuple[Tensor | None, Tensor | None]:
-        """int64 ``[k]``: the MLP channels that context rows and output tokens keep in this forward; None: all of them.
+    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> Tensor:
+        """int64 ``[k]``: the MLP channels that context rows keep in this forward.
 
         Args:
             hidden_states: the MLP's input, ``[..., hidden_size]``.
             partition: what `partition` gave for the MLP.
         """
-        chosen, output = self._tiers("mlp", hidden_states, partition)
-        if output is None:
-            # Without context rows there is nothing to choose, and nothing that the choice would change.
-            return (partition.dense[:0] if chosen is None else chosen.channels), None
-        return (None if chosen is None else chosen.channels), output.channels
+        chosen = self._of_all_rows("mlp", hidden_states, partition)
+        # Without context rows there is nothing to choose, and nothing that the choice would change.
+        return partition.dense[:0] if chosen is None else chosen.channels
 
     def attention_channels(
         self, partition: TokenPartition, hidden_states: Tensor | None = None
-    ) -> tuple[AttentionSelection | None, AttentionSelection | None]:
-        """The attention channels of context rows and of output tokens, None: all of them; arguments as `mlp_channels`.
+    ) -> AttentionSelection | None:
+        """The attention channels of context rows, None: all of them; arguments as `mlp_channels`.
 
         ``hidden_states`` is the input of Q, K, V.
 
         Raises:
             AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
         """
-        return self._tiers("self_attn", hidden_states, partition)
+        return self._of_all_rows("self_attn", hidden_states, partition)
 
     def mlp_of_context(self, context_rows: Tensor) -> MlpSelection:
         """The MLP's selection of this forward, from its input on the context rows alone, ``[n, hidden_size]``."""
-        return self._selection("mlp", "mlp", context_rows, self.sparsity.mlp, None)
+        return self._selection("mlp", context_rows, self.sparsity.mlp, None)
 
     def attention_of_context(self, context_rows: Tensor | None) -> AttentionSelection:
         """The attention's likewise; None once Q, K, V have chosen."""
-        return self._selection("self_attn", "self_attn", context_rows, self.sparsity.self_attn, None)
+        return self._selection("self_attn", context_rows, self.sparsity.self_attn, None)
 
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
@@ -175,44 +167,26 @@ class LayerRuntime:
         ran = (self.layer.index, "mlp") in context.ran
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 
-    def compensation(self) -> Compensation | None:
-        """The stand-in for this layer's dropped MLP channels, where one was fitted; a ramp drops others: None."""
-        estimator = self.state.estimator
-        if estimator is None or self.context.scale != 1.0:
+    def _of_all_rows(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        """The choice by the context rows among all of ``hidden_states``; None without any, or in a dense part."""
+        if not len(partition.context) or getattr(self.sparsity, part) <= 0:
             return None
-        return estimator.compensation.get(self.layer.index)
+        return self._selection(part, hidden_states, getattr(self.sparsity, part), self.context.partition.context)
 
-    def _tiers(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
-        context, output = None, None
-        if len(partition.context) and getattr(self.sparsity, part) > 0:
-            rows = self.context.partition.context
-            context = self._selection(part, part, hidden_states, getattr(self.sparsity, part), rows)
-        if partition.output is not None and len(partition.output) and getattr(self.output, part) > 0:
-            # By the tokens that bear loss, because the last layer may compute no others (exact removal).
-            whole = self.context.partition
-            rows = whole.output_loss if len(whole.output_loss) else whole.output
-            output = self._selection(part, f"{OUTPUT}{part}", hidden_states, getattr(self.output, part), rows)
-        return context, output
-
-    def _selection(self, part: str, name: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
-        """The choice by ``rows`` of ``hidden_states``; None: these are the tier's rows alone."""
-        key = (self.layer.index, name)
+    def _selection(self, part: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
+        """The choice by ``rows`` of ``hidden_states``; None: these are the context rows alone."""
+        key = (self.layer.index, part)
         chosen = self.context.selections.get(key)
         if chosen is None:
             if hidden_states is None:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
-            sparsity, step = sparsity * self.context.scale, self.context.step
-            chosen = self.state.kept.find(key, step, sparsity)
-            if chosen is None:
-                select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-                # What is kept of it (static channels, factors on the device) serves trainings too.
-                with torch.inference_mode(False), torch.no_grad():
-                    chosen = select(self.layer, hidden_states, sparsity, rows)
-                self.state.kept.put(key, step, sparsity, chosen)
+            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+            # What is kept of it (static channels, factors on the device) serves trainings too.
+            with torch.inference_mode(False), torch.no_grad():
+                chosen = select(self.layer, hidden_states, sparsity, rows)
             if part == "mlp" and chosen.order is not None:
-                memo = self.context.memo(self.layer.index)
-                (memo if name == part else memo.setdefault("output", {}))["order"] = chosen.order
+                self.context.memo(self.layer.index)["order"] = chosen.order
             self.context.selections[key] = chosen
         if self.context.observation is not None and hidden_states is not None:
-            self.state.observer.see(self.context.observation, self.layer, name, hidden_states, chosen, rows is None)
+            self.state.observer.see(self.context.observation, self.layer, part, hidden_states, chosen, rows is None)
         return chosen

@@ -55,11 +55,5 @@ def metrics(state: SparsityState) -> dict[str, float]:
         state.watch.events = 0
     if state.planner is not None:
         figures["sparsity/kept_layers"] = float(state.planner.num_kept)
-    if state.tiers:
-        means = [sum(values) / len(state.stack) for values in zip(*state.output_sparsity, strict=True)]
-        figures |= {
-            "sparsity/mean_output_mlp": means[0] * scale,
-            "sparsity/mean_output_self_attn": means[1] * scale,
-        }
     state.counts = ForwardCounts()
     return figures

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_unsloth.config import OUTPUT
 from sparse_unsloth.distributed import rank
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ class ScoreWatch:
     def look(self, context: SparseContext) -> None:
         """Sends off whether the scores of this forward are finite; two or three launches on each device."""
         scored: dict[torch.device, list[tuple[Part, Tensor]]] = {}
-        for (index, name), selection in context.selections.items():
-            part = index, name.removeprefix(OUTPUT)  # a part's two tiers are dense or sparse together
+        for part, selection in context.selections.items():
             for scores in selection.scores:
                 scored.setdefault(scores.device, []).append((part, scores))
         for device, pairs in scored.items():
@@ -85,7 +83,6 @@ class ScoreWatch:
 def notice_nonfinite_scores(state: SparsityState) -> None:
     """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
     found = state.watch.collect()
-    state.kept.drop(found)
     if found and "non-finite" not in state.said:
         state.said.add("non-finite")
         logger.warning(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sparse_unsloth import removed
 from sparse_unsloth.layer_rules import collect, share
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.([0-9]+)\.(mlp|self_attn)")
@@ -56,12 +57,13 @@ def _from_flat(data: Mapping, problems: list[str]) -> dict:
     _refuse_unknown(data, _FLAT_KEYS, problems)
     layers = _layers("sparsity", data["sparsity"], problems)
     any_sparse = any(value for part in layers.values() for value in part.values())
+    if _switch("sparse_lora_branch", data, problems):
+        problems.append(f"sparse_lora_branch: {removed.said('lora_branch')}; delete the key (given True)")
     return {
         **{part: collect(found) for part, found in layers.items()},
         **_ranking(data.get("mode"), any_sparse, problems),
         **_schedule(data),
         "dense_tokens": "output" if _switch("skip_output_tokens", data, problems) else "none",
-        "lora_branch": "selected" if _switch("sparse_lora_branch", data, problems) else "dense",
     }
 
 

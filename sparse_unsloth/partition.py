@@ -5,8 +5,7 @@ padding-free. Roles follow from the labels as the model receives them (not shift
 
 - an *output token* has a label, `labels[t] != -100`;
 - a *loss-bearing* row predicts one, `labels[t + 1] != -100` inside the same document, so the last prompt token is one;
-- *dense* rows are both together, *context* rows the other tokens, *padding* rows neither;
-- with tiers, output tokens are sparse as well, on channels of their own; the last prompt token stays dense.
+- *dense* rows are both together, *context* rows the other tokens, *padding* rows neither.
 
 Where a row's neighbour is not the token that it predicts (context parallelism hands every GPU a part of the sequence),
 ``shift_labels`` come beside the labels, made before the sequence was cut: then they say which rows bear loss.
@@ -40,8 +39,7 @@ class TokenPartition:
     """Rows of the flattened `[batch * sequence]` tokens by role; each tensor ascending, int64, on the labels' device.
 
     `dense`, `context` and `padding` are disjoint and cover every row; `loss` holds the rows that bear loss, a subset of
-    `dense` unless the partition was made with `dense_tokens="none"`. Of a partition with tiers, ``output`` holds the
-    output tokens, a subset of `dense`, and ``output_loss`` those of them that bear loss; else both are None.
+    `dense` unless the partition was made with `dense_tokens="none"`.
     """
 
     shape: tuple[int, int]
@@ -49,8 +47,6 @@ class TokenPartition:
     context: Tensor
     padding: Tensor
     loss: Tensor
-    output: Tensor | None = None
-    output_loss: Tensor | None = None
 
     @classmethod
     def from_labels(
@@ -61,7 +57,6 @@ class TokenPartition:
         packed_seq_lengths: Tensor | None = None,
         dense_tokens: Literal["output", "none"] = "output",
         padding_masked: bool = True,
-        tiers: bool = False,
         shift_labels: Tensor | None = None,
     ) -> TokenPartition:
         """Splits the tokens of one forward; the host waits for the device once.
@@ -79,7 +74,6 @@ class TokenPartition:
             dense_tokens: "output" as above; "none" makes every token that is not padding a context row.
             padding_masked: whether the model keeps tokens from attending to padding. Where it does not, masked rows
                 with a token behind them (left padding) are read by that token, and count as tokens like any other.
-            tiers: also find the output tokens; needs ``dense_tokens="output"``.
             shift_labels: integers ``[batch, sequence]``, what each row predicts, -100 for nothing. Position ids and
                 lengths, which are the whole sequence's then, say nothing about these rows.
 
@@ -92,7 +86,7 @@ class TokenPartition:
         """
         if shift_labels is not None:
             position_ids = packed_seq_lengths = None
-        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers, shift_labels)
+        _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, shift_labels)
         starts, tail, covered = _documents(labels, position_ids, packed_seq_lengths)
         output = labels != IGNORE_INDEX
         if shift_labels is None:
@@ -112,7 +106,7 @@ class TokenPartition:
         if dense_tokens == "none":
             dense = torch.zeros_like(dense)
 
-        return cls._from_masks(dense, padding, loss, covered, output if tiers else None)
+        return cls._from_masks(dense, padding, loss, covered)
 
     @classmethod
     def from_sequences(
@@ -137,7 +131,7 @@ class TokenPartition:
         Raises:
             ConfigError: tokens that are not ``[batch, sequence]`` integers, or a mask that does not fit them.
         """
-        _check(input_ids, attention_mask, None, None, dense_tokens, False)
+        _check(input_ids, attention_mask, None, None, dense_tokens)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         pooled = pooled_positions(input_ids, pad_token_id)[:, None]
         loss = positions == pooled
@@ -171,24 +165,16 @@ class TokenPartition:
         return cls._from_masks(dense, ~(real | last), last, last.new_zeros((), dtype=torch.int64))
 
     @classmethod
-    def _from_masks(
-        cls, dense: Tensor, padding: Tensor, loss: Tensor, covered: Tensor, output: Tensor | None = None
-    ) -> TokenPartition:
+    def _from_masks(cls, dense: Tensor, padding: Tensor, loss: Tensor, covered: Tensor) -> TokenPartition:
         """Row numbers from bool masks ``[batch, sequence]``; ``covered`` counts the tokens of packed documents.
-
-        ``output`` marks the output tokens, where they are wanted apart.
 
         Raises:
             ConfigError: more tokens covered than there are.
         """
         role = (~dense).long() + padding.long()  # 0 dense, 1 context, 2 padding
-        others = () if output is None else ((~output).long(), (~(output & loss)).long())
-        by_role, by_loss, *by_output = (
-            torch.stack((role, (~loss).long(), *others)).flatten(1).argsort(dim=1, stable=True)
-        )
-        output_counts = () if output is None else (output.sum(), (output & loss).sum())
-        counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered, *output_counts))
-        num_dense, num_padding, num_loss, num_covered, *num_output = counts.tolist()  # the one host sync
+        by_role, by_loss = torch.stack((role, (~loss).long())).flatten(1).argsort(dim=1, stable=True)
+        counts = torch.stack((dense.sum(), padding.sum(), loss.sum(), covered))
+        num_dense, num_padding, num_loss, num_covered = counts.tolist()  # the one host sync
         if num_covered > dense.numel():
             raise ConfigError(
                 f"packed_seq_lengths sum to {num_covered} tokens, but the labels of shape {list(dense.shape)} hold "
@@ -201,10 +187,6 @@ class TokenPartition:
             context=by_role[num_dense:num_tokens],
             padding=by_role[num_tokens:],
             loss=by_loss[:num_loss],
-            **{
-                name: rows[:count]
-                for name, rows, count in zip(("output", "output_loss"), by_output, num_output, strict=False)
-            },
         )
 
     @functools.cached_property
@@ -234,35 +216,6 @@ class TokenPartition:
         count = torch.arange(max(self.num_dense, self.num_context), device=place.device)
         place.index_copy_(0, self.dense, count[: self.num_dense])
         return place.index_copy_(0, self.context, -1 - count[: self.num_context])
-
-    @functools.cached_property
-    def without_output(self) -> TokenPartition:
-        """The same with the output tokens as padding, for what the other rows compute; needs tiers, no host sync."""
-        role = self._roles(dense=0, context=1, padding=2).index_fill_(0, self.output, 2)
-        dense = self.num_dense - len(self.output)
-        return self._by_role(role, dense, self.num_context)
-
-    @functools.cached_property
-    def output_alone(self) -> TokenPartition:
-        """The output tokens as the context rows and all others as padding; needs tiers, no host sync."""
-        return self._by_role(self._roles(2, 2, 2).index_fill_(0, self.output, 1), 0, len(self.output))
-
-    @functools.cached_property
-    def output_as_context(self) -> TokenPartition:
-        """The output tokens as the context rows, the context as dense rows; needs tiers, no host sync."""
-        role = self._roles(dense=0, context=0, padding=2).index_fill_(0, self.output, 1)
-        return self._by_role(role, self.num_dense + self.num_context - len(self.output), len(self.output))
-
-    def _roles(self, dense: int, context: int, padding: int) -> Tensor:
-        roles = torch.empty(self.shape[0] * self.shape[1], dtype=torch.uint8, device=self.dense.device)
-        for rows, role in ((self.dense, dense), (self.context, context), (self.padding, padding)):
-            roles.index_fill_(0, rows, role)
-        return roles
-
-    def _by_role(self, role: Tensor, num_dense: int, num_context: int) -> TokenPartition:
-        rows = role.argsort(stable=True)
-        end = num_dense + num_context
-        return TokenPartition(self.shape, rows[:num_dense], rows[num_dense:end], rows[end:], self.loss)
 
     @property
     def context_share(self) -> float:
@@ -346,11 +299,9 @@ def _at_the_end(rows: Tensor) -> Tensor:
     return rows.flip(1).cumprod(1).flip(1).bool()
 
 
-def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, tiers, shift_labels=None) -> None:
+def _check(labels, attention_mask, position_ids, packed_seq_lengths, dense_tokens, shift_labels=None) -> None:
     if dense_tokens not in ("output", "none"):
         raise ConfigError(f"dense_tokens is {dense_tokens!r}; it must be 'output' or 'none'.")
-    if tiers and dense_tokens == "none":
-        raise ConfigError("dense_tokens is 'none', so there are no dense rows of which output tokens could be a tier.")
     if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ConfigError(
             f"labels are {labels.dtype} of shape {list(labels.shape)}; contextual sparsity needs one integer label per "

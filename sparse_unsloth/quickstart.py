@@ -237,7 +237,6 @@ def _step_flops(
         seq_lengths=[length] * size,
         head_tokens=head_tokens,
         estimator_rank=estimator_rank,
-        compensation_rank=recipe.sparsity.estimator.compensation_rank,
         **options,
     )
     total = step.total + step.forward.head
@@ -253,7 +252,7 @@ def _step_flops(
 
 
 def _scoring_rank(estimator: Any) -> int:
-    return 0 if estimator is None or estimator.kind == "static" else estimator.rank
+    return 0 if estimator is None else estimator.rank
 
 
 def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:

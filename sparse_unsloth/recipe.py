@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from sparse_unsloth import removed
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data import DataArguments
 from sparse_unsloth.errors import ConfigError, DataError, SparsityError
@@ -664,6 +665,8 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
         return "; use_cpu: true chooses the CPU, CUDA_VISIBLE_DEVICES=N in the environment a GPU"
     if key in names:
         return f"; did you mean {names[key]}?"
+    if gone := removed.unknown(key):
+        return f"; {gone}"
     near = difflib.get_close_matches(key, names, n=1)
     return f"; did you mean {names[near[0]]}?" if near else "; `sparse-unsloth keys` lists the valid ones"
 

@@ -85,8 +85,6 @@ def with_round_counts(partition: TokenPartition, padding_is_context: bool) -> To
         padding_is_context: for `backward_rows`: so many more rows are chosen, but none of these before others, for they
             have no gradient.
     """
-    if partition.output is not None:
-        return partition
     context, padding = partition.context, partition.padding
     if padding_is_context and len(padding):
         context, padding = torch.cat((context, padding)).sort().values, padding[:0]

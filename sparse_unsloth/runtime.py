@@ -29,7 +29,6 @@ from sparse_unsloth.metrics import ForwardCounts
 from sparse_unsloth.nonfinite import ScoreWatch
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.preparation import prepare_for_all
-from sparse_unsloth.refresh import KeptSelections
 from sparse_unsloth.selection import ChannelSelector
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class SparsityState:
         num_layers: decoder layers of the model.
         by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
         recorded_dense: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
-        layer_sparsity, output_sparsity: of context rows and of output tokens, by layer; ``tiers``: the second is not 0.
+        layer_sparsity: of context rows, by layer.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward (`backends.unsloth_layer`), by index.
         uncompiled: what keeps hooked layers out of Unsloth's compiled regions, by index.
@@ -58,7 +57,6 @@ class SparsityState:
         last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
         sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
         adapter_folder: where the adapter was loaded from, None for a new one.
-        kept: selections that hold for several optimiser steps (`SparsityConfig.refresh_steps`).
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
         projections, proved: of each layer, by index, and what `lifetime` saw of them, when the model was attached.
         seen, reason: what `lifetime.why_dense` saw last, and what it made of that.
@@ -82,13 +80,11 @@ class SparsityState:
         self.layers = layers
         self.config = config
         self.layer_sparsity = config.layer_sparsity(len(layers))
-        self.output_sparsity = config.output_layer_sparsity(len(layers))
-        self.tiers = any(map(any, self.output_sparsity))
         self.by_rows = config.by_rows
         self.recorded_dense = config.cuda_graphs and not config.is_sparse(len(layers))
         self.runtimes = {
-            layer.index: LayerRuntime(self, layer, sparsity, output)
-            for layer, sparsity, output in zip(layers, self.layer_sparsity, self.output_sparsity, strict=True)
+            layer.index: LayerRuntime(self, layer, sparsity)
+            for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity) or (self.by_rows and not self._drops_rows_without_loss(layer))
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
@@ -104,7 +100,6 @@ class SparsityState:
         self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
         self.adapter_folder: Path | None = None
-        self.kept = KeptSelections(config.refresh_steps)
         self.observer = Observer(config.explain_steps)
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
@@ -131,8 +126,7 @@ class SparsityState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a pickled model: the training that it is in belongs to this process."""
-        kept = KeptSelections(self.kept.steps)
-        return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "kept": kept, "inside": False}
+        return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "inside": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from sparse_unsloth.lifetime import set_up_process
@@ -186,7 +180,6 @@ class SparsityState:
             self.planner = CheckpointPlanner(self, self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self.gradients_seen, self.context_seen = False, None
-        self.kept.clear()
         self.observer.clear()
         self.counts = ForwardCounts()
 
@@ -284,7 +277,6 @@ class SparsityState:
         if self.graphs is not None:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
-        self.kept.clear()
 
     def metrics(self) -> dict[str, float]:
         """See `metrics.metrics`."""

@@ -13,15 +13,13 @@ class Schedule:
     Args:
         start_step: first sparse step; an int counts optimiser steps, a float in [0, 1] is a fraction of the training.
         end_step: first dense step of the tail, in the same units; 1.0 means that sparsity never ends.
-        ramp: share of the training before ``end_step`` over which sparsity falls linearly to 0.
     """
 
     start_step: float | int
     end_step: float | int
-    ramp: float = 0.0
 
     def scale(self, step: int, max_steps: int) -> float:
-        """The factor in [0, 1] on every layer's sparsity: 0 is dense, 1 the configured sparsity.
+        """The factor on every layer's sparsity: 0.0 is dense, 1.0 the configured sparsity.
 
         Args:
             step: optimiser steps done so far, so 0 for the first one (the trainer's ``global_step``).
@@ -31,12 +29,7 @@ class Schedule:
             ConfigError: ``max_steps`` is below 1, so fractions of it mean nothing.
         """
         first, end = self._bounds(max_steps)
-        if not first <= step < end:
-            return 0.0
-        if self.ramp == 0:
-            return 1.0
-        zero_at = max_steps if end == math.inf else end
-        return min(1.0, max(0.0, (zero_at - step) / (self.ramp * max_steps)))
+        return 1.0 if first <= step < end else 0.0
 
     def sparse_steps(self, max_steps: int) -> range:
         """The optimiser steps of a training of ``max_steps`` that are sparse; empty when none is.

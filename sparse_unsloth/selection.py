@@ -67,7 +67,7 @@ class ChannelSelector:
     """Chooses the channels that the context rows of a batch keep; no gradient, no host sync.
 
     Args:
-        config: `criterion`, `rope_pairs`, `seed` and the layers that must be covered.
+        config: `criterion`, `seed` and the layers that must be covered.
         layers: all decoder layers of the model.
         estimator: for ``criterion="estimator"``, else unused.
 
@@ -76,7 +76,6 @@ class ChannelSelector:
     """
 
     def __init__(self, config: SparsityConfig, layers: list[DecoderLayer], estimator: Estimator | None):
-        self._rope_pairs = config.rope_pairs
         layer_sparsity = config.layer_sparsity(len(layers))
         self._criterion: Criterion = make_criterion(config.criterion, estimator, layer_sparsity, config.seed)
         self._kept: dict[tuple[int, str, torch.device], dict[float, MlpSelection | AttentionSelection]] = {}
@@ -121,10 +120,10 @@ class ChannelSelector:
     ) -> AttentionSelection:
         energy = self._score(self._criterion.attention, layer, hidden_states, rows)
         size, head_dim = layer.num_kv_heads * layer.head_dim, layer.head_dim
-        keys = keep_count(size // 2 if self._rope_pairs else size, sparsity)
+        keys = keep_count(size // 2, sparsity)  # pairs (d, d + head_dim / 2), which RoPE mixes
         by_kernels = energy.k.dtype == torch.float32 and fits_attention(layer.num_kv_heads, head_dim)
         choose = attention_channels if by_kernels and use_kernels(energy.k) else reference_attention_channels
-        chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim, self._rope_pairs)
+        chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim, True)
         return AttentionSelection(*chosen, scores=tuple(energy))
 
     def _score(self, score, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from sparse_unsloth.distributed import device_of, from_main, is_sharded, uses_fsdp
+from sparse_unsloth.distributed import from_main, is_sharded, uses_fsdp
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import sparse_parts
 from sparse_unsloth.layers import DecoderLayer
@@ -48,17 +48,11 @@ def shared_estimator(
     ):  # accelerate may leave ranks other than 0 without weights until FSDP hands them out
         _check_same_weights(layers, layer_sparsity)
     if from_main(lambda: made is not None):
-        estimator = from_main(lambda: _portable(made, layers))
-    elif sharded:
+        return from_main(lambda: made)
+    if sharded:
         samples = from_main(read_samples)
-        estimator = from_main(lambda: _portable(make(samples), layers), together=True)
-    else:
-        estimator = from_main(lambda: _portable(make(read_samples()), layers))
-    return estimator.placed({layer.index: device_of(layer.module) for layer in layers})
-
-
-def _portable(estimator: Estimator, layers: list[DecoderLayer]) -> Estimator:
-    return estimator.placed({layer.index: "cpu" for layer in layers})
+        return from_main(lambda: make(samples), together=True)
+    return from_main(lambda: make(read_samples()))
 
 
 def _check_same_weights(layers: list[DecoderLayer], layer_sparsity: Sequence[LayerSparsity]) -> None:

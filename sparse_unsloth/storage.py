@@ -17,8 +17,8 @@ from torch import Tensor
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.estimates import FACTORED, Estimator, Factors, LayerEstimate, shorten, sparse_parts
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.removed import REMOVED
 from sparse_unsloth.tensor_file import DamagedFileError, raw_bytes, read_tensors, read_unchecked, write_tensors
 
 if TYPE_CHECKING:
@@ -56,9 +56,6 @@ def save_estimator(
         fingerprints |= {
             f"{index}.{part}": fingerprint(layers[index], part) for part in FACTORED if estimator.covers(index, part)
         }
-    for index, part in estimator.compensation.items():
-        for name in ("down", "up", "bias"):
-            tensors[f"{index}.compensation.{name}"] = getattr(part, name)
     metadata = {
         "format": _FORMAT,
         "format_version": _VERSION,
@@ -67,7 +64,6 @@ def save_estimator(
         "model_name": model_name,
         "model_revision": revision,
         "weight_fingerprints": json.dumps(fingerprints),
-        "compensation_sparsity": json.dumps(estimator.compensation_sparsity),
         "versions": json.dumps({name: package_version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
     }
     if write:
@@ -84,7 +80,7 @@ def load_estimator(
 
     Raises:
         EstimatorError: no such file; damaged (`DamagedFileError`); made for other weights, or with another kind, rank,
-            compensation or fewer layers than the configuration asks for. The message names which, and what to do.
+            or fewer layers than the configuration asks for. The message names which, and what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -102,9 +98,7 @@ def load_estimator(
     kind, rank = metadata["kind"], int(metadata["rank"])
     _check_kind_and_rank(path, kind, rank, config)
     parts = sparse_parts(layer_sparsity)
-    estimates, compensation = _estimates_of(tensors, {index for index, _ in parts})
-    fitted = {int(index): value for index, value in json.loads(metadata["compensation_sparsity"]).items()}
-    estimator = Estimator(kind, rank, estimates)
+    estimator = Estimator(kind, rank, _estimates_of(tensors, {index for index, _ in parts}))
     estimator.check_covers(layer_sparsity)
     fingerprints = json.loads(metadata["weight_fingerprints"])
     other = [
@@ -120,12 +114,6 @@ def load_estimator(
             "this model's. It is another model, revision, dtype or quantisation, or its adapter is merged. Point "
             "estimator.path to another file, or delete this one, and it is built again."
         )
-    if config.compensation_rank:
-        _check_compensation(path, compensation, fitted, layer_sparsity, config.compensation_rank)
-        for index in (index for index, part in parts if part == "mlp"):
-            device = base_weight(layers[index], "mlp.down_proj").device
-            estimator.compensation[index] = compensation[index].to(device, torch.float32)
-            estimator.compensation_sparsity[index] = fitted[index]
     return estimator
 
 
@@ -190,9 +178,7 @@ def _read_published(path: Path) -> tuple[dict[tuple[int, str], dict[str, Tensor]
     return factors, config
 
 
-def _estimates_of(
-    tensors: Mapping[str, Tensor], wanted: set[int]
-) -> tuple[dict[int, LayerEstimate], dict[int, Compensation]]:
+def _estimates_of(tensors: Mapping[str, Tensor], wanted: set[int]) -> dict[int, LayerEstimate]:
     groups: dict[int, dict[str, dict]] = {}
     for name, tensor in tensors.items():
         index, first, second, *rest = name.split(".")
@@ -200,13 +186,11 @@ def _estimates_of(
             group = groups.setdefault(int(index), {})
             key, part = (f"{first}.{second}", rest[0]) if rest else (first, second)
             group.setdefault(key, {})[part] = tensor
-    estimates, compensation = {}, {}
+    estimates = {}
     for index, group in groups.items():
         factors = {name: Factors(**pair) for name, pair in group.items() if "." in name}
         estimates[index] = LayerEstimate(factors, group.get("energy", {}), group.get("gain", {}))
-        if "compensation" in group:
-            compensation[index] = Compensation(**group["compensation"])
-    return estimates, compensation
+    return estimates
 
 
 def _load_published(
@@ -250,36 +234,22 @@ def _oriented(path: Path, name: str, w1: Tensor, w2: Tensor, in_features: int, o
 
 
 def _check_kind_and_rank(path: Path, kind: str, rank: int, config: EstimatorConfig) -> None:
+    if kind in REMOVED["estimator.kind"].values:
+        raise EstimatorError(
+            f"{path} holds an estimator of kind {kind!r}. {REMOVED['estimator.kind'].was}, and point estimator.path to "
+            "another file, or delete this one: it is built again."
+        )
     cure = "or point estimator.path to another file; delete this one, and it is built again"
     if config.kind not in ("auto", kind):
         raise EstimatorError(
             f"{path} holds an estimator of kind {kind!r}, but the configuration asks for {config.kind!r}. Set "
             f"estimator.kind: {kind}, {cure}."
         )
-    if kind != "static" and config.rank != rank:
+    if config.rank != rank:
         raise EstimatorError(
             f"{path} holds factors of rank {rank}, but the configuration asks for {config.rank}. Set estimator.rank: "
             f"{rank}, {cure}."
         )
-
-
-def _check_compensation(
-    path: Path,
-    compensation: Mapping[int, Compensation],
-    fitted: Mapping[int, float],
-    layer_sparsity: Sequence[LayerSparsity],
-    rank: int,
-) -> None:
-    for index in (index for index, part in sparse_parts(layer_sparsity) if part == "mlp"):
-        asked = f"rank {rank} at sparsity {layer_sparsity[index].mlp}"
-        held = "none"
-        if index in compensation:
-            held = f"rank {len(compensation[index].down)} at sparsity {fitted[index]}"
-        if held != asked:
-            raise EstimatorError(
-                f"{path}: the configuration asks for compensation of {asked} in layer {index}, but the file holds "
-                f"{held}. Point estimator.path to another file, or delete this one, and it is built again."
-            )
 
 
 def package_version(package: str) -> str:

@@ -34,7 +34,6 @@ CASES = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "every row context": {"sparsity": {"dense_tokens": "none"}},
-    "selected lora": {"sparsity": {"lora_branch": "selected"}, "checkpointing": True},
     "4-bit": {"four_bit": True, "checkpointing": True},
     "few rows": {"sparsity": FEW},
     "few rows, 4-bit": {"sparsity": FEW, "four_bit": True, "checkpointing": True},

@@ -435,11 +435,11 @@ def test_forwards_replaced_after_attaching_are_noticed():
 
 def test_estimators_that_wait_for_samples_say_so():
     model = make_lora()
-    attach(model, always(estimator={"kind": "whitened"}))
+    attach(model, always(estimator={"kind": "prior"}))
     with pytest.raises(SparsityError, match="still waits for calibration samples"):
         model(**make_batch())
     detach(model)
-    attach(model, always(estimator={"kind": "whitened"}), calibration_samples=[make_batch(1), make_batch(2)])
+    attach(model, always(estimator={"kind": "prior"}), calibration_samples=[make_batch(1), make_batch(2)])
     loss_and_gradients(model, make_batch())
 
 

@@ -18,7 +18,7 @@ from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cos
 from sparse_unsloth.autosparsity.command import divide
 from sparse_unsloth.autosparsity.curves import Curves, smooth
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
-from sparse_unsloth.autosparsity.probe import LossProbe, TieredSparsity, attached, prepare_batches, with_sparsity
+from sparse_unsloth.autosparsity.probe import LossProbe, attached, prepare_batches, with_sparsity
 from sparse_unsloth.autosparsity.report import markdown, save
 from sparse_unsloth.cli import main
 from sparse_unsloth.config import LayerSparsity
@@ -61,32 +61,16 @@ def rules(recipe):
     }
 
 
-def test_losses_with_a_tier_are_those_of_the_training_forward():
-    model, batch = make_lora("qwen3"), make_batch(0)
-    config = SparsityConfig(**always(output_sparsity=0.5))
-    recipe = (TieredSparsity(0.6, 0.5, 0.4, 0.25), TieredSparsity(0.6), TieredSparsity(0.6, 0.5, 0.0, 0.5))
-    output = {part: {str(i): getattr(s, f"output_{part}") for i, s in enumerate(recipe)} for part in search.PARTS}
-    tiered = config.model_validate({**config.model_dump(), "output_sparsity": output})
-    expected = masked_loss(model, batch, recipe, tiered)
-    alone = with_sparsity((TieredSparsity(),) * 3, [(1, "output_mlp")], 0.4)
-    with attached(model, config) as state:
-        prepared = prepare_batches([batch], torch.device("cpu"), config, tiers=True)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
-        found, by_output = probe.measure([recipe, alone], prepared, "")
-    assert found.loss == pytest.approx(expected, rel=1e-5)
-    assert by_output.divergence > 0, "output tokens alone left nothing out"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_of_the_training_forward(family):
     model, batch = make_lora(family), make_batch(0, "left" if family == "llama" else "right")
     config = SparsityConfig(**always(estimator={"kind": "svd", "rank": 8}))
-    recipe = (TieredSparsity(0.0, 0.5), TieredSparsity(0.75, 0.0), TieredSparsity(0.5, 0.25))
+    recipe = (LayerSparsity(0.0, 0.5), LayerSparsity(0.75, 0.0), LayerSparsity(0.5, 0.25))
     changed = with_sparsity(recipe, [(1, "mlp")], 0.9)
     expected = [masked_loss(model, batch, one, config) for one in (recipe, changed)]
     with attached(model, config) as state:
         prepared = prepare_batches([batch], torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         found = probe.measure([recipe, changed], prepared, "", reference=recipe)
         (dense,) = probe.measure([probe.dense], prepared, "")
     assert [measured.loss for measured in found] == pytest.approx(expected, rel=1e-5)
@@ -102,13 +86,13 @@ def test_the_layers_below_a_change_do_not_run_again(monkeypatch):
         layer.mlp.gate_proj.register_forward_hook(lambda *_, index=index: ran.append(index))
     with attached(model, config) as state:
         prepared = prepare_batches(batches(1), torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
         changed = with_sparsity(probe.dense, [(2, "self_attn")], 0.5)
         ran.clear()
         (found,) = probe.measure([changed], prepared, "")
         assert ran == [0, 1, 2, 2]  # the dense model, the change
         probe._journal = Journal(None, "")
-        (whole,) = probe.measure([changed], prepared, "", reference=(TieredSparsity(0.5, 0.5),) * 3)
+        (whole,) = probe.measure([changed], prepared, "", reference=(LayerSparsity(0.5, 0.5),) * 3)
         assert ran == [0, 1, 2, 2] + [0, 1, 2] * 2  # a sparse MLP does not call its projections
     assert found == pytest.approx(whole, rel=1e-6)
     assert all("forward" not in layer.__dict__ for layer in model.base_model.model.model.layers)
@@ -119,8 +103,8 @@ def test_dropout_and_gradients_stay_off():
     config = SparsityConfig(**always())
     with attached(model, config) as state:
         prepared = prepare_batches(batches(1), torch.device("cpu"), config)
-        probe = LossProbe(state, state.estimator, {}, Journal(None, ""), progress=False)
-        recipe = (TieredSparsity(0.5, 0.5),) * 3
+        probe = LossProbe(state, state.estimator, Journal(None, ""), progress=False)
+        recipe = (LayerSparsity(0.5, 0.5),) * 3
         before = torch.get_rng_state()
         first = probe.measure([recipe], prepared, "")
         probe._journal = Journal(None, "")
@@ -181,8 +165,8 @@ def test_allocation_is_the_best_of_all(seed):
 
 def test_parts_add_up_to_the_recipe_and_the_step():
     recipe = [LayerSparsity(0.5, 0.0), LayerSparsity(0.9, 0.75), LayerSparsity(0.0, 0.25)]
-    parts = sum(part_cost(SHAPE, part, getattr(s, part), 4, 8) for s in recipe for part in ("mlp", "self_attn"))
-    assert parts == pytest.approx(frozen_share(SHAPE, recipe, 4, 8))
+    parts = sum(part_cost(SHAPE, part, getattr(s, part), 4) for s in recipe for part in ("mlp", "self_attn"))
+    assert parts == pytest.approx(frozen_share(SHAPE, recipe, 4))
     assert sum(part_cost(SHAPE, part, 0.0) for part in ("mlp", "self_attn")) * 3 == pytest.approx(1)
     prepared = prepare_batches(batches(2), torch.device("cpu"), SparsityConfig())
     data = DataShape.of(prepared)
@@ -235,38 +219,6 @@ def test_a_loss_bound_is_kept_and_more_of_it_saves_more():
         assert max(result.chosen.measured, result.chosen.divergence) <= max_loss
         shares.append(result.chosen.share)
     assert shares[1] <= shares[0] < 1
-
-
-def test_output_tokens_are_calibrated_under_the_loss_bound(tmp_path):
-    model = make_lora(lora_b=0.5, seed=3)
-    levels = {"mlp_levels": (0.25, 0.5, 0.9), "attention_levels": (0.5,)}
-    result = run(model, max_loss=0.05, output_levels=(0.25, 0.5), held_out=batches(2), **levels)
-    assert max(result.chosen.measured, result.chosen.divergence) <= 0.05
-    assert any(any(layer.output) for layer in result.chosen.recipe)
-    assert all(layer.output_mlp <= layer.mlp for layer in result.chosen.recipe)
-    assert all(layer.output_self_attn <= layer.self_attn for layer in result.chosen.recipe)
-    assert {part for _, part in result.alone} == {"mlp", "self_attn", "output_mlp", "output_self_attn"}
-    dense = [layer._replace(output_mlp=0.0, output_self_attn=0.0) for layer in result.chosen.recipe]
-    assert result.step_flops < result.data.step_ratio(SHAPE, [layer.context for layer in dense], 16, 4)
-    save(result, tmp_path)
-    assert "MLP, output tokens" in (tmp_path / "report.md").read_text()
-    assert "Context and output tokens compute" in (tmp_path / "report.md").read_text()
-    attach(model, tmp_path / "sparsity.yaml")
-    expected = [layer.output for layer in result.chosen.recipe]
-    assert get_state(model).output_sparsity == expected
-
-
-def test_compensation_is_that_of_each_chosen_sparsity(tmp_path):
-    model = make_lora("llama")
-    config = {"estimator": {"kind": "static", "compensation_rank": 4}}
-    result = run(model, config=config, budget=0.55, attention_levels=())
-    sparse = {index: s.mlp for index, s in enumerate(result.chosen.recipe) if s.mlp}
-    assert sparse
-    assert result.estimator.compensation_sparsity == sparse
-    assert all(s.self_attn == 0 for s in result.chosen.recipe)
-    save(result, tmp_path)
-    attach(model, tmp_path / "sparsity.yaml")
-    assert get_state(model).estimator.compensation.keys() == sparse.keys()
 
 
 def test_a_base_that_leaves_out_rows_is_calibrated_for_channels():
@@ -425,7 +377,6 @@ def without_context(batch):
         ({"budget": 0.5, "max_loss": 0.1}, CalibrationError, "both given"),
         ({"mlp_levels": (1.0,)}, CalibrationError, "mlp_levels"),
         ({"mlp_levels": (), "attention_levels": ()}, CalibrationError, "nothing could be made sparse"),
-        ({"budget": 0.5, "output_levels": (0.5,)}, CalibrationError, "output_levels need max_loss"),
         ({"config": {"estimator": {"rank": 33}}}, EstimatorError, "rank"),
     ],
 )

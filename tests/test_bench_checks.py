@@ -37,7 +37,7 @@ def test_checks_pass_where_nothing_is_wrong(model):
     for name in ("layers.0.mlp", "layers.1.mlp", "layers.0.qkv", "layers.1.o"):
         assert f"{name} within" in found
     detach(model)
-    for method in ("hooks-dense", "nothing-dropped", "unsloth-dense-exact"):
+    for method in ("nothing-dropped", "unsloth-dense-exact"):
         attach(model, sparsity_of(method, 3))
         get_state(model).begin_training(driver="test", max_steps=100)
         get_state(model).set_step(0)

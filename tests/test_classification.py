@@ -134,10 +134,9 @@ def test_classifier_is_dense_in_evaluation():
     torch.testing.assert_close(sparse.eval()(**batch).logits, plain.eval()(**batch).logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["prior", "whitened", "static"])
-def test_calibrated_estimators_take_classification_batches(kind):
+def test_calibrated_estimators_take_classification_batches():
     model = make_classifier()
-    attach(model, always(estimator={"kind": kind}), calibration_samples=[make_batch(), make_batch("left")])
+    attach(model, always(estimator={"kind": "prior"}), calibration_samples=[make_batch(), make_batch("left")])
     loss, _ = loss_and_gradients(model, make_batch())
     assert loss.isfinite()
 

@@ -20,9 +20,9 @@ from sparsity_configs import SHARE, STEP, error_of, published_layers, write
 def test_defaults_are_dense_with_a_dense_tail():
     config = SparsityConfig()
     assert config.layer_sparsity(3) == [LayerSparsity(0.0, 0.0)] * 3
-    assert (config.start_step, config.end_step, config.ramp) == (0.05, 0.75, 0.0)
+    assert (config.start_step, config.end_step) == (0.05, 0.75)
     assert (config.estimator.kind, config.estimator.rank) == ("auto", 8)
-    assert (config.criterion, config.dense_tokens, config.lora_branch) == ("estimator", "output", "dense")
+    assert (config.criterion, config.dense_tokens) == ("estimator", "output")
 
 
 def test_later_rules_override_earlier_ones_and_the_preset():
@@ -88,7 +88,6 @@ def test_collected_rules_give_back_the_layers(layers):
 # --- refusals
 
 RULE = "must name layers as 'all', one layer '5' or a range '3-30'"
-FRACTION = "must be a number in [0, 1], a share of the training"
 REFUSED = [
     ({"mpl": {}}, "mpl: unknown key; did you mean mlp? (given {})"),
     ({"self_atn": {}}, "self_atn: unknown key; did you mean self_attn? (given {})"),
@@ -97,8 +96,8 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "output_sparsity, backward_rows, rope_pairs, lora_branch, exact_removal, memory_budget, cuda_graphs, "
-        "start_step, end_step, ramp, refresh_steps, explain_steps, sparse_prefill, seed (given 1)",
+        "backward_rows, exact_removal, memory_budget, cuda_graphs, "
+        "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
     ({"mlp": {"3-30": 99}}, f"mlp.3-30: {SHARE}, given 99"),
@@ -126,8 +125,7 @@ REFUSED = [
         "did you mean 'wanda'?",
     ),
     ({"dense_tokens": False}, "dense_tokens: must be 'output' or 'none', given False"),
-    ({"lora_branch": "sparse"}, "lora_branch: must be 'dense' or 'selected', given 'sparse'"),
-    ({"rope_pairs": 1}, "rope_pairs: must be a valid boolean, given 1"),
+    ({"exact_removal": 1}, "exact_removal: must be a valid boolean, given 1"),
     ({"seed": -1}, "seed: must be greater than or equal to 0, given -1"),
     ({"seed": True}, "seed: must be a valid integer, given True"),
     ({"start_step": True}, f"start_step: {STEP}, given True"),
@@ -142,17 +140,13 @@ REFUSED = [
     ({"start_step": 0.5, "end_step": 0.25}, "end_step: must not be less than start_step (0.5), given 0.25"),
     ({"start_step": 50, "end_step": 20}, "end_step: must not be less than start_step (50), given 20"),
     ({"start_step": 0.8}, "end_step: must not be less than start_step (0.8), given 0.75"),
-    ({"ramp": 1.5}, f"ramp: {FRACTION}, given 1.5"),
-    ({"ramp": False}, f"ramp: {FRACTION}, given False"),
-    ({"ramp": 0.8}, "ramp: must fit between start_step and end_step: at most 0.7, given 0.8"),
     (
         {"estimator": "svd"},
-        "estimator: must be a mapping with some of the keys kind, rank, path, calibration_samples, compensation_rank, "
-        "given 'svd'",
+        "estimator: must be a mapping with some of the keys kind, rank, path, calibration_samples, given 'svd'",
     ),
     (
         {"estimator": {"kind": "svdd"}},
-        "estimator.kind: must be 'auto', 'svd', 'whitened', 'prior' or 'static', given 'svdd'; did you mean 'svd'?",
+        "estimator.kind: must be 'auto', 'svd' or 'prior', given 'svdd'; did you mean 'svd'?",
     ),
     ({"estimator": {"rank": 0}}, "estimator.rank: must be greater than or equal to 1, given 0"),
     ({"estimator": {"rank": 8.0}}, "estimator.rank: must be a valid integer, given 8.0"),
@@ -162,15 +156,6 @@ REFUSED = [
         {"estimator": {"kind": "prior", "calibration_samples": 0}},
         "estimator.calibration_samples: must be at least 1 for kind 'prior', unless path names factors made before, "
         "given 0",
-    ),
-    (
-        {"estimator": {"compensation_rank": 64}},
-        "estimator.compensation_rank: must be 0 for kind 'auto': compensation is fitted for fixed channels, "
-        "kind 'static', given 64",
-    ),
-    (
-        {"estimator": {"kind": "static", "compensation_rank": -1}},
-        "estimator.compensation_rank: must be greater than or equal to 0, given -1",
     ),
 ]
 
@@ -182,14 +167,14 @@ def test_bad_input_is_refused_by_name(build, data, message):
 
 
 def test_all_problems_are_reported_at_once():
-    data = {"mlp": {"3-30": 1.5, "9-1": 0.5}, "ramp": 2, "estimator": {"rank": 0, "kin": 1}, "sed": 1}
+    data = {"mlp": {"3-30": 1.5, "9-1": 0.5}, "end_step": -1, "estimator": {"rank": 0, "kin": 1}, "sed": 1}
     assert error_of(SparsityConfig.from_any, data).splitlines() == [
         "sparsity configuration: 6 problems",
         f"  mlp.3-30: {SHARE}, given 1.5",
         "  mlp.9-1: must run from low to high: '1-9', given '9-1'",
         "  estimator.rank: must be greater than or equal to 1, given 0",
         "  estimator.kin: unknown key; did you mean estimator.kind? (given 1)",
-        f"  ramp: {FRACTION}, given 2",
+        f"  end_step: {STEP}, given -1",
         "  sed: unknown key; did you mean seed? (given 1)",
     ]
 
@@ -198,8 +183,8 @@ def test_an_estimator_alone_reports_the_same_way():
     assert error_of(EstimatorConfig, rank=0) == (
         "sparsity configuration: rank: must be greater than or equal to 1, given 0"
     )
-    config = SparsityConfig(estimator=EstimatorConfig(kind="static", compensation_rank=64, path=Path("a") / "b"))
-    assert config.estimator.compensation_rank == 64
+    config = SparsityConfig(estimator=EstimatorConfig(kind="prior", rank=64, path=Path("a") / "b"))
+    assert config.estimator.rank == 64
     assert config.estimator.path == os.path.join("a", "b")
 
 

@@ -111,8 +111,8 @@ def test_full_fine_tuning():
 class NaiveSparse:
     """The masked model with its products written out: base products on gathered rows and channels, LoRA on all rows."""
 
-    def __init__(self, layer_sparsity, dense_rows, estimator_rank, compensation_rank):
-        self.layer_sparsity, self.compensation_rank = layer_sparsity, compensation_rank
+    def __init__(self, layer_sparsity, dense_rows, estimator_rank):
+        self.layer_sparsity = layer_sparsity
         rows = torch.randperm(TOKENS)
         self.dense, self.context = rows[:dense_rows], rows[dense_rows:]
         self.estimator_rank = estimator_rank
@@ -169,12 +169,7 @@ class NaiveSparse:
         chosen = torch.randperm(inner)[: keep_count(inner, sparsity)]
         gate = self.project("gate_proj", weights, x, chosen, 0)
         up = self.project("up_proj", weights, x, chosen, 0)
-        y = self.project("down_proj", weights, torch.nn.functional.silu(gate) * up, chosen, 1)
-        if sparsity and self.compensation_rank:
-            first = torch.randn(SHAPE.hidden_size, self.compensation_rank)
-            stand_in = (x[self.context] @ first) @ torch.randn(self.compensation_rank, SHAPE.hidden_size)
-            y = y.index_add(0, self.context, stand_in)
-        return y
+        return self.project("down_proj", weights, torch.nn.functional.silu(gate) * up, chosen, 1)
 
     def __call__(self, x, head_rows):
         for weights, (mlp, self_attn) in zip(self.layers, self.layer_sparsity, strict=True):
@@ -185,18 +180,16 @@ class NaiveSparse:
 
 @pytest.mark.parametrize("input_requires_grad", [False, True])
 @pytest.mark.parametrize(
-    ("layer_sparsity", "dense_rows", "estimator_rank", "compensation_rank"),
+    ("layer_sparsity", "dense_rows", "estimator_rank"),
     [
-        ([(0.0, 0.0), (0.9, 0.5), (0.99, 0.75)], 17, 8, 2),
-        ([(0.5, 0.25), (0.0, 0.75), (0.75, 0.0)], 1, 4, 0),
-        ([(0.999, 0.999)] * 3, TOKENS - 1, 0, 3),
-        ([(0.9, 0.9)] * 3, 0, 0, 0),
+        ([(0.0, 0.0), (0.9, 0.5), (0.99, 0.75)], 17, 8),
+        ([(0.5, 0.25), (0.0, 0.75), (0.75, 0.0)], 1, 4),
+        ([(0.999, 0.999)] * 3, TOKENS - 1, 0),
+        ([(0.9, 0.9)] * 3, 0, 0),
     ],
 )
-def test_sparse_against_gathered_products(
-    layer_sparsity, dense_rows, estimator_rank, compensation_rank, input_requires_grad
-):
-    model = NaiveSparse(layer_sparsity, dense_rows, estimator_rank, compensation_rank)
+def test_sparse_against_gathered_products(layer_sparsity, dense_rows, estimator_rank, input_requires_grad):
+    model = NaiveSparse(layer_sparsity, dense_rows, estimator_rank)
     x = torch.randn(TOKENS, SHAPE.hidden_size, requires_grad=input_requires_grad)
     forward, loss = count(lambda: model(x, head_rows=11))
     backward, _ = count(loss.backward)
@@ -211,7 +204,6 @@ def test_sparse_against_gathered_products(
         attention="eager",
         input_requires_grad=input_requires_grad,
         estimator_rank=estimator_rank,
-        compensation_rank=compensation_rank,
     )
     assert flops.forward.total == forward
     assert flops.backward.total == backward
@@ -267,7 +259,7 @@ def test_ratio():
 def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
     """What is saved is the projections of the other rows: each once forward, once for its input, LoRA's thrice."""
     layers = [(0.9, 0.5), (0.9, 0.5), (mlp, self_attn)]
-    options = {"attention": "eager", "estimator_rank": 8, "compensation_rank": 2}
+    options = {"attention": "eager", "estimator_rank": 8}
     dense, context, loss = 20, 40, 18
     whole, removed = (
         step_flops(SHAPE, layers, dense, context, [SEQUENCE] * BATCH, RANK, last_layer_tokens=rows, **options)
@@ -281,7 +273,6 @@ def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
         saved += 3 * 2 * (dense + context - loss) * RANK * (inputs + outputs)
     if mlp:
         saved += 2 * context * 8 * (sum(sizes["gate_proj"]) + sum(sizes["up_proj"]))
-        saved += 2 * 2 * context * 2 * 2 * SHAPE.hidden_size
     assert whole.total - removed.total == saved
     assert whole.parts.attention_core == removed.parts.attention_core
 
@@ -290,7 +281,7 @@ class NaiveRemoval(NaiveSparse):
     """The same with a last layer that computes rows without loss no further than their keys and values."""
 
     def __init__(self, layer_sparsity, dense_rows, estimator_rank, loss_rows):
-        super().__init__(layer_sparsity, dense_rows, estimator_rank, compensation_rank=0)
+        super().__init__(layer_sparsity, dense_rows, estimator_rank)
         self.loss = self.dense[:loss_rows]
 
     def densely(self, name, weights, x):
@@ -387,20 +378,3 @@ def test_shape_from_configs():
 def test_bad_inputs(layers, options, message):
     with pytest.raises(ConfigError, match=message):
         step_flops(SHAPE, layers, 1, 1, [2], RANK, **options)
-
-
-def test_output_tokens_with_a_tier_of_their_own():
-    """The step of rows that are context there, at the same sparsity: what output tokens compute is no different."""
-    layers, output = [(0.9, 0.5), (0.5, 0.0), (0.0, 0.0)], [(0.5, 0.25), (0.25, 0.0), (0.0, 0.0)]
-
-    def flops(layers, dense, context, **options):
-        return step_flops(SHAPE, layers, dense, context, [SEQUENCE] * BATCH, RANK, estimator_rank=4, **options).parts
-
-    tiered = flops(layers, 20, TOKENS - 20, output_sparsity=output, output_tokens=12)
-    context, outputs, dense = (
-        step_flops(SHAPE, sparsity, *rows, [], RANK, estimator_rank=4).parts
-        for sparsity, rows in ((layers, (0, TOKENS - 20)), (output, (0, 12)), (DENSE, (8, 0)))
-    )
-    for part in ("mlp_base", "attention_projections", "lora", "estimator"):
-        assert getattr(tiered, part) == sum(getattr(each, part) for each in (context, outputs, dense)), part
-    assert flops(layers, 20, TOKENS - 20, output_tokens=12) == flops(layers, 20, TOKENS - 20)

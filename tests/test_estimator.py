@@ -15,7 +15,7 @@ from sparse_unsloth.calibration import collect_statistics
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimator import build_estimator, fit_compensation, obtain_estimator
+from sparse_unsloth.estimator import build_estimator, obtain_estimator
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.selection import ChannelSelector
 from sparse_unsloth.storage import fingerprint, load_estimator, save_estimator
@@ -25,7 +25,7 @@ from tiny import make_base, make_batch, make_lora
 
 SPARSE = SparsityConfig(mlp={"1-2": 0.75}, self_attn={"1": 0.5})
 SPARSITY = SPARSE.layer_sparsity(3)
-KINDS = ["svd", "whitened", "prior", "static"]
+KINDS = ["svd", "prior"]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_svd_factors_are_the_best_of_their_rank(layers):
 
 def test_whitened_factors_lose_least_over_the_inputs(model, layers):
     statistics = collect_statistics(model, layers, SPARSITY, samples())
-    estimator = build_estimator(layers, SPARSITY, config("whitened", rank=3), statistics)
+    estimator = build_estimator(layers, SPARSITY, config("prior", rank=3), statistics)
     plain = build_estimator(layers, SPARSITY, config("svd", rank=3))
     for name in ("mlp.up_proj", "self_attn.v_proj"):
         rows = statistics.layers[1].inputs[name.split(".")[0]]
@@ -113,18 +113,6 @@ def test_prior_is_the_static_energy_where_the_batch_is_as_calibrated(model, laye
     for estimated, name in zip(prior.attention(layers[1], known.inputs["self_attn"]), "qkv", strict=True):
         ratio = estimated / known.energy[name]
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
-
-
-def test_static_channels_are_constant_and_worked_out_once(model, layers):
-    estimator = obtained(model, kind="static", given=samples())
-    selector = ChannelSelector(SPARSE, layers, estimator)
-    first = selector.mlp(layers[1], torch.randn(5, 64), 0.75)
-    assert selector.mlp(layers[1], torch.randn(9, 64), 0.75) is first
-    energy = estimator.layers[1].energy["mlp"]
-    assert first.channels.tolist() == sorted(energy.topk(32).indices.tolist())
-    assert selector.attention(layers[1], torch.randn(5, 64), 0.5) is selector.attention(
-        layers[1], torch.randn(2, 64), 0.5
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
@@ -196,22 +184,18 @@ def test_auto_is_prior_with_samples_and_svd_without(model, layers):
     assert obtain_estimator(model, layers, SPARSITY, config("auto"), wait=True) is None
 
 
-@pytest.mark.parametrize("kind", ["whitened", "prior", "static"])
-def test_calibrated_kinds_need_samples(model, layers, kind):
-    with pytest.raises(EstimatorError, match=f"{kind}' is calibrated, and there are no calibration samples.*kind: svd"):
-        obtained(model, kind=kind)
+def test_the_calibrated_kind_needs_samples(model, layers):
+    with pytest.raises(EstimatorError, match=r"prior' is calibrated, and there are no calibration samples.*kind: svd"):
+        obtained(model, kind="prior")
     with pytest.raises(EstimatorError, match="calibrated"):
-        build_estimator(layers, SPARSITY, config(kind))
-    assert obtain_estimator(model, layers, SPARSITY, config(kind), wait=True) is None
+        build_estimator(layers, SPARSITY, config("prior"))
+    assert obtain_estimator(model, layers, SPARSITY, config("prior"), wait=True) is None
 
 
 def test_statistics_must_hold_the_layers(model, layers):
     few = collect_statistics(model, layers, SparsityConfig(mlp={"1": 0.5}).layer_sparsity(3), samples())
     with pytest.raises(EstimatorError, match=r"lack what is needed for model\.layers\.1\.self_attn"):
-        build_estimator(layers, SPARSITY, config("static"), few)
-    energies = collect_statistics(model, layers, SPARSITY, samples(), inputs=False)
-    with pytest.raises(EstimatorError, match="inputs=True"):
-        build_estimator(layers, SPARSITY, config("whitened"), energies)
+        build_estimator(layers, SPARSITY, config("prior"), few)
 
 
 def test_rank_above_the_weights_is_refused(layers):
@@ -219,51 +203,16 @@ def test_rank_above_the_weights_is_refused(layers):
         build_estimator(layers, SPARSITY, config("svd", rank=65))
 
 
-def test_compensation_is_the_ridge_regression_of_its_rank(model, layers):
-    """At full rank it is ridge regression with an intercept; at low rank, the best projection of that."""
-    statistics = collect_statistics(model, layers, SPARSITY, samples(), inputs=False, dropped=True)
-    moments = statistics.layers[1].dropped
-    x, z = moments.input_covariance.double(), moments.cross_covariance.double()
-    metric = x + 0.3 * x.diagonal().mean() * torch.eye(64)
-    expected = torch.linalg.solve(metric, z.t()).t()
-    full = fit_compensation(moments, 64)
-    torch.testing.assert_close((full.up @ full.down).double(), expected, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(full.forward(moments.mean_input[None])[0], moments.mean_dropped, rtol=1e-4, atol=1e-6)
-    root = torch.linalg.cholesky(metric)
-    low = fit_compensation(moments, 4)
-    assert low.down.shape == (4, 64)
-    lost = ((expected - (low.up @ low.down).double()) @ root).norm()
-    assert lost <= 1.02 * torch.linalg.svdvals(expected @ root)[4:].norm()
-
-
-def test_compensation_reduces_what_the_dropped_channels_leave(model, layers):
-    estimator = obtained(model, kind="static", given=samples(), compensation_rank=8)
-    assert estimator.compensation.keys() == {1, 2}
-    assert estimator.compensation_sparsity == {1: 0.75, 2: 0.75}
-    with pytest.raises(EstimatorError, match=r"no dropped contributions at sparsity 0\.75.*dropped=True"):
-        build_estimator(
-            layers,
-            SPARSITY,
-            config("static", compensation_rank=8),
-            collect_statistics(model, layers, SPARSITY, samples(), inputs=False),
-        )
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_give_back_the_estimator(model, layers, kind, tmp_path):
     path = tmp_path / "folder" / "estimator.safetensors"
-    extra = {"compensation_rank": 4} if kind == "static" else {}
-    made = obtained(model, path, kind, samples(), **extra)
+    made = obtained(model, path, kind, samples())
     assert path.stat().st_mode & 0o077 == 0o666 & ~_umask() & 0o077
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read = obtained(model, path, kind, **extra)
+        read = obtained(model, path, kind)
         assert_same(made, read)
         assert_same(made, obtained(model, path, "auto"))
-    assert read.compensation.keys() == made.compensation.keys()
-    for index, compensation in read.compensation.items():
-        assert torch.equal(compensation.up, made.compensation[index].up)
-    assert read.compensation_sparsity == made.compensation_sparsity
     assert [file.name for file in path.parent.iterdir()] == ["estimator.safetensors"]
 
 
@@ -329,8 +278,8 @@ def test_files_that_do_not_fit_the_configuration_are_refused(model, layers, tmp_
         EstimatorError, match=r"factors of rank 8, but the configuration asks for 4.*estimator\.rank: 8"
     ):
         obtained(model, path, rank=4)
-    with pytest.raises(EstimatorError, match=r"kind 'svd', but the configuration asks for 'static'.*kind: svd"):
-        obtained(model, path, "static", samples())
+    with pytest.raises(EstimatorError, match=r"kind 'svd', but the configuration asks for 'prior'.*kind: svd"):
+        obtained(model, path, "prior", samples())
     more = SparsityConfig(mlp={"0-2": 0.5}).layer_sparsity(3)
     with pytest.raises(EstimatorError, match=r"nothing for 0\.mlp, which the configuration makes sparse"):
         load_estimator(path, layers, more, config("svd"))
@@ -338,17 +287,15 @@ def test_files_that_do_not_fit_the_configuration_are_refused(model, layers, tmp_
         load_estimator(tmp_path / "none.safetensors", layers, SPARSITY, config("svd"))
 
 
-def test_compensation_of_another_sparsity_or_rank_is_refused(model, layers, tmp_path):
+@pytest.mark.parametrize("kind", ["whitened", "static"])
+def test_files_of_kinds_that_are_gone_are_refused(model, layers, kind, tmp_path):
     path = tmp_path / "e.safetensors"
-    obtained(model, path, "static", samples(), compensation_rank=4)
-    other = SparsityConfig(mlp={"1-2": 0.5}).layer_sparsity(3)
-    with pytest.raises(
-        EstimatorError, match=r"asks for compensation of rank 4 at sparsity 0\.5 in layer 1.*at sparsity"
-    ):
-        load_estimator(path, layers, other, config("static", compensation_rank=4))
-    with pytest.raises(EstimatorError, match=r"of rank 6 at sparsity 0\.75 in layer 1, but the file holds rank 4"):
-        load_estimator(path, layers, SPARSITY, config("static", compensation_rank=6))
-    assert not load_estimator(path, layers, other, config("static")).compensation
+    made = obtained(model, path, "prior", samples())
+    made.kind = kind
+    save_estimator(made, path, layers)
+    for asked in ("auto", "prior"):
+        with pytest.raises(EstimatorError, match=f"of kind '{kind}'.*set 'prior', and point estimator.path to another"):
+            obtained(model, path, asked, samples())
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
@@ -480,15 +427,9 @@ def test_published_estimators_that_do_not_fit_are_refused(model, layers, tmp_pat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_file_made_on_the_cpu_serves_the_gpu(model, tmp_path):
     path = tmp_path / "e.safetensors"
-    made = obtained(model, path, "static", samples(), compensation_rank=4)
+    made = obtained(model, path, "prior", samples())
     on_gpu = model.cuda()
-    read = obtained(on_gpu, path, "static", compensation_rank=4)
-    assert read.compensation[1].up.is_cuda
+    read = obtained(on_gpu, path, "prior")
     assert_same(made, read)
-    fresh = obtained(on_gpu, None, "static", samples(), compensation_rank=4)
+    fresh = obtained(on_gpu, None, "prior", samples())
     torch.testing.assert_close(fresh.layers[1].energy["mlp"], made.layers[1].energy["mlp"], rtol=1e-2, atol=1e-8)
-    maps = [
-        compensation.up.cpu() @ compensation.down.cpu()
-        for compensation in (made.compensation[1], fresh.compensation[1])
-    ]
-    torch.testing.assert_close(*maps, rtol=0.1, atol=1e-2 * maps[0].abs().max().item())

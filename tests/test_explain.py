@@ -1,4 +1,4 @@
-"""Channels kept for several steps, and what `explain` records of a training: against values taken by other ways."""
+"""What `explain` records of a training: against values taken by other ways."""
 
 import json
 import sys
@@ -16,10 +16,9 @@ from sparse_unsloth.energy import mlp_energy
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
 from sparse_unsloth.explain.report import markdown, summary, write
-from sparse_unsloth.refresh import KeptSelections
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_attach import masked_by_hooks, record_selections
+from test_attach import record_selections
 from tiny import always, loss_and_gradients, make_batch, make_lora
 
 SHAPE = ModelShape(64, 128, 3, 4, 2, 16, 96)
@@ -39,71 +38,10 @@ def step(model, state, number, *seeds):
         loss_and_gradients(model, make_batch(seed))
 
 
-# -- Refresh ----------------------------------------------------------------------------------------------------------
-
-
-def test_channels_are_kept_for_so_many_steps():
-    model, state, contexts = driven(refresh_steps=3, output_sparsity=0.25)
-    for number in range(7):
-        step(model, state, number, number, 100 + number)  # two micro-batches
-    chosen = [context.selections[1, "mlp"] for context in contexts]
-    assert all(chosen[i] is chosen[i // 6 * 6] for i in range(14))
-    assert chosen[0] is not chosen[6]
-    assert chosen[6] is not chosen[12]
-    for key in ((0, "self_attn"), (2, "output_mlp"), (2, "output_self_attn")):
-        assert contexts[5].selections[key] is contexts[0].selections[key]
-        assert contexts[6].selections[key] is not contexts[0].selections[key]
-
-
-def test_by_default_every_forward_chooses():
+def test_every_forward_chooses():
     model, state, contexts = driven()
     step(model, state, 0, 1, 2)
     assert contexts[0].selections[0, "mlp"] is not contexts[1].selections[0, "mlp"]
-
-
-def test_a_kept_choice_is_the_mask_of_the_forward():
-    model, state, contexts = driven(refresh_steps=2, criterion="random")
-    step(model, state, 0)
-    step(model, state, 1)
-    loss, gradients = loss_and_gradients(model, make_batch(1))
-    masked = masked_by_hooks(make_lora(), contexts[0].selections, contexts[-1].partition)
-    expected, expected_gradients = loss_and_gradients(masked, make_batch(1))
-    torch.testing.assert_close(loss, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
-
-
-def test_another_number_of_channels_is_another_choice():
-    model, state, contexts = driven(max_steps=10, refresh_steps=100, end_step=1.0, ramp=0.5)
-    for number in range(8):
-        step(model, state, number)
-    counts = [len(context.selections[0, "mlp"].channels) for context in contexts]
-    assert counts == [51] * 6 + [67, 82]
-    assert contexts[5].selections[0, "mlp"] is contexts[0].selections[0, "mlp"]
-
-
-def test_a_new_training_and_an_earlier_step_choose_anew():
-    kept = KeptSelections(5)
-    kept.put((0, "mlp"), 10, 0.5, "choice")
-    assert kept.find((0, "mlp"), 14, 0.5) == "choice"
-    for changed in (((0, "mlp"), 15, 0.5), ((0, "mlp"), 9, 0.5), ((0, "mlp"), 12, 0.4), ((1, "mlp"), 12, 0.5)):
-        assert kept.find(*changed) is None
-    assert kept.find((0, "mlp"), None, 0.5) is None
-    model, state, contexts = driven(refresh_steps=100)
-    step(model, state, 0)
-    state.begin_training("another", 100)
-    step(model, state, 0)
-    assert contexts[0].selections[0, "mlp"] is not contexts[1].selections[0, "mlp"]
-
-
-def test_without_steps_every_forward_chooses_and_says_so(caplog):
-    model = make_lora()
-    attach(model, always(refresh_steps=4))
-    contexts = record_selections(model)
-    for _ in range(2):
-        loss_and_gradients(model, make_batch())
-    assert contexts[0].selections[0, "mlp"] is not contexts[1].selections[0, "mlp"]
-    assert caplog.text.count("nothing counts the optimiser steps") == 1
 
 
 # -- Observation ------------------------------------------------------------------------------------------------------
@@ -154,14 +92,13 @@ def test_records_say_what_other_ways_say():
 
 
 def test_the_oracle_captures_everything_and_a_constant_choice_stays():
-    model, state, _ = driven(criterion="oracle", explain_steps=2, output_sparsity=0.3)
+    model, state, _ = driven(criterion="oracle", explain_steps=2)
     for number in range(2):
         step(model, state, number)
     (record,) = state.observer.take()
-    assert files.parts([record]) == ["mlp", "output_mlp", "output_self_attn", "self_attn"]
+    assert files.parts([record]) == ["mlp", "self_attn"]
     # On all rows; the record leaves out the first of each sequence.
     assert min(files.values(record, "mlp", "captured").values()) > 0.9
-    assert files.values(record, "output_mlp", "captured")[0] == pytest.approx(1, abs=0.02)
     model, state, _ = driven(criterion="magnitude", explain_steps=2)
     for number in range(2):
         step(model, state, number)
@@ -205,7 +142,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     files.append(folder, [{"step": 1, "layers": [], "of": "an earlier run"}])
     model = make_lora()
-    attach(model, always(explain_steps=4, output_sparsity=0.25))
+    attach(model, always(explain_steps=4))
     rows = [{name: value[0] for name, value in make_batch(seed).items()} for seed in range(8)]
     arguments = TrainingArguments(
         str(folder), max_steps=12, logging_steps=3, per_device_train_batch_size=2, report_to=[], use_cpu=True,
@@ -225,7 +162,7 @@ def test_the_trainer_logs_it(run):
     shares = files.values(record, "mlp", "captured")
     assert with_it[0]["sparsity/captured/mlp"] == pytest.approx(sum(shares.values()) / 3)
     assert with_it[0]["sparsity/captured/mlp/layer_01"] == shares[1]
-    assert with_it[0]["sparsity/overlap/output_self_attn/layer_02"] <= 1
+    assert with_it[0]["sparsity/overlap/self_attn/layer_02"] <= 1
     assert 0 < with_it[0]["sparsity/saved_flops"] < 1
 
 
@@ -236,7 +173,7 @@ def test_report_and_picture(run, tmp_path, capsys):
     text = (tmp_path / "explain.md").read_text()
     assert text == markdown(files.read(folder))
     assert text.count("\n| ") == 2 + 3, "heading and rule, three layers"
-    assert "MLP, output tokens: captured" in text
+    assert "MLP: captured" in text
     assert (tmp_path / "explain.png").stat().st_size > 10_000
     assert main(["explain", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == files.read(folder)

@@ -8,7 +8,6 @@ from torch.autograd import gradcheck
 
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
@@ -49,13 +48,6 @@ def make_projection(out_features, in_features, generator, lora=True, bias=False,
     return Projection(base, branch)
 
 
-def make_compensation(generator, out_features=HIDDEN, dtype=torch.float64):
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return Compensation(draw(3, HIDDEN), draw(out_features, 3), draw(out_features))
-
-
 def subset(size, keep, generator):
     return torch.randperm(size, generator=generator)[:keep].sort().values
 
@@ -82,34 +74,31 @@ def test_activation_slopes(kind):
     torch.testing.assert_close(ours, slope)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(
-    ("roles", "activation", "lora", "bias", "compensated"),
+    ("roles", "activation", "lora", "bias"),
     [
-        *((roles, "silu", "gud", False, False) for roles in PARTITIONS.values()),
-        *((roles, "gelu", "gd", True, True) for roles in ("ccd cpd", "dd", "cc", "c", "pp")),
-        *((roles, "gelu_tanh", "", False, True) for roles in ("ccd cpd", "cc")),
-        *((roles, "silu", "u", True, False) for roles in ("ccd cpd", "cd")),
+        *((roles, "silu", "gud", False) for roles in PARTITIONS.values()),
+        *((roles, "gelu", "gd", True) for roles in ("ccd cpd", "dd", "cc", "c", "pp")),
+        *((roles, "gelu_tanh", "", False) for roles in ("ccd cpd", "cc")),
+        *((roles, "silu", "u", True) for roles in ("ccd cpd", "cd")),
     ],
 )
-def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
+def test_mlp_gradcheck(roles, activation, lora, bias):
     generator = torch.Generator().manual_seed(0)
     partition = make_partition(roles)
     gate = make_projection(INTERMEDIATE, HIDDEN, generator, "g" in lora, bias)
     up = make_projection(INTERMEDIATE, HIDDEN, generator, "u" in lora, bias)
     down = make_projection(HIDDEN, INTERMEDIATE, generator, "d" in lora, bias)
     mlp = GatedMlp(gate, up, down, activation)
-    compensation = make_compensation(generator) if compensated else None
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     channels = subset(INTERMEDIATE, 4, generator)
-    arguments = (partition, channels, mlp, lora_branch, compensation)
+    arguments = (partition, channels, mlp)
     inputs = [x, *loras_of(gate, up, down)]
     weights = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     assert_same(sparse_mlp(x, *arguments), masked_mlp(x, *arguments), inputs, weights)
     assert gradcheck(lambda x, *_: sparse_mlp(x, *arguments), inputs)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(
     ("roles", "lora", "bias", "groups"),
     [
@@ -118,33 +107,28 @@ def test_mlp_gradcheck(roles, lora_branch, activation, lora, bias, compensated):
         *((roles, "v", False, 1) for roles in ("dd", "cc", "pp")),
     ],
 )
-def test_qkv_gradcheck(roles, lora_branch, lora, bias, groups):
+def test_qkv_gradcheck(roles, lora, bias, groups):
     generator = torch.Generator().manual_seed(1)
     partition = make_partition(roles)
     head_dim, kv_heads = 2, 2
     sizes = {"q": kv_heads * groups * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     projections = {name: make_projection(size, HIDDEN, generator, name in lora, bias) for name, size in sizes.items()}
     parts = [
-        SelectedProjection(
-            projections[name],
-            out_index=subset(size, max(1, size // 3), generator),
-            compensation=make_compensation(generator, size) if name == "v" and bias else None,
-        )
+        SelectedProjection(projections[name], out_index=subset(size, max(1, size // 3), generator))
         for name, size in sizes.items()
     ]
     x = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = [x, *loras_of(*projections.values())]
     weights = torch.randn(*partition.shape, sum(sizes.values()), dtype=torch.float64, generator=generator)
-    ours = torch.cat(sparse_linear(x, partition, parts, lora_branch), -1)
-    masked = torch.cat(masked_linear(x, partition, parts, lora_branch), -1)
+    ours = torch.cat(sparse_linear(x, partition, parts), -1)
+    masked = torch.cat(masked_linear(x, partition, parts), -1)
     assert_same(ours, masked, inputs, weights)
-    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts), inputs)
 
 
 @pytest.mark.parametrize("roles", PARTITIONS.values(), ids=PARTITIONS.keys())
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
 @pytest.mark.parametrize(("lora", "bias"), [(True, False), (False, True)])
-def test_output_projection_gradcheck(roles, lora_branch, lora, bias):
+def test_output_projection_gradcheck(roles, lora, bias):
     generator = torch.Generator().manual_seed(2)
     partition = make_partition(roles)
     projection = make_projection(HIDDEN, 8, generator, lora, bias)
@@ -152,9 +136,9 @@ def test_output_projection_gradcheck(roles, lora_branch, lora, bias):
     x = torch.randn(*partition.shape, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     inputs = [x, *loras_of(projection)]
     weights = torch.randn(*partition.shape, HIDDEN, dtype=torch.float64, generator=generator)
-    (ours,), (masked,) = (f(x, partition, parts, lora_branch) for f in (sparse_linear, masked_linear))
+    (ours,), (masked,) = (f(x, partition, parts) for f in (sparse_linear, masked_linear))
     assert_same(ours, masked, inputs, weights)
-    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts, lora_branch), inputs)
+    assert gradcheck(lambda x, *_: sparse_linear(x, partition, parts), inputs)
 
 
 def four_bit(out_features, in_features, generator, kind, nested):
@@ -167,8 +151,7 @@ def four_bit(out_features, in_features, generator, kind, nested):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("roles", ["ccdd", "cccc"], ids=["mixed", "no-dense"])
-@pytest.mark.parametrize("lora_branch", ["dense", "selected"])
-def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles, lora_branch):
+def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles):
     generator = torch.Generator().manual_seed(3)
     partition, hidden, intermediate = make_partition(roles), 64, 128
     packed = [
@@ -181,7 +164,7 @@ def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles, lora_b
     results = []
     for bases in (packed, [BaseWeight(base.dense(torch.float32)) for base in packed]):
         mlp = GatedMlp(*(Projection(b, l) for b, l in zip(bases, loras, strict=True)), "silu")
-        y = sparse_mlp(x, partition, channels, mlp, lora_branch)
+        y = sparse_mlp(x, partition, channels, mlp)
         inputs = [x, *(tensor for lora in loras for tensor in (lora.A, lora.B))]
         results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
     for left, right in zip(*results, strict=True):
@@ -268,23 +251,17 @@ def test_incoming_gradient_is_not_modified():
 
 
 @pytest.mark.parametrize(
-    ("roles", "lora_branch", "compensated", "chunk"),
+    ("roles", "chunk"),
     [
-        ("ccdd ccpd", "dense", True, 4096),
-        ("ccdd ccpd", "dense", False, 2),
-        ("ccdd ccpd", "selected", True, 2),
-        ("ccdd ccpd", "selected", False, 4096),
-        ("cccc cccc", "dense", True, 2),
-        ("cccc cccc", "dense", False, 4096),
-        ("cccc cccc", "selected", False, 2),
-        ("dddd dddd", "dense", True, 2),
-        ("dddd dddd", "selected", False, 4096),
-        ("c", "dense", True, 4096),
-        ("c", "selected", False, 2),
+        ("ccdd ccpd", 4096),
+        ("ccdd ccpd", 2),
+        ("cccc cccc", 4096),
+        ("dddd dddd", 2),
+        ("c", 2),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkeypatch):
+def test_kernels_on_and_off_agree(roles, chunk, monkeypatch):
     monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
@@ -297,13 +274,12 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkey
         "new_empty",
         lambda *a, **o: poison(*a, **o).fill_(float("nan") if o.get("dtype", a[0].dtype).is_floating_point else 7),
     )
-    compensation = make_compensation(generator, **float32) if compensated else None
     x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
     channels, weights = subset(INTERMEDIATE, 4, generator), torch.randn(x.shape, generator=generator)
     outcomes = []
     for choice in ("torch", "triton"):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
-        y = sparse_mlp(x, partition, channels, mlp, lora_branch, compensation)
+        y = sparse_mlp(x, partition, channels, mlp)
         inputs = [x, *loras_of(mlp.gate, mlp.up, mlp.down)]
         outcomes.append((y, *torch.autograd.grad((y * weights).sum(), inputs)))
     for left, right in zip(*outcomes, strict=True):
@@ -311,19 +287,16 @@ def test_kernels_on_and_off_agree(roles, lora_branch, compensated, chunk, monkey
 
 
 @pytest.mark.parametrize(
-    ("choice", "roles", "compensated", "chunk"),
+    ("choice", "roles", "chunk"),
     [
-        *itertools.product(["torch"], ["ccdd ccpd", "cccc cccc", "dddd dddp"], [True, False], [4096, 2]),
-        ("triton", "ccdd ccpd", True, 4096),
-        ("triton", "ccdd ccpd", False, 2),
-        ("triton", "cccc cccc", True, 2),
-        ("triton", "cccc cccc", False, 4096),
-        ("triton", "dddd dddp", True, 4096),
-        ("triton", "dddd dddp", False, 2),
+        *itertools.product(["torch"], ["ccdd ccpd", "cccc cccc", "dddd dddp"], [4096, 2]),
+        ("triton", "ccdd ccpd", 2),
+        ("triton", "cccc cccc", 4096),
+        ("triton", "dddd dddp", 2),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkeypatch, poison):
+def test_a_recompute_that_nobody_reads(roles, chunk, choice, monkeypatch, poison):
     """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
     monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
@@ -332,7 +305,6 @@ def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkey
     float32 = {"dtype": torch.float32}
     gate, up = (make_projection(INTERMEDIATE, HIDDEN, generator, **float32) for _ in range(2))
     mlp = GatedMlp(gate, up, make_projection(HIDDEN, INTERMEDIATE, generator, **float32), "silu")
-    compensation = make_compensation(generator, **float32) if compensated else None
     x = torch.randn(*partition.shape, HIDDEN, generator=generator, requires_grad=True)
     inputs, weights = [x, *loras_of(gate, up, mlp.down)], torch.randn(x.shape, generator=generator)
     channels = subset(INTERMEDIATE, 4, generator)
@@ -340,8 +312,8 @@ def test_a_recompute_that_nobody_reads(roles, compensated, chunk, choice, monkey
     def run(first_with_gradients, **changes):
         memo = {}
         with torch.set_grad_enabled(first_with_gradients):
-            first = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
-        again = sparse_mlp(x, partition, channels, mlp, "dense", compensation, memo, **changes)
+            first = sparse_mlp(x, partition, channels, mlp, memo, **changes)
+        again = sparse_mlp(x, partition, channels, mlp, memo, **changes)
         return first, again, torch.autograd.grad((again * weights).sum(), inputs)
 
     first, again, expected = run(False)

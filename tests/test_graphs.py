@@ -353,7 +353,7 @@ def test_kinds_that_come_once_are_not_recorded(recorder):
 
 
 def test_what_is_prepared_is_bounded(recorder):
-    """A ramp makes a kind of its own of every step, and accumulation lets each come several times."""
+    """Every step may have a kind of its own, and accumulation lets each come several times."""
     ours = Graphs(recorder)
     assert not ours.soon("never came")
     for number in range(1000):
@@ -466,9 +466,8 @@ def test_what_attention_depends_on():
     """With xformers Unsloth hands its layers a mask that is an object: the plain causal one, or one of a window."""
     attention = UnslothAttention()
     attention.config = SimpleNamespace(sliding_window=None)
-    state = SimpleNamespace(config=SimpleNamespace(refresh_steps=1))
     layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
-    runtime = SimpleNamespace(layer=layer, state=state, context=SimpleNamespace(packing=None))
+    runtime = SimpleNamespace(layer=layer, context=SimpleNamespace(packing=None))
     rows, tables = torch.zeros(1, 8, 4), (torch.zeros(16, 2), torch.ones(16, 2))
 
     def found(**arguments):

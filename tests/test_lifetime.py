@@ -285,7 +285,7 @@ def test_peft_does_not_wrap_an_attached_base():
 
 @pytest.mark.parametrize("criterion", ["estimator", "magnitude", "random"])
 def test_a_stored_channel_model_goes_on(criterion):
-    check_stored(always(criterion=criterion, explain_steps=1, refresh_steps=2))
+    check_stored(always(criterion=criterion, explain_steps=1))
 
 
 @pytest.mark.parametrize("kind", ["rows", "dense"])

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from sparse_unsloth.config import EstimatorConfig, LayerSparsity, SparsityConfig
+from sparse_unsloth.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparsity_configs import RECIPES, SHARE, STEP, error_of, published_layers, write
@@ -83,10 +84,15 @@ def test_flat_yaml_modes(mode, expected):
     assert config == SparsityConfig(**rest, **expected)
 
 
-def test_flat_yaml_dense_mode_and_lora_branch():
+def test_flat_yaml_dense_mode():
     dense = SparsityConfig.from_any({"mode": "dense", "sparsity": {"layers.0.mlp": 0, "layers.0.self_attn": 0}})
     assert dense.layer_sparsity(4) == [LayerSparsity(0.0, 0.0)] * 4
-    assert SparsityConfig.from_any(flat(sparse_lora_branch=True)).lora_branch == "selected"
+
+
+def test_flat_yaml_whose_lora_branch_was_sparse():
+    assert SparsityConfig.from_any(flat(sparse_lora_branch=False)) == SparsityConfig.from_any(flat())
+    with pytest.raises(ConfigError, match="sparse_lora_branch: this option was removed: it let context rows leave out"):
+        SparsityConfig.from_any(flat(sparse_lora_branch=True))
 
 
 MODE = (

@@ -145,7 +145,7 @@ def test_a_mask_that_does_not_tell_padding_is_said(caplog):
     assert caplog.text.count("does not tell padding, so it ran dense") == 1
 
 
-@pytest.mark.parametrize("estimator", [{"kind": "svd"}, {"kind": "static", "compensation_rank": 4}], ids=str)
+@pytest.mark.parametrize("estimator", [{"kind": "svd"}, {"kind": "prior"}], ids=str)
 def test_with_labels_the_loss_is_that_of_training(estimator):
     model, batch = make_lora(), make_batch()
     attach(model, always(estimator=estimator), [make_batch(seed) for seed in range(3)])
@@ -168,8 +168,8 @@ def test_classifiers_are_sparse_in_use():
 
 
 def test_training_goes_on_after_an_inference_mode_prefill():
-    """Static channels and factors are kept on the device: none of them may be an inference tensor."""
-    for estimator in ({"kind": "svd"}, {"kind": "static", "compensation_rank": 4}):
+    """Factors and gains are kept on the device: none of them may be an inference tensor."""
+    for estimator in ({"kind": "svd"}, {"kind": "prior"}):
         fresh, model = make_lora(), make_lora()
         samples = [make_batch(seed) for seed in range(3)]
         for each in (fresh, model):

@@ -93,8 +93,8 @@ def test_sparsity_file_beside_the_recipe(recipe, tmp_path, monkeypatch):
     (tmp_path / "half.yaml").write_text('mlp: {"all": 0.5}\n')
     source = recipe(sparsity="half.yaml")
     assert load_recipe(source).sparsity.mlp == {"all": 0.5}
-    made = load_recipe(source, ["--sparsity.ramp", "0.1"]).sparsity
-    assert (made.mlp, made.ramp) == ({"all": 0.5}, 0.1)
+    made = load_recipe(source, ["--sparsity.end_step", "0.6"]).sparsity
+    assert (made.mlp, made.end_step) == ({"all": 0.5}, 0.6)
     monkeypatch.chdir(tmp_path)
     assert load_recipe(recipe(), ["--sparsity", "half.yaml"]).sparsity.mlp == {"all": 0.5}
 

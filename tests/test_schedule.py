@@ -43,12 +43,6 @@ def test_1_0_never_ends_and_the_int_1_is_a_step():
     assert scales(Schedule(0, 1), 3) == [1.0, 0.0, 0.0]
 
 
-def test_ramp_falls_linearly_to_the_end():
-    assert scales(Schedule(0.0, 0.8, ramp=0.4), 10) == [1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25, 0, 0]
-    assert scales(Schedule(0.0, 1.0, ramp=0.5), 4) == [1.0, 1.0, 1.0, 0.5]
-    assert scales(Schedule(0, 4, ramp=1.0), 8) == [0.5, 0.375, 0.25, 0.125, 0, 0, 0, 0]
-
-
 def test_a_training_too_short_for_the_window_is_dense():
     schedule = Schedule(50, 200)
     assert scales(schedule, 20) == [0.0] * 20
@@ -64,14 +58,12 @@ bounds = st.one_of(st.floats(0, 1), st.integers(0, 300))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(bounds, bounds, st.floats(0, 1), st.integers(1, 200))
-def test_scale_is_a_share_and_positive_exactly_on_the_sparse_steps(start, end, ramp, max_steps):
-    schedule = Schedule(start, end, ramp)
+@given(bounds, bounds, st.integers(1, 200))
+def test_scale_is_1_exactly_on_the_sparse_steps(start, end, max_steps):
+    schedule = Schedule(start, end)
     values = scales(schedule, max_steps)
-    assert all(0.0 <= value <= 1.0 for value in values)
+    assert set(values) <= {0.0, 1.0}
     assert [step for step, value in enumerate(values) if value > 0] == list(schedule.sparse_steps(max_steps))
-    if ramp == 0:
-        assert set(values) <= {0.0, 1.0}
 
 
 def test_importing_the_schedule_and_config_leaves_transformers_alone():

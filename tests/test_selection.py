@@ -138,11 +138,14 @@ def test_oracle_chooses_by_the_true_activations(family):
     assert chosen.tolist() == sorted(hidden.square().sum(0).topk(32).indices.tolist())
 
     energies = {name: F.linear(rows, getattr(attention, f"{name}_proj").weight).square().sum(0) for name in "qkv"}
-    selection = selector(layers, rope_pairs=False).attention(layer, rows, 0.5)
+    selection = selector(layers).attention(layer, rows, 0.5)
     keys = layer.num_kv_heads * layer.head_dim
     assert selection.v.tolist() == sorted(energies["v"].topk(keys // 2).indices.tolist())
     scores = key_channel_scores(energies["q"], energies["k"], layer.groups, layer.head_dim)
-    assert selection.k.tolist() == sorted(scores.topk(keys // 2).indices.tolist())
+    half = layer.head_dim // 2
+    pairs = scores.view(-1, 2, half).sum(1).flatten().topk(keys // 4).indices
+    first = pairs // half * layer.head_dim + pairs % half
+    assert selection.k.tolist() == sorted([*first.tolist(), *(first + half).tolist()])
     for index, size in ((selection.q, layer.num_heads), (selection.o, layer.num_heads)):
         assert index.dtype == torch.int64
         assert len(index) == size * layer.head_dim // 2
@@ -161,9 +164,8 @@ def logits(layer, rows, queries=None, keys=None):
     return q @ k.transpose(1, 2)
 
 
-@pytest.mark.parametrize("rope_pairs", [False, True])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_grouped_query_pairing_keeps_the_logits(groups, rope_pairs):
+def test_grouped_query_pairing_keeps_the_logits(groups):
     """Fault: query norms were averaged and indexed with wrong pairings, which the logits show."""
     model = make_base("llama", **GROUPS[groups])
     layers = find_layers(model)
@@ -175,10 +177,10 @@ def test_grouped_query_pairing_keeps_the_logits(groups, rope_pairs):
     def error(selection):
         return ((logits(layer, rows, selection.q, selection.k) - truth).norm() / truth.norm()).item()
 
-    ours = error(selector(layers, rope_pairs=rope_pairs).attention(layer, rows, 0.25))
-    chance = selector(layers, "random", rope_pairs=rope_pairs)
+    ours = error(selector(layers).attention(layer, rows, 0.25))
+    chance = selector(layers, "random")
     random = sum(error(chance.attention(layer, rows, 0.25)) for _ in range(8)) / 8
-    assert ours < (0.5 if rope_pairs else 0.35) * random
+    assert ours < 0.5 * random
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -291,15 +293,14 @@ def test_top_channels_are_ascending():
     assert math.isclose(scores[top_channels(scores, 1)].item(), 9)
 
 
-@pytest.mark.parametrize("criterion", ["oracle", "wanda", "magnitude", "random", "svd", "prior", "static"])
+@pytest.mark.parametrize("criterion", ["oracle", "wanda", "magnitude", "random", "svd", "prior"])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-@pytest.mark.parametrize("rope_pairs", [False, True])
-def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeypatch):
+def test_kernels_choose_the_same_channels(family, criterion, monkeypatch):
     model = make_base(family, mlp_bias=True)
     layers = find_layers(model)
     layer = uneven_(layers[0])
-    changes = {"estimator": {"kind": criterion}} if criterion in ("svd", "prior", "static") else {}
-    config = SparsityConfig(mlp={"all": 0.5}, self_attn={"all": 0.5}, rope_pairs=rope_pairs, **changes)
+    changes = {"estimator": {"kind": criterion}} if criterion in ("svd", "prior") else {}
+    config = SparsityConfig(mlp={"all": 0.5}, self_attn={"all": 0.5}, **changes)
     estimator = None
     if changes:
         estimator = obtain_estimator(model, layers, config.layer_sparsity(3), config.estimator, samples=[make_batch(0)])
@@ -310,7 +311,7 @@ def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeyp
 
     def choose(kernels, *arguments):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", kernels)
-        chosen = selector(layers, "estimator" if changes else criterion, estimator, rope_pairs=rope_pairs)
+        chosen = selector(layers, "estimator" if changes else criterion, estimator)
         return chosen.mlp(layer, *arguments), chosen.attention(layer, *arguments)
 
     mlp, attention = choose("torch", hidden_states, 0.7, rows)
@@ -328,7 +329,7 @@ def test_kernels_choose_the_same_channels(family, criterion, rope_pairs, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("kind", ["svd", "prior", "static"])
+@pytest.mark.parametrize("kind", ["svd", "prior"])
 def test_selection_never_waits_for_the_gpu(kind):
     model = make_base("llama", dtype=torch.bfloat16).cuda()
     layers = find_layers(model)

@@ -163,15 +163,14 @@ def test_other_calls_run_the_layers_own_forward(stand_in, monkeypatch):
         assert "_sparse_runtime" not in layer.__dict__
 
 
-@pytest.mark.parametrize("why", ["trained norm", "selected", "no lora on v"])
+@pytest.mark.parametrize("why", ["trained norm", "no lora on v"])
 def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
     targets = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] + ["v_proj"] * (why != "no lora on v")
     model = make_model(stand_in, lora=lambda base: make_lora(base=base, targets=targets))
     if why == "trained norm":
         for layer in decoder_layers(model):
             layer.input_layernorm.weight.requires_grad_(True)
-    changes = {"lora_branch": "selected"} if why == "selected" else {}
-    attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False, **changes})
+    attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False})
     assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
 
 

@@ -21,7 +21,7 @@ RANKS = 2
 LENGTHS = (20, 12), (16, 8), (7, 4), (26, 5)
 """Of prompts and answers: a prompt that ends with the first half, and a second half of padding, among others."""
 SETTINGS = {
-    "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, estimator={"kind": "static"}),  # the same in each part
+    "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, criterion="magnitude"),  # the same in each part
     "rows": {"backward_rows": 0.999},  # all of them, through what chooses
     "rows within a budget": {"backward_rows": 0.999, "memory_budget": 1000.0},
     "dense": {"preset": "dense"},

@@ -45,8 +45,6 @@ SETTINGS = {
     "last layer dense": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}),
     "no dense rows": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, dense_tokens="none"),
     "few rows": {"backward_rows": 0.25},
-    "tiers": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}, output_sparsity=0.4),
-    "tiers below": always(mlp={"0-1": 0.6}, self_attn={"1": 0.5}, output_sparsity=0.4),
 }
 
 
@@ -391,7 +389,7 @@ def check_benchmark(base: nn.Module) -> None:
 
 
 def calibration_of(model: nn.Module) -> Calibration:
-    """With few levels; output tokens are candidates too."""
+    """With few levels."""
     return calibrate(
         model,
         [make_batch(seed) for seed in range(4)],
@@ -399,7 +397,6 @@ def calibration_of(model: nn.Module) -> Calibration:
         config={"estimator": {"rank": 4}},
         mlp_levels=(0.25, 0.75),
         attention_levels=(0.5,),
-        output_levels=(0.25,),
         progress=False,
     )
 

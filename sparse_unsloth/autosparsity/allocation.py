@@ -15,7 +15,7 @@ GAP = 1e-6
 
 
 class Option(NamedTuple):
-    """One sparsity of a part, or one of each tier: the loss it adds, in nats, and its FLOPs, in any common unit."""
+    """One sparsity of a part: the loss it adds, in nats, and its FLOPs, in any common unit."""
 
     sparsity: Any
     loss: float

@@ -17,35 +17,30 @@ if TYPE_CHECKING:
     from sparse_unsloth.config import LayerSparsity
 
 
-def frozen_share(
-    shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0, compensation_rank: int = 0
-) -> float:
+def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0) -> float:
     """FLOPs of one context token's products with frozen weights, over the dense ones.
 
-    Forward and the gradient of the input, with estimator and compensation; no LoRA, attention core or head.
+    Forward and the gradient of the input, with the estimator; no LoRA, attention core or head.
     """
-    dense = _frozen(shape, [(0.0, 0.0)] * shape.num_layers, 0, 0)
-    return _frozen(shape, recipe, estimator_rank, compensation_rank) / dense
+    return _frozen(shape, recipe, estimator_rank) / _frozen(shape, [(0.0, 0.0)] * shape.num_layers, 0)
 
 
-def part_cost(
-    shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0, compensation_rank: int = 0
-) -> float:
+def part_cost(shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0) -> float:
     """The share that ``part`` ("mlp", "self_attn") of one layer has in `frozen_share`: parts add up to a recipe's."""
     one = replace(shape, num_layers=1)
     pair = (sparsity, 0.0) if part == "mlp" else (0.0, sparsity)
-    whole = _frozen(one, [(0.0, 0.0)], 0, 0)
+    whole = _frozen(one, [(0.0, 0.0)], 0)
     inputs_outputs = shape.projections()
     other = [
         size
         for name, size in inputs_outputs.items()
         if (name in ("gate_proj", "up_proj", "down_proj")) != (part == "mlp")
     ]
-    spent = _frozen(one, [pair], estimator_rank, compensation_rank) - 4 * sum(a * b for a, b in other)
+    spent = _frozen(one, [pair], estimator_rank) - 4 * sum(a * b for a, b in other)
     return spent / (whole * shape.num_layers)
 
 
-def _frozen(shape: ModelShape, recipe, estimator_rank: int, compensation_rank: int) -> int:
+def _frozen(shape: ModelShape, recipe, estimator_rank: int) -> int:
     parts = step_flops(
         shape,
         recipe,
@@ -56,24 +51,21 @@ def _frozen(shape: ModelShape, recipe, estimator_rank: int, compensation_rank: i
         head_tokens=0,
         input_requires_grad=True,
         estimator_rank=estimator_rank,
-        compensation_rank=compensation_rank,
     ).parts
-    return parts.mlp_base + parts.attention_projections + parts.estimator + parts.compensation
+    return parts.mlp_base + parts.attention_projections + parts.estimator
 
 
 @dataclass(frozen=True)
 class DataShape:
     """Tokens of sample batches by role, without padding, and the lengths of their rows.
 
-    ``output_tokens`` are those dense ones that may have a sparsity of their own; 0 without tiers. A row counts as one
-    sequence: where it packs several, the attention core is counted too large.
+    A row counts as one sequence: where it packs several, the attention core is counted too large.
     """
 
     dense_tokens: int
     context_tokens: int
     loss_tokens: int
     row_lengths: tuple[int, ...]
-    output_tokens: int = 0
 
     @classmethod
     def of(cls, batches: Sequence[ProbeBatch]) -> DataShape:
@@ -86,7 +78,6 @@ class DataShape:
             context_tokens=sum(batch.partition.num_context for batch in batches),
             loss_tokens=sum(len(batch.partition.loss) for batch in batches),
             row_lengths=tuple(lengths),
-            output_tokens=sum(len(batch.partition.output) for batch in batches if batch.partition.output is not None),
         )
 
     @property
@@ -100,15 +91,13 @@ class DataShape:
         recipe: Sequence[LayerSparsity],
         lora_rank: int,
         estimator_rank: int = 0,
-        compensation_rank: int = 0,
-        output: Sequence[LayerSparsity] | None = None,
     ) -> float:
-        """FLOPs of a training step with ``recipe``, and ``output`` for output tokens, over those of the dense one.
+        """FLOPs of a training step with ``recipe`` over those of the dense one.
 
         No checkpointing, logits of the loss-bearing rows alone.
         """
 
-        def total(layers, output, *ranks: int) -> int:
+        def total(layers, rank: int) -> int:
             return step_flops(
                 shape,
                 layers,
@@ -117,11 +106,8 @@ class DataShape:
                 self.row_lengths,
                 lora_rank,
                 head_tokens=self.loss_tokens,
-                estimator_rank=ranks[0],
-                compensation_rank=ranks[1],
-                output_sparsity=output,
-                output_tokens=self.output_tokens,
+                estimator_rank=rank,
             ).total
 
         dense = [(0.0, 0.0)] * shape.num_layers
-        return total(recipe, output, estimator_rank, compensation_rank) / total(dense, None, 0, 0)
+        return total(recipe, estimator_rank) / total(dense, 0)

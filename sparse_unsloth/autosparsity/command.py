@@ -54,10 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
         text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
         parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
-    parser.add_argument(
-        "--output-levels", type=float, nargs="*", default=(), metavar="SHARE",
-        help="sparsities to choose from for output tokens too, with --max-loss (default: none, they stay dense)",
-    )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, defaults, text in (
         ("samples", {"cuda": 32, "cpu": 16}, "to calibrate the estimator on"),
@@ -98,7 +94,6 @@ def main(words: Sequence[str]) -> int:
         part_batches=-(-arguments.part_samples // BATCH),
         mlp_levels=arguments.mlp_levels,
         attention_levels=arguments.attention_levels,
-        output_levels=arguments.output_levels,
     )
     from sparse_unsloth.autosparsity.report import RECIPE_FILE, REPORT_FILE, summary
 

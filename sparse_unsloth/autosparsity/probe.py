@@ -20,7 +20,6 @@ from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.estimator import Estimator
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
@@ -34,24 +33,7 @@ MAX_POSITIONS = 1024
 LAYOUT = ("attention_mask", "position_ids", "packed_seq_lengths")
 
 
-class TieredSparsity(NamedTuple):
-    """`LayerSparsity` of context rows, and of output tokens where these are a tier of their own."""
-
-    mlp: float = 0.0
-    self_attn: float = 0.0
-    output_mlp: float = 0.0
-    output_self_attn: float = 0.0
-
-    @property
-    def context(self) -> LayerSparsity:
-        return LayerSparsity(self.mlp, self.self_attn)
-
-    @property
-    def output(self) -> LayerSparsity:
-        return LayerSparsity(self.output_mlp, self.output_self_attn)
-
-
-Recipe = tuple[TieredSparsity, ...]
+Recipe = tuple[LayerSparsity, ...]
 """The sparsity of every layer."""
 
 
@@ -68,7 +50,7 @@ class Measured(NamedTuple):
 
 
 def with_sparsity(recipe: Recipe, parts: Iterable[tuple[int, str]], sparsity: float) -> Recipe:
-    """``recipe`` with another sparsity for some parts, ``(layer index, field of TieredSparsity)``."""
+    """``recipe`` with another sparsity for some parts, ``(layer index, field of LayerSparsity)``."""
     changed = list(recipe)
     for index, part in parts:
         changed[index] = changed[index]._replace(**{part: sparsity})
@@ -99,9 +81,8 @@ def prepare_batches(
     device: torch.device,
     config: SparsityConfig,
     padding_masked: bool = True,
-    tiers: bool = False,
 ) -> list[ProbeBatch]:
-    """The samples that bear loss; with ``tiers`` output tokens can have a sparsity of their own.
+    """The samples that bear loss.
 
     Raises:
         CalibrationError: no samples, one without labels, none with a loss-bearing position, or none with a context
@@ -124,7 +105,6 @@ def prepare_batches(
             **{name: moved.get(name) for name in LAYOUT},
             dense_tokens=config.dense_tokens,
             padding_masked=padding_masked,
-            tiers=tiers,
         )
         if len(partition.loss):
             inputs = {name: value for name, value in moved.items() if name not in NOT_FOR_FORWARD}
@@ -155,7 +135,6 @@ class LossProbe:
     Args:
         state: of the model, attached with every candidate part sparse.
         estimator: covers every candidate part.
-        stand_ins: compensation by layer and MLP sparsity; empty without compensation.
         journal: what was measured before, and is measured now.
     """
 
@@ -163,12 +142,11 @@ class LossProbe:
         self,
         state: SparsityState,
         estimator: Estimator | None,
-        stand_ins: Mapping[tuple[int, float], Compensation],
         journal: Journal,
         progress: bool = True,
     ):
         self.layers: list[DecoderLayer] = state.layers
-        self._state, self._estimator, self._stand_ins = state, estimator, stand_ins
+        self._state = state
         self._journal, self._progress = journal, progress
         self._candidates = state.expected_parts()
         if state.selector is None:
@@ -182,7 +160,7 @@ class LossProbe:
 
     @property
     def dense(self) -> Recipe:
-        return (TieredSparsity(),) * len(self.layers)
+        return (LayerSparsity(0.0, 0.0),) * len(self.layers)
 
     def measure(
         self, recipes: Sequence[Recipe], batches: Sequence[ProbeBatch], title: str, reference: Recipe | None = None
@@ -260,13 +238,7 @@ class LossProbe:
 
     def _set(self, recipe: Recipe) -> None:
         for index, runtime in self._state.runtimes.items():
-            runtime.sparsity, runtime.output = recipe[index].context, recipe[index].output
-        if self._stand_ins:
-            self._estimator.compensation = {
-                index: self._stand_ins[index, sparsity.mlp]
-                for index, sparsity in enumerate(recipe)
-                if (index, sparsity.mlp) in self._stand_ins
-            }
+            runtime.sparsity = recipe[index]
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -48,9 +48,8 @@ def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig
 def summary(result: Calibration) -> list[str]:
     """The outcome in a few sentences."""
     chosen, held_out = result.chosen, result.held_out.get("calibrated")
-    whose = "Context and output tokens" if any(any(layer.output) for layer in chosen.recipe) else "Context tokens"
     lines = [
-        f"{whose} compute {chosen.share:.1%} of their dense frozen products; "
+        f"Context tokens compute {chosen.share:.1%} of their dense frozen products; "
         f"{result.data.context_share:.1%} of the tokens are context, so a step takes {result.step_flops:.1%} of its "
         f"dense FLOPs: {result.speedup:.2f}x if time followed FLOPs.",
         f"Divergence from the dense model, what sparsity adds to the loss of its own answers: {chosen.predicted:.3f} "
@@ -93,7 +92,7 @@ def markdown(result: Calibration, dataset: str = "") -> str:
                 for name, found in result.held_out.items()
             ],
         )
-        lines += ["", "Presets run with the same estimator, without compensation."]
+        lines += ["", "Presets run with the same estimator."]
     lines += ["", "## Layers", ""]
     lines += _table(*_layer_table(result))
     lines += [

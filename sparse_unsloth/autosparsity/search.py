@@ -2,7 +2,6 @@
 
 Parts interact, the more the sparser they are. So after a joint measurement groups of neighbouring MLPs and of attention
 are measured beside the others, the curves are rescaled to that, the allocation is repeated, and the best recipe kept.
-With `output_levels` output tokens are candidates of their own, with curves of their own ("output_mlp", ...).
 
 What is foretold is the divergence from the dense model, the expected increase of the loss on its own answers. The loss
 of the labels follows it on a model that gives such answers. On one that was not trained on them yet it also moves with
@@ -21,20 +20,19 @@ from torch import nn
 from sparse_unsloth.autosparsity.allocation import Option, allocate
 from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cost
 from sparse_unsloth.autosparsity.curves import Curves, PartKey
-from sparse_unsloth.autosparsity.estimators import CandidateEstimators, fit_estimators
+from sparse_unsloth.autosparsity.estimators import fit_estimator, of_recipe
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import (
     LossProbe,
     Measured,
     ProbeBatch,
     Recipe,
-    TieredSparsity,
     attached,
     prepare_batches,
     with_sparsity,
 )
 from sparse_unsloth.calibration import CapturedEnergy, energy_captured
-from sparse_unsloth.config import OUTPUT, LayerSparsity, OutputSparsity, SparsityConfig
+from sparse_unsloth.config import LayerSparsity, SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.estimates import Estimator, sparse_parts
@@ -65,7 +63,7 @@ class Round:
 
     Args:
         recipe: the sparsities tried.
-        share: FLOPs of the context tokens' frozen products (with tiers, of the output tokens' too), of the dense ones.
+        share: FLOPs of the context tokens' frozen products, of the dense ones.
         predicted: divergence, nats, as foretold before it was measured.
         divergence: as measured: what sparsity adds to the loss of the dense model's own answers.
         measured: increase of the loss of the labels, nats.
@@ -145,7 +143,6 @@ def calibrate(
     config: SparsityConfig | Mapping[str, Any] | str | Path | None = None,
     mlp_levels: Sequence[float] = MLP_LEVELS,
     attention_levels: Sequence[float] = ATTENTION_LEVELS,
-    output_levels: Sequence[float] = (),
     lora_rank: int = 16,
     output_dir: str | Path | None = None,
     progress: bool = True,
@@ -156,8 +153,8 @@ def calibrate(
         model: with its adapters as training will begin with them (under Unsloth they must be there), not attached. Base
             weights are frozen.
         samples: batches as the model receives them, with ``labels``: the estimator is calibrated on them.
-        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient, estimator and
-            compensation) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
+        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient and
+            estimator) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
         max_loss: or: what may be measured as increase of the answer loss and as divergence from the dense model, in
             nats. The FLOPs are then the least that were found. Neither: ``budget=0.5``.
         probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
@@ -166,8 +163,6 @@ def calibrate(
         held_out: further batches; recipe and dense model are compared on them in the end.
         config: everything but the layer rules: estimator, dense tokens, schedule, seed.
         mlp_levels, attention_levels: sparsities to choose from, besides 0; empty leaves that part dense.
-        output_levels: sparsities to choose from for output tokens, of MLP and attention alike, never above that of the
-            same part's context; needs ``max_loss``. None by default.
         lora_rank: for the predicted FLOPs of a step.
         output_dir: measurements are kept there, and a second start with the same model, samples and settings goes on
             from them; so does nothing without it.
@@ -184,11 +179,6 @@ def calibrate(
     levels = {"mlp": _levels("mlp_levels", mlp_levels), "self_attn": _levels("attention_levels", attention_levels)}
     if not any(levels.values()):
         raise CalibrationError("mlp_levels and attention_levels are both empty, so nothing could be made sparse.")
-    if output_levels and "budget" in asked:
-        raise CalibrationError("output_levels need max_loss: a budget is of the context tokens' FLOPs alone.")
-    output = _levels("output_levels", output_levels)
-    levels |= {f"{OUTPUT}{part}": output if values else () for part, values in levels.items()}
-    tiers = bool(output)
     samples, probe_samples = _divide(samples, probe_samples)
     shape = ModelShape.from_config(model.config)
     layers = find_layers(model)
@@ -196,8 +186,7 @@ def calibrate(
     every = base.model_copy(
         update={
             "preset": None,
-            **{part: highest[part] for part in PARTS},
-            "output_sparsity": OutputSparsity(**{part: highest[f"{OUTPUT}{part}"] for part in PARTS}),
+            **highest,
             # The estimator comes ready-made: a path would be read or written here.
             "estimator": base.estimator.model_copy(update={"path": None}),
         }
@@ -208,9 +197,8 @@ def calibrate(
     with attached(model, every) as state:
         masked = state.backend_name != "unsloth"
         device = next(model.parameters()).device
-        batches = prepare_batches(probe_samples, device, base, masked, tiers)
-        kept_apart = prepare_batches(held_out, device, base, masked, tiers) if held_out else []
-        costs.weigh(DataShape.of(batches))
+        batches = prepare_batches(probe_samples, device, base, masked)
+        kept_apart = prepare_batches(held_out, device, base, masked) if held_out else []
         settings = {
             "levels": levels,
             "config": every.model_dump(mode="json"),
@@ -219,14 +207,14 @@ def calibrate(
         }
         key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
-        fitted = fit_estimators(model, layers, every, levels["mlp"], samples, progress)
-        probe = LossProbe(state, fitted.estimator, fitted.stand_ins, journal, progress)
+        fitted = fit_estimator(model, layers, every, samples, progress)
+        probe = LossProbe(state, fitted, journal, progress)
         search = _Search(probe, batches, part_batches, levels, costs, asked)
         chosen = search.run()
         recipe = chosen.recipe
         apart = _hold_out(probe, recipe, kept_apart, costs) if kept_apart else {}
     final = _config(base, recipe, fitted)
-    estimator = fitted.final(recipe)
+    estimator = of_recipe(fitted, recipe)
     judged = held_out or probe_samples
     data = DataShape.of([*batches, *kept_apart])
     return Calibration(
@@ -244,58 +232,40 @@ def calibrate(
         data=data,
         step_flops=data.step_ratio(
             shape,
-            [layer.context for layer in recipe],
+            recipe,
             lora_rank,
-            *costs.ranks,
-            output=[layer.output for layer in recipe],
+            costs.rank,
         ),
         held_out=apart,
     )
 
 
 class _Costs:
-    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products; with tiers, of the output
-    tokens' products as well."""
+    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products."""
 
     def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
-        scores = config.criterion == "estimator" and config.estimator.kind != "static"
-        self.ranks = (config.estimator.rank if scores else 0, config.estimator.compensation_rank)
+        self.rank = config.estimator.rank if config.criterion == "estimator" else 0
         self._shape, self._levels = shape, levels
         self._part = {
-            (part, sparsity): part_cost(shape, part, sparsity, *self.ranks)
+            (part, sparsity): part_cost(shape, part, sparsity, self.rank)
             for part in PARTS
-            for sparsity in {0.0, *levels[part], *levels[f"{OUTPUT}{part}"]}
+            for sparsity in {0.0, *levels[part]}
         }
-        # Compensation stands in for context rows alone.
-        self._output_part = {key: part_cost(shape, *key, self.ranks[0]) for key in self._part}
-        self._tiers = any(levels[f"{OUTPUT}{part}"] for part in PARTS)
-        # Of all rows that may be sparse, how many are output tokens.
-        self._output = 0.0
 
-    def weigh(self, data: DataShape) -> None:
-        """How much output tokens count beside context tokens: as many as there are of them."""
-        if self._tiers:
-            self._output = data.output_tokens / (data.output_tokens + data.context_tokens)
-
-    def part(self, part: str, sparsity: float, output: float) -> float:
-        """Of one layer's ``part`` at these sparsities of context rows and output tokens."""
-        context = self._part[part, sparsity]
-        return (1 - self._output) * context + self._output * self._output_part[part, output]
+    def part(self, part: str, sparsity: float) -> float:
+        """Of one layer's ``part`` at this sparsity."""
+        return self._part[part, sparsity]
 
     def share(self, recipe: Recipe) -> float:
-        context = frozen_share(self._shape, [layer.context for layer in recipe], *self.ranks)
-        if not self._output:
-            return context
-        output = frozen_share(self._shape, [layer.output for layer in recipe], self.ranks[0])
-        return (1 - self._output) * context + self._output * output
+        return frozen_share(self._shape, recipe, self.rank)
 
     def bound(self, budget: float) -> float:
         """``budget`` less the parts that are no candidates."""
-        fixed = sum(part_cost(self._shape, part, 0.0, *self.ranks) for part in PARTS if not self._levels[part])
+        fixed = sum(part_cost(self._shape, part, 0.0, self.rank) for part in PARTS if not self._levels[part])
         return budget - fixed * self._shape.num_layers
 
     def check_reachable(self, budget: float) -> None:
-        top = TieredSparsity(*(max(self._levels[part], default=0.0) for part in PARTS))
+        top = LayerSparsity(*(max(self._levels[part], default=0.0) for part in PARTS))
         least = self.share((top,) * self._shape.num_layers)
         if budget < least:
             raise CalibrationError(
@@ -394,23 +364,14 @@ class _Search:
         else:
             chosen = allocate(options, loss=self._joint.invert(self._asked["max_loss"] / self._excess))
         recipe = self._probe.dense
-        for (index, part), (context, output) in chosen.items():
-            recipe = with_sparsity(recipe, [(index, part)], context)
-            recipe = with_sparsity(recipe, [(index, f"{OUTPUT}{part}")], output)
+        for part, level in chosen.items():
+            recipe = with_sparsity(recipe, [part], level)
         return recipe
 
     def _options(self, index: int, part: str) -> list[Option]:
-        """Each sparsity of context rows with each of output tokens that is not above it."""
-        tier = f"{OUTPUT}{part}"
         return [
-            Option(
-                (level, output),
-                self._curves.increase((index, part), level) + self._curves.increase((index, tier), output),
-                self._costs.part(part, level, output),
-            )
+            Option(level, self._curves.increase((index, part), level), self._costs.part(part, level))
             for level in (0.0, *self._levels[part])
-            for output in (0.0, *self._levels[tier])
-            if output <= level
         ]
 
     def _measure(self, recipe: Recipe) -> Round:
@@ -485,12 +446,11 @@ def _divide(samples, probe_samples) -> tuple[list, list]:
     return (samples[::2], samples[1::2]) if len(samples) > 1 else (samples, samples)
 
 
-def _config(base: SparsityConfig, recipe: Recipe, fitted: CandidateEstimators) -> SparsityConfig:
-    kind = base.estimator.kind if fitted.estimator is None else fitted.estimator.kind
+def _config(base: SparsityConfig, recipe: Recipe, fitted: Estimator | None) -> SparsityConfig:
+    kind = base.estimator.kind if fitted is None else fitted.kind
     estimator = base.estimator.model_copy(update={"kind": kind, "path": None})
-    rules = {name: collect({i: getattr(s, name) for i, s in enumerate(recipe)}) for name in TieredSparsity._fields}
-    output = OutputSparsity(**{part: rules.pop(f"{OUTPUT}{part}") for part in PARTS})
-    return base.model_copy(update={"preset": None, **rules, "output_sparsity": output, "estimator": estimator})
+    rules = {part: collect({i: getattr(s, part) for i, s in enumerate(recipe)}) for part in PARTS}
+    return base.model_copy(update={"preset": None, **rules, "estimator": estimator})
 
 
 def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], costs: _Costs) -> dict[str, HeldOut]:
@@ -499,7 +459,7 @@ def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], c
     for name in ("o1", "o2"):
         preset = SparsityConfig(preset=name).layer_sparsity(len(recipe))
         if probe.candidates >= set(sparse_parts(preset)):
-            tried[name] = tuple(TieredSparsity(*layer) for layer in preset)
+            tried[name] = tuple(preset)
     dense, *all_measured = probe.measure([probe.dense, *tried.values()], batches, "Held out")
     positions = sum(len(batch.labels) for batch in batches)
     found = {}

@@ -84,18 +84,15 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
     if projections is None or None in projections:
         return original_forward(self, hidden_states, *args, **kwargs)
-    channels, output_channels = runtime.mlp_channels(hidden_states, partition)
+    channels = runtime.mlp_channels(hidden_states, partition)
     runtime.record_run("mlp")
     return sparse_mlp(
         hidden_states,
         partition,
         channels,
         GatedMlp(*projections, runtime.layer.activation),
-        runtime.state.config.lora_branch,
-        runtime.compensation(),
         runtime.context.memo(runtime.layer.index),
         output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
-        output_channels=output_channels,
     )
 
 
@@ -107,10 +104,10 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     if projection is None:
         return original_forward(self, hidden_states, *args, **kwargs)
     chosen = runtime.attention_channels(partition, None if name == "o_proj" else hidden_states)
-    part = select(projection, name[0], *chosen)
+    part = select(projection, name[0], chosen)
     if name == "o_proj":
         runtime.record_run("self_attn")
-    (output,) = sparse_linear(hidden_states, partition, [part], runtime.state.config.lora_branch)
+    (output,) = sparse_linear(hidden_states, partition, [part])
     return output
 
 
@@ -147,14 +144,12 @@ def is_flattened(module: nn.Module) -> bool:
     return "weight" in module.__dict__ or hasattr(getattr(module, "weight", None), "_fsdp_flattened")
 
 
-def select(
-    projection: Projection, name: str, chosen: AttentionSelection | None, output: AttentionSelection | None
-) -> SelectedProjection:
-    """The projection called ``name`` ("q", "k", "v", "o") with the channels of context rows and of output tokens."""
-    channels, output_channels = (None if tier is None else getattr(tier, name) for tier in (chosen, output))
+def select(projection: Projection, name: str, chosen: AttentionSelection | None) -> SelectedProjection:
+    """The projection called ``name`` ("q", "k", "v", "o") with the channels of context rows."""
+    channels = None if chosen is None else getattr(chosen, name)
     if name == "o":
-        return SelectedProjection(projection, in_index=channels, output_in_index=output_channels)
-    return SelectedProjection(projection, out_index=channels, output_out_index=output_channels)
+        return SelectedProjection(projection, in_index=channels)
+    return SelectedProjection(projection, out_index=channels)
 
 
 def check_adapters_of(runtime: LayerRuntime) -> None:

@@ -234,14 +234,14 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
     projections = None if partition is None else [read_projection(module) for module in modules]
     if projections is None or None in projections:
         return self._sparse_original[0](self, hidden_states, *args, **kwargs)
-    context, lora_branch = runtime.context, runtime.state.config.lora_branch
+    context = runtime.context
     if not runtime.is_sparse("self_attn"):  # the last layer, whose keys and values are needed of every row
         query, *others = (SelectedProjection(projection) for projection in projections)
-        (q,) = sparse_linear(hidden_states, partition, [query], lora_branch)
-        return q, *sparse_linear(hidden_states, context.every_row_dense(), others, lora_branch)
+        (q,) = sparse_linear(hidden_states, partition, [query])
+        return q, *sparse_linear(hidden_states, context.every_row_dense(), others)
     chosen = runtime.attention_channels(context.partition, hidden_states)
-    parts = [peft_backend.select(*each, *chosen) for each in zip(projections, "qkv", strict=True)]
-    return sparse_linear(hidden_states, context.partition, parts, lora_branch)
+    parts = [peft_backend.select(*each, chosen) for each in zip(projections, "qkv", strict=True)]
+    return sparse_linear(hidden_states, context.partition, parts)
 
 
 def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,9 +256,9 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:
         return self._sparse_original[1](self, attention_output, *args, **kwargs)
-    part = peft_backend.select(projection, "o", *runtime.attention_channels(partition))
+    part = peft_backend.select(projection, "o", runtime.attention_channels(partition))
     runtime.record_run("self_attn")
-    return sparse_linear(attention_output, partition, [part], runtime.state.config.lora_branch)[0]
+    return sparse_linear(attention_output, partition, [part])[0]
 
 
 class Contract:

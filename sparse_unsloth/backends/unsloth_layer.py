@@ -54,8 +54,6 @@ def why_not(runtime: LayerRuntime) -> str:
     """
     layer = runtime.layer
     norms = [getattr(layer.module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    if runtime.state.config.lora_branch != "dense":
-        return "lora_branch is not 'dense'"
     if not layer.adds_mlp_output:
         return OTHER_PARTS
     if not all(_is_plain_norm(norm) for norm in norms):
@@ -185,12 +183,9 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
     """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
 
     It can for plain causal attention, within packed documents too: no window, cosines and sines given for the whole
-    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace. Choices can where
-    every forward makes its own.
+    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace.
     """
     module, length = runtime.layer.module, hidden_states.shape[1]
-    if runtime.state.config.refresh_steps > 1:
-        return None
     embeddings = arguments.get("position_embeddings")
     window = getattr(module.self_attn.config, "sliding_window", None)
     if not embeddings or embeddings[0].shape[-2] < length or (window is not None and window < length):
@@ -263,7 +258,7 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     """What this call computes, or None where the layer's own forward must."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
-    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts) or runtime.state.tiers:
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
         return None
     training = module.training and layer.self_attn.training and layer.mlp.training
     if not training or arguments.get("use_cache") or arguments.get("output_attentions"):
@@ -286,10 +281,9 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         for part in ("self_attn", "mlp")
     )
     unread = recompute and runtime.state.config.exact_removal
-    compensation = runtime.compensation() if mlp.sparse else None
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
         ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
-        memo["graphs"] = ready and compensation is None and runtime.state.config.exact_removal
+        memo["graphs"] = ready and runtime.state.config.exact_removal
     graphs = None
     if memo.get("graphs", False):
         context.graphs.check(context)
@@ -302,7 +296,6 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        compensation=compensation,
         choose_attention=runtime.attention_of_context,
         choose_mlp=runtime.mlp_of_context,
         unread=unread,
@@ -332,7 +325,7 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, u
     every = Rows(partition, False)
     norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
     return LayerPlan(
-        *norms, every, every, projections, layer.activation, None, _no_choice, _no_choice, unread=unread, keep=False
+        *norms, every, every, projections, layer.activation, _no_choice, _no_choice, unread=unread, keep=False
     )
 
 

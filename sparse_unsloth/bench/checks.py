@@ -19,7 +19,6 @@ from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
@@ -82,10 +81,9 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     found = [] if state.graphs is None else [check_graphs(model)]
     if state.by_rows:
         return "; ".join([*found, check_rows(model, plain)])
-    if method != "hooks-dense":
-        for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
-            runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
-            found += [function(runtime) for runtime in runtimes[:LAYERS]]
+    for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
+        runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
+        found += [function(runtime) for runtime in runtimes[:LAYERS]]
     if method in EQUAL_TO_PLAIN:
         found.append(check_model(loss_and_gradients(model), plain))
     if not found:
@@ -113,17 +111,12 @@ def check_mlp(runtime: LayerRuntime) -> str:
     x, partition = _input(layer.hidden_size, projections[0])
     context = x.flatten(0, 1)[partition.context]
     channels = runtime.state.selector.mlp(layer, context, runtime.sparsity.mlp).channels
-    estimator = runtime.state.estimator
-    stand_in = None if estimator is None else estimator.compensation.get(layer.index)
-    if stand_in is not None:
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
-            stand_in = _visible(stand_in.to(x.device, x.dtype), x, masked_mlp(x, partition, channels, mlp))
     return _compare(
-        f"{layer.name}.mlp{'' if stand_in is None else ' with compensation'}",
+        f"{layer.name}.mlp",
         projections,
         x,
-        lambda source: [sparse_mlp(source, partition, channels, mlp, compensation=stand_in)],
-        lambda source: [masked_mlp(source, partition, channels, mlp, compensation=stand_in)],
+        lambda source: [sparse_mlp(source, partition, channels, mlp)],
+        lambda source: [masked_mlp(source, partition, channels, mlp)],
     )
 
 
@@ -371,12 +364,6 @@ def _input(width: int, projection: Projection) -> tuple[Tensor, TokenPartition]:
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(SMALL.batch, SMALL.length, width, generator=generator).to(device, torch.bfloat16)
     return x, TokenPartition.from_labels(make_batch(SMALL, 100, 0, device)["labels"])
-
-
-def _visible(stand_in: Compensation, x: Tensor, y: Tensor) -> Compensation:
-    """Grown until it adds as much as ``y``: one fitted on random tokens adds little, and would hide its own faults."""
-    times = _norm([y]) / max(_norm([x @ stand_in.down.t() @ stand_in.up.t()]), 1e-12)
-    return Compensation(stand_in.down, times * stand_in.up, stand_in.bias)
 
 
 def _compare(name: str, projections: list[Projection], x: Tensor, ours: Callable, masked: Callable) -> str:

@@ -13,14 +13,11 @@ METHODS = {
     "unsloth-dense": "Unsloth with nothing attached, as the arm padded, in our process",
     "unsloth-dense-exact": "Unsloth, dense, without work that has no effect",
     "dense-graphs": "dense, without that work, layers recorded as CUDA graphs",
-    "hooks-dense": "every hook of sparse-o2 installed, in a dense phase",
     "sparse-o1": "preset o1, conservative",
     "sparse-o2": "preset o2, aggressive",
     "sparse-o2-graphs": "preset o2, its layers recorded as CUDA graphs",
     "sparse-50": "half of the MLP channels, layer 0 and attention dense",
     "sparse-25": "a quarter of the MLP channels, likewise",
-    "sparse-25-static": "the same quarter in every batch, calibrated on random tokens",
-    "sparse-25-comp": "that with compensation of rank 64",
     "rows-25": "exact forward, backward through a quarter of the context tokens",
     "rows-10": "through a tenth of them",
     "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
@@ -33,10 +30,7 @@ METHODS = {
 BASELINE = "unsloth-dense"
 PLAIN = ("unsloth-dense", "peft-dense")
 """Methods that nothing is attached for."""
-CALIBRATED = ("sparse-25-static", "sparse-25-comp")
-"""Methods whose estimator needs samples."""
-COMPENSATION_RANK = 64
-EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "hooks-dense", "nothing-dropped")
+EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
 LLAMA_3_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
@@ -84,11 +78,6 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         return {"preset": "dense"}
     if method == "dense-graphs":
         return {"preset": "dense", "cuda_graphs": True}
-    if method == "hooks-dense":
-        return {**common, "preset": "o2", "end_step": 0, "exact_removal": False}
-    if method in CALIBRATED:
-        rank = COMPENSATION_RANK if method == "sparse-25-comp" else 0
-        common["estimator"] |= {"kind": "static", "compensation_rank": rank}
     if kept := re.match(r"rows-(\d\d)", method):
         return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs")}
     if kept := re.match(r"sparse-(\d\d)", method):
@@ -109,7 +98,7 @@ def flop_limit(
         checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: alike.
 
     Counted with the exact removal (logits of rows that bear loss; the last layer's Q, O and MLP of such rows), which
-    neither the PEFT backend nor ``hooks-dense`` has. Stated limits weigh attention a little less than `step_flops`.
+    the PEFT backend does not have. Stated limits weigh attention a little less than `step_flops`.
     """
     base_checkpointing = checkpointing if base_checkpointing is None else base_checkpointing
     if checkpointing and base_checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
@@ -117,9 +106,7 @@ def flop_limit(
     shape = shape_of(shape_name)
     config = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense")
     layers = config.layer_sparsity(model.num_layers)
-    if method == "hooks-dense":
-        layers = [(0.0, 0.0)] * model.num_layers
-    removal = backend_of(method) == "unsloth" and method not in (BASELINE, "hooks-dense")
+    removal = backend_of(method) == "unsloth" and method != BASELINE
     dense, ours = (
         step_flops(
             model,
@@ -128,7 +115,6 @@ def flop_limit(
             shape.context_tokens,
             [shape.length] * shape.batch,
             lora_rank=16,
-            compensation_rank=COMPENSATION_RANK if method == "sparse-25-comp" and removed else 0,
             backward_rows=config.backward_rows if removed else 1.0,
             checkpointing=again,
             head_tokens=shape.batch * shape.outputs if removed else None,

@@ -51,7 +51,7 @@ from sparse_unsloth.bench.arms import (
     what_ran,
     why_idle,
 )
-from sparse_unsloth.bench.methods import CALIBRATED, METHODS, methods_of, sparsity_of
+from sparse_unsloth.bench.methods import METHODS, methods_of, sparsity_of
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, own_command, processes_of, serve, warm_up
 from sparse_unsloth.bench.runs import (
@@ -465,7 +465,7 @@ def attached(model: nn.Module, method: str, file: Path | None = None, say: bool 
         yield
         return
     began = time.perf_counter()
-    found = attach(model, sparsity, _samples(model) if method in CALIBRATED else None)
+    found = attach(model, sparsity)
     if say:
         print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
     try:
@@ -475,12 +475,6 @@ def attached(model: nn.Module, method: str, file: Path | None = None, say: bool 
         yield
     finally:
         detach(model)
-
-
-def _samples(model: nn.Module) -> list[dict[str, torch.Tensor]]:
-    """What estimators calibrate on: random tokens, as the steps train on."""
-    shape, device = Shape(1, 1024, 64), next(model.parameters()).device
-    return [make_batch(shape, model.config.vocab_size, -seed, device) for seed in range(1, 5)]
 
 
 def check_method(model: nn.Module, method: str, plain: PlainSteps) -> str:

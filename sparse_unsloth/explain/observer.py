@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_unsloth.config import OUTPUT
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count, key_channel_scores
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 ORACLE_ROWS = 1024
 """At most so many rows, evenly spaced, are computed exactly for the oracle."""
-TIERS = {"": "context", OUTPUT: "output"}
-"""What stands before a part's name, and the rows of a partition that it is about."""
 
 
 @dataclass
@@ -33,15 +30,15 @@ class Observation:
     Args:
         step: optimiser steps done before it.
         compare: whether it is recorded; else only its channels are kept, for the next one.
-        rows: by tier ("context", "output"), int64: those that the oracle looks at, without first tokens.
-        places: the same rows by their place among those of the tier.
+        rows: int64: the context rows that the oracle looks at, without first tokens; None: none.
+        places: the same rows by their place among the context rows.
         record: what the host knows of it already.
     """
 
     step: int
     compare: bool
-    rows: dict[str, Tensor]
-    places: dict[str, Tensor]
+    rows: Tensor | None
+    places: Tensor | None
     record: dict[str, Any]
     channels: dict[tuple[int, str], tuple[Tensor, ...]] = field(default_factory=dict)
     figures: dict[tuple[int, str], dict[str, Tensor]] = field(default_factory=dict)
@@ -93,14 +90,11 @@ class Observer:
             sparsity: by ``(layer index, part)``, of this forward.
         """
         compare = self._last is not None and self._last.step == step - 1
-        rows, places = {}, {}
-        if compare:
-            for tier in TIERS.values():
-                chosen = getattr(partition, tier)
-                if chosen is not None and len(chosen):
-                    place = (~starts.flatten()[chosen]).nonzero().flatten()
-                    places[tier] = place[:: max(1, -(-len(place) // ORACLE_ROWS))]
-                    rows[tier] = chosen[places[tier]]
+        rows, places, context = None, None, partition.context
+        if compare and len(context):
+            places = (~starts.flatten()[context]).nonzero().flatten()
+            places = places[:: max(1, -(-len(places) // ORACLE_ROWS))]
+            rows = context[places]
         found = Observation(step, compare, rows, places, _counts(step, partition, layers, sparsity))
         self._due = None
         if compare:
@@ -113,17 +107,17 @@ class Observer:
         self,
         observation: Observation,
         layer: DecoderLayer,
-        name: str,
+        part: str,
         hidden_states: Tensor,
         selection: MlpSelection | AttentionSelection,
-        tier_alone: bool = False,
+        context_alone: bool = False,
     ) -> None:
-        """Notes the channels of one part (``name``: "mlp", "output_self_attn", ...); a recompute changes nothing.
+        """Notes the channels of one part ("mlp", "self_attn"); a recompute changes nothing.
 
         Args:
-            hidden_states: the part's input; with ``tier_alone`` that of the tier's rows only.
+            hidden_states: the part's input; with ``context_alone`` that of the context rows only.
         """
-        key = (layer.index, name)
+        key = (layer.index, part)
         if key in observation.channels:
             return
         mlp = isinstance(selection, MlpSelection)
@@ -137,9 +131,7 @@ class Observer:
             size = layer.intermediate_size if mlp else layer.num_kv_heads * layer.head_dim
             kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
             figures["overlap"] = torch.stack(kept).mean()
-        rows = (observation.places if tier_alone else observation.rows).get(
-            TIERS[OUTPUT if name.startswith(OUTPUT) else ""]
-        )
+        rows = observation.places if context_alone else observation.rows
         if rows is None or not len(rows):
             return
         inputs = hidden_states.detach().flatten(0, -2).index_select(0, rows)
@@ -180,11 +172,8 @@ def _counts(step: int, partition: TokenPartition, layers: list[DecoderLayer], sp
         }
         for part, (channels, weight) in sizes.items():
             weights += weight
-            share = 0.0
-            for prefix, tier in TIERS.items():
-                left_out, of_tier = sparsity.get((layer.index, f"{prefix}{part}"), 0.0), getattr(partition, tier)
-                if left_out and of_tier is not None:
-                    share += len(of_tier) / rows * (1 - keep_count(channels, left_out) / channels)
+            left_out = sparsity.get((layer.index, part), 0.0)
+            share = partition.num_context / rows * (1 - keep_count(channels, left_out) / channels) if left_out else 0.0
             by_part[layer.index, part] = share
             saved += share * weight
     return {
@@ -203,9 +192,7 @@ def _plain(observation: Observation) -> dict[str, Any]:
     values = torch.stack([value.to("cpu", torch.float32) for *_, value in flat]).tolist() if flat else []
     layers: dict[tuple[int, str], dict[str, Any]] = {}
     for index, name in sorted(keys):
-        layers[index, name] = {"layer": index, "part": name}
-        if not name.startswith(OUTPUT):
-            layers[index, name]["saved_flops"] = saved[index, name]
+        layers[index, name] = {"layer": index, "part": name, "saved_flops": saved[index, name]}
     for (key, what, _), value in zip(flat, values, strict=True):
         layers[key][what] = value
     return record | {"layers": list(layers.values())}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
+from sparse_unsloth.config import CONFIG_NAME, PART_NAMES, SparsityConfig
 from sparse_unsloth.errors import ConfigError
 
 RECORDS_FILE = "explain.jsonl"
@@ -64,8 +64,8 @@ def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:
 
 
 def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The parts that occur: "mlp", "self_attn", and those of output tokens."""
-    return sorted({row["part"] for record in records for row in record["layers"]})
+    """The parts that occur, "mlp" and "self_attn"; older records may have others."""
+    return sorted({row["part"] for record in records for row in record["layers"]} & PART_NAMES.keys())
 
 
 def means(record: Mapping[str, Any]) -> dict[str, float]:

@@ -140,7 +140,7 @@ def _advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if shifting:
             lines.append(
                 f"{PART_NAMES[part]}: more than half of the channels are new in every step in layers "
-                f"{', '.join(shifting)}: with refresh_steps above 1 they would be stale."
+                f"{', '.join(shifting)}: a choice made before this batch would be stale."
             )
     return lines
 

@@ -213,7 +213,7 @@ def estimate(
         preset = SparsityConfig(preset=name)
         if preset.is_sparse(model.shape.num_layers):
             layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
-            kind = replace(plan, layers=layers, output_layers=None, backward_rows=preset.backward_rows)
+            kind = replace(plan, layers=layers, backward_rows=preset.backward_rows)
             graphs = recordable and recipe.sparsity.cuda_graphs
             other = step_recorded(kind) if graphs else step(kind, removal)
             presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
@@ -247,7 +247,6 @@ def estimate(
 
 def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
     sparsity = recipe.sparsity
-    scores = sparsity.criterion == "estimator" and sparsity.estimator.kind != "static"
     return Plan(
         model.shape,
         model.layers,
@@ -256,10 +255,8 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         chunked_loss=backend == "peft" and recipe.training.loss_type == "chunked_nll",
         lora_rank=recipe.model.lora_r,
         lora_targets=model.lora_targets,
-        estimator_rank=sparsity.estimator.rank if scores else 0,
-        compensation_rank=sparsity.estimator.compensation_rank,
+        estimator_rank=sparsity.estimator.rank if sparsity.criterion == "estimator" else 0,
         eager_attention=model.eager_attention,
-        output_layers=model.output_layers,
         backward_rows=sparsity.backward_rows,
         whole_layers=backend == "unsloth" and model.model_type in LLAMA_LAYERS,
     )

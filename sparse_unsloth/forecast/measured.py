@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sparse_unsloth.bench.methods import CALIBRATED, LLAMA_3_8B, METHODS, backend_of, sparsity_of
+from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, backend_of, sparsity_of
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.costs import ModelShape
@@ -28,7 +28,7 @@ NOT_OURS = ("unsloth-dense", "peft-dense")
 """Methods whose time does not depend on the code of this package."""
 GRAPHED = tuple(method for method in METHODS if method.endswith("-graphs"))
 """Methods whose steps are recorded."""
-LEFT_OUT = ("hooks-dense", "nothing-dropped", *CALIBRATED, *GRAPHED)
+LEFT_OUT = ("nothing-dropped", *GRAPHED)
 """Methods that nobody trains with, and those that a `Plan` does not describe."""
 SAME_CODE = datetime.timedelta(days=1)
 """Rows of our own methods that are older than the newest one by more than this were measured on older code."""
@@ -83,7 +83,7 @@ class Fitted:
 
 def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
     """The newest row of each device, model, dtype, checkpointing, method and shape, without those of older code."""
-    newest = _newest(row for row in rows if row["method"] not in LEFT_OUT)
+    newest = _newest(row for row in rows if row["method"] in METHODS and row["method"] not in LEFT_OUT)
     ours = [_date(row) for row in newest if row["method"] not in NOT_OURS]
     limit = max(ours) - SAME_CODE if ours else None
     return [row for row in newest if row["method"] in NOT_OURS or _date(row) >= limit]

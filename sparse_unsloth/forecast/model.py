@@ -34,8 +34,7 @@ class Model:
         other: all other frozen parameters: embeddings, norms, head (a tied head counts once).
         adapter: trained parameters.
         lora_targets: which of the seven projections have an adapter.
-        layers, output_layers: ``(mlp, self_attn)`` sparsity of each layer under the recipe, for context rows and for
-            output tokens.
+        layers: ``(mlp, self_attn)`` sparsity of each layer under the recipe.
         in_4bit: whether the base weights are loaded in 4 bits.
         weight_bytes: of a parameter that is not in 4 bits.
         eager_attention: whether attention is computed without a fused kernel.
@@ -52,7 +51,6 @@ class Model:
     in_4bit: bool
     weight_bytes: int
     eager_attention: bool
-    output_layers: tuple[tuple[float, float], ...] | None = None
 
 
 def read_model(recipe: Recipe) -> tuple[Model, Any]:
@@ -75,7 +73,6 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
     config, tokenizer = _configuration(recipe)
     shape = ModelShape.from_config(config)
     layers = recipe.sparsity.layer_sparsity(shape.num_layers)
-    output_layers = recipe.sparsity.output_layer_sparsity(shape.num_layers)
     quantised = vars(config).pop("quantization_config", None)
     with _quiet():
         try:
@@ -127,7 +124,6 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
         adapter=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         lora_targets=tuple(name.partition(".")[2] for name, module in projections.items() if hasattr(module, "lora_A")),
         layers=tuple(tuple(layer) for layer in layers),
-        output_layers=tuple(tuple(layer) for layer in output_layers),
         in_4bit=arguments.load_in_4bit or bool(quantised and dict(_mapping(quantised)).get("load_in_4bit")),
         weight_bytes=_weight_bytes(recipe, config),
         eager_attention=arguments.attn_implementation == "eager",

@@ -30,9 +30,6 @@ def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches:
         and not recipe.model.use_dora
         and recipe.training.gradient_checkpointing
         and sparsity.exact_removal
-        and sparsity.refresh_steps == 1
-        and not sparsity.estimator.compensation_rank
-        and not any(map(any, model.output_layers or ()))
         and (layout == PADDED or sum(documents) <= LONGEST_MEAN * len(documents))
     )
 

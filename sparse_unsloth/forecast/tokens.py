@@ -45,7 +45,6 @@ class MicroBatch:
     padding: int
     loss: int
     lengths: tuple[int, ...]
-    output: int = 0
 
     @property
     def rows(self) -> int:
@@ -252,12 +251,10 @@ def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) ->
         positions,
         dense_tokens=dense_tokens,
         padding_masked=padding_masked,
-        tiers=dense_tokens == "output",
     )
     rows, columns = labels.shape
     lengths = [columns] * rows
     if positions is not None:
         starts = (positions.flatten() == 0).nonzero().flatten().tolist()
         lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
-    output = 0 if roles.output is None else len(roles.output)
-    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths), output)
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))

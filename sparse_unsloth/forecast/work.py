@@ -21,13 +21,12 @@ class Plan:
 
     Attributes:
         shape: of the model.
-        layers: ``(mlp, self_attn)`` sparsity of each layer; ``output_layers`` that of output tokens, None for dense.
+        layers: ``(mlp, self_attn)`` sparsity of each layer.
         backend: "unsloth" or "peft".
         checkpointing: whether the layers run forward twice.
         chunked_loss: TRL's loss over rows with loss only, whose logits are computed twice (PEFT backend).
         lora_rank, lora_targets: of the adapters.
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
-        compensation_rank: of the stand-in for dropped channels; 0 for none.
         backward_rows: see `SparsityConfig.backward_rows`.
         whole_layers: for it one function takes the place of O and MLP (Unsloth's Llama layers); else they are hooked
             one by one.
@@ -41,15 +40,13 @@ class Plan:
     lora_rank: int = 16
     lora_targets: Collection[str] = (*ATTENTION, *MLP)
     estimator_rank: int = 8
-    compensation_rank: int = 0
     eager_attention: bool = False
-    output_layers: tuple[tuple[float, float], ...] | None = None
     backward_rows: float = 1.0
     whole_layers: bool = True
 
     def dense(self) -> Plan:
         """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers), output_layers=None, backward_rows=1.0)
+        return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0)
 
     @property
     def by_rows(self) -> bool:
@@ -76,7 +73,7 @@ class Work:
         attention: FLOPs of the attention core.
         rows: rows times layers times hidden size: what norms, residuals and the like must pass over. Of a backward pass
             through few rows less, in proportion to the products.
-        sparse_rows: context rows (and output tokens, where they are a tier) times sparse parts times hidden size:
+        sparse_rows: context rows times sparse parts times hidden size:
             gathering, scoring, scattering. Of a backward pass through few rows these rows times layers.
         layers, sparse_parts: how many of each the host has to launch.
     """
@@ -100,7 +97,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         removal: leave out what no loss depends on: where enough rows bear none (Unsloth backend only) logits, and the
             last layer behind its keys and values; of a backward pass through few rows the MLP's recompute.
     """
-    sparse = plan.is_sparse and _sparse_rows(plan, batch) > 0
+    sparse = plan.is_sparse and batch.context > 0
     whole_again = () if plan.whole_layers else ("o_proj",)
     if not removal:
         whole_again = ("o_proj", *MLP)
@@ -122,9 +119,6 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
         last_layer_tokens=last_layer,
         attention="eager" if plan.eager_attention else "fused",
         estimator_rank=plan.estimator_rank,
-        compensation_rank=plan.compensation_rank,
-        output_sparsity=plan.output_layers if sparse else None,
-        output_tokens=batch.output,
         backward_rows=plan.backward_rows if sparse else 1.0,
         whole_again=whole_again,
     )
@@ -151,8 +145,8 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
         rows = round(rows * products / (dense.total - core))
         sparse_rows, parts = backward_rows_of(plan, batch) * layers * hidden, 0
     else:
-        parts = plan.sparse_parts if _sparse_rows(plan, batch) else 0
-        sparse_rows = _sparse_rows(plan, batch) * parts * hidden
+        parts = plan.sparse_parts if batch.context else 0
+        sparse_rows = batch.context * parts * hidden
     return Work(products, core, rows, sparse_rows, layers, parts)
 
 
@@ -161,11 +155,6 @@ def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:
     if not (plan.by_rows and batch.context):
         return batch.rows
     return batch.dense + math.ceil(plan.backward_rows * batch.context)
-
-
-def _sparse_rows(plan: Plan, batch: MicroBatch) -> int:
-    tiered = plan.output_layers is not None and any(map(any, plan.output_layers))
-    return batch.context + (batch.output if tiered else 0)
 
 
 def _up(rows: int, multiple: int) -> int:

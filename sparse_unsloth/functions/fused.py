@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.products import product_fp32
 from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
@@ -58,8 +57,7 @@ class FusedMlp:
         scales: LoRA's, of gate, up, down.
         activation: key of `sparse_unsloth.kernels.glu.KINDS`.
         channels: int64: the channels of context rows.
-        order: int64 ``[P]``: the channels of the LoRA branch of context rows, ``channels`` first.
-        compensation: added to context rows.
+        order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
         dtype: of the products.
     """
 
@@ -73,12 +71,11 @@ class FusedMlp:
         activation: str,
         channels: Tensor,
         order: Tensor,
-        compensation: Compensation | None,
         dtype: torch.dtype,
     ):
         self.num_dense, self.num_context = num_dense, num_context
         self.bases, self.scales, self.activation = bases, scales, activation
-        self.channels, self.order, self.compensation, self.dtype = channels, order, compensation, dtype
+        self.channels, self.order, self.dtype = channels, order, dtype
         self.loras = [lora.detach().contiguous() for lora in loras]
         self.r = loras[0].shape[0]
 
@@ -94,8 +91,6 @@ class FusedMlp:
                 weights.out.collect(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
-        if self.compensation is not None and self.num_context:
-            y[self.num_dense :] += self.compensation.forward(x[self.num_dense :])
         return y, tuple(saved)
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -116,8 +111,6 @@ class FusedMlp:
                 sums = (
                     products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
                 )
-        if self.compensation is not None and self.num_context:
-            dx[self.num_dense :] += self.compensation.input_gradient(dy[self.num_dense :])
         return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
@@ -180,14 +173,10 @@ class FusedMlp:
             up_A *= up_scale
         kept = (loras[1], loras[3], loras[4])
         dense = None if not dense else dense[0] if len(dense) == 1 else torch.cat(dense)
-        if context and len(order) == len(loras[1]):
+        if context:
             gate_B, up_B, down_A = mlp_gradients(context[0], dense, order, kept, down_scale)
-        elif not context:
+        else:
             gate_B, up_B, down_A = mlp_gradients(dense, None, _natural(len(loras[1]), dense.device), kept, down_scale)
-        else:  # lora_branch="selected": context rows leave the other channels alone
-            total = context[0].new_zeros((3, *loras[1].shape)) if dense is None else dense.sum(0)
-            gate_B, up_B, down = total.index_add_(1, order, context[0].sum(0))
-            down_A = down.t().mul_(down_scale)
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
 
 

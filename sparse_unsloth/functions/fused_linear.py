@@ -1,7 +1,7 @@
 """Q, K, V and O with few launches: stacks of LoRA and base weights over dense and context rows sorted by role.
 
 Same mathematics, and same gradients, as `sparse_unsloth.functions.linear`, for one to three parts that all have LoRA of
-one rank, and no compensation, with ``lora_branch="dense"``. Q, K, V take rows by role and join their outputs in the
+one rank. Q, K, V take rows by role and join their outputs in the
 natural order, O splits its input by role and leaves its output so (`sparse_unsloth.kernels.columns`); backward mirrors
 that. In a dense part every row is a dense one, in its natural order.
 """

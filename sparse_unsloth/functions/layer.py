@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.graphs import Pass
@@ -67,7 +66,6 @@ class LayerPlan:
         attention, mlp: their rows.
         projections: of q, k, v, o, gate, up, down; all have LoRA, q, k, v of one rank, and gate, up, down too.
         activation: of the MLP.
-        compensation: of its dropped channels.
         choose_attention, choose_mlp: a part's selection from its normalised context rows ``[n, hidden_size]``; called
             for sparse parts alone.
         unread: a recompute, whose backward is next: nobody will read the layer's output.
@@ -81,7 +79,6 @@ class LayerPlan:
     mlp: Rows
     projections: Sequence[Projection]
     activation: str
-    compensation: Compensation | None
     choose_attention: Callable[[Tensor], AttentionSelection]
     choose_mlp: Callable[[Tensor], MlpSelection]
     unread: bool
@@ -206,7 +203,7 @@ def fused_mlp(
     return FusedMlp(
         partition.num_dense, partition.num_context, [projection.base for projection in projections], loras,
         tuple(projection.lora.scale for projection in projections), plan.activation, channels, order,
-        plan.compensation and plan.compensation.to(loras[0].device, dtype), dtype,
+        dtype,
     )  # fmt: skip
 
 

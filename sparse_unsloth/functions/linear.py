@@ -1,14 +1,13 @@
 """Q, K, V and O projections: dense on dense rows, selected channels on context rows (design section 2).
 
 Q, K, V select output channels, ``y = m * (x W') + bias + LoRA(x)``; O selects input channels, ``y = (m * x) W' +
-LoRA(x)``. With ``lora_branch="selected"`` the mask covers the LoRA branch too. Gradients are exact, masks constant.
-With tiers, output tokens have channels of their own: two calls on disjoint rows, added, as in `functions.mlp`.
+LoRA(x)``. Gradients are exact, masks constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.rows import RowProjection
@@ -26,23 +24,11 @@ from sparse_unsloth.weights import BaseWeight, Projection
 
 @dataclass(frozen=True)
 class SelectedProjection:
-    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``).
-
-    ``output_out_index`` and ``output_in_index`` are likewise those that output tokens keep, of a partition with tiers;
-    all parts of a call have them, or none.
-    """
+    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``)."""
 
     projection: Projection
     out_index: Tensor | None = None
     in_index: Tensor | None = None
-    compensation: Compensation | None = None
-    output_out_index: Tensor | None = None
-    output_in_index: Tensor | None = None
-
-    @property
-    def has_tier(self) -> bool:
-        """Whether output tokens have channels of their own."""
-        return self.output_out_index is not None or self.output_in_index is not None
 
 
 @dataclass(frozen=True)
@@ -53,14 +39,12 @@ class _Part:
     scale: float
     out_index: Tensor | None
     in_index: Tensor | None
-    compensation: Compensation | None
 
 
 @dataclass(frozen=True)
 class _Plan:
     partition: TokenPartition
     parts: tuple[_Part, ...]
-    lora_branch: str
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
 
@@ -69,7 +53,6 @@ def sparse_linear(
     hidden_states: Tensor,
     partition: TokenPartition,
     parts: Sequence[SelectedProjection],
-    lora_branch: str = "dense",
 ) -> tuple[Tensor, ...]:
     """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
 
@@ -77,37 +60,20 @@ def sparse_linear(
         hidden_states: ``[..., in_features]``; flattened, its rows are those that ``partition`` counts.
         partition: the roles of the rows. Padding rows come out as zero.
         parts: the projections with their selected channels.
-        lora_branch: "dense" or "selected".
     """
-    if any(part.has_tier for part in parts):
-        return _tiered_linear(hidden_states, partition, parts, lora_branch)
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     constants = tuple(
-        _Part(part.projection.base, lora_scale(part.projection), part.out_index, part.in_index, part.compensation)
-        for part in parts
+        _Part(part.projection.base, lora_scale(part.projection), part.out_index, part.in_index) for part in parts
     )
     tensors = [tensor for part in parts for tensor in lora_tensors(part.projection)]
-    return _SparseLinear.apply(hidden_states, _Plan(partition, constants, lora_branch), *tensors)
-
-
-def _tiered_linear(
-    hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection], lora_branch: str
-) -> tuple[Tensor, ...]:
-    output = [SelectedProjection(part.projection, part.output_out_index, part.output_in_index) for part in parts]
-    if all(part.out_index is None and part.in_index is None for part in parts):
-        return sparse_linear(hidden_states, partition.output_as_context, output, lora_branch)
-    others = [replace(part, output_out_index=None, output_in_index=None) for part in parts]
-    first = sparse_linear(hidden_states, partition.without_output, others, lora_branch)
-    second = sparse_linear(hidden_states, partition.output_alone, output, lora_branch)
-    return tuple(one + other for one, other in zip(first, second, strict=True))
+    return _SparseLinear.apply(hidden_states, _Plan(partition, constants), *tensors)
 
 
 def masked_linear(
     hidden_states: Tensor,
     partition: TokenPartition,
     parts: Sequence[SelectedProjection],
-    lora_branch: str = "dense",
 ) -> tuple[Tensor, ...]:
     """The definition that `sparse_linear` must equal: whole products and masks, differentiated by autograd."""
     x = hidden_states.flatten(0, -2)
@@ -115,35 +81,24 @@ def masked_linear(
     for part in parts:
         base, lora = part.projection.base, part.projection.lora
         weight = base.dense(x.dtype)
-        out_mask = context_mask(partition, part.out_index, weight.shape[0], x, part.output_out_index)
-        in_mask = context_mask(partition, part.in_index, weight.shape[1], x, part.output_in_index)
+        out_mask = context_mask(partition, part.out_index, weight.shape[0], x)
+        in_mask = context_mask(partition, part.in_index, weight.shape[1], x)
         y = out_mask * F.linear(in_mask * x, weight)
         if base.bias is not None:
             y = y + base.bias
         if lora is not None:
-            narrow = lora_branch == "selected"
-            branch = lora.scale * ((in_mask * x if narrow else x) @ lora.A.t()) @ lora.B.t()
-            y = y + (out_mask * branch if narrow else branch)
-        if part.compensation is not None:
-            y = y + rows_mask(partition.context, x) * part.compensation.forward(x)
+            y = y + lora.scale * (x @ lora.A.t()) @ lora.B.t()
         y = y * (1 - rows_mask(partition.padding, x))
         outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
     return tuple(outputs)
 
 
-def context_mask(
-    partition: TokenPartition,
-    channels: Tensor | None,
-    width: int,
-    like: Tensor,
-    output_channels: Tensor | None = None,
-) -> Tensor:
-    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels``, and on output tokens only at
-    ``output_channels`` (None: everywhere)."""
+def context_mask(partition: TokenPartition, channels: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels`` (None: everywhere)."""
     mask = torch.ones(like.shape[0], width, dtype=like.dtype, device=like.device)
-    for rows, kept in ((partition.context, channels), (partition.output, output_channels)):
-        if kept is not None:
-            mask[rows] = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, kept, 1.0)
+    if channels is not None:
+        kept = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, channels, 1.0)
+        mask[partition.context] = kept
     return mask
 
 
@@ -187,16 +142,10 @@ def row_projection(
     scale: float,
     out_index: Tensor | None = None,
     in_index: Tensor | None = None,
-    narrow: bool = False,
 ) -> RowProjection:
-    """The projection over a (gathered) ``weight``; ``narrow`` gathers bias and LoRA too, so nothing needs placing."""
+    """The projection over a (gathered) ``weight``."""
     A, B = lora
     bias = None if base.bias is None else base.bias.detach().to(weight.dtype)
-    if narrow:
-        bias = bias if out_index is None or bias is None else bias.index_select(0, out_index)
-        B = B if out_index is None or B is None else B.index_select(0, out_index)
-        A = A if in_index is None or A is None else A.index_select(1, in_index)
-        return RowProjection(weight, bias, A, B, scale, weight.shape[0])
     return RowProjection(weight, bias, A, B, scale, base.shape[0], out_index, in_index)
 
 
@@ -232,7 +181,7 @@ class _SparseLinear(torch.autograd.Function):
                 if dense is not None:
                     y.index_copy_(0, partition.dense, dense.forward(dense_input))
                 if context is not None:
-                    rows = _forward_context(part, context, context_input, plan.lora_branch)
+                    rows = context.forward(context_input)
                     y.index_copy_(0, partition.context, rows)
                 outputs.append(y.unflatten(0, hidden_states.shape[:-1]))
         return tuple(outputs)
@@ -254,9 +203,7 @@ class _SparseLinear(torch.autograd.Function):
             context_input = x.index_select(0, plan.partition.context)
             dx_dense, dx_context = torch.zeros_like(dense_input), torch.zeros_like(context_input)
             lora_gradients: list[Tensor | None] = []
-            for number, (part, (dense, context)) in enumerate(
-                zip(plan.parts, _projections(plan, loras, x.dtype), strict=True)
-            ):
+            for number, (dense, context) in enumerate(_projections(plan, loras, x.dtype)):
                 dy = gradients[number].flatten(0, -2)
                 A, B = loras[2 * number : 2 * number + 2]
                 dA = None if A is None else torch.zeros_like(A, dtype=x.dtype)
@@ -268,7 +215,9 @@ class _SparseLinear(torch.autograd.Function):
                     _accumulate(dA, dB, step)
                 if context is not None:
                     dy_context = dy.index_select(0, plan.partition.context)
-                    _backward_context(part, context, dy_context, context_input, plan.lora_branch, dx_context, dA, dB)
+                    step = context.backward(dy_context, context_input, context.thin(context_input))
+                    dx_context += step[0]
+                    _accumulate(dA, dB, step)
                 lora_gradients += [None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype)]
             dx = torch.zeros_like(x)
             dx.index_copy_(0, plan.partition.dense, dx_dense)
@@ -282,14 +231,7 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
     parts = plan.parts
     if fused is not None or not (len(plan.partition.rows) and use_kernels(x)):
         return fused
-    if (
-        plan.lora_branch != "dense"
-        or len(parts) > 3
-        or any(lora is None for lora in loras)
-        or len({A.shape[0] for A in loras[::2]}) > 1
-    ):
-        return None
-    if any(part.compensation is not None for part in parts):
+    if len(parts) > 3 or any(lora is None for lora in loras) or len({A.shape[0] for A in loras[::2]}) > 1:
         return None
     scales = [part.scale for part in parts]
     if all(part.in_index is None for part in parts):
@@ -323,46 +265,8 @@ def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype
         context = None
         if has_context:
             weight = gather_weight(base, whole, part.out_index, part.in_index, dtype)
-            narrow = plan.lora_branch == "selected"
-            context = row_projection(base, weight, (A, B), scale, part.out_index, part.in_index, narrow)
+            context = row_projection(base, weight, (A, B), scale, part.out_index, part.in_index)
         yield dense, context
-
-
-def _forward_context(part: _Part, rows: RowProjection, x: Tensor, lora_branch: str) -> Tensor:
-    if lora_branch == "selected":
-        source = x if part.in_index is None else x.index_select(1, part.in_index)
-        y = rows.forward(source)
-        if part.out_index is not None:
-            bias = part.base.bias
-            wide = y.new_zeros(len(x), part.base.shape[0])
-            wide = wide if bias is None else wide.add_(bias.detach().to(y.dtype))
-            y = wide.index_copy_(1, part.out_index, y)
-    else:
-        y = rows.forward(x)
-    return y if part.compensation is None else y.add_(part.compensation.to(x.device, x.dtype).forward(x))
-
-
-def _backward_context(
-    part: _Part, rows: RowProjection, dy: Tensor, x: Tensor, lora_branch: str, dx: Tensor, dA, dB
-) -> None:
-    """Adds the context rows' share to ``dx``, ``dA``, ``dB``."""
-    if part.compensation is not None:
-        dx += part.compensation.to(x.device, x.dtype).input_gradient(dy)
-    if lora_branch == "dense":
-        step = rows.backward(dy, x, rows.thin(x))
-        dx += step[0]
-        _accumulate(dA, dB, step)
-        return
-    narrow_dy = dy if part.out_index is None else dy.index_select(1, part.out_index)
-    source = x if part.in_index is None else x.index_select(1, part.in_index)
-    narrow_dx, narrow_dA, narrow_dB = rows.backward(narrow_dy, source, rows.thin(source))
-    if part.in_index is None:
-        dx += narrow_dx
-    else:
-        dx.index_add_(1, part.in_index, narrow_dx)
-    if dA is not None:
-        dA.add_(narrow_dA) if part.in_index is None else dA.index_add_(1, part.in_index, narrow_dA)
-        dB.add_(narrow_dB) if part.out_index is None else dB.index_add_(0, part.out_index, narrow_dB)
 
 
 def _accumulate(dA: Tensor | None, dB: Tensor | None, step) -> None:

@@ -1,11 +1,8 @@
 """The gated MLP: dense on dense rows, the selected channels on context rows (design section 2, SparseLoRA section 3).
 
 On context rows, with the channel mask ``m``, ``e = m * (x Wg') + LoRA_g(x)``, ``g = m * (x Wu') + LoRA_u(x)``,
-``h = act(e) * g``, ``y = (m * h) Wd' + LoRA_d(h)``; biases stay dense. With ``lora_branch="selected"`` the mask covers
-the LoRA branches as well, and only the selected channels are ever computed. Gradients are exact, with ``m`` constant.
-
-With tiers, output tokens have channels of their own. Each tier is then a call to which the other's rows are padding,
-which comes out as zero, and the two outputs are added: one more of each launch, and the same exact gradients.
+``h = act(e) * g``, ``y = (m * h) Wd' + LoRA_d(h)``; biases stay dense. Gradients are exact, ``m``
+constant.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.functions.compensation import Compensation
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import place_rows
 from sparse_unsloth.functions.implementation import use_kernels
@@ -64,8 +60,6 @@ class _Plan:
     scales: tuple[float, float, float]
     ranks: tuple[int | None, int | None, int | None]
     activation: str
-    lora_branch: str
-    compensation: Compensation | None
     order: Tensor | None
     unread: bool
     keep: bool
@@ -76,42 +70,24 @@ class _Plan:
 def sparse_mlp(
     hidden_states: Tensor,
     partition: TokenPartition,
-    channels: Tensor | None,
+    channels: Tensor,
     mlp: GatedMlp,
-    lora_branch: str = "dense",
-    compensation: Compensation | None = None,
     memo: dict[str, Any] | None = None,
     output_is_added: bool = False,
-    output_channels: Tensor | None = None,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
     Args:
         hidden_states: flattened, its rows are those that ``partition`` counts.
         partition: the roles of the rows. Padding rows come out as zero.
-        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep. None, with
-            ``output_channels``: all of them.
+        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
         mlp: the projections.
-        lora_branch: "dense" or "selected".
-        compensation: added to context rows.
         memo: a dictionary for one forward and these channels, by which its recompute is known; the order of the
             channels may be put in beforehand (key "order").
         output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
             to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
             saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
-        output_channels: int64, ascending: the channels that output tokens keep, of a partition with tiers. None: all.
     """
-    if output_channels is not None:
-        memo = {} if memo is None else memo
-        arguments = (mlp, lora_branch)
-        if channels is None:
-            swapped = partition.output_as_context
-            return sparse_mlp(hidden_states, swapped, output_channels, *arguments, None, memo, output_is_added)
-        y = sparse_mlp(
-            hidden_states, partition.without_output, channels, *arguments, compensation, memo, output_is_added
-        )
-        memo, alone = memo.setdefault("output", {}), partition.output_alone
-        return y + sparse_mlp(hidden_states, alone, output_channels, *arguments, None, memo, output_is_added)
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
@@ -124,8 +100,6 @@ def sparse_mlp(
         scales=tuple(lora_scale(projection) for projection in projections),
         ranks=tuple(None if projection.lora is None else projection.lora.A.shape[0] for projection in projections),
         activation=mlp.activation,
-        lora_branch=lora_branch,
-        compensation=compensation,
         order=memo.get("order"),
         unread=unread,
         keep=torch.is_grad_enabled(),
@@ -143,31 +117,23 @@ def is_recompute(memo: dict[str, Any]) -> bool:
 def masked_mlp(
     hidden_states: Tensor,
     partition: TokenPartition,
-    channels: Tensor | None,
+    channels: Tensor,
     mlp: GatedMlp,
-    lora_branch: str = "dense",
-    compensation: Compensation | None = None,
-    output_channels: Tensor | None = None,
 ) -> Tensor:
     """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
     x = hidden_states.flatten(0, -2)
-    mask = context_mask(partition, channels, mlp.gate.base.shape[0], x, output_channels)
-    narrow = lora_branch == "selected"
+    mask = context_mask(partition, channels, mlp.gate.base.shape[0], x)
 
     def project(projection: Projection, source: Tensor, base_source: Tensor, out_mask: Tensor | float) -> Tensor:
         y = out_mask * F.linear(base_source, projection.base.dense(x.dtype))
         if projection.base.bias is not None:
             y = y + projection.base.bias
         if projection.lora is not None:
-            lora = projection.lora
-            branch = lora.scale * (source @ lora.A.t()) @ lora.B.t()
-            y = y + (out_mask * branch if narrow else branch)
+            y = y + projection.lora.scale * (source @ projection.lora.A.t()) @ projection.lora.B.t()
         return y
 
     h = ACTIVATIONS[mlp.activation](project(mlp.gate, x, x, mask)) * project(mlp.up, x, x, mask)
-    y = project(mlp.down, mask * h if narrow else h, mask * h, 1.0)
-    if compensation is not None:
-        y = y + rows_mask(partition.context, x) * compensation.forward(x)
+    y = project(mlp.down, h, mask * h, 1.0)
     return (y * (1 - rows_mask(partition.padding, x))).unflatten(0, hidden_states.shape[:-1])
 
 
@@ -221,18 +187,12 @@ class _SparseMlp(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _GluRows:
-    """The gated MLP on one set of rows.
-
-    ``lora_index`` is None where the LoRA gradients have their whole width, else the channels they belong to (rows of
-    ``B`` for gate and up, columns of ``A`` for down).
-    """
+    """The gated MLP on one set of rows."""
 
     gate: RowProjection
     up: RowProjection
     down: RowProjection
     activation: str
-    lora_index: Tensor | None
-    compensation: Compensation | None
 
     def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """``y [n, hidden]`` (None if ``unread``) and what backward needs beside ``x``: the pre-activations of gate and
@@ -245,8 +205,6 @@ class _GluRows:
             return None, saved
         h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
         y = self.down.combine(self.down.base(h), self.down.thin(h))
-        if self.compensation is not None:
-            y += self.compensation.forward(x)
         return y, saved
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
@@ -262,41 +220,32 @@ class _GluRows:
         dx, *gate_gradients = self.gate.backward(de, x, gate_thin)
         up_dx, *up_gradients = self.up.backward(dg, x, up_thin)
         dx += up_dx
-        if self.compensation is not None:
-            dx += self.compensation.input_gradient(dy)
         for place, gradient in enumerate((*gate_gradients, *up_gradients, *down_gradients)):
-            if gradient is None:
-                continue
-            axis = {1: 0, 3: 0, 4: 1}.get(place)
-            if self.lora_index is None or axis is None:
+            if gradient is not None:
                 gradients[place] += gradient
-            else:
-                gradients[place].index_add_(axis, self.lora_index, gradient)
         return dx
 
 
 def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
     """Yields ``(row index, _GluRows)`` for the dense and the context rows that the partition has; dequantises once."""
-    partition, narrow = plan.partition, plan.lora_branch == "selected"
+    partition = plan.partition
     pairs = [tuple(None if t is None else t.to(dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
     wholes: list[Tensor | None] = [None, None, None]
     if partition.dense.numel():
         wholes = [base.dense(dtype) for base in plan.bases]
         dense = [row_projection(*each) for each in zip(plan.bases, wholes, pairs, plan.scales, strict=True)]
-        yield partition.dense, _GluRows(*dense, plan.activation, None, None)
+        yield partition.dense, _GluRows(*dense, plan.activation)
     if partition.context.numel():
         indices = ({"out_index": plan.channels}, {"out_index": plan.channels}, {"in_index": plan.channels})
         weights = [
             gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
             for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
         ]
-        compensation = plan.compensation and plan.compensation.to(weights[0].device, dtype)
         context = [
-            row_projection(base, weight, pair, scale, **index, narrow=narrow)
+            row_projection(base, weight, pair, scale, **index)
             for base, weight, pair, scale, index in zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
         ]
-        lora_index = plan.channels if narrow else None
-        yield partition.context, _GluRows(*context, plan.activation, lora_index, compensation)
+        yield partition.context, _GluRows(*context, plan.activation)
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
@@ -306,12 +255,11 @@ def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedM
         return fused
     if None in plan.ranks or len(set(plan.ranks)) > 1 or any(base.bias is not None for base in plan.bases):
         return None
-    order = plan.channels if plan.lora_branch == "selected" else plan.order
+    order = plan.order
     if order is None and partition.num_context:
         order = channel_order(plan.channels, plan.bases[0].shape[0])
-    compensation = plan.compensation and plan.compensation.to(x.device, x.dtype)
     fused = plan.kept["fused"] = FusedMlp(
         partition.num_dense, partition.num_context, plan.bases, loras, plan.scales, plan.activation, plan.channels,
-        order, compensation, x.dtype,
+        order, x.dtype,
     )  # fmt: skip
     return fused

@@ -55,8 +55,6 @@ class Batch:
     Attributes:
         ids: int64 ``[seeds, rows]``.
         context: bool ``[seeds, rows]``: prompt tokens but the last, no padding.
-        last: bool ``[seeds, rows]``: last prompt tokens, which predict the first token of the answer.
-        output: bool ``[seeds, rows]``: tokens of answers.
         loss_rows: int64 ``[seeds, places]``: rows that predict a token of an answer.
         targets: int64 ``[seeds, places]``: the token that each of them predicts.
         weights: fp32 ``[seeds, places]``: 1 over the seed's loss rows, 0 where a place is empty.
@@ -64,8 +62,6 @@ class Batch:
 
     ids: Tensor
     context: Tensor
-    last: Tensor
-    output: Tensor
     loss_rows: Tensor
     targets: Tensor
     weights: Tensor
@@ -118,7 +114,6 @@ class Batches:
             role = torch.zeros(ids.size, dtype=torch.bool)
             role[getattr(flat, name)] = True
             roles[name] = role.view(ids.shape)
-        output = torch.as_tensor(labels != IGNORE_INDEX)
         self._context, self._loss = (roles[name].numpy() for name in ("context", "loss"))
         places = int(self._loss.sum(-1).max())
         loss_rows = np.argsort(~self._loss, axis=-1, kind="stable")[..., :places]
@@ -129,8 +124,6 @@ class Batches:
         self._tensors = Batch(
             ids=torch.as_tensor(ids).int().to(device),
             context=roles["context"].to(device),
-            last=(roles["loss"] & ~output).to(device),
-            output=output.to(device),
             loss_rows=torch.as_tensor(loss_rows).to(device),
             targets=torch.as_tensor(targets).to(device),
             weights=torch.as_tensor(weights).float().to(device),

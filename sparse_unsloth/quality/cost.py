@@ -2,7 +2,7 @@
 
 FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), with gradient checkpointing, as
 Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows,
-channel scores, stand-ins and calibration passes. Where only part of a LoRA branch is computed, or of an answer token,
+channel scores and calibration passes. Where only part of a LoRA branch is computed, or of an answer token,
 nothing is deducted. Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
 
 Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
@@ -24,7 +24,6 @@ from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.costs import ModelShape, attention_pairs, step_flops
 from sparse_unsloth.forecast.measured import usable_rows
-from sparse_unsloth.layer_rules import expand
 from sparse_unsloth.quality.arms import Arm, StepPlan
 from sparse_unsloth.quality.batches import Counts
 
@@ -39,7 +38,7 @@ SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
 
 
 def training_flops(
-    shape: ModelShape, arm: Arm, plans: Sequence[StepPlan], counts: Sequence[Counts], lora_rank: int, factor_rank: int
+    shape: ModelShape, plans: Sequence[StepPlan], counts: Sequence[Counts], lora_rank: int, factor_rank: int
 ) -> list[int]:
     """FLOPs of each step of one seed.
 
@@ -50,34 +49,26 @@ def training_flops(
     totals = []
     for plan, count in zip(plans, counts, strict=True):
         if plan not in units:
-            units[plan] = _plan_flops(shape, arm, plan, lora_rank, factor_rank)
+            units[plan] = _plan_flops(shape, plan, lora_rank, factor_rank)
         dense, context, loss = units[plan]
-        sparse_rows = count.context + plan.mode.last * len(count.lengths)
-        dense_rows = count.dense + count.context - sparse_rows
-        total = dense_rows * dense + sparse_rows * context + count.loss * loss
+        total = count.dense * dense + count.context * context + count.loss * loss
         totals.append(total + _head(shape, count.loss) + _core(shape, attention_pairs(count.lengths)))
     return totals
 
 
-def _plan_flops(shape: ModelShape, arm: Arm, plan: StepPlan, lora_rank: int, factor_rank: int) -> tuple[int, int, int]:
+def _plan_flops(shape: ModelShape, plan: StepPlan, lora_rank: int, factor_rank: int) -> tuple[int, int, int]:
     """FLOPs of all layers for one dense row, one context row, and what a row that bears loss adds."""
     layers, inner = shape.num_layers, shape.intermediate_size
-    attention = expand(arm.self_attn, [0.0] * layers) if plan.mode.attention else [0.0] * layers
     found = []
     for layer in range(layers):
         row = _Row(
             shape=replace(shape, num_layers=1),
-            mlp=1 - plan.keep[layer] / inner if plan.mode.kind not in ("dense", "rows") else 0.0,
-            self_attn=attention[layer],
-            backward_only=plan.mode.kind == "backward",
+            mlp=1 - plan.keep[layer] / inner if plan.mode.kind == "forward" else 0.0,
             rows=plan.keep[layer] / inner if plan.mode.kind == "rows" else None,
-            below=plan.mode.cut and layer < arm.cut,
-            above=plan.mode.cut and layer + 1 < arm.cut,
             first=layer == 0,
             last=layer == layers - 1,
             lora_rank=lora_rank,
             factor_rank=factor_rank if plan.mode.contextual else 0,
-            stand_in_rank=arm.compensation if plan.mode.compensation else 0,
         )
         found.append([_row_flops(row, role) for role in ("dense", "context", "loss")])
     return tuple(sum(column) for column in zip(*found, strict=True))
@@ -87,16 +78,11 @@ def _plan_flops(shape: ModelShape, arm: Arm, plan: StepPlan, lora_rank: int, fac
 class _Row:
     shape: ModelShape
     mlp: float
-    self_attn: float
-    backward_only: bool
     rows: float | None
-    below: bool
-    above: bool
     first: bool
     last: bool
     lora_rank: int
     factor_rank: int
-    stand_in_rank: int
 
 
 @cache
@@ -110,8 +96,6 @@ def _row_flops(row: _Row, role: str) -> int:
         "checkpointing": True,
     }
     none = [(0.0, 0.0)]
-    # A mask that keeps nothing is a sparsity of 1, which a configuration never has.
-    sparse = [(min(row.mlp, 1 - 1e-9), row.self_attn)]
     if row.last:
         # Behind keys and values only rows with loss are computed, densely.
         if role == "loss":
@@ -120,35 +104,14 @@ def _row_flops(row: _Row, role: str) -> int:
             )
             return whole - rest
         rows = (0, 1) if role == "context" else (1, 0)
-        return step_flops(row.shape, [(0.0, row.self_attn)], *rows, last_layer_tokens=0, **options).total
+        return step_flops(row.shape, none, *rows, last_layer_tokens=0, **options).total
     if role == "loss":
         return 0
     if role == "dense":
         return step_flops(row.shape, none, 1, 0, **options).total
     if row.rows is not None:
         return step_flops(row.shape, none, 0, MANY, backward_rows=row.rows, **options).total // MANY
-    step = step_flops(
-        row.shape, sparse, 0, 1, estimator_rank=row.factor_rank, compensation_rank=row.stand_in_rank, **options
-    )
-    forward = step.forward.total + step.recompute.total
-    if row.backward_only:
-        # Where nothing is kept, the recompute of the MLP could go too; nothing is deducted for that.
-        whole = step_flops(row.shape, none, 0, 1, **options)
-        forward = whole.forward.total + whole.recompute.total + step.forward.estimator
-    if not row.above:
-        return forward + step.backward.total
-    return forward + _cut_backward(row)
-
-
-def _cut_backward(row: _Row) -> int:
-    """Of a context row whose output receives no gradient: only what answers read of its keys and values."""
-    total = 0
-    for name in ("k_proj", "v_proj"):
-        inputs, outputs = row.shape.projections()[name]
-        total += 2 * row.lora_rank * (2 * outputs + inputs)
-        if not (row.below or row.first):
-            total += 2 * inputs * outputs + 2 * row.lora_rank * inputs
-    return total
+    return step_flops(row.shape, [(row.mlp, 0.0)], 0, 1, estimator_rank=row.factor_rank, **options).total
 
 
 def _head(shape: ModelShape, rows: int) -> int:
@@ -219,16 +182,7 @@ def measured_method(arm: Arm) -> str | None:
     shares = set(arm.mlp.values())
     if arm.kind == "rows":
         return ROW_METHODS.get(round(1 - min(shares), 6))
-    plain = arm.kind == "forward" and arm.cut is None and not arm.self_attn and not arm.mix and arm.ramp == 0
-    plain = (
-        plain
-        and not arm.last
-        and not arm.per_sample
-        and not arm.selected_lora
-        and arm.outputs == 1
-        and list(arm.mlp) == ["1-29"]
-    )
-    return SPARSE_METHODS.get(next(iter(shares))) if plain and len(shares) == 1 else None
+    return SPARSE_METHODS.get(next(iter(shares))) if list(arm.mlp) == ["1-29"] else None
 
 
 def costs(

@@ -8,22 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_unsloth.kernels.select import reference_attention_channels
-from sparse_unsloth.layer_rules import expand
-from sparse_unsloth.quality.arms import RANK, STATIC, Arm
-from sparse_unsloth.quality.batches import Batches, evaluation_batches, training_batches
+from sparse_unsloth.quality.arms import Arm
+from sparse_unsloth.quality.batches import evaluation_batches, training_batches
 from sparse_unsloth.quality.cost import StepTimes, costs, forward_flops, training_flops
 from sparse_unsloth.quality.evaluation import Figures, evaluate
-from sparse_unsloth.quality.fitting import FACTOR_RANK, SAMPLES, Calibration, calibrate, fit_stand_ins
+from sparse_unsloth.quality.fitting import FACTOR_RANK, SAMPLES, Calibration, calibrate
 from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
 from sparse_unsloth.quality.network import DENSE, layer_forward, read_network
 from sparse_unsloth.quality.tasks import Items
-from sparse_unsloth.selection import keep_count
-
-FIT_BATCHES = 8
-"""Training batches that stand-ins are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Experiment:
     Args:
         model: the base model, fp32, on the device.
         items: training items of each seed, at least ``settings.items``; held-out items are ``test``.
-        calibration_items: of each seed, what channels and stand-ins are calibrated on.
+        calibration_items: of each seed, what channels are calibrated on.
         dtype: of frozen weights and products.
         layer: `layer_forward`, or it compiled.
     """
@@ -97,10 +91,11 @@ class Experiment:
         self.batches = training_batches(items, settings.batch_size, settings.steps, seeds, device)
         self._test, order = evaluation_batches(test, test_batch, settings.seeds, device)
         self._parts = test.parts[order].tolist()
-        self._fit = training_batches(calibration_items, settings.batch_size, FIT_BATCHES, seeds, device)
+        passes = -(-SAMPLES // settings.batch_size)
+        self._calibrated_on = training_batches(calibration_items, settings.batch_size, passes, seeds, device).counts
         self._model, self._calibration_items = model, calibration_items
         self.adapters = Adapters(self.network, seeds, settings.lora_rank)
-        self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK, RANK)
+        self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK)
         self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, layer)
         self._dense_flops = [self._flops(Arm(), seed) for seed in seeds]
 
@@ -119,22 +114,11 @@ class Experiment:
         self.lockstep.reset()
         generator = torch.Generator(self.network.head.device).manual_seed(0)
         if arm.mode != DENSE and arm.kind != "rows":
-            choose(self.sparsity, arm, self.calibration, generator)
-        if arm.compensation:
-            self.sparsity.keep(full)
-            fit_stand_ins(
-                self.lockstep, self._fit_batches(self._fit, 0), self._fit.layout, arm.compensation, arm.stream
-            )
-        refits = {round(share * steps) for share in arm.refits}
+            choose(self.sparsity, arm, self.calibration if arm.calibrated else None, generator)
         losses, last = torch.zeros(steps, device=self.network.head.device), None
         self._synchronize()
         started, captured = time.perf_counter(), self.lockstep.capture_seconds
         for step, (plan, rate) in enumerate(zip(plans, self.settings.rates(steps), strict=True)):
-            if step in refits:
-                self.sparsity.keep(full)
-                batches = self._fit_batches(self.batches, step - FIT_BATCHES)
-                fit_stand_ins(self.lockstep, batches, self.batches.layout, arm.compensation, arm.stream)
-                last = None
             if arm.selector == "random" and plan.mode.kind == "forward":
                 draw(self.sparsity, generator)
                 last = None
@@ -148,10 +132,10 @@ class Experiment:
         self._synchronize()
         train_seconds = time.perf_counter() - started - (self.lockstep.capture_seconds - captured)
         dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
-        mode, sparse = arm.mode._replace(cut=False), dense
-        if mode.kind == "forward":
+        sparse = dense
+        if arm.mode.kind == "forward":
             self.sparsity.keep(full)
-            sparse = evaluate(self.lockstep, self._test, self._parts, mode)
+            sparse = evaluate(self.lockstep, self._test, self._parts, arm.mode)
         spent = [self.costs(arm, seed) for seed in range(self.settings.seeds)]
         return Outcome(
             dense=dense,
@@ -163,29 +147,21 @@ class Experiment:
             seconds=time.perf_counter() - began,
         )
 
-    def _fit_batches(self, batches: Batches, start: int) -> list:
-        start = max(0, start)
-        return [batches.batch(step) for step in range(start, min(start + FIT_BATCHES, len(batches)))]
-
     def _flops(self, arm: Arm, seed: int) -> list[int]:
         shape, steps = self.network.shape, round(self.settings.steps * arm.steps)
         plans = arm.plan(steps, shape.num_layers, shape.intermediate_size)
         counts = [self.batches.counts[step][seed] for step in range(steps)]
-        return training_flops(shape, arm, plans, counts, self.settings.lora_rank, FACTOR_RANK)
+        return training_flops(shape, plans, counts, self.settings.lora_rank, FACTOR_RANK)
 
     def costs(self, arm: Arm, seed: int) -> tuple[float, float]:
         """``(FLOPs, time)`` of a run over those of the dense one.
 
-        Calibrating counts too: two passes over the samples that choose channels, two for each fit of stand-ins.
+        Calibrating counts too: two passes over the samples that choose channels.
         """
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
         if arm.calibrated:
-            counts = [step[seed] for step in self._fit.counts[: -(-SAMPLES // self.settings.batch_size)]]
-            calibration += 2 * forward_flops(shape, counts, rank)
-        if arm.compensation:
-            counts = [step[seed] for step in self._fit.counts]
-            calibration += 2 * (1 + len(arm.refits)) * forward_flops(shape, counts, rank)
+            calibration = 2 * forward_flops(shape, [step[seed] for step in self._calibrated_on], rank)
         share = self.batches.context_share
         return costs(arm, self._flops(arm, seed), self._dense_flops[seed], calibration, self._times, share)
 
@@ -195,31 +171,13 @@ class Experiment:
 
 
 @torch.no_grad()
-def choose(sparsity: Sparsity, arm: Arm, calibration: Calibration, generator: torch.Generator) -> None:
-    """Writes what decides the channels of ``arm``: ranks or factors, masks of attention, layers that are cut."""
-    tensors = sparsity.tensors
-    norms = calibration.norms.square()[:, None]
-    if arm.contextual:
-        for name in ("down", "up_gate", "up_up"):
-            getattr(tensors, name).copy_(getattr(calibration, name))
-        gains = {
-            "prior": calibration.gain,
-            "whitened": torch.ones_like(calibration.gain),
-            "product": calibration.energy.sqrt(),
-            "prior-norms": calibration.gain * norms,
-        }
-        tensors.gain.copy_(gains[arm.selector])
-    if arm.selector == "random":
+def choose(sparsity: Sparsity, arm: Arm, calibration: Calibration | None, generator: torch.Generator) -> None:
+    """Writes what decides the channels of ``arm``: the calibrated factors, or random ranks."""
+    if calibration is None:
         draw(sparsity, generator)
-    else:
-        energy = calibration.energy * norms if arm.selector == STATIC[1] else calibration.energy
-        sparsity.ranks.copy_(energy.argsort(dim=-1, descending=True).argsort(dim=-1))
-    tensors.output_channels.fill_(True)
-    if arm.outputs < 1:
-        sparsity.keep_on_outputs(arm.outputs)
-    cut = torch.arange(len(tensors.cut)) < (0 if arm.cut is None else arm.cut)
-    tensors.cut.copy_(cut)
-    _choose_attention(sparsity, arm, calibration.attention)
+        return
+    for name in ("down", "up_gate", "up_up", "gain"):
+        getattr(sparsity.tensors, name).copy_(getattr(calibration, name))
 
 
 @torch.no_grad()
@@ -227,22 +185,3 @@ def draw(sparsity: Sparsity, generator: torch.Generator) -> None:
     """New random ranks."""
     scores = torch.rand(sparsity.ranks.shape, generator=generator, device=sparsity.ranks.device)
     sparsity.ranks.copy_(scores.argsort(dim=-1).argsort(dim=-1))
-
-
-def _choose_attention(sparsity: Sparsity, arm: Arm, energies: tuple[Tensor, Tensor, Tensor]) -> None:
-    shape, tensors = sparsity.shape, sparsity.tensors
-    size, groups = shape.num_kv_heads * shape.head_dim, shape.num_heads // shape.num_kv_heads
-    for name in "qkvo":
-        getattr(tensors, name).fill_(True)
-    for layer, share in enumerate(expand(arm.self_attn, [0.0] * shape.num_layers)):
-        for seed in range(len(energies[0][0]) if share else 0):
-            counts = keep_count(size // 2, share), keep_count(size, share)
-            of = (energy[layer, seed] for energy in energies)
-            q, k, v, o = reference_attention_channels(*of, *counts, groups, shape.head_dim, True)
-            if arm.pairing == "naive":
-                q = (k[:, None] * groups + torch.arange(groups, device=k.device)).flatten()
-                o = v
-            for name, channels in zip("qkvo", (q, k, v, o), strict=True):
-                mask = getattr(tensors, name)[layer, seed]
-                mask.fill_(False)
-                mask[channels] = True

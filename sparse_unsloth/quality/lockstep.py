@@ -18,10 +18,8 @@ from sparse_unsloth.quality.network import (
     answer_logits,
     answer_loss,
     layer_forward,
-    roles_of,
     run,
 )
-from sparse_unsloth.selection import keep_count
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -95,38 +93,23 @@ class Sparsity:
         tensors: each with a first dimension of layers.
     """
 
-    def __init__(self, network: Network, seeds: int, factor_rank: int, stand_in_rank: int):
+    def __init__(self, network: Network, seeds: int, factor_rank: int):
         shape, device, dtype = network.shape, network.head.device, network.dtype
         hidden, inner = shape.hidden_size, shape.intermediate_size
-        keys, queries = shape.num_kv_heads * shape.head_dim, shape.num_heads * shape.head_dim
         first = (shape.num_layers, seeds)
-
-        def kept(width: int) -> Tensor:
-            return torch.ones(*first, width, dtype=torch.bool, device=device)
 
         def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         wide = torch.promote_types(dtype, torch.float32)
         self.tensors = Selection(
-            channels=kept(inner),
-            output_channels=kept(inner),
+            channels=torch.ones(*first, inner, dtype=torch.bool, device=device),
             keep=zeros(shape.num_layers, dtype=torch.int64),
             down=zeros(*first, 2 * factor_rank, hidden),
             up_gate=zeros(*first, inner, factor_rank),
             up_up=zeros(*first, inner, factor_rank),
             gain=zeros(*first, inner, dtype=wide),
-            stand_in_down=zeros(*first, stand_in_rank, hidden),
-            stand_in_up=zeros(*first, hidden, stand_in_rank),
-            stand_in_bias=zeros(*first, hidden),
-            stand_in_on=zeros(shape.num_layers, dtype=torch.float32),
-            q=kept(queries),
-            k=kept(keys),
-            v=kept(keys),
-            o=kept(queries),
-            cut=zeros(shape.num_layers, dtype=torch.bool),
         )
-        self.shape = shape
         self.ranks = torch.zeros(*first, inner, dtype=torch.int64, device=device)
         """Of each channel: 0 for the one that is kept longest."""
 
@@ -134,17 +117,9 @@ class Sparsity:
         return Selection(*(tensor[layer] for tensor in self.tensors))
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Lets each layer keep so many channels of lowest rank; where it keeps them all, its stand-in is off."""
-        keep = torch.tensor(counts)
-        self.tensors.keep.copy_(keep)
-        self.tensors.stand_in_on.copy_((keep < self.shape.intermediate_size).float())
+        """Lets each layer keep so many channels of lowest rank."""
+        self.tensors.keep.copy_(torch.tensor(counts))
         torch.lt(self.ranks, self.tensors.keep[:, None, None], out=self.tensors.channels)
-
-    def keep_on_outputs(self, share: float) -> None:
-        """Lets answer tokens keep the same share of channels in every layer but the first."""
-        count = keep_count(self.shape.intermediate_size, 1 - share)
-        self.tensors.output_channels.copy_(self.ranks < count)
-        self.tensors.output_channels[0] = True
 
 
 class Lockstep:
@@ -208,9 +183,8 @@ class Lockstep:
         """Hidden states before the final norm, ``[seeds, rows, hidden_size]``."""
         if layout not in self._rotary:
             self._rotary[layout] = self.network.rotary(layout)
-        roles = roles_of(batch, mode)
-        rotary = self._rotary[layout]
-        return run(self.network, batch.ids, self.adapters.leaves, self.sparsity, roles, rotary, layout, mode, layer)
+        context, rotary = batch.context[..., None], self._rotary[layout]
+        return run(self.network, batch.ids, self.adapters.leaves, self.sparsity, context, rotary, layout, mode, layer)
 
     def _body(self, batch: Batch, layout: Layout, mode: Mode) -> None:
         gradients = self.gradients(batch, layout, mode)

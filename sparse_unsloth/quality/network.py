@@ -1,8 +1,8 @@
 """The model as plain functions, several LoRA adapters in lockstep: DESIGN.md section 2 with masks instead of gathers.
 
 Tensors have a leading dimension of seeds: ``x [seeds, rows, hidden_size]``, ``A [seeds, rank, in]``. Base weights are
-shared. Everything that differs between settings of sparsity and between steps is a tensor (masks, numbers of channels,
-stand-ins), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are looked at.
+shared. Everything that differs between settings of sparsity and between steps is a tensor (masks, numbers of
+channels), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are looked at.
 """
 
 from __future__ import annotations
@@ -28,30 +28,14 @@ class Mode(NamedTuple):
     """Which masks a step looks at.
 
     Attributes:
-        kind: "dense"; "forward", sparse as DESIGN.md section 2; "backward", an exact forward whose context rows send
-            gradients through the selected MLP channels of the base weights only; "rows", an exact forward in which only
-            the context rows of largest gradient send it into the MLP, the output projection and the queries.
-        cut: context rows receive no gradient from the layer above, where `Selection.cut` says so: their adapters learn
-            by what the answers read of their keys and values.
+        kind: "dense"; "forward", the MLP sparse as DESIGN.md section 2; "rows", an exact forward in which only the
+            context rows of largest gradient send it into the MLP, the output projection and the queries.
         contextual: channels are chosen from each batch by factors, not given.
-        compensation: stand-ins are added to context rows.
-        attention: Q, K, V and O are masked too.
-        selected_lora: the LoRA branch is masked like the base branch.
-        outputs: answer tokens have MLP masks of their own.
-        last: the last prompt token counts as context.
-        per_sample: of contextual channels, every sequence has a set of its own.
         random_rows: of the kind "rows", any context rows instead of those of largest gradient.
     """
 
     kind: str = "dense"
-    cut: bool = False
     contextual: bool = False
-    compensation: bool = False
-    attention: bool = False
-    selected_lora: bool = False
-    outputs: bool = False
-    last: bool = False
-    per_sample: bool = False
     random_rows: bool = False
 
 
@@ -77,35 +61,19 @@ class Selection(NamedTuple):
 
     Attributes:
         channels: bool ``[seeds, intermediate_size]``, kept on context rows.
-        output_channels: likewise, on answer tokens.
         keep: int64 ``[]``, how many channels are chosen from the batch; 0 for none. Of the kind "rows", how many
             context rows, in units of 1 / intermediate_size of a seed's.
         down: ``[seeds, 2 rank, hidden_size]``, factors of gate and up.
         up_gate, up_up: ``[seeds, intermediate_size, rank]``.
         gain: fp32 ``[seeds, intermediate_size]``: scores are the estimate's L2 norms times this.
-        stand_in_down, stand_in_up: ``[seeds, rank, hidden_size]`` and ``[seeds, hidden_size, rank]``.
-        stand_in_bias: ``[seeds, hidden_size]``.
-        stand_in_on: fp32 ``[]``, 0 or 1.
-        q, k, v, o: bool ``[seeds, width]``, kept on context rows.
-        cut: bool ``[]``: context rows' gradients stop before this layer.
     """
 
     channels: Tensor
-    output_channels: Tensor
     keep: Tensor
     down: Tensor
     up_gate: Tensor
     up_up: Tensor
     gain: Tensor
-    stand_in_down: Tensor
-    stand_in_up: Tensor
-    stand_in_bias: Tensor
-    stand_in_on: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    cut: Tensor
 
 
 @dataclass(frozen=True)
@@ -178,25 +146,12 @@ def _order(projections: dict[str, nn.Module]) -> list[str]:
     return sorted(projections, key=lambda name: PROJECTIONS.index(name.split(".")[1]))
 
 
-class Roles(NamedTuple):
-    """Rows that count as context and as answers, bool ``[seeds, rows, 1]``."""
-
-    context: Tensor
-    output: Tensor
-
-
-def roles_of(batch: Batch, mode: Mode) -> Roles:
-    """Roles as ``mode`` sees them."""
-    context = batch.context | batch.last if mode.last else batch.context
-    return Roles(context[..., None], batch.output[..., None])
-
-
 def layer_forward(
     x: Tensor,
     weights: LayerWeights,
     adapters: tuple[Tensor, ...],
     selection: Selection | None,
-    roles: Roles,
+    context: Tensor,
     rotary: tuple[Tensor, Tensor],
     network: Network,
     layout: Layout,
@@ -205,22 +160,21 @@ def layer_forward(
     """One decoder layer: ``[seeds, rows, hidden_size]`` fp32 (or wider) to the same.
 
     Args:
+        context: bool ``[seeds, rows, 1]``.
         adapters: A and B of each of `PROJECTIONS` in turn; the scale is not in them.
     """
-    if mode.cut:
-        x = torch.where(roles.context & selection.cut, x.detach(), x)
     normed = rms_norm(x, weights.attention_norm, network.epsilon)
-    y = attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode)
+    y = attention(normed, weights, adapters, rotary, network, layout)
     inner = x + y
     normed = rms_norm(inner, weights.mlp_norm, network.epsilon)
-    z = gated_mlp(normed, weights, adapters, selection, roles, network, mode, layout)
-    return inner + z if mode.kind != "rows" else x + sparse_rows(y.to(x.dtype) + z, selection, roles, network, mode)
+    z = gated_mlp(normed, weights, adapters, selection, context, network, mode)
+    return inner + z if mode.kind != "rows" else x + sparse_rows(y.to(x.dtype) + z, selection, context, network, mode)
 
 
-def sparse_rows(y: Tensor, selection: Selection | None, roles: Roles, network: Network, mode: Mode) -> Tensor:
+def sparse_rows(y: Tensor, selection: Selection | None, context: Tensor, network: Network, mode: Mode) -> Tensor:
     """``y [seeds, rows, hidden_size]``, whose gradient is that of answers and chosen context rows only."""
     share = selection.keep / network.shape.intermediate_size
-    return _SparseRows.apply(y, roles.context[..., 0], share, mode.random_rows)
+    return _SparseRows.apply(y, context[..., 0], share, mode.random_rows)
 
 
 class _SparseRows(torch.autograd.Function):
@@ -243,19 +197,14 @@ class _SparseRows(torch.autograd.Function):
         return gradient * kept[..., None], None, None, None
 
 
-def attention(normed, weights, adapters, selection, roles, rotary, network, layout, mode) -> Tensor:
+def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
     """Causal grouped-query attention; arguments as `layer_forward`, ``normed`` in the weights' dtype."""
     shape = network.shape
-    masked = mode.attention and mode.kind == "forward"
 
-    def project(place: int, source: Tensor, channels: Tensor | None) -> Tensor:
-        base = F.linear(source, weights[place])
-        if channels is not None:
-            base = base * _kept(channels, roles.context)
-        return base + _lora(source, adapters, place, network.lora_scale)
+    def project(place: int, source: Tensor) -> Tensor:
+        return F.linear(source, weights[place]) + _lora(source, adapters, place, network.lora_scale)
 
-    masks = (selection.q, selection.k, selection.v) if masked else (None, None, None)
-    q, k, v = (project(place, normed, masks[place]) for place in range(3))
+    q, k, v = (project(place, normed) for place in range(3))
     seeds, rows, _ = normed.shape
     q, k, v = (y.view(seeds, rows, -1, shape.head_dim) for y in (q, k, v))
     q, k = (y * rotary[0] + _rotated(y) * rotary[1] for y in (q, k))
@@ -270,13 +219,11 @@ def attention(normed, weights, adapters, selection, roles, rotary, network, layo
         out = F.scaled_dot_product_attention(*group, is_causal=True)
         mixed.append(out.transpose(1, 2).reshape(seeds, count * length, -1))
         start += count * length
-    a = torch.cat(mixed, dim=1)
-    source = a * _kept(selection.o, roles.context) if masked else a
-    return F.linear(source, weights.o_proj) + _lora(a, adapters, 3, network.lora_scale)
+    return project(3, torch.cat(mixed, dim=1))
 
 
-def gated_mlp(x, weights, adapters, selection, roles, network, mode, layout: Layout | None = None) -> Tensor:
-    """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype; a set of each sample needs ``layout``."""
+def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor:
+    """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype."""
     act, scale = ACTIVATIONS[network.activation], network.lora_scale
     gate_base, up_base = F.linear(x, weights.gate_proj), F.linear(x, weights.up_proj)
     gate_lora, up_lora = (_lora(x, adapters, place, scale) for place in (4, 5))
@@ -285,58 +232,25 @@ def gated_mlp(x, weights, adapters, selection, roles, network, mode, layout: Lay
         return F.linear(h, weights.down_proj) + _lora(h, adapters, 6, scale)
     channels = selection.channels[:, None]
     if mode.contextual:
-        channels = contextual_channels(x, selection, roles, network, layout if mode.per_sample else None)
-    kept = ~roles.context | channels
-    if mode.outputs:
-        kept = kept & (~roles.output | selection.output_channels[:, None])
-    if mode.kind == "backward":
-        gate_base, up_base = (torch.where(kept, y, y.detach()) for y in (gate_base, up_base))
-        h = act(gate_base + gate_lora) * (up_base + up_lora)
-        return F.linear(torch.where(kept, h, h.detach()), weights.down_proj) + _lora(h, adapters, 6, scale)
-    if mode.selected_lora:
-        gate_lora, up_lora = gate_lora * kept, up_lora * kept
+        channels = contextual_channels(x, selection, context, network)
+    kept = ~context | channels
     h = act(gate_base * kept + gate_lora) * (up_base * kept + up_lora)
-    selected = h * kept
-    y = F.linear(selected, weights.down_proj) + _lora(selected if mode.selected_lora else h, adapters, 6, scale)
-    if mode.compensation:
-        y = y + stand_in(x, selection) * (roles.context * selection.stand_in_on).to(x.dtype)
-    return y
-
-
-def stand_in(x: Tensor, selection: Selection) -> Tensor:
-    """What the dropped channels would have added, as calibrated: ``[seeds, rows, hidden_size]``."""
-    thin = torch.bmm(x, selection.stand_in_down.mT)
-    return torch.baddbmm(selection.stand_in_bias[:, None], thin, selection.stand_in_up.mT)
+    return F.linear(h * kept, weights.down_proj) + _lora(h, adapters, 6, scale)
 
 
 @torch.no_grad()
-def contextual_channels(
-    x: Tensor, selection: Selection, roles: Roles, network: Network, layout: Layout | None = None
-) -> Tensor:
-    """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows.
-
-    With ``layout``, ``[seeds, rows, intermediate_size]``: over those of each sequence.
-    """
+def contextual_channels(x: Tensor, selection: Selection, context: Tensor, network: Network) -> Tensor:
+    """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows."""
     thin = torch.bmm(x.detach(), selection.down.mT)
     rank = thin.shape[-1] // 2
     gates = torch.bmm(thin[..., :rank], selection.up_gate.mT)
     ups = torch.bmm(thin[..., rank:], selection.up_up.mT)
-    hidden = ACTIVATIONS[network.activation](gates) * ups * roles.context
+    hidden = ACTIVATIONS[network.activation](gates) * ups * context
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    groups = ((1, x.shape[1]),) if layout is None else layout.groups
-    parts = hidden.split([count * length for count, length in groups], dim=1)
-    norms = [
-        torch.linalg.vector_norm(part.unflatten(1, group), dim=2, dtype=wide)
-        for part, group in zip(parts, groups, strict=True)
-    ]
-    scores = torch.cat(norms, dim=1) * selection.gain[:, None]
+    scores = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=wide) * selection.gain[:, None]
     ranked = scores.sort(dim=-1, descending=True).values
     at = (selection.keep - 1).clamp_min(0).expand(*scores.shape[:2], 1)
-    chosen = (scores >= ranked.gather(2, at)) & (selection.keep > 0)
-    if layout is None:
-        return chosen
-    each = chosen.split([count for count, _ in groups], dim=1)
-    return torch.cat([part.repeat_interleave(length, 1) for part, (_, length) in zip(each, groups, strict=True)], dim=1)
+    return (scores >= ranked.gather(2, at)) & (selection.keep > 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -363,7 +277,7 @@ def run(
     ids: Tensor,
     adapters: list[tuple[Tensor, ...]],
     sparsity: Callable[[int], Selection] | None,
-    roles: Roles,
+    context: Tensor,
     rotary: tuple[Tensor, Tensor],
     layout: Layout,
     mode: Mode,
@@ -373,6 +287,7 @@ def run(
 
     Args:
         ids: int ``[seeds, rows]``.
+        context: bool ``[seeds, rows, 1]``.
         adapters: of each layer, see `layer_forward`.
         sparsity: the `Selection` of a layer; unused in the dense mode.
         layer: `layer_forward`, or it compiled.
@@ -383,17 +298,13 @@ def run(
         x.requires_grad_()  # so that the first layer is compiled together with the others
     for index, weights in enumerate(network.layers):
         selection = None if mode == DENSE else sparsity(index)
-        x = layer(x, weights, adapters[index], selection, roles, rotary, network, layout, mode)
+        x = layer(x, weights, adapters[index], selection, context, rotary, network, layout, mode)
     return x
 
 
 def _lora(x: Tensor, adapters: tuple[Tensor, ...], place: int, scale: float) -> Tensor:
     a, b = adapters[2 * place], adapters[2 * place + 1]
     return torch.bmm(torch.bmm(x, a.mT), b.mT) * scale
-
-
-def _kept(channels: Tensor, context: Tensor) -> Tensor:
-    return ~context | channels[:, None]
 
 
 def _rotated(y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ INTRODUCTION = """# Quality at equal cost
 
 SmolLM2-135M-Instruct, LoRA r = 16 on all projections; every setting with the same data, order and initialisation of
 each seed. Costs are shares of the dense run's: FLOPs of all products with gradient checkpointing (LoRA, attention,
-logits, channel scores, stand-ins and calibration included; both sides leave out work without effect), and time as the
+logits, channel scores and calibration included; both sides leave out work without effect), and time as the
 project's kernels take it on Llama-3-8B (`speed.csv`; scaled by the FLOPs that a setting saves where it was not measured
 itself), never that of the masks used here.
 
@@ -24,7 +24,8 @@ itself), never that of the masks used here.
 the same seed; negative is better than stopping earlier. Mean, 95 % interval over seeds (paired t), and p, corrected for
 all settings of the task (Holm). *dense steps*: the share of dense steps that gives the same loss, "-" below 30 %.
 *sparse forward*: answer loss when prompts are computed as they were in training. Made by `benchmarks/quality.py
-report`; what the settings are: `sparse_unsloth/quality/arms.py`.
+report`; what the settings are: `sparse_unsloth/quality/arms.py`. `cut` and `comp-*` are of code that was deleted, see
+`quality-notes.md`.
 
 ![Answer loss against cost](quality.png)
 """

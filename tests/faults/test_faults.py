@@ -129,21 +129,6 @@ def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, capl
     assert caplog.text.count("NaN or inf") == 1, "said once, counted always"
 
 
-def test_a_choice_from_bad_scores_is_not_kept(monkeypatch):
-    """Neither for the steps that a choice is kept, nor for output tokens as a tier of their own."""
-    model, bad, good = poisoned(float("nan"), refresh_steps=50, output_sparsity={"mlp": {"1-2": 0.3}})
-    state, seen = get_state(model), record_selections(model, monkeypatch)
-    model(**bad)
-    for _ in range(PAUSE):
-        model(**good)
-    assert all(selections == {} for selections in seen[1:])
-    state.set_step(1)
-    model(**good)
-    assert set(seen[-1]) == set(seen[0])
-    assert all(scores.isfinite().all() for selection in seen[-1].values() for scores in selection.scores)
-    assert state.metrics()["sparsity/nonfinite"] >= 3
-
-
 def test_only_the_layers_behind_the_fault_go_dense(monkeypatch):
     model, _, good = poisoned(0.0)
     seen = record_selections(model, monkeypatch)
