@@ -25,6 +25,7 @@ from sparse_unsloth.saved_adapters import (
     find_adapter,
     has_tokenizer,
     is_lost,
+    load_whole,
     vocabulary_of,
 )
 from sparse_unsloth.templates import CHAT_TEMPLATE
@@ -138,7 +139,8 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
             vocabulary = vocabulary_of(source.adapter)
             if vocabulary is not None and vocabulary != model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(vocabulary, mean_resizing=False)
-            model = PeftModel.from_pretrained(model, str(source.adapter))
+            base = model
+            model = load_whole(source.adapter, lambda: PeftModel.from_pretrained(base, str(source.adapter)))
             sparse = sparse_prefill and _make_prompts_sparse(model, source.adapter)
             model = model if four_bit or sparse else model.merge_and_unload()
         holds_tokenizer = source.adapter is not None and has_tokenizer(source.adapter)
