@@ -323,6 +323,11 @@ def _build_sft(
     recipe: Recipe, callbacks: tuple[TrainerCallback, ...], checkpoint: str | None
 ) -> tuple[SFTTrainer, StepTimer]:
     training, arguments = recipe.training, recipe.model
+    if training.label_smoothing_factor and getattr(training, "loss_type", "nll") != "nll":
+        raise RecipeError(
+            f"label_smoothing_factor: TRL's loss {training.loss_type!r} fails with it. Give loss_type: nll, or leave "
+            "it out."
+        )
     ledger, max_length = Ledger(), training.max_length
     fits = length_filter(recipe.data, arguments.model_name_or_path, max_length, training, **_hub(recipe))
     train_data, test_data = load_dataset_for(
@@ -696,11 +701,21 @@ def data_digest(data: Any) -> str | None:
 
 
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
-    """Only tokens without loss are sparse: a loss on every token would train densely without a word."""
+    """Only tokens without loss are sparse: a loss on every token would train densely without a word.
+
+    Raises:
+        DataError: what shall bear no loss cannot be told from the rest.
+    """
     training, sparsity = recipe.training, recipe.sparsity
     asked = sparsity.by_rows or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
     masked = masked or bool({"labels", "completion_mask", "assistant_masks"} & set(columns))
+    if training.completion_only_loss and not masked:
+        raise DataError(
+            f"completion_only_loss: the samples of {recipe.data.dataset_name} have no completion "
+            f"({', '.join(columns)}), so every token would bear loss. Give prompt and completion, or "
+            "assistant_only_loss: true for conversations; or leave it out."
+        )
     if asked and sparsity.dense_tokens == "output" and not masked:
         raise DataError(
             f"{recipe.data.dataset_name}: with the columns {', '.join(columns)} {EVERY_TOKEN_BEARS_LOSS} Use "
