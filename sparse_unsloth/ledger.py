@@ -28,7 +28,7 @@ TWO_BEGINNINGS = (
 )
 NO_END = (
     "no special token ends the text, so that the model does not learn to stop. Let the chat template, or the text "
-    "itself, end in the end-of-sequence token (TRL adds it to columns called text and completion alone)"
+    "itself, end in the end-of-sequence token (TRL adds it to columns called text and completion, Unsloth to completion)"
 )
 UNKNOWN_TOKENS = "the tokenizer does not know part of the text, and puts its unknown token there"
 MANY_REASONS = 5
@@ -353,9 +353,12 @@ def _said_of_tokens(trainer: Any, attribute: str, packed: bool, max_length: int 
     data, tokenizer = getattr(trainer, attribute), getattr(trainer.processing_class, "tokenizer", None)
     tokenizer = trainer.processing_class if tokenizer is None else tokenizer
     begin, unknown, end = tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
-    if packed and "seq_lengths" not in data.column_names:
-        return {}
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    if packed and ("seq_lengths" not in data.column_names or trainer.args.packing_strategy != "bfd"):
+        return {}  # documents are cut, and joined
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
+    }
     special = numpy.asarray(sorted(special - ({begin, unknown} - {end})), int)
     found: Counter[str] = Counter()
     for table in data.with_format("arrow").iter(1000):

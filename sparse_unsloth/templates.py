@@ -107,7 +107,7 @@ def not_written(rows: Iterable[Mapping[str, Any]], tokenizer: Any, chat_template
             fewer = [{name: value for name, value in turn.items() if name != key} for turn in whole]
             without[f"{key!r} of the turns"] = fewer, tools
         wanted = {name: parts for name, parts in without.items() if len(tried.setdefault(name, [])) < SHOWN}
-        if not wanted and apart is not None:
+        if not wanted and (apart is not None or "prompt" not in row):
             continue
         try:
             written = tokenizer.apply_chat_template(whole, tools=tools, **options)

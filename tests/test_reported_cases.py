@@ -267,6 +267,9 @@ def test_an_adapter_on_tied_embeddings_is_judged_as_trained(tmp_path, tokenizer,
     words.save_checkpoint(tmp_path / "base", tie_word_embeddings=True)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = lora(base, target_modules=targets).eval()
+    with torch.no_grad():
+        for parameter in tiny.loras(model).values():
+            parameter.normal_(0, 0.1)
     ids = torch.tensor([[4, 5, 6, 7]])
     logits = model(input_ids=ids).logits
     model.save_pretrained(tmp_path / "adapter")
