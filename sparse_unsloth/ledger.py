@@ -28,7 +28,7 @@ TWO_BEGINNINGS = (
 )
 NO_END = (
     "no special token ends the text, so that the model does not learn to stop. Let the chat template, or the text "
-    "itself, end in the end-of-sequence token (TRL adds it to columns called text and completion, Unsloth to completion)"
+    "itself, end in the end-of-sequence token (TRL adds it to columns called text and completion, Unsloth to the last)"
 )
 UNKNOWN_TOKENS = "the tokenizer does not know part of the text, and puts its unknown token there"
 MANY_REASONS = 5
