@@ -27,6 +27,7 @@ from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.preparation import prepare
 from sparse_unsloth.runtime import SparsityState
+from sparse_unsloth.saved_adapters import left_unsaved
 from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count
 from sparse_unsloth.weights import forget_bases
 
@@ -403,6 +404,16 @@ def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     state = model.__dict__["_sparsity_state"]
     state.inside = False
     state.close_forward(kwargs.get(CONTEXT_ARGUMENT))
+    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
+    if loss is not None and loss.requires_grad:
+        loss.register_hook(partial(_say_evaluated, state))
+
+
+def _say_evaluated(state: SparsityState, gradient: Any) -> None:
+    state.say_once(
+        "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
+        "training."
+    )
 
 
 def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -550,6 +561,12 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
         state = get_state(self)
         state.config.save(Path(save_directory) / CONFIG_NAME)
         prefill.save_estimator_with_adapter(state, Path(save_directory))
+        if unsaved := left_unsaved(self, Path(save_directory)):
+            state.say_once(
+                f"{len(unsaved)} trained tensors are no part of the adapter, and were not saved with it: "
+                f"{', '.join(unsaved[:3])}{', ...' if len(unsaved) > 3 else ''}. Name their modules in "
+                "modules_to_save, or save them yourself."
+            )
     return saved
 
 

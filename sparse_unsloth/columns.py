@@ -163,14 +163,26 @@ def _turns(value: Any, column: str, keep_unknown: bool = False) -> list[dict[str
             role = name
         message = {"role": role or name}
         if content is not None:
-            of_parts = isinstance(content, list) and content and all(isinstance(part, dict) for part in content)
-            message["content"] = content if of_parts or isinstance(content, str) else text_of(content)
+            if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+                content = _joined(content)
+            message["content"] = content if isinstance(content, str) else text_of(content)
         found.append({**message, **others})
     last = max((index for index, turn in enumerate(found) if turn["role"] == "assistant"), default=None)
     for index, turn in enumerate(found):
         if _is_empty(turn) and turn["role"] in ("user", "assistant"):
             raise _LeftOut(NO_ANSWER if index == last else EMPTY_TURN)
     return found
+
+
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The text of a content that comes in parts, which templates of text models would write as Python lists."""
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    if not texts:
+        return parts
+    others = [part["type"] for part in parts if part.get("type") not in ("text", None)]
+    if others:
+        raise _LeftOut(f"with a part of a turn that is no text ({str(others[0])[:20]})")
+    return "".join(map(str, texts))
 
 
 def _is_empty(turn: dict[str, Any]) -> bool:

@@ -66,6 +66,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         return None
     if kwargs["labels"].is_meta:
         return None
+    if not state.gradients_seen and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
+        state.say_once(
+            "A training forward came, and no tensor of the model is trained. A saved adapter is loaded for training by "
+            "FastSparseLanguageModel.from_pretrained, or PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     split = is_split(kwargs)
     if split:
         _leave_out_for_split_rows(state)

@@ -18,7 +18,7 @@ from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
-from sparse_unsloth.saved_adapters import check_targets, find_adapter
+from sparse_unsloth.saved_adapters import check_targets, find_adapter, load_whole
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -69,12 +69,12 @@ class FastSparseLanguageModel:
 
         Raises:
             BackendError: the backend cannot run here, or cannot do what an argument asks for.
-            DataError: an adapter that is damaged, or whose base model cannot be loaded.
+            DataError: an adapter that is damaged, does not fit its base model, or whose base cannot be loaded.
         """
         chosen = choose_backend(backend)
         adapter = find_adapter(model_name)
         name = model_name if adapter is None else str(adapter)
-        model, tokenizer = chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs)
+        model, tokenizer = load_whole(adapter, lambda: chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs))
         model.__dict__["_sparse_backend"] = chosen.NAME
         saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):

@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 TRAINING, HELD_OUT = "training", "held-out"
 WITHOUT_LOSS = "without a loss token within max_length"
+TWO_BEGINNINGS = (
+    "the token that begins a sequence stands there twice: the text has it, and the tokenizer adds it. Take it out of "
+    "the text, or out of the chat template"
+)
+NO_END = (
+    "no special token ends the text, so that the model does not learn to stop. Let the chat template, or the text "
+    "itself, end in the end-of-sequence token (TRL adds it to columns called text and completion, Unsloth to the last)"
+)
+UNKNOWN_TOKENS = "the tokenizer does not know part of the text, and puts its unknown token there"
 MANY_REASONS = 5
 
 
@@ -181,7 +190,7 @@ class Reading:
     used: dict[str, list[str]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     encoded: frozenset[str] = frozenset()
-    version: int = 1
+    version: int = 2
 
     def sample(self, row: dict[str, Any]) -> Outcome:
         """Of whatever length."""
@@ -322,6 +331,7 @@ def settle(trainer: Any, ledger: Ledger, max_length: int | None) -> None:
         given = split.kept
         if not rows.any():
             raise no_loss(ledger.dataset, given, max_length, name)
+        split.notes.update(_said_of_tokens(trainer, attribute, packed, max_length))
         if not packed or arguments.packing_strategy == "bfd":  # every document is a sample
             split.kept = int(documents.sum())
             if given > split.kept:
@@ -331,6 +341,42 @@ def settle(trainer: Any, ledger: Ledger, max_length: int | None) -> None:
         elif not rows.all():
             split.notes[f"{(~rows).sum()} of {len(rows)} packed rows hold no loss token and are left out"] = given
     ledger.log()
+
+
+def _said_of_tokens(trainer: Any, attribute: str, packed: bool, max_length: int | None) -> dict[str, int]:
+    """How many samples begin twice, do not end, or hold unknown tokens: counts by note.
+
+    A sample as long as ``max_length`` was cut most likely, and may well have ended.
+    """
+    import numpy
+
+    data, tokenizer = getattr(trainer, attribute), getattr(trainer.processing_class, "tokenizer", None)
+    tokenizer = trainer.processing_class if tokenizer is None else tokenizer
+    begin, unknown, end = tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id
+    if packed and ("seq_lengths" not in data.column_names or trainer.args.packing_strategy != "bfd"):
+        return {}  # documents are cut, and joined
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special),
+    }
+    special = numpy.asarray(sorted(special - ({begin, unknown} - {end})), int)
+    found: Counter[str] = Counter()
+    for table in data.with_format("arrow").iter(1000):
+        ids = numpy.asarray(table["input_ids"].combine_chunks().flatten())
+        column = table["seq_lengths"].combine_chunks().flatten() if packed else None
+        sizes = numpy.asarray(table["input_ids"].combine_chunks().value_lengths() if column is None else column)
+        last = sizes.cumsum()
+        sizes, last = sizes[sizes > 1], last[sizes > 1]
+        first = last - sizes
+        if begin is not None and begin != end:
+            found[TWO_BEGINNINGS] += int(((ids[first] == begin) & (ids[first + 1] == begin)).sum())
+        # Behind the token that ends a turn templates write a line break, say.
+        ends = numpy.isin(ids[last[:, None] - numpy.minimum([1, 2, 3], sizes[:, None])], special).any(1)
+        found[NO_END] += int((~ends & (sizes < (max_length or sizes + 1))).sum())
+        if unknown is not None and unknown not in (begin, end, tokenizer.pad_token_id):
+            total = numpy.concatenate([[0], (ids == unknown).cumsum()])
+            found[UNKNOWN_TOKENS] += int((total[last] > total[first]).sum())
+    return {note: count for note, count in found.items() if count}
 
 
 def drop_without_loss(trainer: Any, attribute: str) -> tuple[numpy.ndarray, ...] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,61 @@ def tokenizer_of(adapter: Path) -> str:
 def has_tokenizer(adapter: Path) -> bool:
     """Whether a tokenizer was saved with the adapter."""
     return any((adapter / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_whole(adapter: Path | None, load: Callable[[], Any]) -> Any:
+    """What ``load()`` gives, a model or a tuple that begins with one, with every tensor of ``adapter`` in its place.
+
+    PEFT leaves tensors that it finds no saved values for as they begin, which it says in a warning, and passes over
+    saved ones that have no place in the model.
+
+    Args:
+        adapter: None: nothing is checked.
+        load: loads base and adapter.
+
+    Raises:
+        DataError: the adapter fits the model in part, or not at all.
+    """
+    if adapter is None:
+        return load()
+    fix = (
+        f"It was trained over another model, or by another release whose modules have other names. Write its base "
+        f"model as base_model_name_or_path into {adapter / ADAPTER_CONFIG}, or take the folder of another checkpoint."
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            loaded = load()
+    except UserWarning as warning:
+        names = re.findall(r"'([^']+)'", str(warning))
+        raise DataError(
+            f"{adapter}: holds no values for {len(names) or 'some'} tensors of the model's adapter"
+            f"{f' (first: {names[0]})' if names else ''}, which would begin anew. {fix}"
+        ) from None
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = next(line for line in str(error).splitlines() if "size mismatch" in line).strip()
+        raise DataError(f"{adapter}: does not fit its base model: {first} {fix}") from error
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    saved = sum("lora_" in name for name, _ in _shapes(adapter))
+    placed = sum("lora_" in name for name in model.state_dict())
+    if saved > placed:
+        raise DataError(f"{adapter}: {saved - placed} of its {saved} tensors have no place in the model. {fix}")
+    return loaded
+
+
+def left_unsaved(model: nn.Module, folder: Path) -> list[str]:
+    """The trained tensors of ``model`` that are neither its adapter's nor saved beside it in ``folder``."""
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not re.search(r"lora_|\.modules_to_save\.|\.trainable_tokens_", name)
+    ]
+    if not others or not any((folder / file).is_file() for file in (SAFE_WEIGHTS, OLD_WEIGHTS)):
+        return []
+    saved = {name.replace(".base_layer.", ".") for name, _ in _shapes(folder)}
+    return [name for name in others if name.replace(".base_layer.", ".") not in saved]
 
 
 def vocabulary_of(adapter: Path) -> int | None:

@@ -34,7 +34,7 @@ from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
-from sparse_unsloth.ledger import Ledger, settle
+from sparse_unsloth.ledger import HELD_OUT, TRAINING, Ledger, settle
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
@@ -48,6 +48,7 @@ from sparse_unsloth.saved_adapters import (
     is_lost,
     named_targets,
 )
+from sparse_unsloth.templates import not_written
 from sparse_unsloth.unreadable import first_line
 
 logger = logging.getLogger("sparse_unsloth")
@@ -322,6 +323,11 @@ def _build_sft(
     recipe: Recipe, callbacks: tuple[TrainerCallback, ...], checkpoint: str | None
 ) -> tuple[SFTTrainer, StepTimer]:
     training, arguments = recipe.training, recipe.model
+    if training.label_smoothing_factor and getattr(training, "loss_type", "nll") != "nll":
+        raise RecipeError(
+            f"label_smoothing_factor: TRL's loss {training.loss_type!r} fails with it. Give loss_type: nll, or leave "
+            "it out."
+        )
     ledger, max_length = Ledger(), training.max_length
     fits = length_filter(recipe.data, arguments.model_name_or_path, max_length, training, **_hub(recipe))
     train_data, test_data = load_dataset_for(
@@ -342,6 +348,8 @@ def _build_sft(
         )
     except TemplateError as error:
         raise DataError(f"{recipe.data.dataset_name}: the chat template refuses a conversation: {error}") from error
+    _check_plan(recipe, trainer, ledger)
+    ledger.others += not_written(train_data, tokenizer, getattr(trainer, "chat_template", None))
     settle(trainer, ledger, max_length)
     trainer.ledger = ledger
     return trainer, timer
@@ -379,8 +387,46 @@ def _build_classifier(
         compute_metrics=classification.compute_metrics(metrics, names),
         callbacks=[timer, *callbacks],
     )
+    _check_plan(recipe, trainer, ledger)
+    ledger.log()
     trainer.ledger = ledger
     return trainer, timer
+
+
+def _check_plan(recipe: Recipe, trainer: Trainer, ledger: Ledger) -> None:
+    """Refuses a training without a step; warns of samples that nothing uses, and of a learning rate never reached.
+
+    Raises:
+        DataError: there is no full batch, and only full ones are trained.
+    """
+    training, data = trainer.args, trainer.train_dataset
+    held_out = ledger.split(TRAINING).set_aside.get(HELD_OUT)
+    if held_out and not _evaluates(recipe):
+        ledger.others.append(
+            f"{held_out:,} samples are held out (dataset_test_size), and this run does not evaluate them. do_eval: "
+            "true does; without dataset_test_size they are trained"
+        )
+    if not hasattr(data, "__len__"):
+        return
+    batch = training.train_batch_size * world_size()
+    if training.dataloader_drop_last and len(data) < batch:
+        raise DataError(
+            f"{recipe.data.dataset_name}: its {len(data)} training samples are less than a batch "
+            f"({training.train_batch_size} on each of {world_size()} processes), and dataloader_drop_last leaves out "
+            "what does not fill one: nothing would be trained. Lower per_device_train_batch_size, or leave "
+            "dataloader_drop_last out."
+        )
+    planned = _planned_steps(trainer)
+    warmup = training.get_warmup_steps(planned)
+    if warmup >= planned and training.lr_scheduler_type != "constant" and is_main():
+        logger.warning(
+            "warmup_steps: the learning rate warms up for %d steps, and the training has %d: it ends at %.2g and never "
+            "reaches learning_rate (%.2g).",
+            warmup,
+            planned,
+            training.learning_rate * (planned - 1) / max(warmup, 1),
+            training.learning_rate,
+        )
 
 
 def _evaluates(recipe: Recipe) -> bool:
@@ -655,11 +701,21 @@ def data_digest(data: Any) -> str | None:
 
 
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
-    """Only tokens without loss are sparse: a loss on every token would train densely without a word."""
+    """Only tokens without loss are sparse: a loss on every token would train densely without a word.
+
+    Raises:
+        DataError: what shall bear no loss cannot be told from the rest.
+    """
     training, sparsity = recipe.training, recipe.sparsity
     asked = sparsity.by_rows or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
     masked = masked or bool({"labels", "completion_mask", "assistant_masks"} & set(columns))
+    if training.completion_only_loss and not masked:
+        raise DataError(
+            f"completion_only_loss: the samples of {recipe.data.dataset_name} have no completion "
+            f"({', '.join(columns)}), so every token would bear loss. Give prompt and completion, or "
+            "assistant_only_loss: true for conversations; or leave it out."
+        )
     if asked and sparsity.dense_tokens == "output" and not masked:
         raise DataError(
             f"{recipe.data.dataset_name}: with the columns {', '.join(columns)} {EVERY_TOKEN_BEARS_LOSS} Use "

@@ -25,6 +25,7 @@ from sparse_unsloth.saved_adapters import (
     find_adapter,
     has_tokenizer,
     is_lost,
+    load_whole,
     vocabulary_of,
 )
 from sparse_unsloth.templates import CHAT_TEMPLATE
@@ -138,9 +139,12 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
             vocabulary = vocabulary_of(source.adapter)
             if vocabulary is not None and vocabulary != model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(vocabulary, mean_resizing=False)
-            model = PeftModel.from_pretrained(model, str(source.adapter))
+            base = model
+            model = load_whole(source.adapter, lambda: PeftModel.from_pretrained(base, str(source.adapter)))
             sparse = sparse_prefill and _make_prompts_sparse(model, source.adapter)
-            model = model if four_bit or sparse else model.merge_and_unload()
+            if not (four_bit or sparse):
+                _untie(model.get_base_model())
+                model = model.merge_and_unload()
         holds_tokenizer = source.adapter is not None and has_tokenizer(source.adapter)
         tokenizer = AutoTokenizer.from_pretrained(str(source.adapter) if holds_tokenizer else name, **hub)
     except DataError:
@@ -160,6 +164,18 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
             "the model was trained with."
         )
     return model.eval(), tokenizer
+
+
+def _untie(model: nn.Module) -> None:
+    """Gives the head a weight of its own where an adapter lies on it or on the embedding: merged, both would change."""
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (getattr(part, "base_layer", part) for part in both)
+    if head is None or both == (embedding, head) or head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # what save_pretrained goes by
 
 
 def _make_prompts_sparse(model: nn.Module, adapter: Path) -> bool:
