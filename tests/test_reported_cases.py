@@ -126,7 +126,7 @@ def test_two_beginnings_are_counted(training, checkpoint, tokenizer, tmp_path):
 
 
 def test_unknown_words_are_counted(training):
-    """ymcui/Chinese-LLaMA-Alpaca#604 and others: text that the base's tokenizer does not know."""
+    """No report of its own; it is seen where the two above are."""
     code, facts = training([{"question": "what", "answer": "one"}, {"question": "two", "answer": "one"}] * 2)
     assert code == 0
     assert any(fact.startswith("2 of 4 samples: the tokenizer does not know part of the text") for fact in facts)
