@@ -338,6 +338,10 @@ def _prepare_graphs(state: SparsityState) -> None:
     if not state.config.cuda_graphs:
         return
     layers = [*state.whole_forwards] or [*state.runtimes.values()]
+    if not layers:  # dense: the backend has no whole layers, and none has a hook
+        raise AttachError(
+            f"cuda_graphs: no layer of this model can be captured: {state.backend.NO_GRAPHS}. Set cuda_graphs: false."
+        )
     for runtime in layers:
         runtime.not_captured = state.backend.why_not_captured(runtime)
     if all(runtime.not_captured for runtime in layers):

@@ -210,9 +210,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from sparse_unsloth.doctor import diagnose, print_report, try_training
 
     findings = diagnose()
-    if not any(finding.status == "problem" for finding in findings):
-        print("sparse-unsloth: trying each mode on a small random model (under two minutes)", flush=True)
-        findings += try_training()
+    print("sparse-unsloth: trying each mode on a small random model (under two minutes)", flush=True)
+    findings += try_training()
     print_report(findings)
     return int(any(finding.status == "problem" for finding in findings))
 

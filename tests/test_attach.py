@@ -461,3 +461,11 @@ def test_forwards_do_not_pile_up():
     assert mlp.forward == forward
     assert len(model._forward_pre_hooks) == hooks
     assert all(runtime.context is None for runtime in get_state(model).runtimes.values())
+
+
+@pytest.mark.parametrize("config", [{"preset": "dense"}, {"backward_rows": 0.25}])
+def test_graphs_that_the_backend_has_not_are_refused_with_its_reason(config):
+    model = make_lora("llama")
+    with pytest.raises(AttachError, match=r"no layer of this model can be captured: the PEFT backend hooks parts"):
+        attach(model, {**config, "cuda_graphs": True})
+    assert get_state(model) is None

@@ -69,7 +69,7 @@ def uninstall(module: nn.Module) -> None:
 
 def why_not_captured(runtime: LayerRuntime) -> str:
     """See `backends.unsloth.why_not_captured`."""
-    return "the PEFT backend hooks parts of layers, and graphs hold whole ones; backend='unsloth' has them"
+    return NO_GRAPHS
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -250,6 +250,7 @@ def _not_live(where: str) -> AttachError:
     )
 
 
+NO_GRAPHS = "the PEFT backend hooks parts of layers, and graphs hold whole ones; backend='unsloth' has them"
 NEEDS_UNSLOTH = ("full_finetuning", "load_in_8bit", "load_in_fp8", "fast_inference", "qat_scheme", "unsloth_tiled_mlp")
 """Arguments of Unsloth's loader that this backend has nothing for."""
 

@@ -43,8 +43,6 @@ def processes(folder: Path, large: bool) -> dict[str, list[str]]:
         for family in FAMILIES
         for dtype in ("bf16", "4bit")
     }
-    for name in ("gemma2 bf16", "gemma2 4bit"):  # Unsloth tunes its attention for minutes, anew for each model
-        small[name] += ["--layouts", "padded,padding-free", "--checkpointing", "unsloth"]
     if large:
         small[LARGE] = [
             "--families", "llama", "--models", str(folder / "large"), "--dtypes", "4bit", "--checkpointing", "unsloth",
