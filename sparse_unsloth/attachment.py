@@ -20,6 +20,7 @@ from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import packed_attention
 from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.layer_runtime import LayerRuntime, runs_twice
 from sparse_unsloth.layers import DecoderLayer, find_layers, left_out_layers
 from sparse_unsloth.loss import install_loss_removal
@@ -28,7 +29,7 @@ from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.preparation import prepare
 from sparse_unsloth.runtime import SparsityState
 from sparse_unsloth.saved_adapters import left_unsaved
-from sparse_unsloth.selection import AttentionSelection, MlpSelection, keep_count
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.weights import forget_bases
 
 logger = logging.getLogger("sparse_unsloth")

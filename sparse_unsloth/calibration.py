@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,12 @@ from tqdm.auto import tqdm
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimates import sparse_parts
+from sparse_unsloth.kernels.select import key_channel_scores
+from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import is_sequence_classifier, partition_of
-from sparse_unsloth.selection import key_channel_scores
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import LayerSparsity
-    from sparse_unsloth.selection import ChannelSelector
+from sparse_unsloth.selection import ChannelSelector
 
 INPUT_ROWS = 2048
 """Inputs kept of each layer, evenly spaced: a square root of their second moment. On SmolLM2-135M, 1024 rows give the

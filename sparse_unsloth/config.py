@@ -8,7 +8,7 @@ import reprlib
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 
 from sparse_unsloth import older_formats, removed
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.layer_rules import absent_layers, canonical_rule, expand, share
+from sparse_unsloth.layer_rules import LayerSparsity, absent_layers, canonical_rule, expand, share
 from sparse_unsloth.schedule import Schedule
 
 TITLE = "sparsity configuration"
@@ -44,17 +44,6 @@ PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 }
 BACKWARD_ROWS = 0.25
 """Of the preset "rows"; see benchmarks/results/quality.md."""
-
-
-PART_NAMES = {"mlp": "MLP", "self_attn": "attention"}
-"""Parts as a reader knows them."""
-
-
-class LayerSparsity(NamedTuple):
-    """Share of one decoder layer's channels that context rows leave out, in [0, 1); 0 is dense."""
-
-    mlp: float
-    self_attn: float
 
 
 def _distinct(value: object, validate) -> dict[str, float]:

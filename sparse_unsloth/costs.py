@@ -13,8 +13,9 @@ from dataclasses import astuple, dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Literal
 
+from sparse_unsloth.layer_rules import keep_count
+
 from .errors import ConfigError
-from .selection import keep_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

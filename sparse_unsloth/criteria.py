@@ -7,18 +7,16 @@ of a batch, in units of energy up to a common factor. None looks at LoRA branche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_unsloth.energy import AttentionEnergy, attention_energy, base_weight, column_energy, mlp_energy
 from sparse_unsloth.errors import EstimatorError
+from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.layer_rules import LayerSparsity
 from sparse_unsloth.layers import DecoderLayer
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import LayerSparsity
-    from sparse_unsloth.estimates import Estimator
 
 
 class Criterion(Protocol):

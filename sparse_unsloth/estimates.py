@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, mlp_scores, thin_products
+from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import DecoderLayer
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import LayerSparsity
 
 FACTORED = {"mlp": ("mlp.gate_proj", "mlp.up_proj"), "self_attn": tuple(f"self_attn.{x}_proj" for x in "qkv")}
 """The projections that get factors, by part of the layer."""
@@ -187,16 +185,6 @@ class Estimator:
             vectors = getattr(self.layers[layer.index], what)
             self._placed[key] = [vectors[name].to(device) for name in ENERGIES[part]]
         return self._placed[key]
-
-
-def sparse_parts(layer_sparsity: Sequence[LayerSparsity]) -> list[tuple[int, str]]:
-    """``(layer index, "mlp" | "self_attn")`` of everything with a sparsity above 0, in depth order."""
-    return [
-        (index, part)
-        for index, sparsity in enumerate(layer_sparsity)
-        for part, value in (("mlp", sparsity.mlp), ("self_attn", sparsity.self_attn))
-        if value > 0
-    ]
 
 
 def _step(hidden_states: Tensor, rows: Tensor | None) -> int:

@@ -21,23 +21,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_unsloth.calibration import LayerStatistics, Statistics, collect_statistics
+from sparse_unsloth.config import EstimatorConfig
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimates import ENERGIES, FACTORED, Estimator, Factors, LayerEstimate, sparse_parts
+from sparse_unsloth.estimates import ENERGIES, FACTORED, Estimator, Factors, LayerEstimate
+from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import load_estimator, save_estimator
 from sparse_unsloth.tensor_file import DamagedFileError
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import EstimatorConfig, LayerSparsity
 
 __all__ = ["Estimator", "build_estimator", "load_estimator", "obtain_estimator", "save_estimator"]
 

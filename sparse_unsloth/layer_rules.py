@@ -1,7 +1,33 @@
 """Layer rules: ``{"3-30": 0.99, "5": 0.5, "all": 0.9}`` and the per-layer sparsity that they stand for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+PARTS = {"mlp": "MLP", "self_attn": "attention"}
+"""The parts of a layer, as `LayerSparsity` names them and as a reader knows them."""
+
+
+class LayerSparsity(NamedTuple):
+    """Share of one decoder layer's channels that context rows leave out, in [0, 1); 0 is dense."""
+
+    mlp: float
+    self_attn: float
+
+
+def keep_count(size: int, sparsity: float) -> int:
+    """Channels kept of ``size``: the nearest whole number to ``(1 - sparsity) * size``, at least one."""
+    return max(1, round((1 - sparsity) * size))
+
+
+def sparse_parts(layer_sparsity: Sequence[LayerSparsity]) -> list[tuple[int, str]]:
+    """``(layer index, "mlp" | "self_attn")`` of everything with a sparsity above 0, in depth order."""
+    return [
+        (index, part)
+        for index, sparsity in enumerate(layer_sparsity)
+        for part, value in zip(PARTS, sparsity, strict=True)
+        if value > 0
+    ]
 
 
 def canonical_rule(key: object) -> str:

@@ -24,8 +24,8 @@ from sparse_unsloth.forecast.memory import (
     plain_logits,
     row_layer_activations,
 )
+from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.selection import keep_count
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState

@@ -6,12 +6,14 @@ Scores are energies here, the squares of the norms that the paper ranks by: the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.criteria import Criterion, make_criterion
+from sparse_unsloth.estimates import Estimator
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.kernels.select import (
     attention_channels,
@@ -20,13 +22,8 @@ from sparse_unsloth.kernels.select import (
     top_channels,
     top_order,
 )
-from sparse_unsloth.kernels.select import key_channel_scores as key_channel_scores  # calibration takes it from here
+from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.layers import DecoderLayer
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import SparsityConfig
-    from sparse_unsloth.estimates import Estimator
-
 
 MAX_KEPT = 2
 """Selections kept of each part by a criterion that looks at no row: of context rows and of output tokens."""
@@ -56,11 +53,6 @@ class AttentionSelection:
     v: Tensor
     o: Tensor
     scores: tuple[Tensor, ...] = ()
-
-
-def keep_count(size: int, sparsity: float) -> int:
-    """Channels kept of ``size``: the nearest whole number to ``(1 - sparsity) * size``, at least one."""
-    return max(1, round((1 - sparsity) * size))
 
 
 class ChannelSelector:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from sparse_unsloth.distributed import from_main, is_sharded, uses_fsdp
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimates import sparse_parts
+from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import fingerprint
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import LayerSparsity
-    from sparse_unsloth.estimates import Estimator
 
 Samples = list[Mapping[str, Any]] | None
 

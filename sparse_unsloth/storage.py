@@ -9,20 +9,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sparse_unsloth.config import EstimatorConfig
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimates import FACTORED, Estimator, Factors, LayerEstimate, shorten, sparse_parts
+from sparse_unsloth.estimates import FACTORED, Estimator, Factors, LayerEstimate, shorten
+from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.removed import REMOVED
 from sparse_unsloth.tensor_file import DamagedFileError, raw_bytes, read_tensors, read_unchecked, write_tensors
-
-if TYPE_CHECKING:
-    from sparse_unsloth.config import EstimatorConfig, LayerSparsity
 
 SAMPLED_VALUES = 4096
 _FORMAT, _VERSION = "sparse_unsloth.estimator", "1"

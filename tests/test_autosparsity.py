@@ -21,9 +21,9 @@ from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import LossProbe, attached, prepare_batches, with_sparsity
 from sparse_unsloth.autosparsity.report import markdown, save
 from sparse_unsloth.cli import main
-from sparse_unsloth.config import LayerSparsity
 from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
+from sparse_unsloth.layer_rules import LayerSparsity
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, make_base, make_batch, make_lora, pack_nf4

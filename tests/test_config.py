@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_unsloth.config import EstimatorConfig, LayerSparsity, SparsityConfig
-from sparse_unsloth.layer_rules import collect, expand
+from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.layer_rules import LayerSparsity, collect, expand
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparsity_configs import SHARE, STEP, error_of, published_layers, write

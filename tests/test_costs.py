@@ -15,7 +15,7 @@ from sparse_unsloth.costs import (
     step_flops,
 )
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.selection import keep_count
+from sparse_unsloth.layer_rules import keep_count
 
 SHAPE = ModelShape(
     hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_unsloth.config import EstimatorConfig, LayerSparsity, SparsityConfig
+from sparse_unsloth.config import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.layer_rules import LayerSparsity
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sparsity_configs import RECIPES, SHARE, STEP, error_of, published_layers, write

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state, prefill
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import EstimatorError, SparsityError
+from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.selection import keep_count
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_attach import masked_by_hooks, record_selections

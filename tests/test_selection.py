@@ -22,8 +22,9 @@ from sparse_unsloth.kernels.select import (
     reference_attention_channels,
     top_channels,
 )
+from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.layers import find_layers
-from sparse_unsloth.selection import ChannelSelector, keep_count
+from sparse_unsloth.selection import ChannelSelector
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_base, make_batch, make_lora

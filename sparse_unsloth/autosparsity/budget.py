@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from sparse_unsloth.autosparsity.probe import ProbeBatch
 from sparse_unsloth.costs import ModelShape, step_flops
-
-if TYPE_CHECKING:
-    from sparse_unsloth.autosparsity.probe import ProbeBatch
-    from sparse_unsloth.config import LayerSparsity
+from sparse_unsloth.layer_rules import LayerSparsity
 
 
 def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0) -> float:

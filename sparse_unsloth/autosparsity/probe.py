@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from sparse_unsloth.attachment import attach, detach, get_state
 from sparse_unsloth.autosparsity.journal import Journal
-from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.estimator import Estimator
+from sparse_unsloth.layer_rules import LayerSparsity
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition

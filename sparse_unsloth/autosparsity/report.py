@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Round
-from sparse_unsloth.config import PART_NAMES, SparsityConfig
+from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.doctor import environment
 from sparse_unsloth.estimator import save_estimator
+from sparse_unsloth.layer_rules import PARTS
 from sparse_unsloth.storage import package_version
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _draw_alone(axes: Axes, result: Calibration, part: str) -> None:
     for level in sorted(next(iter(curves.values()))):
         values = [max(curve[level].divergence, 1e-5) for curve in curves.values()]
         axes.plot(list(curves), values, marker=".", label=f"{level:g} sparse")
-    axes.set(yscale="log", title=f"{PART_NAMES[part]}, each layer alone", ylabel="divergence from dense, nats")
+    axes.set(yscale="log", title=f"{PARTS[part]}, each layer alone", ylabel="divergence from dense, nats")
     axes.legend(fontsize="small")
 
 
@@ -169,7 +170,7 @@ def _draw_recipe(axes: Axes, result: Calibration, part: str) -> None:
     captured = _captured(result, part)
     if captured:
         axes.plot(list(captured), list(captured.values()), "k.", label="energy captured, of the oracle's")
-    axes.set(xlabel="layer", ylim=(0, 1.05), title=f"{PART_NAMES[part]}, together")
+    axes.set(xlabel="layer", ylim=(0, 1.05), title=f"{PARTS[part]}, together")
     axes.legend(fontsize="small", loc="lower right")
 
 
@@ -184,7 +185,7 @@ def _layer_table(result: Calibration) -> tuple[list[str], list[list[str]]]:
     heading = ["layer"]
     levels = {part: sorted(next(curve for (_, kind), curve in result.alone.items() if kind == part)) for part in parts}
     for part in parts:
-        heading += [PART_NAMES[part], "captured", *(f"at {level:g}" for level in levels[part])]
+        heading += [PARTS[part], "captured", *(f"at {level:g}" for level in levels[part])]
     body = []
     for index, sparsity in enumerate(result.chosen.recipe):
         row = [str(index)]

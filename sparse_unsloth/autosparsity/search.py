@@ -32,11 +32,11 @@ from sparse_unsloth.autosparsity.probe import (
     with_sparsity,
 )
 from sparse_unsloth.calibration import CapturedEnergy, energy_captured
-from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
-from sparse_unsloth.estimates import Estimator, sparse_parts
-from sparse_unsloth.layer_rules import collect, share
+from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.layer_rules import PARTS, LayerSparsity, collect, share, sparse_parts
 from sparse_unsloth.layers import DecoderLayer, find_layers
 from sparse_unsloth.selection import ChannelSelector
 from sparse_unsloth.storage import package_version
@@ -52,7 +52,6 @@ GROUPS = 6
 TIGHTENINGS = 4
 """Further allocations, at most, where those did not keep a loss bound; each costs one joint measurement."""
 JOURNAL_FILE = "measurements.jsonl"
-PARTS = LayerSparsity._fields
 RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
 """A prediction within either of what was measured (share of it; nats) is as good as asked for."""
 

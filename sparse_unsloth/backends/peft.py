@@ -29,7 +29,6 @@ from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, check_frozen, read_base, read_projection
 
 NAME = "peft"
-PARTS = ("mlp", "self_attn")
 PROBE_TOKENS = 8
 
 

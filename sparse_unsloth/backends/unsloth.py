@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends import row_hooks, unsloth_layer, unsloth_rows
-from sparse_unsloth.backends.peft import PARTS
 from sparse_unsloth.backends.replaced import replace_forward, runs, untraced
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
+from sparse_unsloth.layer_rules import PARTS
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.saved_adapters import base_of, find_adapter, vocabulary_of

@@ -24,6 +24,7 @@ from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
 from sparse_unsloth.functions.mlp import is_recompute
+from sparse_unsloth.layer_rules import PARTS
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
@@ -89,7 +90,7 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
         before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
     *handed, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, handed, kwargs)
-    for part in peft_backend.PARTS:
+    for part in PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
     output = behind(attention_output, residual, plan)
@@ -111,7 +112,7 @@ def _recorded(
     runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any], fixed: dict[str, Tensor]
 ) -> Tensor:
     """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
-    for part in peft_backend.PARTS:
+    for part in PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
     attention = recorded_attention(runtime, arguments, fixed)
@@ -173,7 +174,7 @@ def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
     context, index = runtime.context, runtime.layer.index
     if (index, context.kind) in graphs.ready or not graphs.soon(context.kind):
         return
-    for part in peft_backend.PARTS:
+    for part in PARTS:
         if runtime.is_sparse(part):
             graphed_layer.reserve(graphs, index, part, context.selections[index, part])
     graphs.ready.add((index, context.kind))
@@ -371,7 +372,7 @@ def _is_plain_norm(norm: nn.Module | None) -> bool:
 def _unsuitable(layer: DecoderLayer) -> str:
     """Why its projections are not as the functions need them: all with LoRA, of one rank where they are together."""
     try:
-        for part in peft_backend.PARTS:
+        for part in PARTS:
             peft_backend.check(layer, part)
     except AttachError as error:
         return str(error)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_unsloth.config import CONFIG_NAME, PART_NAMES, SparsityConfig
+from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.layer_rules import PARTS
 
 RECORDS_FILE = "explain.jsonl"
 FIGURES = ("captured", "overlap")
@@ -65,7 +66,7 @@ def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:
 
 def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The parts that occur, "mlp" and "self_attn"; older records may have others."""
-    return sorted({row["part"] for record in records for row in record["layers"]} & PART_NAMES.keys())
+    return sorted({row["part"] for record in records for row in record["layers"]} & PARTS.keys())
 
 
 def means(record: Mapping[str, Any]) -> dict[str, float]:

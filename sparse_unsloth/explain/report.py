@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.config import PART_NAMES
 from sparse_unsloth.explain.records import FIGURES, parts, read, values
+from sparse_unsloth.layer_rules import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 worst = min(found, key=found.get)
                 mean = sum(found.values()) / len(found)
                 told.append(f"{TITLES[what]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
-        lines.append(f"{PART_NAMES[part]}: {'; '.join(told)}.")
+        lines.append(f"{PARTS[part]}: {'; '.join(told)}.")
     lines += _advice(records)
     return lines
 
@@ -71,7 +71,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     table = {column: layer_means(records, *column) for column in columns}
     columns = [column for column in columns if table[column]]
     short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved"}
-    heading = ["layer", *(f"{PART_NAMES[part]}: {short[what]}" for part, what in columns)]
+    heading = ["layer", *(f"{PARTS[part]}: {short[what]}" for part, what in columns)]
     lines += [f"| {' | '.join(heading)} |", f"|{' ---: |' * len(heading)}"]
     for layer in sorted({layer for column in columns for layer in table[column]}):
         cells = [f"{table[column][layer]:.1%}" if layer in table[column] else "" for column in columns]
@@ -103,7 +103,7 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             of = {r["step"]: values(r, part, what) for r in records}
             line = {step: sum(found.values()) / len(found) for step, found in of.items() if found}
             if line:
-                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PART_NAMES[part]}, {what}")
+                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {what}")
     steps.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
     steps.legend(fontsize="small")
     for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen products left out")):
@@ -121,7 +121,7 @@ def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], what: str) ->
             continue
         every = [values(record, part, what) for record in records]
         low, high = ([pick(of[layer] for of in every if layer in of) for layer in found] for pick in (min, max))
-        (line,) = axes.plot(list(found), list(found.values()), marker=".", label=PART_NAMES[part])
+        (line,) = axes.plot(list(found), list(found.values()), marker=".", label=PARTS[part])
         axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[what])
     axes.legend(fontsize="small", loc="lower right")
@@ -133,13 +133,13 @@ def _advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
         poor = [str(layer) for layer, share in layer_means(records, part, "captured").items() if share < POOR]
         if poor:
             lines.append(
-                f"{PART_NAMES[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. "
+                f"{PARTS[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. "
                 "Calibrate the estimator on your own data (kind prior), or leave them less sparse."
             )
         shifting = [str(layer) for layer, share in layer_means(records, part, "overlap").items() if share < UNSTABLE]
         if shifting:
             lines.append(
-                f"{PART_NAMES[part]}: more than half of the channels are new in every step in layers "
+                f"{PARTS[part]}: more than half of the channels are new in every step in layers "
                 f"{', '.join(shifting)}: a choice made before this batch would be stale."
             )
     return lines

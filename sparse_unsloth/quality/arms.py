@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sparse_unsloth.layer_rules import expand
+from sparse_unsloth.layer_rules import expand, keep_count
 from sparse_unsloth.quality.network import DENSE, Mode
 from sparse_unsloth.schedule import Schedule
-from sparse_unsloth.selection import keep_count
 
 SELECTORS = ("prior", "random")
 

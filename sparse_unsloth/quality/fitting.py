@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.calibration import collect_statistics
-from sparse_unsloth.config import EstimatorConfig, LayerSparsity
+from sparse_unsloth.config import EstimatorConfig
 from sparse_unsloth.estimator import build_estimator
+from sparse_unsloth.layer_rules import LayerSparsity
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import IGNORE_INDEX
 from sparse_unsloth.quality.tasks import Items
