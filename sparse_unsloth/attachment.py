@@ -15,6 +15,7 @@ from torch import nn
 
 from sparse_unsloth import lifetime, prefill
 from sparse_unsloth.backends.replaced import BoundMethod, Uncompiled
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
@@ -29,7 +30,6 @@ from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.preparation import prepare
 from sparse_unsloth.runtime import SparsityState
 from sparse_unsloth.saved_adapters import left_unsaved
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.weights import forget_bases
 
 logger = logging.getLogger("sparse_unsloth")

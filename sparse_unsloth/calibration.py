@@ -23,7 +23,7 @@ from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import is_sequence_classifier, partition_of
+from sparse_unsloth.partition import is_sequence_classifier, partition_of, sequence_starts
 from sparse_unsloth.selection import ChannelSelector
 
 INPUT_ROWS = 2048
@@ -306,27 +306,6 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def sequence_starts(
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    packed_seq_lengths: Tensor | None = None,
-) -> Tensor:
-    """Where sequences start, as `TokenPartition` tells them, and the first real tokens: bool ``[batch, sequence]``."""
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    if packed_seq_lengths is not None:
-        ends = packed_seq_lengths.cumsum(0)
-        starts.view(-1)[ends[ends < labels.numel()]] = True
-    elif position_ids is not None:
-        positions = position_ids.expand_as(labels)
-        starts |= positions.diff(dim=1, prepend=positions[:, :1]) != 1
-    if attention_mask is not None:
-        real = attention_mask != 0
-        starts |= real & (real.cumsum(1) == 1)
-    return starts
 
 
 def _common(texts: list[list[int]], limit: int) -> int:

@@ -6,13 +6,12 @@ import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.explain.observer import Observation
-from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.functions.packed_attention import Packing
-from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
+from sparse_unsloth.row_choice import RowChoice
 
 if TYPE_CHECKING:
     from sparse_unsloth.gradients import FirstBackward, LossRows

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparse_unsloth.calibration import sequence_starts
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import rank
 from sparse_unsloth.errors import EstimatorError, SparsityError
@@ -17,11 +16,19 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.gradients import FirstBackward
-from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
+from sparse_unsloth.last_layer import loss_is_fused, worth_removing
 from sparse_unsloth.lifetime import why_dense
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
-from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
+from sparse_unsloth.partition import (
+    TokenPartition,
+    every_row_dense,
+    is_sequence_classifier,
+    is_split,
+    layout_of,
+    partition_of,
+    sequence_starts,
+)
 from sparse_unsloth.prefill import close_prefill, open_prefill
 from sparse_unsloth.rounding import with_round_counts, with_round_length
 

@@ -14,7 +14,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.partition import TokenPartition
@@ -60,27 +59,6 @@ def worth_removing(partition: TokenPartition) -> bool:
     """Whether enough rows bear no loss."""
     num_rows = partition.shape[0] * partition.shape[1]
     return num_rows - len(partition.loss) >= WORTH_REMOVING * num_rows
-
-
-def rows_with_loss(partition: TokenPartition, sparse: bool) -> TokenPartition:
-    """``partition`` with every row that bears no loss as padding; needs no host sync.
-
-    Args:
-        partition: the forward's.
-        sparse: keep the others' roles (with ``dense_tokens="none"`` they are context); else all of them are dense.
-    """
-    num_rows, loss = partition.shape[0] * partition.shape[1], partition.loss
-    others = torch.ones(num_rows, dtype=torch.uint8, device=loss.device).index_fill_(0, loss, 0)
-    others = others.argsort(descending=True, stable=True)[: num_rows - len(loss)]
-    none = loss[:0]
-    dense, context = (none, loss) if sparse and not len(partition.dense) else (loss, none)
-    return TokenPartition(partition.shape, dense, context, others, loss)
-
-
-def every_row_dense(partition: TokenPartition) -> TokenPartition:
-    """The same rows, all dense."""
-    rows = torch.arange(partition.shape[0] * partition.shape[1], device=partition.loss.device)
-    return TokenPartition(partition.shape, rows, rows[:0], rows[:0], partition.loss)
 
 
 def _is_plain(head: nn.Module | None) -> bool:

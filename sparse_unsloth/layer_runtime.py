@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.layer_rules import LayerSparsity
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.row_choice import RowChoice
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from sparse_unsloth.errors import ConfigError
 
 IGNORE_INDEX = -100
 EVERY_TOKEN_BEARS_LOSS = "every token bears loss, so no token has the role of context, and no other can be sparse."
@@ -275,6 +275,48 @@ def pooled_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
         return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1, dtype=torch.int64)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(-1)
+
+
+def sequence_starts(
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    packed_seq_lengths: Tensor | None = None,
+) -> Tensor:
+    """Where sequences start, as `TokenPartition` tells them, and the first real tokens: bool ``[batch, sequence]``."""
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if packed_seq_lengths is not None:
+        ends = packed_seq_lengths.cumsum(0)
+        starts.view(-1)[ends[ends < labels.numel()]] = True
+    elif position_ids is not None:
+        positions = position_ids.expand_as(labels)
+        starts |= positions.diff(dim=1, prepend=positions[:, :1]) != 1
+    if attention_mask is not None:
+        real = attention_mask != 0
+        starts |= real & (real.cumsum(1) == 1)
+    return starts
+
+
+def rows_with_loss(partition: TokenPartition, sparse: bool) -> TokenPartition:
+    """``partition`` with every row that bears no loss as padding; needs no host sync.
+
+    Args:
+        partition: the forward's.
+        sparse: keep the others' roles (with ``dense_tokens="none"`` they are context); else all of them are dense.
+    """
+    num_rows, loss = partition.shape[0] * partition.shape[1], partition.loss
+    others = torch.ones(num_rows, dtype=torch.uint8, device=loss.device).index_fill_(0, loss, 0)
+    others = others.argsort(descending=True, stable=True)[: num_rows - len(loss)]
+    none = loss[:0]
+    dense, context = (none, loss) if sparse and not len(partition.dense) else (loss, none)
+    return TokenPartition(partition.shape, dense, context, others, loss)
+
+
+def every_row_dense(partition: TokenPartition) -> TokenPartition:
+    """The same rows, all dense."""
+    rows = torch.arange(partition.shape[0] * partition.shape[1], device=partition.loss.device)
+    return TokenPartition(partition.shape, rows, rows[:0], rows[:0], partition.loss)
 
 
 def _documents(

@@ -5,12 +5,12 @@ Scores are energies here, the squares of the norms that the paper ranks by: the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.criteria import Criterion, make_criterion
 from sparse_unsloth.estimates import Estimator
@@ -27,32 +27,6 @@ from sparse_unsloth.layers import DecoderLayer
 
 MAX_KEPT = 2
 """Selections kept of each part by a criterion that looks at no row: of context rows and of output tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class MlpSelection:
-    """The MLP channels that context rows keep.
-
-    Args:
-        channels: int64 ``[k]``, ascending: rows of gate_proj and up_proj, columns of down_proj.
-        order: int64 ``[intermediate_size]``: ``channels``, then the others, ascending; None where nothing made it.
-        scores: of this batch's rows, those that the choice was made by.
-    """
-
-    channels: Tensor
-    order: Tensor | None = None
-    scores: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionSelection:
-    """Ascending int64 indices: rows of q_proj, k_proj and v_proj, and columns of o_proj; ``scores`` as in the MLP's."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    scores: tuple[Tensor, ...] = ()
 
 
 class ChannelSelector:

@@ -11,9 +11,10 @@ from sparse_unsloth import SparsityConfig, attach, detach
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.backends.row_hooks import trained
 from sparse_unsloth.errors import AttachError, ConfigError
-from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.row_choice import RowChoice
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import FAMILIES, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from sparse_unsloth import attach
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.functions.mlp import _GluRows
-from sparse_unsloth.last_layer import WORTH_REMOVING, every_row_dense, loss_is_fused, rows_with_loss, worth_removing
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.last_layer import WORTH_REMOVING, loss_is_fused, worth_removing
+from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_batch, make_lora

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.backends.replaced import original_forward, replace_forward, runs
+from sparse_unsloth.channel_selections import AttentionSelection
 from sparse_unsloth.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.errors import AttachError, BackendError
 from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
@@ -25,7 +26,6 @@ from sparse_unsloth.layers import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, Decode
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier
 from sparse_unsloth.saved_adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
-from sparse_unsloth.selection import AttentionSelection
 from sparse_unsloth.weights import Projection, check_adapters, check_frozen, read_base, read_projection
 
 NAME = "peft"

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward, training_flags
+from sparse_unsloth.row_choice import RowChoice
 from sparse_unsloth.weights import read_base
 
 PROBE_TOKENS = 8

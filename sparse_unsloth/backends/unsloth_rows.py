@@ -18,10 +18,11 @@ from sparse_unsloth.backends import row_hooks, unsloth_layer
 from sparse_unsloth.backends.replaced import original_forward, plain_forward, replace_forward
 from sparse_unsloth.backends.unsloth_layer import OTHER_PARTS, prove, why_different
 from sparse_unsloth.functions import graphed_parts
-from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_rows import behind_attention_by_rows, whole_layer_by_rows
 from sparse_unsloth.functions.layer import before_attention, behind_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
+from sparse_unsloth.row_choice import RowChoice
 
 NORM = "fast_rms_layernorm"
 CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")

@@ -18,13 +18,14 @@ from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import MLP_PROJECTIONS
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
+from sparse_unsloth.row_choice import RowChoice
 from sparse_unsloth.weights import Projection, read_projection
 
 TOLERANCE = 0.03

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.layer_rules import keep_count
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
 if TYPE_CHECKING:
     from sparse_unsloth.layers import DecoderLayer

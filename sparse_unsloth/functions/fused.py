@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.products import product_fp32
-from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
+from sparse_unsloth.functions.stacks import Stack, product_fp32, stack_columns, stack_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
 from sparse_unsloth.weights import BaseWeight

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.products import product_fp32
-from sparse_unsloth.functions.stacks import Stack, stack_columns, stack_rows
+from sparse_unsloth.functions.stacks import Stack, product_fp32, stack_columns, stack_rows
 from sparse_unsloth.kernels.columns import join_columns, split_columns
 from sparse_unsloth.kernels.lora import pack_linear
 from sparse_unsloth.partition import TokenPartition

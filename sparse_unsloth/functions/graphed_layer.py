@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.graphs import Graphs, Pass
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.functions.linear import as_loras
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """The output before o_proj of hidden states (whose shape alone counts), Q, K and V, and the tensors it depends on."""

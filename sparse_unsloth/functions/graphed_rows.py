@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
+from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.row_choice import RowChoice
 
 
 def whole_layer_by_rows(

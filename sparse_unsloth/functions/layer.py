@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.graphs import Pass
 from sparse_unsloth.functions.linear import as_loras, lora_tensors
 from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.weights import Projection
 
 

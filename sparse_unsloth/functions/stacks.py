@@ -14,6 +14,9 @@ from torch import Tensor
 
 from sparse_unsloth.weights import BaseWeight
 
+_MIXED = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether this PyTorch (2.8 on) writes a half-precision product in fp32."""
+
 
 class Stack:
     """Matrices ``[size_i, H]``, one below the other: ``[size, H]``.
@@ -100,3 +103,10 @@ def stack_columns(base: BaseWeight, lead: int, dtype: torch.dtype, index: Tensor
 
 def _in_place(bases: Sequence[BaseWeight], dtype: torch.dtype) -> bool:
     return all(base.quant_state is None and base.weight.dtype == dtype for base in bases)
+
+
+def product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of two matrices, in fp32 where the device can, else in their dtype: gradients of fp32 LoRA weights."""
+    if _MIXED and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
