@@ -371,16 +371,12 @@ def selection(sizes: Sizes, draw: Draw) -> Iterator[Case]:
             lambda values, k=k: select.top_order(values, k),
             lambda values, k=k: select.reference_top_order(values, k), 12 * channels,
         )  # fmt: skip
-    for pairs in (True, False):
-        layout = sizes.groups, sizes.head_dim, pairs
-        # Whole numbers: their sums are the same in any order.
-        energies = tuple(draw.order(width).to(torch.float32) for width in (queries, size, size))
-        yield Case(
-            "attention_channels", f"{keys} of {size}{', RoPE pairs' if pairs else ''}", energies,
-            lambda *energies, n=keys // 2 if pairs else keys, layout=layout: select.attention_channels(
-                *energies, n, keys, *layout
-            ),
-            lambda *energies, n=keys // 2 if pairs else keys, layout=layout: select.reference_attention_channels(
-                *energies, n, keys, *layout
-            ), 4 * (queries + 2 * size) + 8 * 2 * keys * (1 + sizes.groups),
-        )  # fmt: skip
+    layout = keys // 2, keys, sizes.groups, sizes.head_dim
+    # Whole numbers: their sums are the same in any order.
+    energies = tuple(draw.order(width).to(torch.float32) for width in (queries, size, size))
+    yield Case(
+        "attention_channels", f"{keys} of {size}, RoPE pairs", energies,
+        lambda *energies: select.attention_channels(*energies, *layout),
+        lambda *energies: select.reference_attention_channels(*energies, *layout),
+        4 * (queries + 2 * size) + 8 * 2 * keys * (1 + sizes.groups),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
-from sparse_unsloth.kernels.glu import KINDS, _activation
+from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
 
 
@@ -19,7 +19,7 @@ from sparse_unsloth.kernels.launch import launch
 def gated_fwd_kernel(e, g, h, size, KIND: tl.constexpr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = offset < size
-    value, _ = _activation(tl.load(e + offset, mask=mask, other=0.0).to(tl.float32), KIND)
+    value, _ = activation(tl.load(e + offset, mask=mask, other=0.0).to(tl.float32), KIND)
     product = value * tl.load(g + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(h + offset, product.to(h.dtype.element_ty), mask=mask)
 
@@ -28,7 +28,7 @@ def gated_fwd_kernel(e, g, h, size, KIND: tl.constexpr, TILE: tl.constexpr):
 def gated_bwd_kernel(dh, e, g, h, de, dg, size, KIND: tl.constexpr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = offset < size
-    value, slope = _activation(tl.load(e + offset, mask=mask, other=0.0).to(tl.float32), KIND)
+    value, slope = activation(tl.load(e + offset, mask=mask, other=0.0).to(tl.float32), KIND)
     b_g = tl.load(g + offset, mask=mask, other=0.0).to(tl.float32)
     b_dh = tl.load(dh + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(h + offset, (value * b_g).to(h.dtype.element_ty), mask=mask)

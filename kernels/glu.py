@@ -24,35 +24,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_unsloth.functions.activations import ACTIVATIONS
+from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
 
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 TILES = {"forward": (64, 64), "streamed": (32, 64), "rows": (64, 64), "channels": (64, 64)}
 """Rows and channels of a tile; of sixteen, the best or within 3 % of it on an H200 with Llama-3-8B's sizes (the forward
 has one more for many selected channels, whose base products it streams)."""
 FEW_CHANNELS = 1024
 ALIGNMENT = 16
 """`k` is best a multiple of it, so that rows of the stacked products stay aligned for wide loads."""
-
-
-@triton.jit
-def _activation(x, KIND: tl.constexpr):
-    """``act(x)`` and ``act'(x)`` in fp32."""
-    if KIND == 0:
-        root = tl.math.rsqrt(1.0 + tl.exp(-x))  # its square is the sigmoid, without a division
-        gate = root * root
-        value = x * gate
-        slope = gate + value * (1.0 - gate)
-    elif KIND == 1:
-        normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        value = x * normal
-        slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
-        value = 0.5 * x * (1.0 + tanh)
-        slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-    return value, slope
 
 
 @triton.jit
@@ -117,7 +98,7 @@ def glu_fwd_kernel(
         if i_channel < k:
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
-        value, _ = _activation(e, KIND)
+        value, _ = activation(e, KIND)
         h = (value * g).to(output.dtype.element_ty)
         if i_channel < k:
             tl.store(
@@ -186,7 +167,7 @@ def glu_bwd_rows_kernel(
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
             dh += _base(d_h, d_h_stride, o_row, m_row, o_channel, k)
-        value, slope = _activation(e, KIND)
+        value, slope = activation(e, KIND)
         de = (dh * g * slope).to(dtype)
         dg = (dh * value).to(dtype)
         if i_channel < k:
@@ -287,7 +268,7 @@ def glu_bwd_channels_kernel(
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
             dh += _base(d_h, d_h_stride, o_row, m_row, o_channel, k)
-        value, slope = _activation(e, KIND)
+        value, slope = activation(e, KIND)
         d_gate += tl.dot(tl.trans((dh * g * slope).to(dtype)), b_gate_thin, input_precision=PRECISION)
         d_up += tl.dot(tl.trans((dh * value).to(dtype)), b_up_thin, input_precision=PRECISION)
         d_down += tl.dot(tl.trans((value * g).to(dtype)), b_down_thin, input_precision=PRECISION)
@@ -378,8 +359,7 @@ def reference_forward(thin: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, 
     gate_thin, up_thin = thin.chunk(2, dim=1)
     k = base[0].shape[1]
     pad = (0, gate_B.shape[0] - k)
-    activation = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[kind]
-    h = activation(gate_thin @ gate_B.t() + F.pad(base[0], pad)) * (up_thin @ up_B.t() + F.pad(base[1], pad))
+    h = ACTIVATIONS[kind](gate_thin @ gate_B.t() + F.pad(base[0], pad)) * (up_thin @ up_B.t() + F.pad(base[1], pad))
     return h[:, :k], h @ down_A
 
 

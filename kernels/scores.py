@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.kernels.glu import KINDS, _activation
+from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
 
 TILE_N = 64
@@ -117,7 +117,7 @@ def mlp_scores_kernel(
         if HAS_BIAS:
             e += b_gate_bias
             g = tl.where(o_n[:, None] < N, g + b_up_bias, 0.0)
-        value, _ = _activation(e, KIND)
+        value, _ = activation(e, KIND)
         h = value * g
         b_sum += h * h
     b_score = tl.sum(b_sum, 0)

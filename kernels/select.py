@@ -147,7 +147,7 @@ def attention_channels_kernel(
     key_energy,  # fp32 [KV_HEADS * HEAD_DIM]
     value_energy,  # fp32 [KV_HEADS * HEAD_DIM]
     output,  # int64: channels of q from 0, of k from k_start, of v from v_start, of o from o_start
-    num_keys,  # key channels to choose, or RoPE pairs
+    num_keys,  # pairs of key channels to choose
     num_values,
     k_start,
     v_start,
@@ -155,25 +155,24 @@ def attention_channels_kernel(
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALVES: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_SPAN: tl.constexpr,
     VALUE_SPAN: tl.constexpr,
 ):
     o_head = tl.arange(0, HEADS)[:, None]
     if tl.program_id(0) == 0:
-        span: tl.constexpr = HEAD_DIM // HALVES
+        span: tl.constexpr = HEAD_DIM // 2
         o_pair = tl.arange(0, KEY_SPAN)[None, :]
         m_pair = (o_head < KV_HEADS) & (o_pair < span)
         b_pair = tl.zeros([HEADS, KEY_SPAN], dtype=tl.float32)
-        for half in tl.static_range(HALVES):
+        for half in tl.static_range(2):
             o_channel = half * span + o_pair
             b_query = tl.zeros([HEADS, KEY_SPAN], dtype=tl.float32)
             for member in range(GROUPS):
                 at = (o_head * GROUPS + member) * HEAD_DIM + o_channel
                 b_query += tl.load(query_energy + at, mask=m_pair, other=0.0)
             b_pair += b_query * tl.load(key_energy + o_head * HEAD_DIM + o_channel, mask=m_pair, other=0.0)
-        _choose_heads(b_pair, m_pair, num_keys, output + k_start, output, GROUPS, span, o_head, o_pair, HALVES)
+        _choose_heads(b_pair, m_pair, num_keys, output + k_start, output, GROUPS, span, o_head, o_pair, 2)
     else:
         o_value = tl.arange(0, VALUE_SPAN)[None, :]
         m_value = (o_head < KV_HEADS) & (o_value < HEAD_DIM)
@@ -204,18 +203,16 @@ def attention_channels(
     values: int,
     groups: int,
     head_dim: int,
-    rope_pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The channels of q, k, v and o, int64 and ascending: `reference_attention_channels` in one launch.
 
     Args:
         query_energy: fp32 ``[num_kv_heads * groups * head_dim]``, contiguous, as are the others.
         key_energy, value_energy: fp32 ``[num_kv_heads * head_dim]``; at most `CHUNK`, see `fits_attention`.
-        keys, values: key channels (with ``rope_pairs``, pairs of them) and value channels to choose.
+        keys, values: RoPE pairs ``(d, d + head_dim / 2)`` of key channels, and value channels to choose.
         groups: query heads that share a key head.
     """
-    halves = 2 if rope_pairs else 1
-    num_k, kv_heads = halves * keys, key_energy.shape[0] // head_dim
+    num_k, kv_heads = 2 * keys, key_energy.shape[0] // head_dim
     counts = (groups * num_k, num_k, values, groups * values)
     sizes = [size for count in counts for size in (count, count % 2)]  # starts stay aligned for wide loads
     output = torch.empty(sum(sizes), dtype=torch.int64, device=key_energy.device)
@@ -223,10 +220,10 @@ def attention_channels(
     k_start = sizes[0] + sizes[1]
     v_start = k_start + sizes[2] + sizes[3]
     o_start = v_start + sizes[4] + sizes[5]
-    heads, key_span, value_span = _tile(kv_heads, head_dim // halves, head_dim)
+    heads, key_span, value_span = _tile(kv_heads, head_dim // 2, head_dim)
     arguments = (query_energy, key_energy, value_energy, output, keys, values, k_start, v_start, o_start)
     constants = {
-        "KV_HEADS": kv_heads, "GROUPS": groups, "HEAD_DIM": head_dim, "HALVES": halves, "HEADS": heads,
+        "KV_HEADS": kv_heads, "GROUPS": groups, "HEAD_DIM": head_dim, "HEADS": heads,
         "KEY_SPAN": key_span, "VALUE_SPAN": value_span,
     }  # fmt: skip
     launch(attention_channels_kernel, (2,), arguments, constants, _warps(heads * value_span))
@@ -280,17 +277,13 @@ def reference_attention_channels(
     values: int,
     groups: int,
     head_dim: int,
-    rope_pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`attention_channels` in plain PyTorch; the scores of a RoPE pair ``(d, d + head_dim / 2)`` are added."""
+    """`attention_channels` in plain PyTorch; the scores of a RoPE pair are added."""
     scores = key_channel_scores(query_energy, key_energy, groups, head_dim)
-    if rope_pairs:
-        half = head_dim // 2
-        pairs = top_channels(scores.view(-1, 2, half).sum(1).flatten(), keys)
-        first = pairs // half * head_dim + pairs % half
-        k = torch.cat((first, first + half)).sort().values
-    else:
-        k = top_channels(scores, keys)
+    half = head_dim // 2
+    pairs = top_channels(scores.view(-1, 2, half).sum(1).flatten(), keys)
+    first = pairs // half * head_dim + pairs % half
+    k = torch.cat((first, first + half)).sort().values
     v = top_channels(value_energy, values)
     return query_channels(k, groups, head_dim), k, v, query_channels(v, groups, head_dim)
 

@@ -89,7 +89,7 @@ class ChannelSelector:
         keys = keep_count(size // 2, sparsity)  # pairs (d, d + head_dim / 2), which RoPE mixes
         by_kernels = energy.k.dtype == torch.float32 and fits_attention(layer.num_kv_heads, head_dim)
         choose = attention_channels if by_kernels and use_kernels(energy.k) else reference_attention_channels
-        chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim, True)
+        chosen = choose(*energy, keys, keep_count(size, sparsity), layer.groups, head_dim)
         return AttentionSelection(*chosen, scores=tuple(energy))
 
     def _score(self, score, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None):

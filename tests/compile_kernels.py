@@ -110,8 +110,7 @@ def compile_selection() -> None:
         scores.attention_energies(energies, draw(8, 128), 64, 32, None if gain is None else torch.rand(128))
     for size in (300, 40000):  # in registers, and in chunks
         select.top_order(torch.rand(size), 10)
-    for pairs in (False, True):
-        select.attention_channels(torch.rand(64), torch.rand(32), torch.rand(32), 4, 4, 2, 16, pairs)
+    select.attention_channels(torch.rand(64), torch.rand(32), torch.rand(32), 4, 4, 2, 16)
 
 
 def main() -> None:

@@ -92,16 +92,15 @@ HEADS = [
     [(heads, kind) for heads, kinds in HEADS for kind in kinds],
     ids=lambda value: "kv{}-groups{}-dim{}".format(*value) if isinstance(value, tuple) else value,
 )
-@pytest.mark.parametrize("rope_pairs", [False, True])
-def test_attention_channels_equal_reference(heads, rope_pairs, kind):
+def test_attention_channels_equal_reference(heads, kind):
     kv_heads, groups, head_dim = heads
     size = kv_heads * head_dim
     energies = [draw(width, kind, seed) for seed, width in enumerate((groups * size, size, size))]
     if kind == "whole":  # exact in any order of summation
         energies = [torch.randperm(len(energy), device=DEVICE).float() for energy in energies]
-    searched = size // 2 if rope_pairs else size
-    for keys, values in ((1, size), (searched // 3 or 1, size // 4), (searched, 1)):
-        arguments = (*energies, keys, values, groups, head_dim, rope_pairs)
+    pairs = size // 2
+    for keys, values in ((1, size), (pairs // 3 or 1, size // 4), (pairs, 1)):
+        arguments = (*energies, keys, values, groups, head_dim)
         ours = select.attention_channels(*arguments)
         reference = select.reference_attention_channels(*arguments)
         for name, left, right in zip("qkvo", ours, reference, strict=True):
@@ -112,13 +111,12 @@ def test_attention_channels_equal_reference(heads, rope_pairs, kind):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA GPU")
 @pytest.mark.parametrize("heads", [(8, 4, 128), (32, 1, 128), (64, 1, 128), (4, 7, 128), (1, 8, 256), (32, 1, 80)])
-@pytest.mark.parametrize("rope_pairs", [False, True])
-def test_attention_channels_of_real_sizes(heads, rope_pairs):
+def test_attention_channels_of_real_sizes(heads):
     kv_heads, groups, head_dim = heads
     size = kv_heads * head_dim
     assert select.fits_attention(kv_heads, head_dim)
     energies = [torch.randint(0, 500, (width,), device=DEVICE).float() for width in (groups * size, size, size)]
-    arguments = (*energies, size // 5, size // 3, groups, head_dim, rope_pairs)
+    arguments = (*energies, size // 5, size // 3, groups, head_dim)
     for left, right in zip(
         select.attention_channels(*arguments), select.reference_attention_channels(*arguments), strict=True
     ):

@@ -101,7 +101,7 @@ def test_rope_pairs_come_together_and_the_best_first(heads, sparsity, seed):
     scores = torch.rand(heads * head_dim, generator=torch.Generator().manual_seed(seed))
     energies = (torch.ones_like(scores), scores, scores)
     count = keep_count(heads * half, sparsity)
-    _, channels, _, _ = reference_attention_channels(*energies, count, 1, 1, head_dim, rope_pairs=True)
+    _, channels, _, _ = reference_attention_channels(*energies, count, 1, 1, head_dim)
     channels = channels.tolist()
     assert channels == sorted(set(channels))
     assert len(channels) == 2 * keep_count(heads * half, sparsity)

@@ -54,7 +54,7 @@ class FusedMlp:
         bases: gate, up, down; 4-bit ones are dequantised where they are used and freed again.
         loras: A and B of gate, up, down.
         scales: LoRA's, of gate, up, down.
-        activation: key of `sparse_unsloth.kernels.glu.KINDS`.
+        activation: key of `sparse_unsloth.kernels.activation.KINDS`.
         channels: int64: the channels of context rows.
         order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
         dtype: of the products.
