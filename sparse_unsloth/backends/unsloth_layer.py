@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -78,23 +79,25 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
 
 def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's output by the two functions, recorded or not; None where its own forward must run."""
-    plan = _plan(runtime, hidden_states, kwargs)
-    if plan is None:
+    planned = _plan(runtime, hidden_states, kwargs)
+    if planned is None:
         return None
+    plan, capture = planned
     runtime.context.whole.add(runtime.layer.index)
-    fixed = None if plan.graphs is None else fixed_tensors(runtime, hidden_states, kwargs)
+    fixed = None if capture is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
-        return _recorded(runtime, hidden_states, plan, kwargs, fixed)
+        return _recorded(runtime, hidden_states, plan, capture, kwargs, fixed)
     before, behind = before_attention, behind_attention
-    if plan.graphs is not None:
-        before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
+    if capture is not None:
+        before = partial(graphed_parts.before_attention, capture=capture)
+        behind = partial(graphed_parts.behind_attention, capture=capture)
     *handed, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, handed, kwargs)
     for part in PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
     output = behind(attention_output, residual, plan)
-    if runtime.state.graphs is not None and plan.graphs is None and not plan.unread:
+    if runtime.state.graphs is not None and capture is None and not plan.unread:
         _reserve(runtime, runtime.state.graphs)
     return output
 
@@ -109,15 +112,20 @@ def attend(runtime: LayerRuntime, hidden_states: Tensor, handed: Sequence[Tensor
 
 
 def _recorded(
-    runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any], fixed: dict[str, Tensor]
+    runtime: LayerRuntime,
+    hidden_states: Tensor,
+    plan: LayerPlan,
+    capture: Pass,
+    arguments: dict[str, Any],
+    fixed: dict[str, Tensor],
 ) -> Tensor:
     """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
     for part in PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
     attention = recorded_attention(runtime, arguments, fixed)
-    output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()))
-    for part, chosen in plan.graphs.kept.items():
+    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
+    for part, chosen in capture.kept.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
     return output
 
@@ -255,8 +263,10 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
-def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> LayerPlan | None:
-    """What this call computes, or None where the layer's own forward must."""
+def _plan(
+    runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
+) -> tuple[LayerPlan, Pass | None] | None:
+    """What this call computes, and what records it if anything does; or None where the layer's own forward must."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
     if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
@@ -285,12 +295,12 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
         ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
         memo["graphs"] = ready and runtime.state.config.exact_removal
-    graphs = None
+    capture = None
     if memo.get("graphs", False):
         context.graphs.check(context)
         context.captured.add(layer.index)
-        graphs = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
-    return LayerPlan(
+        capture = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
+    plan = LayerPlan(
         input_norm=_norm(module.input_layernorm),
         output_norm=_norm(module.post_attention_layernorm),
         attention=attention,
@@ -301,8 +311,8 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         choose_mlp=runtime.mlp_of_context,
         unread=unread,
         keep=torch.is_grad_enabled(),
-        graphs=graphs,
     )
+    return plan, capture
 
 
 def open_pass(graphs: Graphs, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> Pass:

@@ -125,15 +125,15 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    graphs = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
-    plan = dataclasses.replace(plan, graphs=graphs, unread=again)
+    capture = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
+    plan = dataclasses.replace(plan, unread=again)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
     fixed = unsloth_layer.fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
         attention = unsloth_layer.recorded_attention(runtime, arguments, fixed)
-        return whole_layer_by_rows(hidden_states, plan, attention, list(fixed.values()), *rows)
-    *handed, residual = graphed_parts.before_attention(hidden_states, plan)
+        return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
+    *handed, residual = graphed_parts.before_attention(hidden_states, plan, capture)
     attention_output = unsloth_layer.attend(runtime, hidden_states, handed, arguments)
     if again:
-        return behind_attention_by_rows(attention_output, residual, plan, *rows)
-    return graphed_parts.behind_attention(attention_output, residual, plan)
+        return behind_attention_by_rows(attention_output, residual, plan, capture, *rows)
+    return graphed_parts.behind_attention(attention_output, residual, plan, capture)

@@ -27,26 +27,26 @@ Compute = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """A layer's output of hidden states, LoRA matrices (A and B of q, k, v, o, gate, up, down), and those tensors."""
 
 
-def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
+def whole_layer(
+    hidden_states: Tensor, plan: LayerPlan, capture: Pass, attention: Attention, tensors: Sequence[Tensor]
+) -> Tensor:
     """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
 
     Args:
-        plan: with ``graphs``.
+        capture: what records this call and replays it.
         attention: in every call of this kind the same.
         tensors: its last argument, often the same from layer to layer.
     """
-    graphs = plan.graphs
     static = replace(
         plan,
-        graphs=None,
-        attention=Rows(graphs.rows(plan.attention.partition), plan.attention.sparse),
-        mlp=Rows(graphs.rows(plan.mlp.partition), plan.mlp.sparse),
+        attention=Rows(capture.rows(plan.attention.partition), plan.attention.sparse),
+        mlp=Rows(capture.rows(plan.mlp.partition), plan.mlp.sparse),
     )
     if not plan.unread:
         static = replace(
             static,
-            choose_attention=_kept(graphs, "self_attn", plan.choose_attention),
-            choose_mlp=_kept(graphs, "mlp", plan.choose_mlp),
+            choose_attention=_kept(capture, "self_attn", plan.choose_attention),
+            choose_mlp=_kept(capture, "mlp", plan.choose_mlp),
         )
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -55,36 +55,36 @@ def whole_layer(hidden_states: Tensor, plan: LayerPlan, attention: Attention, te
         return behind_attention(attention(x, projected, tensors), residual, trained)
 
     loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.unread else first_forward)(graphs, compute, hidden_states, tensors, loras)
+    return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)
 
 
 def first_forward(
-    graphs: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+    capture: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
     """``compute`` without gradients, in a graph."""
 
     def run(x: Tensor, *tensors: Tensor):
         return (compute(x, loras, tensors),), None
 
-    (output,) = graphs.call("layer", run, (graphs.take("hidden states", hidden_states), *_shared(graphs, tensors)))
-    graphs.finish()
+    (output,) = capture.call("layer", run, (capture.take("hidden states", hidden_states), *_shared(capture, tensors)))
+    capture.finish()
     return output.clone()
 
 
 def recompute(
-    graphs: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+    capture: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
     """``compute`` with gradients, and its backward, in two graphs; nobody reads the output, which is zeros."""
-    return _Recompute.apply(hidden_states, graphs, compute, _shared(graphs, tensors), *loras)
+    return _Recompute.apply(hidden_states, capture, compute, _shared(capture, tensors), *loras)
 
 
-def _shared(graphs: Pass, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [graphs.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+def _shared(capture: Pass, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [capture.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, graphs: Pass, compute: Compute, tensors: list[Tensor], *loras: Tensor):
+    def forward(ctx, hidden_states: Tensor, capture: Pass, compute: Compute, tensors: list[Tensor], *loras: Tensor):
         def run(x: Tensor, *tensors: Tensor):
             with torch.enable_grad():
                 # Leaves of their own: autograd would have the parameters' stream wait for the one that records.
@@ -92,24 +92,24 @@ class _Recompute(torch.autograd.Function):
                 output = compute(sources[0], sources[1:], tensors)
             return (), (sources, output)
 
-        graphs.call("recompute", run, (graphs.take("hidden states", hidden_states), *tensors))
-        ctx.graphs, ctx.loras = graphs, loras
+        capture.call("recompute", run, (capture.take("hidden states", hidden_states), *tensors))
+        ctx.capture, ctx.loras = capture, loras
         return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        graphs, loras = ctx.graphs, ctx.loras
+        capture, loras = ctx.capture, ctx.loras
 
         def run(state, gradient: Tensor):
             sources, output = state
             dx, *found = torch.autograd.grad(output, sources, gradient)
             return (dx, flat(found, loras)), None
 
-        dx, found = graphs.call("backward", run, (graphs.take("gradient", gradient),), after="recompute")
-        graphs.finish()
+        dx, found = capture.call("backward", run, (capture.take("gradient", gradient),), after="recompute")
+        capture.finish()
         # Where the layer before will read it, and nothing writes until then.
-        return graphs.take("gradient", dx), None, None, None, *parts(found, loras)
+        return capture.take("gradient", dx), None, None, None, *parts(found, loras)
 
 
 def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
@@ -118,17 +118,17 @@ def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | Attent
         graphs.reserve(layer, f"{part}.{name}", value)
 
 
-def _kept(graphs: Pass, part: str, choose: Callable) -> Callable:
-    """``choose``, where what it returns stays at one place and is noted in ``graphs.kept``."""
+def _kept(capture: Pass, part: str, choose: Callable) -> Callable:
+    """``choose``, where what it returns stays at one place and is noted in ``capture.kept``."""
 
     def choose_and_keep(rows: Tensor | None) -> MlpSelection | AttentionSelection:
         if rows is None:
-            return graphs.kept[part]
+            return capture.kept[part]
         chosen = choose(rows)
-        places = {name: graphs.place(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)}
+        places = {name: capture.place(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)}
         scores = tuple(places.pop(f"scores.{number}") for number in range(len(chosen.scores)))
-        graphs.kept[part] = replace(chosen, **places, scores=scores)
-        return graphs.kept[part]
+        capture.kept[part] = replace(chosen, **places, scores=scores)
+        return capture.kept[part]
 
     return choose_and_keep
 

@@ -13,25 +13,26 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.graphed_layer import flat, parts
+from sparse_unsloth.functions.graphs import Pass
 from sparse_unsloth.functions.layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
 from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
 
 
-def before_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `functions.layer.before_attention`; Q, K, V hold until `plan.graphs` does no more."""
-    return _BeforeAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
+def before_attention(hidden_states: Tensor, plan: LayerPlan, capture: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `functions.layer.before_attention`; Q, K, V hold until ``capture`` does no more."""
+    return _BeforeAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
 
 
-def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
+def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: Pass) -> Tensor:
     """See `functions.layer.behind_attention`."""
-    return _BehindAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
+    return _BehindAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
 
 
 class _BeforeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, *loras: Tensor):
-        x, norm, rows, graphs = hidden_states.flatten(0, -2), plan.input_norm, plan.attention, plan.graphs
-        partition, dtype = graphs.rows(rows.partition), x.dtype
+    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: Pass, *loras: Tensor):
+        x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
+        partition, dtype = capture.rows(rows.partition), x.dtype
 
         def project(normed: Tensor, *indices: Tensor):
             projections = plan.projections[:3]
@@ -43,12 +44,12 @@ class _BeforeAttention(torch.autograd.Function):
             return outputs, (fused, normed, thin)
 
         with without_autocast(x):
-            normed = graphs.buffer("attention's norm", x, rows.order.size)
+            normed = capture.buffer("attention's norm", x, rows.order.size)
             _, _, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order, normed)
             chosen = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
-            indices = [graphs.index(name, index) for name, index in chosen]
-            outputs = graphs.call("qkv", project, (normed, *indices))
-        ctx.plan, ctx.loras = plan, loras
+            indices = [capture.index(name, index) for name, index in chosen]
+            outputs = capture.call("qkv", project, (normed, *indices))
+        ctx.plan, ctx.capture, ctx.loras = plan, capture, loras
         ctx.save_for_backward(hidden_states, scale)
         return *(y.view(*hidden_states.shape[:-1], -1) for y in outputs), hidden_states.view_as(hidden_states)
 
@@ -56,7 +57,7 @@ class _BeforeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
         hidden_states, scale = ctx.saved_tensors
-        plan, loras, graphs, x = ctx.plan, ctx.loras, ctx.plan.graphs, hidden_states.flatten(0, -2)
+        plan, loras, capture, x = ctx.plan, ctx.loras, ctx.capture, hidden_states.flatten(0, -2)
         *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
 
         def project_backward(state, *gradients: Tensor):
@@ -65,20 +66,20 @@ class _BeforeAttention(torch.autograd.Function):
             return (d_normed, flat(lora_gradients, loras)), None
 
         with without_autocast(x):
-            d_normed, found = graphs.call("qkv backward", project_backward, gradients, after="qkv")
+            d_normed, found = capture.call("qkv backward", project_backward, gradients, after="qkv")
             order, weight = plan.attention.order, plan.input_norm.weight
             dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
             lora_gradients = parts(found, loras)
-        graphs.finish()
-        return dx.view(hidden_states.shape), None, *lora_gradients
+        capture.finish()
+        return dx.view(hidden_states.shape), None, None, *lora_gradients
 
 
 class _BehindAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
+    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: Pass, *loras: Tensor):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
-        norm, rows, graphs, dtype = plan.output_norm, plan.mlp, plan.graphs, a.dtype
-        partition, projection = graphs.rows(plan.attention.partition), plan.projections[3]
+        norm, rows, dtype = plan.output_norm, plan.mlp, a.dtype
+        partition, projection = capture.rows(plan.attention.partition), plan.projections[3]
 
         def project(a: Tensor, index: Tensor):
             fused = FusedInSelected(
@@ -92,19 +93,19 @@ class _BehindAttention(torch.autograd.Function):
             return (y,), None
 
         with without_autocast(a):
-            index = graphs.index("o", plan.attention_indices(None)[3])
-            (y,) = graphs.call("o", project, (a, index))
-            normed = graphs.buffer("mlp's norm", stream, rows.order.size)
+            index = capture.index("o", plan.attention_indices(None)[3])
+            (y,) = capture.call("o", project, (a, index))
+            normed = capture.buffer("mlp's norm", stream, rows.order.size)
             total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
             chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
-            selection = [graphs.index(name, values) for name, values in chosen]
+            selection = [capture.index(name, values) for name, values in chosen]
             if plan.unread:
                 result = stream.new_zeros(()).expand(stream.shape)
             else:
-                (y,) = graphs.call("mlp", mlp, (normed, *selection))
+                (y,) = capture.call("mlp", mlp, (normed, *selection))
                 result = add_rows(total, y, rows.order)
-                graphs.finish()
-        ctx.plan, ctx.loras, ctx.normed, ctx.selection = plan, loras, normed, selection
+                capture.finish()
+        ctx.plan, ctx.capture, ctx.loras, ctx.normed, ctx.selection = plan, capture, loras, normed, selection
         ctx.attention_shape = attention_output.shape
         ctx.save_for_backward(total, scale)
         return result.view(residual.shape)
@@ -113,7 +114,7 @@ class _BehindAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         total, scale = ctx.saved_tensors
-        plan, loras, graphs = ctx.plan, ctx.loras, ctx.plan.graphs
+        plan, loras, capture = ctx.plan, ctx.loras, ctx.capture
         dy, rows, order = gradient.flatten(0, -2).contiguous(), plan.mlp, plan.attention.order
         dtype = total.dtype
 
@@ -130,15 +131,15 @@ class _BehindAttention(torch.autograd.Function):
         with without_autocast(total):
             by_role = dy
             if rows.sparse:
-                by_role = graphs.buffer("dy", dy, rows.order.size)
+                by_role = capture.buffer("dy", dy, rows.order.size)
                 torch.index_select(dy, 0, rows.partition.rows, out=by_role)
             inputs = (by_role, ctx.normed, *ctx.selection)
-            d_normed, mlp_flat = graphs.call("mlp backward", mlp_backward, inputs)
+            d_normed, mlp_flat = capture.call("mlp backward", mlp_backward, inputs)
             # The MLP's recording has read these two; now the sum's gradient goes where the projection's reads.
-            d_total = [graphs.buffer("d_total", total, len(total))]
+            d_total = [capture.buffer("d_total", total, len(total))]
             if plan.attention.sparse:
-                d_total.append(graphs.buffer("dy", total, order.size))
+                d_total.append(capture.buffer("dy", total, order.size))
             norm_backward(d_normed, rows.order, total, scale, plan.output_norm.weight, dy, order, *d_total)
-            da, o_flat = graphs.call("o backward", project_backward, d_total, after="o")
+            da, o_flat = capture.call("o backward", project_backward, d_total, after="o")
             lora_gradients = [*parts(o_flat, loras[:2]), *parts(mlp_flat, loras[2:])]
-        return da.view(ctx.attention_shape), d_total[0].view(gradient.shape), None, *lora_gradients
+        return da.view(ctx.attention_shape), d_total[0].view(gradient.shape), None, None, *lora_gradients

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
+from sparse_unsloth.functions.graphs import Pass
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.row_choice import RowChoice
@@ -24,6 +25,7 @@ from sparse_unsloth.row_choice import RowChoice
 def whole_layer_by_rows(
     hidden_states: Tensor,
     plan: LayerPlan,
+    capture: Pass,
     attention: Attention,
     tensors: Sequence[Tensor],
     partition: TokenPartition,
@@ -33,16 +35,15 @@ def whole_layer_by_rows(
     """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
 
     Args:
-        plan: of all rows, dense, with ``graphs``.
-        attention, tensors: as in `graphed_layer.whole_layer`.
+        plan: of all rows, dense.
+        capture, attention, tensors: as in `graphed_layer.whole_layer`.
         partition: the roles of the rows.
         share: of the context rows, that backward goes through.
         chosen: as many dense rows as are chosen: `RowChoice.alone`.
     """
-    graphs = plan.graphs
-    every, few = (Rows(graphs.rows(rows), False) for rows in (plan.mlp.partition, chosen))
-    roles = graphs.rows(partition)
-    static = replace(plan, graphs=None, attention=every, mlp=every)
+    every, few = (Rows(capture.rows(rows), False) for rows in (plan.mlp.partition, chosen))
+    roles = capture.rows(partition)
+    static = replace(plan, attention=every, mlp=every)
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         trained = static.with_loras(loras)
@@ -53,13 +54,14 @@ def whole_layer_by_rows(
         return _through_few(attention_output, residual, trained, few, RowChoice(roles, share))
 
     loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.unread else first_forward)(graphs, compute, hidden_states, tensors, loras)
+    return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)
 
 
 def behind_attention_by_rows(
     attention_output: Tensor,
     residual: Tensor,
     plan: LayerPlan,
+    capture: Pass,
     partition: TokenPartition,
     share: float,
     chosen: TokenPartition,
@@ -71,21 +73,21 @@ def behind_attention_by_rows(
         residual: as `graphed_parts.before_attention` gave it; other arguments as in `whole_layer_by_rows`.
     """
     loras = lora_tensors_of(plan.projections[3:])
-    return _BehindByRows.apply(attention_output, residual, plan, partition, share, chosen, *loras)
+    return _BehindByRows.apply(attention_output, residual, plan, capture, partition, share, chosen, *loras)
 
 
 class _BehindByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, partition, share, chosen, *loras):
-        ctx.plan, ctx.share, ctx.loras = plan, share, loras
-        ctx.roles, ctx.few = plan.graphs.rows(partition), Rows(plan.graphs.rows(chosen), False)
+    def forward(ctx, attention_output, residual, plan: LayerPlan, capture: Pass, partition, share, chosen, *loras):
+        ctx.plan, ctx.capture, ctx.share, ctx.loras = plan, capture, share, loras
+        ctx.roles, ctx.few = capture.rows(partition), Rows(capture.rows(chosen), False)
         ctx.save_for_backward(attention_output, residual)
         return residual.new_zeros(()).expand(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        plan, loras, graphs = ctx.plan, ctx.loras, ctx.plan.graphs
+        plan, loras = ctx.plan, ctx.loras
         before = lora_tensors_of(plan.projections[:3])
 
         def run(gradient: Tensor, *inputs: Tensor):
@@ -96,13 +98,13 @@ class _BehindByRows(torch.autograd.Function):
             d_attention, d_residual, *found = torch.autograd.grad(output, sources, gradient)
             return (d_attention, d_residual, flat(found, loras)), None
 
-        *d_inputs, found = graphs.call("rows backward", run, (gradient, *ctx.saved_tensors))
-        return *d_inputs, *(None,) * 4, *parts(found, loras)
+        *d_inputs, found = ctx.capture.call("rows backward", run, (gradient, *ctx.saved_tensors))
+        return *d_inputs, *(None,) * 5, *parts(found, loras)
 
 
 def _through_few(attention_output: Tensor, residual: Tensor, plan: LayerPlan, few: Rows, choice: RowChoice) -> Tensor:
     """Zeros, whose backward goes through few rows, by the LoRA matrices of ``plan``."""
-    again = replace(plan, attention=few, mlp=few, unread=True, keep=False, graphs=None)
+    again = replace(plan, attention=few, mlp=few, unread=True, keep=False)
     return backward_rows(
         _not_called,
         [attention_output, residual],

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
-from sparse_unsloth.functions.graphs import Pass
 from sparse_unsloth.functions.linear import as_loras, lora_tensors
 from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
 from sparse_unsloth.partition import TokenPartition
@@ -70,7 +69,6 @@ class LayerPlan:
             for sparse parts alone.
         unread: a recompute, whose backward is next: nobody will read the layer's output.
         keep: backward follows, and may find what forward computed.
-        graphs: what records this call and replays it (`functions.graphed_layer`), if anything does.
     """
 
     input_norm: Norm
@@ -83,7 +81,6 @@ class LayerPlan:
     choose_mlp: Callable[[Tensor], MlpSelection]
     unread: bool
     keep: bool
-    graphs: Pass | None = None
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Channels of q, k, v, o; none in a dense part."""
