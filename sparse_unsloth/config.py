@@ -1,16 +1,10 @@
 """What is sparse, how much, chosen how, and when: `SparsityConfig`, read from YAML, JSON, presets and mappings."""
 
-import difflib
-import json
 import os
-import re
-import reprlib
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,12 +18,11 @@ from pydantic import (
 )
 
 from sparse_unsloth import older_formats, removed
+from sparse_unsloth.config_files import SUFFIXES, TITLE, did_you_mean, failure, problem, read, write
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.layer_rules import LayerSparsity, absent_layers, canonical_rule, expand, share
 from sparse_unsloth.schedule import Schedule
 
-TITLE = "sparsity configuration"
-SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_NAME = "sparsity_config.yaml"
 """The file that `save_pretrained` writes beside the adapter."""
 NOTHING = ("", "none", "null", "off", "no", "false", "disabled", "0")
@@ -115,9 +108,9 @@ class _Config(BaseModel, metaclass=_Reporting):
         try:
             config = super().model_validate(obj, **kwargs)
         except ValidationError as error:
-            problems = problems + [_problem(cls, detail) for detail in error.errors(include_url=False)]
+            problems = problems + [problem(cls, detail) for detail in error.errors(include_url=False)]
         if problems:
-            raise _failure(source, problems)
+            raise failure(source, problems)
         return config
 
 
@@ -283,7 +276,7 @@ class SparsityConfig(_Config):
             problems += absent_layers(part, getattr(self, part), num_layers)
             parts.append(expand(getattr(self, part), base))
         if problems:
-            raise _failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
+            raise failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
         return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
 
     @classmethod
@@ -312,7 +305,7 @@ class SparsityConfig(_Config):
             return cls(preset=text)
         path, _, mode = (text, "", "") if Path(text).exists() else text.partition("#")
         if not Path(path).exists() and Path(path).suffix not in SUFFIXES:
-            hint = _did_you_mean(text, PRESETS)
+            hint = did_you_mean(text, PRESETS)
             raise ConfigError(f"{TITLE}: {text!r} is neither a preset ({', '.join(PRESETS)}) nor a file{hint}")
         return cls.from_file(path, mode=mode or None)
 
@@ -328,7 +321,7 @@ class SparsityConfig(_Config):
             ConfigError: the file is missing, cannot be parsed, or has wrong contents.
         """
         path = Path(path)
-        data = _read(path)
+        data = read(path)
         if not isinstance(data, dict):
             what = "is empty" if data is None else f"holds a {type(data).__name__}"
             raise ConfigError(f"{path}: must hold a mapping of SparsityConfig keys, but {what}")
@@ -348,19 +341,7 @@ class SparsityConfig(_Config):
         Raises:
             ConfigError: another suffix.
         """
-        path = Path(path)
-        data = self.model_dump(mode="json")
-        if _is_json(path):
-            text = json.dumps(data, indent=2) + "\n"
-        else:
-            text = yaml.safe_dump(data, sort_keys=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write(Path(path), self.model_dump(mode="json"))
 
     @classmethod
     def _from_mapping(cls, data: dict, source: str, mode: str | None = None, folder: Path | None = None):
@@ -370,97 +351,3 @@ class SparsityConfig(_Config):
         elif mode is not None:
             problems = [f"mode: {mode!r} given, but only the older JSON format has modes"]
         return cls._checked(data, source, problems)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that names a key twice is refused, where PyYAML keeps the last one without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            name = str(key_node.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} given twice", key_node.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} given twice")
-    return data
-
-
-def _is_json(path: Path) -> bool:
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: must end in {', '.join(SUFFIXES)}")
-    return path.suffix == ".json"
-
-
-def _read(path: Path) -> object:
-    if not path.is_file():
-        raise ConfigError(f"{path}: {'is a folder, name a file in it' if path.is_dir() else 'no such file'}")
-    is_json = _is_json(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if is_json:
-            return json.loads(text, object_pairs_hook=_unique_keys)
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as {'JSON' if is_json else 'YAML'}: {error}") from None
-
-
-def _failure(source: str, problems: list[str]) -> ConfigError:
-    if len(problems) == 1:
-        return ConfigError(f"{source}: {problems[0]}")
-    return ConfigError("\n  ".join([f"{source}: {len(problems)} problems", *problems]))
-
-
-def _problem(cls: type[BaseModel], detail: Any) -> str:
-    """One line: the key's path, what is allowed, what was given."""
-    location = [str(part) for part in detail["loc"] if part != "[key]"]
-    key, kind, given = ".".join(location) or cls.__name__, detail["type"], reprlib.repr(detail["input"])
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest_key(cls, location)} (given {given})"
-    if kind == "literal_error":
-        allowed = detail["ctx"]["expected"]
-        hint = _did_you_mean(detail["input"], re.findall("[a-z0-9]+", allowed))
-        return f"{key}: must be {allowed}, given {given}{hint}"
-    if kind == "value_error":
-        message = str(detail["ctx"]["error"])
-    elif kind == "dict_type":
-        message = "must be a mapping of layers to shares, such as {'3-30': 0.99}"
-    elif kind == "model_type":
-        message = f"must be a mapping with some of the keys {', '.join(_model_at(cls, location).model_fields)}"
-    else:
-        message = detail["msg"].replace("Input should", "must")
-    return f"{key}: {message}, given {given}"
-
-
-def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
-    for name in location:
-        cls = cls.model_fields[name].annotation
-    return cls
-
-
-def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
-    """The valid key nearest to an unknown one, in its own mapping or one below; all valid keys if none is near."""
-    if gone := removed.unknown(location[-1]):
-        return f"; {gone}"
-    parent = ".".join([*location[:-1], ""])
-    names = {}
-    for name, field in _model_at(cls, location[:-1]).model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names |= {nested: f"{parent}{name}.{nested}" for nested in field.annotation.model_fields}
-    names |= {name: f"{parent}{name}" for name in _model_at(cls, location[:-1]).model_fields}
-    near = difflib.get_close_matches(location[-1], names, n=1)
-    if near:
-        return f"; did you mean {names[near[0]]}?"
-    return f"; valid keys: {', '.join(_model_at(cls, location[:-1]).model_fields)}"
-
-
-def _did_you_mean(given: object, valid: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(valid), n=1) if isinstance(given, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
