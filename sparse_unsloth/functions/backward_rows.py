@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,35 +44,46 @@ def backward_rows(
         unread: nobody will read the output (a recompute), so it is not computed: zeros of the shape of the last input.
         again: called in backward instead of ``function``: of the same gradients; its output is not read.
     """
-    functions = function, function if again is None else again
-    return _BackwardRows.apply(functions, choice, residual, chooses, unread, len(inputs), *inputs, *parameters)
+    call = _Call(function, function if again is None else again, choice, residual, chooses, unread, len(inputs))
+    return _BackwardRows.apply(call, *inputs, *parameters)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `backward_rows` that are no tensors."""
+
+    function: Callable[..., Tensor]
+    again: Callable[..., Tensor]
+    choice: RowChoice
+    residual: int | None
+    chooses: bool
+    unread: bool
+    num_inputs: int
 
 
 class _BackwardRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, functions, choice, residual, chooses, unread, num_inputs, *tensors):
-        inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
-        function, ctx.again = functions
-        ctx.choice, ctx.residual, ctx.chooses = choice, residual, chooses
-        ctx.autocast = _autocast_of(inputs[0])
+    def forward(ctx, call: _Call, *tensors: Tensor):
+        inputs, ctx.parameters = tensors[: call.num_inputs], tensors[call.num_inputs :]
+        ctx.call, ctx.autocast = call, _autocast_of(inputs[0])
         ctx.save_for_backward(*inputs)
-        if unread:
+        if call.unread:
             return inputs[-1].new_zeros(()).expand(inputs[-1].shape)
-        return function(*inputs)
+        return call.function(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        inputs, choice = ctx.saved_tensors, ctx.choice
+        inputs, choice = ctx.saved_tensors, ctx.call.choice
         flat = gradient.flatten(0, -2)
-        rows = choice.choose(flat) if ctx.chooses or choice.rows is None else choice.rows
+        rows = choice.choose(flat) if ctx.call.chooses or choice.rows is None else choice.rows
         wanted = ctx.needs_input_grad[-len(inputs) - len(ctx.parameters) :]
         leaves = [
             tensor.detach().flatten(0, -2).index_select(0, rows)[None].requires_grad_(needed)
             for tensor, needed in zip(inputs, wanted, strict=False)
         ]
         with torch.enable_grad(), ctx.autocast():
-            output = ctx.again(*leaves)
+            output = ctx.call.again(*leaves)
         sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), wanted, strict=True) if needed]
         found = iter(
             torch.autograd.grad(output, sources, flat.index_select(0, rows)[None].to(output.dtype), allow_unused=True)
@@ -80,12 +92,12 @@ class _BackwardRows(torch.autograd.Function):
         for place, (tensor, needed) in enumerate(zip(inputs, wanted, strict=False)):
             if not needed:
                 continue
-            through = place == ctx.residual
+            through = place == ctx.call.residual
             whole = flat.to(tensor.dtype, copy=True) if through else torch.zeros_like(tensor).flatten(0, -2)
             if gradients[place] is not None:
                 whole.index_copy_(0, rows, gradients[place][0])
             gradients[place] = whole.view(tensor.shape)
-        return *(None,) * 6, *gradients
+        return None, *gradients
 
 
 def _autocast_of(like: Tensor) -> Callable[[], AbstractContextManager]:
