@@ -103,12 +103,12 @@ def measure(model, method: str, arguments: argparse.Namespace) -> dict:
 
 def flop_limit(model, layer_sparsity, arguments: argparse.Namespace) -> float:
     """The speed-up that the FLOPs of a forward allow; logits of the last rows on both sides."""
-    from sparse_unsloth.costs import ModelShape, step_flops
+    from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 
     shape, batch, length = ModelShape.from_config(model.config), arguments.batch, arguments.length
     options = {"seq_lengths": [length] * batch, "lora_rank": arguments.rank, "head_tokens": batch}
-    dense = step_flops(shape, [(0.0, 0.0)] * shape.num_layers, batch * length, 0, **options)
-    ours = step_flops(shape, layer_sparsity, batch, batch * (length - 1), estimator_rank=8, **options)
+    dense = step_flops(shape, [(0.0, 0.0)] * shape.num_layers, TrainingStep(batch * length, 0, **options))
+    ours = step_flops(shape, layer_sparsity, TrainingStep(batch, batch * (length - 1), estimator_rank=8, **options))
     return dense.forward.total / ours.forward.total
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import KW_ONLY, astuple, dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Literal
 
@@ -127,33 +127,11 @@ def attention_pairs(seq_lengths: Iterable[int], causal: bool = True) -> int:
     return sum(n * (n + 1) // 2 if causal else n * n for n in seq_lengths)
 
 
-def step_flops(
-    shape: ModelShape,
-    layer_sparsity: Sequence[tuple[float, float]],
-    dense_tokens: int,
-    context_tokens: int,
-    seq_lengths: Iterable[int],
-    lora_rank: int,
-    checkpointing: bool = False,
-    head_tokens: int | None = None,
-    trainable_base: bool = False,
-    *,
-    lora_targets: Collection[str] = (*ATTENTION, *MLP),
-    attention: Literal["fused", "eager"] = "fused",
-    input_requires_grad: bool | None = None,
-    estimator_rank: int = 0,
-    last_layer_tokens: int | None = None,
-    padding_tokens: int = 0,
-    backward_rows: float = 1.0,
-    whole_again: Collection[str] = (),
-) -> StepFlops:
-    """Counts forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
-
-    Context rows compute `keep_count` of the base weights, forward and for the gradient of the input alike; the LoRA
-    branch stays dense.
+@dataclass(frozen=True)
+class TrainingStep:
+    """Forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
 
     Args:
-        layer_sparsity: `(mlp, self_attn)` of each layer, each in [0, 1); all zero is the dense step.
         dense_tokens: rows computed densely, padding included where it is computed so.
         context_tokens: rows computed on the chosen channels, padding included where it is computed so.
         seq_lengths: tokens of each sequence that attends to itself (padded length where padding is computed).
@@ -182,85 +160,99 @@ def step_flops(
             besides: O where it and the MLP are hooked one by one (PEFT backend), both without the exact removal.
 
     Raises:
-        ConfigError: not as many sparsities as layers, an unknown projection or kind of attention.
+        ConfigError: an unknown projection or kind of attention.
+    """
+
+    dense_tokens: int
+    context_tokens: int
+    seq_lengths: Sequence[int]
+    lora_rank: int
+    _: KW_ONLY
+    checkpointing: bool = False
+    head_tokens: int | None = None
+    trainable_base: bool = False
+    lora_targets: Collection[str] = (*ATTENTION, *MLP)
+    attention: Literal["fused", "eager"] = "fused"
+    input_requires_grad: bool | None = None
+    estimator_rank: int = 0
+    last_layer_tokens: int | None = None
+    padding_tokens: int = 0
+    backward_rows: float = 1.0
+    whole_again: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("fused", "eager"):
+            raise ConfigError(f"attention is {self.attention!r}; it must be 'fused' or 'eager'")
+        if unknown := set(self.lora_targets) - {*ATTENTION, *MLP}:
+            known = ", ".join((*ATTENTION, *MLP))
+            raise ConfigError(f"lora_targets has {sorted(unknown)}; known projections are {known}")
+
+
+def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]], step: TrainingStep) -> StepFlops:
+    """Counts the FLOPs of ``step`` with the `(mlp, self_attn)` sparsity of each layer, in [0, 1).
+
+    All zero is the dense step. Context rows compute `keep_count` of the base weights, forward and for the gradient of
+    the input alike; the LoRA branch stays dense.
+
+    Raises:
+        ConfigError: not as many sparsities as layers.
     """
     if len(layer_sparsity) != shape.num_layers:
         raise ConfigError(f"{len(layer_sparsity)} layer sparsities were given for a model of {shape.num_layers} layers")
-    if attention not in ("fused", "eager"):
-        raise ConfigError(f"attention is {attention!r}; it must be 'fused' or 'eager'")
-    if unknown := set(lora_targets) - {*ATTENTION, *MLP}:
-        raise ConfigError(f"lora_targets has {sorted(unknown)}; known projections are {', '.join((*ATTENTION, *MLP))}")
-    tokens = dense_tokens + context_tokens + padding_tokens
-    if head_tokens is None:
-        head_tokens = tokens
+    input_requires_grad = step.input_requires_grad
     if input_requires_grad is None:
-        input_requires_grad = checkpointing or trainable_base
+        input_requires_grad = step.checkpointing or step.trainable_base
     full = shape.projections()
-    fused = attention == "fused"
-    pairs = attention_pairs(seq_lengths, causal=fused)
+    fused = step.attention == "fused"
+    pairs = attention_pairs(step.seq_lengths, causal=fused)
     attention_product = 2 * pairs * shape.num_heads * shape.head_dim
 
     forward, again, backward = Counter(), Counter(), Counter()
-    by_rows = backward_rows < 1
+    by_rows = step.backward_rows < 1
     for layer, (mlp, self_attn) in enumerate(layer_sparsity):
         chosen = shape.projections(mlp, self_attn)
-        narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and last_layer_tokens is not None else ()
+        narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and step.last_layer_tokens is not None else ()
         for name, (inputs, outputs) in full.items():
             part = "mlp_base" if name in MLP else "attention_projections"
-            padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else padding_tokens
-            dense_rows, context_rows = dense_tokens + padding_rows, context_tokens
+            padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else step.padding_tokens
+            dense_rows, context_rows = step.dense_tokens + padding_rows, step.context_tokens
             if name in narrowed:
-                dense_rows, context_rows, padding_rows = last_layer_tokens, 0, 0
+                dense_rows, context_rows, padding_rows = step.last_layer_tokens, 0, 0
             rows = dense_rows + context_rows
             base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
-            rank = lora_rank if name in lora_targets else 0
+            rank = step.lora_rank if name in step.lora_targets else 0
             lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
             input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
             forward[part] += base
             forward["lora"] += lora_a + lora_b
             share = 1.0
             if by_rows and name not in ATTENTION[:3] and rows:
-                share = (dense_rows - padding_rows + ceil(backward_rows * context_rows)) / rows
-            if checkpointing or share < 1:
-                times = share + (checkpointing and share < 1 and name in whole_again)
+                share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
+            if step.checkpointing or share < 1:
+                times = share + (step.checkpointing and share < 1 and name in step.whole_again)
                 again[part] += round(times * base)
                 again["lora"] += round(times * (lora_a + lora_b))
-            backward[part] += round(share * base) * (input_gradient + trainable_base)
+            backward[part] += round(share * base) * (input_gradient + step.trainable_base)
             backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product
         backward["attention_core"] += (5 if fused else 4) * attention_product
         sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
         scored = (MLP[:2] if sparse_mlp else ()) + (ATTENTION[:3] if self_attn > 0 else ())
-        forward["estimator"] += sum(2 * context_tokens * estimator_rank * sum(full[name]) for name in scored)
-    if checkpointing:
+        forward["estimator"] += sum(2 * step.context_tokens * step.estimator_rank * sum(full[name]) for name in scored)
+    if step.checkpointing:
         again["attention_core"] = forward["attention_core"]
 
+    tokens = step.dense_tokens + step.context_tokens + step.padding_tokens
+    head_tokens = tokens if step.head_tokens is None else step.head_tokens
     layers = Parts(**forward)
     logits = 2 * head_tokens * shape.hidden_size * shape.vocab_size
     return StepFlops(
         forward=layers + Parts(head=logits),
         recompute=Parts(**again),
-        backward=Parts(**backward) + Parts(head=logits * (1 + trainable_base)),
+        backward=Parts(**backward) + Parts(head=logits * (1 + step.trainable_base)),
     )
 
 
 def _narrowed(self_attn: float) -> tuple[str, ...]:
     """Projections of the last layer that exact removal gives fewer rows."""
     return ("o_proj", *MLP) if self_attn > 0 else ("q_proj", "o_proj", *MLP)
-
-
-def flops_ratio(
-    shape: ModelShape,
-    layer_sparsity: Sequence[tuple[float, float]],
-    dense_tokens: int,
-    context_tokens: int,
-    seq_lengths: Sequence[int],
-    lora_rank: int,
-    **options,
-) -> float:
-    """FLOPs of the dense step over those of the sparse one, the limit of its speed-up; arguments as `step_flops`."""
-    dense, sparse = (
-        step_flops(shape, layers, dense_tokens, context_tokens, seq_lengths, lora_rank, **options)
-        for layers in ([(0.0, 0.0)] * shape.num_layers, layer_sparsity)
-    )
-    return dense.total / sparse.total

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from sparse_unsloth.attachment import get_state
-from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, step_flops
+from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.doctor import check_can_train, environment
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.faults import SetUp, check_output
@@ -229,15 +229,17 @@ def _step_flops(
     step = step_flops(
         shape,
         layers,
-        dense_tokens=batch.dense + (0 if apart else batch.padding + batch.context),
-        context_tokens=batch.context if apart else 0,
-        padding_tokens=batch.padding if by_rows else 0,
-        backward_rows=backward_rows,
-        whole_again=("o_proj",),
-        seq_lengths=[length] * size,
-        head_tokens=head_tokens,
-        estimator_rank=estimator_rank,
-        **options,
+        TrainingStep(
+            dense_tokens=batch.dense + (0 if apart else batch.padding + batch.context),
+            context_tokens=batch.context if apart else 0,
+            padding_tokens=batch.padding if by_rows else 0,
+            backward_rows=backward_rows,
+            whole_again=("o_proj",),
+            seq_lengths=[length] * size,
+            head_tokens=head_tokens,
+            estimator_rank=estimator_rank,
+            **options,
+        ),
     )
     total = step.total + step.forward.head
     if sparse:
@@ -245,7 +247,9 @@ def _step_flops(
         for count, targets in ((dense_mlps, ATTENTION + MLP), (shape.num_layers - dense_mlps, ATTENTION)):
             part = replace(shape, num_layers=count)
             padding = step_flops(
-                part, [(0.0, 0.0)] * count, batch.padding, 0, [], head_tokens=0, lora_targets=targets, **options
+                part,
+                [(0.0, 0.0)] * count,
+                TrainingStep(batch.padding, 0, [], head_tokens=0, lora_targets=targets, **options),
             ).parts
             total += padding.attention_projections + padding.lora + (padding.mlp_base if MLP[0] in targets else 0)
     return total
@@ -265,7 +269,7 @@ def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:
     groups = [lengths[start : start + CALIBRATION_BATCH] for start in range(0, len(lengths), CALIBRATION_BATCH)]
     padded = [max(group) for group in groups for _ in group]
     dense = [(0.0, 0.0)] * shape.num_layers
-    forward = step_flops(shape, dense, sum(padded), 0, padded, recipe.model.lora_r, head_tokens=0).forward
+    forward = step_flops(shape, dense, TrainingStep(sum(padded), 0, padded, recipe.model.lora_r, head_tokens=0)).forward
     # The energies need gate and up once more.
     return forward.total + forward.mlp_base * 2 // 3
 

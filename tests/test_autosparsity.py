@@ -21,7 +21,7 @@ from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import LossProbe, attached, prepare_batches, with_sparsity
 from sparse_unsloth.autosparsity.report import markdown, save
 from sparse_unsloth.cli import main
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
 from sparse_unsloth.layer_rules import LayerSparsity
 
@@ -174,7 +174,9 @@ def test_parts_add_up_to_the_recipe_and_the_step():
     assert (data.context_tokens, data.loss_tokens) == (36, 24)  # prompts less their last token
     dense = [(0.0, 0.0)] * 3
     expected = [
-        step_flops(SHAPE, layers, data.dense_tokens, 36, [13, 11, 9] * 2, 4, head_tokens=24, estimator_rank=rank).total
+        step_flops(
+            SHAPE, layers, TrainingStep(data.dense_tokens, 36, [13, 11, 9] * 2, 4, head_tokens=24, estimator_rank=rank)
+        ).total
         for layers, rank in ((recipe, 4), (dense, 0))
     ]
     assert data.step_ratio(SHAPE, recipe, 4, 4) == expected[0] / expected[1]

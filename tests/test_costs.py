@@ -10,8 +10,8 @@ from sparse_unsloth.costs import (
     ATTENTION,
     MLP,
     ModelShape,
+    TrainingStep,
     attention_pairs,
-    flops_ratio,
     step_flops,
 )
 from sparse_unsloth.errors import ConfigError
@@ -56,7 +56,7 @@ def measure(model) -> tuple[int, int]:
 
 
 def expected(**options):
-    return step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, RANK, attention="eager", **options)
+    return step_flops(SHAPE, DENSE, TrainingStep(TOKENS, 0, [SEQUENCE] * BATCH, RANK, attention="eager", **options))
 
 
 @pytest.mark.parametrize("input_requires_grad", [False, True])
@@ -103,7 +103,9 @@ def test_full_fine_tuning():
         attn_implementation="eager",
     )
     forward, backward = measure(transformers.LlamaForCausalLM(config).train())
-    flops = step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, lora_rank=0, trainable_base=True, attention="eager")
+    flops = step_flops(
+        SHAPE, DENSE, TrainingStep(TOKENS, 0, [SEQUENCE] * BATCH, lora_rank=0, trainable_base=True, attention="eager")
+    )
     assert flops.forward.total == pytest.approx(forward, rel=0.001)
     assert flops.backward.total == pytest.approx(backward, rel=0.001)
 
@@ -196,14 +198,16 @@ def test_sparse_against_gathered_products(layer_sparsity, dense_rows, estimator_
     flops = step_flops(
         SHAPE,
         layer_sparsity,
-        dense_rows,
-        TOKENS - dense_rows,
-        [SEQUENCE] * BATCH,
-        RANK,
-        head_tokens=11,
-        attention="eager",
-        input_requires_grad=input_requires_grad,
-        estimator_rank=estimator_rank,
+        TrainingStep(
+            dense_rows,
+            TOKENS - dense_rows,
+            [SEQUENCE] * BATCH,
+            RANK,
+            head_tokens=11,
+            attention="eager",
+            input_requires_grad=input_requires_grad,
+            estimator_rank=estimator_rank,
+        ),
     )
     assert flops.forward.total == forward
     assert flops.backward.total == backward
@@ -214,7 +218,7 @@ def test_fused_attention_recomputes_scores():
     forward, backward = sdpa_flop_count(q, q, q), sdpa_backward_flop_count(q, q, q, q)
     layers = SHAPE.num_layers
     eager = expected()
-    fused = step_flops(SHAPE, DENSE, TOKENS, 0, [SEQUENCE] * BATCH, RANK)
+    fused = step_flops(SHAPE, DENSE, TrainingStep(TOKENS, 0, [SEQUENCE] * BATCH, RANK))
     assert eager.forward.attention_core == layers * forward
     causal = attention_pairs([SEQUENCE]) / attention_pairs([SEQUENCE], causal=False)
     assert fused.forward.attention_core == pytest.approx(layers * forward * causal)
@@ -227,7 +231,9 @@ def test_attention_pairs():
 
 
 def test_parts_add_up_to_the_total():
-    flops = step_flops(SHAPE, [(0.5, 0.5)] * 3, 10, 50, [20] * 3, RANK, checkpointing=True, estimator_rank=8)
+    flops = step_flops(
+        SHAPE, [(0.5, 0.5)] * 3, TrainingStep(10, 50, [20] * 3, RANK, checkpointing=True, estimator_rank=8)
+    )
     assert flops.total == flops.forward.total + flops.recompute.total + flops.backward.total == flops.parts.total
     assert flops.recompute.head == 0
     assert flops.recompute.mlp_base == flops.forward.mlp_base == flops.backward.mlp_base
@@ -238,17 +244,23 @@ def test_parts_add_up_to_the_total():
 
 def test_micro_batches_add_up():
     def flops(dense, context, lengths):
-        return step_flops(SHAPE, [(0.9, 0.5)] * 3, dense, context, lengths, RANK).total
+        return step_flops(SHAPE, [(0.9, 0.5)] * 3, TrainingStep(dense, context, lengths, RANK)).total
 
     assert flops(10, 30, [20, 20]) + flops(5, 7, [12]) == flops(15, 37, [20, 20, 12])
 
 
+def flops_ratio(shape, layers, step):
+    """FLOPs of the dense step over those of the sparse one."""
+    dense, sparse = (step_flops(shape, each, step).total for each in ([(0.0, 0.0)] * shape.num_layers, layers))
+    return dense / sparse
+
+
 def test_ratio():
-    context_only = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, 0, TOKENS, [SEQUENCE] * BATCH, RANK)
-    mixed = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, TOKENS // 2, TOKENS // 2, [SEQUENCE] * BATCH, RANK)
+    context_only = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, TrainingStep(0, TOKENS, [SEQUENCE] * BATCH, RANK))
+    mixed = flops_ratio(SHAPE, [(0.9, 0.5)] * 3, TrainingStep(TOKENS // 2, TOKENS // 2, [SEQUENCE] * BATCH, RANK))
     assert context_only > mixed > 1
-    assert flops_ratio(SHAPE, DENSE, 0, TOKENS, [SEQUENCE], RANK, checkpointing=True) == 1
-    assert flops_ratio(SHAPE, [(0.01, 0.0)] * 3, 0, TOKENS, [SEQUENCE], RANK, estimator_rank=64) < 1
+    assert flops_ratio(SHAPE, DENSE, TrainingStep(0, TOKENS, [SEQUENCE], RANK, checkpointing=True)) == 1
+    assert flops_ratio(SHAPE, [(0.01, 0.0)] * 3, TrainingStep(0, TOKENS, [SEQUENCE], RANK, estimator_rank=64)) < 1
 
 
 @pytest.mark.parametrize(
@@ -262,7 +274,9 @@ def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
     options = {"attention": "eager", "estimator_rank": 8}
     dense, context, loss = 20, 40, 18
     whole, removed = (
-        step_flops(SHAPE, layers, dense, context, [SEQUENCE] * BATCH, RANK, last_layer_tokens=rows, **options)
+        step_flops(
+            SHAPE, layers, TrainingStep(dense, context, [SEQUENCE] * BATCH, RANK, last_layer_tokens=rows, **options)
+        )
         for rows in (None, loss)
     )
     saved = 0
@@ -314,15 +328,17 @@ def test_exact_removal_against_gathered_products(first, last):
     flops = step_flops(
         SHAPE,
         layers,
-        dense,
-        TOKENS - dense,
-        [SEQUENCE] * BATCH,
-        RANK,
-        head_tokens=loss,
-        last_layer_tokens=loss,
-        attention="eager",
-        input_requires_grad=True,
-        estimator_rank=rank,
+        TrainingStep(
+            dense,
+            TOKENS - dense,
+            [SEQUENCE] * BATCH,
+            RANK,
+            head_tokens=loss,
+            last_layer_tokens=loss,
+            attention="eager",
+            input_requires_grad=True,
+            estimator_rank=rank,
+        ),
     )
     assert flops.forward.total == forward
     assert flops.backward.total == backward
@@ -331,7 +347,7 @@ def test_exact_removal_against_gathered_products(first, last):
 def test_padding_is_left_out_of_sparse_parts_only():
     def parts(layers, **rows):
         return step_flops(
-            SHAPE, layers, 20, rows.pop("context", 30), [SEQUENCE] * BATCH, RANK, head_tokens=0, **rows
+            SHAPE, layers, TrainingStep(20, rows.pop("context", 30), [SEQUENCE] * BATCH, RANK, head_tokens=0, **rows)
         ).parts
 
     mlps = [(0.5, 0.0)] * 3
@@ -347,7 +363,7 @@ def test_published_recipe_on_llama_3_8b():
     layers = [(0.99 if 3 <= i <= 30 else 0.0, 0.75 if i in sparse_attention else 0.0) for i in range(32)]
     assert shape.projections(*layers[14])["gate_proj"] == (4096, 143)
     assert shape.projections(*layers[14])["q_proj"] == (4096, 1024)
-    ratio = flops_ratio(shape, layers, 16 * 129, 16 * 383, [512] * 16, 16, checkpointing=True)
+    ratio = flops_ratio(shape, layers, TrainingStep(16 * 129, 16 * 383, [512] * 16, 16, checkpointing=True))
     assert 2.0 < ratio < 2.5
 
 
@@ -377,4 +393,4 @@ def test_shape_from_configs():
 )
 def test_bad_inputs(layers, options, message):
     with pytest.raises(ConfigError, match=message):
-        step_flops(SHAPE, layers, 1, 1, [2], RANK, **options)
+        step_flops(SHAPE, layers, TrainingStep(1, 1, [2], RANK, **options))

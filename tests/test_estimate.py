@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.forecast import recorded
 from sparse_unsloth.forecast.command import _recipe, build_parser
@@ -222,7 +222,7 @@ def test_rows_of_a_backward_pass(recipe):
 def test_padding_is_left_out_of_a_backward_pass_through_few_rows():
     shape, dense = ModelShape(64, 128, 3, 4, 2, 16, 96), [(0.0, 0.0)] * 3
     padded, bare = (
-        step_flops(shape, dense, 4, 20, [], 4, head_tokens=0, padding_tokens=padding, backward_rows=0.25)
+        step_flops(shape, dense, TrainingStep(4, 20, [], 4, head_tokens=0, padding_tokens=padding, backward_rows=0.25))
         for padding in (10, 0)
     )
     assert padded.forward.total > bare.forward.total

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from sparse_unsloth import attach, get_state
 from sparse_unsloth.calibration import energy_captured
 from sparse_unsloth.cli import main
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.energy import mlp_energy
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
@@ -83,7 +83,7 @@ def test_records_say_what_other_ways_say():
     assert files.values(first, "self_attn", "captured")[2] < 1
     partition = contexts[1].partition
     dense, sparse = (
-        step_flops(SHAPE, layers, partition.num_dense, partition.num_context, [], 0).forward
+        step_flops(SHAPE, layers, TrainingStep(partition.num_dense, partition.num_context, [], 0)).forward
         for layers in ([(0.0, 0.0)] * 3, state.layer_sparsity)
     )
     spent = (sparse.mlp_base + sparse.attention_projections) / (dense.mlp_base + dense.attention_projections)

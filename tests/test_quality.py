@@ -12,7 +12,7 @@ import torch
 from sparse_unsloth import attach
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.bench.shapes import shape_of
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.quality.arms import ARMS
 from sparse_unsloth.quality.batches import Batches, Counts, Layout, training_batches
 from sparse_unsloth.quality.cost import StepTimes, measured_method, training_flops
@@ -325,7 +325,7 @@ def counted(sparsity, **options):
     tokens = COUNT.dense, COUNT.context
     removed = {"head_tokens": COUNT.loss, "last_layer_tokens": COUNT.loss}
     options = {"input_requires_grad": False, "checkpointing": True, **removed, **options}
-    return step_flops(SMOLLM2_SHAPE, sparsity, *tokens, COUNT.lengths, 16, **options)
+    return step_flops(SMOLLM2_SHAPE, sparsity, TrainingStep(*tokens, COUNT.lengths, 16, **options))
 
 
 def test_flops_are_those_of_the_cost_model():

@@ -372,7 +372,9 @@ def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkey
     # Eager attention computes the whole square, and no flash kernel's scores again.
     eager, fused = (
         quickstart.step_flops(
-            shape, [(0.0, 0.0)] * 2, 30, 0, [15, 15], 4, checkpointing=checkpointing == "true", attention=kind
+            shape,
+            [(0.0, 0.0)] * 2,
+            quickstart.TrainingStep(30, 0, [15, 15], 4, checkpointing=checkpointing == "true", attention=kind),
         ).parts.attention_core
         for kind in ("eager", "fused")
     )

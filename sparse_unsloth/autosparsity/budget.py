@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparse_unsloth.autosparsity.probe import ProbeBatch
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.layer_rules import LayerSparsity
 
 
@@ -41,13 +41,15 @@ def _frozen(shape: ModelShape, recipe, estimator_rank: int) -> int:
     parts = step_flops(
         shape,
         recipe,
-        dense_tokens=0,
-        context_tokens=1,
-        seq_lengths=[],
-        lora_rank=0,
-        head_tokens=0,
-        input_requires_grad=True,
-        estimator_rank=estimator_rank,
+        TrainingStep(
+            dense_tokens=0,
+            context_tokens=1,
+            seq_lengths=[],
+            lora_rank=0,
+            head_tokens=0,
+            input_requires_grad=True,
+            estimator_rank=estimator_rank,
+        ),
     ).parts
     return parts.mlp_base + parts.attention_projections + parts.estimator
 
@@ -98,12 +100,14 @@ class DataShape:
             return step_flops(
                 shape,
                 layers,
-                self.dense_tokens,
-                self.context_tokens,
-                self.row_lengths,
-                lora_rank,
-                head_tokens=self.loss_tokens,
-                estimator_rank=rank,
+                TrainingStep(
+                    self.dense_tokens,
+                    self.context_tokens,
+                    self.row_lengths,
+                    lora_rank,
+                    head_tokens=self.loss_tokens,
+                    estimator_rank=rank,
+                ),
             ).total
 
         dense = [(0.0, 0.0)] * shape.num_layers

@@ -6,7 +6,7 @@ import re
 
 from sparse_unsloth.bench.shapes import Shape, shape_of
 from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.costs import ModelShape, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError
 
 METHODS = {
@@ -111,13 +111,15 @@ def flop_limit(
         step_flops(
             model,
             sparsity,
-            shape.tokens - shape.context_tokens,
-            shape.context_tokens,
-            [shape.length] * shape.batch,
-            lora_rank=16,
-            backward_rows=config.backward_rows if removed else 1.0,
-            checkpointing=again,
-            head_tokens=shape.batch * shape.outputs if removed else None,
+            TrainingStep(
+                shape.tokens - shape.context_tokens,
+                shape.context_tokens,
+                [shape.length] * shape.batch,
+                lora_rank=16,
+                backward_rows=config.backward_rows if removed else 1.0,
+                checkpointing=again,
+                head_tokens=shape.batch * shape.outputs if removed else None,
+            ),
         ).total
         for sparsity, removed, again in (
             ([(0.0, 0.0)] * model.num_layers, False, base_checkpointing),

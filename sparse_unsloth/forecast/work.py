@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, StepFlops, step_flops
+from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.last_layer import WORTH_REMOVING
 from sparse_unsloth.loss import ROW_MULTIPLE
@@ -108,19 +108,21 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     flops = step_flops(
         plan.shape,
         plan.layers if sparse else plan.dense().layers,
-        dense_tokens=batch.dense + (0 if sparse else batch.context),
-        context_tokens=batch.context if sparse else 0,
-        padding_tokens=batch.padding,
-        seq_lengths=batch.lengths,
-        lora_rank=plan.lora_rank,
-        lora_targets=plan.lora_targets,
-        checkpointing=plan.checkpointing,
-        head_tokens=logit_rows(plan, batch, removal),
-        last_layer_tokens=last_layer,
-        attention="eager" if plan.eager_attention else "fused",
-        estimator_rank=plan.estimator_rank,
-        backward_rows=plan.backward_rows if sparse else 1.0,
-        whole_again=whole_again,
+        TrainingStep(
+            dense_tokens=batch.dense + (0 if sparse else batch.context),
+            context_tokens=batch.context if sparse else 0,
+            padding_tokens=batch.padding,
+            seq_lengths=batch.lengths,
+            lora_rank=plan.lora_rank,
+            lora_targets=plan.lora_targets,
+            checkpointing=plan.checkpointing,
+            head_tokens=logit_rows(plan, batch, removal),
+            last_layer_tokens=last_layer,
+            attention="eager" if plan.eager_attention else "fused",
+            estimator_rank=plan.estimator_rank,
+            backward_rows=plan.backward_rows if sparse else 1.0,
+            whole_again=whole_again,
+        ),
     )
     if plan.chunked_loss and plan.backend == "peft":
         again = replace(flops.recompute, head=flops.forward.head)

@@ -22,7 +22,7 @@ import numpy as np
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
-from sparse_unsloth.costs import ModelShape, attention_pairs, step_flops
+from sparse_unsloth.costs import ModelShape, TrainingStep, attention_pairs, step_flops
 from sparse_unsloth.forecast.measured import usable_rows
 from sparse_unsloth.quality.arms import Arm, StepPlan
 from sparse_unsloth.quality.batches import Counts
@@ -100,18 +100,19 @@ def _row_flops(row: _Row, role: str) -> int:
         # Behind keys and values only rows with loss are computed, densely.
         if role == "loss":
             whole, rest = (
-                step_flops(row.shape, none, 1, 0, last_layer_tokens=tokens, **options).total for tokens in (1, 0)
+                step_flops(row.shape, none, TrainingStep(1, 0, last_layer_tokens=tokens, **options)).total
+                for tokens in (1, 0)
             )
             return whole - rest
         rows = (0, 1) if role == "context" else (1, 0)
-        return step_flops(row.shape, none, *rows, last_layer_tokens=0, **options).total
+        return step_flops(row.shape, none, TrainingStep(*rows, last_layer_tokens=0, **options)).total
     if role == "loss":
         return 0
     if role == "dense":
-        return step_flops(row.shape, none, 1, 0, **options).total
+        return step_flops(row.shape, none, TrainingStep(1, 0, **options)).total
     if row.rows is not None:
-        return step_flops(row.shape, none, 0, MANY, backward_rows=row.rows, **options).total // MANY
-    return step_flops(row.shape, [(row.mlp, 0.0)], 0, 1, estimator_rank=row.factor_rank, **options).total
+        return step_flops(row.shape, none, TrainingStep(0, MANY, backward_rows=row.rows, **options)).total // MANY
+    return step_flops(row.shape, [(row.mlp, 0.0)], TrainingStep(0, 1, estimator_rank=row.factor_rank, **options)).total
 
 
 def _head(shape: ModelShape, rows: int) -> int:
@@ -129,7 +130,7 @@ def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -
     tokens = sum(count.dense + count.context for count in counts)
     lengths = [length for count in counts for length in count.lengths]
     dense = [(0.0, 0.0)] * shape.num_layers
-    return step_flops(shape, dense, tokens, 0, lengths, lora_rank, head_tokens=0).forward.total
+    return step_flops(shape, dense, TrainingStep(tokens, 0, lengths, lora_rank, head_tokens=0)).forward.total
 
 
 class StepTimes:
