@@ -57,8 +57,8 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
             baselines[shape] = baselines.get(shape, 0) + (is_baseline(row) and not arms)
             again = max(baselines[shape] - 1, 0)
             number = shapes.index(shape) if shape in shapes else len(shapes)
-            method = -1 if row["arm"] else methods.index(row["method"])
-            places.append((number, shape, again, method))
+            method = methods.index(row["method"]) if row["method"] in methods else len(methods)
+            places.append((number, shape, again, -1 if row["arm"] else method))
         return [run[place] for place in sorted(range(len(run)), key=places.__getitem__)]
 
     return {key: ordered(key, run) for key, run in sorted(runs.items())}

@@ -22,7 +22,6 @@ METHODS = {
     "rows-10": "through a tenth of them",
     "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
     "rows-10-graphs": "a tenth of them, likewise",
-    "rows-99-graphs": "nearly all of them, likewise: what recording gives by itself",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
