@@ -25,9 +25,6 @@ from sparse_unsloth.kernels.select import (
 from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.layers import DecoderLayer
 
-MAX_KEPT = 2
-"""Selections kept of each part by a criterion that looks at no row: of context rows and of output tokens."""
-
 
 class ChannelSelector:
     """Chooses the channels that the context rows of a batch keep; no gradient, no host sync.
@@ -44,7 +41,7 @@ class ChannelSelector:
     def __init__(self, config: SparsityConfig, layers: list[DecoderLayer], estimator: Estimator | None):
         layer_sparsity = config.layer_sparsity(len(layers))
         self._criterion: Criterion = make_criterion(config.criterion, estimator, layer_sparsity, config.seed)
-        self._kept: dict[tuple[int, str, torch.device], dict[float, MlpSelection | AttentionSelection]] = {}
+        self._kept: dict[tuple[int, str, torch.device], tuple[float, MlpSelection | AttentionSelection]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies choose anew, wherever they are."""
@@ -101,12 +98,10 @@ class ChannelSelector:
             return score(layer, hidden_states)
 
     def _constant(self, layer, part, hidden_states, sparsity, rows, choose):
-        """``choose``, or for a criterion that looks at no row, an earlier result at the same sparsity."""
+        """``choose``, or for a criterion that looks at no row, the last result at the same sparsity."""
         if not self._criterion.constant:
             return choose(layer, hidden_states, sparsity, rows)
-        kept = self._kept.setdefault((layer.index, part, hidden_states.device), {})
-        if sparsity not in kept:
-            while len(kept) >= MAX_KEPT:
-                del kept[next(iter(kept))]
-            kept[sparsity] = choose(layer, hidden_states, sparsity, rows)
-        return kept[sparsity]
+        key = (layer.index, part, hidden_states.device)
+        if key not in self._kept or self._kept[key][0] != sparsity:
+            self._kept[key] = sparsity, choose(layer, hidden_states, sparsity, rows)
+        return self._kept[key][1]
