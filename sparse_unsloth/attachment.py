@@ -20,7 +20,7 @@ from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import packed_attention
-from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.layer_runtime import LayerRuntime, runs_twice
 from sparse_unsloth.layers import DecoderLayer, find_layers, left_out_layers
@@ -352,7 +352,7 @@ def _prepare_graphs(state: SparsityState) -> None:
         raise AttachError(
             "cuda_graphs: the layers lie on several devices, and a recording is one device's. Set cuda_graphs: false."
         )
-    state.graphs = Graphs()
+    state.graphs = GraphCache()
     _try_documents(state)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.explain.observer import Observation
-from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.functions.packed_attention import Packing
 from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
 from sparse_unsloth.row_choice import RowChoice
@@ -60,7 +60,7 @@ class SparseContext:
         self.probe = False
         self.prefill = False
         self.observation: Observation | None = None
-        self.graphs: Graphs | None = None
+        self.graphs: GraphCache | None = None
         self.packing: Packing | None = None
         self.first_backward: FirstBackward | None = None
         self.loss_rows: LossRows | None = None

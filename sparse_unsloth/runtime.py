@@ -20,7 +20,7 @@ from sparse_unsloth.distributed import is_main
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimator import Estimator
 from sparse_unsloth.explain.observer import Observer
-from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.gradients import FirstBackward, LossRows
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, decoder_stack
@@ -105,7 +105,7 @@ class SparsityState:
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
         self.watch = ScoreWatch()
-        self.graphs: Graphs | None = None
+        self.graphs: GraphCache | None = None
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[RemovableHandle | LossRemoval | Uncompiled] = []

@@ -19,7 +19,7 @@ from sparse_unsloth import attach, detach, get_state, rounding
 from sparse_unsloth.backends import unsloth_layer, unsloth_rows
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.functions import graphs
-from sparse_unsloth.functions.graphs import Graphs
+from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,10 +86,10 @@ class Rerun:
 
 def share_memory(monkeypatch, recorder):
     """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda: recorder)
+    monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
     monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
     monkeypatch.setattr(rounding, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
-    original = Graphs.open
+    original = GraphCache.open
 
     def open_and_poison(self, *args):
         recorder.poison()
@@ -100,7 +100,7 @@ def share_memory(monkeypatch, recorder):
                 buffer.fill_(torch.nan)
         return original(self, *args)
 
-    monkeypatch.setattr(Graphs, "open", open_and_poison)
+    monkeypatch.setattr(GraphCache, "open", open_and_poison)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def step_as_recorded(model, batch, rules="both"):
     return outcome
 
 
-class Unused(Graphs):
+class Unused(GraphCache):
     """They record nothing."""
 
     def wants(self, kind):
@@ -305,7 +305,7 @@ def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, whi
 def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
     """Two forwards of one layer between recompute and backward: what the first kept is gone."""
     rows = TokenPartition.from_labels(torch.tensor([[-100, 3]]))
-    ours = Graphs(recorder)
+    ours = GraphCache(recorder)
     first = ours.open(0, "again", [], ())
     first.call("o", lambda x: ((x,), None), [torch.ones(2)])
     ours.open(1, "again", [], ()).call("o", lambda x: ((x,), None), [torch.ones(2)])
@@ -339,7 +339,7 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
 
 
 def test_kinds_that_come_once_are_not_recorded(recorder):
-    ours = Graphs(recorder)
+    ours = GraphCache(recorder)
     assert not any(ours.wants(("once", number)) for number in range(1000))
     assert len(ours._counted) == graphs.KINDS_COUNTED
     assert [ours.wants("often") for _ in range(3)] == [False, True, True]
@@ -354,7 +354,7 @@ def test_kinds_that_come_once_are_not_recorded(recorder):
 
 def test_what_is_prepared_is_bounded(recorder):
     """Every step may have a kind of its own, and accumulation lets each come several times."""
-    ours = Graphs(recorder)
+    ours = GraphCache(recorder)
     assert not ours.soon("never came")
     for number in range(1000):
         ours.wants(number)
@@ -417,7 +417,7 @@ def test_batches_of_many_lengths_are_recorded_once(stand_in, recorder, make):
 
 
 def test_many_sizes_use_the_memory_of_the_largest(recorder):
-    ours = Graphs(recorder)
+    ours = GraphCache(recorder)
     places = [ours.buffer("x", (rows, 4), torch.float32, torch.device("cpu")).data_ptr() for rows in (8, 3, 8, 9, 5)]
     assert places[0] == places[1] == places[2] == places[4] != places[3]
     assert ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).data_ptr() not in places

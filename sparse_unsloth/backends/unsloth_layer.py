@@ -21,7 +21,7 @@ from sparse_unsloth.backends import peft as peft_backend
 from sparse_unsloth.backends.replaced import plain_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import graphed_layer, graphed_parts, packed_attention
-from sparse_unsloth.functions.graphs import Graphs, Pass
+from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
 from sparse_unsloth.functions.mlp import is_recompute
@@ -115,7 +115,7 @@ def _recorded(
     runtime: LayerRuntime,
     hidden_states: Tensor,
     plan: LayerPlan,
-    capture: Pass,
+    capture: LayerCapture,
     arguments: dict[str, Any],
     fixed: dict[str, Tensor],
 ) -> Tensor:
@@ -177,7 +177,7 @@ def _names(attention: nn.Module) -> dict[str, Any]:
     return getattr(inspect.unwrap(type(attention).forward), "__globals__", {})
 
 
-def _reserve(runtime: LayerRuntime, graphs: Graphs) -> None:
+def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
     """Makes room for the layer's choices, where forwards of this kind will be recorded."""
     context, index = runtime.context, runtime.layer.index
     if (index, context.kind) in graphs.ready or not graphs.soon(context.kind):
@@ -265,7 +265,7 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
 
 def _plan(
     runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
-) -> tuple[LayerPlan, Pass | None] | None:
+) -> tuple[LayerPlan, LayerCapture | None] | None:
     """What this call computes, and what records it if anything does; or None where the layer's own forward must."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
@@ -315,7 +315,7 @@ def _plan(
     return plan, capture
 
 
-def open_pass(graphs: Graphs, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> Pass:
+def open_pass(graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> LayerCapture:
     """A pass through ``layer``, whose recordings hold as long as these weights are where they are."""
     tensors = [tensor for one in projections for tensor in (one.lora.A, one.lora.B, one.base.weight)]
     return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))

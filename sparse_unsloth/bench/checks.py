@@ -201,7 +201,7 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
 
 
 class Immediate:
-    """In place of `CudaRecorder`: runs a function whenever a recording of it would be replayed."""
+    """In place of `GraphCapture`: runs a function whenever a recording of it would be replayed."""
 
     def record(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         return list(function()), lambda: list(function())

@@ -78,7 +78,7 @@ from sparse_unsloth.bench.table import (
 )
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
-from sparse_unsloth.functions.graphs import SEEN_BEFORE, Graphs
+from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCache
 from sparse_unsloth.words import command_parser
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ class Run:
         rows = [row | {"kind": kind, "ms": round(ms, 2), "launches": count} for kind, (ms, count) in sums.items()]
         append_rows(profile_path(self.args.out), rows, PROFILE_COLUMNS)
 
-    def _fresh_graphs(self) -> Graphs | None:
+    def _fresh_graphs(self) -> GraphCache | None:
         """The attached model's, without the recordings of other shapes, which would count as memory of this one."""
         from sparse_unsloth import get_state
 
@@ -393,7 +393,7 @@ class Run:
             graphs.clear()
         return graphs
 
-    def _recorded_stepper(self, shape: Shape, graphs: Graphs | None) -> Stepper:
+    def _recorded_stepper(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
         """Steps of ``shape``, after those that ``graphs`` need until every further one is a replay."""
         stepper = Stepper(self.model, shape)
         for _ in range(0 if graphs is None else SEEN_BEFORE + 1):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
-from sparse_unsloth.functions.graphs import Graphs, Pass
+from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.functions.linear import as_loras
 
@@ -28,7 +28,7 @@ Compute = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def whole_layer(
-    hidden_states: Tensor, plan: LayerPlan, capture: Pass, attention: Attention, tensors: Sequence[Tensor]
+    hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, attention: Attention, tensors: Sequence[Tensor]
 ) -> Tensor:
     """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
 
@@ -59,7 +59,7 @@ def whole_layer(
 
 
 def first_forward(
-    capture: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+    capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
     """``compute`` without gradients, in a graph."""
 
@@ -72,19 +72,21 @@ def first_forward(
 
 
 def recompute(
-    capture: Pass, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+    capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
     """``compute`` with gradients, and its backward, in two graphs; nobody reads the output, which is zeros."""
     return _Recompute.apply(hidden_states, capture, compute, _shared(capture, tensors), *loras)
 
 
-def _shared(capture: Pass, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _shared(capture: LayerCapture, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [capture.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, capture: Pass, compute: Compute, tensors: list[Tensor], *loras: Tensor):
+    def forward(
+        ctx, hidden_states: Tensor, capture: LayerCapture, compute: Compute, tensors: list[Tensor], *loras: Tensor
+    ):
         def run(x: Tensor, *tensors: Tensor):
             with torch.enable_grad():
                 # Leaves of their own: autograd would have the parameters' stream wait for the one that records.
@@ -112,13 +114,13 @@ class _Recompute(torch.autograd.Function):
         return capture.take("gradient", dx), None, None, None, *parts(found, loras)
 
 
-def reserve(graphs: Graphs, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
+def reserve(graphs: GraphCache, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
     """Makes room for what ``part`` of the layer chooses in recordings, as large as ``chosen``."""
     for name, value in _tensors(chosen):
         graphs.reserve(layer, f"{part}.{name}", value)
 
 
-def _kept(capture: Pass, part: str, choose: Callable) -> Callable:
+def _kept(capture: LayerCapture, part: str, choose: Callable) -> Callable:
     """``choose``, where what it returns stays at one place and is noted in ``capture.kept``."""
 
     def choose_and_keep(rows: Tensor | None) -> MlpSelection | AttentionSelection:

@@ -13,24 +13,26 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
 from sparse_unsloth.functions.graphed_layer import flat, parts
-from sparse_unsloth.functions.graphs import Pass
+from sparse_unsloth.functions.graphs import LayerCapture
 from sparse_unsloth.functions.layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
 from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
 
 
-def before_attention(hidden_states: Tensor, plan: LayerPlan, capture: Pass) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def before_attention(
+    hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `functions.layer.before_attention`; Q, K, V hold until ``capture`` does no more."""
     return _BeforeAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
 
 
-def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: Pass) -> Tensor:
+def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture) -> Tensor:
     """See `functions.layer.behind_attention`."""
     return _BehindAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
 
 
 class _BeforeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: Pass, *loras: Tensor):
+    def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor):
         x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
         partition, dtype = capture.rows(rows.partition), x.dtype
 
@@ -76,7 +78,9 @@ class _BeforeAttention(torch.autograd.Function):
 
 class _BehindAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: Pass, *loras: Tensor):
+    def forward(
+        ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor
+    ):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
         norm, rows, dtype = plan.output_norm, plan.mlp, a.dtype
         partition, projection = capture.rows(plan.attention.partition), plan.projections[3]

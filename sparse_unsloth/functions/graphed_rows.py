@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
-from sparse_unsloth.functions.graphs import Pass
+from sparse_unsloth.functions.graphs import LayerCapture
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.row_choice import RowChoice
@@ -25,7 +25,7 @@ from sparse_unsloth.row_choice import RowChoice
 def whole_layer_by_rows(
     hidden_states: Tensor,
     plan: LayerPlan,
-    capture: Pass,
+    capture: LayerCapture,
     attention: Attention,
     tensors: Sequence[Tensor],
     partition: TokenPartition,
@@ -61,7 +61,7 @@ def behind_attention_by_rows(
     attention_output: Tensor,
     residual: Tensor,
     plan: LayerPlan,
-    capture: Pass,
+    capture: LayerCapture,
     partition: TokenPartition,
     share: float,
     chosen: TokenPartition,
@@ -78,7 +78,9 @@ def behind_attention_by_rows(
 
 class _BehindByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attention_output, residual, plan: LayerPlan, capture: Pass, partition, share, chosen, *loras):
+    def forward(
+        ctx, attention_output, residual, plan: LayerPlan, capture: LayerCapture, partition, share, chosen, *loras
+    ):
         ctx.plan, ctx.capture, ctx.share, ctx.loras = plan, capture, share, loras
         ctx.roles, ctx.few = capture.rows(partition), Rows(capture.rows(chosen), False)
         ctx.save_for_backward(attention_output, residual)

@@ -1,13 +1,13 @@
 """CUDA graphs: kernels that run alike in every step are recorded once and then launched together.
 
-A LoRA step on a fast GPU is bound by the host where sparsity leaves little arithmetic. A `Pass` goes through one layer:
-its first forward under gradient checkpointing, or the recompute and the backward behind it. Each of its calls is
-recorded where it is first made; later passes copy the inputs to where the recorded ones lay, and replay.
+A LoRA step on a fast GPU is launch-bound where sparsity leaves little arithmetic. A `LayerCapture` goes through one
+layer: its first forward under gradient checkpointing, or the recompute and the backward after it. Each of its calls is
+captured where it is first made; later passes copy the inputs to where the captured ones lay, and replay.
 
 All recordings of a model share one pool of memory. While a pass is recorded, what it still needs is held, so that its
 calls do not overwrite each other; afterwards nothing is, and the next layer's recording uses the same memory. Hence
 three rules: a pass is recorded as a whole or not at all; what its calls return holds until another pass begins
-(`Pass.call` says so when that comes too early); and whoever needs it longer copies it.
+(`LayerCapture.call` says so when that comes too early); and whoever needs it longer copies it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS_COUNTED = 256
 Call = Callable[..., "tuple[Sequence[Tensor], Any]"]
 
 
-class CudaRecorder:
+class GraphCapture:
     """Records what a function launches, in one pool of memory.
 
     Raises:
@@ -118,11 +118,11 @@ def _at(tensor: Tensor) -> Tensor:
     return flat.as_strided(tensor.shape, tensor.stride())
 
 
-class Graphs:
+class GraphCache:
     """The recordings of an attached model.
 
     Args:
-        recorder: as `CudaRecorder`.
+        recorder: as `GraphCapture`.
 
     Attributes:
         kinds, prepared: the forwards that are recorded, and those that may be.
@@ -133,12 +133,12 @@ class Graphs:
     """
 
     def __init__(self, recorder: Any = None):
-        self.recorder = CudaRecorder() if recorder is None else recorder
+        self.recorder = GraphCapture() if recorder is None else recorder
         self.serial = 0
         self.documents = True
         self._start()
 
-    def __reduce__(self) -> tuple[Callable[..., Graphs | None], tuple]:
+    def __reduce__(self) -> tuple[Callable[..., GraphCache | None], tuple]:
         """Recordings are of one model's memory: a copy has none yet, and records nothing where there is no GPU."""
         return _without_recordings, (type(self.recorder), self.documents)
 
@@ -200,7 +200,7 @@ class Graphs:
         """Bytes that recordings hold on the GPU, besides their inputs' buffers."""
         return self.recorder.memory()
 
-    def open(self, layer: int, which: Hashable, tensors: Sequence[Tensor], constants: tuple) -> Pass:
+    def open(self, layer: int, which: Hashable, tensors: Sequence[Tensor], constants: tuple) -> LayerCapture:
         """A pass through a layer begins; what an earlier one returned holds no longer.
 
         Args:
@@ -214,7 +214,7 @@ class Graphs:
         self._moved += known is not None and known[0] != signature
         if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
             known = self._passes[layer, which] = signature, {}, {}
-        return Pass(self, layer, *known[1:])
+        return LayerCapture(self, layer, *known[1:])
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The same memory whenever it is asked for, of all layers and of smaller shapes. For inputs of calls."""
@@ -296,42 +296,42 @@ class Graphs:
         self._owned.add((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
 
 
-def _without_recordings(recorder: type, documents: bool) -> Graphs | None:
-    if recorder is CudaRecorder and not torch.cuda.is_available():
+def _without_recordings(recorder: type, documents: bool) -> GraphCache | None:
+    if recorder is GraphCapture and not torch.cuda.is_available():
         return None
-    graphs = Graphs(recorder())
+    graphs = GraphCache(recorder())
     graphs.documents = documents
     return graphs
 
 
-class Pass:
+class LayerCapture:
     """One way through a layer. See the file's head for how long what its calls return holds.
 
     Attributes:
         kept: what its recordings left for good, by name; empty until then.
     """
 
-    def __init__(self, graphs: Graphs, layer: int, calls: dict[str, _Recorded], kept: dict[str, Any]):
+    def __init__(self, graphs: GraphCache, layer: int, calls: dict[str, _Recorded], kept: dict[str, Any]):
         self.graphs, self.layer, self.kept, self._calls, self._serial = graphs, layer, kept, calls, graphs.serial
 
     def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
-        """``[rows, width of like]``: see `Graphs.buffer`."""
+        """``[rows, width of like]``: see `GraphCache.buffer`."""
         return self.graphs.buffer(name, (rows, like.shape[1]), like.dtype, like.device)
 
     def index(self, name: str, values: Tensor, shared: bool = False) -> Tensor:
-        """See `Graphs.index`; ``shared`` by all layers."""
+        """See `GraphCache.index`; ``shared`` by all layers."""
         return self.graphs.index(None if shared else self.layer, name, values)
 
     def place(self, name: str, like: Tensor) -> Tensor:
-        """See `Graphs.place`."""
+        """See `GraphCache.place`."""
         return self.graphs.place(self.layer, name, like)
 
     def take(self, name: str, values: Tensor) -> Tensor:
-        """See `Graphs.input`: calls read it where it is then."""
+        """See `GraphCache.input`: calls read it where it is then."""
         return self.graphs.input(name, values)
 
     def rows(self, partition: TokenPartition) -> TokenPartition:
-        """See `Graphs.rows`."""
+        """See `GraphCache.rows`."""
         return self.graphs.rows(partition)
 
     def call(self, name: str, function: Call, inputs: Sequence[Tensor], after: str | None = None) -> list[Tensor]:

@@ -71,7 +71,7 @@ def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
     Args:
         like: of the dtype and on the device of the layers.
-        recorder: as `functions.graphs.CudaRecorder`.
+        recorder: as `functions.graphs.GraphCapture`.
     """
     if like.is_cuda and not (like.dtype in DTYPES and _has_kernel()):
         return f"PyTorch {torch.__version__} has no kernel for it in {str(like.dtype).removeprefix('torch.')}"

@@ -12,7 +12,7 @@ import torch
 
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.bench.checks import Immediate
-from sparse_unsloth.functions.graphs import SEEN_BEFORE, CudaRecorder
+from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCapture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_graphs import LAYERS, RULES, attach_with, checkpointed, form, stand_in, step_as_recorded  # noqa: F401
@@ -54,7 +54,7 @@ def not_recorded(model, batches):
 
 
 def test_recordings_may_all_be_dropped_before_the_next():
-    recorder, values = CudaRecorder(), torch.ones(1000, device="cuda")
+    recorder, values = GraphCapture(), torch.ones(1000, device="cuda")
     values * 2  # compiled before it is recorded
     for factor in (2, 3):
         _, again = recorder.record(lambda factor=factor: [values * factor])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.functions import packed_attention as ours
-from sparse_unsloth.functions.graphs import CudaRecorder
+from sparse_unsloth.functions.graphs import GraphCapture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -31,6 +31,6 @@ def test_kernel(heads, lengths):
 
 @pytest.mark.parametrize("heads", [(32, 8), (8, 8)])
 def test_recording(heads):
-    assert ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), CudaRecorder()) == ""
-    reason = ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda"), CudaRecorder())
+    assert ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), GraphCapture()) == ""
+    reason = ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda"), GraphCapture())
     assert "float32" in reason
