@@ -144,12 +144,12 @@ def _leave_out_for_split_rows(state: SparsityState) -> None:
 
 
 def _record(state: SparsityState, context: SparseContext) -> None:
-    if state.graphs.unsettled:
+    if state.graphs.recaptures_too_often:
         state.say_once(
             "cuda_graphs: weights lie elsewhere in every step (offloading, sharding), so nothing is recorded any more. "
             "Set cuda_graphs: false, or keep the model on the GPU."
         )
-    elif state.graphs.wants(context.kind):
+    elif state.graphs.should_replay(context.kind):
         context.graphs = state.graphs
         state.graphs.begin(context)
     elif state.graphs.full:
@@ -181,7 +181,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
             "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
             "one active, unmerged adapter."
         )
-    if context.graphs is not None and context.graphs.idle:
+    if context.graphs is not None and context.graphs.unused:
         state.say_once(
             "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
             "exact_removal: true, and one active adapter with LoRA on every projection."

@@ -260,7 +260,7 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
         _check_descent(model, batch, ours)
         reasons = [f"{count} layers: {reason}" for reason, count in (*report.not_whole, *report.not_captured)]
         graphs, captured = get_state(model).graphs, report.captured_layers
-        if graphs is not None and graphs.idle:
+        if graphs is not None and graphs.unused:
             captured = 0
             reasons.append("nothing was captured: graphs need gradient checkpointing")
         trial = replace(

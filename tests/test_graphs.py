@@ -145,7 +145,7 @@ def step_as_recorded(model, batch, rules="both"):
 class Unused(GraphCache):
     """They record nothing."""
 
-    def wants(self, kind):
+    def should_replay(self, kind):
         return False
 
 
@@ -340,25 +340,25 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
 
 def test_kinds_that_come_once_are_not_recorded(recorder):
     ours = GraphCache(recorder)
-    assert not any(ours.wants(("once", number)) for number in range(1000))
+    assert not any(ours.should_replay(("once", number)) for number in range(1000))
     assert len(ours._counted) == graphs.KINDS_COUNTED
-    assert [ours.wants("often") for _ in range(3)] == [False, True, True]
+    assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
     for number in range(100):
         for _ in range(2):
-            ours.wants(number)
+            ours.should_replay(number)
     assert ours.full
     assert len(ours.kinds) == graphs.MAX_KINDS
-    assert not ours.wants(99)
-    assert ours.wants("often")
+    assert not ours.should_replay(99)
+    assert ours.should_replay("often")
 
 
 def test_what_is_prepared_is_bounded(recorder):
     """Every step may have a kind of its own, and accumulation lets each come several times."""
     ours = GraphCache(recorder)
-    assert not ours.soon("never came")
+    assert not ours.captures_next("never came")
     for number in range(1000):
-        ours.wants(number)
-        assert ours.soon(number) == (number < 2 * graphs.MAX_KINDS)
+        ours.should_replay(number)
+        assert ours.captures_next(number) == (number < 2 * graphs.MAX_KINDS)
     assert len(ours.prepared) == 2 * graphs.MAX_KINDS
 
 

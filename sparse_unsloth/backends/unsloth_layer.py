@@ -180,7 +180,7 @@ def _names(attention: nn.Module) -> dict[str, Any]:
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
     """Makes room for the layer's choices, where forwards of this kind will be recorded."""
     context, index = runtime.context, runtime.layer.index
-    if (index, context.kind) in graphs.ready or not graphs.soon(context.kind):
+    if (index, context.kind) in graphs.ready or not graphs.captures_next(context.kind):
         return
     for part in PARTS:
         if runtime.is_sparse(part):

@@ -66,7 +66,9 @@ def first_forward(
     def run(x: Tensor, *tensors: Tensor):
         return (compute(x, loras, tensors),), None
 
-    (output,) = capture.call("layer", run, (capture.take("hidden states", hidden_states), *_shared(capture, tensors)))
+    (output,) = capture.call(
+        "layer", run, (capture.stage_input("hidden states", hidden_states), *_shared(capture, tensors))
+    )
     capture.finish()
     return output.clone()
 
@@ -94,7 +96,7 @@ class _Recompute(torch.autograd.Function):
                 output = compute(sources[0], sources[1:], tensors)
             return (), (sources, output)
 
-        capture.call("recompute", run, (capture.take("hidden states", hidden_states), *tensors))
+        capture.call("recompute", run, (capture.stage_input("hidden states", hidden_states), *tensors))
         ctx.capture, ctx.loras = capture, loras
         return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
@@ -108,10 +110,10 @@ class _Recompute(torch.autograd.Function):
             dx, *found = torch.autograd.grad(output, sources, gradient)
             return (dx, flat(found, loras)), None
 
-        dx, found = capture.call("backward", run, (capture.take("gradient", gradient),), after="recompute")
+        dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after="recompute")
         capture.finish()
         # Where the layer before will read it, and nothing writes until then.
-        return capture.take("gradient", dx), None, None, None, *parts(found, loras)
+        return capture.stage_input("gradient", dx), None, None, None, *parts(found, loras)
 
 
 def reserve(graphs: GraphCache, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:

@@ -162,7 +162,7 @@ class GraphCache:
         self.recorder.forget()
         self._start()
 
-    def wants(self, kind: Hashable) -> bool:
+    def should_replay(self, kind: Hashable) -> bool:
         """Whether a forward of this ``kind`` (all that decides which kernels run, with which sizes) is recorded.
 
         Asked once for each forward: a kind must come several times first.
@@ -178,7 +178,7 @@ class GraphCache:
             self._counted.popitem(last=False)
         return False
 
-    def soon(self, kind: Hashable) -> bool:
+    def captures_next(self, kind: Hashable) -> bool:
         """Whether a forward of this kind, which runs as it is now, is to prepare that the next one is recorded."""
         if kind not in self.prepared:
             if self._counted.get(kind, 0) < SEEN_BEFORE or len(self.prepared) >= 2 * MAX_KINDS:
@@ -192,7 +192,7 @@ class GraphCache:
         return len(self.kinds) >= MAX_KINDS
 
     @property
-    def unsettled(self) -> bool:
+    def recaptures_too_often(self) -> bool:
         """Whether weights keep moving, so that recording takes more time than it saves."""
         return self._moved > MOVES * len(self._passes)
 
@@ -243,7 +243,7 @@ class GraphCache:
         self.forward, self._began = forward, self.serial
 
     @property
-    def idle(self) -> bool:
+    def unused(self) -> bool:
         """Whether no layer was recorded or replayed since the last forward began."""
         return self.serial == self._began
 
@@ -326,7 +326,7 @@ class LayerCapture:
         """See `GraphCache.place`."""
         return self.graphs.place(self.layer, name, like)
 
-    def take(self, name: str, values: Tensor) -> Tensor:
+    def stage_input(self, name: str, values: Tensor) -> Tensor:
         """See `GraphCache.input`: calls read it where it is then."""
         return self.graphs.input(name, values)
 
