@@ -83,8 +83,8 @@ def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
     expected = masked_gradients(model, batch)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = []
-    original = unsloth_rows.behind_attention
-    monkeypatch.setattr(unsloth_rows, "behind_attention", lambda *given: ran.append(given) or original(*given))
+    original = unsloth_rows.post_attention
+    monkeypatch.setattr(unsloth_rows, "post_attention", lambda *given: ran.append(given) or original(*given))
     attach(model, every_step(exact_removal=False))
     ran.clear()  # of the probe
     assert_same(loss_and_gradients(model, batch), expected)

@@ -70,9 +70,9 @@ def make_model(stand_in, checkpointing=False, lora=make_lora, **changes):
 def spy(monkeypatch):
     """The layers whose second function ran, in order."""
     ran = []
-    original = unsloth_layer.behind_attention
+    original = unsloth_layer.post_attention
     monkeypatch.setattr(
-        unsloth_layer, "behind_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
+        unsloth_layer, "post_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
     )
     return ran
 
@@ -202,7 +202,7 @@ def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkey
 def test_a_layer_whose_attention_takes_other_arguments_runs_part_by_part(stand_in, monkeypatch):
     """What fails when our functions are tried must not stop a training that needs them only for speed."""
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    monkeypatch.setattr(unsloth_layer, "behind_attention", lambda *given: {}["moved"])
+    monkeypatch.setattr(unsloth_layer, "post_attention", lambda *given: {}["moved"])
     model = make_model(stand_in)
     expected = loss_and_gradients(model, small_batch())
     report = attach(model, {**always(**RULES["nothing dropped"]), "exact_removal": False})

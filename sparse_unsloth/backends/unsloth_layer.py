@@ -23,7 +23,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import graphed_layer, graphed_parts, packed_attention
 from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
 from sparse_unsloth.functions.implementation import use_kernels
-from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, before_attention, behind_attention
+from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, post_attention, pre_attention
 from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.layer_rules import PARTS
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -87,10 +87,10 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     fixed = None if capture is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
         return _recorded(runtime, hidden_states, plan, capture, kwargs, fixed)
-    before, behind = before_attention, behind_attention
+    before, behind = pre_attention, post_attention
     if capture is not None:
-        before = partial(graphed_parts.before_attention, capture=capture)
-        behind = partial(graphed_parts.behind_attention, capture=capture)
+        before = partial(graphed_parts.pre_attention, capture=capture)
+        behind = partial(graphed_parts.post_attention, capture=capture)
     *handed, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, handed, kwargs)
     for part in PARTS:

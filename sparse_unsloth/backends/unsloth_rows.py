@@ -19,8 +19,8 @@ from sparse_unsloth.backends.replaced import original_forward, plain_forward, re
 from sparse_unsloth.backends.unsloth_layer import OTHER_PARTS, prove, why_different
 from sparse_unsloth.functions import graphed_parts
 from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.functions.graphed_rows import behind_attention_by_rows, whole_layer_by_rows
-from sparse_unsloth.functions.layer import before_attention, behind_attention
+from sparse_unsloth.functions.graphed_rows import post_attention_by_rows, whole_layer_by_rows
+from sparse_unsloth.functions.layer import post_attention, pre_attention
 from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.row_choice import RowChoice
 
@@ -68,8 +68,8 @@ def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, An
             plan = unsloth_layer.plan_of_rows(runtime.layer, hidden_states, every, unread=False)
             if plan is None:
                 return None
-            *handed, residual = before_attention(hidden_states, plan)
-            return behind_attention(unsloth_layer.attend(runtime, hidden_states, handed, arguments), residual, plan)
+            *handed, residual = pre_attention(hidden_states, plan)
+            return post_attention(unsloth_layer.attend(runtime, hidden_states, handed, arguments), residual, plan)
 
         runtime.not_fusable = why_different(compute, own[0], runtime.layer.module)
     return own
@@ -91,7 +91,7 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
         plan = None
         if not runtime.not_fusable:
             plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
-        return behind(attention_output, stream) if plan is None else behind_attention(attention_output, stream, plan)
+        return behind(attention_output, stream) if plan is None else post_attention(attention_output, stream, plan)
 
     unread = row_hooks.is_unread(runtime)
     runtime.handed = ()
@@ -132,8 +132,8 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     if fixed is not None:
         attention = unsloth_layer.recorded_attention(runtime, arguments, fixed)
         return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
-    *handed, residual = graphed_parts.before_attention(hidden_states, plan, capture)
+    *handed, residual = graphed_parts.pre_attention(hidden_states, plan, capture)
     attention_output = unsloth_layer.attend(runtime, hidden_states, handed, arguments)
     if again:
-        return behind_attention_by_rows(attention_output, residual, plan, capture, *rows)
-    return graphed_parts.behind_attention(attention_output, residual, plan, capture)
+        return post_attention_by_rows(attention_output, residual, plan, capture, *rows)
+    return graphed_parts.post_attention(attention_output, residual, plan, capture)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
-from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
+from sparse_unsloth.functions.layer import LayerPlan, Rows, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.functions.linear import as_loras
 
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -51,8 +51,8 @@ def whole_layer(
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         trained = static.with_loras(loras)
-        *projected, residual = before_attention(x, trained)
-        return behind_attention(attention(x, projected, tensors), residual, trained)
+        *projected, residual = pre_attention(x, trained)
+        return post_attention(attention(x, projected, tensors), residual, trained)
 
     loras = lora_tensors_of(plan.projections)
     return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)

@@ -18,19 +18,19 @@ from sparse_unsloth.functions.layer import LayerPlan, fused_mlp, lora_tensors_of
 from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
 
 
-def before_attention(
+def pre_attention(
     hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `functions.layer.before_attention`; Q, K, V hold until ``capture`` does no more."""
-    return _BeforeAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
+    """See `functions.layer.pre_attention`; Q, K, V hold until ``capture`` does no more."""
+    return _PreAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
 
 
-def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture) -> Tensor:
-    """See `functions.layer.behind_attention`."""
-    return _BehindAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
+def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture) -> Tensor:
+    """See `functions.layer.post_attention`."""
+    return _PostAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
 
 
-class _BeforeAttention(torch.autograd.Function):
+class _PreAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor):
         x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
@@ -76,7 +76,7 @@ class _BeforeAttention(torch.autograd.Function):
         return dx.view(hidden_states.shape), None, None, *lora_gradients
 
 
-class _BehindAttention(torch.autograd.Function):
+class _PostAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
 from sparse_unsloth.functions.graphs import LayerCapture
-from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention, lora_tensors_of
+from sparse_unsloth.functions.layer import LayerPlan, Rows, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.row_choice import RowChoice
 
@@ -47,17 +47,17 @@ def whole_layer_by_rows(
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         trained = static.with_loras(loras)
-        *projected, residual = before_attention(x, trained)
+        *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
         if not plan.unread:
-            return behind_attention(attention_output, residual, trained)
+            return post_attention(attention_output, residual, trained)
         return _through_few(attention_output, residual, trained, few, RowChoice(roles, share))
 
     loras = lora_tensors_of(plan.projections)
     return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)
 
 
-def behind_attention_by_rows(
+def post_attention_by_rows(
     attention_output: Tensor,
     residual: Tensor,
     plan: LayerPlan,
@@ -70,13 +70,13 @@ def behind_attention_by_rows(
 
     Args:
         attention_output: ``[..., heads * head_dim]``, before o_proj.
-        residual: as `graphed_parts.before_attention` gave it; other arguments as in `whole_layer_by_rows`.
+        residual: as `graphed_parts.pre_attention` gave it; other arguments as in `whole_layer_by_rows`.
     """
     loras = lora_tensors_of(plan.projections[3:])
-    return _BehindByRows.apply(attention_output, residual, plan, capture, partition, share, chosen, *loras)
+    return _PostAttentionByRows.apply(attention_output, residual, plan, capture, partition, share, chosen, *loras)
 
 
-class _BehindByRows(torch.autograd.Function):
+class _PostAttentionByRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, attention_output, residual, plan: LayerPlan, capture: LayerCapture, partition, share, chosen, *loras
@@ -114,7 +114,7 @@ def _through_few(attention_output: Tensor, residual: Tensor, plan: LayerPlan, fe
         choice,
         residual=1,
         unread=True,
-        again=lambda rows, stream: behind_attention(rows, stream, again),
+        again=lambda rows, stream: post_attention(rows, stream, again),
     )
 
 

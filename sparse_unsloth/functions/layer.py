@@ -1,6 +1,6 @@
 """A decoder layer on both sides of its attention, each as one function with few launches.
 
-Before attention: norm, and Q, K, V. Behind it: O, residual sum, norm, gated MLP, residual sum. The norm writes its rows
+Before attention: norm, and Q, K, V. After it: O, residual sum, norm, gated MLP, residual sum. The norm writes its rows
 sorted by role, so that neither the projections nor the MLP gather or scatter anything. Same mathematics as the layer's
 norms around `sparse_unsloth.functions.linear` and `sparse_unsloth.functions.mlp`; the gradients of residual sums are
 rounded once less. A part that is dense treats every row as a dense one, in its natural order.
@@ -106,22 +106,22 @@ class LayerPlan:
         return chosen.channels, channel_order(chosen.channels, size) if chosen.order is None else chosen.order
 
 
-def before_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pre_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(Q, K, V, residual)`` of ``hidden_states [..., hidden_size]``; the residual is ``hidden_states``."""
-    return _BeforeAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
+    return _PreAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
 
 
-def behind_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
+def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
     """The layer's output ``[..., hidden_size]``.
 
     Args:
         attention_output: ``[..., heads * head_dim]``, before o_proj.
-        residual: as `before_attention` gave it.
+        residual: as `pre_attention` gave it.
     """
-    return _BehindAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
+    return _PostAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
 
 
-class _BeforeAttention(torch.autograd.Function):
+class _PreAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: LayerPlan, *loras: Tensor):
         x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
@@ -151,7 +151,7 @@ class _BeforeAttention(torch.autograd.Function):
         return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
 
 
-class _BehindAttention(torch.autograd.Function):
+class _PostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
