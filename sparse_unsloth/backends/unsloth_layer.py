@@ -23,7 +23,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions import graphed_layer, graphed_parts, packed_attention
 from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
 from sparse_unsloth.functions.implementation import use_kernels
-from sparse_unsloth.functions.layer import LayerPlan, Norm, Rows, post_attention, pre_attention
+from sparse_unsloth.functions.layer import LayerPlan, Norm, RowOrder, post_attention, pre_attention
 from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.layer_rules import PARTS
 from sparse_unsloth.layer_runtime import LayerRuntime
@@ -288,7 +288,7 @@ def _plan(
             return None
         memo["projections"] = projections
     attention, mlp = (
-        Rows(context.partition, True) if runtime.is_sparse(part) else Rows(context.every_row_dense(), False)
+        RowOrder(context.partition, True) if runtime.is_sparse(part) else RowOrder(context.every_row_dense(), False)
         for part in ("self_attn", "mlp")
     )
     unread = recompute and runtime.state.config.exact_removal
@@ -333,7 +333,7 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, u
     projections = _read(layer) if _takes(rows, module.post_attention_layernorm.weight) else None
     if projections is None:
         return None
-    every = Rows(partition, False)
+    every = RowOrder(partition, False)
     norms = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
     return LayerPlan(
         *norms, every, every, projections, layer.activation, _no_choice, _no_choice, unread=unread, keep=False

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.graphs import GraphCache, LayerCapture
-from sparse_unsloth.functions.layer import LayerPlan, Rows, lora_tensors_of, post_attention, pre_attention
+from sparse_unsloth.functions.layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.functions.linear import as_loras
 
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -39,8 +39,8 @@ def whole_layer(
     """
     static = replace(
         plan,
-        attention=Rows(capture.rows(plan.attention.partition), plan.attention.sparse),
-        mlp=Rows(capture.rows(plan.mlp.partition), plan.mlp.sparse),
+        attention=RowOrder(capture.rows(plan.attention.partition), plan.attention.sparse),
+        mlp=RowOrder(capture.rows(plan.mlp.partition), plan.mlp.sparse),
     )
     if not plan.unread:
         static = replace(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_layer import Attention, first_forward, flat, parts, recompute
 from sparse_unsloth.functions.graphs import LayerCapture
-from sparse_unsloth.functions.layer import LayerPlan, Rows, lora_tensors_of, post_attention, pre_attention
+from sparse_unsloth.functions.layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.row_choice import RowChoice
 
@@ -41,7 +41,7 @@ def whole_layer_by_rows(
         share: of the context rows, that backward goes through.
         chosen: as many dense rows as are chosen: `RowChoice.alone`.
     """
-    every, few = (Rows(capture.rows(rows), False) for rows in (plan.mlp.partition, chosen))
+    every, few = (RowOrder(capture.rows(rows), False) for rows in (plan.mlp.partition, chosen))
     roles = capture.rows(partition)
     static = replace(plan, attention=every, mlp=every)
 
@@ -82,7 +82,7 @@ class _PostAttentionByRows(torch.autograd.Function):
         ctx, attention_output, residual, plan: LayerPlan, capture: LayerCapture, partition, share, chosen, *loras
     ):
         ctx.plan, ctx.capture, ctx.share, ctx.loras = plan, capture, share, loras
-        ctx.roles, ctx.few = capture.rows(partition), Rows(capture.rows(chosen), False)
+        ctx.roles, ctx.few = capture.rows(partition), RowOrder(capture.rows(chosen), False)
         ctx.save_for_backward(attention_output, residual)
         return residual.new_zeros(()).expand(residual.shape)
 
@@ -104,7 +104,9 @@ class _PostAttentionByRows(torch.autograd.Function):
         return *d_inputs, *(None,) * 5, *parts(found, loras)
 
 
-def _through_few(attention_output: Tensor, residual: Tensor, plan: LayerPlan, few: Rows, choice: RowChoice) -> Tensor:
+def _through_few(
+    attention_output: Tensor, residual: Tensor, plan: LayerPlan, few: RowOrder, choice: RowChoice
+) -> Tensor:
     """Zeros, whose backward goes through few rows, by the LoRA matrices of ``plan``."""
     again = replace(plan, attention=few, mlp=few, unread=True, keep=False)
     return backward_rows(

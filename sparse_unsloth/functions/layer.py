@@ -34,7 +34,7 @@ class Norm:
     eps: float
 
 
-class Rows:
+class RowOrder:
     """The rows of a part: those of a sparse one by role, those of a dense one as they come.
 
     Args:
@@ -73,8 +73,8 @@ class LayerPlan:
 
     input_norm: Norm
     output_norm: Norm
-    attention: Rows
-    mlp: Rows
+    attention: RowOrder
+    mlp: RowOrder
     projections: Sequence[Projection]
     activation: str
     choose_attention: Callable[[Tensor], AttentionSelection]
