@@ -20,7 +20,7 @@ from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight
 
 
-class FusedOutSelected:
+class FusedQKV:
     """Several projections of one input that select output channels (Q, K, V), for one forward and its backward.
 
     Args:
@@ -110,8 +110,8 @@ class FusedOutSelected:
         return _once(self._kept, indices is None, make)
 
 
-class FusedInSelected:
-    """One projection that selects input channels (O); arguments as in `FusedOutSelected`, of its one part."""
+class FusedOutputProjection:
+    """One projection that selects input channels (O); arguments as in `FusedQKV`, of its one part."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
+from sparse_unsloth.functions.fused_linear import FusedOutputProjection, FusedQKV
 from sparse_unsloth.functions.graphed_layer import flat, parts
 from sparse_unsloth.functions.graphs import LayerCapture
 from sparse_unsloth.functions.layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
@@ -38,7 +38,7 @@ class _PreAttention(torch.autograd.Function):
 
         def project(normed: Tensor, *indices: Tensor):
             projections = plan.projections[:3]
-            fused = FusedOutSelected(
+            fused = FusedQKV(
                 partition, [projection.base for projection in projections], loras,
                 [projection.lora.scale for projection in projections], indices, dtype, plan.unread,
             )  # fmt: skip
@@ -86,7 +86,7 @@ class _PostAttention(torch.autograd.Function):
         partition, projection = capture.rows(plan.attention.partition), plan.projections[3]
 
         def project(a: Tensor, index: Tensor):
-            fused = FusedInSelected(
+            fused = FusedOutputProjection(
                 partition, projection.base, loras[:2], projection.lora.scale, index, dtype, plan.unread
             )
             y, thin = fused.forward(a)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.functions.fused import FusedMlp, channel_order
-from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
+from sparse_unsloth.functions.fused_linear import FusedOutputProjection, FusedQKV
 from sparse_unsloth.functions.linear import as_loras, lora_tensors
 from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
 from sparse_unsloth.partition import TokenPartition
@@ -128,7 +128,7 @@ class _PreAttention(torch.autograd.Function):
         with without_autocast(x):
             _, normed, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order)
             projections = plan.projections[:3]
-            fused = FusedOutSelected(
+            fused = FusedQKV(
                 rows.partition, [projection.base for projection in projections], loras,
                 [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
                 plan.unread,
@@ -158,7 +158,7 @@ class _PostAttention(torch.autograd.Function):
         output = plan.projections[3]
         norm, rows = plan.output_norm, plan.mlp
         with without_autocast(a):
-            o = FusedInSelected(
+            o = FusedOutputProjection(
                 plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
                 a.dtype, plan.unread,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.fused_linear import FusedInSelected, FusedOutSelected
+from sparse_unsloth.functions.fused_linear import FusedOutputProjection, FusedQKV
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.rows import RowProjection
 from sparse_unsloth.partition import TokenPartition
@@ -225,7 +225,7 @@ class _SparseLinear(torch.autograd.Function):
         return dx.unflatten(0, hidden_states.shape[:-1]), None, *lora_gradients
 
 
-def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSelected | FusedInSelected | None:
+def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedQKV | FusedOutputProjection | None:
     """The parts through the kernels, where they can."""
     fused = plan.kept.get("fused")
     parts = plan.parts
@@ -238,9 +238,9 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedOutSe
         none = plan.partition.dense[:0]
         bases = [part.base for part in parts]
         indices = [none if part.out_index is None else part.out_index for part in parts]
-        fused = FusedOutSelected(plan.partition, bases, loras, scales, indices, x.dtype)
+        fused = FusedQKV(plan.partition, bases, loras, scales, indices, x.dtype)
     elif len(parts) == 1:
-        fused = FusedInSelected(plan.partition, parts[0].base, loras, scales[0], parts[0].in_index, x.dtype)
+        fused = FusedOutputProjection(plan.partition, parts[0].base, loras, scales[0], parts[0].in_index, x.dtype)
     if fused is not None:
         plan.kept["fused"] = fused
     return fused
