@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.stacks import Stack, product_fp32, stack_columns, stack_rows
+from sparse_unsloth.functions.stacks import WeightStack, product_fp32, stack_columns, stack_rows
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
 from sparse_unsloth.weights import BaseWeight
@@ -40,8 +40,8 @@ class _Weights:
         order: int64 ``[P]``: which channel stands at each place of ``ordered``.
     """
 
-    into: Stack
-    out: Stack
+    into: WeightStack
+    out: WeightStack
     ordered: Tensor
     order: Tensor
 
@@ -83,11 +83,11 @@ class FusedMlp:
         y, saved = x.new_empty(x.shape), []
         for rows, weights in self._kinds():
             for chunk in self._chunks(rows, weights, keep):
-                stacked = weights.into.spread(x[chunk])
+                stacked = weights.into.matmul(x[chunk])
                 thin, base = self._views(stacked)
                 unit = stacked.new_empty((len(stacked), weights.out.size))
                 glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
-                weights.out.collect(unit, out=y[chunk])
+                weights.out.matmul_transposed(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
         return y, tuple(saved)
@@ -115,9 +115,9 @@ class FusedMlp:
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
         """Writes ``dx``; returns the partial gradients of `glu_backward`, and those of A_gate, A_up and of B_down."""
         r = self.r
-        d_unit = weights.out.spread(dy)
+        d_unit = weights.out.matmul(dy)
         if kept is None:
-            stacked, down_thin = weights.into.spread(x), dy.new_empty((len(dy), r))
+            stacked, down_thin = weights.into.matmul(x), dy.new_empty((len(dy), r))
             d_stacked, missing = stacked, down_thin  # nobody else reads it
         else:
             (stacked, down_thin), missing = kept, None
@@ -127,7 +127,7 @@ class FusedMlp:
             thin, base, weights.ordered, d_unit[:, r:], d_unit[:, :r], d_base, d_thin, self.activation, missing
         )
         del d_unit
-        weights.into.collect(d_stacked, out=dx)
+        weights.into.matmul_transposed(d_stacked, out=dx)
         return d_loras, product_fp32(d_thin.t(), x), product_fp32(dy.t(), down_thin)
 
     def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
@@ -153,7 +153,7 @@ class FusedMlp:
             order = self.order
             into = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
             out = stack_columns(down, self.r, self.dtype, channels, ALIGNMENT)
-        ordered = pack_mlp(self.loras, self.scales, order, into.lead, out.lead.t())
+        ordered = pack_mlp(self.loras, self.scales, order, into.lora_rows, out.lora_rows.t())
         return _Weights(into, out, ordered, order)
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

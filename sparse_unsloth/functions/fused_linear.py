@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_unsloth.functions.stacks import Stack, product_fp32, stack_columns, stack_rows
+from sparse_unsloth.functions.stacks import WeightStack, product_fp32, stack_columns, stack_rows
 from sparse_unsloth.kernels.columns import join_columns, split_columns
 from sparse_unsloth.kernels.lora import pack_linear
 from sparse_unsloth.partition import TokenPartition
@@ -47,7 +47,7 @@ class FusedQKV:
         self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
         self.A, self.B = _pack(loras, scales, dtype)
         self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
-        self._kept: dict[bool, Stack] | None = {} if keep else None
+        self._kept: dict[bool, WeightStack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` of rows in their natural order, ``x [M, in_features]``."""
@@ -69,7 +69,7 @@ class FusedQKV:
         for rows, indices in _kinds(partition, self.indices):
             stack = self._stack(indices) if rows.stop > rows.start else None
             width = len(self.A) + sum(self.widths if indices is None else self.counts)
-            products.append(x.new_empty((0, width)) if stack is None else stack.spread(x[rows]))
+            products.append(x.new_empty((0, width)) if stack is None else stack.matmul(x[rows]))
         bias = None
         if any(base.bias is not None for base in self.bases):
             bias = torch.cat([
@@ -92,7 +92,7 @@ class FusedQKV:
         dx, dA = x.new_empty(x.shape), None
         for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
             if rows.stop > rows.start:
-                self._stack(indices).collect(dy, out=dx[rows])
+                self._stack(indices).matmul_transposed(dy, out=dx[rows])
                 product = product_fp32(dy[:, :lead].t(), x[rows])
                 dA = product if dA is None else dA.add_(product)
         loras: list[Tensor] = []
@@ -101,10 +101,10 @@ class FusedQKV:
             loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_thin)]
         return dx, loras
 
-    def _stack(self, indices: Sequence[Tensor] | None) -> Stack:
-        def make() -> Stack:
+    def _stack(self, indices: Sequence[Tensor] | None) -> WeightStack:
+        def make() -> WeightStack:
             stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
-            stack.lead.copy_(self.A)
+            stack.lora_rows.copy_(self.A)
             return stack
 
         return _once(self._kept, indices is None, make)
@@ -125,7 +125,7 @@ class FusedOutputProjection:
     ):
         self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
         self.A, self.B = _pack(loras, [scale], dtype)
-        self._kept: dict[bool, Stack] | None = {} if keep else None
+        self._kept: dict[bool, WeightStack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` with the output in its natural order, ``[M, out_features]``."""
@@ -152,7 +152,7 @@ class FusedOutputProjection:
         y = x.new_empty((len(partition.rows), self.base.shape[0]))
         for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
             if rows.stop > rows.start:
-                self._stack(index).collect(part, out=y[rows])
+                self._stack(index).matmul_transposed(part, out=y[rows])
         return y if bias is None else y.add_(bias.detach().to(y.dtype)), thin
 
     def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -166,15 +166,15 @@ class FusedOutputProjection:
         for rows, index in _kinds(partition, self.index):
             empty = lead + (width if index is None else len(index))
             there = rows.stop > rows.start
-            products.append(self._stack(index).spread(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
+            products.append(self._stack(index).matmul(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
         (dx,), d_thin = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
         dA = product_fp32(d_thin.t(), x)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
 
-    def _stack(self, index: Tensor | None) -> Stack:
-        def make() -> Stack:
+    def _stack(self, index: Tensor | None) -> WeightStack:
+        def make() -> WeightStack:
             stack = stack_columns(self.base, len(self.A), self.dtype, index)
-            stack.lead.copy_(self.B.t())
+            stack.lora_rows.copy_(self.B.t())
             return stack
 
         return _once(self._kept, index is None, make)
@@ -186,7 +186,7 @@ def _kinds(partition: TokenPartition, selected):
     return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
 
 
-def _once(kept: dict[bool, Stack] | None, which: bool, make: Callable[[], Stack]) -> Stack:
+def _once(kept: dict[bool, WeightStack] | None, which: bool, make: Callable[[], WeightStack]) -> WeightStack:
     """``make()``, or what it made before where that is kept."""
     if kept is None:
         return make()

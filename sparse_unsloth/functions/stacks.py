@@ -18,21 +18,21 @@ _MIXED = hasattr(torch.ops.aten.mm, "dtype")
 """Whether this PyTorch (2.8 on) writes a half-precision product in fp32."""
 
 
-class Stack:
+class WeightStack:
     """Matrices ``[size_i, H]``, one below the other: ``[size, H]``.
 
     Args:
-        lead: the first ``r`` rows, a view into the first block; written by who makes the stack.
+        lora_rows: the first ``r`` rows, a view into the first block; written by who makes the stack.
         blocks: what is multiplied, in order, of any strides.
     """
 
-    __slots__ = ("blocks", "lead", "size")
+    __slots__ = ("blocks", "lora_rows", "size")
 
-    def __init__(self, lead: Tensor, blocks: Sequence[Tensor]):
-        self.lead, self.blocks = lead, tuple(blocks)
+    def __init__(self, lora_rows: Tensor, blocks: Sequence[Tensor]):
+        self.lora_rows, self.blocks = lora_rows, tuple(blocks)
         self.size = sum(block.shape[0] for block in blocks)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """``x S'``: ``[n, H]`` to ``[n, size]``."""
         if len(self.blocks) == 1:
             return x @ self.blocks[0].t()
@@ -44,7 +44,7 @@ class Stack:
             start = end
         return y
 
-    def collect(self, y: Tensor, out: Tensor) -> None:
+    def matmul_transposed(self, y: Tensor, out: Tensor) -> None:
         """Writes ``y S``, ``[n, size]`` to ``[n, H]``, into ``out``."""
         start = 0
         for block in self.blocks:
@@ -58,47 +58,53 @@ class Stack:
 
 
 def stack_rows(
-    bases: Sequence[BaseWeight], lead: int, dtype: torch.dtype, indices: Sequence[Tensor] | None = None, pad: int = 1
-) -> Stack:
+    bases: Sequence[BaseWeight],
+    lora_rows: int,
+    dtype: torch.dtype,
+    indices: Sequence[Tensor] | None = None,
+    pad: int = 1,
+) -> WeightStack:
     """Output channels of weights of one input, one weight below the other.
 
     Args:
-        lead: rows that stay free in front.
+        lora_rows: how many rows stay free in front.
         indices: int64, ascending, by weight; None for whole weights.
         pad: the rows of each weight are filled up with zeros to a multiple of it.
     """
     width = bases[0].shape[1]
     if indices is None and _in_place(bases, dtype):
-        front = bases[0].weight.new_empty((lead, width))
-        return Stack(front, (front, *(base.weight.detach() for base in bases)))
+        front = bases[0].weight.new_empty((lora_rows, width))
+        return WeightStack(front, (front, *(base.weight.detach() for base in bases)))
     sizes = [base.shape[0] for base in bases]
     if indices is not None:
         sizes = [min(-(-len(index) // pad) * pad, size) for index, size in zip(indices, sizes, strict=True)]
-    whole = torch.empty((lead + sum(sizes), width), dtype=dtype, device=bases[0].device)
-    start = lead
+    whole = torch.empty((lora_rows + sum(sizes), width), dtype=dtype, device=bases[0].device)
+    start = lora_rows
     for number, (base, size) in enumerate(zip(bases, sizes, strict=True)):
         out = whole[start : start + size]
         base.dense(dtype, out=out) if indices is None else base.rows(indices[number], dtype, out=out)
         start += size
-    return Stack(whole[:lead], (whole,))
+    return WeightStack(whole[:lora_rows], (whole,))
 
 
-def stack_columns(base: BaseWeight, lead: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1) -> Stack:
-    """Input channels of a weight, as rows of the stack, so that `Stack.collect` multiplies with the weight itself.
+def stack_columns(
+    base: BaseWeight, lora_rows: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1
+) -> WeightStack:
+    """Input channels of a weight, as rows of the stack: `WeightStack.matmul_transposed` multiplies with the weight.
 
-    ``lead`` is transposed likewise: ``[lead, out_features]``, one column of LoRA's B a row. Other arguments as in
+    ``lora_rows`` is transposed likewise: ``[lora_rows, out_features]``, one column of LoRA's B a row. Other arguments as in
     `stack_rows`.
     """
     height, size = base.shape
     if index is None and _in_place([base], dtype):
-        front = base.weight.new_empty((height, lead)).t()
-        return Stack(front, (front, base.weight.detach().t()))
+        front = base.weight.new_empty((height, lora_rows)).t()
+        return WeightStack(front, (front, base.weight.detach().t()))
     if index is not None:
         size = min(-(-len(index) // pad) * pad, size)
-    whole = torch.empty((height, lead + size), dtype=dtype, device=base.device)
-    out = whole[:, lead:]
+    whole = torch.empty((height, lora_rows + size), dtype=dtype, device=base.device)
+    out = whole[:, lora_rows:]
     base.dense(dtype, out=out) if index is None else base.columns(index, dtype, out=out)
-    return Stack(whole[:, :lead].t(), (whole.t(),))
+    return WeightStack(whole[:, :lora_rows].t(), (whole.t(),))
 
 
 def _in_place(bases: Sequence[BaseWeight], dtype: torch.dtype) -> bool:
