@@ -16,7 +16,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.gradients import FirstBackward
-from sparse_unsloth.last_layer import loss_is_fused, worth_removing
+from sparse_unsloth.last_layer import enough_unused_rows, loss_is_fused
 from sparse_unsloth.lifetime import why_dense
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.nonfinite import notice_nonfinite_scores
@@ -30,7 +30,7 @@ from sparse_unsloth.partition import (
     sequence_starts,
 )
 from sparse_unsloth.prefill import close_prefill, open_prefill
-from sparse_unsloth.rounding import with_round_counts, with_round_length
+from sparse_unsloth.rounding import pad_dense_count, pad_length
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState
@@ -92,7 +92,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
     if graphs is not None and not recorded_dense:
-        partition = with_round_counts(partition, padding_is_context=state.by_rows)
+        partition = pad_dense_count(partition, padding_is_context=state.by_rows)
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
     if scale > 0 and not state.context_seen:
@@ -112,7 +112,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
-    context = SparseContext(partition, scale, loss_only and worth_removing(partition), paused)
+    context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
@@ -225,7 +225,7 @@ def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any])
     idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
     if not model.training or idle or not loss_is_fused(model, arguments):
         return arguments
-    return with_round_length(arguments, getattr(model, "max_seq_length", None))
+    return pad_length(arguments, getattr(model, "max_seq_length", None))
 
 
 def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:

@@ -55,7 +55,7 @@ def loss_is_fused(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     return _is_plain(model.get_output_embeddings())
 
 
-def worth_removing(partition: TokenPartition) -> bool:
+def enough_unused_rows(partition: TokenPartition) -> bool:
     """Whether enough rows bear no loss."""
     num_rows = partition.shape[0] * partition.shape[1]
     return num_rows - len(partition.loss) >= WORTH_REMOVING * num_rows

@@ -47,7 +47,7 @@ def _next(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def with_round_length(arguments: Mapping[str, Any], limit: int | None = None) -> dict[str, Any]:
+def pad_length(arguments: Mapping[str, Any], limit: int | None = None) -> dict[str, Any]:
     """A forward's ``arguments`` with rows of a round length, or as they are where one is not known to allow it.
 
     Args:
@@ -78,7 +78,7 @@ def with_round_length(arguments: Mapping[str, Any], limit: int | None = None) ->
     return result
 
 
-def with_round_counts(partition: TokenPartition, padding_is_context: bool) -> TokenPartition:
+def pad_dense_count(partition: TokenPartition, padding_is_context: bool) -> TokenPartition:
     """``partition``, with some context rows among the dense ones so that few counts of them come; no host sync.
 
     Args:
@@ -96,7 +96,7 @@ def with_round_counts(partition: TokenPartition, padding_is_context: bool) -> To
 
 
 def _is_known(arguments: Mapping[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor among ``arguments`` is one that `with_round_length` lengthens, or has no length."""
+    """Whether every tensor among ``arguments`` is one that `pad_length` lengthens, or has no length."""
     packed = arguments.get("packed_seq_lengths")
     rows = {"input_ids", "labels", "attention_mask"} | ({"position_ids"} if packed is not None else set())
     for name, value in arguments.items():

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from sparse_unsloth import attach
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.functions.mlp import _GluRows
-from sparse_unsloth.last_layer import WORTH_REMOVING, loss_is_fused, worth_removing
+from sparse_unsloth.last_layer import WORTH_REMOVING, enough_unused_rows, loss_is_fused
 from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,9 +58,9 @@ def test_derived_partitions_are_made_once_a_forward():
 
 def test_few_rows_are_not_worth_it():
     labels = torch.full((1, 800), 5)
-    assert not worth_removing(TokenPartition.from_labels(labels))
+    assert not enough_unused_rows(TokenPartition.from_labels(labels))
     labels[:, : int(800 * WORTH_REMOVING)] = -100
-    assert worth_removing(TokenPartition.from_labels(labels))
+    assert enough_unused_rows(TokenPartition.from_labels(labels))
 
 
 class Model(nn.Module):
