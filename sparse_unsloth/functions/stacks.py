@@ -92,7 +92,7 @@ def stack_columns(
 ) -> WeightStack:
     """Input channels of a weight, as rows of the stack: `WeightStack.matmul_transposed` multiplies with the weight.
 
-    ``lora_rows`` is transposed likewise: ``[lora_rows, out_features]``, one column of LoRA's B a row. Other arguments as in
+    LoRA's rows are transposed likewise: ``[lora_rows, out_features]``, one column of B a row. Other arguments as in
     `stack_rows`.
     """
     height, size = base.shape
