@@ -59,7 +59,7 @@ def split_columns_kernel(
     source_0,  # [M, width_p] by part
     source_1,
     source_2,
-    thin,  # [M, lead]
+    xA,  # [M, lead]
     rows,  # int64 [n_d + n_c]: dense rows, then context rows
     index,  # int64 [k_0 + k_1 + k_2]: the parts' selected columns, each ascending
     dense,  # [n_d, lead + width_0 + width_1 + width_2]
@@ -100,9 +100,9 @@ def split_columns_kernel(
         p_row = dense + o_place[:, None].to(tl.int64) * total
         tl.store(p_row + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            m_thin = (o_place < n_dense)[:, None] & m_lead
-            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=m_thin, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_thin, mask=m_thin)
+            m_xA = (o_place < n_dense)[:, None] & m_lead
+            b_xA = tl.load(xA + row[:, None] * lead + o_lead[None, :], mask=m_xA, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_xA, mask=m_xA)
     else:
         i_program -= dense_tiles
         row_tiles = tl.cdiv(n_context, TILE_N)
@@ -120,9 +120,9 @@ def split_columns_kernel(
         p_row = context + o_place[:, None].to(tl.int64) * total
         tl.store(p_row + lead + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            m_thin = (o_place < n_context)[:, None] & m_lead
-            b_thin = tl.load(thin + row[:, None] * lead + o_lead[None, :], mask=m_thin, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_thin, mask=m_thin)
+            m_xA = (o_place < n_context)[:, None] & m_lead
+            b_xA = tl.load(xA + row[:, None] * lead + o_lead[None, :], mask=m_xA, other=0.0)
+            tl.store(p_row + o_lead[None, :], b_xA, mask=m_xA)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def join_columns_kernel(
     index,  # int64 [k_0 + k_1 + k_2]
     bias,  # [width_0 + width_1 + width_2] (HAS_BIAS only)
     output,  # the parts' [M, width_p], one behind the other
-    thin,  # [M, PARTS * r]: the first columns of dense and context, written
+    xA,  # [M, PARTS * r]: the first columns of dense and context, written
     M,
     width_0,
     width_1,
@@ -189,12 +189,12 @@ def join_columns_kernel(
         is_context = (b_place < 0) & (b_place > PADDED)
         p_dense = dense + b_place[:, None] * (lead + width_0 + width_1 + width_2)
         p_context = context + (-1 - b_place)[:, None] * (lead + k_0 + k_1 + k_2)
-        o_thin = part * r + o_r[None, :]
-        b_thin = tl.load(p_dense + o_thin, mask=is_dense[:, None] & m_r[None, :], other=0.0)
-        b_thin += tl.load(p_context + o_thin, mask=is_context[:, None] & m_r[None, :], other=0.0)
+        o_xA = part * r + o_r[None, :]
+        b_xA = tl.load(p_dense + o_xA, mask=is_dense[:, None] & m_r[None, :], other=0.0)
+        b_xA += tl.load(p_context + o_xA, mask=is_context[:, None] & m_r[None, :], other=0.0)
         if i_tile == 0:
-            tl.store(thin + o_row[:, None] * lead + o_thin, b_thin, mask=m_row[:, None] & m_r[None, :])
-        total = tl.dot(b_thin, b_lora, input_precision=PRECISION)
+            tl.store(xA + o_row[:, None] * lead + o_xA, b_xA, mask=m_row[:, None] & m_r[None, :])
+        total = tl.dot(b_xA, b_lora, input_precision=PRECISION)
         if HAS_BIAS:
             total += b_bias[None, :]
         mask = is_dense[:, None] & m_column[None, :]
@@ -207,19 +207,19 @@ def join_columns_kernel(
 
 
 def split_columns(
-    thin: Tensor, sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
+    xA: Tensor, sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """``(all columns of the dense rows, selected columns of the context rows)``: ``thin``, then the parts side by side.
+    """``(all columns of the dense rows, selected columns of the context rows)``: ``xA``, then the parts side by side.
 
     Args:
-        thin: ``[M, lead]``, contiguous.
+        xA: ``[M, lead]``, contiguous.
         sources: one to three ``[M, width_p]``, rows contiguous.
         rows: int64 ``[n]``: the dense rows, then the context rows.
         num_dense: how many of them are dense.
         index: int64: the parts' selected columns, one part after the other; ``counts`` of each.
     """
     widths = [source.shape[1] for source in sources]
-    num_context, lead = len(rows) - num_dense, thin.shape[1]
+    num_context, lead = len(rows) - num_dense, xA.shape[1]
     dense = sources[0].new_empty((num_dense, lead + sum(widths)))
     context = sources[0].new_empty((num_context, lead + sum(counts)))
     tile_n, tile_c = 16, 128
@@ -227,7 +227,7 @@ def split_columns(
     context_tiles = -(-num_context // tile_n) * sum(-(-count // tile_c) for count in counts)
     if dense_tiles + context_tiles:
         arguments = (
-            *_three(sources), thin, rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
+            *_three(sources), xA, rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
             *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), lead, dense_tiles,
         )  # fmt: skip
         constants = {
@@ -260,11 +260,11 @@ def join_columns(
         The parts, and those columns in front of all rows, ``[M, parts * r]``; rows that stand nowhere are zero.
     """
     M, r = len(place), lora.shape[1]
-    output, thin = lora.new_empty(M * sum(widths)), lora.new_empty((M, len(widths) * r))
+    output, xA = lora.new_empty(M * sum(widths)), lora.new_empty((M, len(widths) * r))
     tile_n, tile_c, row_tiles = JOIN_TILES
     if M:
         arguments = (
-            lora, dense, context, place, index, bias, output, thin, M, *_three(widths, 0), *_three(counts, 0), r,
+            lora, dense, context, place, index, bias, output, xA, M, *_three(widths, 0), *_three(counts, 0), r,
             *lora.stride(),
         )  # fmt: skip
         constants = {
@@ -276,41 +276,41 @@ def join_columns(
         grid = -(-M // (tile_n * row_tiles)), sum(-(-width // tile_c) for width in widths)
         launch(join_columns_kernel, grid, arguments, constants)
     parts = output.split([M * width for width in widths])
-    return [part.view(M, width) for part, width in zip(parts, widths, strict=True)], thin
+    return [part.view(M, width) for part, width in zip(parts, widths, strict=True)], xA
 
 
-def reference_split(thin, sources, rows, num_dense, index, counts) -> tuple[Tensor, Tensor]:
+def reference_split(xA, sources, rows, num_dense, index, counts) -> tuple[Tensor, Tensor]:
     """`split_columns` in plain PyTorch."""
     dense, context = rows[:num_dense], rows[num_dense:]
     selected = [
         source.index_select(0, context).index_select(1, part)
         for source, part in zip(sources, index.split(list(counts)), strict=True)
     ]
-    whole = [source.index_select(0, dense) for source in (thin, *sources)]
-    return torch.cat(whole, dim=1), torch.cat([thin.index_select(0, context), *selected], dim=1)
+    whole = [source.index_select(0, dense) for source in (xA, *sources)]
+    return torch.cat(whole, dim=1), torch.cat([xA.index_select(0, context), *selected], dim=1)
 
 
 def reference_join(lora, dense, context, place, index, widths, counts, bias=None) -> tuple[list[Tensor], Tensor]:
     """`join_columns` in plain PyTorch."""
     outputs, lead = [], len(widths) * lora.shape[1]
     is_dense, is_context = place >= 0, (place < 0) & (place > PADDING_PLACE)
-    thin = lora.new_zeros(len(place), lead)
-    thin[is_dense] = dense[place[is_dense], :lead]
-    thin[is_context] = context[-1 - place[is_context], :lead]
+    xA = lora.new_zeros(len(place), lead)
+    xA[is_dense] = dense[place[is_dense], :lead]
+    xA[is_context] = context[-1 - place[is_context], :lead]
     parts = zip(
-        thin.chunk(len(widths), dim=1), lora.split(list(widths)), dense[:, lead:].split(list(widths), dim=1),
+        xA.chunk(len(widths), dim=1), lora.split(list(widths)), dense[:, lead:].split(list(widths), dim=1),
         context[:, lead:].split(list(counts), dim=1), index.split(list(counts)),
         [None] * len(widths) if bias is None else bias.split(list(widths)), strict=True,
     )  # fmt: skip
-    for part_thin, part_lora, part_dense, part_context, part_index, part_bias in parts:
-        y = part_thin @ part_lora.t()
+    for part_xA, part_lora, part_dense, part_context, part_index, part_bias in parts:
+        y = part_xA @ part_lora.t()
         y = y if part_bias is None else y + part_bias
         y[is_dense] += part_dense[place[is_dense]]
         rows = is_context.nonzero().squeeze(1)
         y[rows[:, None], part_index[None, :]] += part_context[-1 - place[rows]]
         y[place == PADDING_PLACE] = 0
         outputs.append(y)
-    return outputs, thin
+    return outputs, xA
 
 
 def _three(items: Sequence, filler=None) -> tuple:

@@ -3,9 +3,9 @@
 Context rows: channels come in an order of their own, the ``k`` selected ones first, then the others, which only the
 LoRA branch reaches. Dense rows: ``k`` is ``I``, and the order the natural one. On each row
 
-    e = gate_thin gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
+    e = gate_xA gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
 
-and the results are ``h[:, :k]`` and ``h down_A'``. LoRA's scales are folded: into ``gate_thin``, ``up_thin`` (whoever
+and the results are ``h[:, :k]`` and ``h down_A'``. LoRA's scales are folded: into ``gate_xA``, ``up_xA`` (whoever
 made them scaled ``A``) and into ``down_A``. Backward recomputes ``e, g, h`` twice: with a program per rows (gradients
 that sum over channels), then with one per channels (gradients that sum over rows); no atomics.
 
@@ -37,7 +37,7 @@ ALIGNMENT = 16
 
 
 @triton.jit
-def _thin(pointer, stride, o_row, m_row, r, R: tl.constexpr):
+def _low_rank(pointer, stride, o_row, m_row, r, R: tl.constexpr):
     """``[rows, R]`` of a matrix with ``r`` columns, zero beyond."""
     o_r = tl.arange(0, R)
     return tl.load(
@@ -59,7 +59,7 @@ def _base(pointer, stride, o_row, m_row, o_channel, k):
 
 @triton.jit
 def glu_fwd_kernel(
-    thin,  # [N, >= 2r]: gate_thin | up_thin
+    xA,  # [N, >= 2r]: gate_xA | up_xA
     gate_base,  # [N, k]
     up_base,  # [N, k]
     gate_B,  # [I, r]
@@ -71,7 +71,7 @@ def glu_fwd_kernel(
     I,
     k,
     r,
-    thin_stride,
+    xA_stride,
     base_stride,
     output_stride,
     channels_per_split,
@@ -84,17 +84,17 @@ def glu_fwd_kernel(
     o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m_row = o_row < N
     i_split = tl.program_id(1)
-    b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)  # [TILE_N, R]
-    b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
+    b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)  # [TILE_N, R]
+    b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
     total = tl.zeros([TILE_N, R], dtype=tl.float32)
     start = i_split * channels_per_split
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
         o_channel = i_channel + tl.arange(0, TILE_I)
         m_channel = o_channel < I
-        b_gate = _thin(gate_B, r, o_channel, m_channel, r, R)  # [TILE_I, R]
-        b_up = _thin(up_B, r, o_channel, m_channel, r, R)
-        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION)  # [TILE_N, TILE_I]
-        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
+        b_gate = _low_rank(gate_B, r, o_channel, m_channel, r, R)  # [TILE_I, R]
+        b_up = _low_rank(up_B, r, o_channel, m_channel, r, R)
+        e = tl.dot(b_gate_xA, tl.trans(b_gate), input_precision=PRECISION)  # [TILE_N, TILE_I]
+        g = tl.dot(b_up_xA, tl.trans(b_up), input_precision=PRECISION)
         if i_channel < k:
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
@@ -106,7 +106,7 @@ def glu_fwd_kernel(
                 h,
                 mask=m_row[:, None] & (o_channel[None, :] < k),
             )
-        total += tl.dot(h, _thin(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
+        total += tl.dot(h, _low_rank(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
     at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * r + o_r[None, :]
@@ -115,24 +115,24 @@ def glu_fwd_kernel(
 
 @triton.jit
 def glu_bwd_rows_kernel(
-    thin,
+    xA,
     gate_base,
     up_base,
-    d_down_thin,  # [N, r]: the gradient of h down_A'
+    d_down_xA,  # [N, r]: the gradient of h down_A'
     d_h,  # [N, k]: the gradient of h[:, :k]
     gate_B,
     up_B,
     down_A,  # [I, r] each; all of these as in the forward
     d_gate_base,  # [N, k]; may be gate_base itself
     d_up_base,
-    partial,  # fp32 [SPLITS, N, width]: d gate_thin | d up_thin (| h down_A', DOWN) over the channels of a split
+    partial,  # fp32 [SPLITS, N, width]: d gate_xA | d up_xA (| h down_A', DOWN) over the channels of a split
     N,
     I,
     k,
     r,
-    thin_stride,
+    xA_stride,
     base_stride,
-    d_down_thin_stride,
+    d_down_xA_stride,
     d_h_stride,
     d_base_stride,
     channels_per_split,
@@ -147,9 +147,9 @@ def glu_bwd_rows_kernel(
     m_row = o_row < N
     i_split = tl.program_id(1)
     dtype = d_gate_base.dtype.element_ty
-    b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
-    b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
-    b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
+    b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)
+    b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
+    b_down_xA = _low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
     d_gate = tl.zeros([TILE_N, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_N, R], dtype=tl.float32)
     total = tl.zeros([TILE_N, R], dtype=tl.float32)
@@ -157,12 +157,12 @@ def glu_bwd_rows_kernel(
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
         o_channel = i_channel + tl.arange(0, TILE_I)
         m_channel = o_channel < I
-        b_gate = _thin(gate_B, r, o_channel, m_channel, r, R)
-        b_up = _thin(up_B, r, o_channel, m_channel, r, R)
-        b_down = _thin(down_A, r, o_channel, m_channel, r, R)
-        e = tl.dot(b_gate_thin, tl.trans(b_gate), input_precision=PRECISION)
-        g = tl.dot(b_up_thin, tl.trans(b_up), input_precision=PRECISION)
-        dh = tl.dot(b_down_thin, tl.trans(b_down), input_precision=PRECISION)
+        b_gate = _low_rank(gate_B, r, o_channel, m_channel, r, R)
+        b_up = _low_rank(up_B, r, o_channel, m_channel, r, R)
+        b_down = _low_rank(down_A, r, o_channel, m_channel, r, R)
+        e = tl.dot(b_gate_xA, tl.trans(b_gate), input_precision=PRECISION)
+        g = tl.dot(b_up_xA, tl.trans(b_up), input_precision=PRECISION)
+        dh = tl.dot(b_down_xA, tl.trans(b_down), input_precision=PRECISION)
         if i_channel < k:
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
@@ -219,10 +219,10 @@ def sum_splits_kernel(
 
 @triton.jit
 def glu_bwd_channels_kernel(
-    thin,
+    xA,
     gate_base,
     up_base,
-    d_down_thin,
+    d_down_xA,
     d_h,
     gate_B,
     up_B,
@@ -232,9 +232,9 @@ def glu_bwd_channels_kernel(
     I,
     k,
     r,
-    thin_stride,
+    xA_stride,
     base_stride,
-    d_down_thin_stride,
+    d_down_xA_stride,
     d_h_stride,
     rows_per_split,
     KIND: tl.constexpr,
@@ -247,9 +247,9 @@ def glu_bwd_channels_kernel(
     o_channel = i_channel + tl.arange(0, TILE_I)
     m_channel = o_channel < I
     i_split = tl.program_id(1)
-    b_gate = tl.trans(_thin(gate_B, r, o_channel, m_channel, r, R))  # [R, TILE_I]
-    b_up = tl.trans(_thin(up_B, r, o_channel, m_channel, r, R))
-    b_down = tl.trans(_thin(down_A, r, o_channel, m_channel, r, R))
+    b_gate = tl.trans(_low_rank(gate_B, r, o_channel, m_channel, r, R))  # [R, TILE_I]
+    b_up = tl.trans(_low_rank(up_B, r, o_channel, m_channel, r, R))
+    b_down = tl.trans(_low_rank(down_A, r, o_channel, m_channel, r, R))
     dtype = gate_B.dtype.element_ty
     d_gate = tl.zeros([TILE_I, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_I, R], dtype=tl.float32)
@@ -258,20 +258,20 @@ def glu_bwd_channels_kernel(
     for i_row in range(start, min(start + rows_per_split, N), TILE_N):
         o_row = i_row + tl.arange(0, TILE_N)
         m_row = o_row < N
-        b_gate_thin = _thin(thin, thin_stride, o_row, m_row, r, R)
-        b_up_thin = _thin(thin + r, thin_stride, o_row, m_row, r, R)
-        b_down_thin = _thin(d_down_thin, d_down_thin_stride, o_row, m_row, r, R)
-        e = tl.dot(b_gate_thin, b_gate, input_precision=PRECISION)
-        g = tl.dot(b_up_thin, b_up, input_precision=PRECISION)
-        dh = tl.dot(b_down_thin, b_down, input_precision=PRECISION)
+        b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)
+        b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
+        b_down_xA = _low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
+        e = tl.dot(b_gate_xA, b_gate, input_precision=PRECISION)
+        g = tl.dot(b_up_xA, b_up, input_precision=PRECISION)
+        dh = tl.dot(b_down_xA, b_down, input_precision=PRECISION)
         if i_channel < k:
             e += _base(gate_base, base_stride, o_row, m_row, o_channel, k)
             g += _base(up_base, base_stride, o_row, m_row, o_channel, k)
             dh += _base(d_h, d_h_stride, o_row, m_row, o_channel, k)
         value, slope = activation(e, KIND)
-        d_gate += tl.dot(tl.trans((dh * g * slope).to(dtype)), b_gate_thin, input_precision=PRECISION)
-        d_up += tl.dot(tl.trans((dh * value).to(dtype)), b_up_thin, input_precision=PRECISION)
-        d_down += tl.dot(tl.trans((value * g).to(dtype)), b_down_thin, input_precision=PRECISION)
+        d_gate += tl.dot(tl.trans((dh * g * slope).to(dtype)), b_gate_xA, input_precision=PRECISION)
+        d_up += tl.dot(tl.trans((dh * value).to(dtype)), b_up_xA, input_precision=PRECISION)
+        d_down += tl.dot(tl.trans((value * g).to(dtype)), b_down_xA, input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_channel[:, None] & (o_r[None, :] < r)
     at = partial + (i_split.to(tl.int64) * 3 * I + o_channel[:, None]) * r + o_r[None, :]
@@ -280,95 +280,93 @@ def glu_bwd_channels_kernel(
     tl.store(at + 2 * I.to(tl.int64) * r, d_down, mask=mask)
 
 
-def glu_forward(
-    thin: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, h: Tensor, down_thin: Tensor, kind: str
-) -> None:
+def glu_forward(xA: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, h: Tensor, down_xA: Tensor, kind: str) -> None:
     """Writes ``h[:, :k]`` and ``h down_A'``.
 
     Args:
-        thin: ``[N, 2r]``: gate_thin, up_thin, LoRA's scales in them.
+        xA: ``[N, 2r]``: gate_xA, up_xA, LoRA's scales in them.
         base: gate_base, up_base ``[N, k]`` with one row stride.
         loras: ``[3, I, r]``: gate_B, up_B, and LoRA's scale times down_A transposed, contiguous.
         h: ``[N, k]``, written.
-        down_thin: ``[N, r]``, written.
+        down_xA: ``[N, r]``, written.
         kind: "silu", "gelu" or "gelu_tanh".
     """
-    N, (I, r), k = len(thin), loras.shape[1:], h.shape[1]
+    N, (I, r), k = len(xA), loras.shape[1:], h.shape[1]
     if N == 0:
         return
     tile = TILES["forward" if k <= FEW_CHANNELS else "streamed"]
-    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
-    partial = thin.new_empty((splits, N, r), dtype=torch.float32)
+    splits, per_split = _split(I, tile[1], -(-N // tile[0]), xA)
+    partial = xA.new_empty((splits, N, r), dtype=torch.float32)
     arguments = (
-        thin, *base, *loras.unbind(), h, partial, N, I, k, r, thin.stride(0), base[0].stride(0), h.stride(0), per_split,
+        xA, *base, *loras.unbind(), h, partial, N, I, k, r, xA.stride(0), base[0].stride(0), h.stride(0), per_split,
     )  # fmt: skip
-    launch(glu_fwd_kernel, (-(-N // tile[0]), splits), arguments, _constants(thin, r, kind, tile))
-    _sum_splits(partial, down_thin)
+    launch(glu_fwd_kernel, (-(-N // tile[0]), splits), arguments, _constants(xA, r, kind, tile))
+    _sum_splits(partial, down_xA)
 
 
 def glu_backward(
-    thin: Tensor,
+    xA: Tensor,
     base: tuple[Tensor, Tensor],
     loras: Tensor,
     d_h: Tensor,
-    d_down_thin: Tensor,
+    d_down_xA: Tensor,
     d_base: tuple[Tensor, Tensor],
-    d_thin: Tensor,
+    d_xA: Tensor,
     kind: str,
-    down_thin: Tensor | None = None,
+    down_xA: Tensor | None = None,
 ) -> Tensor:
-    """Writes the gradients of ``base`` and ``thin``, and returns those of ``loras``; arguments as in `glu_forward`.
+    """Writes the gradients of ``base`` and ``xA``, and returns those of ``loras``; arguments as in `glu_forward`.
 
     Args:
         d_h: ``[N, k]``.
-        d_down_thin: ``[N, r]``.
+        d_down_xA: ``[N, r]``.
         d_base: two ``[N, k]`` with one row stride, written; may be ``base`` itself.
-        d_thin: ``[N, 2r]``, written; may be ``thin`` itself.
-        down_thin: ``[N, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
+        d_xA: ``[N, 2r]``, written; may be ``xA`` itself.
+        down_xA: ``[N, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
 
     Returns:
         fp32 ``[splits, 3, I, r]``, still to be summed over the splits; the last of the three is the gradient of
         down_A (transposed) but for LoRA's scale.
     """
-    N, (I, r), k = len(thin), loras.shape[1:], d_h.shape[1]
+    N, (I, r), k = len(xA), loras.shape[1:], d_h.shape[1]
     if N == 0:
-        return thin.new_zeros(1, 3, I, r, dtype=torch.float32)
+        return xA.new_zeros(1, 3, I, r, dtype=torch.float32)
     parts = loras.unbind()
-    strides = thin.stride(0), base[0].stride(0), d_down_thin.stride(0), d_h.stride(0)
+    strides = xA.stride(0), base[0].stride(0), d_down_xA.stride(0), d_h.stride(0)
     tile = TILES["channels"]
     programs = -(-I // tile[1])
-    splits, per_split = _split(N, tile[0], programs, thin)
-    d_loras = thin.new_empty((splits, 3, I, r), dtype=torch.float32)
-    arguments = (thin, *base, d_down_thin, d_h, *parts, d_loras, N, I, k, r, *strides, per_split)
-    launch(glu_bwd_channels_kernel, (programs, splits), arguments, _constants(thin, r, kind, tile))
+    splits, per_split = _split(N, tile[0], programs, xA)
+    d_loras = xA.new_empty((splits, 3, I, r), dtype=torch.float32)
+    arguments = (xA, *base, d_down_xA, d_h, *parts, d_loras, N, I, k, r, *strides, per_split)
+    launch(glu_bwd_channels_kernel, (programs, splits), arguments, _constants(xA, r, kind, tile))
     tile = TILES["rows"]  # last: it may write over what the other kernel reads
-    splits, per_split = _split(I, tile[1], -(-N // tile[0]), thin)
-    partial = thin.new_empty((splits, N, (2 if down_thin is None else 3) * r), dtype=torch.float32)
+    splits, per_split = _split(I, tile[1], -(-N // tile[0]), xA)
+    partial = xA.new_empty((splits, N, (2 if down_xA is None else 3) * r), dtype=torch.float32)
     arguments = (
-        thin, *base, d_down_thin, d_h, *parts, *d_base, partial, N, I, k, r, *strides, d_base[0].stride(0), per_split,
+        xA, *base, d_down_xA, d_h, *parts, *d_base, partial, N, I, k, r, *strides, d_base[0].stride(0), per_split,
     )  # fmt: skip
-    constants = _constants(thin, r, kind, tile) | {"DOWN": down_thin is not None}
+    constants = _constants(xA, r, kind, tile) | {"DOWN": down_xA is not None}
     launch(glu_bwd_rows_kernel, (-(-N // tile[0]), splits), arguments, constants)
-    _sum_splits(partial, d_thin, down_thin)
+    _sum_splits(partial, d_xA, down_xA)
     return d_loras
 
 
-def reference_forward(thin: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def reference_forward(xA: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """``(h[:, :k], h down_A')`` of `glu_forward` on all rows, in plain PyTorch; differentiable."""
     gate_B, up_B, down_A = loras
-    gate_thin, up_thin = thin.chunk(2, dim=1)
+    gate_xA, up_xA = xA.chunk(2, dim=1)
     k = base[0].shape[1]
     pad = (0, gate_B.shape[0] - k)
-    h = ACTIVATIONS[kind](gate_thin @ gate_B.t() + F.pad(base[0], pad)) * (up_thin @ up_B.t() + F.pad(base[1], pad))
+    h = ACTIVATIONS[kind](gate_xA @ gate_B.t() + F.pad(base[0], pad)) * (up_xA @ up_B.t() + F.pad(base[1], pad))
     return h[:, :k], h @ down_A
 
 
-def reference_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tensor, ...]:
-    """``(d gate_base, d up_base, d thin, d loras)`` of `glu_backward`, by autograd over `reference_forward`."""
-    thin, gate_base, up_base, loras = (tensor.detach().requires_grad_() for tensor in (thin, *base, loras))
+def reference_backward(xA, base, loras, d_h, d_down_xA, kind) -> tuple[Tensor, ...]:
+    """``(d gate_base, d up_base, d xA, d loras)`` of `glu_backward`, by autograd over `reference_forward`."""
+    xA, gate_base, up_base, loras = (tensor.detach().requires_grad_() for tensor in (xA, *base, loras))
     with torch.enable_grad():
-        outputs = reference_forward(thin, (gate_base, up_base), loras, kind)
-        return torch.autograd.grad(outputs, (gate_base, up_base, thin, loras), (d_h, d_down_thin))
+        outputs = reference_forward(xA, (gate_base, up_base), loras, kind)
+        return torch.autograd.grad(outputs, (gate_base, up_base, xA, loras), (d_h, d_down_xA))
 
 
 def _sum_splits(partial: Tensor, output: Tensor, rest: Tensor | None = None) -> None:

@@ -84,9 +84,9 @@ class FusedMlp:
         for rows, weights in self._kinds():
             for chunk in self._chunks(rows, weights, keep):
                 stacked = weights.into.matmul(x[chunk])
-                thin, base = self._views(stacked)
+                xA, base = self._views(stacked)
                 unit = stacked.new_empty((len(stacked), weights.out.size))
-                glu_forward(thin, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
+                glu_forward(xA, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
                 weights.out.matmul_transposed(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
@@ -117,18 +117,18 @@ class FusedMlp:
         r = self.r
         d_unit = weights.out.matmul(dy)
         if kept is None:
-            stacked, down_thin = weights.into.matmul(x), dy.new_empty((len(dy), r))
-            d_stacked, missing = stacked, down_thin  # nobody else reads it
+            stacked, down_xA = weights.into.matmul(x), dy.new_empty((len(dy), r))
+            d_stacked, missing = stacked, down_xA  # nobody else reads it
         else:
-            (stacked, down_thin), missing = kept, None
+            (stacked, down_xA), missing = kept, None
             d_stacked = torch.empty_like(stacked)
-        (thin, base), (d_thin, d_base) = self._views(stacked), self._views(d_stacked)
+        (xA, base), (d_xA, d_base) = self._views(stacked), self._views(d_stacked)
         d_loras = glu_backward(
-            thin, base, weights.ordered, d_unit[:, r:], d_unit[:, :r], d_base, d_thin, self.activation, missing
+            xA, base, weights.ordered, d_unit[:, r:], d_unit[:, :r], d_base, d_xA, self.activation, missing
         )
         del d_unit
         weights.into.matmul_transposed(d_stacked, out=dx)
-        return d_loras, product_fp32(d_thin.t(), x), product_fp32(dy.t(), down_thin)
+        return d_loras, product_fp32(d_xA.t(), x), product_fp32(dy.t(), down_xA)
 
     def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
         """``rows`` in parts, unless ``whole`` or those of context rows."""
@@ -157,7 +157,7 @@ class FusedMlp:
         return _Weights(into, out, ordered, order)
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """gate and up thin ``[n, 2r]``, and their base products ``[n, k]``, of ``stacked [n, 2r + 2k]``."""
+        """gate and up xA ``[n, 2r]``, and their base products ``[n, k]``, of ``stacked [n, 2r + 2k]``."""
         r = self.r
         k = (stacked.shape[1] - 2 * r) // 2
         return stacked[:, : 2 * r], (stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :])

@@ -53,10 +53,10 @@ class FusedQKV:
         """`forward` of rows in their natural order, ``x [M, in_features]``."""
         return self.forward(x.index_select(0, self.partition.rows))
 
-    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`backward` likewise: ``dx [M, in_features]``."""
         rows = self.partition.rows
-        sorted_dx, loras = self.backward(gradients, x.index_select(0, rows), thin)
+        sorted_dx, loras = self.backward(gradients, x.index_select(0, rows), xA)
         return place_rows(sorted_dx, self.partition, x), loras
 
     def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
@@ -78,17 +78,17 @@ class FusedQKV:
             ])  # fmt: skip
         return join_columns(self.B, *products, partition.place, self.index, self.widths, self.counts, bias)
 
-    def backward(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``dx [n, in_features]`` by role, and the LoRA gradients ``(dA, dB)`` of each part in turn."""
         partition, lead = self.partition, len(self.A)
         r = lead // len(self.bases)
         gradients = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in gradients]
         if partition.num_padding:
             gradients = [dy.index_fill(0, partition.padding, 0) for dy in gradients]
-        d_thin = torch.empty_like(thin)
-        for dy, B, out in zip(gradients, self.B.split(self.widths), d_thin.split(r, dim=1), strict=True):
+        d_xA = torch.empty_like(xA)
+        for dy, B, out in zip(gradients, self.B.split(self.widths), d_xA.split(r, dim=1), strict=True):
             torch.mm(dy, B, out=out)
-        split = split_columns(d_thin, gradients, partition.rows, partition.num_dense, self.index, self.counts)
+        split = split_columns(d_xA, gradients, partition.rows, partition.num_dense, self.index, self.counts)
         dx, dA = x.new_empty(x.shape), None
         for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
             if rows.stop > rows.start:
@@ -96,9 +96,9 @@ class FusedQKV:
                 product = product_fp32(dy[:, :lead].t(), x[rows])
                 dA = product if dA is None else dA.add_(product)
         loras: list[Tensor] = []
-        parts = zip(gradients, thin.split(r, dim=1), dA.split(r), self.scales, strict=True)
-        for dy, part_thin, part_dA, scale in parts:
-            loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_thin)]
+        parts = zip(gradients, xA.split(r, dim=1), dA.split(r), self.scales, strict=True)
+        for dy, part_xA, part_dA, scale in parts:
+            loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_xA)]
         return dx, loras
 
     def _stack(self, indices: Sequence[Tensor] | None) -> WeightStack:
@@ -129,13 +129,13 @@ class FusedOutputProjection:
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` with the output in its natural order, ``[M, out_features]``."""
-        y, thin = self.forward(x)
-        return [place_rows(y, self.partition, x)], thin
+        y, xA = self.forward(x)
+        return [place_rows(y, self.partition, x)], xA
 
-    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`backward` from the gradient in its natural order alone."""
         (dy,) = gradients
-        return self.backward(dy, dy.index_select(0, self.partition.rows), x, thin)
+        return self.backward(dy, dy.index_select(0, self.partition.rows), x, xA)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[n, out_features]`` by role, bias included, and ``x A'``, which backward needs.
@@ -145,31 +145,31 @@ class FusedOutputProjection:
         """
         partition, bias = self.partition, self.base.bias
         x = x if x.stride(-1) == 1 else x.contiguous()
-        thin = x @ self.A.t()
+        xA = x @ self.A.t()
         if partition.num_padding:
-            thin.index_fill_(0, partition.padding, 0)
-        split = split_columns(thin, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
+            xA.index_fill_(0, partition.padding, 0)
+        split = split_columns(xA, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
         y = x.new_empty((len(partition.rows), self.base.shape[0]))
         for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
             if rows.stop > rows.start:
                 self._stack(index).matmul_transposed(part, out=y[rows])
-        return y if bias is None else y.add_(bias.detach().to(y.dtype)), thin
+        return y if bias is None else y.add_(bias.detach().to(y.dtype)), xA
 
-    def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, thin: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``dx [M, in_features]`` and the LoRA gradients ``[dA, dB]``.
 
         Args:
             dy: ``[M, out_features]`` in its natural order; ``sorted_dy [n, out_features]``: the same by role.
         """
         partition, products = self.partition, []
-        lead, width = thin.shape[1], x.shape[1]
+        lead, width = xA.shape[1], x.shape[1]
         for rows, index in _kinds(partition, self.index):
             empty = lead + (width if index is None else len(index))
             there = rows.stop > rows.start
             products.append(self._stack(index).matmul(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
-        (dx,), d_thin = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
-        dA = product_fp32(d_thin.t(), x)
-        return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), thin)]
+        (dx,), d_xA = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
+        dA = product_fp32(d_xA.t(), x)
+        return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), xA)]
 
     def _stack(self, index: Tensor | None) -> WeightStack:
         def make() -> WeightStack:

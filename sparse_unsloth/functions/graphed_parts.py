@@ -42,8 +42,8 @@ class _PreAttention(torch.autograd.Function):
                 partition, [projection.base for projection in projections], loras,
                 [projection.lora.scale for projection in projections], indices, dtype, plan.unread,
             )  # fmt: skip
-            outputs, thin = fused.forward(normed)
-            return outputs, (fused, normed, thin)
+            outputs, xA = fused.forward(normed)
+            return outputs, (fused, normed, xA)
 
         with without_autocast(x):
             normed = capture.buffer("attention's norm", x, rows.order.size)
@@ -63,8 +63,8 @@ class _PreAttention(torch.autograd.Function):
         *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
 
         def project_backward(state, *gradients: Tensor):
-            fused, normed, thin = state
-            d_normed, lora_gradients = fused.backward(gradients, normed, thin)
+            fused, normed, xA = state
+            d_normed, lora_gradients = fused.backward(gradients, normed, xA)
             return (d_normed, flat(lora_gradients, loras)), None
 
         with without_autocast(x):
@@ -89,8 +89,8 @@ class _PostAttention(torch.autograd.Function):
             fused = FusedOutputProjection(
                 partition, projection.base, loras[:2], projection.lora.scale, index, dtype, plan.unread
             )
-            y, thin = fused.forward(a)
-            return (y,), (fused, a, thin)
+            y, xA = fused.forward(a)
+            return (y,), (fused, a, xA)
 
         def mlp(normed: Tensor, channels: Tensor, order: Tensor):
             y, _ = fused_mlp(plan, loras[2:], channels, order, dtype).forward(normed, False)
@@ -128,8 +128,8 @@ class _PostAttention(torch.autograd.Function):
             return (d_normed, flat(lora_gradients, loras[2:])), None
 
         def project_backward(state, d_total: Tensor, *d_sorted: Tensor):
-            fused, a, thin = state
-            da, lora_gradients = fused.backward(d_total, *(d_sorted or (d_total,)), a, thin)
+            fused, a, xA = state
+            da, lora_gradients = fused.backward(d_total, *(d_sorted or (d_total,)), a, xA)
             return (da, flat(lora_gradients, loras[:2])), None
 
         with without_autocast(total):

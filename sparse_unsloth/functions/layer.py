@@ -133,19 +133,19 @@ class _PreAttention(torch.autograd.Function):
                 [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
                 plan.unread,
             )  # fmt: skip
-            outputs, thin = fused.forward(normed)
+            outputs, xA = fused.forward(normed)
         ctx.plan, ctx.fused = plan, fused
-        ctx.save_for_backward(hidden_states, normed, scale, thin, *loras)
+        ctx.save_for_backward(hidden_states, normed, scale, xA, *loras)
         return *(y.view(*hidden_states.shape[:-1], -1) for y in outputs), hidden_states.view_as(hidden_states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
-        hidden_states, normed, scale, thin, *loras = ctx.saved_tensors
+        hidden_states, normed, scale, xA, *loras = ctx.saved_tensors
         plan, x = ctx.plan, hidden_states.flatten(0, -2)
         *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
         with without_autocast(x):
-            d_normed, lora_gradients = ctx.fused.backward(gradients, normed, thin)
+            d_normed, lora_gradients = ctx.fused.backward(gradients, normed, xA)
             order, weight = plan.attention.order, plan.input_norm.weight
             dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
         return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
@@ -162,7 +162,7 @@ class _PostAttention(torch.autograd.Function):
                 plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
                 a.dtype, plan.unread,
             )  # fmt: skip
-            y, thin = o.forward(a)
+            y, xA = o.forward(a)
             total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
             del y
             mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
@@ -172,13 +172,13 @@ class _PostAttention(torch.autograd.Function):
                 y, saved = mlp.forward(normed, plan.keep)
                 result = add_rows(total, y, rows.order)
         ctx.plan, ctx.o, ctx.mlp, ctx.num_loras = plan, o, mlp, len(loras)
-        ctx.save_for_backward(attention_output, thin, total, normed, scale, *loras, *saved)
+        ctx.save_for_backward(attention_output, xA, total, normed, scale, *loras, *saved)
         return result.view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        attention_output, thin, total, normed, scale, *rest = ctx.saved_tensors
+        attention_output, xA, total, normed, scale, *rest = ctx.saved_tensors
         loras, saved, plan = rest[: ctx.num_loras], rest[ctx.num_loras :], ctx.plan
         a, dy = attention_output.flatten(0, -2), gradient.flatten(0, -2).contiguous()
         with without_autocast(a):
@@ -187,7 +187,7 @@ class _PostAttention(torch.autograd.Function):
                 d_normed, plan.mlp.order, total, scale, plan.output_norm.weight, dy, plan.attention.order
             )
             del d_normed
-            da, o_gradients = ctx.o.backward(d_total, d_sorted, a, thin)
+            da, o_gradients = ctx.o.backward(d_total, d_sorted, a, xA)
         lora_gradients = as_loras([*o_gradients, *mlp_gradients], loras)
         return da.view(attention_output.shape), d_total.view(gradient.shape), None, *lora_gradients
 

@@ -169,8 +169,8 @@ class _SparseLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             fused = _fused(plan, loras, x)
             if fused is not None:
-                outputs, thin = fused.forward_natural(x)
-                ctx.save_for_backward(hidden_states, *loras, thin)
+                outputs, xA = fused.forward_natural(x)
+                ctx.save_for_backward(hidden_states, *loras, xA)
                 return tuple(y.view(*hidden_states.shape[:-1], -1) for y in outputs)
             ctx.save_for_backward(hidden_states, *loras)
             dense_input = x.index_select(0, partition.dense)
@@ -210,12 +210,12 @@ class _SparseLinear(torch.autograd.Function):
                 dB = None if B is None else torch.zeros_like(B, dtype=x.dtype)
                 if dense is not None:
                     dy_dense = dy.index_select(0, plan.partition.dense)
-                    step = dense.backward(dy_dense, dense_input, dense.thin(dense_input))
+                    step = dense.backward(dy_dense, dense_input, dense.xA(dense_input))
                     dx_dense += step[0]
                     _accumulate(dA, dB, step)
                 if context is not None:
                     dy_context = dy.index_select(0, plan.partition.context)
-                    step = context.backward(dy_context, context_input, context.thin(context_input))
+                    step = context.backward(dy_context, context_input, context.xA(context_input))
                     dx_context += step[0]
                     _accumulate(dA, dB, step)
                 lora_gradients += [None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype)]

@@ -199,26 +199,26 @@ class _GluRows:
         up ``[n, I]``, or, where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
-        e, g = self.gate.combine(gate_base, self.gate.thin(x)), self.up.combine(up_base, self.up.thin(x))
+        e, g = self.gate.add_lora(gate_base, self.gate.xA(x)), self.up.add_lora(up_base, self.up.xA(x))
         saved = (e, g) if self.gate.out_index is None else (gate_base, up_base)
         if unread:
             return None, saved
         h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
-        y = self.down.combine(self.down.base(h), self.down.thin(h))
+        y = self.down.add_lora(self.down.base(h), self.down.xA(h))
         return y, saved
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
         """``dx``; ``saved`` is what `forward` returned; adds the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``."""
-        gate_thin, up_thin = self.gate.thin(x), self.up.thin(x)
+        gate_xA, up_xA = self.gate.xA(x), self.up.xA(x)
         e, g = saved
         if self.gate.out_index is not None:
-            e, g = self.gate.combine(e, gate_thin), self.up.combine(g, up_thin)
-        down_dthin = self.down.thin_gradient(dy)
-        dh = self.down.input_gradient(dy, down_dthin, e)
+            e, g = self.gate.add_lora(e, gate_xA), self.up.add_lora(g, up_xA)
+        down_d_xA = self.down.xA_gradient(dy)
+        dh = self.down.input_gradient(dy, down_d_xA, e)
         h, de, dg = (gated_backward if use_kernels(x) else reference_gated_backward)(dh, e, g, self.activation)
-        down_gradients = self.down.lora_gradients(dy, down_dthin, h, self.down.thin(h))
-        dx, *gate_gradients = self.gate.backward(de, x, gate_thin)
-        up_dx, *up_gradients = self.up.backward(dg, x, up_thin)
+        down_gradients = self.down.lora_gradients(dy, down_d_xA, h, self.down.xA(h))
+        dx, *gate_gradients = self.gate.backward(de, x, gate_xA)
+        up_dx, *up_gradients = self.up.backward(dg, x, up_xA)
         dx += up_dx
         for place, gradient in enumerate((*gate_gradients, *up_gradients, *down_gradients)):
             if gradient is not None:

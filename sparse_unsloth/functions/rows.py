@@ -36,46 +36,46 @@ class RowProjection:
 
     def forward(self, x: Tensor) -> Tensor:
         """``y [n, out]``."""
-        return self.combine(self.base(x), self.thin(x))
+        return self.add_lora(self.base(x), self.xA(x))
 
     def base(self, x: Tensor) -> Tensor:
         """The base product without placement or bias: ``[n, o]``."""
         x = x if self.in_index is None else x.index_select(1, self.in_index)
         return x @ self.weight.t()
 
-    def thin(self, x: Tensor) -> Tensor | None:
+    def xA(self, x: Tensor) -> Tensor | None:
         """The rank-r projection ``x A'``: ``[n, r]``, or None without a LoRA branch."""
         return None if self.A is None else x @ self.A.t()
 
-    def combine(self, base: Tensor, thin: Tensor | None) -> Tensor:
+    def add_lora(self, base: Tensor, xA: Tensor | None) -> Tensor:
         """``y [n, out]`` from its two products; may reuse ``base``'s storage."""
         if self.out_index is None:
-            y = base if thin is None else base.addmm_(thin, self.B.t(), alpha=self.scale)
+            y = base if xA is None else base.addmm_(xA, self.B.t(), alpha=self.scale)
         else:
-            y = base.new_zeros(len(base), self.out_features) if thin is None else (thin * self.scale) @ self.B.t()
+            y = base.new_zeros(len(base), self.out_features) if xA is None else (xA * self.scale) @ self.B.t()
             y.index_add_(1, self.out_index, base)
         return y if self.bias is None else y.add_(self.bias)
 
-    def backward(self, dy: Tensor, x: Tensor, thin: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, dy: Tensor, x: Tensor, xA: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``(dx [n, in], dA [r, in], dB [out, r])`` from ``dy [n, out]``; reads its arguments, writes fresh tensors."""
-        dthin = self.thin_gradient(dy)
-        return self.input_gradient(dy, dthin, x), *self.lora_gradients(dy, dthin, x, thin)
+        d_xA = self.xA_gradient(dy)
+        return self.input_gradient(dy, d_xA, x), *self.lora_gradients(dy, d_xA, x, xA)
 
-    def thin_gradient(self, dy: Tensor) -> Tensor | None:
-        """The gradient of `thin`, ``[n, r]``."""
+    def xA_gradient(self, dy: Tensor) -> Tensor | None:
+        """The gradient of `xA`, ``[n, r]``."""
         return None if self.B is None else (dy @ self.B).mul_(self.scale)
 
-    def input_gradient(self, dy: Tensor, dthin: Tensor | None, like: Tensor) -> Tensor:
-        """``dx [n, in]``; ``dthin`` is `thin_gradient`'s, ``like`` gives the shape."""
+    def input_gradient(self, dy: Tensor, d_xA: Tensor | None, like: Tensor) -> Tensor:
+        """``dx [n, in]``; ``d_xA`` is `xA_gradient`'s, ``like`` gives the shape."""
         base_dy = dy if self.out_index is None else dy.index_select(1, self.out_index)
         base_dx = base_dy @ self.weight
         if self.in_index is None:
-            return base_dx if dthin is None else base_dx.addmm_(dthin, self.A)
-        dx = torch.zeros_like(like) if dthin is None else dthin @ self.A
+            return base_dx if d_xA is None else base_dx.addmm_(d_xA, self.A)
+        dx = torch.zeros_like(like) if d_xA is None else d_xA @ self.A
         return dx.index_add_(1, self.in_index, base_dx)
 
-    def lora_gradients(self, dy: Tensor, dthin: Tensor | None, x: Tensor, thin: Tensor | None):
+    def lora_gradients(self, dy: Tensor, d_xA: Tensor | None, x: Tensor, xA: Tensor | None):
         """``(dA [r, in], dB [out, r])``, or two None without a LoRA branch."""
-        if thin is None:
+        if xA is None:
             return None, None
-        return dthin.t() @ x, (dy.t() @ thin).mul_(self.scale)
+        return d_xA.t() @ x, (dy.t() @ xA).mul_(self.scale)
