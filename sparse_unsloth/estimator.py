@@ -38,8 +38,6 @@ from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import load_estimator, save_estimator
 from sparse_unsloth.tensor_file import DamagedFileError
 
-__all__ = ["Estimator", "build_estimator", "load_estimator", "obtain_estimator", "save_estimator"]
-
 DEFAULT_SEED = 3407
 
 

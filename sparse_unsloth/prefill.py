@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import EstimatorError, SparsityError
-from sparse_unsloth.estimator import load_estimator, name_and_revision, save_estimator
+from sparse_unsloth.estimator import name_and_revision
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, partition_of
+from sparse_unsloth.storage import load_estimator, save_estimator
 
 if TYPE_CHECKING:
     from sparse_unsloth.runtime import SparsityState

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.distributed import has_group, is_main, world_size
-from sparse_unsloth.estimator import Estimator, obtain_estimator
+from sparse_unsloth.estimates import Estimator
+from sparse_unsloth.estimator import obtain_estimator
 from sparse_unsloth.sharing import shared_estimator
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.estimator import Estimator
+from sparse_unsloth.estimates import Estimator
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.gradients import FirstBackward, LossRows

@@ -19,7 +19,7 @@ from sparse_unsloth.autosparsity.journal import Journal
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import CalibrationError
-from sparse_unsloth.estimator import Estimator
+from sparse_unsloth.estimates import Estimator
 from sparse_unsloth.layer_rules import LayerSparsity
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import training_flags
