@@ -314,7 +314,7 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     for name, order in (("by role", role), ("in order", natural)):
         yield Case(
             "add_rows", f"{M}x{H} {name}", (draw(M, H), draw(order.size, H), order), norms.add_rows,
-            lambda stream, values, order: stream + norms._to_natural(values, order, stream), 3 * full,
+            lambda stream, values, order: stream + norms.to_natural(values, order, stream), 3 * full,
         )  # fmt: skip
     for name, order, again in (("", role, None), (" natural", natural, None), (" twice", role, role)):
         stream = draw(M, H)

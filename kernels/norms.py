@@ -212,7 +212,7 @@ def _launch_add_norm(stream, added, added_order, weight, eps, norm_order, total,
 
 def reference_add_norm(stream, added, added_order, weight, eps, norm_order) -> tuple[Tensor, Tensor, Tensor]:
     """`add_norm` in plain PyTorch; rows of the norm that stand nowhere are left out."""
-    total = stream if added is None else stream + _to_natural(added, added_order, stream)
+    total = stream if added is None else stream + to_natural(added, added_order, stream)
     value = total.float() if total.dtype != torch.float64 else total
     scale = (value.square().mean(1) + eps).rsqrt()
     normed = (value * scale[:, None]).to(weight.dtype) * weight
@@ -221,7 +221,7 @@ def reference_add_norm(stream, added, added_order, weight, eps, norm_order) -> t
 
 def reference_norm_backward(d_normed, norm_order, stream, scale, weight, d_stream, copy_order=None):
     """`norm_backward` in plain PyTorch, in the dtype of its inputs."""
-    gradient = _to_natural(d_normed, norm_order, stream) * weight
+    gradient = to_natural(d_normed, norm_order, stream) * weight
     value = stream * scale[:, None].to(stream.dtype)
     gradient = scale[:, None].to(stream.dtype) * (gradient - value * (gradient * value).mean(1, keepdim=True))
     gradient = gradient + d_stream
@@ -235,7 +235,7 @@ def _numbers(order: Order) -> tuple[Tensor, Tensor]:
     return rows, torch.where(place >= 0, place, order.num_dense - 1 - place)
 
 
-def _to_natural(values: Tensor, order: Order, like: Tensor) -> Tensor:
+def to_natural(values: Tensor, order: Order, like: Tensor) -> Tensor:
     if order.place is None:
         return values
     rows, numbers = _numbers(order)

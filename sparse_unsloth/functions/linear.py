@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,25 +138,25 @@ def lora_scale(projection: Projection) -> float:
 
 def row_projection(
     base: BaseWeight,
-    weight: Tensor,
+    whole: Tensor | None,
     lora: tuple[Tensor | None, Tensor | None],
     scale: float,
+    dtype: torch.dtype,
     out_index: Tensor | None = None,
     in_index: Tensor | None = None,
 ) -> RowProjection:
-    """The projection over a (gathered) ``weight``."""
-    A, B = lora
-    bias = None if base.bias is None else base.bias.detach().to(weight.dtype)
-    return RowProjection(weight, bias, A, B, scale, base.shape[0], out_index, in_index)
+    """The projection over the selected rows or columns of ``base``, in ``dtype``.
 
-
-def gather_weight(base: BaseWeight, whole: Tensor | None, out_index, in_index, dtype: torch.dtype) -> Tensor:
-    """The selected rows or columns, of the dequantised whole where there is one, else straight from the storage."""
-    if out_index is None and in_index is None:
-        return base.dense(dtype) if whole is None else whole
+    They are taken from the dequantised ``whole`` where there is one, else straight from the storage.
+    """
     if out_index is not None:
-        return base.rows(out_index, dtype) if whole is None else whole.index_select(0, out_index)
-    return base.columns(in_index, dtype) if whole is None else whole.index_select(1, in_index)
+        weight = base.rows(out_index, dtype) if whole is None else whole.index_select(0, out_index)
+    elif in_index is not None:
+        weight = base.columns(in_index, dtype) if whole is None else whole.index_select(1, in_index)
+    else:
+        weight = base.dense(dtype) if whole is None else whole
+    bias = None if base.bias is None else base.bias.detach().to(dtype)
+    return RowProjection(weight, bias, *lora, scale, base.shape[0], out_index, in_index)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -258,15 +259,10 @@ def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype
     """Yields ``(dense, context)`` row projections of each part (None where the partition has no such rows)."""
     has_dense, has_context = plan.partition.dense.numel() > 0, plan.partition.context.numel() > 0
     for number, part in enumerate(plan.parts):
-        base, scale = part.base, part.scale
-        A, B = (None if tensor is None else tensor.to(dtype) for tensor in loras[2 * number : 2 * number + 2])
-        whole = base.dense(dtype) if has_dense else None
-        dense = row_projection(base, whole, (A, B), scale) if has_dense else None
-        context = None
-        if has_context:
-            weight = gather_weight(base, whole, part.out_index, part.in_index, dtype)
-            context = row_projection(base, weight, (A, B), scale, part.out_index, part.in_index)
-        yield dense, context
+        lora = tuple(None if tensor is None else tensor.to(dtype) for tensor in loras[2 * number : 2 * number + 2])
+        whole = part.base.dense(dtype) if has_dense else None
+        project = partial(row_projection, part.base, whole, lora, part.scale, dtype)
+        yield project() if has_dense else None, project(part.out_index, part.in_index) if has_context else None
 
 
 def _accumulate(dA: Tensor | None, dB: Tensor | None, step) -> None:

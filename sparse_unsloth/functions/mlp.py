@@ -25,7 +25,6 @@ from sparse_unsloth.functions.linear import (
     cast_for_autocast,
     check_rows,
     context_mask,
-    gather_weight,
     lora_scale,
     lora_tensors,
     row_projection,
@@ -228,24 +227,15 @@ class _GluRows:
 
 def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
     """Yields ``(row index, _GluRows)`` for the dense and the context rows that the partition has; dequantises once."""
-    partition = plan.partition
+    partition, channels = plan.partition, plan.channels
     pairs = [tuple(None if t is None else t.to(dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
-    wholes: list[Tensor | None] = [None, None, None]
-    if partition.dense.numel():
-        wholes = [base.dense(dtype) for base in plan.bases]
-        dense = [row_projection(*each) for each in zip(plan.bases, wholes, pairs, plan.scales, strict=True)]
-        yield partition.dense, _GluRows(*dense, plan.activation)
-    if partition.context.numel():
-        indices = ({"out_index": plan.channels}, {"out_index": plan.channels}, {"in_index": plan.channels})
-        weights = [
-            gather_weight(base, whole, index.get("out_index"), index.get("in_index"), dtype)
-            for base, whole, index in zip(plan.bases, wholes, indices, strict=True)
-        ]
-        context = [
-            row_projection(base, weight, pair, scale, **index)
-            for base, weight, pair, scale, index in zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
-        ]
-        yield partition.context, _GluRows(*context, plan.activation)
+    wholes = [base.dense(dtype) if partition.dense.numel() else None for base in plan.bases]
+    everything, selected = ((None, None),) * 3, ((channels, None), (channels, None), (None, channels))
+    for rows, indices in ((partition.dense, everything), (partition.context, selected)):
+        if rows.numel():
+            parts = zip(plan.bases, wholes, pairs, plan.scales, indices, strict=True)
+            projections = [row_projection(*part, dtype, *index) for *part, index in parts]
+            yield rows, _GluRows(*projections, plan.activation)
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
