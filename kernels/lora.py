@@ -166,11 +166,7 @@ def mlp_gradients_kernel(
 
 
 def pack_mlp(
-    loras: Sequence[Tensor],
-    scales: tuple[float, float, float],
-    order: Tensor,
-    product_in: Tensor,
-    product_out: Tensor,
+    loras: Sequence[Tensor], scales: tuple[float, float, float], order: Tensor, product_in: Tensor, product_out: Tensor
 ) -> Tensor:
     """Writes LoRA's share of the two products, and returns what the gated unit reads, in the products' dtype.
 

@@ -196,13 +196,7 @@ def top_order(scores: Tensor, count: int) -> Tensor:
 
 
 def attention_channels(
-    query_energy: Tensor,
-    key_energy: Tensor,
-    value_energy: Tensor,
-    keys: int,
-    values: int,
-    groups: int,
-    head_dim: int,
+    query_energy: Tensor, key_energy: Tensor, value_energy: Tensor, keys: int, values: int, groups: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The channels of q, k, v and o, int64 and ascending: `reference_attention_channels` in one launch.
 
@@ -270,13 +264,7 @@ def key_channel_scores(query_energy: Tensor, key_energy: Tensor, groups: int, he
 
 
 def reference_attention_channels(
-    query_energy: Tensor,
-    key_energy: Tensor,
-    value_energy: Tensor,
-    keys: int,
-    values: int,
-    groups: int,
-    head_dim: int,
+    query_energy: Tensor, key_energy: Tensor, value_energy: Tensor, keys: int, values: int, groups: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention_channels` in plain PyTorch; the scores of a RoPE pair are added."""
     scores = key_channel_scores(query_energy, key_energy, groups, head_dim)

@@ -243,10 +243,7 @@ class _Runs:
 
     @torch.no_grad()
     def visit(
-        self,
-        parts: list[tuple[DecoderLayer, str]],
-        observe: Callable[[DecoderLayer, str, Tensor], None],
-        title: str,
+        self, parts: list[tuple[DecoderLayer, str]], observe: Callable[[DecoderLayer, str, Tensor], None], title: str
     ) -> None:
         """Runs each batch and hands ``observe`` the counted rows ``[N, hidden_size]`` of each part's input."""
         current: list[Tensor] = []

@@ -89,12 +89,7 @@ def obtain_estimator(
     statistics = None
     if config.kind != "svd" and samples is not None:
         statistics = collect_statistics(
-            model,
-            layers,
-            layer_sparsity,
-            samples,
-            dense_tokens=dense_tokens,
-            progress=progress,
+            model, layers, layer_sparsity, samples, dense_tokens=dense_tokens, progress=progress
         )
     estimator = build_estimator(layers, layer_sparsity, config, statistics, seed=seed, progress=progress)
     if path is not None:

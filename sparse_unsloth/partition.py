@@ -141,10 +141,7 @@ class TokenPartition:
 
     @classmethod
     def from_prompts(
-        cls,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        dense_tokens: Literal["output", "none"] = "output",
+        cls, tokens: Tensor, attention_mask: Tensor | None = None, dense_tokens: Literal["output", "none"] = "output"
     ) -> TokenPartition:
         """Splits the prompts of a generation: the last token of each is dense, since it predicts the answer's first.
 

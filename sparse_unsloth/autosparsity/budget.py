@@ -19,39 +19,21 @@ def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_r
 
     Forward and the gradient of the input, with the estimator; no LoRA, attention core or head.
     """
-    return _frozen(shape, recipe, estimator_rank) / _frozen(shape, [(0.0, 0.0)] * shape.num_layers, 0)
+    return sum(_frozen(shape, recipe, estimator_rank)) / sum(_frozen(shape, [(0.0, 0.0)] * shape.num_layers))
 
 
 def part_cost(shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0) -> float:
     """The share that ``part`` ("mlp", "self_attn") of one layer has in `frozen_share`: parts add up to a recipe's."""
-    one = replace(shape, num_layers=1)
-    pair = (sparsity, 0.0) if part == "mlp" else (0.0, sparsity)
-    whole = _frozen(one, [(0.0, 0.0)], 0)
-    inputs_outputs = shape.projections()
-    other = [
-        size
-        for name, size in inputs_outputs.items()
-        if (name in ("gate_proj", "up_proj", "down_proj")) != (part == "mlp")
-    ]
-    spent = _frozen(one, [pair], estimator_rank) - 4 * sum(a * b for a, b in other)
-    return spent / (whole * shape.num_layers)
+    one, is_mlp = replace(shape, num_layers=1), part == "mlp"
+    mlp, attention, scoring = _frozen(one, [(sparsity, 0.0) if is_mlp else (0.0, sparsity)], estimator_rank)
+    return ((mlp if is_mlp else attention) + scoring) / (sum(_frozen(one, [(0.0, 0.0)])) * shape.num_layers)
 
 
-def _frozen(shape: ModelShape, recipe, estimator_rank: int) -> int:
-    parts = step_flops(
-        shape,
-        recipe,
-        TrainingStep(
-            dense_tokens=0,
-            context_tokens=1,
-            seq_lengths=[],
-            lora_rank=0,
-            head_tokens=0,
-            input_requires_grad=True,
-            estimator_rank=estimator_rank,
-        ),
-    ).parts
-    return parts.mlp_base + parts.attention_projections + parts.estimator
+def _frozen(shape: ModelShape, recipe, estimator_rank: int = 0) -> tuple[int, int, int]:
+    """Of the MLPs, of attention's projections, and of the estimator."""
+    step = TrainingStep(0, 1, [], 0, head_tokens=0, input_requires_grad=True, estimator_rank=estimator_rank)
+    parts = step_flops(shape, recipe, step).parts
+    return parts.mlp_base, parts.attention_projections, parts.estimator
 
 
 @dataclass(frozen=True)
@@ -85,11 +67,7 @@ class DataShape:
         return self.context_tokens / max(self.context_tokens + self.dense_tokens, 1)
 
     def step_ratio(
-        self,
-        shape: ModelShape,
-        recipe: Sequence[LayerSparsity],
-        lora_rank: int,
-        estimator_rank: int = 0,
+        self, shape: ModelShape, recipe: Sequence[LayerSparsity], lora_rank: int, estimator_rank: int = 0
     ) -> float:
         """FLOPs of a training step with ``recipe`` over those of the dense one.
 
@@ -97,18 +75,9 @@ class DataShape:
         """
 
         def total(layers, rank: int) -> int:
-            return step_flops(
-                shape,
-                layers,
-                TrainingStep(
-                    self.dense_tokens,
-                    self.context_tokens,
-                    self.row_lengths,
-                    lora_rank,
-                    head_tokens=self.loss_tokens,
-                    estimator_rank=rank,
-                ),
-            ).total
+            rows = self.dense_tokens, self.context_tokens, self.row_lengths
+            step = TrainingStep(*rows, lora_rank, head_tokens=self.loss_tokens, estimator_rank=rank)
+            return step_flops(shape, layers, step).total
 
         dense = [(0.0, 0.0)] * shape.num_layers
         return total(recipe, estimator_rank) / total(dense, 0)

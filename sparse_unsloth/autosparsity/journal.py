@@ -71,10 +71,7 @@ class Journal:
 
 
 def journal_key(
-    model: nn.Module,
-    layers: Iterable[DecoderLayer],
-    batches: Iterable[Mapping[str, Any]],
-    settings: Mapping[str, Any],
+    model: nn.Module, layers: Iterable[DecoderLayer], batches: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> str:
     """SHA-256 of the weights (sampled, adapters included), of the batches and of ``settings`` (plain data)."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -78,10 +78,7 @@ class ProbeBatch:
 
 
 def prepare_batches(
-    samples: Sequence[Mapping[str, Any]],
-    device: torch.device,
-    config: SparsityConfig,
-    padding_masked: bool = True,
+    samples: Sequence[Mapping[str, Any]], device: torch.device, config: SparsityConfig, padding_masked: bool = True
 ) -> list[ProbeBatch]:
     """The samples that bear loss.
 
@@ -139,13 +136,7 @@ class LossProbe:
         journal: what was measured before, and is measured now.
     """
 
-    def __init__(
-        self,
-        state: SparsityState,
-        estimator: Estimator | None,
-        journal: Journal,
-        progress: bool = True,
-    ):
+    def __init__(self, state: SparsityState, estimator: Estimator | None, journal: Journal, progress: bool = True):
         self.layers: list[DecoderLayer] = state.layers
         self._state = state
         self._journal, self._progress = journal, progress

@@ -229,12 +229,7 @@ def calibrate(
         chosen=chosen,
         captured=_captured(model, layers, final, estimator, judged, progress),
         data=data,
-        step_flops=data.step_ratio(
-            shape,
-            recipe,
-            lora_rank,
-            costs.rank,
-        ),
+        step_flops=data.step_ratio(shape, recipe, lora_rank, costs.rank),
         held_out=apart,
     )
 

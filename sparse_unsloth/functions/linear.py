@@ -51,9 +51,7 @@ class _Plan:
 
 
 def sparse_linear(
-    hidden_states: Tensor,
-    partition: TokenPartition,
-    parts: Sequence[SelectedProjection],
+    hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection]
 ) -> tuple[Tensor, ...]:
     """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
 
@@ -72,9 +70,7 @@ def sparse_linear(
 
 
 def masked_linear(
-    hidden_states: Tensor,
-    partition: TokenPartition,
-    parts: Sequence[SelectedProjection],
+    hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection]
 ) -> tuple[Tensor, ...]:
     """The definition that `sparse_linear` must equal: whole products and masks, differentiated by autograd."""
     x = hidden_states.flatten(0, -2)

@@ -113,12 +113,7 @@ def is_recompute(memo: dict[str, Any]) -> bool:
     return torch.is_grad_enabled() and not first
 
 
-def masked_mlp(
-    hidden_states: Tensor,
-    partition: TokenPartition,
-    channels: Tensor,
-    mlp: GatedMlp,
-) -> Tensor:
+def masked_mlp(hidden_states: Tensor, partition: TokenPartition, channels: Tensor, mlp: GatedMlp) -> Tensor:
     """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
     x = hidden_states.flatten(0, -2)
     mask = context_mask(partition, channels, mlp.gate.base.shape[0], x)

@@ -167,10 +167,7 @@ def _register_hooks(model: nn.Module, state: RankState) -> None:
         if alive is not None and alive.trained_by(optimizer):
             alive.advance(optimizer)
 
-    for handle in (
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ):
+    for handle in (register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)):
         weakref.finalize(state, handle.remove)
         state.handles.append(handle)
 

@@ -169,10 +169,7 @@ class RankState:
             tensors |= {f"{layer.name}.{name}": getattr(layer, name).cpu() for name in _KEPT}
             if layer.dead is not None:
                 tensors[f"{layer.name}.dead"] = layer.dead.cpu()
-        metadata = {
-            "step": str(self.step),
-            "zero_again": str(self._zero_again),
-        }
+        metadata = {"step": str(self.step), "zero_again": str(self._zero_again)}
         save_file(tensors, Path(folder) / STATE_NAME, metadata)
 
     def tell_that_all_were_saved(self, folder: str | Path) -> None:
