@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.functions.packed_attention import Packing
+from sparse_unsloth.gradients import FirstBackward, LossRows
 from sparse_unsloth.last_layer import every_row_dense, rows_with_loss
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
-if TYPE_CHECKING:
-    from sparse_unsloth.gradients import FirstBackward, LossRows
-
 CONTEXT_ARGUMENT = "sparse_context"
 """The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
+
+
+def runs_twice(where: str) -> AttachError:
+    """What a module or a layer that is called again in one forward is refused with."""
+    return AttachError(
+        f"{where} runs more than once in one forward (a decoder that loops over its layers, or one module that several "
+        "layers share), so its two calls' rows and channels cannot be told apart. It has no sparse path; train it "
+        "dense (sparsity=None)."
+    )
 
 
 class SparseContext:

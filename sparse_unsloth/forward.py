@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparse_unsloth.adapter_changes import why_dense
 from sparse_unsloth.calibration import sequence_starts
 from sparse_unsloth.context import SparseContext
 from sparse_unsloth.distributed import rank
@@ -18,15 +19,11 @@ from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.gradients import FirstBackward
 from sparse_unsloth.last_layer import every_row_dense, loss_is_fused, worth_removing
-from sparse_unsloth.lifetime import why_dense
+from sparse_unsloth.metrics import notice_nonfinite_scores
 from sparse_unsloth.modes import in_backward
-from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
-from sparse_unsloth.prefill import close_prefill, open_prefill
 from sparse_unsloth.rounding import with_round_counts, with_round_length
-
-if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparsityState
+from sparse_unsloth.runtime import SparsityState
 
 
 def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
@@ -51,7 +48,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
-        return open_prefill(state, kwargs)
+        return _open_prefill(state, kwargs)
     if not in_backward():
         state.look_back() if state.driver is not None else state.verify_step()
     if kwargs.get("labels") is None:
@@ -108,8 +105,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     context = SparseContext(partition, scale, loss_only and worth_removing(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
-            state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
-        if state.loss_rows.wants(context):
+            state.first_backward = context.first_backward = FirstBackward(
+                [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.by_rows
+            )
+        usual = not context.loss_only and state.config.dense_tokens == "output"
+        if usual and state.loss_rows.wants_next():
             context.loss_rows = state.loss_rows
     if graphs is not None and graphs.documents:
         context.packing = packing_of(kwargs, partition.shape)
@@ -162,9 +162,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     if context is None:
         return
     if context.prefill:
-        close_prefill(state, context)
+        _close_prefill(state, context)
         return
-    state.watch.look(context)
+    state.watch.look(context.selections)
     if torch.is_grad_enabled():
         state.counts.whole_layers, state.counts.captured_layers = len(context.whole), len(context.captured)
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
@@ -233,7 +233,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         **layout,
         dense_tokens=state.config.dense_tokens,
         # Unsloth drops the mask in training, and tokens attend to padding on their left.
-        padding_masked=state.backend_name != "unsloth",
+        padding_masked=state.backend.name != "unsloth",
     )
 
 
@@ -252,3 +252,56 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
         "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
         "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
     )
+
+
+def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseContext | None:
+    """The context of a forward outside training, or None where it is dense.
+
+    Sparse are the first forward of a generation that fills a cache (``use_cache=True``, or an empty cache given), a
+    forward with labels, which tell the prompts, and every forward of a classifier.
+    """
+    if not state.sparse_prefill:
+        return None
+    if is_sequence_classifier(state.model) or arguments.get("labels") is not None:
+        partition = partition_of(state.model, arguments, state.config.dense_tokens)
+    else:
+        partition = _prompts(state, arguments)
+    if partition is None or not len(partition.context):
+        return None
+    context = SparseContext(partition, scale=1.0)
+    context.prefill = True
+    return context
+
+
+def _close_prefill(state: SparsityState, context: SparseContext) -> None:
+    """Says it if parts of the model were dense all the same."""
+    missing = state.expected_parts() - context.ran
+    if missing:
+        state.say_once(
+            f"sparse_prefill: {len(missing)} parts ran dense ({state.name_parts(missing)}): their adapter is merged or "
+            "disabled, or several are active. Prompts are sparse with one active, unmerged adapter."
+        )
+
+
+def _prompts(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition | None:
+    cache = arguments.get("past_key_values")
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or tokens.shape[1] < 2 or _is_filled(cache):
+        return None
+    if cache is None and not arguments.get("use_cache"):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
+        state.say_once(
+            "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "
+            "such masks), which does not tell padding, so it ran dense. Generate with a dynamic cache."
+        )
+        return None
+    return TokenPartition.from_prompts(tokens, mask, state.config.dense_tokens)
+
+
+def _is_filled(cache: Any) -> bool:
+    if cache is None:
+        return False
+    return int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0

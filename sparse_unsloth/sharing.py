@@ -1,27 +1,68 @@
-"""One estimator for all ranks: rank 0 makes it, or had it, and the others get the very same numbers."""
+"""The estimator of a training: built, loaded or calibrated by rank 0, and the very same numbers on all ranks."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
-from sparse_unsloth.distributed import from_main, is_sharded, uses_fsdp
+from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.distributed import from_main, has_group, is_sharded, uses_fsdp, world_size
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimates import sparse_parts
+from sparse_unsloth.estimates import Estimator, sparse_parts
+from sparse_unsloth.estimator import obtain_estimator
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.storage import fingerprint
 
-if TYPE_CHECKING:
-    from sparse_unsloth.config import LayerSparsity
-    from sparse_unsloth.estimates import Estimator
-
 Samples = list[Mapping[str, Any]] | None
 
+BATCH = 8
+"""Samples of the trainer's data set that are collated together."""
 
-def shared_estimator(
+
+def obtain_for_all_ranks(
+    model: nn.Module,
+    layers: list[DecoderLayer],
+    layer_sparsity: Sequence[LayerSparsity],
+    config: SparsityConfig,
+    estimator: Estimator | None,
+    dataset: Any,
+    collate_fn: Callable[[list], Mapping[str, Any]] | None,
+) -> Estimator | None:
+    """The estimator that training begins with, on every rank, which all must call this; None where none is needed.
+
+    Args:
+        model, layers, layer_sparsity: of the attached model.
+        estimator: this rank's, if it has one.
+        dataset, collate_fn: the trainer's, whose first samples calibrate; None: there are none.
+
+    Raises:
+        EstimatorError: it cannot be had (see `obtain_estimator`), or the ranks hold different base weights.
+    """
+
+    def read() -> Samples:
+        count = config.estimator.calibration_samples
+        if dataset is None or collate_fn is None or count == 0:
+            return None
+        rows = list(islice(dataset, count))
+        return [collate_fn(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)] or None
+
+    def make(samples: Samples) -> Estimator:
+        chosen = {"dense_tokens": config.dense_tokens, "seed": config.seed}
+        return obtain_estimator(model, layers, layer_sparsity, config.estimator, samples=samples, **chosen)
+
+    if config.criterion != "estimator":
+        return None
+    if world_size() == 1 or not has_group():
+        return make(read()) if estimator is None else estimator
+    return _shared_estimator(layers, layer_sparsity, estimator, read, make)
+
+
+def _shared_estimator(
     layers: list[DecoderLayer],
     layer_sparsity: Sequence[LayerSparsity],
     made: Estimator | None,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
+from sparse_unsloth.metrics import metrics
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -56,14 +58,10 @@ def masked_by_hooks(model, selections, partition):
 
 def record_selections(model):
     """The contexts of the forwards that follow, in order."""
-    state, contexts = get_state(model), []
-    open_forward = state.open_forward
-
-    def recording(*args):
-        contexts.append(open_forward(*args))
-        return contexts[-1]
-
-    state.open_forward = recording
+    contexts = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: contexts.append(kwargs.get(CONTEXT_ARGUMENT)), with_kwargs=True
+    )
     return contexts
 
 
@@ -410,11 +408,11 @@ def test_a_schedule_that_nothing_drives_is_an_error():
     state.begin_training(driver=object(), max_steps=100)
     state.set_step(4)
     model(**make_batch())
-    assert state.metrics()["sparsity/enabled"] == 0
+    assert metrics(state)["sparsity/enabled"] == 0
     state.set_step(5)
     model(**make_batch()).loss.backward()
     state.verify_step()
-    assert state.metrics()["sparsity/context_share"] == pytest.approx(18 / 33)
+    assert metrics(state)["sparsity/context_share"] == pytest.approx(18 / 33)
 
 
 def test_forwards_replaced_after_attaching_are_noticed():

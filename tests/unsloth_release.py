@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
-from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.backends.unsloth_sources import Contract
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.errors import SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,7 +62,7 @@ def examine() -> dict[str, str]:
 
     import unsloth  # noqa: F401
 
-    found = {"contract": failure_of(backend.Contract), "functions": failure_of(check_functions)}
+    found = {"contract": failure_of(Contract), "functions": failure_of(check_functions)}
     found["loss"] = failure_of(compare_with_unsloth)
     for family, base in bases.items():
         found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
@@ -326,10 +327,11 @@ def check_sparse_prefill(base: nn.Module, expected: dict) -> None:
         torch.testing.assert_close(logits, expected[side][0], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(cache, expected[side][1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert get_state(model).backend_name == "unsloth"
+        assert get_state(model).backend.name == "unsloth"
     state, contexts = get_state(model), []
-    open_forward = state.open_forward
-    state.open_forward = lambda *args: contexts.append(open_forward(*args)) or contexts[-1]
+    model.get_base_model().register_forward_pre_hook(
+        lambda _, args, kwargs: contexts.append(kwargs[CONTEXT_ARGUMENT]), with_kwargs=True
+    )
     batch = make_batch(side="left")
     model.generate(
         input_ids=batch["input_ids"],

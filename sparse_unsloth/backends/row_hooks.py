@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.adapters import refuse_foreign_leaves
+from sparse_unsloth.adapters import refuse_dropout, refuse_foreign_leaves
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
-from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward, training_flags
+from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import read_base
 
 PROBE_TOKENS = 8
@@ -93,29 +93,6 @@ def is_unread(runtime: LayerRuntime) -> bool:
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
     """The parameters of ``modules`` that are trained."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-
-
-def refuse_dropout(layer: DecoderLayer) -> None:
-    """What `probe` cannot see of an adapter whose B is still zero.
-
-    Raises:
-        AttachError: O or the MLP drops out something in training.
-    """
-    for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
-        inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
-        for module in part.modules():
-            if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
-                raise AttachError(
-                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
-                    "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
-                    "backward_rows out."
-                )
-
-
-def _inactive_dropouts(module: nn.Module) -> list[nn.Module]:
-    """Those of the LoRA adapters that ``module`` has and that are not active."""
-    dropouts = getattr(module, "lora_dropout", {})
-    return [dropouts[name] for name in dropouts if name not in module.active_adapters]
 
 
 def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
