@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from sparse_unsloth.adapters import refuse_dropout, refuse_other_adapters
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.runtime import LayerRuntime, SparsityState
@@ -38,16 +36,6 @@ def why_dense(state: SparsityState) -> str:
     if adapters != state.seen:
         state.seen, state.reason = adapters, "" if adapters == state.proved else _reason(state)
     return state.reason
-
-
-def say_bypassed(state: SparsityState) -> None:
-    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        state.say_once(
-            f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
-            "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
-            "detach(model) takes the sparse paths off."
-        )
 
 
 def _adapters(state: SparsityState) -> list[Any]:

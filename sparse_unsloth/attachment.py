@@ -1,18 +1,20 @@
-"""Installs the sparse paths on a model, proves that they run, reports them, and takes them off again."""
+"""Installs the sparse paths on a model, proves that they run, reports them, and takes them off again.
+
+Unloading the adapters takes them off too, and what PEFT returns is a plain model then.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_unsloth import forward
-from sparse_unsloth.adapter_changes import refuse_adapters, say_bypassed
+from sparse_unsloth.adapter_changes import note_proved, refuse_adapters
 from sparse_unsloth.attach_report import AttachReport, reasons, report
 from sparse_unsloth.backends import peft, unsloth
 from sparse_unsloth.backends.replaced import BoundMethod, Uncompiled
@@ -21,12 +23,12 @@ from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimator import obtain_estimator
+from sparse_unsloth.forward import register_hooks
 from sparse_unsloth.functions import packed_attention
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.layers import DecoderLayer, find_layers
-from sparse_unsloth.lifetime import attached_model, detach, keep_four_bit_weights_unpacked, set_up_process, watch
 from sparse_unsloth.loss import install_loss_removal
-from sparse_unsloth.modes import in_backward, training_flags
+from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.prefill import save_estimator_with_adapter
 from sparse_unsloth.runtime import Backend, LayerRuntime, SparsityState, get_state
@@ -66,24 +68,25 @@ def attach(
     if get_state(model) is not None:
         raise AttachError("This model is attached already; call detach(model) first to attach it differently.")
     config = SparsityConfig.from_any(sparsity)
-    around = attached_model(model)
+    around = _attached_model(model)
     if around is not None:
         raise AttachError(
             f"The layers of this {type(model).__name__} are attached already, as those of a {type(around).__name__}. "
             "Call detach() on that model first."
         )
     layers = find_layers(model)
-    state = SparsityState(model, layers, config, _backend_of(model, layers), set_up_process)
+    state = SparsityState(model, layers, config, _backend_of(model, layers), _set_up_process)
     model.__dict__["_sparsity_state"] = state
     try:
         refuse_adapters(state)
         _refuse_shared_modules(state)
-        keep_four_bit_weights_unpacked(state, on=True)
+        _keep_four_bit_weights_unpacked(state, on=True)
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
         removed = _remove_rows_without_loss(state)
         _replace_whole_layers(state)
-        _register_hooks(state)
+        register_hooks(state)
+        _keep_uncompiled(state)
         _probe(state)
         _keep_proved_layers(state)
         _prepare_graphs(state)
@@ -92,11 +95,48 @@ def attach(
         detach(model)
         raise
     _save_config_with_adapter(model)
-    watch(state)
+    _watch(state)
     forget_bases(module for layer in layers for module in layer.projections().values())
     done = report(state, removed)
     _warn_if_slow(done)
     return done
+
+
+def detach(model: nn.Module) -> None:
+    """Takes every sparse path off ``model`` again; its own forwards, hooks and methods are those of before.
+
+    Raises:
+        AttachError: the model is not attached.
+    """
+    state = get_state(model)
+    if state is None:
+        if "_sparsity_unloaded" in model.__dict__:
+            return
+        raise AttachError("This model is not attached.")
+    model = state.model
+    if state.planner is not None:
+        state.planner.restore()
+    if state.graphs is not None:
+        state.graphs.clear()
+    state.end_prefill()
+    for module in state.hooked:
+        state.backend.uninstall(module)
+    for handle in state.handles:
+        handle.remove()
+    for module in state.stack.values():
+        module.__dict__.pop("_sparse_runtime", None)
+        module.__dict__.pop("_sparse_context", None)
+    if state.first_backward is not None:
+        state.first_backward.drop()
+    if "_sparse_save_pretrained" in model.__dict__:
+        original = model.__dict__.pop("_sparse_save_pretrained")
+        if original is None:
+            del model.__dict__["save_pretrained"]
+        else:
+            model.save_pretrained = original
+    _keep_four_bit_weights_unpacked(state, on=False)
+    _unwatch(state)
+    model.__dict__.pop("_sparsity_state", None)
 
 
 def _refuse_shared_modules(state: SparsityState) -> None:
@@ -160,6 +200,13 @@ def _replace_whole_layers(state: SparsityState) -> None:
         for runtime in state.whole_forwards
         if runtime.layer.index not in state.runtimes and not runtime.not_whole
     }
+
+
+def _keep_uncompiled(state: SparsityState) -> None:
+    """Keeps hooked layers out of Unsloth's compiled regions."""
+    for layer in filter(state.runtime, state.layers):
+        state.uncompiled[layer.index] = Uncompiled(layer.module)
+        state.handles.append(state.uncompiled[layer.index])
 
 
 def _keep_proved_layers(state: SparsityState) -> None:
@@ -229,103 +276,6 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:
             state.use(estimator)
-
-
-def _register_hooks(state: SparsityState) -> None:
-    state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
-    if state.hooked:
-        state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
-    for layer in state.layers:
-        runtime = state.runtime(layer)
-        layer.module.__dict__["_sparse_runtime"] = runtime
-        if runtime is not None:
-            state.uncompiled[layer.index] = Uncompiled(layer.module)
-            state.handles.append(state.uncompiled[layer.index])
-    last = state.loss_rows.last
-    if last is not None and state.runtimes:
-        state.handles.append(last.register_forward_hook(_leave_last_layer))
-    for place, (name, module) in enumerate(state.stack.items()):
-        enter = partial(_enter_layer, place, name, module is last)
-        state.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        if module.__dict__.get("_sparse_runtime") is not None:
-            state.handles.append(module.register_forward_hook(_leave_layer, always_call=True))
-
-
-def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    if CONTEXT_ARGUMENT in kwargs:
-        return None
-    state = model.__dict__["_sparsity_state"]
-    state.inside = True
-    if state.graphs is not None and not args:
-        kwargs = forward.few_sizes(state, model, kwargs)
-    context = forward.open_forward(state, model, args, kwargs)
-    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
-
-
-def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    state = model.__dict__["_sparsity_state"]
-    state.inside = False
-    forward.close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
-    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
-    if loss is not None and loss.requires_grad:
-        loss.register_hook(partial(_say_evaluated, state))
-
-
-def _say_evaluated(state: SparsityState, gradient: Any) -> None:
-    state.say_once(
-        "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
-        "training."
-    )
-
-
-def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
-
-    Raises:
-        AttachError: the layer ran in this forward already, or recomputes what another one left out.
-    """
-    runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
-    context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
-    if context is not None:
-        if in_backward():
-            _check_recompute(context, place, name, runtime)
-        elif name in context.entered and runtime is not None:
-            raise runs_twice(name)
-        context.entered.add(name)
-        if last and context.loss_rows is not None:
-            layer.__dict__["_sparse_context"] = context
-    if runtime is not None:
-        runtime.context = context
-        if context is None and layer.training and not runtime.state.inside:
-            say_bypassed(runtime.state)
-    return args, kwargs
-
-
-def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
-    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
-    if name not in context.entered or not torch.is_grad_enabled():
-        return
-    before, this = context.recomputed, torch._C._current_graph_task_id()
-    if before is not None and before[0] == this and before[1] == place - 1 and before[2]:
-        raise AttachError(
-            f"{name} and the layer before it are checkpointed together, so that its recompute reads an output that is "
-            "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
-            "exact_removal: false."
-        )
-    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
-
-
-def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
-    runtime: LayerRuntime = layer.__dict__["_sparse_runtime"]
-    if runtime.context is not None and runtime.context.first_backward is not None:
-        runtime.context.first_backward.watch(runtime.layer.index, output)
-    runtime.context = None
-
-
-def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
-    context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
-    if context is not None:
-        context.loss_rows.watch(context.partition, output)
 
 
 def _probe(state: SparsityState) -> None:
@@ -398,3 +348,133 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
                 "modules_to_save, or save them yourself."
             )
     return saved
+
+
+def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:
+    """bitsandbytes repacks 4-bit weights for CPU inference in an evaluation forward; afterwards they cannot train."""
+    for layer in state.layers:
+        for module in layer.projections().values():
+            base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            if not hasattr(base, "support_avx512bf16_for_cpu"):
+                continue
+            if on:
+                base.__dict__.setdefault("_sparse_cpu_repacking", base.support_avx512bf16_for_cpu)
+                base.support_avx512bf16_for_cpu = False
+            elif "_sparse_cpu_repacking" in base.__dict__:
+                base.support_avx512bf16_for_cpu = base.__dict__.pop("_sparse_cpu_repacking")
+
+
+def _watch(state: SparsityState) -> None:
+    """Lets whoever unloads the adapters detach the model, and finds the state from each decoder layer.
+
+    PEFT returns the base model then, whose decoder layers are the attached ones.
+    """
+    for layer in state.layers:
+        layer.module.__dict__["_sparsity_state"] = state
+    for tuner in _tuners(state.model):
+        tuner.__dict__["_sparsity_state"] = state
+        tuner.__dict__["_sparse_unloading"] = {name: tuner.__dict__.get(name) for name in UNLOADING}
+        for name, function in UNLOADING.items():
+            tuner.__dict__[name] = BoundMethod(function, tuner)
+    state.model.__dict__.pop("_sparsity_unloaded", None)
+    note_proved(state)
+    _set_up_process(state)
+
+
+def _unwatch(state: SparsityState) -> None:
+    """Undoes `_watch`, as far as it came."""
+    for layer in state.layers:
+        layer.module.__dict__.pop("_sparsity_state", None)
+    for tuner in _tuners(state.model):
+        for name, original in tuner.__dict__.pop("_sparse_unloading", {}).items():
+            del tuner.__dict__[name]
+            if original is not None:
+                tuner.__dict__[name] = original
+        tuner.__dict__.pop("_sparsity_state", None)
+
+
+def _set_up_process(state: SparsityState) -> None:
+    """What an attached model needs of its process: trainers that drive it, and PEFT's wrappers noticed.
+
+    And ``torch.compile`` leaves this package's functions alone: they decide by what they find, and would be compiled
+    for it.
+    """
+    global _is_set_up
+    if not _is_set_up:
+        register_module_module_registration_hook(_refuse_wrapping)
+        import torch._dynamo
+
+        torch._dynamo.trace_rules.add(__name__.partition(".")[0])
+        _is_set_up = True
+    if state.hooked:
+        from sparse_unsloth.callback import register_with_trainers
+
+        register_with_trainers()
+
+
+def _attached_model(model: nn.Module) -> nn.Module | None:
+    """The attached model that has layers of ``model``, or None; one whose adapters were unloaded is detached."""
+    for module in model.modules():
+        state: SparsityState | None = module.__dict__.get("_sparsity_state")
+        if state is not None and not _is_unloaded(state):
+            return state.model
+        if state is not None:
+            detach(state.model)
+    return None
+
+
+def _tuners(model: nn.Module) -> list[nn.Module]:
+    """PEFT's modules inside ``model`` that can unload their adapters."""
+    return [module for module in model.modules() if all(hasattr(type(module), name) for name in UNLOADING)]
+
+
+def _is_unloaded(state: SparsityState) -> bool:
+    """Whether a projection of an attached layer is the bare one now that had an adapter around it."""
+    for layer in state.layers:
+        for old, now in zip(state.projections[layer.index], layer.projections().values(), strict=True):
+            if old is not now and hasattr(old, "get_base_layer") and old.get_base_layer() is now:
+                return True
+    return False
+
+
+def _merge_and_unload(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return _unload_and_detach(self, "merge_and_unload", *args, **kwargs)
+
+
+def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return _unload_and_detach(self, "unload", *args, **kwargs)
+
+
+UNLOADING = {"merge_and_unload": _merge_and_unload, "unload": _unload}
+"""What PEFT's tuners take their adapters off by, and what stands there while the model is attached."""
+
+
+def _unload_and_detach(tuner: nn.Module, name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """As PEFT's; the model is detached then, and stays as it is where that failed."""
+    original = tuner.__dict__["_sparse_unloading"][name]
+    base = getattr(type(tuner), name)(tuner, *args, **kwargs) if original is None else original(*args, **kwargs)
+    state = tuner.__dict__.get("_sparsity_state")
+    if state is not None:
+        detach(state.model)
+        state.model.__dict__["_sparsity_unloaded"] = True
+    return base
+
+
+_is_set_up = False
+
+
+def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Called when a module gets a child: PEFT begins to build another model around an attached one.
+
+    Raises:
+        AttachError: its trainers and `save_pretrained` would not find what is attached inside.
+    """
+    if parent._modules or child is None or not type(parent).__module__.startswith("peft."):
+        return
+    kinds = {kind.__name__ for kind in type(parent).__mro__}
+    if kinds & {"BaseTuner", "PeftModel", "PeftMixedModel"} and _attached_model(child) is not None:
+        raise AttachError(
+            f"PEFT would build another {type(parent).__name__} around layers that are attached. Add adapters first and "
+            "attach last: call detach(model), then add them, then attach the model that PEFT returns. One more adapter "
+            "beside those that are there: model.add_adapter(name, config)."
+        )

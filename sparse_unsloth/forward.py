@@ -1,9 +1,10 @@
-"""Opening and closing a forward of an attached model: whether it is sparse, and what its layers will need."""
+"""The forward of an attached model: hooks open it, sparse or dense, hand its context to the layers, and close it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from sparse_unsloth.adapter_changes import why_dense
 from sparse_unsloth.calibration import sequence_starts
-from sparse_unsloth.context import SparseContext
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.distributed import rank
-from sparse_unsloth.errors import EstimatorError, SparsityError
+from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
@@ -23,7 +24,101 @@ from sparse_unsloth.metrics import notice_nonfinite_scores
 from sparse_unsloth.modes import in_backward
 from sparse_unsloth.partition import TokenPartition, is_sequence_classifier, is_split, layout_of, partition_of
 from sparse_unsloth.rounding import with_round_counts, with_round_length
-from sparse_unsloth.runtime import SparsityState
+from sparse_unsloth.runtime import LayerRuntime, SparsityState
+
+
+def register_hooks(state: SparsityState) -> None:
+    """Lets forwards of the model open and close here, and their contexts reach the layers."""
+    state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
+    if state.hooked:
+        state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
+    for layer in state.layers:
+        layer.module.__dict__["_sparse_runtime"] = state.runtime(layer)
+    last = state.loss_rows.last
+    if last is not None and state.runtimes:
+        state.handles.append(last.register_forward_hook(_leave_last_layer))
+    for place, (name, module) in enumerate(state.stack.items()):
+        enter = partial(_enter_layer, place, name, module is last)
+        state.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        if module.__dict__.get("_sparse_runtime") is not None:
+            state.handles.append(module.register_forward_hook(_leave_layer, always_call=True))
+
+
+def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    if CONTEXT_ARGUMENT in kwargs:
+        return None
+    state = model.__dict__["_sparsity_state"]
+    state.inside = True
+    if state.graphs is not None and not args:
+        kwargs = few_sizes(state, model, kwargs)
+    context = open_forward(state, model, args, kwargs)
+    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+
+
+def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    state = model.__dict__["_sparsity_state"]
+    state.inside = False
+    close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
+    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
+    if loss is not None and loss.requires_grad:
+        loss.register_hook(partial(_say_evaluated, state))
+
+
+def _say_evaluated(state: SparsityState, gradient: Any) -> None:
+    state.say_once(
+        "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
+        "training."
+    )
+
+
+def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
+
+    Raises:
+        AttachError: the layer ran in this forward already, or recomputes what another one left out.
+    """
+    runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
+    context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is not None:
+        if in_backward():
+            _check_recompute(context, place, name, runtime)
+        elif name in context.entered and runtime is not None:
+            raise runs_twice(name)
+        context.entered.add(name)
+        if last and context.loss_rows is not None:
+            layer.__dict__["_sparse_context"] = context
+    if runtime is not None:
+        runtime.context = context
+        if context is None and layer.training and not runtime.state.inside:
+            _say_bypassed(runtime.state)
+    return args, kwargs
+
+
+def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
+    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
+    if name not in context.entered or not torch.is_grad_enabled():
+        return
+    before, this = context.recomputed, torch._C._current_graph_task_id()
+    if before is not None and before[0] == this and before[1] == place - 1 and before[2]:
+        raise AttachError(
+            f"{name} and the layer before it are checkpointed together, so that its recompute reads an output that is "
+            "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
+            "exact_removal: false."
+        )
+    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
+
+
+def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    runtime: LayerRuntime = layer.__dict__["_sparse_runtime"]
+    if runtime.context is not None and runtime.context.first_backward is not None:
+        runtime.context.first_backward.watch(runtime.layer.index, output)
+    runtime.context = None
+
+
+def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
+    if context is not None:
+        context.loss_rows.watch(context.partition, output)
 
 
 def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
@@ -185,6 +280,16 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
             "over the model's own output head, so what it returned may not be complete. Something replaced the "
             "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
             "exact_removal: false."
+        )
+
+
+def _say_bypassed(state: SparsityState) -> None:
+    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        state.say_once(
+            f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
+            "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
+            "detach(model) takes the sparse paths off."
         )
 
 

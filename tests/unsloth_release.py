@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
-from sparse_unsloth.backends.unsloth_sources import Contract
+from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS, Contract
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
 from sparse_unsloth.context import CONTEXT_ARGUMENT
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
 from unsloth_loss import compare_with_unsloth
 from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
-from unsloth_stand_in import FUNCTIONS, SLOTS, assert_same, decoder_layers, packed_batch
+from unsloth_stand_in import SLOTS, assert_same, decoder_layers, packed_batch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """What Unsloth runs through its fast path."""
@@ -86,7 +86,7 @@ def examine() -> dict[str, str]:
 def check_functions() -> None:
     """The fused functions take the module and its input, as their replacements do."""
     fast_lora = importlib.import_module("unsloth.kernels.fast_lora")
-    for name in FUNCTIONS:
+    for name in FUSED_FUNCTIONS:
         parameters = list(inspect.signature(getattr(fast_lora, name)).parameters)
         assert parameters[:2] == ["self", "X"], f"{name}({', '.join(parameters)})"
 
