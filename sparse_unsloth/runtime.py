@@ -71,7 +71,6 @@ class SparsityState:
 
     Attributes:
         model: the outermost model, where labels enter.
-        config: the configuration.
         backend: whose hook points are used.
         set_up_process: what a process that loads the model does first, or where it is copied.
         hooked: the modules whose forward was replaced; ``handles``: what else was installed, each with ``remove()``.
@@ -360,9 +359,7 @@ class LayerRuntime:
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
         context = self.context
-        if context is None or context.scale <= 0:
-            return False
-        if getattr(self.sparsity, part) <= 0:
+        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
 
@@ -445,13 +442,9 @@ class LayerRuntime:
         """
         return self._of_all_rows("self_attn", hidden_states, partition)
 
-    def mlp_of_context(self, context_rows: Tensor) -> MlpSelection:
-        """The MLP's selection of this forward, from its input on the context rows alone, ``[n, hidden_size]``."""
-        return self._selection("mlp", context_rows, self.sparsity.mlp, None)
-
-    def attention_of_context(self, context_rows: Tensor | None) -> AttentionSelection:
-        """The attention's likewise; None once Q, K, V have chosen."""
-        return self._selection("self_attn", context_rows, self.sparsity.self_attn, None)
+    def choose_of_context(self, part: str, context_rows: Tensor | None) -> MlpSelection | AttentionSelection:
+        """The choice of ``part`` by its input on the context rows alone, ``[n, hidden_size]``; None once it is made."""
+        return self._choose(part, context_rows, None)
 
     def record_run(self, part: str) -> None:
         """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
@@ -469,7 +462,7 @@ class LayerRuntime:
 
     def leaves_output_out(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
-        rows = self.state.by_rows or context.memo(self.layer.index).get("first with gradients") is False
+        rows = self.state.by_rows or context.memo(self.layer.index).with_gradients is False
         ran = (self.layer.index, "mlp") in context.ran
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 
@@ -477,9 +470,9 @@ class LayerRuntime:
         """The choice by the context rows among all of ``hidden_states``; None without any, or in a dense part."""
         if not len(partition.context) or getattr(self.sparsity, part) <= 0:
             return None
-        return self._selection(part, hidden_states, getattr(self.sparsity, part), self.context.partition.context)
+        return self._choose(part, hidden_states, self.context.partition.context)
 
-    def _selection(self, part: str, hidden_states: Tensor | None, sparsity: float, rows: Tensor | None):
+    def _choose(self, part: str, hidden_states: Tensor | None, rows: Tensor | None):
         """The choice by ``rows`` of ``hidden_states``; None: these are the context rows alone."""
         key = (self.layer.index, part)
         chosen = self.context.selections.get(key)
@@ -489,9 +482,9 @@ class LayerRuntime:
             select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
             # What is kept of it (static channels, factors on the device) serves trainings too.
             with torch.inference_mode(False), torch.no_grad():
-                chosen = select(self.layer, hidden_states, sparsity, rows)
+                chosen = select(self.layer, hidden_states, getattr(self.sparsity, part), rows)
             if part == "mlp" and chosen.order is not None:
-                self.context.memo(self.layer.index)["order"] = chosen.order
+                self.context.memo(self.layer.index).order = chosen.order
             self.context.selections[key] = chosen
         if self.context.observation is not None and hidden_states is not None:
             self.state.observer.see(self.context.observation, self.layer, part, hidden_states, chosen, rows is None)

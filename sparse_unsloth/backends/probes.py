@@ -14,9 +14,22 @@ from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
 from sparse_unsloth.layers import MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.modes import training_flags
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.weights import Projection, check_adapters, check_frozen, read_base, read_projection
+from sparse_unsloth.weights import BaseWeight, Projection, check_adapters, check_frozen, read_base, read_projection
 
 PROBE_TOKENS = 8
+
+
+def probe_rows(base: BaseWeight) -> Tensor:
+    """Random inputs of a projection, ``[1, PROBE_TOKENS, in_features]``."""
+    dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
+
+
+def difference(ours: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The relative error of ``ours``, and up to which one rounding explains it."""
+    error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
+    return error, 1e-3 if ours.dtype == torch.float32 else 3e-2
 
 
 def check(layer: DecoderLayer, part: str) -> None:
@@ -70,11 +83,8 @@ def probe_projection(where: str, module: nn.Module) -> None:
 def _compare(
     module: nn.Module, projections: list[Projection], sparse: Callable[[Tensor, TokenPartition], Tensor], where: str
 ) -> None:
-    base = projections[0].base
-    dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
-    rows = torch.arange(PROBE_TOKENS, device=base.device)
+    x = probe_rows(projections[0].base)
+    rows = torch.arange(PROBE_TOKENS, device=x.device)
     half = PROBE_TOKENS // 2
     partition = TokenPartition((1, PROBE_TOKENS), rows[:half], rows[half:], rows[:0], rows[:half])
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
@@ -85,9 +95,7 @@ def _compare(
             where, own, (part for one in projections if one.lora for part in (one.lora.A, one.lora.B))
         )
         with torch.no_grad():
-            expected, ours = own.detach().float(), sparse(x, partition).float()
-    error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+            error, tolerance = difference(sparse(x, partition), own.detach())
     if not error <= tolerance:
         raise AttachError(
             f"{where}: with every channel kept the sparse function differs from the module's own forward by "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.adapters import refuse_dropout, refuse_foreign_leaves
+from sparse_unsloth.backends.probes import PROBE_TOKENS, difference, probe_rows
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import RowChoice, backward_rows
@@ -21,8 +22,6 @@ from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import read_base
-
-PROBE_TOKENS = 8
 
 
 def install(runtime: LayerRuntime) -> None:
@@ -104,10 +103,8 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     refuse_dropout(layer)
     where = f"{layer.name}.{name}"
     base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
-    dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
-    rows = torch.arange(1, PROBE_TOKENS, 2, device=base.device)
+    x = probe_rows(base)
+    rows = torch.arange(1, PROBE_TOKENS, 2, device=x.device)
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
     with torch.enable_grad(), training_flags(layer.module):
         whole = function(x)
@@ -116,9 +113,7 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
     refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
-    expected, ours = whole.detach()[:, rows].float(), few.float()
-    error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    error, tolerance = difference(few, whole.detach()[:, rows])
     if not error <= tolerance:
         raise AttachError(
             f"{where}: some rows, computed alone, differ by {error:.2g} (allowed {tolerance}) from the same rows among "

@@ -6,6 +6,7 @@ speed alone.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from sparse_unsloth.config import PART_NAMES
 from sparse_unsloth.functions import graphed_layer, graphed_parts
 from sparse_unsloth.functions.graphs import Graphs
 from sparse_unsloth.functions.layer import LayerPlan, Rows, before_attention, behind_attention
-from sparse_unsloth.functions.mlp import is_recompute
 from sparse_unsloth.runtime import LayerRuntime
 
 
@@ -99,13 +99,13 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         return None
     runtime.check_rows(module, hidden_states)
     memo = context.memo(layer.index)
-    recompute = is_recompute(memo)
-    projections = memo.pop("projections", None) if recompute else None
+    recompute = memo.is_recompute()
+    projections = memo.projections if recompute else None
     if projections is None:
         projections = read_projections(layer)
         if projections is None:
             return None
-        memo["projections"] = projections
+    memo.projections = None if recompute else projections
     attention, mlp = (
         Rows(context.partition, True) if runtime.is_sparse(part) else Rows(context.every_row_dense(), False)
         for part in ("self_attn", "mlp")
@@ -113,9 +113,9 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
     unread = recompute and runtime.state.config.exact_removal
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
         ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
-        memo["graphs"] = ready and runtime.state.config.exact_removal
+        memo.captured = ready and runtime.state.config.exact_removal
     graphs = None
-    if memo.get("graphs", False):
+    if memo.captured:
         context.graphs.check(context)
         context.captured.add(layer.index)
         graphs = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
@@ -126,8 +126,8 @@ def _plan(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        choose_attention=runtime.attention_of_context,
-        choose_mlp=runtime.mlp_of_context,
+        choose_attention=partial(runtime.choose_of_context, "self_attn"),
+        choose_mlp=partial(runtime.choose_of_context, "mlp"),
         unread=unread,
         keep=torch.is_grad_enabled(),
         graphs=graphs,

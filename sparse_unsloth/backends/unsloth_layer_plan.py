@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.backends.probes import check
+from sparse_unsloth.backends.probes import check, difference
 from sparse_unsloth.backends.replaced import plain_forward
 from sparse_unsloth.config import PART_NAMES
 from sparse_unsloth.errors import AttachError
@@ -71,8 +71,7 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
         return f"our functions failed on {type(module).__name__}: {type(error).__name__}: {first[:200]}"
     if ours is None:
         return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
-    error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
-    tolerance = 1e-3 if ours.dtype == torch.float32 else 3e-2
+    error, tolerance = difference(ours, expected)
     if error <= tolerance:
         return ""
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"

@@ -114,12 +114,12 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     """The layer's output from recordings by the project's own functions, where this forward has them."""
     context, layer, config = runtime.context, runtime.layer, runtime.state.config
     memo, again = context.memo(layer.index), torch.is_grad_enabled()
-    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and "graphs" not in memo):
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and not memo.captured):
         return None
     plan = plan_of_rows(layer, hidden_states, context.every_row_dense())
     if plan is None:
         return None
-    memo["graphs"] = True  # a recompute goes the way of its first pass
+    memo.captured = True  # a recompute goes the way of its first pass
     context.graphs.check(context)
     context.captured.add(layer.index)
     for part in ("mlp", "self_attn"):
