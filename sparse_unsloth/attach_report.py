@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sparse_unsloth.layers import left_out_layers
 from sparse_unsloth.runtime import LayerRuntime, SparsityState
@@ -62,7 +63,8 @@ class AttachReport:
         ]
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
-        for first, last, layer in () if self.row_layers else self._runs():
+        alike = _runs((layer.name, replace(layer, name="")) for layer in self.layers)
+        for first, last, layer in () if self.row_layers else alike:
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
             mlp = _kept(layer.mlp, layer.mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels)
@@ -86,34 +88,27 @@ class AttachReport:
             lines.append(f"  {self.captured_layers} of {len(self.layers)} layers are captured in CUDA graphs")
         return lines + [f"  {count} not captured: {reason}" for reason, count in self.not_captured]
 
-    def _runs(self) -> list[tuple[int, int, LayerReport]]:
-        """Neighbouring layers that were treated alike."""
-        runs: list[tuple[int, int, LayerReport]] = []
-        for index, layer in enumerate(self.layers):
-            place = _place(layer.name, index)
-            if runs and runs[-1][1] == place - 1 and replace(layer, name="") == replace(runs[-1][2], name=""):
-                runs[-1] = (runs[-1][0], place, layer)
-            else:
-                runs.append((place, place, layer))
-        return runs
-
     def _reasons(self) -> dict[str, str]:
         """The layers that are left out, "layers 0-2, 4-6", by reason."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for index, (name, reason) in enumerate(self.left_out.items()):
-            place, found = _place(name, index), spans.setdefault(reason, [])
-            if found and found[-1][1] == place - 1:
-                found[-1] = (found[-1][0], place)
-            else:
-                found.append((place, place))
-        texts = {
-            reason: [str(first) if first == last else f"{first}-{last}" for first, last in found]
-            for reason, found in spans.items()
-        }
+        spans: dict[str, list[str]] = {}
+        for first, last, reason in _runs(self.left_out.items()):
+            spans.setdefault(reason, []).append(str(first) if first == last else f"{first}-{last}")
         return {
             reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
-            for reason, found in texts.items()
+            for reason, found in spans.items()
         }
+
+
+def _runs(layers: Iterable[tuple[str, Any]]) -> list[tuple[int, int, Any]]:
+    """``(first, last, value)`` of neighbouring layers that have the same value; ``layers``: ``(name, value)``."""
+    runs: list[tuple[int, int, Any]] = []
+    for index, (name, value) in enumerate(layers):
+        place = _place(name, index)
+        if runs and runs[-1][1:] == (place - 1, value):
+            runs[-1] = (runs[-1][0], place, value)
+        else:
+            runs.append((place, place, value))
+    return runs
 
 
 def _place(name: str, default: int) -> int:

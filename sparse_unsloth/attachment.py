@@ -303,9 +303,7 @@ def _probe(state: SparsityState) -> None:
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
     with torch.no_grad(), training_flags(state.model):
         state.model(input_ids=ids, use_cache=False, **{CONTEXT_ARGUMENT: context})
-    last = state.last_layer
-    without_loss = set() if last is None else {(last.layer.index, part) for part in last.parts}
-    expected = state.expected_parts() | without_loss
+    expected = state.hooked_parts()
     missing = expected - context.ran
     if missing:
         raise AttachError(

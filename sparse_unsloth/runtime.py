@@ -250,6 +250,11 @@ class SparsityState:
             loss_only=self.config.exact_removal,
         )
 
+    def hooked_parts(self) -> set[tuple[int, str]]:
+        """`expected_parts`, and what leaves out rows without loss in a dense last layer."""
+        last = self.last_layer
+        return self.expected_parts() | (set() if last is None else {(last.layer.index, part) for part in last.parts})
+
     def name_parts(self, parts: set[tuple[int, str]]) -> str:
         """The first few of ``parts`` as a user would look for them."""
         names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
