@@ -6,7 +6,7 @@ Both are looked at through hooks on tensors of one forward, so that other forwar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ class FirstBackward:
         by_rows: `SparsityConfig.by_rows`.
     """
 
-    def __init__(self, layers: Iterable[tuple[DecoderLayer, LayerSparsity]], by_rows: bool):
+    def __init__(self, layers: Sequence[tuple[DecoderLayer, LayerSparsity]], by_rows: bool):
         self._names = {layer.index: layer.name for layer, _ in layers}
         self._missing = {layer.index: _trained(layer, sparsity, by_rows) for layer, sparsity in layers}
         self._expected = {index: len(found) for index, found in self._missing.items()}

@@ -35,9 +35,13 @@ def obtain_for_all_ranks(
 ) -> Estimator | None:
     """The estimator that training begins with, on every rank, which all must call this; None where none is needed.
 
+    Training under way needs no such communication. With whole weights (DDP) rank 0 alone calibrates, and the others
+    wait. Weights in pieces (FSDP2) are gathered layer by layer, so there every rank runs the same pass on rank 0's
+    samples.
+
     Args:
         model, layers, layer_sparsity: of the attached model.
-        estimator: this rank's, if it has one.
+        estimator: this rank's, if it has one; only rank 0's counts.
         dataset, collate_fn: the trainer's, whose first samples calibrate; None: there are none.
 
     Raises:
@@ -59,41 +63,16 @@ def obtain_for_all_ranks(
         return None
     if world_size() == 1 or not has_group():
         return make(read()) if estimator is None else estimator
-    return _shared_estimator(layers, layer_sparsity, estimator, read, make)
-
-
-def _shared_estimator(
-    layers: list[DecoderLayer],
-    layer_sparsity: Sequence[LayerSparsity],
-    made: Estimator | None,
-    read_samples: Callable[[], Samples],
-    make: Callable[[Samples], Estimator],
-) -> Estimator:
-    """Rank 0's estimator, on every rank, which all must call this. Training under way needs no such communication.
-
-    With whole weights (DDP) rank 0 alone calibrates, and the others wait. Weights in pieces (FSDP2) are gathered layer
-    by layer, so there every rank runs the same pass on rank 0's samples.
-
-    Args:
-        layers, layer_sparsity: of the model.
-        made: this rank's estimator, if it has one; only rank 0's counts.
-        read_samples: the calibration samples, for when there is none.
-        make: an estimator from them.
-
-    Raises:
-        EstimatorError: the ranks hold different base weights, or it cannot be made.
-    """
     sharded = any(is_sharded(layer.module) for layer in layers)
-    if not (
-        sharded or uses_fsdp()
-    ):  # accelerate may leave ranks other than 0 without weights until FSDP hands them out
+    # accelerate may leave ranks other than 0 without weights until FSDP hands them out
+    if not (sharded or uses_fsdp()):
         _check_same_weights(layers, layer_sparsity)
-    if from_main(lambda: made is not None):
-        return from_main(lambda: made)
+    if from_main(lambda: estimator is not None):
+        return from_main(lambda: estimator)
     if sharded:
-        samples = from_main(read_samples)
+        samples = from_main(read)
         return from_main(lambda: make(samples), together=True)
-    return from_main(lambda: make(read_samples()))
+    return from_main(lambda: make(read()))
 
 
 def _check_same_weights(layers: list[DecoderLayer], layer_sparsity: Sequence[LayerSparsity]) -> None:
