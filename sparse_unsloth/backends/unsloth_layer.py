@@ -42,6 +42,9 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     if plan is None:
         return None
     runtime.context.whole.add(runtime.layer.index)
+    for part in PART_NAMES:
+        if runtime.is_sparse(part):
+            runtime.record_run(part)
     fixed = None if plan.graphs is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
         return _recorded(runtime, hidden_states, plan, kwargs, fixed)
@@ -50,9 +53,6 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
         before, behind = graphed_parts.before_attention, graphed_parts.behind_attention
     *qkv, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, qkv, kwargs)
-    for part in PART_NAMES:
-        if runtime.is_sparse(part):
-            runtime.record_run(part)
     output = behind(attention_output, residual, plan)
     if runtime.state.graphs is not None and plan.graphs is None and not plan.unread:
         _reserve(runtime, runtime.state.graphs)
@@ -63,9 +63,6 @@ def _recorded(
     runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any], fixed: dict[str, Tensor]
 ) -> Tensor:
     """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
-    for part in PART_NAMES:
-        if runtime.is_sparse(part):
-            runtime.record_run(part)
     attention = recorded_attention(runtime, arguments, fixed)
     output = graphed_layer.whole_layer(hidden_states, plan, attention, list(fixed.values()))
     for part, chosen in plan.graphs.kept.items():
