@@ -122,9 +122,10 @@ def attached(model, batch, **config):
     """``model`` attached, always sparse, calibrated on ``batch``; and what it chooses there."""
     attach(model, {"start_step": 0, "end_step": 1.0, **config}, calibration_samples=[batch])
     seen = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs[CONTEXT_ARGUMENT]), with_kwargs=True)
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     model(**batch).loss.backward()
-    return seen[-1].selections
+    hook.remove()
+    return seen[-1][CONTEXT_ARGUMENT].selections
 
 
 def test_dense_step_is_that_of_the_model():
