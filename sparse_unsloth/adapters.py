@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layers import DecoderLayer
 
 ROW_BY_ROW = ("DoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant")
 """PEFT's LoRA variants whose forward computes each row by itself, deterministic and without arguments of the batch."""
@@ -37,6 +38,23 @@ def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> 
         for name, module in layer.named_modules():
             if hasattr(module, "adapter_layer_names"):
                 _refuse_layer(f"{layer_name}.{name}", module)
+
+
+def refuse_dropout(layer: DecoderLayer) -> None:
+    """Refuses what `backends.row_hooks.probe` cannot see of an adapter whose B is still zero.
+
+    Raises:
+        AttachError: O or the MLP drops out something in training.
+    """
+    for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
+        inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
+        for module in part.modules():
+            if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
+                raise AttachError(
+                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
+                    "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
+                    "backward_rows out."
+                )
 
 
 def active_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -118,3 +136,9 @@ def _refuse_layer(where: str, module: nn.Module) -> None:
             raise AttachError(
                 f"{where}: adapter {adapter!r} uses the LoRA variant {name}{option}, which {NO_PATH}. {PLAIN_LORA}."
             )
+
+
+def _inactive_dropouts(module: nn.Module) -> list[nn.Module]:
+    """Those of the LoRA adapters that ``module`` has and that are not active."""
+    dropouts = getattr(module, "lora_dropout", {})
+    return [dropouts[name] for name in dropouts if name not in module.active_adapters]

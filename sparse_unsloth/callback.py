@@ -10,6 +10,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.distributed import is_main
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
+from sparse_unsloth.metrics import metrics
+from sparse_unsloth.runtime import SparsityState, get_state
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,10 @@ class SparsityCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self._sparsity = None  # the model's SparsityState while this instance drives it
+        self._sparsity: SparsityState | None = None  # the model's, while this instance drives it
         self._trainer_state = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        from sparse_unsloth.attachment import get_state
-
         sparsity = None if model is None else get_state(model)
         if sparsity is None or not self._may_drive(sparsity.driver, state):
             return
@@ -63,17 +63,17 @@ class SparsityCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self._drives() or logs is None or "loss" not in logs:
             return
-        metrics, records = self._sparsity.metrics(), self._sparsity.observer.take()
+        figures, records = metrics(self._sparsity), self._sparsity.observer.take()
         details = {}
         if records:
-            metrics |= means(records[-1])
+            figures |= means(records[-1])
             details = by_layer(records[-1])
             if state.is_world_process_zero:
                 append(Path(args.output_dir), records)
-        logs.update(metrics | (details if args.report_to else {}))
-        metrics |= details
+        logs.update(figures | (details if args.report_to else {}))
+        figures |= details
         if state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1].update(metrics)
+            state.log_history[-1].update(figures)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._drives():
@@ -112,9 +112,9 @@ def unregister_from_trainers() -> None:
         trainer.DEFAULT_CALLBACKS.remove(SparsityCallback)
 
 
-def _warn_if_never_sparse(sparsity, max_steps: int) -> None:
+def _warn_if_never_sparse(sparsity: SparsityState, max_steps: int) -> None:
     config = sparsity.config
-    if is_main() and config.is_sparse(sparsity.num_layers) and not config.schedule.sparse_steps(max_steps):
+    if is_main() and config.is_sparse(len(sparsity.layers)) and not config.schedule.sparse_steps(max_steps):
         logger.warning(
             "The whole training will be dense: none of its %d optimiser steps lies between start_step=%r and "
             "end_step=%r. Train longer, or set start_step and end_step to fit.",

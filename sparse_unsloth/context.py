@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import GraphCache
+from sparse_unsloth.functions.mlp import MlpMemo
 from sparse_unsloth.functions.packed_attention import Packing
+from sparse_unsloth.gradients import FirstBackward, LossRows
 from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
 from sparse_unsloth.row_choice import RowChoice
-
-if TYPE_CHECKING:
-    from sparse_unsloth.gradients import FirstBackward, LossRows
+from sparse_unsloth.weights import Projection
 
 CONTEXT_ARGUMENT = "sparse_context"
 """The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
+
+
+def runs_twice(where: str) -> AttachError:
+    """What a module or a layer that is called again in one forward is refused with."""
+    return AttachError(
+        f"{where} runs more than once in one forward (a decoder that loops over its layers, or one module that several "
+        "layers share), so its two calls' rows and channels cannot be told apart. It has no sparse path; train it "
+        "dense (sparsity=None)."
+    )
+
+
+@dataclass
+class LayerMemo(MlpMemo):
+    """What a layer keeps from one forward to its recompute.
+
+    Attributes:
+        rows: those of its backward pass.
+        projections: as the first pass read them, for a layer that runs as a whole.
+        captured: the first pass was recorded or replayed, and so its recompute is.
+    """
+
+    rows: RowChoice | None = None
+    projections: list[Projection] | None = None
+    captured: bool = False
 
 
 class SparseContext:
@@ -70,7 +96,7 @@ class SparseContext:
         self.captured: set[int] = set()
         self.entered: set[str] = set()
         self.recomputed: tuple[int, int, bool] | None = None
-        self._memos: dict[int, dict[str, Any]] = {}
+        self._memos: defaultdict[int, LayerMemo] = defaultdict(LayerMemo)
         self._derived: dict[str, TokenPartition] = {}
 
     @functools.cached_property
@@ -79,16 +105,16 @@ class SparseContext:
         rows, room = self.partition, self.packing and self.packing.room
         return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused, room
 
-    def memo(self, index: int) -> dict[str, Any]:
-        """What the MLP of layer ``index`` keeps from this forward to its recompute."""
-        return self._memos.setdefault(index, {})
+    def memo(self, index: int) -> LayerMemo:
+        """What layer ``index`` keeps from this forward to its recompute."""
+        return self._memos[index]
 
     def row_choice(self, index: int, share: float) -> RowChoice:
         """The one of layer ``index`` in this forward; its parts share it."""
         memo = self.memo(index)
-        if "rows" not in memo:
-            memo["rows"] = RowChoice(self.partition, share)
-        return memo["rows"]
+        if memo.rows is None:
+            memo.rows = RowChoice(self.partition, share)
+        return memo.rows
 
     def chosen_rows(self, choice: RowChoice) -> TokenPartition:
         """Those of a layer's backward pass by themselves, all dense: `RowChoice.alone`, made once a forward."""

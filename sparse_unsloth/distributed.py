@@ -88,6 +88,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """Whether FSDP1 holds the module's weight: it leaves a view in the parameter's place, or marks the parameter."""
+    return "weight" in module.__dict__ or hasattr(getattr(module, "weight", None), "_fsdp_flattened")
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the parameters of ``module`` are."""
     return next(module.parameters()).device

@@ -1,25 +1,26 @@
-"""Opening and closing a forward of an attached model: whether it is sparse, and what its layers will need."""
+"""The forward of an attached model: hooks open it, sparse or dense, hand its context to the layers, and close it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparse_unsloth.context import SparseContext
+from sparse_unsloth.adapter_changes import why_dense
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.distributed import rank
-from sparse_unsloth.errors import EstimatorError, SparsityError
+from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.functions.graphs import MAX_KINDS
 from sparse_unsloth.functions.packed_attention import packing_of
 from sparse_unsloth.gradients import FirstBackward
 from sparse_unsloth.last_layer import enough_unused_rows, loss_is_fused
-from sparse_unsloth.lifetime import why_dense
+from sparse_unsloth.metrics import notice_nonfinite_scores
 from sparse_unsloth.modes import in_backward
-from sparse_unsloth.nonfinite import notice_nonfinite_scores
 from sparse_unsloth.partition import (
     TokenPartition,
     every_row_dense,
@@ -29,11 +30,102 @@ from sparse_unsloth.partition import (
     partition_of,
     sequence_starts,
 )
-from sparse_unsloth.prefill import close_prefill, open_prefill
 from sparse_unsloth.rounding import pad_dense_count, pad_length
+from sparse_unsloth.runtime import LayerRuntime, SparsityState
 
-if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparsityState
+
+def register_hooks(state: SparsityState) -> None:
+    """Lets forwards of the model open and close here, and their contexts reach the layers."""
+    state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
+    if state.hooked:
+        state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
+    for layer in state.layers:
+        layer.module.__dict__["_sparse_runtime"] = state.runtime(layer)
+    last = state.loss_rows.last
+    if last is not None and state.runtimes:
+        state.handles.append(last.register_forward_hook(_leave_last_layer))
+    for place, (name, module) in enumerate(state.stack.items()):
+        enter = partial(_enter_layer, place, name, module is last)
+        state.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        if module.__dict__.get("_sparse_runtime") is not None:
+            state.handles.append(module.register_forward_hook(_leave_layer, always_call=True))
+
+
+def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    if CONTEXT_ARGUMENT in kwargs:
+        return None
+    state = model.__dict__["_sparsity_state"]
+    state.inside = True
+    if state.graphs is not None and not args:
+        kwargs = few_sizes(state, model, kwargs)
+    context = open_forward(state, model, args, kwargs)
+    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+
+
+def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    state = model.__dict__["_sparsity_state"]
+    state.inside = False
+    close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
+    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
+    if loss is not None and loss.requires_grad:
+        loss.register_hook(partial(_say_evaluated, state))
+
+
+def _say_evaluated(state: SparsityState, gradient: Any) -> None:
+    state.say_once(
+        "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
+        "training."
+    )
+
+
+def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
+
+    Raises:
+        AttachError: the layer ran in this forward already, or recomputes what another one left out.
+    """
+    runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
+    context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is not None:
+        if in_backward():
+            _check_recompute(context, place, name, runtime)
+        elif name in context.entered and runtime is not None:
+            raise runs_twice(name)
+        context.entered.add(name)
+        if last and context.loss_rows is not None:
+            layer.__dict__["_sparse_context"] = context
+    if runtime is not None:
+        runtime.context = context
+        if context is None and layer.training and not runtime.state.inside:
+            _say_bypassed(runtime.state)
+    return args, kwargs
+
+
+def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
+    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
+    if name not in context.entered or not torch.is_grad_enabled():
+        return
+    before, this = context.recomputed, torch._C._current_graph_task_id()
+    if before is not None and before[0] == this and before[1] == place - 1 and before[2]:
+        raise AttachError(
+            f"{name} and the layer before it are checkpointed together, so that its recompute reads an output that is "
+            "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
+            "exact_removal: false."
+        )
+    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
+
+
+def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    runtime: LayerRuntime = layer.__dict__["_sparse_runtime"]
+    if runtime.context is not None and runtime.context.first_backward is not None:
+        runtime.context.first_backward.watch(runtime.layer.index, output)
+    runtime.context = None
+
+
+def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
+    if context is not None:
+        context.loss_rows.watch(context.partition, output)
 
 
 def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
@@ -58,7 +150,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if args:
         kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
-        return open_prefill(state, kwargs)
+        return _open_prefill(state, kwargs)
     if not in_backward():
         state.look_back() if state.driver is not None else state.verify_step()
     if kwargs.get("labels") is None:
@@ -115,8 +207,11 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
-            state.first_backward = context.first_backward = FirstBackward(state.runtimes.values())
-        if state.loss_rows.wants(context):
+            state.first_backward = context.first_backward = FirstBackward(
+                [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.by_rows
+            )
+        usual = not context.loss_only and state.config.dense_tokens == "output"
+        if usual and state.loss_rows.wants_next():
             context.loss_rows = state.loss_rows
     if graphs is not None and graphs.documents:
         context.packing = packing_of(kwargs, partition.shape)
@@ -169,9 +264,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     if context is None:
         return
     if context.prefill:
-        close_prefill(state, context)
+        _close_prefill(state, context)
         return
-    state.watch.look(context)
+    state.watch.look(context.selections)
     if torch.is_grad_enabled():
         state.counts.whole_layers, state.counts.captured_layers = len(context.whole), len(context.captured)
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
@@ -192,6 +287,16 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
             "over the model's own output head, so what it returned may not be complete. Something replaced the "
             "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
             "exact_removal: false."
+        )
+
+
+def _say_bypassed(state: SparsityState) -> None:
+    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        state.say_once(
+            f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
+            "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
+            "detach(model) takes the sparse paths off."
         )
 
 
@@ -240,7 +345,7 @@ def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         **layout,
         dense_tokens=state.config.dense_tokens,
         # Unsloth drops the mask in training, and tokens attend to padding on their left.
-        padding_masked=state.backend_name != "unsloth",
+        padding_masked=state.backend.name != "unsloth",
     )
 
 
@@ -259,3 +364,56 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
         "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
         "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
     )
+
+
+def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseContext | None:
+    """The context of a forward outside training, or None where it is dense.
+
+    Sparse are the first forward of a generation that fills a cache (``use_cache=True``, or an empty cache given), a
+    forward with labels, which tell the prompts, and every forward of a classifier.
+    """
+    if not state.sparse_prefill:
+        return None
+    if is_sequence_classifier(state.model) or arguments.get("labels") is not None:
+        partition = partition_of(state.model, arguments, state.config.dense_tokens)
+    else:
+        partition = _prompts(state, arguments)
+    if partition is None or not len(partition.context):
+        return None
+    context = SparseContext(partition, scale=1.0)
+    context.prefill = True
+    return context
+
+
+def _close_prefill(state: SparsityState, context: SparseContext) -> None:
+    """Says it if parts of the model were dense all the same."""
+    missing = state.expected_parts() - context.ran
+    if missing:
+        state.say_once(
+            f"sparse_prefill: {len(missing)} parts ran dense ({state.name_parts(missing)}): their adapter is merged or "
+            "disabled, or several are active. Prompts are sparse with one active, unmerged adapter."
+        )
+
+
+def _prompts(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition | None:
+    cache = arguments.get("past_key_values")
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or tokens.shape[1] < 2 or _is_filled(cache):
+        return None
+    if cache is None and not arguments.get("use_cache"):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
+        state.say_once(
+            "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "
+            "such masks), which does not tell padding, so it ran dense. Generate with a dynamic cache."
+        )
+        return None
+    return TokenPartition.from_prompts(tokens, mask, state.config.dense_tokens)
+
+
+def _is_filled(cache: Any) -> bool:
+    if cache is None:
+        return False
+    return int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0

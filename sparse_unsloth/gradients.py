@@ -6,21 +6,19 @@ Both are looked at through hooks on tensors of one forward, so that other forwar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.adapters import active_parameters
-from sparse_unsloth.context import SparseContext
+from sparse_unsloth.config import LayerSparsity
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.layer_runtime import LayerRuntime
-
-if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparsityState
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.partition import TokenPartition
 
 LOOK_EVERY = 100
 """Of how many sparse training forwards one is looked at, by `LossRows`."""
@@ -35,11 +33,15 @@ class FirstBackward:
 
     Only layers whose output receives a gradient are judged, so a loss that reads a part of the model is no fault. Of a
     layer it is what the sparse functions compute: elsewhere a model may have parameters that it does not use.
+
+    Args:
+        layers: those that the sparse functions compute, and how sparse each is.
+        by_rows: `SparsityConfig.by_rows`.
     """
 
-    def __init__(self, runtimes: Iterable[LayerRuntime]):
-        self._layers = {runtime.layer.index: runtime.layer for runtime in runtimes}
-        self._missing = {runtime.layer.index: _trained(runtime) for runtime in runtimes}
+    def __init__(self, layers: Sequence[tuple[DecoderLayer, LayerSparsity]], by_rows: bool):
+        self._names = {layer.index: layer.name for layer, _ in layers}
+        self._missing = {layer.index: _trained(layer, sparsity, by_rows) for layer, sparsity in layers}
         self._expected = {index: len(found) for index, found in self._missing.items()}
         self._ending: set[int] = set()  # layers that the running part of the backward pass has come to
         self._reached: set[int] = set()
@@ -101,7 +103,7 @@ class FirstBackward:
 
     def _judge(self, indices: set[int]) -> None:
         found = [
-            f"{self._layers[index].name}.{name}"
+            f"{self._names[index]}.{name}"
             for index in sorted(indices)
             for name, parameter in self._missing[index].items()
             if parameter.requires_grad
@@ -116,12 +118,12 @@ class FirstBackward:
             )
 
 
-def _trained(runtime: LayerRuntime) -> dict[str, nn.Parameter]:
+def _trained(layer: DecoderLayer, sparsity: LayerSparsity, by_rows: bool) -> dict[str, nn.Parameter]:
     """The parameters of a layer that its sparse functions must give a gradient, by name."""
-    parts = [part for part, sparsity in runtime.sparsity._asdict().items() if sparsity > 0]
-    modules = {"mlp": runtime.layer.mlp, "self_attn.o_proj": runtime.layer.self_attn.o_proj}
-    if not runtime.state.by_rows:
-        modules = {name: one for name, one in runtime.layer.projections().items() if name.partition(".")[0] in parts}
+    modules = {"mlp": layer.mlp, "self_attn.o_proj": layer.self_attn.o_proj}
+    if not by_rows:
+        projections = layer.projections().items()
+        modules = {name: module for name, module in projections if getattr(sparsity, name.partition(".")[0]) > 0}
     return {
         f"{place}.{name}": parameter
         for place, module in modules.items()
@@ -147,31 +149,35 @@ class LossRows:
     Behind the last decoder layer come the final norm, the head and the loss, all row by row, so the gradient of the
     layer's output is exactly zero in every row that the loss does not read.
 
+    Args:
+        model: the outermost model.
+        stack: every decoder layer, by name.
+        warn: takes what there is to say, and says it once.
+
     Attributes:
         last: the last decoder layer; None where something that mixes tokens may come behind it.
         looks: backward passes that were looked at.
     """
 
-    def __init__(self, state: SparsityState, stack: Mapping[str, nn.Module]):
-        self._state = state
-        self.last = next(reversed(stack.values())) if self._ends_the_model(state.model, stack) else None
+    def __init__(self, model: nn.Module, stack: Mapping[str, nn.Module], warn: Callable[[str], None]):
+        self._warn = warn
+        self.last = next(reversed(stack.values())) if self._ends_the_model(model, stack) else None
         self.looks = 0
         self._forwards = 0
         self._on_the_way: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
-    def wants(self, context: SparseContext) -> bool:
-        """Whether the forward that begins is looked at."""
-        usual = not (context.loss_only or context.prefill) and self._state.config.dense_tokens == "output"
-        if self.last is None or not usual or not torch.is_grad_enabled():
+    def wants_next(self) -> bool:
+        """Whether the training forward that begins is looked at."""
+        if self.last is None:
             return False
         self._forwards += 1
         return self._forwards % LOOK_EVERY == 1
 
-    def watch(self, context: SparseContext, output: Any) -> None:
-        """Looks at the gradient of ``output``, what the last layer gave, when it comes."""
+    def watch(self, partition: TokenPartition, output: Any) -> None:
+        """Looks at the gradient of ``output``, what the last layer gave, when it comes; ``partition``: its rows."""
         output = first_tensor(output)
-        if output is not None and output.requires_grad and output.shape[:-1] == context.partition.shape:
-            output.register_hook(partial(self._look, context))
+        if output is not None and output.requires_grad and output.shape[:-1] == partition.shape:
+            output.register_hook(partial(self._look, partition))
 
     def collect(self) -> None:
         """Reads the looks that have arrived, and warns once."""
@@ -182,7 +188,7 @@ class LossRows:
                 continue
             read, everything = shares.tolist()
             if everything > 0 and UNREAD * everything < read < float("inf"):
-                self._state.say_once(
+                self._warn(
                     f"The loss reads tokens that have no label: {read / everything:.1%} of the (squared) gradient "
                     "behind the last decoder layer is theirs. They count as context, and their gradients are "
                     "approximated, as if they did not matter. Causes: a loss of your own over every token, or one that "
@@ -191,9 +197,8 @@ class LossRows:
                 )
         self._on_the_way = waiting
 
-    def _look(self, context: SparseContext, gradient: Tensor) -> None:
+    def _look(self, partition: TokenPartition, gradient: Tensor) -> None:
         self.looks += 1
-        partition = context.partition
         rows = gradient.detach().flatten(0, -2)
         squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32)).square()
         unlabelled = torch.cat((partition.context, partition.padding)).to(squares.device)

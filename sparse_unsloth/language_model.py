@@ -231,8 +231,8 @@ def _say(*lines: Any) -> None:
 
 def _backend_name(model: nn.Module) -> str:
     state = get_state(model)
-    return state.backend_name if state is not None else model.__dict__.get("_sparse_backend", "peft")
+    return state.backend.name if state is not None else model.__dict__.get("_sparse_backend", "peft")
 
 
 def _load_backend(name: str) -> ModuleType:
-    return importlib.import_module(f"sparse_unsloth.backends.{name}")
+    return importlib.import_module(f"sparse_unsloth.backends.{name}_loading")

@@ -14,15 +14,14 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.partition import IGNORE_INDEX
+from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 
 MODULES = ("unsloth.models.llama", "unsloth.models.mistral")
 FUNCTION = "unsloth_fused_ce_loss"
@@ -33,12 +32,19 @@ ROW_MULTIPLE = 128
 anyway, and the allocator and the kernels' heuristics meet few distinct sizes."""
 
 
+class Forward(Protocol):
+    """What the last decoder layer gets with a forward: the roles of its rows, and where to note that the loss came."""
+
+    partition: TokenPartition
+    loss_reached: bool
+
+
 class LossRemoval:
     """One model's wish for loss-bearing rows only; `remove` ends it, and may be called again."""
 
-    def __init__(self, model: nn.Module, last_layer: nn.Module):
-        self._model = model
-        self._context: SparseContext | None = None
+    def __init__(self, model: nn.Module, last_layer: nn.Module, context_argument: str):
+        self._model, self._argument = model, context_argument
+        self._context: Forward | None = None
         self._hook = last_layer.register_forward_pre_hook(self._note_context, prepend=True, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,25 +92,26 @@ class LossRemoval:
 
     def _note_context(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Every forward passes here before its loss, so this is never an earlier or interrupted forward's.
-        self._context = kwargs.get(CONTEXT_ARGUMENT)
+        self._context = kwargs.get(self._argument)
 
 
 _asking: WeakSet[LossRemoval] = WeakSet()
 _replaced: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}  # by module: (ours, Unsloth's)
 
 
-def install_loss_removal(model: nn.Module, last_layer: nn.Module) -> LossRemoval:
+def install_loss_removal(model: nn.Module, last_layer: nn.Module, context_argument: str) -> LossRemoval:
     """From now on the fused loss of ``model``, which Unsloth loaded, computes loss-bearing rows only.
 
     Args:
         model: the outermost model; its output head is what ``get_output_embeddings()`` gives.
-        last_layer: its last decoder layer, where `CONTEXT_ARGUMENT` arrives among the keyword arguments.
+        last_layer: its last decoder layer.
+        context_argument: the keyword argument by which a `Forward` arrives there; without it, rows are counted anew.
 
     Raises:
         AttachError: the installed Unsloth has no such loss where it is to be replaced, or one with other arguments.
     """
     _replace_functions()
-    removal = LossRemoval(model, last_layer)
+    removal = LossRemoval(model, last_layer, context_argument)
     _asking.add(removal)
     return removal
 

@@ -9,11 +9,12 @@ Unsloth reads too) only decides whether its activations are kept or computed aga
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from sparse_unsloth.config import LayerSparsity
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.memory import (
@@ -25,10 +26,8 @@ from sparse_unsloth.forecast.memory import (
     row_layer_activations,
 )
 from sparse_unsloth.layer_rules import keep_count
+from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.partition import TokenPartition
-
-if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparsityState
 
 MARGIN = 1.1
 """On predicted activations."""
@@ -40,8 +39,11 @@ class CheckpointPlanner:
     """Sets the layers' checkpointing flags before each training forward.
 
     Args:
-        state: of the attached model.
+        model: the outermost model.
+        layers, layer_sparsity: its decoder layers, and the sparsity of each.
         budget: `SparsityConfig.memory_budget`.
+        row_layers: by index, the layers whose backward pass goes through few rows, and whether each runs as a whole.
+        fused_loss: the loss is Unsloth's, which keeps few logits; ``loss_only``: it computes rows with loss alone.
 
     Attributes:
         num_kept: layers that keep their activations in the last forward.
@@ -50,20 +52,29 @@ class CheckpointPlanner:
         ConfigError: a share of the memory, on a device whose size is not known.
     """
 
-    def __init__(self, state: SparsityState, budget: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[DecoderLayer],
+        layer_sparsity: Sequence[LayerSparsity],
+        budget: float,
+        *,
+        row_layers: Mapping[int, bool],
+        fused_loss: bool,
+        loss_only: bool,
+    ):
         self.num_kept = 0
-        self._state = state
-        self._layers = state.layers
-        self._shape = ModelShape.from_config(state.model.config)
+        self._model, self._layers, self._sparsity = model, layers, layer_sparsity
+        self._row_layers, self._fused_loss, self._loss_only = row_layers, fused_loss, loss_only
+        self._shape = ModelShape.from_config(model.config)
         self._flags: dict[int, object] = {}
-        self._hooked = {id(module) for module in state.hooked}
-        self._devices = [next(layer.module.parameters()).device for layer in state.layers]
+        self._devices = [next(layer.module.parameters()).device for layer in layers]
         self._budgets = {device: _bytes_of(budget, device) for device in set(self._devices)}
-        parameters = list(state.model.parameters())
+        parameters = list(model.parameters())
         self._to_come = BYTES_TO_COME * sum(p.numel() for p in parameters if p.requires_grad)
         self._in_4bit = any(p.dtype == torch.uint8 or hasattr(p, "quant_state") for p in parameters)
-        self._activation_bytes = max(2, self._norm_dtype(state.layers[0].module).itemsize)
-        adapters = getattr(state.model, "peft_config", {})
+        self._activation_bytes = max(2, self._norm_dtype(layers[0].module).itemsize)
+        adapters = getattr(model, "peft_config", {})
         self._lora_rank = max((getattr(adapter, "r", 0) for adapter in adapters.values()), default=0)
 
     def plan(self, partition: TokenPartition, scale: float) -> None:
@@ -108,11 +119,10 @@ class CheckpointPlanner:
 
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
         """Bytes more than with checkpointing, of one layer."""
-        if self._state.by_rows and scale > 0 and index in self._state.runtimes:
-            whole = id(self._layers[index].module) in self._hooked
-            kept = row_layer_activations(self._shape, rows, whole, self._activation_bytes)
+        if scale > 0 and index in self._row_layers:
+            kept = row_layer_activations(self._shape, rows, self._row_layers[index], self._activation_bytes)
             return MARGIN * kept - self._input_bytes(rows)
-        layer, sparsity = self._layers[index], self._state.layer_sparsity[index].mlp * scale
+        layer, sparsity = self._layers[index], self._sparsity[index].mlp * scale
         dense_rows = partition.num_dense if sparsity else rows
         kept = layer_activations(
             self._shape,
@@ -129,16 +139,15 @@ class CheckpointPlanner:
         size = self._activation_bytes
         one = layer_activations(self._shape, rows, rows, activation_bytes=size)
         working = one + backward_working_set(self._shape, rows, self._in_4bit, size)
-        if self._state.backend_name == "unsloth":
-            removed = self._state.config.exact_removal
-            logits = fused_logits(self._shape, len(partition.loss) if removed else rows)
+        if self._fused_loss:
+            logits = fused_logits(self._shape, len(partition.loss) if self._loss_only else rows)
         else:
             logits = plain_logits(self._shape, rows, size)
         return MARGIN * max(working, logits) + layers * self._input_bytes(rows)
 
     def _input_bytes(self, rows: int) -> float:
         """Of a checkpointed layer: its input, which Unsloth keeps on the host."""
-        modes = {getattr(self._state.model, "_unsloth_gradient_checkpointing", None), *self._flags.values()}
+        modes = {getattr(self._model, "_unsloth_gradient_checkpointing", None), *self._flags.values()}
         return 0 if "unsloth" in modes else rows * self._shape.hidden_size * self._activation_bytes
 
     @staticmethod

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import logging
 
-from sparse_unsloth.nonfinite import notice_nonfinite_scores
+from sparse_unsloth.distributed import rank
+from sparse_unsloth.nonfinite import PAUSE
+from sparse_unsloth.runtime import ForwardCounts, SparsityState
 
-if TYPE_CHECKING:
-    from sparse_unsloth.runtime import SparsityState
-
-
-@dataclass
-class ForwardCounts:
-    """Training forwards with labels and their tokens, padding left out."""
-
-    forwards: int = 0
-    sparse_forwards: int = 0
-    context_tokens: int = 0
-    dense_tokens: int = 0
-    whole_layers: int = 0
-    captured_layers: int = 0
-    """Of the last forward: layers that the project's functions computed as a whole, and those in CUDA graphs."""
+logger = logging.getLogger("sparse_unsloth")
 
 
 def metrics(state: SparsityState) -> dict[str, float]:
@@ -57,3 +44,16 @@ def metrics(state: SparsityState) -> dict[str, float]:
         figures["sparsity/kept_layers"] = float(state.planner.num_kept)
     state.counts = ForwardCounts()
     return figures
+
+
+def notice_nonfinite_scores(state: SparsityState) -> None:
+    """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+    found = state.watch.collect()
+    if found and "non-finite" not in state.said:
+        state.said.add("non-finite")
+        logger.warning(
+            f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({state.name_parts(found)}), so in the "
+            "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+            f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
+            "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
+        )

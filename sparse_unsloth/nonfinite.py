@@ -8,19 +8,13 @@ forwards, and every such event is counted.
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_unsloth.distributed import rank
-
-if TYPE_CHECKING:
-    from sparse_unsloth.context import SparseContext
-    from sparse_unsloth.runtime import SparsityState
-
-logger = logging.getLogger("sparse_unsloth")
+from sparse_unsloth.selection import AttentionSelection, MlpSelection
 
 PAUSE = 10
 """Forwards in which a part with non-finite scores is dense."""
@@ -43,10 +37,10 @@ class ScoreWatch:
         """What is on its way arrives here, and not in a copy."""
         return {**self.__dict__, "_on_the_way": []}
 
-    def look(self, context: SparseContext) -> None:
-        """Sends off whether the scores of this forward are finite; two or three launches on each device."""
+    def look(self, selections: Mapping[Part, MlpSelection | AttentionSelection]) -> None:
+        """Sends off whether the scores of a forward's ``selections`` are finite; two or three launches a device."""
         scored: dict[torch.device, list[tuple[Part, Tensor]]] = {}
-        for part, selection in context.selections.items():
+        for part, selection in selections.items():
             for scores in selection.scores:
                 scored.setdefault(scores.device, []).append((part, scores))
         for device, pairs in scored.items():
@@ -78,16 +72,3 @@ class ScoreWatch:
         dense = frozenset(self._left)
         self._left = {part: left - 1 for part, left in self._left.items() if left > 1}
         return dense
-
-
-def notice_nonfinite_scores(state: SparsityState) -> None:
-    """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
-    found = state.watch.collect()
-    if found and "non-finite" not in state.said:
-        state.said.add("non-finite")
-        logger.warning(
-            f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({state.name_parts(found)}), so in the "
-            "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
-            f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
-            "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
-        )

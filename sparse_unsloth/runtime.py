@@ -1,41 +1,69 @@
-"""The state of an attached model: its layers, its estimator, its hooks, and where its training stands."""
+"""The state of an attached model, and of each of its hooked layers: how sparse it is, and where its training stands."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparse_unsloth import forward, metrics, prefill
-from sparse_unsloth.adapters import refuse_other_adapters
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.context import SparseContext
-from sparse_unsloth.distributed import is_main
+from sparse_unsloth.config import LayerSparsity, SparsityConfig
+from sparse_unsloth.context import SparseContext, runs_twice
+from sparse_unsloth.distributed import has_group, is_main, world_size
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.estimates import Estimator
 from sparse_unsloth.explain.observer import Observer
+from sparse_unsloth.functions.backward_rows import RowChoice
 from sparse_unsloth.functions.graphs import GraphCache
 from sparse_unsloth.gradients import FirstBackward, LossRows
-from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer, decoder_stack
 from sparse_unsloth.memory_budget import CheckpointPlanner
-from sparse_unsloth.metrics import ForwardCounts
+from sparse_unsloth.modes import in_backward
 from sparse_unsloth.nonfinite import ScoreWatch
-from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
-from sparse_unsloth.preparation import prepare_for_all
-from sparse_unsloth.selection import ChannelSelector
-
-if TYPE_CHECKING:
-    from sparse_unsloth.backends.replaced import Uncompiled
-    from sparse_unsloth.loss import LossRemoval
+from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
+from sparse_unsloth.selection import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.sharing import obtain_for_all_ranks
 
 logger = logging.getLogger("sparse_unsloth")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The hook points of one training library, "peft" or "unsloth"; functions alone, so it is copied and pickled.
+
+    Attributes:
+        install, uninstall, is_installed: of a layer's parts, and of one module that was hooked.
+        refuse_sharded_weights: raises AttachError where the layer's functions would not find whole weights.
+        why_not_captured: what keeps a layer from CUDA graphs, "" for nothing.
+        why_not_whole: what keeps a layer from a whole forward without `SparsityConfig.backward_rows`, likewise.
+    """
+
+    name: str
+    install: Callable[[LayerRuntime], None]
+    uninstall: Callable[[nn.Module], None]
+    is_installed: Callable[[nn.Module], bool]
+    refuse_sharded_weights: Callable[[DecoderLayer], None]
+    why_not_captured: Callable[[LayerRuntime], str]
+    why_not_whole: Callable[[LayerRuntime], str]
+
+
+@dataclass
+class ForwardCounts:
+    """Training forwards with labels and their tokens, padding left out."""
+
+    forwards: int = 0
+    sparse_forwards: int = 0
+    context_tokens: int = 0
+    dense_tokens: int = 0
+    whole_layers: int = 0
+    captured_layers: int = 0
+    """Of the last forward: layers that the project's functions computed as a whole, and those in CUDA graphs."""
 
 
 class SparsityState:
@@ -43,10 +71,9 @@ class SparsityState:
 
     Attributes:
         model: the outermost model, where labels enter.
-        config: the configuration.
-        backend_name: the module of `sparse_unsloth.backends` whose hook points are used.
-        hooked, handles: the modules whose forward was replaced, and what else was installed and can be removed.
-        num_layers: decoder layers of the model.
+        backend: whose hook points are used.
+        set_up_process: what a process that loads the model does first, or where it is copied.
+        hooked: the modules whose forward was replaced; ``handles``: what else was installed, each with ``remove()``.
         by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
         recorded_dense: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
         layer_sparsity: of context rows, by layer.
@@ -58,8 +85,8 @@ class SparsityState:
         sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
         adapter_folder: where the adapter was loaded from, None for a new one.
         observer: what `explain` reports (`SparsityConfig.explain_steps`).
-        projections, proved: of each layer, by index, and what `lifetime` saw of them, when the model was attached.
-        seen, reason: what `lifetime.why_dense` saw last, and what it made of that.
+        projections, proved: of each layer, by index, and what `adapter_changes` saw of them when attaching.
+        seen, reason: what `why_dense` saw last, and what it made of that.
         inside: a forward of the model runs.
         driver: the callback, or whatever else sets the step; None outside training.
         graphs: what `SparsityConfig.cuda_graphs` records.
@@ -74,22 +101,31 @@ class SparsityState:
         counts: what `metrics` sums up, since it was last asked.
     """
 
-    def __init__(self, model: nn.Module, layers: list[DecoderLayer], config: SparsityConfig, backend_name: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[DecoderLayer],
+        config: SparsityConfig,
+        backend: Backend,
+        set_up_process: Callable[[SparsityState], None],
+    ):
         self.model = model
-        self.backend_name = backend_name
+        self.backend, self.set_up_process = backend, set_up_process
         self.layers = layers
         self.config = config
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.by_rows = config.by_rows
         self.recorded_dense = config.cuda_graphs and not config.is_sparse(len(layers))
+        # By rows, Unsloth's last layer leaves context rows out of forward and backward already.
+        done = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
         self.runtimes = {
             layer.index: LayerRuntime(self, layer, sparsity)
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
-            if any(sparsity) or (self.by_rows and not self._drops_rows_without_loss(layer))
+            if any(sparsity) or (self.by_rows and layer is not done)
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.whole_forwards: list[LayerRuntime] = []
-        self.uncompiled: dict[int, Uncompiled] = {}
+        self.uncompiled: dict[int, Any] = {}
         self.last_layer: LayerRuntime | None = None
         self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
         self.proved: list[Any] = []
@@ -108,9 +144,9 @@ class SparsityState:
         self.graphs: GraphCache | None = None
         self.shared = False
         self.hooked: list[nn.Module] = []
-        self.handles: list[RemovableHandle | LossRemoval | Uncompiled] = []
+        self.handles: list[Any] = []
         self.stack = decoder_stack(model, layers)
-        self.loss_rows = LossRows(self, self.stack)
+        self.loss_rows = LossRows(model, self.stack, self.say_once)
         self.first_backward: FirstBackward | None = None
         self.gradients_seen = False
         self.context_seen: bool | None = None
@@ -129,10 +165,8 @@ class SparsityState:
         return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "inside": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from sparse_unsloth.lifetime import set_up_process
-
         self.__dict__.update(state)
-        set_up_process(self)
+        self.set_up_process(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityState:
         """The copy has the same driver, which is not copied."""
@@ -140,15 +174,6 @@ class SparsityState:
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
-
-    @property
-    def backend(self) -> ModuleType:
-        """The backend's module: ``install``, ``uninstall``, ``is_installed``, and how it loads models."""
-        return importlib.import_module(f"sparse_unsloth.backends.{self.backend_name}")
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
 
     def runtime(self, layer: DecoderLayer) -> LayerRuntime | None:
         """What a hooked layer works with; None for a layer that nothing is hooked in."""
@@ -171,17 +196,28 @@ class SparsityState:
             EstimatorError: the estimator needs calibration samples and the data set gives none.
         """
         self.verify_hooks()
-        prefill.switch(self, on=False)
+        self.end_prefill()
         for layer in filter(self.runtime, self.layers):
             self.backend.refuse_sharded_weights(layer)
-        if self.runtimes:
-            prepare_for_all(self, train_dataset, collate_fn)
+        if self.runtimes and not (self.by_rows or self.shared):
+            shares = self.config.criterion == "estimator" and world_size() > 1 and has_group()
+            if shares or self.selector is None:
+                model = self.model, self.layers, self.layer_sparsity, self.config
+                self.use(obtain_for_all_ranks(*model, self.estimator, train_dataset, collate_fn))
+            self.shared = shares
         if self.config.memory_budget is not None and self.planner is None:
-            self.planner = CheckpointPlanner(self, self.config.memory_budget)
+            self.planner = self._plan_checkpoints(self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self.gradients_seen, self.context_seen = False, None
         self.observer.clear()
         self.counts = ForwardCounts()
+
+    def end_prefill(self) -> None:
+        """Computes prompts densely from now on."""
+        for handle in self.prefill_handles:
+            handle.remove()
+        self.prefill_handles.clear()
+        self.sparse_prefill = False
 
     def verify_hooks(self) -> None:
         """Raises AttachError if something replaced a sparse forward since it was installed."""
@@ -192,12 +228,6 @@ class SparsityState:
                 f"{type(lost[0]).__name__}). Load adapters and patch the model first, then attach it last."
             )
 
-    def refuse_other_adapters(self) -> None:
-        """Raises AttachError for adapters that are not LoRA, where layers are sparse or recorded."""
-        layers = self.layers if self.recorded_dense else [runtime.layer for runtime in self.runtimes.values()]
-        if layers:
-            refuse_other_adapters(self.model, {layer.name: layer.module for layer in layers})
-
     def expected_parts(self) -> set[tuple[int, str]]:
         """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""
         return {
@@ -207,10 +237,18 @@ class SparsityState:
             if sparsity > 0 or self.by_rows
         }
 
-    def _drops_rows_without_loss(self, layer: DecoderLayer) -> bool:
-        """Whether ``layer`` is the last one, and leaves context rows out of forward and backward already."""
-        removes = self.backend_name == "unsloth" and self.config.exact_removal
-        return removes and layer is self.layers[-1]
+    def _plan_checkpoints(self, budget: float) -> CheckpointPlanner:
+        hooked = {id(module) for module in self.hooked}
+        rows = self.runtimes.values() if self.by_rows else ()
+        return CheckpointPlanner(
+            self.model,
+            self.layers,
+            self.layer_sparsity,
+            budget,
+            row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
+            fused_loss=self.backend.name == "unsloth",
+            loss_only=self.config.exact_removal,
+        )
 
     def hooked_parts(self) -> set[tuple[int, str]]:
         """`expected_parts`, and what leaves out rows without loss in a dense last layer."""
@@ -278,25 +316,181 @@ class SparsityState:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
 
-    def metrics(self) -> dict[str, float]:
-        """See `metrics.metrics`."""
-        return metrics.metrics(self)
-
-    def few_sizes(self, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """See `forward.few_sizes`."""
-        return forward.few_sizes(self, model, arguments)
-
-    def open_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
-        """See `forward.open_forward`."""
-        return forward.open_forward(self, model, args, kwargs)
-
-    def close_forward(self, context: SparseContext | None) -> None:
-        """See `forward.close_forward`."""
-        forward.close_forward(self, context)
-
     def say_once(self, message: str) -> None:
         """Warns, on the main process, unless the same was said before."""
         if message not in self.said:
             self.said.add(message)
             if is_main():
                 logger.warning(message)
+
+
+def get_state(model: nn.Module) -> SparsityState | None:
+    """The state of an attached model, inside DDP and ``torch.compile`` wrappers too; None if it is not attached."""
+    while model is not None:
+        state = getattr(model, "__dict__", {}).get("_sparsity_state")
+        if state is not None:
+            return state
+        modules = getattr(model, "_modules", {})
+        model = modules.get("module") or modules.get("_orig_mod")
+    return None
+
+
+class LayerRuntime:
+    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
+
+    Attributes:
+        sparsity: of context rows.
+        parts: those that leave out rows without loss, in the last layer, where a forward may
+            (`SparseContext.loss_only`).
+        precomputed_qkv: Q, K, V, while a whole layer's forward that computed them runs the attention module.
+        skip_output_projection: such a forward computes O itself.
+        not_whole: why the layer runs part by part; "" where it does not, and so for the next two.
+        not_fusable: why the functions of `functions.layer` do not compute its chosen rows.
+        not_captured: why CUDA graphs do not hold it.
+    """
+
+    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
+        self.state = state
+        self.layer = layer
+        self.sparsity = sparsity
+        self.context: SparseContext | None = None
+        self.parts: tuple[str, ...] = ()
+        self.not_whole = ""
+        self.not_fusable = ""
+        self.not_captured = ""
+        self.precomputed_qkv: tuple[Tensor, ...] | None = None
+        self.skip_output_projection = False
+
+    def is_sparse(self, part: str) -> bool:
+        """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
+        context = self.context
+        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+            return False
+        return not context.paused or (self.layer.index, part) not in context.paused
+
+    def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
+        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is.
+
+        Raises:
+            AttachError: see `check_rows`.
+        """
+        context = self.context
+        if context is None or context.scale <= 0 or not (self.state.by_rows and module.training):
+            return None
+        self.check_rows(module, rows)
+        return context.row_choice(self.layer.index, self.state.config.backward_rows)
+
+    def check_rows(self, module: nn.Module, rows: Tensor) -> None:
+        """Raises AttachError unless ``rows [..., width]``, the input of ``module``, are those that have roles."""
+        shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
+        if shape == expected:
+            return
+        sizes = [size for size in shape if size != 1]
+        if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
+            return
+        named = self.layer.module.named_modules()
+        where = next((f".{name}" for name, one in named if one is module and name), "")
+        raise AttachError(
+            f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
+            f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
+            "puts rows in front of the tokens (soft prompts, a prefix, images, sound), cuts its input off "
+            "(max_seq_length), or cuts or reorders its rows. Give it embeddings and labels of the whole length "
+            "(-100 for the rows in front), or train dense (sparsity=None)."
+        )
+
+    def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
+        """The rows that ``part`` computes, or None where ``module``'s own function does.
+
+        That is so whenever the module's own ``training`` flag is off, unless prompts are sparse outside training too.
+        In the last layer these are the rows of the MLP and of the O projection; its keys and values need every row.
+
+        Raises:
+            AttachError: see `check_rows`; ``rows`` is the input of ``module``.
+        """
+        context, sparse = self.context, self.is_sparse(part)
+        if context is None or not (module.training or context.prefill):
+            return None
+        found = context.partition if sparse else None
+        if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
+            found = context.rows_with_loss(sparse)
+        if found is not None:
+            self.check_rows(module, rows)
+        return found
+
+    def _mlp_scores_every_row(self, part: str) -> bool:
+        """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
+
+        It is with ``dense_tokens="none"``: rows with loss are context then, and their channels are chosen among all.
+        """
+        return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
+
+    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> Tensor:
+        """int64 ``[k]``: the MLP channels that context rows keep in this forward.
+
+        Args:
+            hidden_states: the MLP's input, ``[..., hidden_size]``.
+            partition: what `partition` gave for the MLP.
+        """
+        chosen = self._of_all_rows("mlp", hidden_states, partition)
+        # Without context rows there is nothing to choose, and nothing that the choice would change.
+        return partition.dense[:0] if chosen is None else chosen.channels
+
+    def attention_channels(
+        self, partition: TokenPartition, hidden_states: Tensor | None = None
+    ) -> AttentionSelection | None:
+        """The attention channels of context rows, None: all of them; arguments as `mlp_channels`.
+
+        ``hidden_states`` is the input of Q, K, V.
+
+        Raises:
+            AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
+        """
+        return self._of_all_rows("self_attn", hidden_states, partition)
+
+    def choose_of_context(self, part: str, context_rows: Tensor | None) -> MlpSelection | AttentionSelection:
+        """The choice of ``part`` by its input on the context rows alone, ``[n, hidden_size]``; None once it is made."""
+        return self._choose(part, context_rows, None)
+
+    def record_run(self, part: str) -> None:
+        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
+
+        Raises:
+            AttachError: it ran in this forward already, and this is no recompute.
+        """
+        whole = self.context.probe and "_sparse_original" in self.layer.module.__dict__  # runs both ways in the probe
+        if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
+            raise runs_twice(f"{self.layer.name}.{part}")
+        self.context.ran.add((self.layer.index, part))
+        by_rows = self.state.by_rows and self.layer.index in self.state.runtimes
+        if torch.is_grad_enabled() and (by_rows or self.is_sparse(part)):
+            self.state.ran.add((self.layer.index, part))
+
+    def leaves_output_out(self, context: SparseContext) -> bool:
+        """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
+        rows = self.state.by_rows or context.memo(self.layer.index).with_gradients is False
+        ran = (self.layer.index, "mlp") in context.ran
+        return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
+
+    def _of_all_rows(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        """The choice by the context rows among all of ``hidden_states``; None without any, or in a dense part."""
+        if not len(partition.context) or getattr(self.sparsity, part) <= 0:
+            return None
+        return self._choose(part, hidden_states, self.context.partition.context)
+
+    def _choose(self, part: str, hidden_states: Tensor | None, rows: Tensor | None):
+        """The choice by ``rows`` of ``hidden_states``; None: these are the context rows alone."""
+        key = (self.layer.index, part)
+        chosen = self.context.selections.get(key)
+        if chosen is None:
+            if hidden_states is None:
+                raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
+            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+            # What is kept of it (static channels, factors on the device) serves trainings too.
+            with torch.inference_mode(False), torch.no_grad():
+                chosen = select(self.layer, hidden_states, getattr(self.sparsity, part), rows)
+            if part == "mlp" and chosen.order is not None:
+                self.context.memo(self.layer.index).order = chosen.order
+            self.context.selections[key] = chosen
+        if self.context.observation is not None and hidden_states is not None:
+            self.state.observer.see(self.context.observation, self.layer, part, hidden_states, chosen, rows is None)
+        return chosen

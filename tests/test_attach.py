@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth import attach, detach, forward, get_state
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
+from sparse_unsloth.metrics import metrics
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -54,16 +55,17 @@ def masked_by_hooks(model, selections, partition):
     return model
 
 
-def record_selections(model):
+def record_selections(model, monkeypatch):
     """The contexts of the forwards that follow, in order."""
-    state, contexts = get_state(model), []
-    open_forward = state.open_forward
+    state, contexts, open_forward = get_state(model), [], forward.open_forward
 
-    def recording(*args):
-        contexts.append(open_forward(*args))
-        return contexts[-1]
+    def recording(of, *args):
+        context = open_forward(of, *args)
+        if of is state:
+            contexts.append(context)
+        return context
 
-    state.open_forward = recording
+    monkeypatch.setattr(forward, "open_forward", recording)
     return contexts
 
 
@@ -95,10 +97,10 @@ def test_nothing_dropped_equals_plain_peft(family, side):
         ("qwen3", "left", "random"),
     ],
 )
-def test_sparse_model_equals_masked_model(family, side, criterion):
+def test_sparse_model_equals_masked_model(family, side, criterion, monkeypatch):
     sparse, masked = make_lora(family), make_lora(family)
     attach(sparse, always(criterion=criterion))
-    contexts = record_selections(sparse)
+    contexts = record_selections(sparse, monkeypatch)
     batch = make_batch(3, side)
     loss, gradients = loss_and_gradients(sparse, batch)
     masked_by_hooks(masked, contexts[0].selections, contexts[0].partition)
@@ -296,11 +298,11 @@ def test_adapters_that_the_functions_do_not_know_are_left_to_peft(how):
     torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
 
 
-def test_lora_on_some_projections_only():
+def test_lora_on_some_projections_only(monkeypatch):
     targets = ["q_proj", "v_proj", "gate_proj"]
     sparse, masked = make_lora(targets=targets), make_lora(targets=targets)
     attach(sparse, always())
-    contexts = record_selections(sparse)
+    contexts = record_selections(sparse, monkeypatch)
     batch = make_batch(3)
     loss, gradients = loss_and_gradients(sparse, batch)
     for module in list(masked.modules()):  # the hooks look for base_layer
@@ -313,7 +315,7 @@ def test_lora_on_some_projections_only():
     assert_gradients_close(gradients, masked_gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_free_batch_equals_padded_batch():
+def test_padding_free_batch_equals_padded_batch(monkeypatch):
     model = make_lora()
     attach(model, always(criterion="magnitude"))
     padded = make_batch()
@@ -324,7 +326,7 @@ def test_padding_free_batch_equals_padded_batch():
         "position_ids": torch.cat([torch.arange(int(n)) for n in keep.sum(1)])[None],
         "use_cache": False,  # with a cache transformers does not look for packed documents
     }
-    contexts = record_selections(model)
+    contexts = record_selections(model, monkeypatch)
     loss, gradients = loss_and_gradients(model, padded)
     packed_loss, packed_gradients = loss_and_gradients(model, packed)
     torch.testing.assert_close(packed_loss, loss)
@@ -410,11 +412,11 @@ def test_a_schedule_that_nothing_drives_is_an_error():
     state.begin_training(driver=object(), max_steps=100)
     state.set_step(4)
     model(**make_batch())
-    assert state.metrics()["sparsity/enabled"] == 0
+    assert metrics(state)["sparsity/enabled"] == 0
     state.set_step(5)
     model(**make_batch()).loss.backward()
     state.verify_step()
-    assert state.metrics()["sparsity/context_share"] == pytest.approx(18 / 33)
+    assert metrics(state)["sparsity/context_share"] == pytest.approx(18 / 33)
 
 
 def test_forwards_replaced_after_attaching_are_noticed():

@@ -24,12 +24,12 @@ from tiny import always, loss_and_gradients, make_batch, make_lora
 SHAPE = ModelShape(64, 128, 3, 4, 2, 16, 96)
 
 
-def driven(max_steps=100, **changes):
+def driven(monkeypatch, max_steps=100, **changes):
     """An attached model under a driver, and the contexts of its forwards."""
     model = make_lora()
     attach(model, always(**changes))
     get_state(model).begin_training("test", max_steps)
-    return model, get_state(model), record_selections(model)
+    return model, get_state(model), record_selections(model, monkeypatch)
 
 
 def step(model, state, number, *seeds):
@@ -38,8 +38,8 @@ def step(model, state, number, *seeds):
         loss_and_gradients(model, make_batch(seed))
 
 
-def test_every_forward_chooses():
-    model, state, contexts = driven()
+def test_every_forward_chooses(monkeypatch):
+    model, state, contexts = driven(monkeypatch)
     step(model, state, 0, 1, 2)
     assert contexts[0].selections[0, "mlp"] is not contexts[1].selections[0, "mlp"]
 
@@ -47,9 +47,9 @@ def test_every_forward_chooses():
 # -- Observation ------------------------------------------------------------------------------------------------------
 
 
-def test_records_say_what_other_ways_say():
+def test_records_say_what_other_ways_say(monkeypatch):
     config = {"estimator": {"kind": "svd", "rank": 4}, "explain_steps": 5, "mlp": {"1-2": 0.6}, "self_attn": {"2": 0.5}}
-    model, state, contexts = driven(**config)
+    model, state, contexts = driven(monkeypatch, **config)
     captured = energy_captured(
         model, state.layers, state.layer_sparsity, {"it": state.selector}, [make_batch(1)], skip_shared=False,
         progress=False,
@@ -91,15 +91,15 @@ def test_records_say_what_other_ways_say():
     assert first["context_share"] == partition.context_share
 
 
-def test_the_oracle_captures_everything_and_a_constant_choice_stays():
-    model, state, _ = driven(criterion="oracle", explain_steps=2)
+def test_the_oracle_captures_everything_and_a_constant_choice_stays(monkeypatch):
+    model, state, _ = driven(monkeypatch, criterion="oracle", explain_steps=2)
     for number in range(2):
         step(model, state, number)
     (record,) = state.observer.take()
     assert files.parts([record]) == ["mlp", "self_attn"]
     # On all rows; the record leaves out the first of each sequence.
     assert min(files.values(record, "mlp", "captured").values()) > 0.9
-    model, state, _ = driven(criterion="magnitude", explain_steps=2)
+    model, state, _ = driven(monkeypatch, criterion="magnitude", explain_steps=2)
     for number in range(2):
         step(model, state, number)
     (record,) = state.observer.take()
@@ -122,12 +122,12 @@ def test_a_recompute_and_other_micro_batches_change_nothing():
     assert found[0] == found[1]
 
 
-def test_dense_steps_and_zero_are_not_looked_at():
-    model, state, _ = driven(explain_steps=0)
+def test_dense_steps_and_zero_are_not_looked_at(monkeypatch):
+    model, state, _ = driven(monkeypatch, explain_steps=0)
     for number in range(3):
         step(model, state, number)
     assert state.observer.take() == []
-    model, state, _ = driven(max_steps=10, explain_steps=1, start_step=2, end_step=4)
+    model, state, _ = driven(monkeypatch, max_steps=10, explain_steps=1, start_step=2, end_step=4)
     for number in range(10):
         step(model, state, number)
     assert [record["step"] for record in state.observer.take()] == [3]

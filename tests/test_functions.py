@@ -10,7 +10,7 @@ from sparse_unsloth.errors import BackendError
 from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
 from sparse_unsloth.functions.implementation import use_kernels
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
-from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
+from sparse_unsloth.functions.mlp import GatedMlp, MlpMemo, masked_mlp, sparse_mlp
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.weights import BaseWeight, Lora, Projection
 
@@ -310,7 +310,7 @@ def test_a_recompute_that_nobody_reads(roles, chunk, choice, monkeypatch, poison
     channels = subset(INTERMEDIATE, 4, generator)
 
     def run(first_with_gradients, **changes):
-        memo = {}
+        memo = MlpMemo()
         with torch.set_grad_enabled(first_with_gradients):
             first = sparse_mlp(x, partition, channels, mlp, memo, **changes)
         again = sparse_mlp(x, partition, channels, mlp, memo, **changes)

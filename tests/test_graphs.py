@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state, rounding
-from sparse_unsloth.backends import unsloth_layer, unsloth_rows
+from sparse_unsloth.backends import unsloth_attention, unsloth_layer, unsloth_rows
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.functions import graphs
 from sparse_unsloth.functions.graphs import GraphCache
+from sparse_unsloth.metrics import metrics
 from sparse_unsloth.partition import TokenPartition
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -167,7 +168,8 @@ FORMS = {"whole": 3, "parts": 8}
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "parts":
-        monkeypatch.setattr(unsloth_layer, "fixed_tensors", lambda *given: None)
+        for module in (unsloth_layer, unsloth_rows):
+            monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
     return request.param
 
 
@@ -221,7 +223,7 @@ def test_dense_layers_are_recorded(stand_in, recorder, form):
         assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
         assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
-    assert state.metrics()["sparsity/captured_layers"] == LAYERS
+    assert metrics(state)["sparsity/captured_layers"] == LAYERS
     detach(model)
     assert_same(loss_and_gradients(model, batch), expected[0])
 
@@ -471,10 +473,10 @@ def test_what_attention_depends_on():
     rows, tables = torch.zeros(1, 8, 4), (torch.zeros(16, 2), torch.ones(16, 2))
 
     def found(**arguments):
-        names = unsloth_layer.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
+        names = unsloth_attention.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
         return None if names is None else set(names)
 
-    plain, lengths = {unsloth_layer.COSINES, unsloth_layer.SINES}, torch.tensor([8])
+    plain, lengths = {unsloth_attention.COSINES, unsloth_attention.SINES}, torch.tensor([8])
     assert found(causal_mask=None, use_cache=False) == plain
     assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
     assert found(causal_mask=object()) is None
@@ -482,7 +484,7 @@ def test_what_attention_depends_on():
     assert found(causal_mask=XformersWindow()) is None
     assert found(packed_seq_lengths=lengths) is None
     runtime.context.packing = SimpleNamespace(offsets=torch.tensor([0, 8]))
-    assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_layer.OFFSETS}
+    assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_attention.OFFSETS}
     assert found(packed_seq_lengths=lengths, attention_mask=torch.ones(1, 1, 8, 8)) is None
     layer.module.self_attn = torch.nn.Linear(1, 1)  # calls no such function
     layer.module.self_attn.config = attention.config

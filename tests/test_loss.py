@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth import loss as loss_module
-from sparse_unsloth.context import SparseContext
+from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.loss import FUNCTION, MODULES, ROW_MULTIPLE, install_loss_removal
 from sparse_unsloth.partition import TokenPartition
@@ -73,7 +73,7 @@ def recorder(monkeypatch):
 def test_same_loss_and_gradients_from_fewer_rows(recorder, module, share, n_items):
     model, labels = Model(module=module), make_labels(share)
     expected = run(model, labels, n_items=n_items)
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     assert_same(run(model, labels, n_items=n_items), expected)
     given = {0: (1, 128, HIDDEN), 0.01: (1, 128, HIDDEN), 0.2: (1, 128, HIDDEN), 1: (BATCH, SEQUENCE, HIDDEN)}
     assert recorder.shapes[-1] == given[share]
@@ -92,7 +92,7 @@ def test_other_calls_pass_unchanged(recorder, call):
     model, labels = Model(), make_labels()
     labels = labels.masked_fill(labels == -100, 3) if "ignore_index" in call else labels
     expected = run(model, labels, **call)
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     context = SparseContext(TokenPartition.from_labels(labels), scale=1.0)
     assert_same(run(model, labels, context=context, **call), expected)
     assert recorder.shapes[-1] == (BATCH, SEQUENCE, HIDDEN)
@@ -104,7 +104,7 @@ def test_a_forward_with_a_partition_needs_no_host_sync(recorder, monkeypatch, de
     model, labels = Model(), make_labels(0.5)
     context = SparseContext(TokenPartition.from_labels(labels, dense_tokens=dense_tokens), scale=1.0)
     expected = run(model, labels)
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     with monkeypatch.context() as patch:
         patch.setattr(loss_module, "int", lambda value: pytest.fail("waited for the device"), raising=False)
         ours = run(model, labels, context=context)
@@ -121,7 +121,7 @@ def test_rows_follow_the_labels_that_the_loss_is_given(recorder, dense_tokens, d
     model, labels = Model(), make_labels(0.5)
     partition = TokenPartition.from_labels(labels, dense_tokens=dense_tokens, **documents)
     expected = run(model, labels)
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     assert_same(run(model, labels, context=SparseContext(partition, scale=1.0)), expected)
     assert recorder.shapes[-1][0] == 1
 
@@ -130,7 +130,7 @@ def test_a_limit_ends_with_its_forward(recorder):
     """A forward that was interrupted before its loss leaves nothing behind for the next, whichever way that comes."""
     model, few, many = Model(), make_labels(0.01), make_labels(0.5)
     expected = run(model, many)
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     with pytest.raises(RuntimeError):
         model(torch.zeros(1), few, context=SparseContext(TokenPartition.from_labels(few), scale=1.0))
     assert_same(run(model, many), expected)
@@ -148,7 +148,7 @@ def test_the_partition_arrives_in_attached_models(recorder, checkpointing):
         model.enable_input_require_grads()
     attach(model, always())
     state = get_state(model)
-    state.handles.append(install_loss_removal(state.model, state.layers[-1].module))
+    state.handles.append(install_loss_removal(state.model, state.layers[-1].module, CONTEXT_ARGUMENT))
     (removal,) = loss_module._asking
     assert removal.head is model.get_base_model().lm_head.weight
     more_than_labelled = torch.ones(1000, dtype=torch.bool)
@@ -168,7 +168,7 @@ def test_only_models_that_ask(recorder):
     original = getattr(sys.modules[MODULES[0]], FUNCTION)
     first, second, third = Model(1), Model(2), Model(3)
     labels = make_labels()
-    removals = [install_loss_removal(model, model.layer) for model in (first, second)]
+    removals = [install_loss_removal(model, model.layer, CONTEXT_ARGUMENT) for model in (first, second)]
 
     def rows_seen():
         for model in (first, second, third):
@@ -182,13 +182,13 @@ def test_only_models_that_ask(recorder):
     assert not first.layer._forward_pre_hooks
     removals[1].remove()
     assert all(getattr(sys.modules[name], FUNCTION) is original for name in MODULES)
-    removals.append(install_loss_removal(third, third.layer))
+    removals.append(install_loss_removal(third, third.layer, CONTEXT_ARGUMENT))
     assert rows_seen() == [SEQUENCE, SEQUENCE, 128]
 
 
 def test_a_model_that_is_dropped_is_forgotten(recorder):
     model = Model()
-    install_loss_removal(model, model.layer)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     del model
     gc.collect()
     assert not loss_module._asking
@@ -198,7 +198,7 @@ def test_a_model_that_is_dropped_is_forgotten(recorder):
 
 def test_a_wrapper_of_somebody_else_stays(recorder, monkeypatch):
     model, labels, calls = Model(), make_labels(), []
-    removal = install_loss_removal(model, model.layer)
+    removal = install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     module = sys.modules[MODULES[0]]
     ours = getattr(module, FUNCTION)
 
@@ -224,6 +224,6 @@ def test_another_unsloth_is_refused(recorder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[MODULES[1]], FUNCTION, lambda hidden_states, labels: None)
         with pytest.raises(AttachError, match=r"mistral.unsloth_fused_ce_loss.*exact_removal: false"):
-            install_loss_removal(model, model.layer)
+            install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
         assert getattr(sys.modules[MODULES[0]], FUNCTION) is before
     assert not model.layer._forward_pre_hooks

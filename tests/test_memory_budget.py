@@ -13,6 +13,7 @@ from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.memory import GIB, layer_activations, row_layer_activations
 from sparse_unsloth.forward import roles_of
+from sparse_unsloth.metrics import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_batch, make_lora
@@ -78,7 +79,7 @@ def test_layers_keep_their_activations_as_far_as_the_memory_goes(room):
             assert all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
             if enough:
                 assert {index for index, number in calls.items() if number == 1} == kept
-                assert get_state(model).metrics()["sparsity/kept_layers"] == len(kept)
+                assert metrics(get_state(model))["sparsity/kept_layers"] == len(kept)
             else:
                 assert get_state(model).planner.num_kept == len(kept) - 1
     detach(model)

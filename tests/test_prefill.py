@@ -73,10 +73,10 @@ def test_roles_of_prompts_by_hand():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_equals_a_masked_prefill_and_dense_decoding(family):
+def test_generation_equals_a_masked_prefill_and_dense_decoding(family, monkeypatch):
     plain, model, batch = make_lora(family).eval(), make_lora(family), prompts()
     attach(model, always())
-    contexts = record_selections(model)
+    contexts = record_selections(model, monkeypatch)
     generate = {**batch, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     generate |= {"output_logits": True, "return_dict_in_generate": True}
     for_inference(model)
@@ -98,10 +98,10 @@ def test_generation_equals_a_masked_prefill_and_dense_decoding(family):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_cache_holds_the_keys_of_the_sparse_forward(side):
+def test_the_cache_holds_the_keys_of_the_sparse_forward(side, monkeypatch):
     model, batch = make_lora(), prompts(side)
     attach(model, always())
-    contexts = record_selections(model)
+    contexts = record_selections(model, monkeypatch)
     for_inference(model, sparse_prefill=True)
     with torch.no_grad():
         ours = model(**batch, use_cache=True)
@@ -115,11 +115,11 @@ def test_the_cache_holds_the_keys_of_the_sparse_forward(side):
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_prefill_is_dense():
+def test_what_is_no_prefill_is_dense(monkeypatch):
     plain, model, batch = make_lora().eval(), make_lora(), prompts()
     attach(model, always())
     for_inference(model, sparse_prefill=True)
-    contexts = record_selections(model)
+    contexts = record_selections(model, monkeypatch)
     with torch.no_grad():
         cache = plain(**batch, use_cache=True).past_key_values
         more = {"input_ids": batch["input_ids"][:, :3], "use_cache": True}
@@ -205,12 +205,12 @@ def test_it_is_off_by_default_and_switched_off_again():
         assert (len(inner._forward_pre_hooks), set(inner.__dict__)) == before
 
 
-def test_copies_choose_for_themselves():
+def test_copies_choose_for_themselves(monkeypatch):
     model = make_lora()
     attach(model, always(sparse_prefill=True))
     for_inference(model)
     other = copy.deepcopy(model)
-    contexts, others = record_selections(model), record_selections(other)
+    contexts, others = record_selections(model, monkeypatch), record_selections(other, monkeypatch)
     other.generate(**prompts(), max_new_tokens=1)
     assert not contexts
     assert any(others)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparse_unsloth import attach
-from sparse_unsloth.attachment import get_state
 from sparse_unsloth.bench.shapes import shape_of
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.quality.arms import ARMS
 from sparse_unsloth.quality.batches import Batches, Counts, Layout, training_batches
@@ -121,11 +121,11 @@ def make_model(**changes):
 def attached(model, batch, **config):
     """``model`` attached, always sparse, calibrated on ``batch``; and what it chooses there."""
     attach(model, {"start_step": 0, "end_step": 1.0, **config}, calibration_samples=[batch])
-    state, seen = get_state(model), []
-    open_forward = state.open_forward
-    state.open_forward = lambda *args: seen.append(open_forward(*args)) or seen[-1]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     model(**batch).loss.backward()
-    return seen[-1].selections
+    hook.remove()
+    return seen[-1][CONTEXT_ARGUMENT].selections
 
 
 def test_dense_step_is_that_of_the_model():

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
 
+from sparse_unsloth import callback
 from sparse_unsloth.callback import SparsityCallback, register_with_trainers, unregister_from_trainers
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
@@ -92,7 +93,7 @@ class FakeState:
 
     def __init__(self, config=None, num_layers=4):
         self.config = config or SparsityConfig(preset="o2", start_step=1, end_step=3)
-        self.num_layers = num_layers
+        self.layers = range(num_layers)
         self.driver = None
         self.calls = []
         self.since_log = 0
@@ -143,8 +144,8 @@ ROWS = [{"x": torch.tensor(float(i)), "labels": torch.tensor(2.0 * i)} for i in 
 def attached(monkeypatch):
     """The states of attached models, by model."""
     states = {}
-    fake = SimpleNamespace(get_state=states.get)
-    monkeypatch.setitem(sys.modules, "sparse_unsloth.attachment", fake)
+    monkeypatch.setattr(callback, "get_state", states.get)
+    monkeypatch.setattr(callback, "metrics", FakeState.metrics)
     return states
 
 

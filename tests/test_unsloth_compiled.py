@@ -13,6 +13,7 @@ import pytest
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_rows
 from sparse_unsloth.backends.replaced import BLOCK_MODE, plain_forward
+from sparse_unsloth.metrics import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_backward_rows import every_step, masked_gradients
@@ -73,7 +74,7 @@ def test_each_mode_runs_whole_layers(wrapped, monkeypatch, mode):
     assert (report.whole_layers, report.not_whole) == (3, ())
     assert all("forward" in layer.__dict__ for layer in decoder_layers(model))
     ours = loss_and_gradients(model, batch)
-    assert get_state(model).metrics()["sparsity/whole_layers"] == 3
+    assert metrics(get_state(model))["sparsity/whole_layers"] == 3
     detach(model)
     assert not any(BLOCK_MODE in layer.__dict__ or "forward" in layer.__dict__ for layer in decoder_layers(model))
     if mode == "rows":

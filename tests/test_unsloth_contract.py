@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS
 from sparse_unsloth.errors import AttachError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_batch, make_lora
 from unsloth_on_cpu import UNSLOTH_ON_CPU
 from unsloth_stand_in import (
-    FUNCTIONS,
     SLOTS,
     DeafAttention,
     StandIn,
@@ -221,7 +221,7 @@ def test_refusals_leave_the_model_as_it_was(stand_in, case):
     assert get_state(model) is None
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUSED_FUNCTIONS)
 def test_a_release_without_a_function_is_refused(stand_in, name):
     model = stand_in.model()
     delattr(stand_in.fast_lora, name)

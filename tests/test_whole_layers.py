@@ -94,7 +94,7 @@ def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpoin
     configuration = {**always(**RULES[rules]), "exact_removal": False}
     attach(model, configuration)
     expected = loss_and_gradients(model, small_batch())
-    assert all(runtime.handed is None for runtime in get_state(model).runtimes.values())
+    assert all(runtime.precomputed_qkv is None for runtime in get_state(model).runtimes.values())
     detach(model)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = spy(monkeypatch)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth import attach, detach
-from sparse_unsloth.layer_runtime import LayerRuntime
+from sparse_unsloth.runtime import LayerRuntime
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loss_and_gradients, make_base, make_batch

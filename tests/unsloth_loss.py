@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.loss import MODULES, install_loss_removal
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,7 +54,7 @@ def compare_losses(rows):
         for option in options:
             model = Model()
             expected = run(model, labels, **option)
-            removal = install_loss_removal(model, model.layer)
+            removal = install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
             assert_same(run(model, labels, **option), expected)
             removal.remove()
             assert rows[-2:] == [
@@ -81,7 +82,7 @@ def compare_forwards(modules, rows):
             return loss, *torch.autograd.grad(loss, weights)
 
         expected = [outcome(batch), outcome(packed), outcome(batch, num_items_in_batch=torch.tensor(70))]
-        removal = install_loss_removal(model, model.model.layers[-1])
+        removal = install_loss_removal(model, model.model.layers[-1], CONTEXT_ARGUMENT)
         del rows[:]
         assert_same(outcome(batch), expected[0])
         assert_same(outcome(packed), expected[1])

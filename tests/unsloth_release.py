@@ -23,16 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
-from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS, Contract
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.errors import SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
 from unsloth_loss import compare_with_unsloth
 from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
-from unsloth_stand_in import FUNCTIONS, SLOTS, assert_same, decoder_layers, packed_batch
+from unsloth_stand_in import SLOTS, assert_same, decoder_layers, packed_batch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """What Unsloth runs through its fast path."""
@@ -61,7 +62,7 @@ def examine() -> dict[str, str]:
 
     import unsloth  # noqa: F401
 
-    found = {"contract": failure_of(backend.Contract), "functions": failure_of(check_functions)}
+    found = {"contract": failure_of(Contract), "functions": failure_of(check_functions)}
     found["loss"] = failure_of(compare_with_unsloth)
     for family, base in bases.items():
         found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
@@ -85,7 +86,7 @@ def examine() -> dict[str, str]:
 def check_functions() -> None:
     """The fused functions take the module and its input, as their replacements do."""
     fast_lora = importlib.import_module("unsloth.kernels.fast_lora")
-    for name in FUNCTIONS:
+    for name in FUSED_FUNCTIONS:
         parameters = list(inspect.signature(getattr(fast_lora, name)).parameters)
         assert parameters[:2] == ["self", "X"], f"{name}({', '.join(parameters)})"
 
@@ -326,10 +327,11 @@ def check_sparse_prefill(base: nn.Module, expected: dict) -> None:
         torch.testing.assert_close(logits, expected[side][0], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(cache, expected[side][1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert get_state(model).backend_name == "unsloth"
+        assert get_state(model).backend.name == "unsloth"
     state, contexts = get_state(model), []
-    open_forward = state.open_forward
-    state.open_forward = lambda *args: contexts.append(open_forward(*args)) or contexts[-1]
+    model.get_base_model().register_forward_pre_hook(
+        lambda _, args, kwargs: contexts.append(kwargs[CONTEXT_ARGUMENT]), with_kwargs=True
+    )
     batch = make_batch(side="left")
     model.generate(
         input_ids=batch["input_ids"],

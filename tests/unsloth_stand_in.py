@@ -7,13 +7,12 @@ from types import MethodType, ModuleType
 import torch
 from transformers.models.llama import modeling_llama
 
-from sparse_unsloth.backends import unsloth as backend
+from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_batch, make_lora
 
 SLOTS = ("apply_qkv", "apply_o")
-FUNCTIONS = (*backend.FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 
 
 def assert_same(ours, expected, what=""):
@@ -76,7 +75,7 @@ class StandIn:
     def __init__(self, monkeypatch):
         self.calls = []
         self.fast_lora, self.llama = ModuleType("fast_lora"), ModuleType("unsloth.models.llama")
-        for name in FUNCTIONS:
+        for name in FUSED_FUNCTIONS:
             setattr(self.fast_lora, name, self._function(name))
         self.llama.original_apply_qkv, self.llama.original_apply_o = original_apply_qkv, original_apply_o
         self.mistral = ModuleType("unsloth.models.mistral")

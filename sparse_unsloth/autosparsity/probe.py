@@ -235,7 +235,7 @@ class LossProbe:
     @contextmanager
     def _running(self) -> Iterator[None]:
         model, hooked = self._state.model, self._state.hooked
-        with torch.no_grad(), training_flags(model, self._state.backend_name == "unsloth"):
+        with torch.no_grad(), training_flags(model, self._state.backend.name == "unsloth"):
             for module in hooked:
                 module.training = True
             yield

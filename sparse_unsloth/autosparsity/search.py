@@ -194,14 +194,14 @@ def calibrate(
     if "budget" in asked:
         costs.check_reachable(asked["budget"])
     with attached(model, every) as state:
-        masked = state.backend_name != "unsloth"
+        masked = state.backend.name != "unsloth"
         device = next(model.parameters()).device
         batches = prepare_batches(probe_samples, device, base, masked)
         kept_apart = prepare_batches(held_out, device, base, masked) if held_out else []
         settings = {
             "levels": levels,
             "config": every.model_dump(mode="json"),
-            "backend": state.backend_name,
+            "backend": state.backend.name,
             "version": package_version("sparse-unsloth"),
         }
         key = journal_key(model, layers, samples, settings)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.layer_runtime import LayerRuntime
+from sparse_unsloth.runtime import LayerRuntime
 
 BLOCK_MODE, OFF = "_unsloth_block_mode", 0
 """Unsloth's switch of one decoder layer's compiled region, and its value for "the plain forward"."""
@@ -54,9 +54,21 @@ def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime)
     runtime.state.hooked.append(module)
 
 
+def restore_forward(module: nn.Module) -> None:
+    """Gives ``module`` the forward back that `replace_forward` replaced."""
+    original = module.__dict__.pop("_sparse_original")
+    module.__dict__.pop("_sparse_runtime")
+    module.__dict__.pop("_sparse_projection", None)
+    if original is None:
+        module.__dict__.pop("forward")
+    else:
+        module.forward = original
+
+
 def runs(module: nn.Module, *forwards: Callable) -> bool:
     """Whether one of ``forwards`` stands on the instance, as `replace_forward` put it there."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) in map(untraced, forwards)
+    ours = getattr(module.__dict__.get("forward"), "__func__", None) in map(untraced, forwards)
+    return ours and "_sparse_runtime" in module.__dict__
 
 
 def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.adapters import refuse_foreign_leaves
+from sparse_unsloth.adapters import refuse_dropout, refuse_foreign_leaves
+from sparse_unsloth.backends.probes import PROBE_TOKENS, difference, probe_rows
 from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.modes import in_backward, training_flags
 from sparse_unsloth.row_choice import RowChoice
+from sparse_unsloth.runtime import LayerRuntime
 from sparse_unsloth.weights import read_base
-
-PROBE_TOKENS = 8
 
 
 def install(runtime: LayerRuntime) -> None:
@@ -96,29 +95,6 @@ def trained(*modules: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
-def refuse_dropout(layer: DecoderLayer) -> None:
-    """What `probe` cannot see of an adapter whose B is still zero.
-
-    Raises:
-        AttachError: O or the MLP drops out something in training.
-    """
-    for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
-        inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
-        for module in part.modules():
-            if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
-                raise AttachError(
-                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
-                    "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
-                    "backward_rows out."
-                )
-
-
-def _inactive_dropouts(module: nn.Module) -> list[nn.Module]:
-    """Those of the LoRA adapters that ``module`` has and that are not active."""
-    dropouts = getattr(module, "lora_dropout", {})
-    return [dropouts[name] for name in dropouts if name not in module.active_adapters]
-
-
 def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
     """Proves that ``function``, the forward of ``name``, computes row by row, and twice the same.
 
@@ -128,10 +104,8 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     refuse_dropout(layer)
     where = f"{layer.name}.{name}"
     base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
-    dtype = base.weight.dtype if base.quant_state is None else base.quant_state.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
-    rows = torch.arange(1, PROBE_TOKENS, 2, device=base.device)
+    x = probe_rows(base)
+    rows = torch.arange(1, PROBE_TOKENS, 2, device=x.device)
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
     with torch.enable_grad(), training_flags(layer.module):
         whole = function(x)
@@ -140,9 +114,7 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
     refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
-    expected, ours = whole.detach()[:, rows].float(), few.float()
-    error = ((ours - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    error, tolerance = difference(few, whole.detach()[:, rows])
     if not error <= tolerance:
         raise AttachError(
             f"{where}: some rows, computed alone, differ by {error:.2g} (allowed {tolerance}) from the same rows among "

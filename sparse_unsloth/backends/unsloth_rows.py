@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.backends import row_hooks, unsloth_layer
+from sparse_unsloth.backends import row_hooks, unsloth_layer_plan
 from sparse_unsloth.backends.replaced import original_forward, plain_forward, replace_forward
-from sparse_unsloth.backends.unsloth_layer import OTHER_PARTS, prove, why_different
+from sparse_unsloth.backends.unsloth_attention import attend, fixed_tensors, recorded_attention
+from sparse_unsloth.backends.unsloth_layer_plan import OTHER_PARTS, open_pass, plan_of_rows, prove, why_different
+from sparse_unsloth.backends.unsloth_sources import NORM
 from sparse_unsloth.functions import graphed_parts
 from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphed_rows import post_attention_by_rows, whole_layer_by_rows
 from sparse_unsloth.functions.layer import post_attention, pre_attention
-from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.row_choice import RowChoice
+from sparse_unsloth.runtime import LayerRuntime
 
-NORM = "fast_rms_layernorm"
 CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")
 
 
@@ -37,7 +38,7 @@ def why_not(runtime: LayerRuntime) -> str:
 
 def replace(runtime: LayerRuntime) -> None:
     """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
-    runtime.not_fusable = unsloth_layer.why_not(runtime)
+    runtime.not_fusable = unsloth_layer_plan.why_not(runtime)
     replace_forward(runtime.layer.module, layer_forward, runtime)
 
 
@@ -58,18 +59,18 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
 
 
 def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
-    """See `unsloth_layer.prove`; the functions that compute the chosen rows again, and are recorded, as well."""
+    """See `prove`; the functions that compute the chosen rows again, and are recorded, as well."""
     choice = runtime.row_choice(runtime.layer.module, hidden_states)
     own = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
     if not runtime.not_fusable:
 
         def compute() -> Tensor | None:
             every = runtime.context.every_row_dense()
-            plan = unsloth_layer.plan_of_rows(runtime.layer, hidden_states, every, unread=False)
+            plan = plan_of_rows(runtime.layer, hidden_states, every, unread=False)
             if plan is None:
                 return None
-            *handed, residual = pre_attention(hidden_states, plan)
-            return post_attention(unsloth_layer.attend(runtime, hidden_states, handed, arguments), residual, plan)
+            *qkv, residual = pre_attention(hidden_states, plan)
+            return post_attention(attend(runtime, hidden_states, qkv, arguments), residual, plan)
 
         runtime.not_fusable = why_different(compute, own[0], runtime.layer.module)
     return own
@@ -90,15 +91,15 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
         """The same in fewer launches and without the down projection, where the project's functions apply."""
         plan = None
         if not runtime.not_fusable:
-            plan = unsloth_layer.plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
+            plan = plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
         return behind(attention_output, stream) if plan is None else post_attention(attention_output, stream, plan)
 
     unread = row_hooks.is_unread(runtime)
-    runtime.handed = ()
+    runtime.skip_output_projection = True
     try:
         attention_output, *_ = attention(hidden_states=norm(self.input_layernorm, hidden_states), **kwargs)
     finally:
-        runtime.handed = None
+        runtime.skip_output_projection = False
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     if torch.is_grad_enabled():
@@ -114,26 +115,26 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     """The layer's output from recordings by the project's own functions, where this forward has them."""
     context, layer, config = runtime.context, runtime.layer, runtime.state.config
     memo, again = context.memo(layer.index), torch.is_grad_enabled()
-    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and "graphs" not in memo):
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and not memo.captured):
         return None
-    plan = unsloth_layer.plan_of_rows(layer, hidden_states, context.every_row_dense())
+    plan = plan_of_rows(layer, hidden_states, context.every_row_dense())
     if plan is None:
         return None
-    memo["graphs"] = True  # a recompute goes the way of its first pass
+    memo.captured = True  # a recompute goes the way of its first pass
     context.graphs.check(context)
     context.captured.add(layer.index)
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    capture = unsloth_layer.open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
+    capture = open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
     plan = dataclasses.replace(plan, unread=again)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
-    fixed = unsloth_layer.fixed_tensors(runtime, hidden_states, arguments)
+    fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
-        attention = unsloth_layer.recorded_attention(runtime, arguments, fixed)
+        attention = recorded_attention(runtime, arguments, fixed)
         return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
-    *handed, residual = graphed_parts.pre_attention(hidden_states, plan, capture)
-    attention_output = unsloth_layer.attend(runtime, hidden_states, handed, arguments)
+    *qkv, residual = graphed_parts.pre_attention(hidden_states, plan, capture)
+    attention_output = attend(runtime, hidden_states, qkv, arguments)
     if again:
         return post_attention_by_rows(attention_output, residual, plan, capture, *rows)
     return graphed_parts.post_attention(attention_output, residual, plan, capture)

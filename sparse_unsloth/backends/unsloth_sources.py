@@ -1,26 +1,31 @@
-"""The hook contract of an installed Unsloth, read from its sources: importing it takes most of a minute, and a GPU.
+"""What is needed of the installed Unsloth: checked on a loaded model, and read from the sources.
 
-`sparse_unsloth.backends.unsloth.Contract` checks the same names on a loaded model, layer by layer.
+`Contract` checks each layer. Importing Unsloth takes most of a minute and a GPU, so `read_contract` does without.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
-from sparse_unsloth.backends.unsloth import FUSED_MLPS
-from sparse_unsloth.backends.unsloth_layer import ATTENTION
-from sparse_unsloth.backends.unsloth_rows import NORM
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layers import DecoderLayer
 from sparse_unsloth.loss import FUNCTION as FUSED_LOSS
 
+ATTENTION = "run_attention"
+"""What Unsloth's attention modules call for the attention itself."""
+NORM = "fast_rms_layernorm"
+FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 FAST_LORA = "kernels/fast_lora.py"
 LLAMA, MISTRAL = "models/llama.py", "models/mistral.py"
 FORWARD = "LlamaDecoderLayer_fast_forward"
-"""The forward whose mathematics `unsloth_layer` and `unsloth_rows` repeat: Llama's, Mistral's, Qwen2's and Qwen3's."""
+"""The forward whose mathematics the whole-layer forwards repeat: Llama's, Mistral's, Qwen2's and Qwen3's."""
 FUSED_FUNCTIONS = (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 ATTENTIONS = {
     "LlamaAttention_fast_forward": LLAMA,
@@ -45,6 +50,63 @@ TAKE = {
     "Gemma2DecoderLayer_fast_forward": "models/gemma2.py",
 }
 """Decoder layers, whose hook takes it out again."""
+
+
+class Contract:
+    """What this backend needs of the installed Unsloth: the names it replaces, and that they are still called."""
+
+    def __init__(self) -> None:
+        from unsloth.kernels import fast_lora
+        from unsloth.models import llama
+
+        self._functions: ModuleType = fast_lora
+        self._plain_qkv = getattr(llama, "original_apply_qkv", None)
+        missing = [name for name in FUSED_FUNCTIONS if not hasattr(fast_lora, name)]
+        if missing:
+            raise AttachError(
+                f"The installed Unsloth has no {', '.join(missing)} in unsloth.kernels.fast_lora: its hook points "
+                "moved. Install a version that sparse_unsloth is tested with (`sparse-unsloth doctor` lists it), or "
+                "use backend='peft'."
+            )
+
+    def check_mlp(self, layer: DecoderLayer) -> None:
+        """Raises AttachError unless Unsloth's fused MLP stands where it is to be replaced."""
+        slots = (layer.mlp.__dict__.get("_unsloth_forward"), layer.mlp.__dict__.get("forward"))
+        fused = [getattr(self._functions, name) for name in FUSED_MLPS]
+        if not any(_unwrap(slot) in fused for slot in slots if slot is not None):
+            raise self._not_fused(layer, "mlp.forward", "MLP")
+
+    def check_attention(self, layer: DecoderLayer) -> None:
+        """Raises AttachError unless Unsloth's Q, K, V and O functions stand there, and the class calls them."""
+        attention = layer.self_attn
+        # Unsloth never fuses biased Q, K, V (Qwen2): there its plain function stands in the slot.
+        allowed = [self._functions.apply_lora_qkv, self._plain_qkv]
+        if getattr(attention, "apply_qkv", None) not in allowed:
+            raise self._not_fused(layer, "self_attn.apply_qkv", "QKV")
+        if getattr(attention, "apply_o", None) is not self._functions.apply_lora_o:
+            raise self._not_fused(layer, "self_attn.apply_o", "O")
+        code = inspect.unwrap(type(attention).forward).__code__
+        for name in SLOTS:
+            if name not in code.co_consts and name not in code.co_names:
+                raise AttachError(
+                    f"{layer.name}.self_attn: {type(attention).__name__}.forward of the installed Unsloth does not "
+                    f"call {name} any more, so replacing it would change nothing. Use backend='peft'."
+                )
+
+    @staticmethod
+    def _not_fused(layer: DecoderLayer, slot: str, what: str) -> AttachError:
+        return AttachError(
+            f"{layer.name}: Unsloth's fused {what} is not in {slot}, so there is nothing to replace. Unsloth fuses it "
+            "on its fast path (Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2) when its projections have LoRA, "
+            "lora_dropout=0 and bias='none', and the base is not float32, 8-bit or split by FSDP. Change that, leave "
+            "the layer dense, or use backend='peft'."
+        )
+
+
+def _unwrap(slot: Any) -> Any:
+    """The plain function in a slot that holds a function, a bound method, or a partial of one."""
+    function = getattr(slot, "__func__", slot)
+    return getattr(function, "func", function)
 
 
 @dataclass(frozen=True)

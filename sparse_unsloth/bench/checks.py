@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.attachment import get_state
 from sparse_unsloth.backends.replaced import original_forward
 from sparse_unsloth.backends.row_hooks import trained
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
@@ -22,10 +21,10 @@ from sparse_unsloth.functions.backward_rows import backward_rows
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
-from sparse_unsloth.layer_runtime import LayerRuntime
 from sparse_unsloth.layers import MLP_PROJECTIONS
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 from sparse_unsloth.row_choice import RowChoice
+from sparse_unsloth.runtime import LayerRuntime, get_state
 from sparse_unsloth.weights import Projection, read_projection
 
 TOLERANCE = 0.03

@@ -7,7 +7,7 @@ second for what is recorded. All other steps cost nothing; figures stay on the d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
 from sparse_unsloth.energy import attention_energy, mlp_energy
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.layer_rules import keep_count
-
-if TYPE_CHECKING:
-    from sparse_unsloth.layers import DecoderLayer
-    from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.layers import DecoderLayer
+from sparse_unsloth.partition import TokenPartition
 
 ORACLE_ROWS = 1024
 """At most so many rows, evenly spaced, are computed exactly for the oracle."""

@@ -65,8 +65,8 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from sparse_unsloth.backends.peft import check
-    from sparse_unsloth.backends.row_hooks import refuse_dropout
+    from sparse_unsloth.adapters import refuse_dropout
+    from sparse_unsloth.backends.probes import check
     from sparse_unsloth.layers import find_layers
 
     arguments, training = recipe.model, recipe.training

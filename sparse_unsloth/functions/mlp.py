@@ -66,12 +66,31 @@ class _Plan:
     """From this forward to its own backward."""
 
 
+@dataclass
+class MlpMemo:
+    """What the MLP keeps from a forward to its recompute.
+
+    Attributes:
+        with_gradients: whether the forward itself ran with gradients; None before it.
+        order: of the channels, where their choice gave one.
+    """
+
+    with_gradients: bool | None = None
+    order: Tensor | None = None
+
+    def is_recompute(self) -> bool:
+        """Whether the forward that runs computes anew, with gradients, what the first one computed without."""
+        if self.with_gradients is None:
+            self.with_gradients = torch.is_grad_enabled()
+        return torch.is_grad_enabled() and not self.with_gradients
+
+
 def sparse_mlp(
     hidden_states: Tensor,
     partition: TokenPartition,
     channels: Tensor,
     mlp: GatedMlp,
-    memo: dict[str, Any] | None = None,
+    memo: MlpMemo | None = None,
     output_is_added: bool = False,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
@@ -81,8 +100,7 @@ def sparse_mlp(
         partition: the roles of the rows. Padding rows come out as zero.
         channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
         mlp: the projections.
-        memo: a dictionary for one forward and these channels, by which its recompute is known; the order of the
-            channels may be put in beforehand (key "order").
+        memo: of one forward and these channels, by which its recompute is known.
         output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
             to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
             saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
@@ -90,8 +108,8 @@ def sparse_mlp(
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
-    memo = {} if memo is None else memo
-    unread = is_recompute(memo) and output_is_added
+    memo = MlpMemo() if memo is None else memo
+    unread = memo.is_recompute() and output_is_added
     plan = _Plan(
         partition=partition,
         channels=channels,
@@ -99,18 +117,12 @@ def sparse_mlp(
         scales=tuple(lora_scale(projection) for projection in projections),
         ranks=tuple(None if projection.lora is None else projection.lora.A.shape[0] for projection in projections),
         activation=mlp.activation,
-        order=memo.get("order"),
+        order=memo.order,
         unread=unread,
         keep=torch.is_grad_enabled(),
     )
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
     return _SparseMlp.apply(hidden_states, plan, *tensors)
-
-
-def is_recompute(memo: dict[str, Any]) -> bool:
-    """Whether a forward computes anew, with gradients, what one with the same ``memo`` computed without."""
-    first = memo.setdefault("first with gradients", torch.is_grad_enabled())
-    return torch.is_grad_enabled() and not first
 
 
 def masked_mlp(hidden_states: Tensor, partition: TokenPartition, channels: Tensor, mlp: GatedMlp) -> Tensor:

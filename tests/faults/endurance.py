@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import always, make_batch, make_lora
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.metrics import metrics
 
 WINDOWS = 10
 MOST_BYTES, MOST_SLOWER = 24 << 20, 1.5
@@ -74,7 +75,7 @@ def run(steps: int, rows: bool = False) -> list[dict]:
             with torch.no_grad():
                 model(**batch)
             model.train()
-            state.metrics()
+            metrics(state)
         if (step + 1) % per_window == 0:
             windows.append(
                 {

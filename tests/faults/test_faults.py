@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.functions import linear, mlp
+from sparse_unsloth.metrics import metrics
 from sparse_unsloth.nonfinite import PAUSE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -83,23 +85,22 @@ def poisoned(value, **changes):
     return model, bad, good
 
 
-def record_selections(model, monkeypatch):
+def record_selections(model):
     """The selections of every forward from here on."""
-    seen, state = [], get_state(model)
-    close = state.close_forward
+    seen = []
 
-    def recording(context):
+    def record(model, args, kwargs, output):
+        context = kwargs.get(CONTEXT_ARGUMENT)
         seen.append({} if context is None else dict(context.selections))
-        close(context)
 
-    monkeypatch.setattr(state, "close_forward", recording)
+    model.register_forward_hook(record, with_kwargs=True)
     return seen
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, caplog, value):
+def test_bad_activations_are_noticed_and_their_layers_go_dense(caplog, value):
     model, bad, good = poisoned(value)
-    state, seen = get_state(model), record_selections(model, monkeypatch)
+    state, seen = get_state(model), record_selections(model)
     model(**good).loss.backward()
     with caplog.at_level(logging.WARNING, logger="sparse_unsloth"):
         model(**bad)
@@ -115,8 +116,8 @@ def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, capl
     dense = make_lora()
     assert torch.equal(loss, loss_and_gradients(dense, good)[0])
     state.verify_step()
-    assert state.metrics()["sparsity/nonfinite"] == 3
-    assert "sparsity/nonfinite" not in state.metrics()
+    assert metrics(state)["sparsity/nonfinite"] == 3
+    assert "sparsity/nonfinite" not in metrics(state)
     for _ in range(PAUSE - 1):
         model(**good)
     assert seen[-1] == {}
@@ -131,7 +132,7 @@ def test_bad_activations_are_noticed_and_their_layers_go_dense(monkeypatch, capl
 
 def test_only_the_layers_behind_the_fault_go_dense(monkeypatch):
     model, _, good = poisoned(0.0)
-    seen = record_selections(model, monkeypatch)
+    seen = record_selections(model)
     layer = model.get_base_model().model.layers[1]
     handle = layer.register_forward_hook(lambda module, args, output: output * float("inf"))
     model(**good)

@@ -373,7 +373,7 @@ def reload(entry: str, run: Run, adapter: Path, ids: list, trained, checks: Chec
     else:
         model, _ = sparse_unsloth.FastSparseLanguageModel.from_pretrained(str(adapter), backend="unsloth", **arguments)
         state = sparse_unsloth.get_state(model)
-        checks(f"{run.name}: {entry} attaches it again", state is not None and state.backend_name == "unsloth")
+        checks(f"{run.name}: {entry} attaches it again", state is not None and state.backend.name == "unsloth")
     unsloth.FastLanguageModel.for_inference(model)
     compare(checks, f"{run.name}: logits through {entry}", logits_of(model, ids), trained, SAME_CODE)
 
@@ -434,6 +434,7 @@ def check_dpo(folder: Path, work: Path, checks: Checks) -> dict:
     from trl import DPOConfig, DPOTrainer
 
     from sparse_unsloth import get_state
+    from sparse_unsloth.context import CONTEXT_ARGUMENT
 
     rows = samples(16, seed=3)
     answers = [row.pop("completion") for row in rows]
@@ -442,14 +443,10 @@ def check_dpo(folder: Path, work: Path, checks: Checks) -> dict:
         for row, answer, other in zip(rows, answers, answers[1:] + answers[:1], strict=True)
     ]
     model, tokenizer = load(folder, False, sparsity(num_layers(folder), "svd", start_step=0, end_step=1.0))
-    state = get_state(model)
-    contexts, open_forward = [], state.open_forward
-
-    def record(*args):
-        contexts.append(open_forward(*args))
-        return contexts[-1]
-
-    state.open_forward = record
+    state, contexts = get_state(model), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: contexts.append(kwargs.get(CONTEXT_ARGUMENT)), with_kwargs=True
+    )
     trainer = DPOTrainer(
         model=model,
         processing_class=tokenizer,
