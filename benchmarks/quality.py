@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from sparse_unsloth.data import SMOLLM2, resolve_model
+    from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
     from sparse_unsloth.quality import tasks
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
@@ -250,7 +250,7 @@ def load_model(name: str) -> torch.nn.Module:
     """The model in fp32, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
-    from sparse_unsloth.data import resolve_model
+    from sparse_unsloth.data.smollm2 import resolve_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name.endswith(".gguf"):

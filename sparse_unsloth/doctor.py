@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from sparse_unsloth.backends.unsloth_sources import find_unsloth, read_contract
-from sparse_unsloth.data import REASONING_GYM, SMOLLM2, SMOLLM2_INSTALL
+from sparse_unsloth.data.generated import REASONING_GYM
+from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.language_model import explain_backend
 from sparse_unsloth.trial import MODES, Trial

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sparse_unsloth import removed
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
-from sparse_unsloth.data import DataArguments
+from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.errors import ConfigError, DataError, SparsityError
 from sparse_unsloth.rank.config import RankConfig, RankError
 from sparse_unsloth.saved_adapters import SETTINGS, find_adapter, read_settings

@@ -458,7 +458,8 @@ def test_a_calibrated_recipe_beats_the_preset_at_its_flops_on_a_real_model(tmp_p
     pytest.importorskip("reasoning_gym")
     from sparse_unsloth.autosparsity.command import calibrate_recipe
     from sparse_unsloth.autosparsity.report import summary
-    from sparse_unsloth.data import DataError, smollm2_checkpoint
+    from sparse_unsloth.data.smollm2 import smollm2_checkpoint
+    from sparse_unsloth.errors import DataError
     from sparse_unsloth.recipe import load_recipe
 
     try:

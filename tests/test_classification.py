@@ -10,10 +10,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from sparse_unsloth.attachment import attach, get_state
 from sparse_unsloth.calibration import _Runs
-from sparse_unsloth.classification import encode, label_names, load_labelled, metrics_for, model_config, score
 from sparse_unsloth.context import SparseContext
-from sparse_unsloth.data import DataArguments, DataError
-from sparse_unsloth.errors import BackendError, ConfigError
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.classification import encode, label_names, load_labelled, metrics_for, model_config, score
+from sparse_unsloth.errors import BackendError, ConfigError, DataError
 from sparse_unsloth.partition import TokenPartition, partition_of, pooled_positions
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_unsloth import SparsityConfig, arc, get_state
+from sparse_unsloth import SparsityConfig, get_state
 from sparse_unsloth.cli import main
+from sparse_unsloth.data import arc
 from sparse_unsloth.evaluation import humaneval, mt_bench
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.humaneval import completion_of, run_limited, score_completions

@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 import torch
 
-from sparse_unsloth import classification
-from sparse_unsloth.data import DataArguments
+from sparse_unsloth.data import classification
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.smollm2 import resolve_model
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import save_results
 from sparse_unsloth.recipe import SEQ_CLS
@@ -45,7 +46,7 @@ def evaluate_glue(source: Source, folder: Path, *, limit: int | None = None, bat
     hub = {"revision": source.recipe.get("model_revision", "main")}
     tokenizer = classification.load_tokenizer(source.model, **hub)
     encoded = classification.encode(test, columns, names, tokenizer, source.recipe.get("max_length", 1024))
-    config = classification.model_config(_folder(source.model), names, tokenizer.pad_token_id, **hub)
+    config = classification.model_config(resolve_model(source.model), names, tokenizer.pad_token_id, **hub)
     model, _ = load(source, auto_model=_auto_model(), config=config)
     found = []
     for start in range(0, len(encoded), batch_size):
@@ -65,9 +66,3 @@ def _auto_model() -> Any:
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification
-
-
-def _folder(model: str) -> str:
-    from sparse_unsloth.data import resolve_model
-
-    return resolve_model(model)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.data import resolve_model
+from sparse_unsloth.data.smollm2 import resolve_model
+from sparse_unsloth.data.templates import CHAT_TEMPLATE
 from sparse_unsloth.errors import DataError, SparsityError
 from sparse_unsloth.recipe import raw_values
 from sparse_unsloth.saved_adapters import (
@@ -28,7 +29,6 @@ from sparse_unsloth.saved_adapters import (
     load_whole,
     vocabulary_of,
 )
-from sparse_unsloth.templates import CHAT_TEMPLATE
 from sparse_unsloth.unreadable import first_line
 
 RECIPE_FILE = "recipe.yaml"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config import PRESETS, SparsityConfig
-from sparse_unsloth.data import length_filter, load_dataset_for
+from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.data import DataError
-from sparse_unsloth.ledger import drop_without_loss, no_loss
+from sparse_unsloth.data.ledger import drop_without_loss, no_loss
+from sparse_unsloth.errors import DataError
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:

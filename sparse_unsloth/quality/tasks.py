@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_unsloth.data import generate_questions
+from sparse_unsloth.data.generated import generate_questions
 from sparse_unsloth.errors import SparsityError
 
 END_OF_TURN = "<|im_end|>"

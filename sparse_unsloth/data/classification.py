@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from sparse_unsloth.data import DataArguments, resolve_tokenizer
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.files import stored_splits
+from sparse_unsloth.data.ledger import HELD_OUT, TRAINING, Ledger, Outcome, Reading
+from sparse_unsloth.data.smollm2 import resolve_tokenizer
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.ledger import HELD_OUT, TRAINING, Ledger, Outcome, Reading
-from sparse_unsloth.stored import stored_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.data.json_rows import PEEKED, decode, is_list, json_dataset, json_rows, stream_rows
+from sparse_unsloth.data.ledger import HELD_OUT, TRAINING, Ledger, Reading, Split, counted
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.json_rows import PEEKED, decode, is_list, json_dataset, json_rows, stream_rows
-from sparse_unsloth.ledger import HELD_OUT, TRAINING, Ledger, Reading, Split, counted
 from sparse_unsloth.saved_adapters import is_lost
 from sparse_unsloth.unreadable import first_line, root_of, unreadable
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas
     from datasets import Dataset, IterableDataset
 
-    from sparse_unsloth.data import DataArguments
+    from sparse_unsloth.data.arguments import DataArguments
 
 logger = logging.getLogger("sparse_unsloth")
 

@@ -1,20 +1,32 @@
-"""Makes samples in TRL's form out of rows: finds columns, and reads values, conversations, histories and tools."""
+"""Makes samples in TRL's form out of rows: finds the columns, and says how each row is read."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.conversations import (
+    HISTORY,
+    NO_ANSWER,
+    NO_QUESTION,
+    OWN_ROLES,
+    TEMPLATE_OPTIONS,
+    TOOLS,
+    LeftOut,
+    history_of,
+    is_conversation,
+    ordered,
+    parsed_turns,
+    text_of,
+    tools_of,
+    turns_of,
+    with_system,
+)
+from sparse_unsloth.data.ledger import Outcome, Reading
+from sparse_unsloth.data.templates import ALPACA_TEMPLATE, CHAT_TEMPLATE, filtered, training_pair
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.ledger import Outcome, Reading
-from sparse_unsloth.templates import ALPACA_TEMPLATE, CHAT_TEMPLATE, filtered, training_pair
-
-if TYPE_CHECKING:
-    from sparse_unsloth.data import DataArguments
 
 COLUMN_PAIRS = (
     ("question", "answer"), ("query", "answer"), ("query", "response"), ("instruction", "output"),
@@ -28,7 +40,6 @@ COLUMN_PAIRS = (
 CONTEXT_COLUMNS = ("input", "context")
 """Belong to the question, and come after it in this order."""
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-HISTORY, TOOLS, TEMPLATE_OPTIONS = "history", "tools", "chat_template_kwargs"
 TOKENS = "input_ids"
 CONVERSATIONS = (("conversations",), ("conversation",))
 """Of turns by whatever names and in whatever order; ``messages`` are taken as they are."""
@@ -41,217 +52,8 @@ TRL_READS = (*PAIR, "messages", "conversations", "chosen", "rejected", "text", T
 OF_TOKENS = (
     "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths", "token_type_ids",
 )  # fmt: skip
-ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-}
-"""Of the names that data sets give to roles."""
-OWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 
-NO_ANSWER, NO_QUESTION = "without an answer", "without a question"
-EMPTY_TURN, WRONG_ORDER = "with an empty turn", "with turns in the wrong order"
-BEGINS_WITH_ANSWER = "with an assistant's turn first"
-JOINED = "turns of one role in a row are joined"
 OWN_SYSTEM = "the conversation's own system turn is taken, and the system column is not"
-LAST_QUESTION = "a last turn that nobody answers is cut off"
-
-
-class _LeftOut(Exception):
-    """Why a row gives no sample."""
-
-
-# -- Values -----------------------------------------------------------------------------------------------------------
-
-
-def text_of(value: Any) -> str | None:
-    """``value`` as the text that is trained; None where it is missing: null, NaN, or nothing but white space.
-
-    False, 0 and "NA" are values. Lists and mappings become JSON.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    text = value if isinstance(value, str) else str(value)
-    return text if text.strip() else None
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether it is a list of turns."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(turn, dict) and ({"role", "from"} & set(turn)) for turn in value)
-
-
-def _parsed(value: Any, column: str) -> Any:
-    """A value that may be JSON text; None where it is missing.
-
-    Raises:
-        _LeftOut: a text that is no JSON.
-    """
-    if not isinstance(value, str):
-        return None if text_of(value) is None else value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise _LeftOut(f"with unreadable {column} (no JSON)") from None
-
-
-def tools_of(value: Any) -> list[Any] | None:
-    """A tool list, which may come as JSON text; None without tools."""
-    tools = _parsed(value, TOOLS)
-    if tools is None or tools == [] or tools == {}:
-        return None
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _LeftOut(f"with unreadable {TOOLS} (no list of mappings)")
-    return tools
-
-
-def history_of(value: Any) -> list[tuple[str, str]]:
-    """Earlier ``(question, answer)`` turns: a list of pairs, or of messages, which may come as JSON text."""
-    turns = _parsed(value, HISTORY) or []
-    if is_conversation(turns):
-        turns, _ = _ordered(_turns(turns, HISTORY))
-        if len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-            raise _LeftOut(f"with unreadable {HISTORY} (no list of question and answer)")
-        texts = [turn["content"] for turn in turns]
-        turns = list(zip(texts[::2], texts[1::2], strict=True))
-    found = []
-    for turn in turns if isinstance(turns, list) else [None]:
-        if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise _LeftOut(f"with unreadable {HISTORY} (no list of question and answer)")
-        question, answer = map(text_of, turn)
-        if question is None and answer is None:
-            continue
-        if question is None or answer is None:
-            raise _LeftOut(EMPTY_TURN)
-        found.append((question, answer))
-    return found
-
-
-# -- Conversations ----------------------------------------------------------------------------------------------------
-
-
-def _turns(value: Any, column: str, keep_unknown: bool = False) -> list[dict[str, Any]]:
-    """The messages of a conversation, in roles that chat templates know; keys without a value are dropped."""
-    turns = _parsed(value, column)
-    if turns is None or turns == []:
-        raise _LeftOut(NO_ANSWER)
-    if not is_conversation(turns):
-        raise _LeftOut(f"with unreadable {column} (no list of turns)")
-    found = []
-    for turn in turns:
-        name = str(turn.get("role") or turn.get("from") or "")
-        role = ROLES.get(name.strip().lower())
-        if role is None and not keep_unknown:
-            raise _LeftOut(f"with a turn of an unknown role ({name[:20] or 'none'})")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        others = {key: item for key, item in turn.items() if item is not None}
-        for key in ("role", "from", "content", "value"):
-            others.pop(key, None)
-        if role == "function_call":
-            role, content, others = _call(content, others)
-        elif role == "assistant" and "function_call" in others:  # OpenAI's older form
-            _, _, others = _call(others.pop("function_call"), others)
-        if name in OWN_ROLES:
-            role = name
-        message = {"role": role or name}
-        if content is not None:
-            if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-                content = _joined(content)
-            message["content"] = content if isinstance(content, str) else text_of(content)
-        found.append({**message, **others})
-    last = max((index for index, turn in enumerate(found) if turn["role"] == "assistant"), default=None)
-    for index, turn in enumerate(found):
-        if _is_empty(turn) and turn["role"] in ("user", "assistant"):
-            raise _LeftOut(NO_ANSWER if index == last else EMPTY_TURN)
-    return found
-
-
-def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The text of a content that comes in parts, which templates of text models would write as Python lists."""
-    texts = [part.get("text") for part in parts if part.get("type") == "text"]
-    if not texts:
-        return parts
-    others = [part["type"] for part in parts if part.get("type") not in ("text", None)]
-    if others:
-        raise _LeftOut(f"with a part of a turn that is no text ({str(others[0])[:20]})")
-    return "".join(map(str, texts))
-
-
-def _is_empty(turn: dict[str, Any]) -> bool:
-    """A tool may well answer nothing, and an assistant may call it without a word."""
-    return text_of(turn.get("content")) is None and "tool_calls" not in turn
-
-
-def _call(content: Any, others: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-    """An assistant's turn that calls functions; its text stays a text where it is no JSON of name and arguments."""
-    calls = content
-    if isinstance(content, str):
-        try:
-            calls = json.loads(content)
-        except ValueError:
-            return "assistant", content, others
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        return "assistant", content, others
-    made = []
-    for call in calls:
-        arguments = call.get("arguments", call.get("parameters"))
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
-        made.append({"type": "function", "function": {"name": call["name"], "arguments": arguments or {}}})
-    return "assistant", "", {**others, "tool_calls": made}
-
-
-def _ordered(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-    """Turns as chat templates take them, [system,] user, assistant, ..., up to the last answer; and what was changed.
-
-    Two turns of one role in a row are joined: nothing of them is lost.
-    """
-    found: list[dict[str, Any]] = []
-    notes = []
-    for turn in turns:
-        role, before = turn["role"], found[-1]["role"] if found else None
-        if _is_empty(turn) and role in ("system", "developer"):
-            continue
-        if role == "assistant" and before in (None, "system", "developer"):
-            raise _LeftOut(BEGINS_WITH_ANSWER)
-        if role == "tool" and before not in ("assistant", "tool"):
-            raise _LeftOut(WRONG_ORDER)
-        if role in ("system", "developer") and before is not None:
-            raise _LeftOut(WRONG_ORDER)
-        if role == before and role in ("user", "assistant") and all(map(_is_text, (found[-1], turn))):
-            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{turn['content']}"}
-            notes = [JOINED]
-        else:
-            found.append(turn)
-    last = max((index for index, turn in enumerate(found) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise _LeftOut(NO_ANSWER)
-    if last + 1 < len(found):
-        notes = [*notes, LAST_QUESTION]
-    return found[: last + 1], "\n".join(notes) or None
-
-
-def _is_text(turn: dict[str, Any]) -> bool:
-    return set(turn) == {"role", "content"} and isinstance(turn["content"], str)
-
-
-def _with_system(turns: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    if system is None or (turns and turns[0]["role"] in ("system", "developer")):
-        return turns
-    return [{"role": "system", "content": system}, *turns]
-
-
-# -- Columns ----------------------------------------------------------------------------------------------------------
 
 
 def canonical(name: str) -> str:
@@ -327,7 +129,7 @@ def _trl_form(
             used, columns, fits, dict.fromkeys(used["tokens"], List(Value("int64"))),
         )  # fmt: skip
     # TRL looks at the first row to tell conversations from texts.
-    chat = form in CHATS or (form == PAIR and any(is_conversation(_quiet_json(first.get(name))) for name in own))
+    chat = form in CHATS or (form == PAIR and any(is_conversation(parsed_turns(first.get(name))) for name in own))
     strict = form in CONVERSATIONS
     _no_changes(arguments, " and ".join(form), system=strict)
     used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], own, strict=True)}
@@ -344,33 +146,35 @@ def _trl_form(
             values = [row[name] for name in own]
             note = None
             if form == PAIR and chat:
-                prompt, completion = map(_quiet_json, values)
+                prompt, completion = map(parsed_turns, values)
                 made = [
-                    _turns(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, own[:1]),
-                    _turns(completion, "completion", True) if isinstance(completion, list) else _answer(completion, ()),
+                    turns_of(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, own[:1]),
+                    turns_of(completion, "completion", True)
+                    if isinstance(completion, list)
+                    else _answer(completion, ()),
                 ]
             elif form == PAIR:
-                if any(is_conversation(_quiet_json(value)) for value in values):
-                    raise _LeftOut("with turns, where the first row has texts")
+                if any(is_conversation(parsed_turns(value)) for value in values):
+                    raise LeftOut("with turns, where the first row has texts")
                 # An empty prompt is one: its completion is what a text begins with.
                 made = [values[0] if isinstance(values[0], str) else text_of(values[0]), text_of(values[1])]
                 if None in made:
-                    raise _LeftOut(NO_ANSWER if made[1] is None else NO_QUESTION)
+                    raise LeftOut(NO_ANSWER if made[1] is None else NO_QUESTION)
             elif chat:
-                made = [_turns(values[0], form[0], keep_unknown=not strict)]
+                made = [turns_of(values[0], form[0], keep_unknown=not strict)]
                 if strict:
-                    made[0], note = _ordered(made[0])
+                    made[0], note = ordered(made[0])
                 elif not any(turn["role"] == "assistant" for turn in made[0]):
-                    raise _LeftOut(NO_ANSWER)
+                    raise LeftOut(NO_ANSWER)
                 elif strangers := [turn["role"] for turn in made[0] if turn["role"] not in OWN_ROLES]:
                     note = f"a turn of a role that chat templates may pass over ({strangers[0][:20] or 'none'})"
             else:
                 made = [text_of(values[0])]
                 if made[0] is None:
-                    raise _LeftOut("without text")
+                    raise LeftOut("without text")
             if chat:
                 text = None if system is None else text_of(row[system])
-                made[0] = _with_system(made[0], arguments.dataset_system_prompt if text is None else text)
+                made[0] = with_system(made[0], arguments.dataset_system_prompt if text is None else text)
                 if text is not None and made[0][0]["content"] != text:
                     note = "\n".join(filter(None, (note, OWN_SYSTEM)))
             changes = {} if _same(values, made) and not gone else dict(zip(target, made, strict=True))
@@ -378,7 +182,7 @@ def _trl_form(
                 changes[options] = {}  # TRL unpacks it
             if tools is not None and (isinstance(row[tools], str) or tools != TOOLS):
                 changes[TOOLS] = tools_of(row[tools])
-        except _LeftOut as reason:
+        except LeftOut as reason:
             return None, str(reason), None
         kept = {name: value for name, value in row.items() if name not in gone}
         return {**kept, **changes} if changes else row, None, note
@@ -421,25 +225,25 @@ def _pair_form(
                     raise DataError(
                         f"dataset_template: {template} takes texts, and {question} or {answer} holds turns."
                     )
-                turns = _turns(given, answer) if is_conversation(given) else _answer(given, filters)
+                turns = turns_of(given, answer) if is_conversation(given) else _answer(given, filters)
                 if turns[0]["role"] == "assistant":
-                    before = _turns(asked, question) if is_conversation(asked) else _texts(row, [question, *contexts])
+                    before = turns_of(asked, question) if is_conversation(asked) else _texts(row, [question, *contexts])
                     turns = [*before, *turns]
-                turns, note = _ordered(turns)
+                turns, note = ordered(turns)
                 if filters:
                     turns[-1] = {**turns[-1], **_answer(turns[-1]["content"], filters)[0]}
                 pairs = [
                     {"role": role, "content": text}
                     for pair in earlier for role, text in zip(("user", "assistant"), pair, strict=True)
                 ]  # fmt: skip
-                sample = {"prompt": _with_system([*pairs, *turns[:-1]], system_text), "completion": turns[-1:]}
+                sample = {"prompt": with_system([*pairs, *turns[:-1]], system_text), "completion": turns[-1:]}
             else:
                 text = _texts(row, [question, *contexts])[0]["content"]
                 found = _answer(given, filters)[0]["content"]
                 sample = training_pair(template, text, found, system_text, earlier)
             if tools is not None:
                 sample[TOOLS] = tools_of(row[tools])
-        except _LeftOut as reason:
+        except LeftOut as reason:
             return None, str(reason), None
         return sample, None, note
 
@@ -465,30 +269,19 @@ def made_features(names: Sequence[str], chat: bool, nested: Iterable[str | None]
 def _texts(row: dict[str, Any], columns: Iterable[str]) -> list[dict[str, Any]]:
     found = [text for column in columns if row[column] != [] and (text := text_of(row[column])) is not None]
     if not found:
-        raise _LeftOut(NO_QUESTION)
+        raise LeftOut(NO_QUESTION)
     return [{"role": "user", "content": "\n\n".join(found)}]
 
 
 def _answer(value: Any, filters: Sequence[str]) -> list[dict[str, Any]]:
     text = text_of(value)
     if text is None:
-        raise _LeftOut(NO_ANSWER)
+        raise LeftOut(NO_ANSWER)
     for name in filters:
         text = filtered(text, [name])
         if text is None or not text.strip():
-            raise _LeftOut(f"by the filter {name}")
+            raise LeftOut(f"by the filter {name}")
     return [{"role": "assistant", "content": text}]
-
-
-def _quiet_json(value: Any) -> Any:
-    """Messages that stand in a text; other texts, and other values, as they are."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return value
-        return parsed if is_conversation(parsed) else value
-    return value
 
 
 def _same(values: Sequence[Any], made: Sequence[Any]) -> bool:

