@@ -107,7 +107,7 @@ def convert(gguf: Path, model: Path) -> None:
     partial = model.with_name(f"{model.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    code = "import sys, pathlib as p; from sparse_unsloth.data import smollm2; smollm2.convert_gguf(*map(p.Path, sys.argv[1:]))"
+    code = "import sys, pathlib as p, sparse_unsloth.data.smollm2 as s; s.convert_gguf(*map(p.Path, sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", code, str(gguf.resolve()), str(partial)], check=True)
     partial.rename(model)
 
