@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.study.comparison import compare_paired
-from sparse_unsloth.study.tables import read_csv, write_csv
+from sparse_unsloth.reporting.paired_tests import compare_paired
+from sparse_unsloth.reporting.tables import read_csv, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "rank"
 ALPHA = 8

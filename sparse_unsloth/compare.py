@@ -19,7 +19,7 @@ import yaml
 
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.faults import check_output
-from sparse_unsloth.study.comparison import compare_paired, holm
+from sparse_unsloth.reporting.paired_tests import compare_paired, holm
 from sparse_unsloth.words import command_parser
 
 RECIPE_FILE, METRICS_FILE, RESULTS_FILE = "recipe.yaml", "metrics.json", "results.json"

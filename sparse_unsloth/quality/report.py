@@ -10,7 +10,7 @@ from pathlib import Path
 from sparse_unsloth.quality.arms import ARMS, CONTROLS, DENSE_SHARES
 from sparse_unsloth.quality.table import Row, dense_curves, holm, paired, with_equivalents
 from sparse_unsloth.quality.tasks import TASKS
-from sparse_unsloth.study.pictures import new_figure, save_figure
+from sparse_unsloth.reporting.figures import new_figure, save_figure
 
 INTRODUCTION = """# Quality at equal cost
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.data.files import FILE_LOADERS
 from sparse_unsloth.data.smollm2 import resolve_model
-from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.reporting.tables import StudyError
 
 SST2 = "stanfordnlp/sst2"
 TEXT_COLUMNS = ("sentence", "text", "review")

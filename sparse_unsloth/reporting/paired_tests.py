@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from sparse_unsloth.study.tables import Row, StudyError, groups
+from sparse_unsloth.reporting.tables import Row, StudyError, groups
 
 TESTS = ("t", "wilcoxon")
 
