@@ -256,6 +256,7 @@ def measure_in_child(args: argparse.Namespace) -> None:
     Shapes come first: Unsloth gives CUDA graphs up for good once it has met more than 8 shapes.
     """
     from sparse_unsloth.bench import speed
+    from sparse_unsloth.cli.bench import parse
 
     plans, budget = plans_of(args), Budget(args.deadline)
     left = {name: [one for one in plan.left() if is_of(one, args)] for name, plan in plans.items()}
@@ -264,9 +265,7 @@ def measure_in_child(args: argparse.Namespace) -> None:
     if left.get("speed"):
         words = ["--model", args.model, "--dtype", args.dtype, "--shapes", ",".join(args.shapes), *SHAPE_STEPS]
         words += ["--arms", ",".join(args.arms), "--methods", ",".join(args.methods)]
-        run = speed.Run(
-            speed.parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget
-        )
+        run = speed.Run(parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget)
         run.measure(left["speed"])
         checked = {one["arm"] or one["method"] for one in left["speed"]} - run.failed
     time_all(model, left["mixed"], partial(_emit, "mixed"), budget, checked)

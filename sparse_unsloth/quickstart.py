@@ -23,13 +23,14 @@ from trl import SFTTrainer
 
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, step_flops
-from sparse_unsloth.doctor import check_can_train, environment
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.recipe import Recipe, load_recipe
 from sparse_unsloth.report import save_report, terminal_table
 from sparse_unsloth.train import build_trainer
+from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils.environment import environment
 
 RECIPE = "quickstart"
 # TRL 1.14 computes the logits of whole chunks of this many rows, and once more in backward.

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
+from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_checkpoint, read_state, stored_checkpoints
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
@@ -31,12 +32,11 @@ from sparse_unsloth.data.ledger import HELD_OUT, TRAINING, Ledger, settle
 from sparse_unsloth.data.smollm2 import resolve_base, resolve_model
 from sparse_unsloth.data.templates import not_written
 from sparse_unsloth.distributed import from_main, is_main, world_size
-from sparse_unsloth.doctor import check_can_train, environment
 from sparse_unsloth.errors import BackendError, DataError
 from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
 from sparse_unsloth.faults import SetUp, check_output
-from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel, explain_backend
+from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
@@ -50,7 +50,9 @@ from sparse_unsloth.saved_adapters import (
     is_lost,
     named_targets,
 )
+from sparse_unsloth.training.requirements import check_can_train
 from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.environment import environment
 
 logger = logging.getLogger("sparse_unsloth")
 

@@ -25,7 +25,7 @@ from sparse_unsloth.bench.table import (
     read_table,
     report,
 )
-from sparse_unsloth.cli import main
+from sparse_unsloth.cli import bench, main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
@@ -59,7 +59,7 @@ def test_help_lists_methods_and_shapes(capsys):
 
 
 def test_importing_the_benchmark_leaves_unsloth_the_first_place():
-    code = "import sys, sparse_unsloth.bench.speed; print({'transformers', 'peft', 'trl'} & sys.modules.keys())"
+    code = "import sys, sparse_unsloth.cli.bench; print({'transformers', 'peft', 'trl'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
@@ -259,7 +259,7 @@ def run(model, tmp_path, monkeypatch):
 
     def make(*words):
         out = tmp_path / "speed.csv"
-        args = speed.parse(["--model", "m", "--date", "today", "--out", str(out), "--arms", "", *words])
+        args = bench.parse(["--model", "m", "--date", "today", "--out", str(out), "--arms", "", *words])
         plan = runs.Plan(out, SPEED, runs.pieces_of(args, speed.cases_of(args)), "a run", {"date": "today"})
         made = speed.Run(args, model, plan.write, processes.Budget(args.deadline))
         made.turns, made.plan = turns, plan
@@ -336,7 +336,7 @@ def test_a_shape_without_memory_is_left_out(run, monkeypatch, capsys):
 def test_runs_of_one_command():
     first = ["--model", "m", "--shapes", "wizardlm", "--steps", "5"]
     second = ["--dtype", "bf16", "--shapes", "all"]
-    runs = speed.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
+    runs = bench.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
     assert [(run.dtype, run.checkpointing, len(run.shapes), run.steps) for run in runs] == [
         ("4bit", "unsloth", 1, 5),
         ("bf16", "unsloth", 6, 5),
@@ -427,10 +427,10 @@ def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
 
 def test_shapes_to_profile():
     words = ["--model", "m", "--shapes", "wizardlm,csr170k"]
-    assert speed.parse(words).profile == []
-    assert speed.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
-    assert [args.profile for args in speed.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
+    assert bench.parse(words).profile == []
+    assert bench.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
+    assert [args.profile for args in bench.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
         ["csr170k"], []
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="--profile names host, which is none of the shapes wizardlm, csr170k"):
-        speed.parse([*words, "--profile", "host"])
+        bench.parse([*words, "--profile", "host"])

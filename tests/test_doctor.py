@@ -8,9 +8,11 @@ import torch
 from packaging.version import Version
 from rich.console import Console
 
-from sparse_unsloth import doctor
+from sparse_unsloth.bench.trial import Trial
+from sparse_unsloth.cli import doctor
 from sparse_unsloth.errors import BackendError
-from sparse_unsloth.trial import Trial
+from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils.environment import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -84,29 +86,22 @@ def test_trl_that_needs_a_gpu_is_refused_without_one(versions, version):
     versions["trl"] = version
     assert finding("TRL without a GPU").status == "problem"
     with pytest.raises(BackendError, match=rf"TRL {version} computes its loss in Triton .* `pip install 'trl<1\.15'`"):
-        doctor.check_can_train()
+        check_can_train()
 
 
 @pytest.mark.parametrize("version", ["1.14.2", "1.7.0"])
 def test_older_trl_trains_anywhere(versions, version):
     versions["trl"] = version
-    doctor.check_can_train()
-    doctor.check_can_train(use_cpu=True)
+    check_can_train()
+    check_can_train(use_cpu=True)
 
 
 def test_a_gpu_that_is_not_used_does_not_help(versions, monkeypatch):
     versions["trl"] = "1.15.0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    doctor.check_can_train()
+    check_can_train()
     with pytest.raises(BackendError, match="cannot train without a GPU"):
-        doctor.check_can_train(use_cpu=True)
-
-
-def test_backend_that_is_not_there_yet_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "explain_backend", lambda backend: ("none_such", "GPU and more"))
-    item = finding("backend")
-    assert item.status == "problem"
-    assert "--backend peft" in item.cure
+        check_can_train(use_cpu=True)
 
 
 def test_quickstart_needs_are_notes(monkeypatch, versions):
@@ -146,7 +141,7 @@ def test_kernels_of_a_gpu_are_named(monkeypatch):
 def test_environment_is_plain_data():
     import json
 
-    found = doctor.environment()
+    found = environment()
     assert json.loads(json.dumps(found)) == found
     assert Version(found["packages"]["torch"]).release == Version(torch.__version__).release
     assert found["cpu_cores"] >= 1

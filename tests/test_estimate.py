@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from sparse_unsloth.cli import main
+from sparse_unsloth.cli.arguments import parse
+from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs import ModelShape, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.forecast import recorded
-from sparse_unsloth.forecast.command import _recipe, build_parser
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.text import report
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.recipe import load_recipe
-from sparse_unsloth.words import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import counter

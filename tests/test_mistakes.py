@@ -12,7 +12,8 @@ import yaml
 from transformers import TrainerCallback
 
 from sparse_unsloth import train as train_module
-from sparse_unsloth.cli import main, take_debug
+from sparse_unsloth.cli import main
+from sparse_unsloth.cli.main import take_debug
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.faults import explain

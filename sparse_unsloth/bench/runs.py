@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, version_of, why_absent
+from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_absent
 from sparse_unsloth.bench.methods import BASELINE, backend_of
 from sparse_unsloth.bench.models import load_arm, load_model
 from sparse_unsloth.bench.processes import Parent, Process
 from sparse_unsloth.bench.table import Kind, append_rows, read_table, table_of_run, with_ratios, write_table
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.utils.environment import version_of
 
 Piece = Mapping[str, str]
 """What one row is to time, by the columns that say it; rows of methods have an empty ``arm``."""

@@ -14,13 +14,7 @@ from torch import Tensor
 from sparse_unsloth.reporting.figures import new_figure, save_figure
 from sparse_unsloth.reporting.paired_tests import compare_methods
 from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write_csv
-from sparse_unsloth.study.approximation import (
-    LOW_RANK,
-    MAGNITUDE,
-    Decomposition,
-    low_rank_loss,
-    magnitude_loss,
-)
+from sparse_unsloth.study.approximation import LOW_RANK, MAGNITUDE, Decomposition, low_rank_loss, magnitude_loss
 from sparse_unsloth.study.checkpoint import StoredLayer, find_checkpoint, linear_layers
 from sparse_unsloth.study.whitening import input_moments, read_texts, whiten
 

@@ -6,8 +6,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from sparse_unsloth.cli.arguments import command_parser, parse, recipe_source
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.words import command_parser, parse, recipe_source
 
 DESCRIPTION = """\
 Says, before any training, what sparsity will gain: the context share of the data under this template and loss setting,

