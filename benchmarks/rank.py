@@ -104,8 +104,8 @@ def summarise(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed: int) -> dict[str, Any]:
     from sparse_unsloth import rank as rank_sparse
     from sparse_unsloth.quickstart import evaluate
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import build_trainer
 
     words = ["--sparsity", "dense", "--max_steps", str(arguments.steps), "--seed", str(seed), "--do_eval", "true"]
     words += ["--lora_r", str(rank), "--lora_alpha", str(ALPHA), "--use_rslora", "true", *arguments.overrides]

@@ -114,8 +114,8 @@ def convert(gguf: Path, model: Path) -> None:
 
 def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Path:
     """One run through the recipe, unless it is done; returns its folder."""
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import run
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import run
 
     folder = arguments.work / f"{name}-{kind}-{seed}"
     metrics = folder / "metrics.json"

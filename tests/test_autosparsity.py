@@ -460,7 +460,7 @@ def test_a_calibrated_recipe_beats_the_preset_at_its_flops_on_a_real_model(tmp_p
     from sparse_unsloth.cli.calibrate import calibrate_recipe
     from sparse_unsloth.data.smollm2 import smollm2_checkpoint
     from sparse_unsloth.errors import DataError
-    from sparse_unsloth.recipe import load_recipe
+    from sparse_unsloth.training.recipe import load_recipe
 
     try:
         smollm2_checkpoint()

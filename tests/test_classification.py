@@ -244,8 +244,8 @@ def test_metrics_of_tasks():
 
 
 def test_unsloth_has_no_heads(tmp_path):
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import build_trainer
 
     words_ = ["--use_cpu", "--bf16", "false", "--backend", "unsloth", "--output_dir", str(tmp_path)]
     with pytest.raises(BackendError, match="no fast path for classification heads"):

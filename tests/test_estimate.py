@@ -17,7 +17,7 @@ from sparse_unsloth.forecast import recorded
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.text import report
 from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.recipe import load_recipe
+from sparse_unsloth.training.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import counter
@@ -160,7 +160,7 @@ def test_samples_that_are_looked_at(recipe):
 def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpointing):
     """The real trainer's model on the real trainer's batch."""
     from sparse_unsloth import get_state
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.run import build_trainer
 
     if "lora_target_modules" in changes and (is_sparse or checkpointing):
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")

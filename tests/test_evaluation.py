@@ -32,8 +32,8 @@ PROBLEM = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The run folders of a dense causal model in the Alpaca form, and of a classifier, as `train` leaves them."""
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import run
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import run
 
     folder = tmp_path_factory.mktemp("runs")
     checkpoint = words.save_checkpoint(folder / "model", max_position_embeddings=4096)

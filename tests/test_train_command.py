@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.recipe import load_recipe
+from sparse_unsloth.training.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import counter
@@ -324,7 +324,7 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
 def test_evaluation_counts_answers_by_hand(training):
     """Against log-probabilities taken one sample at a time, without padding."""
     from sparse_unsloth.quickstart import evaluate
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.run import build_trainer
 
     words = ["--sparsity", "dense", "--dataset_test_size", "9", "--do_eval", "--per_device_eval_batch_size", "4"]
     trainer, _ = build_trainer(load_recipe(training, words))
@@ -348,7 +348,7 @@ def test_evaluation_counts_answers_by_hand(training):
 def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkeypatch, checkpointing):
     """Padding is computed forward; O and MLP of the rows of the backward pass twice."""
     from sparse_unsloth import get_state, quickstart
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.run import build_trainer
 
     monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
     words = ["--sparsity", "rows", "--attn_implementation", "eager", "--gradient_checkpointing", checkpointing]

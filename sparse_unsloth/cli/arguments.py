@@ -16,7 +16,7 @@ import yaml
 from sparse_unsloth.errors import SparsityError
 
 if TYPE_CHECKING:
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 
 def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
@@ -95,7 +95,8 @@ def load_recipe_to_train(source: str, overrides: Sequence[str], say: bool = Fals
     """
     from sparse_unsloth.backends.choose import explain_backend
     from sparse_unsloth.distributed import is_main
-    from sparse_unsloth.recipe import BACKENDS, load_recipe, raw_backend
+    from sparse_unsloth.training.keys import BACKENDS
+    from sparse_unsloth.training.recipe import load_recipe, raw_backend
 
     asked = raw_backend(source, overrides)
     if asked in BACKENDS:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparse_unsloth.autosparsity.search import Calibration
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 BATCH = 8
 """Samples that share one choice of channels, as in the calibration at the start of a training."""
@@ -121,7 +121,7 @@ def calibrate_recipe(
     """
     from sparse_unsloth.autosparsity.report import save
     from sparse_unsloth.autosparsity.search import JOURNAL_FILE, calibrate
-    from sparse_unsloth.recipe import SEQ_CLS
+    from sparse_unsloth.training.keys import SEQ_CLS
 
     if recipe.model.lora_task_type == SEQ_CLS:
         raise CalibrationError(
@@ -149,7 +149,7 @@ def load(recipe: Recipe, counts: tuple[int, int, int]) -> tuple[nn.Module, list,
     """The model with its adapters, dense and not attached, and three lists of batches of different samples."""
     from sparse_unsloth.attachment import detach
     from sparse_unsloth.config import SparsityConfig
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.run import build_trainer
 
     trainer, _ = build_trainer(replace(recipe, sparsity=SparsityConfig()))
     detach(trainer.model)

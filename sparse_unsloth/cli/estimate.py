@@ -72,7 +72,7 @@ def _on_any_machine(source: str, overrides: list[str]):
     """The recipe as for the machine that will train it: 16-bit keys are refused where there is no GPU."""
     import torch
 
-    from sparse_unsloth.recipe import load_recipe, raw_values
+    from sparse_unsloth.training.recipe import load_recipe, raw_values
 
     if raw_values(source, overrides).get("use_cpu") is True or torch.cuda.is_available():
         return load_recipe(source, overrides)

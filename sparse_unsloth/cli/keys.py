@@ -15,7 +15,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparse_unsloth.recipe import describe, recipe_keys
+    from sparse_unsloth.training.keys import describe, recipe_keys
 
     word = arguments.word.lower()
     keys = [key for key in recipe_keys().values() if word in key.name.lower() or word in key.help.lower()]

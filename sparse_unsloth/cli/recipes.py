@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> int:
     parser = command_parser("recipes", "")
     parser.add_argument("name", nargs="?", help="print this recipe, to be copied and changed")
     name = parser.parse_args(words).name
-    from sparse_unsloth.recipe import find_recipe, shipped_recipes
+    from sparse_unsloth.training.document import find_recipe, shipped_recipes
 
     if name is not None:
         print(find_recipe(name).read_text(encoding="utf-8"), end="")

@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     recipe = load_recipe_to_train(arguments.recipe, arguments.overrides, say=True)
 
     from sparse_unsloth.distributed import is_main
-    from sparse_unsloth.train import run
+    from sparse_unsloth.training.run import run
 
     result = run(recipe)
     if is_main() and result.trained:

@@ -14,7 +14,7 @@ from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.data.smollm2 import resolve_model
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import save_results
-from sparse_unsloth.recipe import SEQ_CLS
+from sparse_unsloth.training.keys import SEQ_CLS
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from torch import nn
 from sparse_unsloth.data.smollm2 import resolve_model
 from sparse_unsloth.data.templates import CHAT_TEMPLATE
 from sparse_unsloth.errors import DataError, SparsityError
-from sparse_unsloth.recipe import raw_values
 from sparse_unsloth.saved_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
@@ -29,6 +28,7 @@ from sparse_unsloth.saved_adapters import (
     load_whole,
     vocabulary_of,
 )
+from sparse_unsloth.training.recipe import raw_values
 from sparse_unsloth.unreadable import first_line
 
 RECIPE_FILE = "recipe.yaml"

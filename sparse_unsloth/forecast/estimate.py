@@ -18,10 +18,10 @@ from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_
 from sparse_unsloth.forecast.recorded import can_record, lengthened
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
-from sparse_unsloth.recipe import SEQ_CLS
+from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 SAMPLES = 1000
 """Samples that are looked at unless told otherwise."""

@@ -15,7 +15,7 @@ from sparse_unsloth.saved_adapters import check_targets, named_targets
 from sparse_unsloth.unreadable import first_line
 
 if TYPE_CHECKING:
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Families that Unsloth runs on its fast path, by ``model_type``."""

@@ -9,8 +9,8 @@ from sparse_unsloth.costs import ATTENTION, MLP
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model
 from sparse_unsloth.forecast.tokens import PADDED, MicroBatch
 from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
-from sparse_unsloth.recipe import Recipe
 from sparse_unsloth.rounding import LENGTHS, round_up
+from sparse_unsloth.training.recipe import Recipe
 
 
 def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from trl import SFTConfig, SFTTrainer
 
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
 PADDED_FAMILIES = ("gemma2", "gpt_oss")

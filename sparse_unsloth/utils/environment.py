@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     names = [PACKAGE, *(requirement.name for requirement in requirements()), *OPTIONAL]
     cuda = torch.cuda.is_available()
     return {
-        "python": platform.pythonversion_of(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
         "cpu_cores": os.cpu_count(),
