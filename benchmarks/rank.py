@@ -103,7 +103,7 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed: int) -> dict[str, Any]:
     from sparse_unsloth import rank as rank_sparse
-    from sparse_unsloth.quickstart import evaluate
+    from sparse_unsloth.quickstart.run import evaluate
     from sparse_unsloth.training.recipe import load_recipe
     from sparse_unsloth.training.run import build_trainer
 

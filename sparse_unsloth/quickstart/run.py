@@ -26,7 +26,7 @@ from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, step_flops
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.faults import SetUp, check_output
 from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.report import save_report, terminal_table
+from sparse_unsloth.quickstart.report import save_report, terminal_table
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
 from sparse_unsloth.training.run import build_trainer
