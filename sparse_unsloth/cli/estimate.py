@@ -52,11 +52,11 @@ def main(words: Sequence[str]) -> int:
     if arguments.samples < 0:
         raise ConfigError(f"--samples must be 0 (all) or more, given {arguments.samples}")
     from sparse_unsloth.forecast.estimate import estimate
-    from sparse_unsloth.forecast.text import report
+    from sparse_unsloth.forecast.report import as_dict, report
 
     recipe = _recipe(names, overrides, arguments.preset)
     result = estimate(recipe, arguments.samples or None, arguments.device, arguments.speed_table)
-    print(json.dumps(result.as_dict(), indent=2) if arguments.json else report(result))
+    print(json.dumps(as_dict(result), indent=2) if arguments.json else report(result))
     return 0
 
 

@@ -23,7 +23,7 @@ from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.costs import ModelShape, attention_pairs, step_flops
-from sparse_unsloth.forecast.measured import usable_rows
+from sparse_unsloth.forecast.speed_table import usable_rows
 from sparse_unsloth.quality.arms import Arm, StepPlan
 from sparse_unsloth.quality.batches import Counts
 

@@ -1,16 +1,15 @@
-"""An estimate for people: one block for each question."""
+"""An estimate as text, one block for each question, and as plain data."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import Any
 
 from sparse_unsloth.forecast.advice import advice
 from sparse_unsloth.forecast.memory import ASSUMPTIONS
-
-if TYPE_CHECKING:
-    from sparse_unsloth.forecast.estimate import Estimate, Step
+from sparse_unsloth.forecast.result import Estimate, Step
 
 WIDTH = 110
 
@@ -19,6 +18,23 @@ def report(estimate: Estimate) -> str:
     """The whole text."""
     blocks = (_what, _tokens, _steps, _memory, _advice)
     return "\n\n".join("\n".join(block(estimate)) for block in blocks)
+
+
+def as_dict(estimate: Estimate) -> dict[str, Any]:
+    """Plain data, advice included."""
+    tokens = estimate.tokens
+    of_tokens = asdict(tokens) | {
+        "context_share": tokens.context_share,
+        "shares_of_rows": {role: tokens.share(role) for role in ("context", "dense", "padding")},
+        "rows_per_micro_batch": tokens.rows,
+    }
+    ratios = ("flops_ratio", "speedup", "whole_speedup", "free_speedup", "graphs_speedup")
+    return (
+        asdict(estimate)
+        | {"tokens": of_tokens, "memory": estimate.memory.gib()}
+        | {name: getattr(estimate, name) for name in ratios}
+        | {"advice": advice(estimate)}
+    )
 
 
 def _what(estimate: Estimate) -> Iterator[str]:
