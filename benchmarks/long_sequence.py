@@ -378,9 +378,9 @@ def main(argv: list[str]) -> int:
     began = time.time()
     args = parse(argv)
     if args.draw is not None:
-        import draw_long_sequence
+        import plot_long_sequence
 
-        draw_long_sequence.main(args.draw, read(args.draw))
+        plot_long_sequence.main(args.draw, read(args.draw))
         return 0
     if not args.cpu:
         import unsloth  # noqa: F401  # first, as it asks
@@ -390,7 +390,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    folder = sys.path.pop(0)  # whose kernels.py would answer to transformers' `import kernels`
-    if "--draw" in sys.argv:
-        sys.path.insert(0, folder)
     sys.exit(main(sys.argv[1:]))

@@ -333,5 +333,4 @@ def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     sys.exit(main(sys.argv[1:]))

@@ -323,5 +323,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     sys.exit(main(sys.argv[1:]))

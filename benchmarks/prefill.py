@@ -130,5 +130,4 @@ def append(path: Path, row: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     main()

@@ -30,10 +30,6 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
-    # transformers would take the kernels.py beside this file for Hugging Face's package of that name.
-    sys.path.pop(0)
-
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

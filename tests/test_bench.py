@@ -183,7 +183,7 @@ def test_the_committed_table_can_be_read_and_drawn(tmp_path):
     table = tmp_path / "speed.csv"
     for name in ("speed.csv", "speed-profile.csv"):
         (tmp_path / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
-    draw = load("draw_speed")
+    draw = load("plot_speed")
     draw.main([str(table)])
     assert (tmp_path / "speed.md").read_text() == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
 
@@ -203,7 +203,7 @@ def test_drawing_shows_the_newest_run(tmp_path):
             row("unsloth-dense", dtype="bf16", ms=555.0),
         ],
     )
-    load("draw_speed").main([str(table)])
+    load("plot_speed").main([str(table)])
     text = (tmp_path / "speed.md").read_text()
     assert "999.0" not in text
     assert "| wizardlm | sparse-o2 | 30.0 | 29.0 to 31.0 | 273067 | 3.00 | 0.50 | 2.00x |  | 2.00x | 2.41x |" in text
@@ -219,7 +219,7 @@ def test_a_baseline_measured_again_counts_for_what_comes_behind_it(tmp_path):
     append_rows(table, [*first, row("unsloth-dense", ms=90.0), row("sparse-50", ms=45.0)])
     compared = {one.row["method"]: one.speedup for one in compare(read_rows(table), None)}
     assert compared == {"unsloth-dense": 1, "sparse-o2": 2, "rows-25": 1.5, "sparse-50": 2}
-    load("draw_speed").main([str(table)])
+    load("plot_speed").main([str(table)])
     found = [line.split(" | ") for line in (tmp_path / "speed.md").read_text().splitlines() if "| wizardlm" in line]
     assert [(cells[1], cells[7]) for cells in found] == [
         ("unsloth-dense", ""), ("sparse-o2", "2.00x"), ("rows-25", "1.50x"), ("unsloth-dense", ""),
@@ -398,7 +398,7 @@ def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
     assert [(r["kind"], r["ms"], r["launches"]) for r in rows if r["date"] == "2026-01-02"][:4] == [
         ("whole step", 100.0, 10), ("matrix products", 60.0, 7), ("gated unit", 20.0, 3), ("no kernel running", 15.0, 0)
     ]  # fmt: skip
-    load("draw_speed").main([str(tmp_path / "speed.csv")])
+    load("plot_speed").main([str(tmp_path / "speed.csv")])
     text = (tmp_path / "speed.md").read_text()
     assert "## x, x, x, checkpointing x, wizardlm" in text
     assert "| | unsloth-dense | sparse-50 |" in text

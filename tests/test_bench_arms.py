@@ -621,7 +621,7 @@ def test_arms_are_timed_once_for_further_runs(gpu, tmp_path, capsys):
 
 
 def test_arms_are_drawn_beside_the_methods_of_their_run(tmp_path):
-    spec = importlib.util.spec_from_file_location("benchmarks_draw_speed", ROOT / "benchmarks" / "draw_speed.py")
+    spec = importlib.util.spec_from_file_location("benchmarks_plot_speed", ROOT / "benchmarks" / "plot_speed.py")
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
     table = tmp_path / "speed.csv"

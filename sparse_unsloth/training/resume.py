@@ -15,11 +15,7 @@ from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_chec
 from sparse_unsloth.distributed import world_size
 from sparse_unsloth.errors import RecipeError
 from sparse_unsloth.faults import check_output
-from sparse_unsloth.saved_adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_FOLDER,
-    SETTINGS,
-)
+from sparse_unsloth.saved_adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, SETTINGS
 from sparse_unsloth.training.keys import recipe_keys
 from sparse_unsloth.training.recipe import Recipe, raw_values
 from sparse_unsloth.training.step_times import StepTimer

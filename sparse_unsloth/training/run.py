@@ -33,13 +33,7 @@ from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageMode
 from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
-from sparse_unsloth.saved_adapters import (
-    ADAPTER_FOLDER,
-    check_targets,
-    find_adapter,
-    is_lost,
-    named_targets,
-)
+from sparse_unsloth.saved_adapters import ADAPTER_FOLDER, check_targets, find_adapter, is_lost, named_targets
 from sparse_unsloth.training.keys import SEQ_CLS
 from sparse_unsloth.training.recipe import Recipe
 from sparse_unsloth.training.requirements import check_can_train

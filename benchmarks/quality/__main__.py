@@ -1,14 +1,14 @@
 """What sparsity costs in quality, at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
 
-    python benchmarks/quality.py prepare                     # no GPU: generates and tokenises the tasks
-    python benchmarks/quality.py pilot --seconds 200         # step times, and how near its plateau dense training is
-    python benchmarks/quality.py run --tasks A --steps 900 --seconds 520
-    python benchmarks/quality.py recount                     # no GPU: costs anew, after a change of the cost model
-    python benchmarks/quality.py report                      # quality.md and quality.png from quality.csv
+    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks
+    python -m benchmarks.quality pilot --seconds 200         # step times, and how near its plateau dense training is
+    python -m benchmarks.quality run --tasks A --steps 900 --seconds 520
+    python -m benchmarks.quality recount                     # no GPU: costs anew, after a change of the cost model
+    python -m benchmarks.quality report                      # quality.md and quality.png from quality.csv
 
 `run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
-begins no setting that would not end within --seconds. Several processes may share a folder --out, with arms of their
-own each: `quality_gpu.sh` does so.
+begins no setting that would not end within --seconds. Several processes may share a folder --out, with settings of
+their own each: `gpu.sh` does so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT / ".quality" / "data.npz"
 RESERVE = 1.15
@@ -37,7 +37,9 @@ RESERVE = 1.15
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="generate and tokenise the tasks")
     preparing.add_argument("--seeds", type=int, default=5)
@@ -45,7 +47,7 @@ def main(words: list[str] | None = None) -> None:
     pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
     running = commands.add_parser("run", help="train and evaluate")
     running.add_argument("--tasks", default="A,B,C", help="default: %(default)s")
-    running.add_argument("--arms", help="names parted by commas, instead of the task's own list")
+    running.add_argument("--settings", help="names parted by commas, instead of the task's own list")
     for command in (pilot, running):
         command.add_argument("--steps", type=int, default=900, help="of the dense run (default: %(default)s)")
         command.add_argument("--items", type=int, default=3200, help="training items a seed (default: %(default)s)")
@@ -75,8 +77,8 @@ def main(words: list[str] | None = None) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
+    from benchmarks.quality import tasks
     from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
-    from sparse_unsloth.quality import tasks
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
     for line in tasks.prepare(arguments.data, tokenizer, arguments.seeds, arguments.shrink).values():
@@ -86,41 +88,43 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def pilot(arguments: argparse.Namespace) -> None:
     """Step times of dense and sparse steps, then dense at two lengths and the two ways to be sparse."""
-    from sparse_unsloth.quality.arms import ARMS
+    from benchmarks.quality.settings import SETTINGS
 
     began, model = time.perf_counter(), load_model(arguments.model)
     experiment = make_experiment(arguments, model, "A")
     print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
     pace = 0.0
     for name in ("dense", "default", "dense-75", "channels-50"):
-        if time.perf_counter() - began + RESERVE * pace * ARMS[name].steps > arguments.seconds:
+        if time.perf_counter() - began + RESERVE * pace * SETTINGS[name].steps > arguments.seconds:
             break
-        outcome = experiment.run(ARMS[name])
+        outcome = experiment.run(SETTINGS[name])
         show(name, outcome)
-        pace = outcome.seconds / ARMS[name].steps
+        pace = outcome.seconds / SETTINGS[name].steps
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from sparse_unsloth.quality.arms import ARMS, SHORT
-    from sparse_unsloth.quality.table import append_rows, read_rows, with_equivalents
+    from benchmarks.quality.settings import SETTINGS, SHORT
+    from benchmarks.quality.table import append_rows, read_rows, with_equivalents
 
     began, model = time.perf_counter(), load_model(arguments.model)
     path = arguments.out / "quality.csv"
     for task in arguments.tasks.split(","):
         keep_settings(arguments, task)
-        names = arguments.arms.split(",") if arguments.arms else (list(ARMS) if task == "A" else list(SHORT))
+        names = (
+            arguments.settings.split(",") if arguments.settings else (list(SETTINGS) if task == "A" else list(SHORT))
+        )
         done = {row["config"] for row in read_rows(path) if row["task"] == task}
         names, experiment, pace = [name for name in names if name not in done], None, None
         print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
         for name in names:
             spent = time.perf_counter() - began
-            if pace is not None and spent + RESERVE * (pace[0] * ARMS[name].steps + pace[1]) > arguments.seconds:
+            if pace is not None and spent + RESERVE * (pace[0] * SETTINGS[name].steps + pace[1]) > arguments.seconds:
                 print(f"{spent:.0f} s are spent: {name} and what follows is left to another call", flush=True)
                 return
             if experiment is None:
                 experiment = make_experiment(arguments, model, task)
                 print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
-            outcome = experiment.run(ARMS[name])
+            outcome = experiment.run(SETTINGS[name])
             show(name, outcome)
             common = {"date": now(), "commit": arguments.commit or commit(), "device": device_name(), "task": task}
             rows = [
@@ -142,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
                 append_rows(path, with_equivalents(known + rows)[len(known) :])
                 with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
-            pace = outcome.train_seconds / ARMS[name].steps, outcome.seconds - outcome.train_seconds
+            pace = outcome.train_seconds / SETTINGS[name].steps, outcome.seconds - outcome.train_seconds
         del experiment
         gc.collect()
         if torch.cuda.is_available():
@@ -150,8 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    from sparse_unsloth.quality.report import draw, markdown
-    from sparse_unsloth.quality.table import read_rows
+    from benchmarks.quality.report import draw, markdown
+    from benchmarks.quality.table import read_rows
 
     rows = read_rows(arguments.out / "quality.csv")
     if not rows:
@@ -162,7 +166,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 def update(arguments: argparse.Namespace) -> None:
     """For rows that were written before their task's dense trainings."""
-    from sparse_unsloth.quality.table import read_rows, with_equivalents, write_rows
+    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
 
     path = arguments.out / "quality.csv"
     write_rows(path, with_equivalents(read_rows(path)))
@@ -170,8 +174,8 @@ def update(arguments: argparse.Namespace) -> None:
 
 def recount(arguments: argparse.Namespace) -> None:
     """Both costs of every row, and what follows from them."""
-    from sparse_unsloth.quality.arms import ARMS
-    from sparse_unsloth.quality.table import read_rows, with_equivalents, write_rows
+    from benchmarks.quality.settings import SETTINGS
+    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
 
     path, model = arguments.out / "quality.csv", load_model(arguments.model)
     rows = read_rows(path)
@@ -181,20 +185,20 @@ def recount(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, settings[name])
         experiment, known = make_experiment(arguments, model, task), {}
         for row in rows:
-            if row["task"] != task or row["config"] not in ARMS:  # or of code that was deleted
+            if row["task"] != task or row["config"] not in SETTINGS:  # or of code that was deleted
                 continue
             key = row["config"], int(row["seed"])
             if key not in known:
-                known[key] = experiment.costs(ARMS[key[0]], key[1])
+                known[key] = experiment.costs(SETTINGS[key[0]], key[1])
             row["cost_flops"], row["cost_time"] = known[key]
     write_rows(path, with_equivalents(rows))
 
 
 def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task: str):
-    from sparse_unsloth.quality.cost import StepTimes
-    from sparse_unsloth.quality.experiment import Experiment
-    from sparse_unsloth.quality.network import layer_forward
-    from sparse_unsloth.quality.tasks import TASKS, read_items
+    from benchmarks.quality.cost import StepTimes
+    from benchmarks.quality.experiment import Experiment
+    from benchmarks.quality.network import layer_forward
+    from benchmarks.quality.tasks import TASKS, read_items
 
     settings = settings_of(arguments)
     layer = layer_forward
@@ -216,9 +220,9 @@ def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task:
 
 
 def settings_of(arguments: argparse.Namespace):
-    from sparse_unsloth.quality.experiment import Settings
+    from benchmarks.quality.experiment import TrainingSettings
 
-    return Settings(
+    return TrainingSettings(
         arguments.steps, arguments.items, arguments.seeds, batch_size=arguments.batch_size, rate=arguments.rate
     )
 
@@ -313,5 +317,4 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     main()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from benchmarks.quality.network import DENSE, Mode
 from sparse_unsloth.layer_rules import expand
-from sparse_unsloth.quality.network import DENSE, Mode
 from sparse_unsloth.schedule import Schedule
 from sparse_unsloth.selection import keep_count
 
@@ -22,8 +22,8 @@ class StepPlan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One setting.
+class Setting:
+    """One setting of a comparison.
 
     Attributes:
         steps: share of the dense run's optimiser steps, with a learning rate schedule of its own.
@@ -71,20 +71,20 @@ class Arm:
         return [full if step in sparse else dense for step in range(steps)]
 
 
-def half(share: float, **changes) -> Arm:
-    """An arm that leaves out ``share`` of the MLP channels of every layer but the first."""
-    return Arm(mlp={"1-29": share}, **changes)
+def half(share: float, **changes) -> Setting:
+    """A setting that leaves out ``share`` of the MLP channels of every layer but the first."""
+    return Setting(mlp={"1-29": share}, **changes)
 
 
-def rows(share: float, **changes) -> Arm:
+def rows(share: float, **changes) -> Setting:
     """An exact forward, whose backward pass goes on through ``share`` of the context rows in every layer."""
-    return Arm(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
+    return Setting(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
 
 
 DENSE_SHARES = {"dense": 1.0, "dense-75": 0.75, "dense-65": 0.65, "dense-50": 0.5, "dense-30": 0.3}
 
-ARMS: dict[str, Arm] = {
-    **{name: Arm(steps=share) for name, share in DENSE_SHARES.items()},
+SETTINGS: dict[str, Setting] = {
+    **{name: Setting(steps=share) for name, share in DENSE_SHARES.items()},
     "channels-50": half(0.5),
     "random": half(0.5, selector="random"),
     # Gradients of context rows are uneven: most of them is in few rows.

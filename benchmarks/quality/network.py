@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.quality.batches import Batch, Layout
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.energy import base_weight
 from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.layers import find_layers
-from sparse_unsloth.quality.batches import Batch, Layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -138,7 +138,7 @@ def read_items(path: Path, task: str, split: str) -> Items:
         SparsityError: no such file, task or split.
     """
     if not path.exists():
-        raise SparsityError(f"{path} does not exist: run `python benchmarks/quality.py prepare --data {path}` first.")
+        raise SparsityError(f"{path} does not exist: run `python -m benchmarks.quality prepare --data {path}` first.")
     with np.load(path) as file:
         if f"{task}/{split}/lengths" not in file:
             raise SparsityError(f"{path} holds no {task}/{split}; it was prepared with fewer seeds, or other tasks.")

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_unsloth.quality.arms import ARMS, CONTROLS, DENSE_SHARES
-from sparse_unsloth.quality.table import Row, dense_curves, holm, paired, with_equivalents
-from sparse_unsloth.quality.tasks import TASKS
+from benchmarks.quality.settings import CONTROLS, DENSE_SHARES, SETTINGS
+from benchmarks.quality.table import Row, dense_curves, holm, paired, with_equivalents
+from benchmarks.quality.tasks import TASKS
 from sparse_unsloth.reporting.figures import new_figure, save_figure
 
 INTRODUCTION = """# Quality at equal cost
@@ -23,9 +23,9 @@ itself), never that of the masks used here.
 *equal cost*: answer loss minus that of a dense run of the same FLOPs (*time*: of the same time), on the dense curve of
 the same seed; negative is better than stopping earlier. Mean, 95 % interval over seeds (paired t), and p, corrected for
 all settings of the task (Holm). *dense steps*: the share of dense steps that gives the same loss, "-" below 30 %.
-*sparse forward*: answer loss when prompts are computed as they were in training. Made by `benchmarks/quality.py
-report`; what the settings are: `sparse_unsloth/quality/arms.py`. `cut` and `comp-*` are of code that was deleted, see
-`quality-notes.md`.
+*sparse forward*: answer loss when prompts are computed as they were in training. Made by
+`python -m benchmarks.quality report`; what the settings are: `benchmarks/quality/settings.py`. `cut` and `comp-*` are of
+code that was deleted, see `quality-notes.md`.
 
 ![Answer loss against cost](quality.png)
 """
@@ -130,7 +130,7 @@ def _plateau(rows: Sequence[Row]) -> str:
 
 def _names(rows: Sequence[Row]) -> list[str]:
     present = {row["config"] for row in rows}
-    return [name for name in ARMS if name in present] + sorted(present - set(ARMS))
+    return [name for name in SETTINGS if name in present] + sorted(present - set(SETTINGS))
 
 
 def _of(rows: Sequence[Row], name: str) -> list[Row]:

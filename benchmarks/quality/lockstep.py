@@ -9,8 +9,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from sparse_unsloth.quality.batches import Batch, Layout
-from sparse_unsloth.quality.network import (
+from benchmarks.quality.batches import Batch, Layout
+from benchmarks.quality.network import (
     PROJECTIONS,
     Mode,
     Network,

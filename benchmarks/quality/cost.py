@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.quality.batches import Counts
+from benchmarks.quality.settings import Setting, StepPlan
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.costs import ModelShape, attention_pairs, step_flops
 from sparse_unsloth.forecast.speed_table import usable_rows
-from sparse_unsloth.quality.arms import Arm, StepPlan
-from sparse_unsloth.quality.batches import Counts
 
 BASELINES = ("unsloth-dense-exact", "unsloth-dense")
 """Of measured times; the first that the run has."""
@@ -177,16 +177,21 @@ def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
     return float(np.interp(at, places, [float(np.median(points[place])) for place in places]))
 
 
-def measured_method(arm: Arm) -> str | None:
-    """The method of speed.csv whose sparse step is that of ``arm``."""
-    shares = set(arm.mlp.values())
-    if arm.kind == "rows":
+def measured_method(setting: Setting) -> str | None:
+    """The method of speed.csv whose sparse step is that of ``setting``."""
+    shares = set(setting.mlp.values())
+    if setting.kind == "rows":
         return ROW_METHODS.get(round(1 - min(shares), 6))
-    return SPARSE_METHODS.get(next(iter(shares))) if list(arm.mlp) == ["1-29"] else None
+    return SPARSE_METHODS.get(next(iter(shares))) if list(setting.mlp) == ["1-29"] else None
 
 
 def costs(
-    arm: Arm, flops: Sequence[int], dense_flops: Sequence[int], calibration: int, times: StepTimes, context: float
+    setting: Setting,
+    flops: Sequence[int],
+    dense_flops: Sequence[int],
+    calibration: int,
+    times: StepTimes,
+    context: float,
 ) -> tuple[float, float]:
     """``(FLOPs, time)`` of a run over those of the dense run.
 
@@ -195,7 +200,7 @@ def costs(
         calibration: FLOPs of calibration passes.
         context: context share of the tokens.
     """
-    method, total = measured_method(arm), sum(dense_flops)
+    method, total = measured_method(setting), sum(dense_flops)
     shares = Counter(round(own / dense, 4) for own, dense in zip(flops, dense_flops, strict=False))
     time = sum(
         number * (1.0 if share >= 0.9995 else times.share(share, context, method)) for share, number in shares.items()

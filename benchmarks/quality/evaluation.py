@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparse_unsloth.quality.batches import Batches
-from sparse_unsloth.quality.lockstep import Lockstep
-from sparse_unsloth.quality.network import Mode, answer_logits
+from benchmarks.quality.batches import Batches
+from benchmarks.quality.lockstep import Lockstep
+from benchmarks.quality.network import Mode, answer_logits
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quality.tasks import Items
 from sparse_unsloth.calibration import collect_statistics
 from sparse_unsloth.config import EstimatorConfig, LayerSparsity
 from sparse_unsloth.estimator import build_estimator
 from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import IGNORE_INDEX
-from sparse_unsloth.quality.tasks import Items
 
 FACTOR_RANK = 8
 SAMPLES = 32

@@ -3,22 +3,23 @@
 # overlap with training. Goes on from the settings that OUT has (else from those of benchmarks/results), so it may be
 # called again; the most telling settings come first, and none begins that would not end in time.
 #
-#   bash benchmarks/quality_gpu.sh SECONDS OUT                  # OUT gets quality.csv, -details.jsonl, -settings.json, logs
-#   cp OUT/quality* benchmarks/results/ && python benchmarks/quality.py update && python benchmarks/quality.py report
+#   bash benchmarks/quality/gpu.sh SECONDS OUT                  # OUT gets quality.csv, -details.jsonl, -settings.json, logs
+#   cp OUT/quality* benchmarks/results/ && python -m benchmarks.quality update && python -m benchmarks.quality report
 #
-# From outside, if need be: MODEL, DATA (made by `quality.py prepare`), COMMIT, PYTHON; STEPS_A, STEPS_B, STEPS_C, ITEMS,
-# and FLAGS for more options of `quality.py run` (rehearsal on a CPU: FLAGS="--seeds 2 --test 20 --batch-size 4").
+# From outside, if need be: MODEL, DATA (made by `prepare`), COMMIT, PYTHON; STEPS_A, STEPS_B, STEPS_C, ITEMS,
+# and FLAGS for more options of `run` (rehearsal on a CPU: FLAGS="--seeds 2 --test 20 --batch-size 4").
 set -u
 LIMIT=$1 OUT=$2
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 MODEL=${MODEL:-/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} DATA=${DATA:-$ROOT/.quality/data.npz}
 COMMIT=${COMMIT:-$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
 mkdir -p "$OUT"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"  # where `-m benchmarks.quality` is found
 if [ ! -e "$OUT/quality.csv" ]; then cp "$ROOT"/benchmarks/results/quality{.csv,-details.jsonl,-settings.json} "$OUT/"; fi
 
-task() { # NAME STEPS ARMS
-  timeout "$LIMIT" "${PYTHON:-python}" -u "$ROOT/benchmarks/quality.py" run --tasks "$1" --steps "$2" --arms "$3" \
+task() { # NAME STEPS SETTINGS
+  timeout "$LIMIT" "${PYTHON:-python}" -u -m benchmarks.quality run --tasks "$1" --steps "$2" --settings "$3" \
     --items "${ITEMS:-3200}" --model "$MODEL" --data "$DATA" --commit "$COMMIT" --out "$OUT" \
     --seconds $((LIMIT - 8)) ${FLAGS---compile} >"$OUT/$1.log" 2>&1 &
 }

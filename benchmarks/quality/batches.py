@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.quality.tasks import Items
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
-from sparse_unsloth.quality.tasks import Items
 
 GROUPS = 4
 MULTIPLE = 8

@@ -1,7 +1,7 @@
 """Every launcher of kernels/ with inputs of given sizes.
 
-`benchmarks/kernels.py` times these cases, `tests/gpu/sanitize.py` runs them at odd sizes under a memory checker. To add
-a kernel, write a function that yields a `Case` for each of its shapes, and decorate it with `kernel`.
+`python -m benchmarks.kernel_suite` times these cases, `tests/gpu/sanitize.py` runs them at odd sizes under a memory
+checker. To add a kernel, write a function that yields a `Case` for each of its shapes, and decorate it with `kernel`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from kernel_checks import Case
 from torch import Tensor
 
+from benchmarks.kernel_suite.checks import Case
 from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
 from sparse_unsloth.kernels.norms import Order
 from sparse_unsloth.partition import TokenPartition

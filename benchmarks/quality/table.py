@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.quality.settings import DENSE_SHARES
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.quality.arms import DENSE_SHARES
+from sparse_unsloth.reporting import paired_tests
 
 COLUMNS = (
     "date", "commit", "device", "task", "config", "seed", "cost_flops", "cost_time", "answer_nll",
@@ -121,12 +122,8 @@ def with_equivalents(rows: Sequence[Row]) -> list[Row]:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction; NaN stays NaN and does not count."""
-    order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    corrected, largest = [math.nan] * len(p_values), 0.0
-    for place, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - place) * p))
-        corrected[index] = largest
-    return corrected
+    corrected = iter(paired_tests.holm([p for p in p_values if not math.isnan(p)]))
+    return [p if math.isnan(p) else next(corrected) for p in p_values]
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Draws the table of ``sparse-unsloth bench``: reads ``speed.csv``, writes ``speed.md`` and ``speed.png`` beside it.
 
-    python benchmarks/draw_speed.py [benchmarks/results/speed.csv]
+    python benchmarks/plot_speed.py [benchmarks/results/speed.csv]
 
 Of each device, model, dtype and checkpointing mode the newest run is shown, whole, with the arms of Unsloth that it
 timed: try things out with ``--out`` elsewhere. Where a step was profiled (``--profile``, ``speed-profile.csv``), the
@@ -77,7 +77,7 @@ def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str =
         "Forward, backward and AdamW; median, with the 20th and 80th percentile. Speed-up and memory are against dense",
         "Unsloth at the same shape in the same run: its stock arm where arms were timed; *best arm* is the speed-up",
         "over the best of them. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT methods use",
-        "transformers' checkpointing where Unsloth's is named. Made by `benchmarks/draw_speed.py`.",
+        "transformers' checkpointing where Unsloth's is named. Made by `benchmarks/plot_speed.py`.",
         "",
         f"![Speed-up over dense Unsloth]({picture})",
     ]

@@ -10,18 +10,18 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from sparse_unsloth.quality.arms import Arm
-from sparse_unsloth.quality.batches import evaluation_batches, training_batches
-from sparse_unsloth.quality.cost import StepTimes, costs, forward_flops, training_flops
-from sparse_unsloth.quality.evaluation import Figures, evaluate
-from sparse_unsloth.quality.fitting import FACTOR_RANK, SAMPLES, Calibration, calibrate
-from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
-from sparse_unsloth.quality.network import DENSE, layer_forward, read_network
-from sparse_unsloth.quality.tasks import Items
+from benchmarks.quality.batches import evaluation_batches, training_batches
+from benchmarks.quality.cost import StepTimes, costs, forward_flops, training_flops
+from benchmarks.quality.evaluation import Figures, evaluate
+from benchmarks.quality.fitting import FACTOR_RANK, SAMPLES, Calibration, calibrate
+from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
+from benchmarks.quality.network import DENSE, layer_forward, read_network
+from benchmarks.quality.settings import Setting
+from benchmarks.quality.tasks import Items
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What all settings of a task share.
 
     Attributes:
@@ -75,7 +75,7 @@ class Experiment:
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
+        settings: TrainingSettings,
         items: Sequence[Items],
         test: Items,
         calibration_items: Sequence[Items],
@@ -97,7 +97,7 @@ class Experiment:
         self.adapters = Adapters(self.network, seeds, settings.lora_rank)
         self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK)
         self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, layer)
-        self._dense_flops = [self._flops(Arm(), seed) for seed in seeds]
+        self._dense_flops = [self._flops(Setting(), seed) for seed in seeds]
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -105,21 +105,21 @@ class Experiment:
         items = self._calibration_items
         return calibrate(self._model, items, min(SAMPLES, len(items[0])))
 
-    def run(self, arm: Arm, progress: Callable[[str], None] = lambda text: None) -> Outcome:
-        """Trains and evaluates ``arm``."""
+    def run(self, setting: Setting, progress: Callable[[str], None] = lambda text: None) -> Outcome:
+        """Trains and evaluates ``setting``."""
         began = time.perf_counter()
-        shape, steps = self.network.shape, round(self.settings.steps * arm.steps)
-        plans = arm.plan(steps, shape.num_layers, shape.intermediate_size)
-        full = arm.keep(shape.num_layers, shape.intermediate_size)
+        shape, steps = self.network.shape, round(self.settings.steps * setting.steps)
+        plans = setting.plan(steps, shape.num_layers, shape.intermediate_size)
+        full = setting.keep(shape.num_layers, shape.intermediate_size)
         self.lockstep.reset()
         generator = torch.Generator(self.network.head.device).manual_seed(0)
-        if arm.mode != DENSE and arm.kind != "rows":
-            choose(self.sparsity, arm, self.calibration if arm.calibrated else None, generator)
+        if setting.mode != DENSE and setting.kind != "rows":
+            choose(self.sparsity, setting, self.calibration if setting.calibrated else None, generator)
         losses, last = torch.zeros(steps, device=self.network.head.device), None
         self._synchronize()
         started, captured = time.perf_counter(), self.lockstep.capture_seconds
         for step, (plan, rate) in enumerate(zip(plans, self.settings.rates(steps), strict=True)):
-            if arm.selector == "random" and plan.mode.kind == "forward":
+            if setting.selector == "random" and plan.mode.kind == "forward":
                 draw(self.sparsity, generator)
                 last = None
             if plan.mode != DENSE and plan.keep != last:
@@ -133,10 +133,10 @@ class Experiment:
         train_seconds = time.perf_counter() - started - (self.lockstep.capture_seconds - captured)
         dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
         sparse = dense
-        if arm.mode.kind == "forward":
+        if setting.mode.kind == "forward":
             self.sparsity.keep(full)
-            sparse = evaluate(self.lockstep, self._test, self._parts, arm.mode)
-        spent = [self.costs(arm, seed) for seed in range(self.settings.seeds)]
+            sparse = evaluate(self.lockstep, self._test, self._parts, setting.mode)
+        spent = [self.costs(setting, seed) for seed in range(self.settings.seeds)]
         return Outcome(
             dense=dense,
             sparse=sparse,
@@ -147,23 +147,23 @@ class Experiment:
             seconds=time.perf_counter() - began,
         )
 
-    def _flops(self, arm: Arm, seed: int) -> list[int]:
-        shape, steps = self.network.shape, round(self.settings.steps * arm.steps)
-        plans = arm.plan(steps, shape.num_layers, shape.intermediate_size)
+    def _flops(self, setting: Setting, seed: int) -> list[int]:
+        shape, steps = self.network.shape, round(self.settings.steps * setting.steps)
+        plans = setting.plan(steps, shape.num_layers, shape.intermediate_size)
         counts = [self.batches.counts[step][seed] for step in range(steps)]
         return training_flops(shape, plans, counts, self.settings.lora_rank, FACTOR_RANK)
 
-    def costs(self, arm: Arm, seed: int) -> tuple[float, float]:
+    def costs(self, setting: Setting, seed: int) -> tuple[float, float]:
         """``(FLOPs, time)`` of a run over those of the dense one.
 
         Calibrating counts too: two passes over the samples that choose channels.
         """
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
-        if arm.calibrated:
+        if setting.calibrated:
             calibration = 2 * forward_flops(shape, [step[seed] for step in self._calibrated_on], rank)
         share = self.batches.context_share
-        return costs(arm, self._flops(arm, seed), self._dense_flops[seed], calibration, self._times, share)
+        return costs(setting, self._flops(setting, seed), self._dense_flops[seed], calibration, self._times, share)
 
     def _synchronize(self) -> None:
         if self.network.head.is_cuda:
@@ -171,8 +171,8 @@ class Experiment:
 
 
 @torch.no_grad()
-def choose(sparsity: Sparsity, arm: Arm, calibration: Calibration | None, generator: torch.Generator) -> None:
-    """Writes what decides the channels of ``arm``: the calibrated factors, or random ranks."""
+def choose(sparsity: Sparsity, setting: Setting, calibration: Calibration | None, generator: torch.Generator) -> None:
+    """Writes what decides the channels of ``setting``: the calibrated factors, or random ranks."""
     if calibration is None:
         draw(sparsity, generator)
         return

@@ -1,11 +1,11 @@
 """Each kernel of kernels/ against its PyTorch reference and its floor.
 
-    python benchmarks/kernels.py --out FOLDER [--seconds 120] [--only WORD]
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        (a rehearsal without a GPU; its times mean nothing)
+    python -m benchmarks.kernel_suite --out FOLDER [--seconds 120] [--only WORD]
+    TRITON_INTERPRET=1 python -m benchmarks.kernel_suite --tiny      (a rehearsal without a GPU; its times mean nothing)
 
 Sizes are those of one Llama-3-8B layer at the wizardlm shape (8192 rows, 6144 of them context). Inputs are fresh random
 ones (`--seed` draws them again), outputs hold NaN before each run, and nothing more is timed once a kernel differs from
-its reference (`kernel_checks.check`). The floor is the larger of bytes over memory bandwidth and FLOPs over the tensor
+its reference (`checks.check`). The floor is the larger of bytes over memory bandwidth and FLOPs over the tensor
 cores' speed, both measured first. A launch alone costs some microseconds, printed too; small kernels can't beat it.
 
 FOLDER gets kernels.txt, what is printed, and kernels.csv, a row a case.
@@ -28,11 +28,8 @@ import torch
 import triton
 from triton.testing import do_bench
 
-sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import LLAMA_3_8B, TINY, Draw, cases
-from kernel_checks import WrongOutput, check
-
-sys.path.pop(0)  # in this folder `kernels` means this file, and transformers asks for another one
+from benchmarks.kernel_suite.cases import LLAMA_3_8B, TINY, Draw, cases
+from benchmarks.kernel_suite.checks import WrongOutput, check
 
 COLUMNS = (
     "date", "commit", "device", "torch", "triton", "dtype", "seed", "kernel", "shape", "ms", "pytorch_ms", "floor_ms",
@@ -59,7 +56,11 @@ def ceilings(draw: Draw, elements: int, side: int) -> tuple[float, float, float]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, help="folder for kernels.txt and kernels.csv")
     parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name contains this")
     parser.add_argument("--seconds", type=float, default=300, help="no case is begun after so many (%(default)s)")
