@@ -24,8 +24,8 @@ itself), never that of the masks used here.
 the same seed; negative is better than stopping earlier. Mean, 95 % interval over seeds (paired t), and p, corrected for
 all settings of the task (Holm). *dense steps*: the share of dense steps that gives the same loss, "-" below 30 %.
 *sparse forward*: answer loss when prompts are computed as they were in training. Made by
-`python -m benchmarks.quality report`; what the settings are: `benchmarks/quality/settings.py`. `cut` and `comp-*` are of
-code that was deleted, see `quality-notes.md`.
+`python -m benchmarks.quality report`; what the settings are: `benchmarks/quality/settings.py`. `cut` and `comp-*` are
+of code that was deleted, see `quality-notes.md`.
 
 ![Answer loss against cost](quality.png)
 """
