@@ -105,7 +105,7 @@ class Estimate:
         return time_ratio(without.sparse_as_trained or without.dense_as_trained, self.recorded)
 
     @property
-    def flopstime_ratio(self) -> float | None:
+    def flops_ratio(self) -> float | None:
         """FLOPs of the backend's own dense step over those of a sparse one: the limit of the speed-up."""
         return None if self.sparse_as_trained is None else self.dense.flops / self.sparse_as_trained.flops
 
