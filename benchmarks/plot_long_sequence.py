@@ -75,7 +75,6 @@ def _cells(row: dict, dense: dict | None) -> tuple[str, ...]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Tokens a second and peak memory over the length, one line for each method and mode."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines: dict[tuple, list[dict]] = {}
@@ -84,7 +83,6 @@ def draw(rows: list[dict], path: Path) -> None:
             lines.setdefault((layout, mode, tiled, method), []).append(row)
     layouts = [name for name in ("single", "packed") if any(key[0] == name for key in lines)]
     figure = Figure(figsize=(6 * max(len(layouts), 1) + 3, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, max(len(layouts), 1), squeeze=False)
     for column, layout in enumerate(layouts):
         for (where, mode, tiled, method), of in lines.items():

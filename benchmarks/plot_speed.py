@@ -99,11 +99,9 @@ def title(key: tuple[str, str, str, str]) -> str:
 
 def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
     """Grouped bars of the speed-up, one panel for each run; targets are solid lines over their bars, limits dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6 * len(runs)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (key, run) in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True):
         shown = [one for one in compare(run, MODELS.get(key[1])) if one.speedup is not None]
         shown = [one for one in shown if not (one.row["arm"] or is_baseline(one.row) or one.row["shape"] in HOST)]

@@ -14,11 +14,9 @@ FOLDER gets kernels.txt, what is printed, and kernels.csv, a row a case.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +28,8 @@ from triton.testing import do_bench
 
 from benchmarks.kernel_suite.cases import LLAMA_3_8B, TINY, Draw, cases
 from benchmarks.kernel_suite.checks import WrongOutput, check
+from sparse_unsloth.reporting.tables import append_csv
+from sparse_unsloth.utils.environment import commit_of
 
 COLUMNS = (
     "date", "commit", "device", "torch", "triton", "dtype", "seed", "kernel", "shape", "ms", "pytorch_ms", "floor_ms",
@@ -126,11 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, str]:
     """The columns that all rows of a run share."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": commit_of(Path(__file__).parent),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, interpreted",
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -142,10 +140,8 @@ def describe(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
 def write(folder: Path, lines: list[str], rows: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    (folder / "kernels.csv").unlink(missing_ok=True)
+    append_csv(folder / "kernels.csv", rows, COLUMNS)
 
 
 if __name__ == "__main__":

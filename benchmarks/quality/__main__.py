@@ -20,7 +20,6 @@ import fcntl
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from sparse_unsloth.utils.environment import commit_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -126,7 +127,12 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
             outcome = experiment.run(SETTINGS[name])
             show(name, outcome)
-            common = {"date": now(), "commit": arguments.commit or commit(), "device": device_name(), "task": task}
+            common = {
+                "date": now(),
+                "commit": arguments.commit or commit_of(ROOT),
+                "device": device_name(),
+                "task": task,
+            }
             rows = [
                 common
                 | {
@@ -309,11 +315,6 @@ def device_name() -> str:
 
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.quality.settings import DENSE_SHARES
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.reporting import paired_tests
+from sparse_unsloth.reporting.tables import append_csv
 
 COLUMNS = (
     "date", "commit", "device", "task", "config", "seed", "cost_flops", "cost_time", "answer_nll",
@@ -39,13 +40,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows at the end, under a heading if the file is new."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({name: _text(row[name]) for name in COLUMNS} for row in rows)
+    append_csv(path, ({name: _text(row[name]) for name in COLUMNS} for row in rows), COLUMNS)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -25,17 +25,6 @@ SAME_RUN = datetime.timedelta(hours=2)
 """A call goes on with a run that was begun no longer ago."""
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How long, which run, its table; and the words of a child."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
-    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
-    parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
-    parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-
-
 def layouts_of(names: str) -> list[str]:
     """Layouts from names parted by commas.
 

@@ -28,7 +28,7 @@ from sparse_unsloth.bench.table import PROFILE_COLUMNS, SPEED, STEP, append_rows
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import BackendError, SparsityError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE, Graphs
-from sparse_unsloth.utils.environment import version_of
+from sparse_unsloth.utils.environment import commit_of, version_of
 
 if TYPE_CHECKING:
     from sparse_unsloth.bench.checks import PlainSteps
@@ -359,11 +359,9 @@ def describe(args: argparse.Namespace, device: str | None = None) -> dict[str, s
     Args:
         device: the GPU's name; None: asked, which takes memory of the GPU.
     """
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "date": args.date,
-        "commit": commit or "unknown",
+        "commit": commit_of(Path(__file__).parent),
         "device": torch.cuda.get_device_name() if device is None else device,
         "versions": " ".join(f"{name}={version}" for name in PACKAGES if (version := version_of(name))),
         "model": Path(args.model).name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -12,15 +13,7 @@ from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, PADDED, arms_of
 from sparse_unsloth.bench.methods import METHODS, methods_of
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.bench.processes import Parent, own_command, processes_of, serve
-from sparse_unsloth.bench.runs import (
-    Plan,
-    add_run_options,
-    fill,
-    layouts_of,
-    pieces_of,
-    printed_table,
-    run_to_go_on_with,
-)
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_go_on_with
 from sparse_unsloth.bench.shapes import HOST, SHAPES, shapes_of
 from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_in_child, model_shape, rows_of_run
 from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
@@ -56,6 +49,17 @@ arms of Unsloth (joined by + they are one arm):
     + [f"  {name:20} {what}" for name, what in METHODS.items()]
 )
 THEN, FIRST = "--then", "first"
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How long, which run, its table; and the words of a child."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
+    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
+    parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
+    parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -290,14 +290,12 @@ def _markdown_table(heading: list[str], body: list[list[str]]) -> str:
 
 def draw(groups: Sequence[Group], comparison: Mapping[str, Any], path: Path) -> None:
     """Training losses, and a bar for each group of every metric with its spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     metrics = [name for name in comparison["metrics"] if "loss, last" not in name]
     columns = min(4, len(metrics) + 1)
     height = -(-(len(metrics) + 1) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.8 * height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(height, columns, squeeze=False).ravel()
     colours = [f"C{index % 10}" for index in range(len(groups))]
     for group, colour in zip(groups, colours, strict=True):

@@ -99,12 +99,10 @@ def save_report(results: dict[str, Any], folder: Path) -> None:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Loss over the FLOPs spent, and seconds of each step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, time = figure.subplots(1, 2)
     for name, run in results["runs"].items():
         spent = _cumulated(run["flops_by_step"], run["calibration_flops"])

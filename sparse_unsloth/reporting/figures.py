@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
@@ -21,4 +20,4 @@ def new_figure(columns: int, rows: int = 1, share_y: bool = True) -> tuple[Figur
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path)

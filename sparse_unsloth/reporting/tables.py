@@ -32,6 +32,17 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
+def append_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Adds rows at the end of a file, under a header line if the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a file that `write_csv` wrote, every value as text."""
     with open(path, newline="", encoding="utf-8") as file:

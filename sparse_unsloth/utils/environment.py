@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": {name: version for name in dict.fromkeys(names) if (version := version_of(name))},
     }
+
+
+def commit_of(folder: Path) -> str:
+    """The git commit that ``folder`` is at, with "-dirty" where files were changed; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def requirements() -> list[Requirement]:
