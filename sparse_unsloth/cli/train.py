@@ -30,7 +30,7 @@ stays as it is. model_name_or_path may be an adapter, a checkpoint or a run's fo
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; it leaves ``--key value`` words to `recipe.parse_overrides`."""
+    """The parser; it leaves ``--key value`` words to `parse_overrides`."""
     parser = command_parser("train", DESCRIPTION, EPILOG, usage="RECIPE [--key value ...]")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
