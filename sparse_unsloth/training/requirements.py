@@ -24,7 +24,7 @@ class Finding:
     found: str
     wanted: str = ""
     status: Status = "ok"
-    cure: str = ""
+    fix: str = ""
 
 
 def check_can_train(use_cpu: bool = False) -> None:
@@ -38,7 +38,7 @@ def check_can_train(use_cpu: bool = False) -> None:
     """
     finding = trl_without_gpu(use_cpu)
     if finding.status == "problem":
-        raise BackendError(f"{finding.name}: {finding.found}. {finding.cure}")
+        raise BackendError(f"{finding.name}: {finding.found}. {finding.fix}")
 
 
 def trl_without_gpu(use_cpu: bool = False) -> Finding:
