@@ -3,7 +3,7 @@
 FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), with gradient checkpointing, as
 Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows,
 channel scores and calibration passes. Where only part of a LoRA branch is computed, or of an answer token,
-nothing is deducted. Dense and sparse runs both leave out work without effect (DESIGN.md section 5).
+nothing is deducted. Dense and sparse runs both skip unused rows (docs/how-it-works.md, section 5).
 
 Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
 Llama-3-8B, never the time of this benchmark's masks.

@@ -1,5 +1,6 @@
-"""The model as plain functions, several LoRA adapters in lockstep: DESIGN.md section 2 with masks instead of gathers.
+"""The model as plain functions, several LoRA adapters in lockstep, with masks instead of gathers.
 
+The masked forward is that of docs/how-it-works.md, section 4.1.
 Tensors have a leading dimension of seeds: ``x [seeds, rows, hidden_size]``, ``A [seeds, rank, in]``. Base weights are
 shared. Everything that differs between settings of sparsity and between steps is a tensor (masks, numbers of
 channels), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are looked at.
@@ -28,7 +29,7 @@ class Mode(NamedTuple):
     """Which masks a step looks at.
 
     Attributes:
-        kind: "dense"; "forward", the MLP sparse as DESIGN.md section 2; "rows", an exact forward in which only the
+        kind: "dense"; "forward", the MLP sparse as in docs/how-it-works.md, section 4.1; "rows", an exact forward in which only the
             context rows of largest gradient send it into the MLP, the output projection and the queries.
         contextual: channels are chosen from each batch by factors, not given.
         random_rows: of the kind "rows", any context rows instead of those of largest gradient.
