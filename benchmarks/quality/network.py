@@ -29,8 +29,8 @@ class Mode(NamedTuple):
     """Which masks a step looks at.
 
     Attributes:
-        kind: "dense"; "forward", the MLP sparse as in docs/how-it-works.md, section 4.1; "rows", an exact forward in which only the
-            context rows of largest gradient send it into the MLP, the output projection and the queries.
+        kind: "dense"; "forward", the MLP sparse as in section 4.1; "rows", an exact forward in which only the context
+            rows of largest gradient send it into the MLP, the output projection and the queries.
         contextual: channels are chosen from each batch by factors, not given.
         random_rows: of the kind "rows", any context rows instead of those of largest gradient.
     """
