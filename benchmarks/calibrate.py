@@ -18,8 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
-
 BATCH = 8
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from sparse_unsloth.bench.table import read_rows
-from sparse_unsloth.forecast.measured import STORED, fit_table, save
+from sparse_unsloth.forecast.speed_table import STORED, fit_table, save
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 

@@ -25,6 +25,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse_unsloth.reporting.tables import append_csv
+
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "checkpointing", "tiled", "layout", "method", "tokens",
     "median_ms", "p20_ms", "p80_ms", "peak_gib", "outcome",
@@ -287,12 +289,7 @@ class Run:
             "outcome": outcome,
             **dict(zip(("median_ms", "p20_ms", "p80_ms"), (round(value, 1) for value in times), strict=True)),
         }  # fmt: skip
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_csv(self.path, [row], COLUMNS)
         rate = row["tokens"] / times[0] * 1000 if times[0] else 0
         print(
             f"{cell.layout:8} {cell.checkpointing:8} {cell.method:14} {row['tokens']:8d}  {times[0]:9.1f} ms "
@@ -378,9 +375,9 @@ def main(argv: list[str]) -> int:
     began = time.time()
     args = parse(argv)
     if args.draw is not None:
-        import draw_long_sequence
+        import plot_long_sequence
 
-        draw_long_sequence.main(args.draw, read(args.draw))
+        plot_long_sequence.main(args.draw, read(args.draw))
         return 0
     if not args.cpu:
         import unsloth  # noqa: F401  # first, as it asks
@@ -390,7 +387,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    folder = sys.path.pop(0)  # whose kernels.py would answer to transformers' `import kernels`
-    if "--draw" in sys.argv:
-        sys.path.insert(0, folder)
     sys.exit(main(sys.argv[1:]))

@@ -33,18 +33,10 @@ from pathlib import Path
 from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_again, arm_of, arms_of, what_ran, why_idle
 from sparse_unsloth.bench.methods import methods_of
 from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, processes_of, serve, warm_up
-from sparse_unsloth.bench.runs import (
-    Plan,
-    add_run_options,
-    fill,
-    layouts_of,
-    load_for,
-    pieces_of,
-    printed_table,
-    run_to_go_on_with,
-)
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_go_on_with
 from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
+from sparse_unsloth.cli import bench
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
 
 COLUMNS = (
@@ -265,7 +257,7 @@ def measure_in_child(args: argparse.Namespace) -> None:
         words = ["--model", args.model, "--dtype", args.dtype, "--shapes", ",".join(args.shapes), *SHAPE_STEPS]
         words += ["--arms", ",".join(args.arms), "--methods", ",".join(args.methods)]
         run = speed.Run(
-            speed.parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget
+            bench.parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget
         )
         run.measure(left["speed"])
         checked = {one["arm"] or one["method"] for one in left["speed"]} - run.failed
@@ -292,7 +284,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--documents", default="4,16", help="in each micro-batch; default: %(default)s")
     parser.add_argument("--steps", type=int, default=24, help="micro-batches of a round")
     parser.add_argument("--shapes", default="", help="of `sparse-unsloth bench`: timed in the same processes")
-    add_run_options(parser)
+    bench.add_run_options(parser)
     args = parser.parse_args(argv)
     if args.model is None and not args.table:
         parser.error("--model is needed, a checkpoint folder or hub name")
@@ -334,5 +326,4 @@ def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from sparse_unsloth.reporting.tables import append_csv
+
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "checkpointing", "engine", "method", "shape", "gpus",
@@ -128,13 +130,7 @@ class Worker:
             "tokens": self.args.shapes[name].tokens, "peak_gib": round(peak, 3),
             **dict(zip(("median_ms", "p20_ms", "p80_ms"), (round(value, 2) for value in times), strict=True)),
         }  # fmt: skip
-        path = self.args.out / "multi_gpu.csv"
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_csv(self.args.out / "multi_gpu.csv", [row], COLUMNS)
 
     @property
     def common(self) -> dict[str, str]:
@@ -323,5 +319,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     sys.exit(main(sys.argv[1:]))

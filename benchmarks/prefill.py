@@ -11,12 +11,13 @@ check, and after its prefill reached every sparse part. Each method is a row of 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import statistics
 import sys
 import time
 from pathlib import Path
+
+from sparse_unsloth.reporting.tables import append_csv
 
 COLUMNS = (
     "date", "commit", "device", "model", "dtype", "backend", "batch", "length", "method", "dense_ms", "sparse_ms",
@@ -50,7 +51,7 @@ def main() -> None:
             sys.exit(f"time is up before {method}; give it more with --seconds, or name it alone with --methods")
         row = measure(model, method, arguments)
         print({name: row[name] for name in COLUMNS[8:]}, flush=True)
-        append(arguments.out / "prefill.csv", row)
+        append_csv(arguments.out / "prefill.csv", [row], COLUMNS)
 
 
 def measure(model, method: str, arguments: argparse.Namespace) -> dict:
@@ -119,16 +120,5 @@ def synchronize(device) -> None:
         torch.cuda.synchronize(device)
 
 
-def append(path: Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     main()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.study.comparison import compare_paired
-from sparse_unsloth.study.tables import read_csv, write_csv
+from sparse_unsloth.reporting.paired_tests import compare_paired
+from sparse_unsloth.reporting.tables import read_csv, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "rank"
 ALPHA = 8
@@ -103,9 +102,9 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed: int) -> dict[str, Any]:
     from sparse_unsloth import rank as rank_sparse
-    from sparse_unsloth.quickstart import evaluate
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.quickstart.run import evaluate
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import build_trainer
 
     words = ["--sparsity", "dense", "--max_steps", str(arguments.steps), "--seed", str(seed), "--do_eval", "true"]
     words += ["--lora_r", str(rank), "--lora_alpha", str(ALPHA), "--use_rslora", "true", *arguments.overrides]
@@ -266,5 +265,4 @@ def _now(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose kernels.py would answer to transformers' `import kernels`
     main()

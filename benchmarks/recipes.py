@@ -30,10 +30,6 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
-    # transformers would take the kernels.py beside this file for Hugging Face's package of that name.
-    sys.path.pop(0)
-
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -107,15 +103,15 @@ def convert(gguf: Path, model: Path) -> None:
     partial = model.with_name(f"{model.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    code = "import sys, pathlib; from sparse_unsloth.data import _convert; _convert(*map(pathlib.Path, sys.argv[1:]))"
+    code = "import sys, pathlib as p, sparse_unsloth.data.smollm2 as s; s.convert_gguf(*map(p.Path, sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", code, str(gguf.resolve()), str(partial)], check=True)
     partial.rename(model)
 
 
 def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Path:
     """One run through the recipe, unless it is done; returns its folder."""
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import run
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import run
 
     folder = arguments.work / f"{name}-{kind}-{seed}"
     metrics = folder / "metrics.json"

@@ -1,4 +1,4 @@
-"""The errors that users meet: each message names the cause and the cure."""
+"""The errors that users meet: each message names the cause and the fix."""
 
 
 class SparsityError(ValueError):
@@ -27,3 +27,7 @@ class CalibrationError(SparsityError):
 
 class DataError(SparsityError):
     """Data or a model file that is missing, out of reach, or not in a form that can be trained on."""
+
+
+class RecipeError(SparsityError):
+    """A recipe, or a value given on the command line, that cannot be used; the message lists every problem."""

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_unsloth import prefill
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
+from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
 from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.distributed import from_main, has_group, is_main, uses_fsdp, world_size
+from sparse_unsloth.distributed import from_main, has_group, is_main, world_size
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
 from sparse_unsloth.saved_adapters import check_targets, find_adapter, load_whole
 
 logger = logging.getLogger("sparse_unsloth")
 
-Backend = Literal["auto", "unsloth", "peft"]
 Sparsity = SparsityConfig | Mapping[str, Any] | str | Path | None
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,7 +38,7 @@ class FastSparseLanguageModel:
         dtype: torch.dtype | None = None,
         load_in_4bit: bool = True,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         sparsity: Sparsity = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
@@ -128,7 +125,7 @@ class FastSparseLanguageModel:
         config = SparsityConfig.from_any(None if auto else sparsity)
         check_targets(model, target_modules, "target_modules")
         check_targets(model, kwargs.get("modules_to_save"), "modules_to_save")
-        backend = _load_backend(model.__dict__.get("_sparse_backend", "peft"))
+        backend = load_backend(model.__dict__.get("_sparse_backend", "peft"))
         model = backend.add_lora(
             model,
             r=r,
@@ -162,7 +159,7 @@ class FastSparseLanguageModel:
         state = get_state(model)
         if state is not None:
             prefill.switch(state, on=False)
-        return _load_backend(_backend_name(model)).for_training(model, use_gradient_checkpointing)
+        return load_backend(_backend_name(model)).for_training(model, use_gradient_checkpointing)
 
     @staticmethod
     def for_inference(model: nn.Module, sparse_prefill: bool | None = None) -> nn.Module:
@@ -184,43 +181,7 @@ class FastSparseLanguageModel:
         if state is not None:
             wanted = state.config.sparse_prefill and bool(state.runtimes) if sparse_prefill is None else sparse_prefill
             prefill.switch(state, wanted)
-        return _load_backend(_backend_name(model)).for_inference(model)
-
-
-def choose_backend(backend: Backend = "auto") -> ModuleType:
-    """The module of the backend that will run; "auto" says which it is and why.
-
-    Raises:
-        BackendError: "unsloth" was asked for where it cannot run, or the name is unknown.
-    """
-    name, reason = explain_backend(backend)
-    if backend == "auto":
-        _say(f"sparse_unsloth: backend {name} ({reason})")
-    return _load_backend(name)
-
-
-def explain_backend(backend: Backend = "auto") -> tuple[str, str]:
-    """``(name, reason)`` of what `choose_backend` takes, without importing it.
-
-    Raises:
-        BackendError: as `choose_backend`.
-    """
-    if backend not in ("auto", "unsloth", "peft"):
-        raise BackendError(f"backend is {backend!r}; it must be 'auto', 'unsloth' or 'peft'.")
-    installed = importlib.util.find_spec("unsloth") is not None
-    if not torch.cuda.is_available():
-        obstacle = "no CUDA GPU"
-    elif not installed:
-        obstacle = "Unsloth is not installed"
-    elif uses_fsdp():
-        obstacle = "FSDP shards the weights, which Unsloth's fused functions read whole"
-    else:
-        obstacle = None
-    if backend == "unsloth" and obstacle:
-        raise BackendError(f"backend 'unsloth' cannot run: {obstacle}. Use backend='peft', which runs anywhere.")
-    if backend == "peft":
-        return "peft", "as asked"
-    return ("peft", obstacle) if obstacle else ("unsloth", "CUDA GPU and Unsloth found")
+        return load_backend(_backend_name(model)).for_inference(model)
 
 
 def _say(*lines: Any) -> None:
@@ -232,7 +193,3 @@ def _say(*lines: Any) -> None:
 def _backend_name(model: nn.Module) -> str:
     state = get_state(model)
     return state.backend.name if state is not None else model.__dict__.get("_sparse_backend", "peft")
-
-
-def _load_backend(name: str) -> ModuleType:
-    return importlib.import_module(f"sparse_unsloth.backends.{name}_loading")

@@ -15,12 +15,12 @@ from sparse_unsloth import SparsityConfig, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity import search
 from sparse_unsloth.autosparsity.allocation import Option, allocate
 from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cost
-from sparse_unsloth.autosparsity.command import divide
 from sparse_unsloth.autosparsity.curves import Curves, smooth
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import LossProbe, attached, prepare_batches, with_sparsity
 from sparse_unsloth.autosparsity.report import markdown, save
 from sparse_unsloth.cli import main
+from sparse_unsloth.cli.calibrate import divide
 from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
 from sparse_unsloth.layer_rules import LayerSparsity
@@ -458,10 +458,11 @@ SHORT_TASKS = "reasoning-gym:word_sequence_reversal,family_relationships"
 def test_a_calibrated_recipe_beats_the_preset_at_its_flops_on_a_real_model(tmp_path, capsys):
     """SmolLM2-135M and two of the quickstart's tasks, on held-out prompts; all of it: benchmarks/results/calibrate."""
     pytest.importorskip("reasoning_gym")
-    from sparse_unsloth.autosparsity.command import calibrate_recipe
     from sparse_unsloth.autosparsity.report import summary
-    from sparse_unsloth.data import DataError, smollm2_checkpoint
-    from sparse_unsloth.recipe import load_recipe
+    from sparse_unsloth.cli.calibrate import calibrate_recipe
+    from sparse_unsloth.data.smollm2 import smollm2_checkpoint
+    from sparse_unsloth.errors import DataError
+    from sparse_unsloth.training.recipe import load_recipe
 
     try:
         smollm2_checkpoint()

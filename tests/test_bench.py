@@ -25,7 +25,7 @@ from sparse_unsloth.bench.table import (
     read_table,
     report,
 )
-from sparse_unsloth.cli import main
+from sparse_unsloth.cli import bench, main
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE
@@ -59,7 +59,7 @@ def test_help_lists_methods_and_shapes(capsys):
 
 
 def test_importing_the_benchmark_leaves_unsloth_the_first_place():
-    code = "import sys, sparse_unsloth.bench.speed; print({'transformers', 'peft', 'trl'} & sys.modules.keys())"
+    code = "import sys, sparse_unsloth.cli.bench; print({'transformers', 'peft', 'trl'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
@@ -183,7 +183,7 @@ def test_the_committed_table_can_be_read_and_drawn(tmp_path):
     table = tmp_path / "speed.csv"
     for name in ("speed.csv", "speed-profile.csv"):
         (tmp_path / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
-    draw = load("draw_speed")
+    draw = load("plot_speed")
     draw.main([str(table)])
     assert (tmp_path / "speed.md").read_text() == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
 
@@ -203,7 +203,7 @@ def test_drawing_shows_the_newest_run(tmp_path):
             row("unsloth-dense", dtype="bf16", ms=555.0),
         ],
     )
-    load("draw_speed").main([str(table)])
+    load("plot_speed").main([str(table)])
     text = (tmp_path / "speed.md").read_text()
     assert "999.0" not in text
     assert "| wizardlm | sparse-o2 | 30.0 | 29.0 to 31.0 | 273067 | 3.00 | 0.50 | 2.00x |  | 2.00x | 2.41x |" in text
@@ -219,7 +219,7 @@ def test_a_baseline_measured_again_counts_for_what_comes_behind_it(tmp_path):
     append_rows(table, [*first, row("unsloth-dense", ms=90.0), row("sparse-50", ms=45.0)])
     compared = {one.row["method"]: one.speedup for one in compare(read_rows(table), None)}
     assert compared == {"unsloth-dense": 1, "sparse-o2": 2, "rows-25": 1.5, "sparse-50": 2}
-    load("draw_speed").main([str(table)])
+    load("plot_speed").main([str(table)])
     found = [line.split(" | ") for line in (tmp_path / "speed.md").read_text().splitlines() if "| wizardlm" in line]
     assert [(cells[1], cells[7]) for cells in found] == [
         ("unsloth-dense", ""), ("sparse-o2", "2.00x"), ("rows-25", "1.50x"), ("unsloth-dense", ""),
@@ -259,7 +259,7 @@ def run(model, tmp_path, monkeypatch):
 
     def make(*words):
         out = tmp_path / "speed.csv"
-        args = speed.parse(["--model", "m", "--date", "today", "--out", str(out), "--arms", "", *words])
+        args = bench.parse(["--model", "m", "--date", "today", "--out", str(out), "--arms", "", *words])
         plan = runs.Plan(out, SPEED, runs.pieces_of(args, speed.cases_of(args)), "a run", {"date": "today"})
         made = speed.Run(args, model, plan.write, processes.Budget(args.deadline))
         made.turns, made.plan = turns, plan
@@ -336,7 +336,7 @@ def test_a_shape_without_memory_is_left_out(run, monkeypatch, capsys):
 def test_runs_of_one_command():
     first = ["--model", "m", "--shapes", "wizardlm", "--steps", "5"]
     second = ["--dtype", "bf16", "--shapes", "all"]
-    runs = speed.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
+    runs = bench.parse_runs([*first, "--then", *second, "--then", "--checkpointing", "False"])
     assert [(run.dtype, run.checkpointing, len(run.shapes), run.steps) for run in runs] == [
         ("4bit", "unsloth", 1, 5),
         ("bf16", "unsloth", 6, 5),
@@ -398,7 +398,7 @@ def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
     assert [(r["kind"], r["ms"], r["launches"]) for r in rows if r["date"] == "2026-01-02"][:4] == [
         ("whole step", 100.0, 10), ("matrix products", 60.0, 7), ("gated unit", 20.0, 3), ("no kernel running", 15.0, 0)
     ]  # fmt: skip
-    load("draw_speed").main([str(tmp_path / "speed.csv")])
+    load("plot_speed").main([str(tmp_path / "speed.csv")])
     text = (tmp_path / "speed.md").read_text()
     assert "## x, x, x, checkpointing x, wizardlm" in text
     assert "| | unsloth-dense | sparse-50 |" in text
@@ -427,10 +427,10 @@ def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
 
 def test_shapes_to_profile():
     words = ["--model", "m", "--shapes", "wizardlm,csr170k"]
-    assert speed.parse(words).profile == []
-    assert speed.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
-    assert [args.profile for args in speed.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
+    assert bench.parse(words).profile == []
+    assert bench.parse([*words, "--profile", "--steps", "3"]).profile == ["wizardlm"]
+    assert [args.profile for args in bench.parse_runs([*words, "--profile", "csr170k", "--then", "--profile="])] == [
         ["csr170k"], []
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="--profile names host, which is none of the shapes wizardlm, csr170k"):
-        speed.parse([*words, "--profile", "host"])
+        bench.parse([*words, "--profile", "host"])

@@ -46,7 +46,7 @@ from sparse_unsloth.bench.table import (
     table_of_run,
     with_ratios,
 )
-from sparse_unsloth.cli import main
+from sparse_unsloth.cli import bench, main
 from sparse_unsloth.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -530,9 +530,9 @@ def gpu(monkeypatch, tmp_path):
         return true(self, process, command, take)
 
     monkeypatch.setattr(Parent, "run", run)
-    monkeypatch.setattr(speed, "own_command", lambda words: [sys.executable, str(file), *words])
-    monkeypatch.setattr(speed, "device_name", lambda: "A GPU")
-    monkeypatch.setattr(speed, "model_shape", lambda model: None)
+    monkeypatch.setattr(bench, "own_command", lambda words: [sys.executable, str(file), *words])
+    monkeypatch.setattr(bench, "device_name", lambda: "A GPU")
+    monkeypatch.setattr(bench, "model_shape", lambda model: None)
     monkeypatch.setattr(runs, "why_absent", lambda arm: "not there: old" if arm.lora.get(arms.SKIP) == "auto" else None)
     return started
 
@@ -598,7 +598,7 @@ def test_a_call_goes_on_where_the_one_before_stopped(gpu, tmp_path, capsys, monk
 )
 def test_what_was_measured_elsewhere_is_another_run(tmp_path, change):
     common = {"commit": "abc-dirty", "device": "A GPU", "versions": ""}  # the table is one of the repository's files
-    args = speed.parse(["--model", "llama8b", "--shapes", "wizardlm", "--arms", "stock", "--methods", "rows-25"])
+    args = bench.parse(["--model", "llama8b", "--shapes", "wizardlm", "--arms", "stock", "--methods", "rows-25"])
     plan = runs.Plan(tmp_path / "speed.csv", SPEED, runs.pieces_of(args, speed.cases_of(args)))
     append_rows(plan.path, [row("stock", layout=FLAT) | change])
     begun = f"{DATE} {NODE}"
@@ -621,7 +621,7 @@ def test_arms_are_timed_once_for_further_runs(gpu, tmp_path, capsys):
 
 
 def test_arms_are_drawn_beside_the_methods_of_their_run(tmp_path):
-    spec = importlib.util.spec_from_file_location("benchmarks_draw_speed", ROOT / "benchmarks" / "draw_speed.py")
+    spec = importlib.util.spec_from_file_location("benchmarks_plot_speed", ROOT / "benchmarks" / "plot_speed.py")
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
     table = tmp_path / "speed.csv"

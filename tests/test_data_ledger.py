@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.data import DataArguments, DataError, LengthFilter, length_filter, load_dataset_for
-from sparse_unsloth.ledger import Ledger, drop_without_loss, left_out
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.datasets import LengthFilter, length_filter, load_dataset_for
+from sparse_unsloth.data.ledger import Ledger, drop_without_loss, left_out
+from sparse_unsloth.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import words
@@ -432,7 +434,7 @@ def test_many_reasons_stay_one_line():
 
 
 def test_rows_of_a_classifier_are_counted(tmp_path, monkeypatch):
-    from sparse_unsloth.classification import label_names, load_labelled
+    from sparse_unsloth.data.classification import label_names, load_labelled
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = tmp_path / "labels.csv"

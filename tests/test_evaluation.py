@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_unsloth import SparsityConfig, arc, get_state
+from sparse_unsloth import SparsityConfig, get_state
 from sparse_unsloth.cli import main
+from sparse_unsloth.data import arc
 from sparse_unsloth.evaluation import humaneval, mt_bench
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.humaneval import completion_of, run_limited, score_completions
@@ -31,8 +32,8 @@ PROBLEM = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The run folders of a dense causal model in the Alpaca form, and of a classifier, as `train` leaves them."""
-    from sparse_unsloth.recipe import load_recipe
-    from sparse_unsloth.train import run
+    from sparse_unsloth.training.recipe import load_recipe
+    from sparse_unsloth.training.run import run
 
     folder = tmp_path_factory.mktemp("runs")
     checkpoint = words.save_checkpoint(folder / "model", max_position_embeddings=4096)

@@ -1,7 +1,7 @@
 """The kernels' benchmark rehearsed, every kernel in guarded memory, and that the checks find what they are for."""
 
 import csv
-import importlib.util
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -15,20 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def modules():
     """kernel_cases, kernel_checks, the benchmark, the sanitizer's script and the planted overrun."""
-    folders = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
-    sys.path[:0] = folders
+    suite = "benchmarks.kernel_suite."
+    names = {"kernel_cases": suite + "cases", "kernel_checks": suite + "checks", "kernels": suite + "__main__"}
+    folder = str(ROOT / "tests" / "gpu")
+    sys.path.insert(0, folder)
     try:
-        found = {
-            name: importlib.import_module(name) for name in ("kernel_cases", "kernel_checks", "sanitize", "overrun")
-        }
-        # Not by its name, which is also that of a package of Hugging Face.
-        spec = importlib.util.spec_from_file_location("benchmarks_kernels", ROOT / "benchmarks" / "kernels.py")
-        found["kernels"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found["kernels"])
+        names |= {"sanitize": "sanitize", "overrun": "overrun"}
+        return {name: importlib.import_module(module) for name, module in names.items()}
     finally:
-        for folder in folders:
-            sys.path.remove(folder)
-    return found
+        sys.path.remove(folder)
 
 
 def test_the_rehearsal_runs_every_kernel(modules, tmp_path, monkeypatch):

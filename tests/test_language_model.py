@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_state
+from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.errors import BackendError
-from sparse_unsloth.language_model import explain_backend
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import always, make_base, make_batch

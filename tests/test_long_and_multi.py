@@ -59,7 +59,7 @@ def row(layout, method, tokens, milliseconds, peak, mode="unsloth", outcome="3 s
 
 def test_the_table_of_long_sequences_compares_within_layout_and_length(tmp_path):
     load("long_sequence")
-    draw = load("draw_long_sequence")
+    draw = load("plot_long_sequence")
     rows = [
         row("single", "unsloth-dense", 8192, 900.0, 8.0, date="2025-01-01"),
         row("single", "unsloth-dense", 8192, 800.0, 8.0),

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from transformers import TrainerCallback
 
-from sparse_unsloth import train as train_module
-from sparse_unsloth.cli import main, take_debug
+from sparse_unsloth.cli import main
+from sparse_unsloth.cli.main import take_debug
 from sparse_unsloth.config import SparsityConfig
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.faults import explain
-from sparse_unsloth.recipe import load_recipe
+from sparse_unsloth.training import run as train_module
+from sparse_unsloth.training.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from words import questions, save_checkpoint, save_recipe, save_rows

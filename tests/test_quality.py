@@ -9,28 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality.batches import Batches, Counts, Layout, training_batches
+from benchmarks.quality.cost import StepTimes, measured_method, training_flops
+from benchmarks.quality.experiment import Experiment, TrainingSettings
+from benchmarks.quality.fitting import calibrate
+from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
+from benchmarks.quality.network import DENSE, PROJECTIONS, Mode, layer_forward, read_network, sparse_rows
+from benchmarks.quality.report import draw as draw_report
+from benchmarks.quality.report import markdown
+from benchmarks.quality.settings import SETTINGS
+from benchmarks.quality.table import DenseCurve, append_rows, holm, read_rows, with_equivalents
+from benchmarks.quality.tasks import Items, worked_steps
 from sparse_unsloth import attach
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.quality.arms import ARMS
-from sparse_unsloth.quality.batches import Batches, Counts, Layout, training_batches
-from sparse_unsloth.quality.cost import StepTimes, measured_method, training_flops
-from sparse_unsloth.quality.experiment import Experiment, Settings
-from sparse_unsloth.quality.fitting import calibrate
-from sparse_unsloth.quality.lockstep import Adapters, Lockstep, Sparsity
-from sparse_unsloth.quality.network import (
-    DENSE,
-    PROJECTIONS,
-    Mode,
-    layer_forward,
-    read_network,
-    sparse_rows,
-)
-from sparse_unsloth.quality.report import draw as draw_report
-from sparse_unsloth.quality.report import markdown
-from sparse_unsloth.quality.table import DenseCurve, append_rows, holm, read_rows, with_equivalents
-from sparse_unsloth.quality.tasks import Items, worked_steps
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import loras, loss_and_gradients, make_base, make_batch, make_lora
@@ -177,7 +170,7 @@ STEPS = 6
 
 def make_experiment(steps=STEPS, layers=12, dtype=torch.float32, layer=layer_forward):
     model = make_base("llama", num_hidden_layers=layers).eval().requires_grad_(False)
-    settings = Settings(steps, items=48, seeds=2, batch_size=8, lora_rank=4, lora_alpha=8)
+    settings = TrainingSettings(steps, items=48, seeds=2, batch_size=8, lora_rank=4, lora_alpha=8)
     items = [make_items(seed) for seed in range(2)]
     return Experiment(model, settings, items, make_items(9, 20), items, StepTimes(SPEED), dtype, layer, test_batch=8)
 
@@ -214,27 +207,27 @@ def test_batches_hold_the_items_in_little_padding():
 
 
 def distinct_arms():
-    """One arm of each way to train; the others differ in numbers alone."""
+    """One setting of each way to train; the others differ in numbers alone."""
     found = {}
-    for name, arm in ARMS.items():
-        found.setdefault((arm.mode, arm.selector), name)
+    for name, setting in SETTINGS.items():
+        found.setdefault((setting.mode, setting.selector), name)
     return list(found.values())
 
 
 @pytest.mark.parametrize("name", distinct_arms())
 def test_every_arm_trains(name, experiment):
-    outcome = experiment.run(ARMS[name])
-    assert len(outcome.losses) == round(STEPS * ARMS[name].steps)
+    outcome = experiment.run(SETTINGS[name])
+    assert len(outcome.losses) == round(STEPS * SETTINGS[name].steps)
     assert all(np.isfinite(outcome.losses))
     assert all(0 < figures.answer_nll < 20 for figures in (*outcome.dense, *outcome.sparse))
-    if ARMS[name].mode.kind == "forward":
+    if SETTINGS[name].mode.kind == "forward":
         assert outcome.sparse[0].answer_nll != outcome.dense[0].answer_nll
     else:
         assert outcome.sparse == outcome.dense
 
 
 def test_runs_repeat_and_seeds_differ(experiment):
-    first, second = (experiment.run(ARMS["random"]) for _ in range(2))
+    first, second = (experiment.run(SETTINGS["random"]) for _ in range(2))
     assert first.dense == second.dense
     assert first.losses == second.losses
     assert first.dense[0] != first.dense[1]
@@ -302,13 +295,13 @@ def test_steps_are_those_of_adamw_with_clipping():
 
 
 def test_plans_follow_the_schedule():
-    plans = ARMS["channels-50"].plan(100, 30, 1536)
+    plans = SETTINGS["channels-50"].plan(100, 30, 1536)
     sparse = [step for step, plan in enumerate(plans) if plan.mode != DENSE]
     assert sparse == list(range(5, 75))
     assert plans[6].keep == (1536, *[768] * 29)
     assert plans[75].keep == (1536,) * 30
-    assert all(plan.mode == DENSE for plan in ARMS["dense"].plan(10, 30, 1536))
-    assert all(plan.mode.kind == "rows" for plan in ARMS["default"].plan(10, 30, 1536))
+    assert all(plan.mode == DENSE for plan in SETTINGS["dense"].plan(10, 30, 1536))
+    assert all(plan.mode.kind == "rows" for plan in SETTINGS["default"].plan(10, 30, 1536))
 
 
 SMOLLM2_SHAPE = ModelShape(576, 1536, 30, 9, 3, 64, 49152)
@@ -316,8 +309,8 @@ COUNT = Counts(dense=96, context=1216, loss=80, lengths=(82,) * 16)
 
 
 def one_step(name, step=0, steps=1, **changes):
-    arm = dataclasses.replace(ARMS[name], start=0, end=1.0, **changes)
-    plans = arm.plan(steps, 30, 1536)
+    setting = dataclasses.replace(SETTINGS[name], start=0, end=1.0, **changes)
+    plans = setting.plan(steps, 30, 1536)
     return training_flops(SMOLLM2_SHAPE, plans, [COUNT] * steps, lora_rank=16, factor_rank=8)[step]
 
 
@@ -345,10 +338,10 @@ def test_times_are_measured_ones_or_scaled(tmp_path):
     table = tmp_path / "speed.csv"
     table.write_text("\n".join([text[0], *[line for line in text[1:] if "H200" in line], *rows]) + "\n")
     measured = StepTimes(table)
-    assert measured.source(measured_method(ARMS["channels-50"])) == "measured"
+    assert measured.source(measured_method(SETTINGS["channels-50"])) == "measured"
     assert measured.share(0.7, 0.749, "sparse-50") == pytest.approx(387.76 / 743.81, rel=0.02)
-    assert measured_method(dataclasses.replace(ARMS["random"], mlp={"1-29": 0.75})) == "sparse-25"
-    assert measured_method(ARMS["dense"]) is None
+    assert measured_method(dataclasses.replace(SETTINGS["random"], mlp={"1-29": 0.75})) == "sparse-25"
+    assert measured_method(SETTINGS["dense"]) is None
 
 
 def test_times_of_chosen_rows_are_taken_by_name_alone(tmp_path):

@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.recipe import RecipeError, load_recipe, parse_overrides, raw_backend, shipped_recipes
+from sparse_unsloth.errors import RecipeError
+from sparse_unsloth.training.document import shipped_recipes
+from sparse_unsloth.training.overrides import parse_overrides
+from sparse_unsloth.training.recipe import load_recipe, raw_backend
 
 sys.path.insert(0, str(Path(__file__).parent))
 from words import save_recipe

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_unsloth.recipe import RecipeError, load_recipe, shipped_recipes
-from sparse_unsloth.train import run
+from sparse_unsloth.errors import RecipeError
+from sparse_unsloth.training.document import shipped_recipes
+from sparse_unsloth.training.recipe import load_recipe
+from sparse_unsloth.training.run import run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import words

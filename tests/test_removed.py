@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from sparse_unsloth.config import EstimatorConfig, SparsityConfig
-from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.recipe import RecipeError, load_recipe
+from sparse_unsloth.errors import ConfigError, RecipeError
 from sparse_unsloth.removed import REMOVED
+from sparse_unsloth.training.recipe import load_recipe
 
 ASKED = {
     "ramp": 0.25,

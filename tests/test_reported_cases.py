@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from sparse_unsloth import FastSparseLanguageModel, attach
 from sparse_unsloth.cli import main
-from sparse_unsloth.data import DataError
+from sparse_unsloth.data.templates import not_written
+from sparse_unsloth.errors import DataError
 from sparse_unsloth.evaluation.model import find_source, load
 from sparse_unsloth.evaluation.mt_bench import export_model
-from sparse_unsloth.templates import not_written
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from sparse_unsloth.checkpoints import CheckpointError, check_checkpoint, last_whole_checkpoint
 from sparse_unsloth.cli import main
-from sparse_unsloth.recipe import load_recipe
-from sparse_unsloth.train import run as train
+from sparse_unsloth.training.recipe import load_recipe
+from sparse_unsloth.training.run import run as train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from words import questions, save_checkpoint, save_recipe, save_rows

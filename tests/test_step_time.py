@@ -12,7 +12,9 @@ from sparse_unsloth.bench.methods import LLAMA_3_8B
 from sparse_unsloth.bench.shapes import HOST, SHAPES
 from sparse_unsloth.bench.table import append_rows, read_rows
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.measured import (
+from sparse_unsloth.forecast.graphs import lengthened
+from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
+from sparse_unsloth.forecast.speed_table import (
     STORED,
     choose,
     fit_table,
@@ -23,8 +25,6 @@ from sparse_unsloth.forecast.measured import (
     usable_rows,
     work_of_row,
 )
-from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
-from sparse_unsloth.forecast.recorded import lengthened
 from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.forecast.work import Work, batch_work

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparse_unsloth.cli import main
+from sparse_unsloth.reporting.paired_tests import compare_methods, compare_paired
+from sparse_unsloth.reporting.tables import StudyError, aggregate
 from sparse_unsloth.study.approximation import (
     LOW_RANK,
     MAGNITUDE,
@@ -19,9 +21,7 @@ from sparse_unsloth.study.approximation import (
     spectral_norm,
 )
 from sparse_unsloth.study.checkpoint import linear_layers
-from sparse_unsloth.study.comparison import compare_methods, compare_paired
 from sparse_unsloth.study.components import component_scores, keep_components, lora_pairs
-from sparse_unsloth.study.tables import StudyError, aggregate
 from sparse_unsloth.study.whitening import input_moments, whiten
 
 

@@ -9,10 +9,11 @@ import datasets
 import pytest
 import transformers
 
-from sparse_unsloth import arc
-from sparse_unsloth.data import DataArguments, DataError, LengthFilter, length_filter, load_dataset_for
-from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.templates import alpaca, filtered, first_code_block, generation_prompt, messages, training_pair
+from sparse_unsloth.data import arc
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.datasets import LengthFilter, length_filter, load_dataset_for
+from sparse_unsloth.data.templates import alpaca, filtered, first_code_block, generation_prompt, messages, training_pair
+from sparse_unsloth.errors import DataError, SparsityError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import words

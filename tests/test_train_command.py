@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.recipe import load_recipe
+from sparse_unsloth.training.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import counter
@@ -287,7 +287,7 @@ def test_unsloth_backend_needs_a_gpu(training, capsys):
 
 def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys):
     """The whole quickstart on the tiny model, with steps enough for every phase."""
-    from sparse_unsloth import quickstart
+    from sparse_unsloth.quickstart import run as quickstart
 
     monkeypatch.setattr(quickstart, "RECIPE", training)
     monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
@@ -323,8 +323,8 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
 
 def test_evaluation_counts_answers_by_hand(training):
     """Against log-probabilities taken one sample at a time, without padding."""
-    from sparse_unsloth.quickstart import evaluate
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth.quickstart.run import evaluate
+    from sparse_unsloth.training.run import build_trainer
 
     words = ["--sparsity", "dense", "--dataset_test_size", "9", "--do_eval", "--per_device_eval_batch_size", "4"]
     trainer, _ = build_trainer(load_recipe(training, words))
@@ -347,8 +347,9 @@ def test_evaluation_counts_answers_by_hand(training):
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkeypatch, checkpointing):
     """Padding is computed forward; O and MLP of the rows of the backward pass twice."""
-    from sparse_unsloth import get_state, quickstart
-    from sparse_unsloth.train import build_trainer
+    from sparse_unsloth import get_state
+    from sparse_unsloth.quickstart import run as quickstart
+    from sparse_unsloth.training.run import build_trainer
 
     monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
     words = ["--sparsity", "rows", "--attn_implementation", "eager", "--gradient_checkpointing", checkpointing]
@@ -382,6 +383,6 @@ def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkey
 
 
 def test_equal_cost_steps_come_nearest():
-    from sparse_unsloth.quickstart import equal_cost_steps
+    from sparse_unsloth.quickstart.run import equal_cost_steps
 
     assert [equal_cost_steps([10, 10, 10], budget) for budget in (1, 14, 16, 29, 99)] == [1, 1, 2, 3, 3]

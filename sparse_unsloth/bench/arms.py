@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.utils.environment import version_of
 
 STOCK = "stock"
 FLAT, PADDED = "flat", "padded"
@@ -130,14 +131,6 @@ def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
         if not file.is_file() or word not in file.read_text(encoding="utf-8"):
             return f"not there: Unsloth {version_of('unsloth')} has no {word}"
     return None
-
-
-def version_of(package: str) -> str:
-    """Of an installed package; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def why_idle(arm: Arm, model: nn.Module) -> str | None:

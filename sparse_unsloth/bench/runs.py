@@ -11,28 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, version_of, why_absent
+from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_absent
 from sparse_unsloth.bench.methods import BASELINE, backend_of
 from sparse_unsloth.bench.models import load_arm, load_model
 from sparse_unsloth.bench.processes import Parent, Process
 from sparse_unsloth.bench.table import Kind, append_rows, read_table, table_of_run, with_ratios, write_table
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.utils.environment import version_of
 
 Piece = Mapping[str, str]
 """What one row is to time, by the columns that say it; rows of methods have an empty ``arm``."""
 SAME_RUN = datetime.timedelta(hours=2)
 """A call goes on with a run that was begun no longer ago."""
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How long, which run, its table; and the words of a child."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
-    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
-    parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
-    parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
 
 
 def layouts_of(names: str) -> list[str]:

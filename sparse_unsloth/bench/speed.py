@@ -1,204 +1,41 @@
-"""Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
-
-One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
-fresh random tokens. Each arm of Unsloth runs in a process of its own (arms with the same variables and arguments share
-one), our methods in another, so that each sees the machine as a user's process does. Each is checked (what does not
-compute what it should is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows go into the
-table as soon as they are there, or when the job is told to stop (SIGTERM); an arm that fails, or that this Unsloth does
-not have, gets a row that says why. At the end every row of the run gets its ratios: to Unsloth's defaults (stock), and
-to the best arm at that shape.
-
-With --seconds the job ends in time; called again with the same --out on the same machine within two hours, it goes on
-where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a
-row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
-unsloth is transformers' own.
-
-What stands behind --then is a further run of the same date, which keeps the options before it but for those that it
-gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
-"""
+"""Times training steps: Unsloth's own arms, and our methods beside them, on the same batches."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import gc
-import importlib.metadata
-import itertools
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sparse_unsloth.bench.arms import (
-    ARMS,
-    DEFAULT_ARMS,
-    FLAT,
-    PADDED,
-    Arm,
-    arm_again,
-    arm_of,
-    arms_of,
-    what_ran,
-    why_idle,
-)
-from sparse_unsloth.bench.methods import METHODS, methods_of, sparsity_of
-from sparse_unsloth.bench.models import CHECKPOINTING
-from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, own_command, processes_of, serve, warm_up
-from sparse_unsloth.bench.runs import (
-    Plan,
-    add_run_options,
-    fill,
-    layouts_of,
-    load_for,
-    pieces_of,
-    printed_table,
-    run_to_go_on_with,
-)
-from sparse_unsloth.bench.shapes import HOST, SHAPES, Shape, make_batch, shapes_of
-from sparse_unsloth.bench.table import (
-    COLUMNS,
-    PROFILE_COLUMNS,
-    SPEED,
-    STEP,
-    append_rows,
-    profile_path,
-    read_rows,
-    read_table,
-    report,
-)
+from sparse_unsloth.bench.arms import FLAT, Arm, arm_again, arm_of, what_ran, why_idle
+from sparse_unsloth.bench.methods import sparsity_of
+from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
+from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
+from sparse_unsloth.bench.shapes import Shape, make_batch
+from sparse_unsloth.bench.table import PROFILE_COLUMNS, SPEED, STEP, append_rows, profile_path, read_rows
 from sparse_unsloth.costs import ModelShape
-from sparse_unsloth.errors import BackendError, ConfigError, SparsityError
+from sparse_unsloth.errors import BackendError, SparsityError
 from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCache
-from sparse_unsloth.words import command_parser
+from sparse_unsloth.utils.environment import commit_of, version_of
 
 if TYPE_CHECKING:
     from sparse_unsloth.bench.checks import PlainSteps
 
-ROOT = Path(__file__).resolve().parents[2]
-EPILOG = f"""\
-shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
-arms of Unsloth (joined by + they are one arm):
-""" + "\n".join(
-    [f"  {name:20} {arm.what}" for name, arm in ARMS.items()]
-    + ["methods:"]
-    + [f"  {name:20} {what}" for name, what in METHODS.items()]
-)
-THEN, FIRST = "--then", "first"
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
 WARM_ARM = 3
 """Steps that an arm needs at least before it is as it stays: compiled, CUDA graphs captured, layers chosen."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("bench", __doc__, EPILOG, "--model MODEL [options] [--then further options] ...")
-    in_source = ROOT / "benchmarks" / "results"
-    table = in_source / "speed.csv" if in_source.is_dir() else Path("speed.csv")
-    parser.add_argument("--model", help="checkpoint folder or hub name")
-    parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit", help="of the base weights")
-    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
-    parser.add_argument(
-        "--methods", default="dense-graphs,rows-25,rows-25-graphs,sparse-o2", help="default: %(default)s"
-    )
-    layouts = "of the methods' batches: padded (a row for each sequence) or flat (one row, as Unsloth lays them out)"
-    parser.add_argument("--layouts", default=PADDED, help=f"{layouts}, or both; default: %(default)s")
-    parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
-    parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
-    parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
-    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth", help="of the methods")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
-    parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
-    parser.add_argument("--rounds", type=int, default=1, help="how often the methods take turns")
-    profile = "profile a step of each method at these of the shapes (without a name: the first)"
-    parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
-    parser.add_argument("--out", type=Path, default=table, help="the table, default: %(default)s")
-    add_run_options(parser)
-    return parser
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with ``arms``, ``methods``, ``layouts`` and ``shapes`` resolved.
-
-    Raises:
-        ConfigError: an unknown arm, method, layout or shape, a count below 1, or a table of another kind to append to.
-    """
-    args = build_parser().parse_args(argv)
-    if args.model is None and not args.table:
-        raise ConfigError("bench needs --model, a checkpoint folder or hub name")
-    args.arms = arms_of(args.arms)
-    args.methods = methods_of(args.methods) if args.methods else []
-    args.layouts = layouts_of(args.layouts)
-    args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
-    if args.profile == FIRST:
-        args.profile = next(iter(args.shapes))
-    args.profile = args.profile.split(",") if args.profile else []
-    if unknown := [name for name in args.profile if name not in args.shapes]:
-        raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
-    for name in ("rank", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
-    read_rows(args.out)
-    return args
-
-
-def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
-    """The runs of a command line, parted by ``--then``; each has its ``words``, and all have one date.
-
-    Raises:
-        ConfigError: as `parse`.
-    """
-    words, runs = [], []
-    for further, part in itertools.groupby(argv, lambda word: word == THEN):
-        if further:
-            continue
-        words = [*words, *part]
-        runs.append(parse(words))
-        runs[-1].words, runs[-1].date = words, runs[0].date
-    if not runs:
-        runs = [parse(argv)]
-        runs[0].words = []
-    return runs
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; 1 if an arm or a method could not be timed, or not yet.
-
-    Raises:
-        ConfigError: see `parse`; or a table is asked for of a run that is not there.
-        BackendError: no CUDA GPU.
-    """
-    runs = parse_runs(argv)
-    first = runs[0]
-    if first.child:
-        return serve(partial(measure_in_child, first))
-    if first.table:
-        print(printed_table(first.out, SPEED, first.run))
-        return 0
-    device = device_name()
-    whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
-    run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
-    print(f"run {run}", flush=True)
-    complete = True
-    with Parent(first.seconds).listening() as parent:
-        for args in runs:
-            args.run = run
-            plan = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), run, describe(args, device))
-            command = own_command(["bench", *args.words, "--run", run, "--date", args.date])
-            complete = fill({"speed": plan}, processes_of(list(args.arms), args.methods), command, parent) and complete
-            print(report(rows_of_run(args), model_shape(args.model), args.methods), flush=True)
-    if any(row["run"] == run for row in read_table(first.out, COLUMNS)):
-        print(printed_table(first.out, SPEED, run), flush=True)
-    return int(not complete)
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -522,17 +359,11 @@ def describe(args: argparse.Namespace, device: str | None = None) -> dict[str, s
     Args:
         device: the GPU's name; None: asked, which takes memory of the GPU.
     """
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = []
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name}={importlib.metadata.version(name)}")
     return {
         "date": args.date,
-        "commit": commit or "unknown",
+        "commit": commit_of(Path(__file__).parent),
         "device": torch.cuda.get_device_name() if device is None else device,
-        "versions": " ".join(versions),
+        "versions": " ".join(f"{name}={version}" for name in PACKAGES if (version := version_of(name))),
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "checkpointing": args.checkpointing,

@@ -13,6 +13,7 @@ from sparse_unsloth.bench.arms import FLAT, PADDED, STOCK
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_limit
 from sparse_unsloth.costs import ModelShape
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.reporting.tables import append_csv
 
 ARM_COLUMNS = ("arm", "warmup_s", "over_stock", "over_best_arm", "best_arm", "run", "unsloth", "torch", "note")
 """Of every table with arms: ``arm`` is empty in rows of our methods, ``note`` says why a row has no time; the ratios
@@ -59,15 +60,9 @@ def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUM
     without = dict.fromkeys(set(columns) - set(_older(columns)), "")
     rows = [without | row for row in rows]
     _check_columns(rows, columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new and _heading(path, columns) != tuple(columns):
+    if path.exists() and _heading(path, columns) != tuple(columns):
         write_table(path, read_table(path, columns), columns)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_csv(path, rows, columns)
 
 
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:

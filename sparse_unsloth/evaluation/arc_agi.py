@@ -6,11 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sparse_unsloth import arc
+from sparse_unsloth.data import arc
+from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.model import Source, load
 from sparse_unsloth.evaluation.results import AnswerFile, save_results
-from sparse_unsloth.templates import adds_special_tokens, generation_prompt
 
 ANSWERS_FILE = "answers.jsonl"
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy
 import torch
 
-from sparse_unsloth import classification
-from sparse_unsloth.data import DataArguments
+from sparse_unsloth.data import classification
+from sparse_unsloth.data.arguments import DataArguments
+from sparse_unsloth.data.smollm2 import resolve_model
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import save_results
-from sparse_unsloth.recipe import SEQ_CLS
+from sparse_unsloth.training.keys import SEQ_CLS
 
 
 @torch.inference_mode()
@@ -32,6 +33,8 @@ def evaluate_glue(source: Source, folder: Path, *, limit: int | None = None, bat
         EvaluationError: the run is no classifier, or a bare model, which has no head.
         DataError: see `load_labelled`.
     """
+    from transformers import AutoModelForSequenceClassification
+
     if source.recipe.get("lora_task_type") != SEQ_CLS or source.adapter is None:
         raise EvaluationError(
             f"{source.name}: the suite glue needs a run of a classification recipe (lora_task_type: {SEQ_CLS}), whose "
@@ -45,8 +48,8 @@ def evaluate_glue(source: Source, folder: Path, *, limit: int | None = None, bat
     hub = {"revision": source.recipe.get("model_revision", "main")}
     tokenizer = classification.load_tokenizer(source.model, **hub)
     encoded = classification.encode(test, columns, names, tokenizer, source.recipe.get("max_length", 1024))
-    config = classification.model_config(_folder(source.model), names, tokenizer.pad_token_id, **hub)
-    model, _ = load(source, auto_model=_auto_model(), config=config)
+    config = classification.model_config(resolve_model(source.model), names, tokenizer.pad_token_id, **hub)
+    model, _ = load(source, auto_model=AutoModelForSequenceClassification, config=config)
     found = []
     for start in range(0, len(encoded), batch_size):
         rows = encoded[start : start + batch_size]
@@ -59,15 +62,3 @@ def evaluate_glue(source: Source, folder: Path, *, limit: int | None = None, bat
     single = -((predictions - labels) ** 2) if names is None else predictions == labels
     items = {str(number): float(value) for number, value in enumerate(single)}
     return save_results(folder, "glue", source.name, scores, items, task=task, samples=len(labels))
-
-
-def _auto_model() -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification
-
-
-def _folder(model: str) -> str:
-    from sparse_unsloth.data import resolve_model
-
-    return resolve_model(model)

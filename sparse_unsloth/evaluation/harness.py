@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import save_results
-from sparse_unsloth.templates import adds_special_tokens, generation_prompt
 
 TASKS = {
     "commonsense": (

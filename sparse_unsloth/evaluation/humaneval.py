@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import AnswerFile, read_lines, save_results
-from sparse_unsloth.templates import adds_special_tokens, generation_prompt
 
 COMPLETIONS_FILE = "generated_completions.jsonl"
 INSTRUCTION = (

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.data import resolve_model
+from sparse_unsloth.data.smollm2 import resolve_model
+from sparse_unsloth.data.templates import CHAT_TEMPLATE
 from sparse_unsloth.errors import DataError, SparsityError
-from sparse_unsloth.recipe import raw_values
 from sparse_unsloth.saved_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
@@ -28,7 +28,7 @@ from sparse_unsloth.saved_adapters import (
     load_whole,
     vocabulary_of,
 )
-from sparse_unsloth.templates import CHAT_TEMPLATE
+from sparse_unsloth.training.recipe import raw_values
 from sparse_unsloth.unreadable import first_line
 
 RECIPE_FILE = "recipe.yaml"

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import AnswerFile, read_lines, save_results
-from sparse_unsloth.templates import adds_special_tokens, generation_prompt
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,

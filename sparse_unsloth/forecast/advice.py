@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from sparse_unsloth.data.ledger import most_likely_cut, without_loss
+from sparse_unsloth.forecast.result import Estimate
 from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
-from sparse_unsloth.ledger import most_likely_cut, without_loss
-
-if TYPE_CHECKING:
-    from sparse_unsloth.forecast.estimate import Estimate
 
 WORTH_IT = 1.1
 """Speed-up of the whole training from which sparsity may be worth what it costs in quality."""

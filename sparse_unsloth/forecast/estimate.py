@@ -4,162 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config import PRESETS, SparsityConfig
-from sparse_unsloth.data import length_filter, load_dataset_for
+from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.measured import MODELS, Fitted, choose, fit_table, load
+from sparse_unsloth.forecast.graphs import can_record, lengthened
 from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
-from sparse_unsloth.forecast.recorded import can_record, lengthened
+from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
+from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
-from sparse_unsloth.recipe import SEQ_CLS
+from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 SAMPLES = 1000
 """Samples that are looked at unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step, on one GPU, of the average micro-batch.
-
-    ``milliseconds`` is None where no step like it was measured; ``host_bound`` says that launching takes longer than
-    computing.
-    """
-
-    flops: float
-    milliseconds: float | None
-    host_bound: bool
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What another sparsity would give: sparse steps against dense ones, both as the backend runs them."""
-
-    flops_ratio: float
-    speedup: float | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """All that `sparse-unsloth estimate` says.
-
-    Attributes:
-        model, dataset, backend, backend_reason: what would be trained, and by what.
-        tokens: of the data set.
-        sequences, accumulation: samples of a micro-batch, and micro-batches of an optimiser step on one GPU.
-        dense: a step of the backend as it is; ``dense_exact`` with the exact removal (Unsloth backend, else None).
-        sparse, sparse_exact: a sparse step, likewise; None for a recipe without sparsity.
-        exact_removal: whether the training would use the exact removal.
-        optimiser_steps, sparse_share: of the whole training, and how much of it is sparse.
-        presets: the shipped presets on this model and data.
-        fitted: the measurements behind the times; None where there are none.
-        memory: the predicted peak.
-        dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
-        backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
-        checkpointing: whether the layers run forward twice.
-        recorded: the step that this training is made of, sparse or dense, with `cuda_graphs`; None where not all of it
-            would be recorded, or nothing like it was measured.
-        cuda_graphs: whether the recipe asks for that.
-    """
-
-    model: Model
-    dataset: str
-    backend: str
-    backend_reason: str
-    tokens: TokenStatistics
-    sequences: int
-    accumulation: int
-    dense: Step
-    dense_exact: Step | None
-    sparse: Step | None
-    sparse_exact: Step | None
-    exact_removal: bool
-    optimiser_steps: int
-    sparse_share: float
-    presets: dict[str, Preset]
-    fitted: Fitted | None
-    memory: Memory
-    dense_layer_0: bool
-    backward_rows: float = 1.0
-    checkpointing: bool = True
-    recorded: Step | None = None
-    cuda_graphs: bool = False
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether the recipe's backward pass leaves out rows, instead of channels."""
-        return self.backward_rows < 1
-
-    @property
-    def dense_as_trained(self) -> Step:
-        """A dense step of this training: with the exact removal where it is on, recorded where nothing is sparse."""
-        if self.cuda_graphs and self.recorded and not self.sparse:
-            return self.recorded
-        return self.dense_exact if self.exact_removal and self.dense_exact else self.dense
-
-    @property
-    def sparse_as_trained(self) -> Step | None:
-        """A sparse step of this training, likewise; None where nothing is sparse."""
-        if self.cuda_graphs and self.recorded and self.sparse:
-            return self.recorded
-        return self.sparse_exact if self.exact_removal and self.sparse_exact else self.sparse
-
-    @property
-    def graphs_speedup(self) -> float | None:
-        """Predicted: what `cuda_graphs` makes of a step of this training."""
-        if self.recorded is None:
-            return None
-        without = replace(self, cuda_graphs=False)
-        return _ratio(without.sparse_as_trained or without.dense_as_trained, self.recorded)
-
-    @property
-    def flops_ratio(self) -> float | None:
-        """FLOPs of the backend's own dense step over those of a sparse one: the limit of the speed-up."""
-        return None if self.sparse_as_trained is None else self.dense.flops / self.sparse_as_trained.flops
-
-    @property
-    def speedup(self) -> float | None:
-        """Predicted: a sparse step against the backend's own dense step."""
-        return None if self.sparse_as_trained is None else _ratio(self.dense, self.sparse_as_trained)
-
-    @property
-    def whole_speedup(self) -> float | None:
-        """Predicted for the whole training, dense phases included; its set-up (calibration) is not."""
-        if self.speedup is None:
-            return None
-        sparse, other = self.sparse_as_trained.milliseconds, self.dense_as_trained.milliseconds
-        return self.dense.milliseconds / (self.sparse_share * sparse + (1 - self.sparse_share) * other)
-
-    @property
-    def free_speedup(self) -> float | None:
-        """Predicted for dense training with the exact removal, which changes no result."""
-        return None if self.dense_exact is None else _ratio(self.dense, self.dense_exact)
-
-    def as_dict(self) -> dict:
-        """Plain data, advice included."""
-        from sparse_unsloth.forecast.advice import advice
-
-        tokens = asdict(self.tokens) | {
-            "context_share": self.tokens.context_share,
-            "shares_of_rows": {role: self.tokens.share(role) for role in ("context", "dense", "padding")},
-            "rows_per_micro_batch": self.tokens.rows,
-        }
-        ratios = ("flops_ratio", "speedup", "whole_speedup", "free_speedup", "graphs_speedup")
-        return (
-            asdict(self)
-            | {"tokens": tokens, "memory": self.memory.gib()}
-            | {name: getattr(self, name) for name in ratios}
-            | {"advice": advice(self)}
-        )
 
 
 def estimate(
@@ -216,7 +82,7 @@ def estimate(
             kind = replace(plan, layers=layers, backward_rows=preset.backward_rows)
             graphs = recordable and recipe.sparsity.cuda_graphs
             other = step_recorded(kind) if graphs else step(kind, removal)
-            presets[name] = Preset(dense.flops / other.flops, _ratio(dense, other))
+            presets[name] = Preset(dense.flops / other.flops, time_ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
     sparse_share = len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0
     return Estimate(
@@ -271,10 +137,6 @@ def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, recor
     milliseconds = sum(map(model.recorded if recorded else model, works)) * accumulation / len(works)
     host_bound = not recorded and sum(map(model.host, works)) > sum(map(model.device, works))
     return Step(flops, milliseconds, host_bound)
-
-
-def _ratio(slow: Step, fast: Step) -> float | None:
-    return None if slow.milliseconds is None else slow.milliseconds / fast.milliseconds
 
 
 def _fits(speed_table: str | Path | None, model: Model) -> list[Fitted]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
-from sparse_unsloth.data import DataError, resolve_base, resolve_tokenizer
-from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
+from sparse_unsloth.data.smollm2 import resolve_base, resolve_tokenizer
+from sparse_unsloth.errors import AttachError, ConfigError, DataError, SparsityError
 from sparse_unsloth.saved_adapters import check_targets, named_targets
 from sparse_unsloth.unreadable import first_line
 
 if TYPE_CHECKING:
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Families that Unsloth runs on its fast path, by ``model_type``."""

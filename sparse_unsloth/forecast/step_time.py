@@ -54,11 +54,6 @@ class StepTime:
         """The same where layers are recorded, and the host launches little."""
         return _larger(RECORDED_HOST * work.layers, self.device(work))
 
-    @property
-    def teraflops(self) -> float:
-        """10^12 FLOPs of products a second."""
-        return 1000 / self.products
-
 
 def _larger(host: float, device: float) -> float:
     longer, shorter = max(host, device), min(host, device)

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.data import DataError
-from sparse_unsloth.ledger import drop_without_loss, no_loss
+from sparse_unsloth.data.ledger import drop_without_loss, no_loss
+from sparse_unsloth.errors import DataError
 from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from trl import SFTConfig, SFTTrainer
 
-    from sparse_unsloth.recipe import Recipe
+    from sparse_unsloth.training.recipe import Recipe
 
 PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
 PADDED_FAMILIES = ("gemma2", "gpt_oss")

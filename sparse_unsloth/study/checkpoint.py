@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sparse_unsloth.data import resolve_model
-from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.data.smollm2 import resolve_model
+from sparse_unsloth.reporting.tables import StudyError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.data import resolve_model
-from sparse_unsloth.stored import FILE_LOADERS
-from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.data.files import FILE_LOADERS
+from sparse_unsloth.data.smollm2 import resolve_model
+from sparse_unsloth.reporting.tables import StudyError
 
 SST2 = "stanfordnlp/sst2"
 TEXT_COLUMNS = ("sentence", "text", "review")

@@ -13,11 +13,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from sparse_unsloth.reporting.figures import new_figure, save_figure
+from sparse_unsloth.reporting.paired_tests import compare_methods
+from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write_csv
 from sparse_unsloth.study.classification import Task, build_classifier, evaluate, load_task, load_tokenizer, train
-from sparse_unsloth.study.comparison import compare_methods
 from sparse_unsloth.study.components import METHODS, component_scores, keep_components, lora_pairs
-from sparse_unsloth.study.pictures import new_figure, save_figure
-from sparse_unsloth.study.tables import StudyError, aggregate, groups, write_csv
 
 FIGURES = ("accuracy_pruned", "loss_pruned", "accuracy", "loss")
 

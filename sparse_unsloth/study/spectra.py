@@ -11,17 +11,11 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from sparse_unsloth.study.approximation import (
-    LOW_RANK,
-    MAGNITUDE,
-    Decomposition,
-    low_rank_loss,
-    magnitude_loss,
-)
+from sparse_unsloth.reporting.figures import new_figure, save_figure
+from sparse_unsloth.reporting.paired_tests import compare_methods
+from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write_csv
+from sparse_unsloth.study.approximation import LOW_RANK, MAGNITUDE, Decomposition, low_rank_loss, magnitude_loss
 from sparse_unsloth.study.checkpoint import StoredLayer, find_checkpoint, linear_layers
-from sparse_unsloth.study.comparison import compare_methods
-from sparse_unsloth.study.pictures import new_figure, save_figure
-from sparse_unsloth.study.tables import StudyError, aggregate, groups, write_csv
 from sparse_unsloth.study.whitening import input_moments, read_texts, whiten
 
 

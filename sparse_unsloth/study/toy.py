@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unsloth.reporting.figures import new_figure, save_figure
+from sparse_unsloth.reporting.paired_tests import compare_methods
+from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write_csv
 from sparse_unsloth.study.approximation import LOW_RANK, Decomposition, low_rank_loss
-from sparse_unsloth.study.comparison import compare_methods
-from sparse_unsloth.study.pictures import new_figure, save_figure
-from sparse_unsloth.study.tables import StudyError, aggregate, groups, write_csv
 
 KINDS = ("random", "power_law")
 EXPONENT = 1.0

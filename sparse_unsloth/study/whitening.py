@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.study.tables import StudyError
+from sparse_unsloth.reporting.tables import StudyError
 
 MAX_TOKENS = 512
 

@@ -4,8 +4,8 @@
 
 The six families of Unsloth's fast path as small random models, in 16 and 4 bits, with each kind of gradient
 checkpointing, padded, padding-free and packed, and one pass of a random Llama-3-8B; dense, rows and channels, with and
-without CUDA graphs (`sparse_unsloth.trial`). Each family runs in a process of its own, several at a time. The table and
-all trials go to ``OUT/unsloth-VERSION.md`` and ``.jsonl``.
+without CUDA graphs (`sparse_unsloth.bench.trial`). Each family runs in a process of its own, several at a time. The
+table and all trials go to ``OUT/unsloth-VERSION.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_unsloth.trial import FAMILIES, LAYOUTS, MODES, Trial, write_models
+from sparse_unsloth.bench.trial import FAMILIES, LAYOUTS, MODES, Trial, write_models
 
 CAPTURED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose layers run as a whole and are captured, but for the last one, which leaves out rows without loss."""
@@ -48,7 +48,7 @@ def processes(folder: Path, large: bool) -> dict[str, list[str]]:
             "--families", "llama", "--models", str(folder / "large"), "--dtypes", "4bit", "--checkpointing", "unsloth",
             "--layouts", "padded,padding-free",
         ]  # fmt: skip
-    head = [sys.executable, "-m", "sparse_unsloth.trial", "--backend", "unsloth", "--out"]
+    head = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", "unsloth", "--out"]
     commands = {name: [*head, str(folder / f"{name}.jsonl"), *words] for name, words in small.items()}
     head[4] = "peft"
     peft = ["--families", "llama,gemma2", "--models", str(folder / "models"), "--checkpointing", "True,False"]

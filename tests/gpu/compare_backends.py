@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_unsloth.trial import load
+from sparse_unsloth.bench.trial import load
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 NOTHING_DROPPED = 1e-9

@@ -3,7 +3,7 @@
     python tests/gpu/sanitize.py --out FOLDER [--seconds 60]       all of it: about two minutes on an H100
 
 First a run of its own (which also compiles the kernels): each tensor lies between poisoned margins, so that what a
-kernel reads or writes beyond it, or leaves unwritten, shows (`kernel_checks.Guard`). Then, side by side, runs under the
+kernel reads or writes beyond it, or leaves unwritten, shows (`checks.Guard`). Then, side by side, runs under the
 tools of compute-sanitizer, each tensor in an allocation of its own: memcheck, initcheck, racecheck, and memcheck on a
 kernel that writes one element too far, which must be found. Logs go to FOLDER; the exit code is 0 if everything ran and
 is clean, 1 for a fault, 2 where the tool is missing or the time was up.
@@ -97,26 +97,25 @@ def run_cases(guarded: bool, word: str, seconds: float) -> int:
     """Every kernel at the sizes `ODD` and `EVEN`, checked against plain PyTorch on the CPU."""
     if not guarded:
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor its own allocation, as long as it is
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import kernel_cases
-    import kernel_checks
+    sys.path.insert(0, str(ROOT))
     import torch
 
-    sys.path.remove(str(ROOT / "benchmarks"))  # its kernels.py would answer to transformers' `import kernels`
+    from benchmarks.kernel_suite import cases, checks
+
     torch.set_num_threads(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     began, run, left_out = time.perf_counter(), 0, []
-    for sizes in (kernel_cases.ODD, kernel_cases.EVEN):
-        for case in kernel_cases.cases(sizes, kernel_cases.Draw("cpu", dtype, seed=run), word):
+    for sizes in (cases.ODD, cases.EVEN):
+        for case in cases.cases(sizes, cases.Draw("cpu", dtype, seed=run), word):
             if time.perf_counter() - began > seconds:
                 left_out.append(f"{case.kernel} {case.shape}")
                 continue
-            memory = kernel_checks.Guard() if guarded else kernel_checks.Bare()
-            inputs = kernel_checks.change_tensors(case.inputs, lambda tensor, hold=memory.hold: hold(tensor, device))
+            memory = checks.Guard() if guarded else checks.Bare()
+            inputs = checks.change_tensors(case.inputs, lambda tensor, hold=memory.hold: hold(tensor, device))
             try:
-                kernel_checks.check(case, inputs, memory)
-            except kernel_checks.WrongOutput as wrong:
+                checks.check(case, inputs, memory)
+            except checks.WrongOutput as wrong:
                 print(f"FAULT: {wrong}", flush=True)
                 return FAULT
             run += 1

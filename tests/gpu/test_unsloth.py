@@ -23,7 +23,7 @@ RUNS = (("peft", "llama"), ("unsloth", "llama,mistral,qwen2,qwen3,gemma"), ("uns
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    from sparse_unsloth.trial import write_models
+    from sparse_unsloth.bench.trial import write_models
 
     write_models(folder)
     environment = {

@@ -1,0 +1,1 @@
+"""Each kernel of kernels/ against its PyTorch reference and its floor."""

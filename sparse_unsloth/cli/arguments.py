@@ -1,0 +1,108 @@
+"""What the commands share: their parsers, and ``RECIPE``, or ``MODEL DATASET``, then options and keys of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from sparse_unsloth.errors import SparsityError
+
+if TYPE_CHECKING:
+    from sparse_unsloth.training.recipe import Recipe
+
+
+def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
+    """The parser of the words behind ``sparse-unsloth COMMAND``; ``usage`` is given without that beginning."""
+    return argparse.ArgumentParser(
+        prog=f"sparse-unsloth {command}",
+        usage=f"sparse-unsloth {command} {usage}" if usage else None,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def print_line(text: str) -> None:
+    """On standard error, under the program's name."""
+    print(f"sparse-unsloth: {text}", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    """A ``type`` of arguments: a whole number from 1 up."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
+    return number
+
+
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str], error: type[SparsityError]
+) -> tuple[list[str], argparse.Namespace, list[str]] | None:
+    """``(names, options of the parser, overrides of the recipe)``, or None where help was asked for and printed.
+
+    Args:
+        parser: of the options that are not keys of a recipe; the names come before them.
+        words: of the command line, after the command.
+        error: what to raise.
+
+    Raises:
+        SparsityError: of that kind, where there are not one or two names.
+    """
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return None
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    names = list(words[:first])
+    arguments, overrides = parser.parse_known_args(list(words[first:]))
+    if len(names) not in (1, 2):
+        command = parser.prog.rpartition(" ")[2]
+        raise error(f"{command} takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+    return names, arguments, overrides
+
+
+@contextmanager
+def recipe_source(names: Sequence[str], **keys: str) -> Iterator[str]:
+    """What `load_recipe` takes: the recipe that is named, or a file that names model and data set, with ``keys``."""
+    if len(names) == 1:
+        yield names[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        given = {"model_name_or_path": names[0], "dataset_name": names[1], **keys}
+        file.write_text(yaml.safe_dump(given), encoding="utf-8")
+        yield str(file)
+
+
+def load_recipe_to_train(source: str, overrides: Sequence[str], say: bool = False) -> Recipe:
+    """The checked recipe, after the import of Unsloth where that will run: it patches TRL, whose keys a recipe has.
+
+    Args:
+        source, overrides: as `load_recipe` takes them.
+        say: print the backend, and why.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+        BackendError: the backend that is asked for cannot run.
+    """
+    from sparse_unsloth.backends.choose import explain_backend
+    from sparse_unsloth.distributed import is_main
+    from sparse_unsloth.training.keys import BACKENDS
+    from sparse_unsloth.training.recipe import load_recipe, raw_backend
+
+    asked = raw_backend(source, overrides)
+    if asked in BACKENDS:
+        backend, reason = explain_backend(asked)
+        if say and is_main():
+            print(f"sparse-unsloth: backend {backend} ({reason})")
+        if backend == "unsloth":
+            importlib.import_module("unsloth")
+    return load_recipe(source, overrides)

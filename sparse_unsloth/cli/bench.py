@@ -1,0 +1,162 @@
+"""``sparse-unsloth bench``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, PADDED, arms_of
+from sparse_unsloth.bench.methods import METHODS, methods_of
+from sparse_unsloth.bench.models import CHECKPOINTING
+from sparse_unsloth.bench.processes import Parent, own_command, processes_of, serve
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_go_on_with
+from sparse_unsloth.bench.shapes import HOST, SHAPES, shapes_of
+from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_in_child, model_shape, rows_of_run
+from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
+from sparse_unsloth.cli.arguments import command_parser
+from sparse_unsloth.errors import ConfigError
+
+DESCRIPTION = """\
+Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
+
+One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
+fresh random tokens. Each arm of Unsloth runs in a process of its own (arms with the same variables and arguments share
+one), our methods in another, so that each sees the machine as a user's process does. Each is checked (what does not
+compute what it should is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows go into the
+table as soon as they are there, or when the job is told to stop (SIGTERM); an arm that fails, or that this Unsloth does
+not have, gets a row that says why. At the end every row of the run gets its ratios: to Unsloth's defaults (stock), and
+to the best arm at that shape.
+
+With --seconds the job ends in time; called again with the same --out on the same machine within two hours, it goes on
+where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a
+row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
+unsloth is transformers' own.
+
+What stands behind --then is a further run of the same date, which keeps the options before it but for those that it
+gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
+"""
+
+EPILOG = f"""\
+shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
+arms of Unsloth (joined by + they are one arm):
+""" + "\n".join(
+    [f"  {name:20} {arm.what}" for name, arm in ARMS.items()]
+    + ["methods:"]
+    + [f"  {name:20} {what}" for name, what in METHODS.items()]
+)
+THEN, FIRST = "--then", "first"
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How long, which run, its table; and the words of a child."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
+    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
+    parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
+    parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser("bench", DESCRIPTION, EPILOG, "--model MODEL [options] [--then further options] ...")
+    parser.add_argument("--model", help="checkpoint folder or hub name")
+    parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit", help="of the base weights")
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
+    parser.add_argument(
+        "--methods", default="dense-graphs,rows-25,rows-25-graphs,sparse-o2", help="default: %(default)s"
+    )
+    layouts = "of the methods' batches: padded (a row for each sequence) or flat (one row, as Unsloth lays them out)"
+    parser.add_argument("--layouts", default=PADDED, help=f"{layouts}, or both; default: %(default)s")
+    parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
+    parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
+    parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth", help="of the methods")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
+    parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the methods take turns")
+    profile = "profile a step of each method at these of the shapes (without a name: the first)"
+    parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
+    parser.add_argument("--out", type=Path, default=Path("speed.csv"), help="the table, default: %(default)s")
+    add_run_options(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with ``arms``, ``methods``, ``layouts`` and ``shapes`` resolved.
+
+    Raises:
+        ConfigError: an unknown arm, method, layout or shape, a count below 1, or a table of another kind to append to.
+    """
+    args = build_parser().parse_args(argv)
+    if args.model is None and not args.table:
+        raise ConfigError("bench needs --model, a checkpoint folder or hub name")
+    args.arms = arms_of(args.arms)
+    args.methods = methods_of(args.methods) if args.methods else []
+    args.layouts = layouts_of(args.layouts)
+    args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
+    if args.profile == FIRST:
+        args.profile = next(iter(args.shapes))
+    args.profile = args.profile.split(",") if args.profile else []
+    if unknown := [name for name in args.profile if name not in args.shapes]:
+        raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
+    for name in ("rank", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
+    read_rows(args.out)
+    return args
+
+
+def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
+    """The runs of a command line, parted by ``--then``; each has its ``words``, and all have one date.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    words, runs = [], []
+    for further, part in itertools.groupby(argv, lambda word: word == THEN):
+        if further:
+            continue
+        words = [*words, *part]
+        runs.append(parse(words))
+        runs[-1].words, runs[-1].date = words, runs[0].date
+    if not runs:
+        runs = [parse(argv)]
+        runs[0].words = []
+    return runs
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark; 1 if an arm or a method could not be timed, or not yet.
+
+    Raises:
+        ConfigError: see `parse`; or a table is asked for of a run that is not there.
+        BackendError: no CUDA GPU.
+    """
+    runs = parse_runs(argv)
+    first = runs[0]
+    if first.child:
+        return serve(partial(measure_in_child, first))
+    if first.table:
+        print(printed_table(first.out, SPEED, first.run))
+        return 0
+    device = device_name()
+    whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
+    run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
+    print(f"run {run}", flush=True)
+    complete = True
+    with Parent(first.seconds).listening() as parent:
+        for args in runs:
+            args.run = run
+            plan = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), run, describe(args, device))
+            command = own_command(["bench", *args.words, "--run", run, "--date", args.date])
+            complete = fill({"speed": plan}, processes_of(list(args.arms), args.methods), command, parent) and complete
+            print(report(rows_of_run(args), model_shape(args.model), args.methods), flush=True)
+    if any(row["run"] == run for row in read_table(first.out, COLUMNS)):
+        print(printed_table(first.out, SPEED, run), flush=True)
+    return int(not complete)

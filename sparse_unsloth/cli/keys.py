@@ -1,0 +1,31 @@
+"""``sparse-unsloth keys``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_unsloth.cli.arguments import command_parser, print_line
+
+
+def main(words: Sequence[str]) -> int:
+    """Lists the keys of a recipe, all of them or those that have to do with a word; 1 if there are none."""
+    parser = command_parser("keys", "")
+    parser.add_argument("word", nargs="?", default="", help="only keys whose name or help contains this")
+    arguments = parser.parse_args(words)
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparse_unsloth.training.keys import describe, recipe_keys
+
+    word = arguments.word.lower()
+    keys = [key for key in recipe_keys().values() if word in key.name.lower() or word in key.help.lower()]
+    if not keys:
+        print_line(f"no key of a recipe has to do with {arguments.word!r}")
+        return 1
+    table = Table("key", "type", "default", "what it does", box=None, pad_edge=False)
+    for key in keys:
+        kinds = {"sparsity": "a preset, a file or a block", "rank": "a block"}
+        kind = kinds.get(key.name) or describe(key.kind)
+        table.add_row(key.name, kind, str(key.default), key.help.replace("%%", "%").replace("[", "\\["))
+    Console().print(table)
+    return 0

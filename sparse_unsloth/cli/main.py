@@ -1,0 +1,89 @@
+"""The command ``sparse-unsloth``. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sparse_unsloth.cli.arguments import print_line
+
+DESCRIPTION = "Faster LoRA and QLoRA fine-tuning by contextual sparsity, through TRL's SFTTrainer."
+
+SUBCOMMANDS = {
+    "train": "train a recipe",
+    "recipes": "list the shipped recipes, or print one",
+    "keys": "list the keys of a recipe",
+    "doctor": "report versions, GPU, backend and kernels, and what is missing",
+    "quickstart": "train a small model dense and sparse on the CPU, and compare",
+    "estimate": "say before training what sparsity will gain: tokens, FLOPs, time, memory",
+    "calibrate": "measure on your data what sparsity costs in each layer, and choose it",
+    "explain": "say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
+    "bench": "time training steps on the GPU, dense and sparse",
+    "evaluate": "judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
+    "compare": "compare runs and seeds: loss, scores, tokens a second, memory, with paired tests",
+    "study": "study low rank: toy matrices, a model's spectra, pruned adapters",
+}
+"""What each does; the module of that name in this package has its parser and its ``main``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 it was asked wrongly.
+
+    What the user or his machine can change is said in one line on standard error; ``--debug`` adds the traceback.
+
+    Raises:
+        Exception: what nobody expected while training, with its traceback.
+    """
+    words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return importlib.import_module(f"sparse_unsloth.cli.{arguments.command}").main(arguments.words)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print_line("interrupted.")
+        return 130
+    except Exception as error:
+        from sparse_unsloth.faults import explain, is_fault_of_training
+
+        if is_fault_of_training(error):
+            raise
+        if debug:
+            traceback.print_exception(error)
+        line, code = explain(error)
+        print_line(line)
+        return code
+
+
+def take_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without a bare ``--debug``, and whether there was one; TRL's key of that name takes values."""
+    kept, found = [], False
+    for index, word in enumerate(words):
+        following = words[index + 1 : index + 2]
+        if word == "--debug" and (index == 0 or not following or following[0].startswith("--")):
+            found = True
+        else:
+            kept.append(word)
+    return kept, found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; it leaves the words behind a command to that command."""
+    from sparse_unsloth import __version__
+
+    parser = argparse.ArgumentParser(prog="sparse-unsloth", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sparse-unsloth {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, with every command")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in SUBCOMMANDS.items():
+        # No word is an option here, not even --help.
+        command = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        command.add_argument("words", nargs="*")
+    return parser

@@ -1,0 +1,27 @@
+"""``sparse-unsloth recipes``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_unsloth.cli.arguments import command_parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Lists the shipped recipes, or prints the one that is named.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    parser = command_parser("recipes", "")
+    parser.add_argument("name", nargs="?", help="print this recipe, to be copied and changed")
+    name = parser.parse_args(words).name
+    from sparse_unsloth.training.document import find_recipe, shipped_recipes
+
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return 0
+    for name, entry in shipped_recipes().items():
+        first_line = entry.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:24} {first_line.lstrip('# ')}")
+    return 0

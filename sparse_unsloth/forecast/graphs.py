@@ -1,0 +1,46 @@
+"""What `cuda_graphs` would make of a training: whether its steps are recorded, and what is computed in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sparse_unsloth.costs import ATTENTION, MLP
+from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model
+from sparse_unsloth.forecast.tokens import PADDED, MicroBatch
+from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
+from sparse_unsloth.rounding import LENGTHS, round_up
+from sparse_unsloth.training.recipe import Recipe
+
+
+def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
+    """Whether every layer would be recorded as a whole, its attention included.
+
+    Args:
+        layout: see `TokenStatistics`.
+        batches: micro-batches of the training.
+    """
+    sparsity, documents = recipe.sparsity, [length for batch in batches for length in batch.lengths]
+    return (
+        backend == "unsloth"
+        and not recipe.training.use_cpu
+        and model.model_type in LLAMA_LAYERS
+        and set(model.lora_targets) >= {*ATTENTION, *MLP}
+        and recipe.model.lora_dropout == 0
+        and not recipe.model.use_dora
+        and recipe.training.gradient_checkpointing
+        and sparsity.exact_removal
+        and (layout == PADDED or sum(documents) <= LONGEST_MEAN * len(documents))
+    )
+
+
+def lengthened(batch: MicroBatch, layout: str) -> MicroBatch:
+    """``batch`` with rows of a round length, as recorded ones have (`sparse_unsloth.rounding`)."""
+    if layout == PADDED:
+        length, rows = max(batch.lengths), len(batch.lengths)
+        longer = round_up(length, LENGTHS)
+        return replace(batch, padding=batch.padding + rows * (longer - length), lengths=(longer,) * rows)
+    extra = round_up(batch.rows, LENGTHS) - batch.rows
+    if not extra:
+        return batch
+    return replace(batch, padding=batch.padding + extra, lengths=(*batch.lengths, extra))

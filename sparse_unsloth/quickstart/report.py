@@ -1,0 +1,155 @@
+"""The quickstart's figures as a table in the terminal, Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TITLE = "SmolLM2-135M-Instruct, LoRA on seven projections: dense against sparse"
+COLOURS = {"dense": "tab:blue", "sparse": "tab:orange", "dense, equal cost": "tab:green"}
+SMOOTHING = 5
+
+
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table's heading and its rows, as text."""
+    runs, before = results["runs"], results["before"]
+    dense_flops = runs["dense"]["flops"]
+
+    def line(label: str, form: str, pick, start: str = "") -> list[str]:
+        values = [pick(run) for run in runs.values()]
+        return [label, start, *("-" if value is None else form.format(value) for value in values)]
+
+    def held_out(label: str, form: str, name: str) -> list[str]:
+        return line(label, form, lambda run: run["evaluation"][name], form.format(before[name]))
+
+    table = [
+        line("steps (sparse ones)", "{}", lambda run: f"{run['steps']} ({sum(run['step_is_sparse'])})"),
+        line("training loss, last tenth", "{:.3f}", lambda run: run["train_loss"]),
+        held_out("answer loss, held out", "{:.3f}", "answer_loss"),
+        held_out("token accuracy, held out", "{:.1%}", "token_accuracy"),
+        held_out("exact match, held out", "{:.1%}", "exact_match"),
+        line("dense step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["dense"]),
+        line("sparse step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["sparse"]),
+        line("set-up, calibration, s", "{:.1f}", lambda run: run["setup_seconds"]),
+        line("training in all, s", "{:.0f}", lambda run: run["train_seconds"]),
+        line("FLOPs, 10^12", "{:.1f}", lambda run: run["flops"] / 1e12),
+        line("FLOPs, of the dense run's", "{:.0%}", lambda run: run["flops"] / dense_flops),
+        line("context share of tokens", "{:.1%}", lambda run: run["context_share"]),
+        line("padding share of batches", "{:.1%}", lambda run: run["padding_share"]),
+    ]
+    return ["", "before", *runs], table
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What a reader needs to judge the table, one sentence or two each."""
+    lines = []
+    if results["sparse_step_speedup"] is not None:
+        pairs = sum(results["runs"]["sparse"]["step_is_sparse"])
+        lines.append(
+            f"A sparse step is {results['sparse_step_speedup']:.2f} times as fast as the dense step on the same batch "
+            f"(median of {pairs} pairs) and takes {results['sparse_step_flops']:.0%} of its FLOPs "
+            f"({results['sparse_step_flops_without_padding']:.0%} if neither computed padding)."
+        )
+    answers = results["before"]["answers"]
+    lines += [
+        "FLOPs are counted as computed: plain TRL pads to the longest sample of a batch; a dense step computes that "
+        "padding, a sparse MLP leaves it out (and so does the backward pass of `backward_rows`).",
+        "Equal cost: a dense run with its own full learning-rate schedule that stops at the sparse run's FLOPs, "
+        "calibration included. A sparse run is worth having where it beats that one.",
+        f"Held out: {answers} questions that do not occur in training, answered by the dense forward; one answer is "
+        f"{1 / answers:.1%} of exact match. One seed: small differences mean nothing.",
+        f"Same initial adapter: {_yes(results['same_initial_adapter'])}. "
+        f"Same batches in the same order: {_yes(results['same_batches'])}.",
+        _machine(results),
+    ]
+    return lines
+
+
+def terminal_table(results: dict[str, Any]):
+    """The table and its notes, for ``rich``."""
+    from rich.console import Group
+    from rich.table import Table
+
+    heading, body = rows(results)
+    table = Table(title=TITLE)
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    return Group(table, *notes(results))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, its notes and the picture, as `results.md`."""
+    heading, body = rows(results)
+    lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(heading) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in body]
+    lines += ["", *(f"- {note}" for note in notes(results)), "", "![Loss and step time](quickstart.png)"]
+    return f"# {TITLE}\n\n" + "\n".join(lines) + "\n"
+
+
+def save_report(results: dict[str, Any], folder: Path) -> None:
+    """Writes ``results.json``, ``results.md`` and ``quickstart.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    draw(results, folder / "quickstart.png")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Loss over the FLOPs spent, and seconds of each step."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    loss, time = figure.subplots(1, 2)
+    for name, run in results["runs"].items():
+        spent = _cumulated(run["flops_by_step"], run["calibration_flops"])
+        loss.plot(spent, _smooth(run["losses"]), color=COLOURS[name], label=f"{name}, training")
+        loss.plot(spent[-1], run["evaluation"]["answer_loss"], "o", color=COLOURS[name])
+    loss.plot([], [], "o", color="grey", label="held-out answers, at the end")
+    loss.set(xlabel="FLOPs spent, 10^12", ylabel="loss, nats a token", yscale="log", title="Loss")
+    for axis_formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        axis_formatter(StrMethodFormatter("{x:g}"))
+    loss.legend(fontsize="small")
+    for name in ("dense", "sparse"):
+        run = results["runs"][name]
+        time.plot(range(1, run["steps"] + 1), run["step_seconds"], ".", color=COLOURS[name], label=f"{name} run")
+    sparse = [step for step, is_sparse in enumerate(results["runs"]["sparse"]["step_is_sparse"], start=1) if is_sparse]
+    if sparse:
+        time.axvspan(sparse[0] - 0.5, sparse[-1] + 0.5, color=COLOURS["sparse"], alpha=0.12, label="sparse steps")
+    time.set(xlabel="optimiser step", ylabel="seconds", title="Time of a step")
+    time.set_ylim(bottom=0)
+    time.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _machine(results: dict[str, Any]) -> str:
+    environment = results["environment"]
+    packages = ", ".join(
+        f"{name} {environment['packages'].get(name, '?')}" for name in ("torch", "transformers", "trl", "peft")
+    )
+    return (
+        f"{environment['processor']}, {environment['torch_threads']} threads, float32; {packages}; the whole "
+        "quickstart took "
+        f"{results['seconds'] / 60:.1f} minutes."
+    )
+
+
+def _cumulated(values: list[int], start: int) -> list[float]:
+    total, sums = start, []
+    for value in values:
+        total += value
+        sums.append(total / 1e12)
+    return sums
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running means over the last few steps."""
+    windows = [values[max(0, end - SMOOTHING) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"

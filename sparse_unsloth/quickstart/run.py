@@ -1,0 +1,383 @@
+"""The quickstart: one small model, trained dense, sparse, and dense again at the sparse run's cost; all on the CPU."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import logging
+import math
+import shutil
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTTrainer
+
+from sparse_unsloth.attachment import get_state
+from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
+from sparse_unsloth.errors import DataError
+from sparse_unsloth.faults import SetUp, check_output
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.quickstart.report import save_report, terminal_table
+from sparse_unsloth.training.recipe import Recipe, load_recipe
+from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.training.run import build_trainer
+from sparse_unsloth.utils.environment import environment
+
+RECIPE = "quickstart"
+# TRL 1.14 computes the logits of whole chunks of this many rows, and once more in backward.
+HEAD_CHUNK = 256
+# Samples that calibration collates together.
+CALIBRATION_BATCH = 8
+OWN_FILES = ("adapter", "recipe.yaml", "checkpoint-*", "explain*", "estimator.safetensors", "README.md", "runs")
+"""What a run of the quickstart leaves in its folder."""
+DENSE, SPARSE, EQUAL = "dense", "sparse", "dense, equal cost"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a micro-batch costs: rows by role, and its padded shape."""
+
+    dense: int
+    context: int
+    padding: int
+    loss: int
+    shape: tuple[int, int]
+
+
+@dataclass
+class BatchLog:
+    """Keeps every training batch's labels and mask, and works out roles afterwards, outside the timed steps."""
+
+    seen: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+    def hook(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None:
+            self.seen.append((kwargs["labels"], kwargs.get("attention_mask")))
+
+    def batches(self) -> list[Batch]:
+        found = []
+        for labels, mask in self.seen:
+            parts = TokenPartition.from_labels(labels, mask)
+            rows = (len(parts.dense), len(parts.context), len(parts.padding), len(parts.loss))
+            found.append(Batch(*rows, parts.shape))
+        return found
+
+    def digest(self, count: int) -> str:
+        """Of the first ``count`` batches, to compare runs by."""
+        return _digest([labels for labels, _ in self.seen[:count]])
+
+
+def quickstart(
+    output_dir: str | Path = "runs/quickstart", steps: int | None = None, test_size: int | None = None
+) -> dict:
+    """Trains the three runs, evaluates them, prints and saves table, picture and figures in ``output_dir``.
+
+    Args:
+        output_dir: its results of an earlier quickstart are replaced.
+        steps: optimiser steps of the dense and the sparse run, instead of the recipe's.
+        test_size: held-out samples, instead of the recipe's.
+
+    Returns:
+        The figures, as saved in ``results.json``.
+
+    Raises:
+        SparsityError: the model or a package is missing, or TRL cannot train on this machine.
+    """
+    check_can_train(use_cpu=True)
+    began = time.perf_counter()
+    folder, console = Path(output_dir), Console()
+    check_output(folder, "output-dir")
+    for name in (DENSE, SPARSE, EQUAL):
+        _refuse_strangers(_run_folder(folder, name))
+    overrides = [] if steps is None else ["--max_steps", str(steps)]
+    overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
+    overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
+    results: dict[str, Any] = {"environment": environment(), "runs": {}}
+    logs: dict[str, BatchLog] = {}
+    with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
+        for name in (DENSE, SPARSE, EQUAL):
+            run_folder = _run_folder(folder, name)
+            chosen = [*overrides, "--output_dir", str(run_folder)]
+            if name != SPARSE:
+                chosen += ["--sparsity", "dense"]
+            if name == EQUAL:
+                flops = results["runs"][DENSE]["flops_by_step"]
+                chosen += ["--max_steps", str(equal_cost_steps(flops, results["runs"][SPARSE]["flops"]))]
+            # A recipe's training arguments reset state that trainers share, so it waits for the run before it.
+            recipe = load_recipe(RECIPE, chosen)
+            if name == SPARSE:
+                results["sparsity"] = recipe.sparsity.model_dump(mode="json")
+            logs[name] = BatchLog()
+            results["runs"][name] = _run(recipe, name, results, logs[name], progress, setup)
+    results |= _compare(results["runs"], logs)
+    results["seconds"] = time.perf_counter() - began
+    save_report(results, folder)
+    console.print(terminal_table(results))
+    console.print(f"Table, figures and picture: {folder}/results.md, results.json, quickstart.png", highlight=False)
+    return results
+
+
+def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
+    """Dense steps, taken from the start, whose FLOPs come nearest to ``budget``; at least one."""
+    spent, steps = 0, 0
+    for step, flops in enumerate(dense_flops, start=1):
+        if abs(spent + flops - budget) > abs(spent - budget):
+            break
+        spent, steps = spent + flops, step
+    return max(steps, 1)
+
+
+def _run_folder(folder: Path, name: str) -> Path:
+    return folder / name.replace(", ", "-").replace(" ", "-")
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Raises DataError where a run's folder, which is emptied, holds what no quickstart wrote."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strangers = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
+    if strangers:
+        raise DataError(
+            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(strangers)[:5])}, which is of no "
+            "quickstart. Give another --output-dir."
+        )
+
+
+def _run(
+    recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: Progress, setup: SetUp
+) -> dict[str, Any]:
+    task = progress.add_task(name, total=recipe.training.max_steps)
+    trainer, timer = build_trainer(recipe, (_Advance(progress, task),))
+    trainer.remove_callback(PrinterCallback)
+
+    def replace_earlier_run() -> None:
+        setup.over = True
+        shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+
+    timer.begins = replace_earlier_run
+    handle = trainer.model.register_forward_pre_hook(batches.hook, with_kwargs=True)
+    initial = _digest([parameter for parameter in trainer.model.parameters() if parameter.requires_grad])
+    if "model" not in results:
+        results |= _describe(recipe, trainer)
+        results["before"] = evaluate(trainer)
+    timer.start()
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    handle.remove()
+    trainer.save_model(str(Path(recipe.training.output_dir) / "adapter"))
+    recipe.save(Path(recipe.training.output_dir) / "recipe.yaml")
+
+    log = batches.batches()
+    flops = flops_by_step(recipe, trainer, log)
+    real = flops_by_step(recipe, trainer, [replace(batch, padding=0) for batch in log])
+    calibration = _calibration_flops(recipe, trainer)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = sum(batch.dense + batch.context for batch in log)
+    return {
+        "steps": len(timer.times.seconds),
+        "losses": losses,
+        "train_loss": sum(losses[-_last_tenth(losses) :]) / _last_tenth(losses),
+        "evaluation": evaluate(trainer),
+        "train_seconds": seconds,
+        "setup_seconds": timer.setup_seconds,
+        "step_seconds": timer.times.seconds,
+        "step_is_sparse": timer.times.sparse,
+        "median_step_seconds": {kind: timer.times.median(kind == SPARSE) for kind in (DENSE, SPARSE)},
+        "flops_by_step": flops,
+        "flops_by_step_without_padding": real,
+        "calibration_flops": calibration,
+        "flops": sum(flops) + calibration,
+        "context_share": sum(batch.context for batch in log) / tokens,
+        "padding_share": sum(batch.padding for batch in log) / sum(math.prod(batch.shape) for batch in log),
+        "initial_adapter": initial,
+    }
+
+
+def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
+    """FLOPs of each optimiser step as computed: dense steps compute padding too, sparse MLPs leave it out, and so does
+    a backward pass through few rows."""
+    config, steps = trainer.model.config, len(batches)
+    shape = ModelShape.from_config(config)
+    layers = recipe.sparsity.layer_sparsity(shape.num_layers)
+    state = get_state(trainer.model)
+    estimator = getattr(state, "estimator", None)
+    counts = []
+    for step, batch in enumerate(batches):
+        scale = recipe.sparsity.schedule.scale(step, steps) if recipe.sparsity.is_sparse(shape.num_layers) else 0.0
+        scaled = [(mlp * scale, attention * scale) for mlp, attention in layers]
+        rows = recipe.sparsity.backward_rows if scale and batch.context else 1.0
+        counts.append(_step_flops(recipe, shape, scaled, batch, _scoring_rank(estimator) if scale else 0, rows))
+    return counts
+
+
+def _step_flops(
+    recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int, backward_rows: float
+) -> int:
+    size, length = batch.shape
+    head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))
+    options = {"lora_rank": recipe.model.lora_r, "checkpointing": recipe.training.gradient_checkpointing}
+    sparse, by_rows = any(map(any, layers)), backward_rows < 1
+    apart = sparse or by_rows
+    step = step_flops(
+        shape,
+        layers,
+        TrainingStep(
+            dense_tokens=batch.dense + (0 if apart else batch.padding + batch.context),
+            context_tokens=batch.context if apart else 0,
+            padding_tokens=batch.padding if by_rows else 0,
+            backward_rows=backward_rows,
+            whole_again=("o_proj",),
+            seq_lengths=[length] * size,
+            head_tokens=head_tokens,
+            estimator_rank=estimator_rank,
+            **options,
+        ),
+    )
+    total = step.total + step.forward.head
+    if sparse:
+        dense_mlps = sum(mlp == 0 for mlp, _ in layers)
+        for count, targets in ((dense_mlps, ATTENTION + MLP), (shape.num_layers - dense_mlps, ATTENTION)):
+            part = replace(shape, num_layers=count)
+            padding = step_flops(
+                part,
+                [(0.0, 0.0)] * count,
+                TrainingStep(batch.padding, 0, [], head_tokens=0, lora_targets=targets, **options),
+            ).parts
+            total += padding.attention_projections + padding.lora + (padding.mlp_base if MLP[0] in targets else 0)
+    return total
+
+
+def _scoring_rank(estimator: Any) -> int:
+    return 0 if estimator is None else estimator.rank
+
+
+def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:
+    """Of the pass over the calibration samples; making factors from it is in the measured set-up time only."""
+    state = get_state(trainer.model)
+    if state is None or state.estimator is None or state.estimator.kind == "svd":
+        return 0
+    shape = ModelShape.from_config(trainer.model.config)
+    lengths = [len(ids) for ids in trainer.train_dataset[: recipe.sparsity.estimator.calibration_samples]["input_ids"]]
+    groups = [lengths[start : start + CALIBRATION_BATCH] for start in range(0, len(lengths), CALIBRATION_BATCH)]
+    padded = [max(group) for group in groups for _ in group]
+    dense = [(0.0, 0.0)] * shape.num_layers
+    forward = step_flops(shape, dense, TrainingStep(sum(padded), 0, padded, recipe.model.lora_r, head_tokens=0)).forward
+    # The energies need gate and up once more.
+    return forward.total + forward.mlp_base * 2 // 3
+
+
+@torch.no_grad()
+def evaluate(trainer: SFTTrainer) -> dict[str, float]:
+    """Teacher-forced figures on the held-out samples, by the dense forward.
+
+    ``answer_loss`` is the mean negative log-likelihood, in nats, of the answers' tokens (with the end of turn),
+    ``token_accuracy`` the share of them that are the most likely one, ``exact_match`` the share of answers whose every
+    token is; that is what greedy decoding would get right.
+    """
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    loss, correct, tokens, exact, answers = 0.0, 0, 0, 0, 0
+    for batch in trainer.get_eval_dataloader():
+        labels = batch["labels"][:, 1:]
+        # Without labels the model returns logits, in TRL's patched forward too.
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        answer = labels != -100
+        chosen = logits[answer].float()
+        loss += nn.functional.cross_entropy(chosen, labels[answer], reduction="sum").item()
+        hit = (logits.argmax(-1) == labels) | ~answer
+        correct += (hit & answer).sum().item()
+        tokens += answer.sum().item()
+        exact += hit.all(1).sum().item()
+        answers += len(labels)
+    model.train(was_training)
+    return {
+        "answer_loss": loss / tokens,
+        "token_accuracy": correct / tokens,
+        "exact_match": exact / answers,
+        "answers": answers,
+    }
+
+
+def _describe(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
+    return {
+        "model": recipe.model.model_name_or_path,
+        "dataset": recipe.data.dataset_name,
+        "batch_size": recipe.training.per_device_train_batch_size,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+
+
+def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]:
+    """What only shows between runs: the same start and data, and the same batch's time and FLOPs dense and sparse."""
+    dense, sparse = runs[DENSE], runs[SPARSE]
+    steps = [step for step, is_sparse in enumerate(sparse["step_is_sparse"]) if is_sparse]
+    seconds = [dense["step_seconds"][step] / sparse["step_seconds"][step] for step in steps]
+
+    def ratio(name: str) -> float:
+        spent = [sum(run[name][step] for step in steps) for run in (dense, sparse)]
+        return spent[1] / spent[0]
+
+    return {
+        "same_initial_adapter": len({run["initial_adapter"] for run in runs.values()}) == 1,
+        "same_batches": all(
+            logs[DENSE].digest(run["steps"]) == log.digest(run["steps"])
+            for run, log in zip(runs.values(), logs.values(), strict=True)
+        ),
+        "sparse_step_speedup": statistics.median(seconds) if steps else None,
+        "sparse_step_flops": ratio("flops_by_step") if steps else None,
+        "sparse_step_flops_without_padding": ratio("flops_by_step_without_padding") if steps else None,
+    }
+
+
+class _Advance(TrainerCallback):
+    """Moves the bar between steps, from the training's own thread: a thread that redraws would disturb the timing."""
+
+    def __init__(self, progress: Progress, task: int):
+        self._progress, self._task = progress, task
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._progress.update(self._task, completed=state.global_step, refresh=True)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, auto_refresh=False)
+
+
+@contextmanager
+def _quiet():
+    """Without the libraries' own bars, which would break up ours."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.getLogger("transformers").level
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+        transformers_logging.enable_progress_bar()
+        logging.getLogger("transformers").setLevel(level)
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _last_tenth(values: list) -> int:
+    return max(1, len(values) // 10)

@@ -1,0 +1,1 @@
+"""Training by a recipe: data, model, TRL trainer, run folder."""

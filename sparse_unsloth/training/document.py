@@ -1,0 +1,160 @@
+"""Reads a recipe's file, with the recipes that it extends, and remembers where each key stands."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.errors import ConfigError, RecipeError
+from sparse_unsloth.training.keys import did_you_mean
+from sparse_unsloth.training.overrides import Words, parsed
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def shipped_recipes() -> dict[str, Traversable]:
+    """The recipes that come with the package, by name."""
+    folder = importlib.resources.files("sparse_unsloth") / "recipes"
+    found = {Path(entry.name).stem: entry for entry in folder.iterdir() if entry.name.endswith(SUFFIXES)}
+    return dict(sorted(found.items()))
+
+
+def find_recipe(source: str) -> Traversable:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if source.endswith(SUFFIXES) or "/" in source:
+        path = Path(source)
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {source} (looked for in {Path.cwd()}).")
+        return path
+    shipped = shipped_recipes()
+    if source not in shipped:
+        hint = did_you_mean(source, shipped) or "."
+        raise RecipeError(
+            f"there is no shipped recipe {source!r}{hint} Shipped: {', '.join(shipped)}; a file's name ends in .yaml."
+        )
+    return shipped[source]
+
+
+class Document:
+    """A recipe's values, those of the recipe that it extends included, and where each of its keys stands."""
+
+    def __init__(self, entry: Traversable, extended_by: tuple[str, ...] = ()):
+        self.name = name = entry.name
+        self.problems: list[str] = []
+        self.adopted: dict[str, Any] = {}  # of the adapter that training goes on with
+        try:
+            text = entry.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            self.values: dict[str, Any] = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise RecipeError(yaml_problem(name, error)) from None
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name}: cannot be read as YAML: it is not UTF-8 text ({error}).") from None
+        if not isinstance(self.values, dict):
+            raise RecipeError(f"{name}: must hold a mapping of keys, but holds a {type(self.values).__name__}.")
+        self.places: dict[str, str] = {}
+        for key, _ in root.value if root is not None else ():
+            place = f"{name}:{key.start_mark.line + 1}: {key.value}"
+            if key.value in self.places:
+                self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
+            self.places[key.value] = place
+        self.problems += [
+            problem for _, block in (root.value if root is not None else ()) for problem in _twice(name, block)
+        ]
+        self._resolve_sparsity_file(entry)
+        if "extends" in self.values:
+            self._extend(entry, (*extended_by, name))
+
+    def _extend(self, entry: Traversable, chain: tuple[str, ...]) -> None:
+        """Puts the keys of the recipe named by ``extends`` under this one's; blocks are replaced as a whole.
+
+        Raises:
+            RecipeError: there is none, it cannot be read, or it extends this one in turn.
+        """
+        source, place = self.values.pop("extends"), self.places.pop("extends")
+        if not isinstance(source, str):
+            raise RecipeError(f"{place}: must be the name or the file of a recipe, given {source!r}")
+        beside = entry.parent / source if isinstance(entry, Path) else None
+        try:
+            base = beside if beside is not None and beside.is_file() else find_recipe(source)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: {error}") from None
+        if base.name in chain:
+            raise RecipeError(f"{place}: recipes extend each other in a circle: {' -> '.join([*chain, base.name])}.")
+        under = Document(base, chain)
+        self.problems += under.problems
+        self.values, self.places = under.values | self.values, under.places | self.places
+
+    def _resolve_sparsity_file(self, entry: Traversable) -> None:
+        sparsity = self.values.get("sparsity")
+        if (
+            isinstance(sparsity, str)
+            and isinstance(entry, Path)
+            and (entry.parent / sparsity.partition("#")[0]).is_file()
+        ):
+            # A file named in a recipe is looked for beside the recipe first.
+            self.values["sparsity"] = str(entry.parent / sparsity)
+
+    def override(self, path: tuple[str, ...], value: Any) -> None:
+        key = path[0]
+        place = f"command line: --{'.'.join(path)}"
+        if len(path) == 1:
+            self.places[key], self.values[key] = place, Words(value)
+            return
+        self.places[key] = f"{self.places[key]}, {place}" if key in self.places else place
+        block = self.values.get(key)
+        if isinstance(block, Words):
+            block = block.parsed()
+        if key == "sparsity" and isinstance(block, str):
+            try:
+                block = SparsityConfig.from_any(block).model_dump(mode="json", exclude_defaults=True)
+            except ConfigError as error:
+                self.problems += problem_lines(error, self.places[key])
+                block = {}
+        # A copy: the block may be shared with a YAML anchor elsewhere.
+        self.values[key] = block = dict(block) if isinstance(block, Mapping) else {}
+        for name in path[1:-1]:
+            block[name] = block = dict(block.get(name) or {})
+        block[path[-1]] = parsed(value)
+
+
+def yaml_problem(name: str, error: yaml.YAMLError) -> str:
+    """One line: file, line and column, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return (
+        f"{place}: cannot be read as YAML: {', '.join(part for part in said if part) or ' '.join(str(error).split())}."
+    )
+
+
+def _twice(name: str, node: yaml.Node) -> list[str]:
+    """Keys that a block holds twice, of which YAML keeps the last without a word."""
+    problems, seen = [], {}
+    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        if isinstance(key, yaml.ScalarNode):
+            place = f"{name}:{key.start_mark.line + 1}: {key.value}"
+            if key.value in seen:
+                problems.append(f"{place}: given twice, first as {seen[key.value]}")
+            seen[key.value] = place
+        problems += _twice(name, value)
+    return problems
+
+
+def problem_lines(error: ConfigError, place: str) -> list[str]:
+    """A configuration error's problems, each with the place of the block."""
+    first, *others = str(error).split("\n")
+    return [f"{place}: {line.strip()}" for line in others or [first.removeprefix("sparsity configuration: ")]]

@@ -1,0 +1,1 @@
+"""Ranks, checksummed files, versions. Nothing about sparsity."""
