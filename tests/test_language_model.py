@@ -1,8 +1,5 @@
 """`FastSparseLanguageModel` on the PEFT backend: loading, LoRA, training through TRL, saving, loading again."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,8 +7,7 @@ from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_
 from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.errors import BackendError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import always, make_base, make_batch
+from tiny_models import always, make_base, make_batch
 
 
 @pytest.fixture(scope="module")

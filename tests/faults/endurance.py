@@ -5,7 +5,7 @@
 
 Sparse throughout, with gradient checkpointing, micro-batches of changing lengths, an evaluation and a dense phase in
 every hundred steps (every window of a shorter run). Figures are taken in ten windows; the first one (warm-up) counts
-for nothing. Exit code 1 where something grew.
+for nothing. Exit code 1 where something grew. PYTHONPATH: tests/helpers.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import always, make_batch, make_lora
-
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.metrics import metrics
+
+from tiny_models import always, make_batch, make_lora
 
 WINDOWS = 10
 MOST_BYTES, MOST_SLOWER = 24 << 20, 1.5

@@ -7,20 +7,18 @@ import itertools
 import json
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import fork, wait_for
-from tiny import always, make_batch, make_lora
-
 from sparse_unsloth import attach, calibration, get_state, tensor_file
 from sparse_unsloth.checkpoints import last_whole_checkpoint
 from sparse_unsloth.tensor_file import write_tensors
+
+from processes import fork, wait_for
+from tiny_models import always, make_batch, make_lora
 
 ROWS = [{name: value[0].tolist() for name, value in make_batch(n, lengths=((9, 4),)).items()} for n in range(32)]
 STEPS = 6

@@ -1,9 +1,7 @@
 """Faults in the middle of a training that goes on: out of memory, NaN and inf, several models, threads, workers."""
 
 import logging
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +14,8 @@ from sparse_unsloth.functions import linear, mlp
 from sparse_unsloth.metrics import metrics
 from sparse_unsloth.nonfinite import PAUSE
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 import endurance
-from tiny import always, loss_and_gradients, make_batch, make_lora
+from tiny_models import always, loss_and_gradients, make_batch, make_lora
 
 
 def attached(seed=0, checkpointing=False, **changes):

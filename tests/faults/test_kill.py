@@ -4,10 +4,8 @@ used, and the resumed run ends with the same bits as one that was never killed."
 import os
 import random
 import signal
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from safetensors.torch import save_file
 from sparse_unsloth.checkpoints import last_whole_checkpoint
 from sparse_unsloth.tensor_file import read_tensors
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import kill_worker
 from processes import fork, needs_fork, wait_for
 

@@ -129,8 +129,6 @@ def run_planted() -> int:
     """A kernel that writes one element beyond its output; 0, as nothing here can see it."""
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     import torch
-
-    sys.path.insert(0, str(Path(__file__).parent))
     from overrun import overrun
 
     overrun(torch.zeros(1000, dtype=torch.float32, device="cuda"))

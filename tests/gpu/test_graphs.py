@@ -1,22 +1,18 @@
 """CUDA graphs of whole layers on the GPU: several steps, on changing batches and weights, against steps without.
 
-The model is transformers' with Unsloth's hook points put in by hand, as in tests/test_graphs.py; Unsloth's own layers
-are checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.bench.checks.check_graphs`).
+The model is transformers' with Unsloth's hook points put in by hand, as in tests/graphs/test_layer.py; Unsloth's own
+layers are checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.bench.checks.check_graphs`).
 """
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_graphs import LAYERS, RULES, attach_with, checkpointed, form, stand_in, step_as_recorded  # noqa: F401
 
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.bench.checks import Immediate
 from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCapture
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_graphs import LAYERS, RULES, attach_with, checkpointed, form, stand_in, step_as_recorded  # noqa: F401
-from tiny import loss_and_gradients, make_batch
+from tiny_models import loss_and_gradients, make_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = ((160, 40), (130, 25))

@@ -13,7 +13,6 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 SCRIPT = Path(__file__).parent / "compare_backends.py"
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 # Unsloth compiles attention for Gemma2: in a process of its own, beside the others.

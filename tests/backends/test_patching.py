@@ -1,0 +1,129 @@
+"""Hooks and whole layers beneath what Unsloth 2026.10.8 and later do to decoder layers: gates and compilation."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_backward_rows import every_step, masked_gradients
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth_rows
+from sparse_unsloth.backends.replaced import BLOCK_MODE, plain_forward
+from sparse_unsloth.metrics import metrics
+
+from test_whole_layers import RULES, FastLayer, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
+from tiny_models import always, loss_and_gradients
+from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
+from unsloth_stand_in import assert_same, decoder_layers
+
+SETTINGS = {
+    "rows": every_step(),
+    "channels": always(**RULES["both"]),
+    "nothing dropped": always(**RULES["nothing dropped"]),
+}
+
+
+class CompiledForwardRan(Exception):
+    pass
+
+
+def gated(forward):
+    """As Unsloth gates patched methods: the class's forward is no longer the function of its module."""
+
+    @functools.wraps(forward)
+    def gate(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return gate
+
+
+def compiled(forward):
+    """As Unsloth's compiled regions: fails where it would run our hooks, unless the layer's own switch is off."""
+
+    @functools.wraps(forward)
+    def region(self, *args, **kwargs):
+        if self.__dict__.get(BLOCK_MODE) == 0:
+            return forward(self, *args, **kwargs)
+        if any(name.startswith("_sparse_original") for part in self.modules() for name in part.__dict__):
+            raise CompiledForwardRan("'NoneType' object has no attribute 'run'")
+        return forward(self, *args, **kwargs)
+
+    region._unsloth_block_original = forward
+    return region
+
+
+@pytest.fixture(params=[gated, lambda forward: compiled(gated(forward))], ids=["gated", "compiled"])
+def wrapped(request, stand_in, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(FastLayer, "forward", request.param(FastLayer.forward))
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    return stand_in
+
+
+@pytest.mark.parametrize("mode", ["rows", "channels"])
+def test_each_mode_runs_whole_layers(wrapped, monkeypatch, mode):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model, batch = make_model(wrapped, "reentrant"), small_batch()
+    plain = loss_and_gradients(model, batch)
+    report = attach(model, {**SETTINGS[mode], "exact_removal": False})
+    assert (report.whole_layers, report.not_whole) == (3, ())
+    assert all("forward" in layer.__dict__ for layer in decoder_layers(model))
+    ours = loss_and_gradients(model, batch)
+    assert metrics(get_state(model))["sparsity/whole_layers"] == 3
+    detach(model)
+    assert not any(BLOCK_MODE in layer.__dict__ or "forward" in layer.__dict__ for layer in decoder_layers(model))
+    if mode == "rows":
+        assert_same(ours, masked_gradients(model, batch))
+    else:
+        assert (ours[0] - plain[0]).abs() > 1e-6
+
+
+def test_layers_that_run_part_by_part_are_not_compiled_either(wrapped):
+    """Without kernels no layer runs as a whole; hooks and class forward then meet."""
+    model, batch = make_model(wrapped, "reentrant"), small_batch()
+    plain = loss_and_gradients(model, batch)
+    report = attach(model, {**SETTINGS["nothing dropped"], "exact_removal": False})
+    assert report.whole_layers == 0
+    assert_same(loss_and_gradients(model, batch), plain)
+
+
+def test_layers_without_hooks_stay_compiled(wrapped):
+    """The switch is the layer's own, and goes back to what it was."""
+    model = make_model(wrapped, "reentrant")
+    layers = decoder_layers(model)
+    layers[0].__dict__[BLOCK_MODE] = 2
+    attach(model, {**always(mlp={"0-1": 0.5}, self_attn={}), "exact_removal": False})
+    assert [layer.__dict__.get(BLOCK_MODE) for layer in layers] == [0, 0, None]
+    detach(model)
+    assert [layer.__dict__.get(BLOCK_MODE) for layer in layers] == [2, None, None]
+
+
+def test_the_plain_forward_is_beneath_every_region():
+    class Layer:
+        def forward(self, x):
+            return x + 1
+
+    Layer.forward = compiled(compiled(gated(Layer.forward)))
+    assert plain_forward(Layer(), 1) == 2
+
+
+def test_the_installed_unsloths_own_wrappers(tmp_path):
+    if importlib.util.find_spec("unsloth.models._block_compile") is None:
+        pytest.skip("an Unsloth that compiles decoder layers is not installed")
+    environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
+    command = [sys.executable, str(SCRIPTS / "compiled.py"), str(tmp_path / "found.json")]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 2 * 2 * 3
+    for name, outcome in found.items():
+        wrapper, layout, mode = name.split(", ")
+        assert outcome["traced"] == [], (name, outcome)
+        assert outcome["error"] < 1e-4, (name, outcome)
+        whole = {"dense": 0, "rows": 2, "channels": 3}[mode]
+        assert outcome["whole"] == whole, (name, outcome)
+        left_alone = [0, 1] if (wrapper, layout, mode) == ("compiled", "padded", "dense") else []
+        assert outcome["compiled"] == left_alone, (name, outcome)

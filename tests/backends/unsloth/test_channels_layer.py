@@ -1,0 +1,208 @@
+"""Whole decoder layers in two functions, against the same layers hooked part by part, through Triton's interpreter.
+
+The layers are transformers', in the form that Unsloth's class forward has; tests/gpu/test_unsloth.py compares Unsloth's
+own on the GPU.
+"""
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth_layer
+from sparse_unsloth.errors import AttachError
+
+from tiny_models import always, loss_and_gradients, make_base, make_batch, make_lora
+from unsloth_stand_in import SlotAttention, StandIn, assert_same, decoder_layers, packed_batch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
+)
+
+
+def fast_forward(self, hidden_states, **kwargs):
+    """Llama's layer as Unsloth's class forward returns it."""
+    return (modeling_llama.LlamaDecoderLayer.forward(self, hidden_states, **kwargs),)
+
+
+class FastLayer(modeling_llama.LlamaDecoderLayer):
+    """Calls give the tensor that transformers' model wants, the forward the tuple that Unsloth's returns."""
+
+    forward = fast_forward
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)[0]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    return stand_in
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
+"""The interpreter runs a program for each row of a norm, so rows are few as well."""
+
+
+def small_batch(make=make_batch):
+    return make(lengths=((5, 3), (3, 2)))
+
+
+def make_model(stand_in, checkpointing=False, lora=make_lora, **changes):
+    model = lora(base=make_base("llama", use_cache=False, **SMALL, **changes))
+    fast_lora = stand_in.fast_lora
+    for layer in decoder_layers(model):
+        layer.__class__, layer.self_attn.__class__ = FastLayer, SlotAttention
+        layer.mlp.forward = MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
+        layer.self_attn.apply_qkv, layer.self_attn.apply_o = fast_lora.apply_lora_qkv, fast_lora.apply_lora_o
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    return model.train()
+
+
+def spy(monkeypatch):
+    """The layers whose second function ran, in order."""
+    ran = []
+    original = unsloth_layer.post_attention
+    monkeypatch.setattr(
+        unsloth_layer, "post_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
+    )
+    return ran
+
+
+RULES = {
+    "both": {"mlp": {"1-2": 0.6}, "self_attn": {"2": 0.5}},
+    "attention alone": {"mlp": {}, "self_attn": {"0-1": 0.5}},
+    "no dense rows": {"mlp": {"0-1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
+    "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
+}
+
+
+@pytest.mark.parametrize(
+    ("rules", "checkpointing"),
+    [("both", True), ("attention alone", "reentrant"), ("no dense rows", "reentrant"), ("nothing dropped", False)],
+)
+def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpointing):
+    model = make_model(stand_in, checkpointing)
+    configuration = {**always(**RULES[rules]), "exact_removal": False}
+    attach(model, configuration)
+    expected = loss_and_gradients(model, small_batch())
+    assert all(runtime.precomputed_qkv is None for runtime in get_state(model).runtimes.values())
+    detach(model)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    ran = spy(monkeypatch)
+    attach(model, configuration)
+    ran.clear()
+    ours = loss_and_gradients(model, small_batch())
+    assert len(ran) == (6 if checkpointing else 3)
+    assert get_state(model).ran == get_state(model).expected_parts()
+    assert_same(ours, expected)
+
+
+def test_a_recompute_leaves_the_mlp_out(stand_in, monkeypatch):
+    """With exact removal; gradients are those of a step without checkpointing."""
+    outcomes = []
+    for choice, checkpointing in (("torch", False), ("triton", "reentrant")):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+        model = make_model(stand_in, checkpointing)
+        attach(model, {**always(**RULES["both"]), "exact_removal": False})
+        get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
+        ran = spy(monkeypatch)
+        outcomes.append(loss_and_gradients(model, small_batch()))
+        assert [plan.unread for plan in ran].count(True) == (3 if checkpointing else 0)
+    assert_same(*reversed(outcomes))
+
+
+def test_grouped_biases_and_packed_rows(stand_in, monkeypatch):
+    """Qwen2's biases on Q, K, V stay dense."""
+    outcomes = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
+        model = make_model(stand_in)
+        with torch.no_grad():
+            for layer in decoder_layers(model):
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    base = getattr(layer.self_attn, name).base_layer
+                    values = torch.linspace(-0.2, 0.2, base.out_features)
+                    base.bias = torch.nn.Parameter(values, requires_grad=False)
+        attach(model, {**always(**RULES["both"]), "exact_removal": False})
+        outcomes.append(loss_and_gradients(model, small_batch(packed_batch)))
+    assert_same(*reversed(outcomes))
+
+
+def test_other_calls_run_the_layers_own_forward(stand_in, monkeypatch):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model, batch = make_model(stand_in), small_batch()
+    forwards = [layer.forward for layer in decoder_layers(model)]
+    expected = model(**batch).loss
+    attach(model, {**always(**RULES["both"]), "exact_removal": False})
+    ran = spy(monkeypatch)
+    model.eval()
+    torch.testing.assert_close(model(**batch).loss, expected)
+    model.train()
+    with model.disable_adapter():
+        model(**batch)
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    decoder_layers(model)[0].input_layernorm.weight.requires_grad_(True)
+    assert not ran
+    model(**batch)
+    assert len(ran) == 2
+    copied = copy.deepcopy(model)
+    assert decoder_layers(copied)[1].forward.__self__ is decoder_layers(copied)[1]
+    detach(model)
+    for layer, forward in zip(decoder_layers(model), forwards, strict=True):
+        assert layer.forward == forward
+        assert not {name for name in layer.self_attn.__dict__ if name.startswith("_sparse")}
+        assert "_sparse_runtime" not in layer.__dict__
+
+
+@pytest.mark.parametrize("why", ["trained norm", "no lora on v"])
+def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
+    targets = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] + ["v_proj"] * (why != "no lora on v")
+    model = make_model(stand_in, lora=lambda base: make_lora(base=base, targets=targets))
+    if why == "trained norm":
+        for layer in decoder_layers(model):
+            layer.input_layernorm.weight.requires_grad_(True)
+    attach(model, {**always(mlp={"all": 0.5}, self_attn={}), "exact_removal": False})
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+
+
+def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkeypatch, caplog):
+    """A later Unsloth may put more into the class's forward; what the parts compute is still right."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+
+    def other_forward(self, hidden_states, **kwargs):
+        return (1.1 * fast_forward(self, hidden_states, **kwargs)[0],)
+
+    monkeypatch.setattr(FastLayer, "forward", other_forward)
+    model = make_model(stand_in)
+    configuration = {**always(**RULES["nothing dropped"]), "exact_removal": False}
+    expected = loss_and_gradients(model, small_batch())
+    report = attach(model, configuration)
+    assert report.whole_layers == 0
+    why = "the forward of FastLayer differs from our functions (by more than 0.001, relative)"
+    assert report.not_whole == ((why, 3),)
+    assert "3 of 3 part by part: the forward of FastLayer differs" in caplog.text
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "torch")  # quicker than the interpreter
+    assert_same(loss_and_gradients(model, small_batch()), expected)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    with pytest.raises(AttachError, match=r"no layer .* can be captured: the forward of FastLayer differs"):
+        detach(model) or attach(model, {**configuration, "cuda_graphs": True})
+    assert get_state(model) is None
+
+
+def test_a_layer_whose_attention_takes_other_arguments_runs_part_by_part(stand_in, monkeypatch):
+    """What fails when our functions are tried must not stop a training that needs them only for speed."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    monkeypatch.setattr(unsloth_layer, "post_attention", lambda *given: {}["moved"])
+    model = make_model(stand_in)
+    expected = loss_and_gradients(model, small_batch())
+    report = attach(model, {**always(**RULES["nothing dropped"]), "exact_removal": False})
+    assert report.not_whole == (("our functions failed on FastLayer: KeyError: 'moved'", 3),)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "torch")  # quicker than the interpreter
+    assert_same(loss_and_gradients(model, small_batch()), expected)

@@ -1,0 +1,148 @@
+"""`backward_rows` through Unsloth's hook points and its whole layers, on stand-ins of its layer, against masks.
+
+tests/gpu/test_unsloth.py does the same with Unsloth's own on the GPU.
+"""
+
+import pytest
+import torch
+from test_backward_rows import every_step, masked_gradients
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import unsloth_rows
+from sparse_unsloth.backends.replaced import runs
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.partition import TokenPartition
+
+from test_whole_layers import fast_forward, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
+from tiny_models import always, loss_and_gradients, make_batch
+from unsloth_stand_in import assert_same, decoder_layers, packed_batch
+
+
+@pytest.fixture
+def whole(stand_in):  # noqa: F811
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    return stand_in
+
+
+def count_calls(model):
+    """Numbers of rows that each layer's MLP and O projection compute, in order."""
+    rows = {"mlp": [], "o": []}
+    for layer in decoder_layers(model):
+        down, o = layer.mlp.down_proj, layer.self_attn.o_proj
+        down.register_forward_hook(
+            lambda module, args, output: rows["mlp"].append(args[0].numel() // args[0].shape[-1])
+        )
+        o.register_forward_hook(lambda module, args, output: rows["o"].append(args[0].numel() // args[0].shape[-1]))
+    return rows
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
+def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
+    model = make_model(whole, checkpointing)
+    # Many context rows: some are chosen below a layer that leaves them out, and need its residual stream.
+    batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    assert all(runs(layer, unsloth_rows.layer_forward) for layer in decoder_layers(model))
+    ours = loss_and_gradients(model, batch)
+    assert_same(ours, expected)
+    assert get_state(model).ran == get_state(model).expected_parts()
+    assert not any(runtime.skip_output_projection for runtime in get_state(model).runtimes.values())
+
+
+def test_parts_train_as_masks_say(stand_in):  # noqa: F811
+    """Without the norm that whole layers need, each part is hooked."""
+    model, batch = make_model(stand_in, "reentrant"), small_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_recompute_computes_nothing_behind_attention(whole):
+    model, batch = make_model(whole, "reentrant"), small_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step(exact_removal=False))
+    get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
+    rows = count_calls(model)
+    assert_same(loss_and_gradients(model, batch), expected)
+    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"], padding_masked=False)
+    few = len(partition.dense) + -(-len(partition.context) // 4)
+    assert rows["o"] == [batch["labels"].numel()] * 3 + [few] * 3
+    assert rows["mlp"] in ([], rows["o"])  # the stand-in's fused MLP may not call its modules
+
+
+@pytest.mark.parametrize("checkpointing", [False, "reentrant"])
+def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
+    model, batch = make_model(whole, checkpointing), small_batch()
+    expected = masked_gradients(model, batch)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    ran = []
+    original = unsloth_rows.post_attention
+    monkeypatch.setattr(unsloth_rows, "post_attention", lambda *given: ran.append(given) or original(*given))
+    attach(model, every_step(exact_removal=False))
+    ran.clear()  # of the probe
+    assert_same(loss_and_gradients(model, batch), expected)
+    assert len(ran) == 3
+    assert all(rows.shape == stream.shape and plan.unread for rows, stream, plan in ran)
+
+
+def put_rows_in_front(model):
+    embed = model.get_base_model().model.embed_tokens
+    plain = embed.forward
+    embed.forward = lambda ids: torch.cat((plain(ids[:, :2]), plain(ids)), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "kernels"),
+    [
+        (every_step(exact_removal=False), False),
+        (every_step(exact_removal=False), True),
+        (always(exact_removal=False), 0),
+    ],
+    ids=["rows", "rows, kernels", "channels"],
+)
+def test_rows_are_counted_and_layers_run_once(whole, monkeypatch, config, kernels):
+    """By whole layers, and by each part where whole layers do not apply."""
+    if kernels:
+        monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model, batch = make_model(whole, "reentrant"), small_batch()
+    attach(model, config)
+    model(**batch).loss.backward()
+    decoder = model.get_base_model().model
+    layers = decoder.layers
+    decoder.layers = torch.nn.ModuleList([*layers[:2], *layers[:1]])
+    with pytest.raises(AttachError, match=r"layers\.0 runs more than once"):
+        model(**batch)
+    decoder.layers = layers
+    put_rows_in_front(model)
+    with pytest.raises(AttachError, match=r"layers\.0\S* got \d+ rows"):
+        model(**{name: value for name, value in batch.items() if name != "attention_mask"})
+
+
+def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):
+    model, batch = make_model(whole), small_batch()
+    expected = loss_and_gradients(model, batch)
+    attach(model, every_step(exact_removal=False, start_step=5))
+    state = get_state(model)
+    state.begin_training(object(), 10)
+    monkeypatch.setattr(unsloth_rows, "backward_rows", lambda *_: pytest.fail("a dense phase left rows out"))
+    state.set_step(0)
+    assert_same(loss_and_gradients(model, batch), expected)
+    detach(model)
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+
+
+def test_a_layer_that_computes_something_else_runs_part_by_part(whole, monkeypatch):
+    def other(self, hidden_states, **kwargs):
+        return (2 * fast_forward(self, hidden_states, **kwargs)[0],)
+
+    model, batch = make_model(whole), small_batch()
+    monkeypatch.setattr(type(decoder_layers(model)[0]), "forward", other)
+    expected = loss_and_gradients(model, batch)
+    report = attach(model, every_step(exact_removal=False, backward_rows=1 - 1e-9))
+    assert (report.row_layers, report.whole_layers) == (3, 0)
+    assert report.not_whole[0][0].startswith("the forward of FastLayer differs from our functions")
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    assert_same(loss_and_gradients(model, batch), expected)

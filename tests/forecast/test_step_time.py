@@ -1,0 +1,297 @@
+"""The model of step times: that it finds known coefficients, takes the right rows, and is what the package stores."""
+
+import csv
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from sparse_unsloth.bench.methods import LLAMA_3_8B
+from sparse_unsloth.bench.shapes import HOST, SHAPES
+from sparse_unsloth.bench.table import append_rows, read_rows
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.forecast.graphs import lengthened
+from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
+from sparse_unsloth.forecast.speed_table import (
+    STORED,
+    choose,
+    fit_table,
+    load,
+    memory_of_row,
+    plan_of_row,
+    save,
+    usable_rows,
+    work_of_row,
+)
+from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
+from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.forecast.work import Work, batch_work
+from sparse_unsloth.partition import TokenPartition
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "speed.csv"
+TRUE = StepTime(products=1.5, attention=3.0, rows=70, sparse_rows=25, host_layer=2.0, host_sparse_part=1.5)
+METHODS = ("unsloth-dense", "unsloth-dense-exact", "sparse-o1", "sparse-o2", "sparse-25")
+
+
+def row(shape, method, milliseconds=None, **changes):
+    """A row of the table, of a GPU that behaves as `TRUE` says."""
+    made = {
+        "date": "2026-11-24T12:00:00+00:00", "commit": "abc", "device": "A GPU", "versions": "", "model": "llama8b",
+        "dtype": "4bit", "checkpointing": "unsloth", "shape": shape, "method": method, "tokens": 8192,
+        "p20_ms": 0.0, "p80_ms": 0.0, "peak_gib": 7.6,
+    }  # fmt: skip
+    made |= changes
+    return made | {"median_ms": TRUE(work_of_row(made, LLAMA_3_8B)) if milliseconds is None else milliseconds}
+
+
+def rows(shapes=(*SHAPES, *HOST), methods=METHODS, **changes):
+    return [row(shape, method, **changes) for shape in shapes for method in methods]
+
+
+def test_the_larger_of_host_and_device_counts():
+    work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
+    assert TRUE.device(work) == pytest.approx(150 + 30 + 70 + 25)
+    assert TRUE.host(work) == pytest.approx(64 + 60)
+    assert TRUE.device(work) <= TRUE(work) < 1.01 * TRUE.device(work)
+    small = Work(10**11, 10**10, 10**6, 10**6, 32, 40)
+    assert TRUE(small) == pytest.approx(TRUE.host(small), rel=0.01)
+
+
+def test_fit_predicts_a_machine_of_its_own_kind():
+    (fitted,) = fit_table(rows())
+    assert fitted.step_time.products == pytest.approx(TRUE.products, rel=0.1)
+    assert fitted.errors.step_worst < 0.05
+    assert fitted.errors.speedup_worst < 0.05
+    assert (fitted.device, fitted.backend, fitted.dtype, fitted.rows) == ("A GPU", "unsloth", "4bit", 35)
+
+
+def test_fit_of_few_rows_stays_near_rough_values():
+    steps = [(work_of_row(one, LLAMA_3_8B), one["median_ms"]) for one in rows(["wizardlm"], METHODS[:1])]
+    assert fit(steps)(steps[0][0]) == pytest.approx(steps[0][1], rel=0.02)
+
+
+def test_errors_are_of_rows_that_the_fit_did_not_see():
+    """One wrong row is an error of its own size; a fit that had seen it would come nearer."""
+    table = rows()
+    wrong = next(one for one in table if (one["shape"], one["method"]) == ("wizardlm", "sparse-o2"))
+    wrong["median_ms"] *= 2
+    (fitted,) = fit_table(table)
+    assert fitted.errors.step_worst == pytest.approx(0.5, abs=0.05)
+
+
+def test_recorded_steps():
+    """The host needs a time of its own; the fit does not see them, and the newest of each shape counts."""
+    work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
+    assert TRUE.device(work) <= TRUE.recorded(work) < 1.01 * TRUE.device(work)
+    assert TRUE.recorded(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * RECORDED_HOST, rel=0.01)
+    methods = ("dense-graphs", "sparse-o2-graphs", "rows-25-graphs")
+    steps = [row(shape, method, 0.0) for shape in ("wizardlm", "custom-1024-0.75") for method in methods]
+    for step in steps:
+        step["median_ms"] = TRUE.recorded(work_of_row(step, LLAMA_3_8B)) / 1.25
+    older = [step | {"median_ms": 1.0, "date": "2026-11-23T12:00:00+00:00"} for step in steps]
+    (plain,), (fitted,) = fit_table(rows()), fit_table([*rows(), *steps, *older])
+    assert fitted.step_time == plain.step_time
+    assert (plain.errors.recorded_median, plain.errors.recorded_worst) == (None, None)
+    assert fitted.errors.recorded_median == pytest.approx(0.25, abs=0.05)
+    assert fitted.errors.recorded_worst < 0.4
+
+
+@pytest.mark.parametrize(("layout", "count"), [("padded", 16), ("flat", 24)])
+def test_recorded_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
+    """``mixed_lengths.csv``, within a tenth; `RECORDED_HOST` was read off its shortest step."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from mixed_lengths import make_batches
+
+    measured = {}
+    with (TABLE.parent / "mixed_lengths.csv").open(newline="") as file:
+        for one in csv.DictReader(file):
+            if one["layout"] == layout and one["method"].endswith("-graphs"):
+                measured[one["method"]] = 1000 * float(one["round_s"]) / int(one["steps"])  # the newest is the last
+    assert len(measured) >= 2
+    predict, errors = choose(load(), "unsloth", "4bit").step_time, {}
+    for method, milliseconds in measured.items():
+        plan, _, removal = plan_of_row(row("wizardlm", method, 0.0), LLAMA_3_8B)
+        works = [
+            batch_work(
+                plan, lengthened(micro_batch(batch), "padded" if layout == "padded" else "padding-free"), removal
+            )
+            for batch in make_batches(layout, 4, count, LLAMA_3_8B.vocab_size)
+        ]
+        errors[method] = sum(map(predict.recorded, works)) / count / milliseconds - 1
+    assert max(map(abs, errors.values())) < 0.1, errors
+
+
+def micro_batch(batch):
+    roles = TokenPartition.from_labels(**{name: values for name, values in batch.items() if name != "input_ids"})
+    lengths = batch.get("packed_seq_lengths")
+    lengths = [roles.shape[1]] * roles.shape[0] if lengths is None else lengths.tolist()
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
+
+
+def test_newest_rows_count_and_older_code_does_not():
+    """The dense baseline does not depend on this package's code, so its older rows stay."""
+    old = {"date": "2026-11-22T03:00:00+00:00", "commit": "old"}
+    table = [
+        row("wizardlm", "sparse-o2", 500.0, **old),
+        row("math10k", "sparse-o2", 400.0, **old),
+        row("math10k", "unsloth-dense", 700.0, **old),
+        row("wizardlm", "sparse-o2", 300.0),
+        row("wizardlm", "unsloth-dense", 600.0),
+        row("wizardlm", "nothing-dropped", 650.0),
+        row("wizardlm", "hooks-dense", 650.0),  # a method that is gone
+    ]
+    used = {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(table)}
+    assert used == {
+        ("wizardlm", "sparse-o2"): 300.0,
+        ("wizardlm", "unsloth-dense"): 600.0,
+        ("math10k", "unsloth-dense"): 700.0,
+    }
+    assert used == {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(reversed(table))}
+
+
+def test_each_device_backend_and_dtype_has_its_own_fit():
+    table = [*rows(), *rows(dtype="bf16"), *rows(device="Other"), *rows(methods=("peft-dense", "peft-sparse-o2"))]
+    table += rows(model="unknown", device="Unknown")
+    fits = {(one.device, one.backend, one.dtype) for one in fit_table(table)}
+    assert fits == {
+        ("A GPU", "unsloth", "4bit"),
+        ("A GPU", "unsloth", "bf16"),
+        ("Other", "unsloth", "4bit"),
+        ("A GPU", "peft", "4bit"),
+    }
+    assert fit_table(rows(methods=["unsloth-dense"])) == []
+
+
+def test_choice_of_the_measurements():
+    fits = fit_table([*rows(), *rows(dtype="bf16", device="Newer", date="2026-11-24T18:00:00+00:00")])
+    assert choose(fits, "unsloth", "4bit").device == "A GPU"
+    assert choose(fits, "unsloth", "bf16").device == "Newer"
+    assert choose(fits, "unsloth", "4bit", "newer").dtype == "bf16"
+    assert choose(fits, "peft", "4bit") is None
+    with pytest.raises(ConfigError, match="known are A GPU, Newer"):
+        choose(fits, "unsloth", "4bit", "h100")
+
+
+def test_stored_fit_is_that_of_the_table(monkeypatch):
+    """Run ``python benchmarks/fit_step_times.py`` after rows were appended."""
+    tables = fit_table(script(monkeypatch).rows_to_fit(TABLE)), load()
+    fresh, stored = (json.loads(json.dumps([asdict(one) for one in fits])) for fits in tables)
+    assert len(fresh) == len(stored) > 0
+    for mine, its in zip(fresh, stored, strict=True):
+        assert mine.pop("step_time") == pytest.approx(its.pop("step_time"), rel=0.02)
+        assert mine.pop("errors") == pytest.approx(its.pop("errors"), abs=0.01)
+        assert mine == its
+
+
+def test_saved_fits_read_back(tmp_path):
+    fits = fit_table(rows())
+    save(fits, tmp_path / "fits.json")
+    assert load(tmp_path / "fits.json") == fits
+
+
+def test_stored_fits_are_of_the_kind_that_is_shipped():
+    packaging = (ROOT / "pyproject.toml").read_text()
+    assert f'"sparse_unsloth.forecast" = ["{STORED.name}"]' in packaging
+    assert '"sparse_unsloth.forecast"' in packaging.partition("packages = ")[2].splitlines()[0]
+
+
+def script(monkeypatch):
+    """``benchmarks/fit_step_times.py``, imported."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.delitem(sys.modules, "fit_step_times", raising=False)
+    import fit_step_times
+
+    return fit_step_times
+
+
+def test_script_refits(tmp_path, monkeypatch, capsys):
+    """Without steps whose backward pass goes through chosen rows only."""
+    append_rows(tmp_path / "speed.csv", rows())
+    stored = tmp_path / "fits.json"
+    fit_step_times = script(monkeypatch)
+    monkeypatch.setattr(fit_step_times, "save", lambda fits: save(fits, stored))
+    fit_step_times.main([str(tmp_path / "speed.csv")])
+    assert "A GPU, unsloth, 4bit: 35 rows" in capsys.readouterr().out
+    assert load(stored) == fit_table(read_rows(tmp_path / "speed.csv"))
+    append_rows(tmp_path / "speed.csv", rows(methods=["rows-25"]))
+    fit_step_times.main([str(tmp_path / "speed.csv")])
+    assert load(stored) == fit_table(rows())
+
+
+@pytest.mark.parametrize("dtype", ["4bit", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "method", "measured"),
+    [
+        ("wizardlm", "rows-25", 1.53),
+        ("math10k", "rows-25", 1.56),
+        ("codefeedback", "rows-25", 1.35),
+        ("csr170k", "rows-25", 1.78),
+        ("long8k", "rows-25", 1.54),
+        ("long16k", "rows-25", 1.51),
+        ("wizardlm", "rows-10", 1.65),
+        ("codefeedback", "rows-10", 1.38),
+        ("long8k", "rows-10", 1.69),
+    ],
+)
+def test_speed_of_few_rows_against_measured_ones(shape, method, measured, dtype):
+    """On an H100, Llama-3-8B sizes with Unsloth's checkpointing, on 2026-11-27; by fits to dense and channel steps."""
+    fitted = choose(load(), "unsloth", dtype, "h100")
+    dense, few = (fitted.step_time(work_of_row(row(shape, name, 1.0), LLAMA_3_8B)) for name in (METHODS[0], method))
+    assert dense / few == pytest.approx(measured, rel=0.07)
+
+
+# -- Memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "measured"),
+    [
+        ("wizardlm", "unsloth-dense", 9.815),
+        ("long16k", "unsloth-dense", 9.05),
+        ("wizardlm", "sparse-o2", 7.781),
+        ("codefeedback", "sparse-o2", 8.481),
+        ("long8k", "sparse-o2", 8.594),
+        ("long16k", "sparse-o2", 8.931),
+    ],
+)
+def test_peak_against_measured_ones(shape, method, measured):
+    """On an H200, Llama-3-8B sizes in 4 bits, on 2026-11-24."""
+    assert memory_of_row(row(shape, method, 1.0), LLAMA_3_8B) == pytest.approx(measured, rel=0.07)
+
+
+def test_peak_without_checkpointing():
+    """20.1 GiB for 4096 tokens on an H100, with an Unsloth that computed logits in smaller chunks."""
+    predicted = memory_of_row(row("custom-4096-0.75", "unsloth-dense", 1.0, checkpointing="False"), LLAMA_3_8B)
+    assert predicted == pytest.approx(20.1, rel=0.1)
+
+
+@pytest.mark.parametrize(("checkpointing", "share"), [("unsloth", 0.75), ("False", 0.45)])
+def test_peak_of_few_rows(checkpointing, share):
+    """Of the dense one's, on an H100 on 2026-11-27."""
+    few, dense = (
+        memory_of_row(row("wizardlm", method, 1.0, checkpointing=checkpointing), LLAMA_3_8B)
+        for method in ("rows-25", "unsloth-dense")
+    )
+    assert few / dense == pytest.approx(share, rel=0.07)
+
+
+def test_chunks_of_the_fused_loss():
+    """One chunk up to 4 GiB; else a multiple of four."""
+    logit = LLAMA_3_8B.vocab_size * 16
+    assert fused_logits(LLAMA_3_8B, 1152) == 1152 * logit
+    assert fused_logits(LLAMA_3_8B, 4224) == 4224 * logit / 4
+    assert fused_logits(LLAMA_3_8B, 8192) == 8192 * logit / 4
+    assert fused_logits(LLAMA_3_8B, 16384) == 16384 * logit / 12
+
+
+def test_memory_adds_up_and_grows_with_what_it_depends_on():
+    common = {"linear": 10**9, "other": 10**8, "adapter": 10**7, "rows": 4096, "in_4bit": True}
+    off, on, unsloth = (peak_memory(LLAMA_3_8B, checkpointing=mode, **common) for mode in ("off", "on", "unsloth"))
+    assert off.peak > on.peak > unsloth.peak
+    assert unsloth.gib()["peak"] == pytest.approx(sum(value for name, value in unsloth.gib().items() if name != "peak"))
+    logits = plain_logits(LLAMA_3_8B, 4096)
+    assert peak_memory(LLAMA_3_8B, checkpointing="on", logits=logits, **common).working_set == logits
+    assert peak_memory(LLAMA_3_8B, checkpointing="on", **{**common, "in_4bit": False}).weights == 2.2e9

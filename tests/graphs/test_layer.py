@@ -1,0 +1,520 @@
+"""Whole layers whose work is recorded and replayed (`cuda_graphs`), by a stand-in that reruns functions.
+
+Its recordings share memory as hard as CUDA graphs do: whatever a pass returned is NaN once another pass began. Real
+ones are in tests/gpu/test_graphs.py.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_backward_rows import every_step
+
+from sparse_unsloth import attach, detach, get_state, rounding
+from sparse_unsloth.backends import unsloth_attention, unsloth_layer, unsloth_rows
+from sparse_unsloth.errors import AttachError, BackendError, SparsityError
+from sparse_unsloth.functions import graphs
+from sparse_unsloth.functions.graphs import GraphCache
+from sparse_unsloth.metrics import metrics
+from sparse_unsloth.partition import TokenPartition
+
+from test_whole_layers import make_model, small_batch
+from tiny_models import always, loss_and_gradients, make_batch, make_lora
+from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
+from unsloth_stand_in import StandIn, assert_same, packed_batch
+
+LAYERS = 2
+RULES = {
+    "both": {"mlp": {"0-1": 0.6}, "self_attn": {"1": 0.5}},
+    "attention alone": {"mlp": {}, "self_attn": {"0": 0.5}},
+    "no dense rows": {"mlp": {"1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
+    "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
+    "dense": {"mlp": {}, "self_attn": {}},
+}
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
+)
+
+
+class Rerun:
+    """Runs a recorded function again, and writes what it returns to where the first outputs lay."""
+
+    def __init__(self):
+        self.recorded = 0
+        self.replayed = 0
+        self.places = []
+        self.within_pass = set()
+
+    def note(self, what):
+        """A pass that is replayed in part does not hold what recording the rest would have to leave alone."""
+        self.within_pass.add(what)
+        assert len(self.within_pass) == 1
+
+    def record(self, function):
+        self.recorded += 1
+        self.note("recorded")
+        first = [output.clone() for output in function()]
+        places = [output.clone() for output in first]
+        self.places += places
+
+        def again():
+            self.replayed += 1
+            self.note("replayed")
+            for place, output in zip(places, function(), strict=True):
+                place.copy_(output)
+            return places
+
+        return first, again
+
+    def poison(self):
+        for place in self.places:
+            place.fill_(torch.nan)
+
+    def forget(self):
+        self.places = []
+
+    @staticmethod
+    def keeps(state):
+        return state
+
+
+def share_memory(monkeypatch, recorder):
+    """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
+    monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
+    monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
+    monkeypatch.setattr(rounding, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
+    original = GraphCache.open
+
+    def open_and_poison(self, *args):
+        recorder.poison()
+        recorder.within_pass.clear()
+        for name, buffer in self._buffers.items():
+            # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
+            if isinstance(name[0], str | tuple) and name[0] != "gradient":
+                buffer.fill_(torch.nan)
+        return original(self, *args)
+
+    monkeypatch.setattr(GraphCache, "open", open_and_poison)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Rerun()
+    share_memory(monkeypatch, recorder)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    return recorder
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    return stand_in
+
+
+def checkpointed(stand_in):
+    return make_model(stand_in, "reentrant", num_hidden_layers=LAYERS)
+
+
+def attach_with(model, rules, cuda_graphs, **changes):
+    sparsity = every_step() if rules == "rows" else always(**RULES[rules])
+    attach(model, {**sparsity, "exact_removal": False, "cuda_graphs": cuda_graphs, **changes})
+    state = get_state(model)
+    state.config = state.config.model_copy(update={"exact_removal": True})  # the stand-in has no fused loss
+    return state
+
+
+def step_as_recorded(model, batch, rules="both"):
+    """Without graphs, of the partition that they would have; ``rules``: a name, or a configuration."""
+    if isinstance(rules, str):
+        attach_with(model, rules, False)
+    else:
+        attach(model, rules)
+    get_state(model).graphs = Unused(Rerun())
+    outcome = loss_and_gradients(model, batch)
+    detach(model)
+    return outcome
+
+
+class Unused(GraphCache):
+    """They record nothing."""
+
+    def should_replay(self, kind):
+        return False
+
+
+_expected = {}
+
+
+def small_steps(stand_in, rules="both"):
+    """`step_as_recorded` of the small batch and of another of its kind; once for all tests, as it takes seconds."""
+    if rules not in _expected:
+        batches = small_batch(), other_rows(small_batch())
+        _expected[rules] = [step_as_recorded(checkpointed(stand_in), batch, rules) for batch in batches]
+    return _expected[rules]
+
+
+FORMS = {"whole": 3, "parts": 8}
+"""How a layer is recorded, and in how many calls."""
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    if request.param == "parts":
+        for module in (unsloth_layer, unsloth_rows):
+            monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
+    return request.param
+
+
+def other_rows(batch):
+    """A batch of the same kind whose rows stand elsewhere, with other tokens."""
+    other = {name: values.flip(0) for name, values in batch.items()}
+    return {**other, "input_ids": (other["input_ids"] + 7) % 90 + 2}
+
+
+@pytest.mark.parametrize(
+    ("form", "rules"), [("whole", "both"), ("parts", "both"), ("whole", "no dense rows")], indirect=["form"]
+)
+def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
+    model = checkpointed(stand_in)
+    batches, expected = [small_batch(), other_rows(small_batch())], small_steps(stand_in, rules)
+    state = attach_with(model, rules, True)
+    for step in range(3):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
+    assert recorder.replayed == recorder.recorded
+    if form == "whole":  # what is read of a choice after the layer lies where no recording writes but the layer's own
+        chosen = state.graphs.forward.selections
+        assert chosen.keys() == state.expected_parts()
+        owned = {address for address, *_ in state.graphs._owned}
+        assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
+
+
+def test_rows_are_chosen_anew(stand_in, recorder, form):
+    model = checkpointed(stand_in)
+    batch = make_batch(lengths=((12, 3), (9, 4)))
+    batches = [batch, other_rows(batch)]
+    expected = [step_as_recorded(model, batch, "rows") for batch in batches]
+    state = attach_with(model, "rows", True)
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        # In parts: Q, K, V, O and MLP; then Q, K, V, what is behind the attention backwards, and Q, K, V backwards.
+        assert recorder.recorded == (LAYERS * {"whole": 3, "parts": 6}[form] if step else 0)
+    assert recorder.replayed == 2 * recorder.recorded
+    assert state.ran == state.expected_parts()
+
+
+def test_dense_layers_are_recorded(stand_in, recorder, form):
+    """For every batch of one shape: whichever of its tokens are padding or prompt, and with no prompt at all."""
+    model = checkpointed(stand_in)
+    batch = small_batch()
+    batches = [batch, other_rows(batch), {**batch, "labels": batch["input_ids"].clone()}]
+    expected = [step_as_recorded(model, batch, "dense") for batch in batches]
+    state = attach_with(model, "dense", True)
+    assert not state.runtimes
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
+        assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
+    assert recorder.replayed == 2 * recorder.recorded
+    assert metrics(state)["sparsity/captured_layers"] == LAYERS
+    detach(model)
+    assert_same(loss_and_gradients(model, batch), expected[0])
+
+
+def test_a_dense_forward_without_labels_is_not_recorded(stand_in, recorder, caplog):
+    model, batch = checkpointed(stand_in), small_batch()
+    attach_with(model, "dense", True)
+    for _ in range(3):
+        model(input_ids=batch["input_ids"])
+    assert not recorder.recorded
+    assert caplog.text.count("nothing of it is recorded") == 1
+
+
+def test_trained_weights_are_read_anew(stand_in, recorder):
+    model, batch = checkpointed(stand_in), small_batch()
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    replayed = recorder.replayed
+    ours = loss_and_gradients(model, batch)
+    assert recorder.replayed > replayed
+    detach(model)
+    assert_same(ours, step_as_recorded(model, batch))
+
+
+def test_weights_elsewhere_are_recorded_anew(stand_in, recorder):
+    model, batch = checkpointed(stand_in), small_batch()
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    recorded = recorder.recorded
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * (1 + 0.1 * parameter.requires_grad)
+    ours = loss_and_gradients(model, batch)
+    assert recorder.recorded == 2 * recorded
+    detach(model)
+    assert_same(ours, step_as_recorded(model, batch))
+
+
+def test_accumulated_gradients_are_not_those_of_the_last_replay(stand_in, recorder):
+    model, batch = checkpointed(stand_in), small_batch()
+    _, expected = small_steps(stand_in)[0]
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    model.zero_grad()
+    for _ in range(2):
+        model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 2 * expected[name])
+
+
+@pytest.mark.parametrize("which", [2, 5])
+def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, which):
+    """Half recorded, its replays would not know which memory is in use."""
+    model, batch = checkpointed(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    loss_and_gradients(model, batch)
+    original, calls = recorder.record, []
+
+    def fail(function):
+        calls.append(function)
+        if len(calls) == which:
+            raise torch.OutOfMemoryError("planted")
+        return original(function)
+
+    monkeypatch.setattr(recorder, "record", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        loss_and_gradients(model, batch)
+    monkeypatch.setattr(recorder, "record", original)
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
+    """Two forwards of one layer between recompute and backward: what the first kept is gone."""
+    rows = TokenPartition.from_labels(torch.tensor([[-100, 3]]))
+    ours = GraphCache(recorder)
+    first = ours.open(0, "again", [], ())
+    first.call("o", lambda x: ((x,), None), [torch.ones(2)])
+    ours.open(1, "again", [], ()).call("o", lambda x: ((x,), None), [torch.ones(2)])
+    with pytest.raises(SparsityError, match=r"right behind its recompute.*cuda_graphs: false"):
+        first.call("o backward", lambda state, x: ((x,), None), [torch.ones(2)], after="o")
+    assert ours.rows(rows).num_dense == rows.num_dense
+
+
+def test_another_forward_before_backward_is_refused(stand_in, recorder):
+    """Its channels lie where those of the first did."""
+    model, batch = checkpointed(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    first = model(**batch).loss
+    model(**batch)
+    with pytest.raises(SparsityError, match="Call backward after each forward"):
+        first.backward()
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog):
+    model, batch = make_model(stand_in), small_batch()
+    expected = step_as_recorded(model, batch)
+    attach_with(model, "both", True)
+    for _ in range(3):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert not recorder.recorded
+    assert caplog.text.count("takes gradient checkpointing") == 1
+
+
+def test_kinds_that_come_once_are_not_recorded(recorder):
+    ours = GraphCache(recorder)
+    assert not any(ours.should_replay(("once", number)) for number in range(1000))
+    assert len(ours._counted) == graphs.KINDS_COUNTED
+    assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
+    for number in range(100):
+        for _ in range(2):
+            ours.should_replay(number)
+    assert ours.full
+    assert len(ours.kinds) == graphs.MAX_KINDS
+    assert not ours.should_replay(99)
+    assert ours.should_replay("often")
+
+
+def test_what_is_prepared_is_bounded(recorder):
+    """Every step may have a kind of its own, and accumulation lets each come several times."""
+    ours = GraphCache(recorder)
+    assert not ours.captures_next("never came")
+    for number in range(1000):
+        ours.should_replay(number)
+        assert ours.captures_next(number) == (number < 2 * graphs.MAX_KINDS)
+    assert len(ours.prepared) == 2 * graphs.MAX_KINDS
+
+
+def test_the_end_of_training_gives_memory_back(stand_in, recorder):
+    model, batch = checkpointed(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    state = attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    recorded = recorder.recorded
+    state.end_training()
+    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.kinds, recorder.places))
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert recorder.recorded == 2 * recorded
+
+
+def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MOVES", 0)
+    model, batch = checkpointed(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    for step in range(5):
+        assert_same(loss_and_gradients(model, batch), expected)
+        if step == 1:
+            recorded = recorder.recorded
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    assert recorder.recorded == 2 * recorded
+    assert caplog.text.count("weights lie elsewhere") == 1
+
+
+def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_KINDS", 0)
+    model = checkpointed(stand_in)
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, small_batch(packed_batch))
+    assert caplog.text.count("pad_to_multiple_of") == 1
+
+
+@pytest.mark.parametrize("make", [make_batch, packed_batch])
+def test_batches_of_many_lengths_are_recorded_once(stand_in, recorder, make):
+    """The tokens that make them alike change nothing."""
+    model = checkpointed(stand_in)
+    batches = [make(lengths=lengths) for lengths in (((5, 3), (5, 2)), ((4, 3), (5, 2)), ((6, 3), (2, 2)))]
+    lengths = {batch["input_ids"].shape[1] for batch in batches}
+    assert len(lengths) == 3
+    expected = [loss_and_gradients(model, batch) for batch in batches]
+    state = attach_with(model, "dense", True)
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
+    assert len(state.graphs.kinds) == 1
+    assert recorder.recorded in (LAYERS * count for count in FORMS.values())
+    assert recorder.replayed == 2 * recorder.recorded
+
+
+def test_many_sizes_use_the_memory_of_the_largest(recorder):
+    ours = GraphCache(recorder)
+    places = [ours.buffer("x", (rows, 4), torch.float32, torch.device("cpu")).data_ptr() for rows in (8, 3, 8, 9, 5)]
+    assert places[0] == places[1] == places[2] == places[4] != places[3]
+    assert ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).data_ptr() not in places
+    held = ours.buffer("x", (3, 4), torch.float32, torch.device("cpu"))
+    assert ours.input("x", held) is held
+    columns = ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).copy_(torch.rand(3, 4))[:, :2]
+    found = ours.input("x", columns)  # begins where a buffer does, but is none
+    assert found.is_contiguous()
+    assert torch.equal(found, columns)
+
+
+def test_unsloths_own_layers(tmp_path):
+    """Whole where attention is plain or within short documents, in parts where they are long."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
+    command = [sys.executable, str(SCRIPTS / "graphs.py"), str(tmp_path / "found.json")]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    whole = ["backward", "layer", "recompute"]
+    parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
+    assert json.loads((tmp_path / "found.json").read_text()) == {
+        "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
+        "channels, xformers": [whole, 1],
+        "rows, padded": [whole, 1], "rows, packed": [whole, 1],
+        "dense, padded": [whole, 1], "dense, packed": [whole, 1],
+    }  # fmt: skip
+
+
+def run_attention(**arguments):
+    """What Unsloth's attention modules find under this name."""
+
+
+class UnslothAttention(torch.nn.Module):
+    def forward(self, hidden_states):
+        return run_attention(Q=hidden_states)
+
+
+XformersMask, XformersWindow = (
+    type(name, (), {"__module__": "xformers.ops.fmha.attn_bias"})
+    for name in ("LowerTriangularMask", "LowerTriangularFromBottomRightLocalAttentionMask")
+)
+
+
+def test_what_attention_depends_on():
+    """With xformers Unsloth hands its layers a mask that is an object: the plain causal one, or one of a window."""
+    attention = UnslothAttention()
+    attention.config = SimpleNamespace(sliding_window=None)
+    layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
+    runtime = SimpleNamespace(layer=layer, context=SimpleNamespace(packing=None))
+    rows, tables = torch.zeros(1, 8, 4), (torch.zeros(16, 2), torch.ones(16, 2))
+
+    def found(**arguments):
+        names = unsloth_attention.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
+        return None if names is None else set(names)
+
+    plain, lengths = {unsloth_attention.COSINES, unsloth_attention.SINES}, torch.tensor([8])
+    assert found(causal_mask=None, use_cache=False) == plain
+    assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
+    assert found(causal_mask=object()) is None
+    assert found(causal_mask=XformersMask()) == plain
+    assert found(causal_mask=XformersWindow()) is None
+    assert found(packed_seq_lengths=lengths) is None
+    runtime.context.packing = SimpleNamespace(offsets=torch.tensor([0, 8]))
+    assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_attention.OFFSETS}
+    assert found(packed_seq_lengths=lengths, attention_mask=torch.ones(1, 1, 8, 8)) is None
+    layer.module.self_attn = torch.nn.Linear(1, 1)  # calls no such function
+    layer.module.self_attn.config = attention.config
+    assert found(packed_seq_lengths=lengths) is None
+    runtime.context.packing = None
+    assert found(causal_mask=XformersMask()) is None
+    layer.module.self_attn = attention
+    tables = tables[0][:4], tables[1][:4]
+    assert found() is None
+
+
+def test_parts_of_sequences_are_not_recorded(stand_in, recorder, caplog):
+    """Under context parallelism attention talks to other GPUs, in the order in which layers run."""
+    model, batch = checkpointed(stand_in), make_batch()
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    expected = loss_and_gradients(model, batch)
+    for rules in ("dense", "rows"):
+        graphs_of = attach_with(model, rules, True, **({"backward_rows": 0.999} if rules == "rows" else {})).graphs
+        for _ in range(4):
+            assert_same(loss_and_gradients(model, {**batch, "shift_labels": shifted}), expected)
+        assert recorder.recorded == 0
+        assert not graphs_of.kinds
+        detach(model)
+    assert "cuda_graphs: rows are split over several GPUs" in caplog.text
+
+
+def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):
+    for model in (make_lora(), make_model(stand_in)):  # the PEFT backend; no kernels
+        for rules in ("both", "dense"):
+            with pytest.raises(AttachError, match="cuda_graphs: false"):
+                attach_with(model, rules, True)
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    for rules in ("both", "rows", "dense"):
+        with pytest.raises(BackendError, match="cuda_graphs: false"):
+            attach_with(make_model(stand_in), rules, True)

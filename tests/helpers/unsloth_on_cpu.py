@@ -1,0 +1,90 @@
+"""The installed Unsloth on the CPU.
+
+Its norm, RoPE and gated unit have GPU kernels only and are replaced by the same mathematics in PyTorch; everything else
+is Unsloth's own code.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.llama import modeling_llama
+
+from tiny_models import make_lora
+
+UNSLOTH_ON_CPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "UNSLOTH_ALLOW_CPU": "1",
+    "UNSLOTH_COMPILE_DISABLE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
+}
+"""Of a process that imports Unsloth here."""
+SCRIPTS = Path(__file__).parents[1] / "backends" / "unsloth" / "installed"
+"""Run in such processes."""
+
+
+def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
+    """A LoRA model of ``base`` as Unsloth's ``get_peft_model`` leaves it, in float32."""
+    from unsloth.models import llama
+
+    rotary = base.model.rotary_emb
+    if not isinstance(rotary, Rotary):  # the merged model of an earlier one has it already
+        base.model.rotary_emb = rotary = Rotary(rotary, base.config.max_position_embeddings)
+    for layer in base.model.layers:
+        layer.self_attn.rotary_emb = rotary
+        layer.self_attn.apply_qkv, layer.self_attn.apply_o = llama.original_apply_qkv, llama.original_apply_o
+    model = make_lora(base=base)
+    model.max_seq_length = base.config.max_position_embeddings
+    return llama.FastLlamaModel.patch_peft_model(model, use_gradient_checkpointing=checkpointing).train()
+
+
+class Rotary(nn.Module):
+    """Cosines and sines ``[positions, head_dim]`` of transformers, handed out as Unsloth's rotary embedding does."""
+
+    def __init__(self, rotary: nn.Module, length: int):
+        super().__init__()
+        self.tables = tuple(table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
+
+    def extend_rope_embedding(self, *args, **kwargs):
+        pass
+
+    def get_cached(self, *args, **kwargs):
+        return self.tables
+
+
+def replace_gpu_kernels() -> None:
+    """Unsloth's Triton kernels by the same mathematics, and what it does only when it loads a model itself."""
+    import bitsandbytes
+    from transformers import Trainer
+    from unsloth.kernels import fast_lora, swiglu, utils
+    from unsloth.models import llama, mistral
+
+    def rms_norm(norm, x, gemma=False, **kwargs):
+        return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    def rope(q, k, cos, sin, positions=None):
+        positions = torch.arange(q.shape[2])[None] if positions is None else positions.long()
+        cos, sin = cos[positions][:, None], sin[positions][:, None]
+        return tuple(x * cos + modeling_llama.rotate_half(x) * sin for x in (q, k))
+
+    def dequantize(weight, quant_state=None, out=None, use_global_buffer=False, dtype=None):
+        whole = weight if quant_state is None else bitsandbytes.functional.dequantize_4bit(weight, quant_state)
+        return whole if dtype is None else whole.to(dtype)
+
+    for module in (fast_lora, utils):
+        module.fast_dequantize = dequantize
+    llama.fast_rms_layernorm = rms_norm
+    llama.fast_rope_embedding = mistral.fast_rope_embedding = rope
+    fast_lora.swiglu_fg_kernel = lambda e, g: F.silu(e) * g
+    fast_lora.swiglu_DWf_DW_dfg_kernel = swiglu._DWf_DW_dfg_traced
+    # It fuses nothing over float32, which makes results exact here.
+    llama._base_weight_dtype = lambda projection: torch.bfloat16
+
+    def _fast_inner_training_loop(*args, **kwargs):
+        raise NotImplementedError("The trainer is not part of this.")
+
+    Trainer._inner_training_loop = _fast_inner_training_loop

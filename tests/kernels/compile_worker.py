@@ -1,0 +1,131 @@
+"""Compiles every kernel for a GPU that need not be there, with the arguments that its launcher gives it.
+
+    python tests/kernels/compile_worker.py
+
+Triton's interpreter accepts what its compiler refuses (types that change in a loop, for one), and CI has no GPU. Run
+without ``TRITON_INTERPRET``. Prints a line for each kernel; an exception is a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import triton
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8", torch.int32: "*i32"
+}  # fmt: skip
+compiled: set[str] = set()
+
+
+def compile_instead(kernel, grid, arguments, constants, num_warps=4, num_stages=3) -> None:
+    """In place of `sparse_unsloth.kernels.launch.launch`: compiles once for each kind of arguments."""
+    signature, fixed = {}, {}
+    for name, value in zip(kernel.arg_names, (*arguments, *constants.values()), strict=True):
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif name in constants or value is None:
+            signature[name], fixed[(kernel.arg_names.index(name),)] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    key = f"{kernel.__name__} {signature} {fixed}"
+    if key not in compiled:
+        compiled.add(key)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        binary = triton.compile(ASTSource(kernel, signature, fixed), target=TARGET, options=options)
+        print(f"{kernel.__name__}: {binary.metadata.shared} bytes of shared memory", flush=True)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def compile_glu(kind: str, r: int = 16) -> None:
+    M, k, I = 40, 32, 96
+    stacked, loras = draw(M, 2 * r + 2 * k), draw(3, I, r)
+    unit, thin = draw(M, k + r), stacked[:, : 2 * r]
+    base = stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :]
+    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
+    for down_thin in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
+        glu.glu_backward(thin, base, loras, unit[:, r:], unit[:, :r], base, thin, kind, down_thin)
+
+
+def compile_columns() -> None:
+    for widths, counts, bias in (([70, 20, 20], [9, 4, 20], True), ([130], [33], False)):
+        lead, total = 16 * len(widths), sum(widths)
+        index, place = torch.zeros(sum(counts), dtype=torch.int64), torch.arange(40)
+        sources = [draw(40, width) for width in widths]
+        columns.split_columns(draw(40, lead), sources, torch.arange(40), 10, index, counts)
+        columns.join_columns(
+            draw(total, 16), draw(10, lead + total), draw(30, lead + sum(counts)), place, index, widths, counts,
+            draw(total) if bias else None,
+        )  # fmt: skip
+
+
+def compile_norms() -> None:
+    natural, sorted_rows = norms.Order(None, 0, 40), norms.Order(torch.arange(40), 10, 40)
+    for order in (natural, sorted_rows):
+        norms.add_norm(draw(40, 64), None, None, draw(64), 1e-5, order)
+        norms.add_norm(draw(40, 64), draw(40, 64), order, draw(64), 1e-5, order)
+        norms.add_rows(draw(40, 64), draw(40, 64), order)
+        norms.norm_backward(draw(40, 64), order, draw(40, 64), torch.rand(40), draw(64), draw(40, 64), order)
+
+
+def compile_dequantize() -> None:
+    for kind, nested in (("nf4", True), ("fp4", False)):
+        packed, state = quantize_4bit(torch.randn(64, 128), quant_type=kind, compress_statistics=nested)
+        for output in (draw(64, 128), draw(64, 130)[:, 2:]):
+            dequantize._launch_whole(packed, state, output)
+        for in_columns in (False, True):
+            output = draw(64, 16) if in_columns else draw(16, 128)
+            dequantize._launch_chosen(packed, state, torch.arange(9), output, in_columns)
+
+
+def compile_lora() -> None:
+    H, I, r = 64, 96, 16
+    loras = [torch.randn(*shape) for shape in ((r, H), (I, r), (r, H), (I, r), (r, I), (H, r))]
+    lora.pack_mlp(loras, (1.0, 2.0, 0.5), torch.arange(I), draw(2 * r, H), draw(H, r + 8)[:, 8:])
+    for both in (True, False):
+        lora.mlp_gradients(
+            torch.randn(2, 3, I, r), torch.randn(2, 3, I, r) if both else None, torch.arange(I),
+            (loras[1], loras[3], loras[4]), 0.5,
+        )  # fmt: skip
+    for parts in (1, 3):
+        lora.pack_linear([loras[0]] * parts, [loras[1]] * parts, [1.0] * parts, torch.bfloat16)
+
+
+def compile_selection() -> None:
+    for gain in (None, torch.rand(96)):
+        thin = scores.thin_products(draw(40, 64), torch.arange(30), 2, draw(16, 64))
+        scores.mlp_scores(thin, draw(16, 96), "silu", gain=gain)
+        energies = scores.thin_products(draw(40, 64), None, 1, draw(24, 64))
+        scores.attention_energies(energies, draw(8, 128), 64, 32, None if gain is None else torch.rand(128))
+    for size in (300, 40000):  # in registers, and in chunks
+        select.top_order(torch.rand(size), 10)
+    select.attention_channels(torch.rand(64), torch.rand(32), torch.rand(32), 4, 4, 2, 16)
+
+
+def main() -> None:
+    for module in ("columns", "dequantize", "gated", "glu", "lora", "norms", "scores", "select"):
+        importlib.import_module(f"sparse_unsloth.kernels.{module}").launch = compile_instead
+    for kind in glu.KINDS:
+        compile_glu(kind)
+        gated.gated_forward(draw(8, 64), draw(8, 64), kind)
+        gated.gated_backward(draw(8, 64), draw(8, 64), draw(8, 64), kind)
+    compile_columns()
+    compile_norms()
+    compile_dequantize()
+    compile_lora()
+    compile_selection()
+
+
+if __name__ == "__main__":
+    main()

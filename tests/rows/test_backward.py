@@ -1,0 +1,312 @@
+"""A backward pass through few context rows: exact forwards, the gradients that masks give, every family and form."""
+
+import copy
+
+import pytest
+import torch
+
+from sparse_unsloth import SparsityConfig, attach, detach
+from sparse_unsloth.attachment import get_state
+from sparse_unsloth.backends.row_hooks import trained
+from sparse_unsloth.errors import AttachError, ConfigError
+from sparse_unsloth.functions.backward_rows import backward_rows
+from sparse_unsloth.layers import find_layers
+from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.row_choice import RowChoice
+
+from tiny_models import FAMILIES, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
+
+SHARE = 0.25
+
+
+def every_step(**changes):
+    return {"backward_rows": SHARE, **changes}
+
+
+def chosen_rows(gradient, partition, share):
+    """As `RowChoice`, row by row."""
+    count = -(-round(share * 1000) * len(partition.context) // 1000)
+    norms = gradient.flatten(0, -2).norm(dim=-1)
+    order = sorted(partition.context.tolist(), key=lambda row: -norms[row].item())
+    return set(order[:count]) | set(partition.dense.tolist())
+
+
+def masked_gradients(model, batch, share=SHARE):
+    """Loss and gradients of a model that is not attached, the outputs' gradients masked by hooks."""
+    layers, masks, handles = find_layers(model), {}, []
+    mask = batch.get("attention_mask")
+    partition = TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))
+
+    def hook(index, chooses):
+        def masked(module, gradients):
+            (gradient,) = gradients
+            if chooses:
+                masks[index] = chosen_rows(gradient, partition, share)
+            keep = torch.zeros(gradient.flatten(0, -2).shape[0], 1, dtype=gradient.dtype)
+            keep[sorted(masks[index])] = 1
+            return ((gradient.flatten(0, -2) * keep).view(gradient.shape),)
+
+        return masked
+
+    for index, layer in enumerate(layers):
+        handles.append(layer.mlp.register_full_backward_pre_hook(hook(index, True)))
+        handles.append(layer.self_attn.o_proj.register_full_backward_pre_hook(hook(index, False)))
+    try:
+        return loss_and_gradients(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_same(first, second, **tolerance):
+    (loss, gradients), (other_loss, others) = first, second
+    torch.testing.assert_close(loss, other_loss, **tolerance)
+    assert gradients.keys() == others.keys()
+    for name in gradients:
+        torch.testing.assert_close(
+            gradients[name], others[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+# -- The function -----------------------------------------------------------------------------------------------------
+
+
+def make_partition(num_dense=3, num_context=9, num_padding=2):
+    rows = torch.randperm(num_dense + num_context + num_padding, generator=torch.Generator().manual_seed(0))
+    parts = (part.sort().values for part in rows.split([num_dense, num_context, num_padding]))
+    dense, context, padding = parts
+    return TokenPartition((1, len(rows)), dense, context, padding, dense)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_gradients_are_those_of_masks(share):
+    torch.manual_seed(1)
+    partition = make_partition()
+    first, second = (torch.nn.Linear(5, 5).double() for _ in range(2))
+    a, stream = (torch.randn(1, 14, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    dy = torch.randn(1, 14, 5, dtype=torch.float64)
+    weights = trained(first, second)
+
+    def behind(a, stream):
+        stream = stream + first(a)
+        return stream + torch.tanh(second(stream))
+
+    choice = RowChoice(partition, share)
+    ours = torch.autograd.grad(
+        backward_rows(behind, [a, stream], weights, choice, residual=1), (a, stream, *weights), dy
+    )
+    assert set(choice.rows.tolist()) == chosen_rows(dy, partition, share)
+    keep = torch.zeros(14, 1, dtype=torch.float64)
+    keep[choice.rows] = 1
+    added = behind(a, stream) - stream
+    expected = torch.autograd.grad(stream + added * keep, (a, stream, *weights), dy)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_every_row_passes_gradcheck():
+    torch.manual_seed(2)
+    layer, choice = torch.nn.Linear(4, 4).double(), RowChoice(make_partition(2, 4, 0), 1.0)
+    x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *weights: backward_rows(lambda rows: torch.tanh(layer(rows)), [x], weights, choice),
+        (x, *trained(layer)),
+    )
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    layer = torch.nn.Linear(4, 4)
+    layer.bias.requires_grad_(False)
+    x = torch.randn(1, 14, 4)
+    backward_rows(layer, [x], trained(layer), RowChoice(make_partition(), 0.5)).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is None
+
+
+def test_rows_of_another_part_hold():
+    choice, layer = RowChoice(make_partition(), 0.2), torch.nn.Linear(4, 4)
+    choice.rows = torch.tensor([5])
+    x = torch.randn(1, 14, 4, requires_grad=True)
+    backward_rows(layer, [x], trained(layer), choice, chooses=False).sum().backward()
+    assert x.grad[0].any(dim=-1).nonzero().flatten().tolist() == [5]
+
+
+def test_an_unread_output_is_not_computed():
+    calls, layer, x = [], torch.nn.Linear(4, 4), torch.randn(1, 14, 4, requires_grad=True)
+
+    def function(rows):
+        calls.append(rows.shape[1])
+        return layer(rows)
+
+    y = backward_rows(function, [x], trained(layer), RowChoice(make_partition(), 0.2), unread=True)
+    assert not calls
+    assert y.shape == x.shape
+    y.backward(torch.ones_like(y))
+    assert calls == [3 + 2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_left_out(value):
+    """It reaches the gradients, as in dense training, where trainers and scalers look for it."""
+    layer, partition = torch.nn.Linear(4, 4), make_partition()
+    x = torch.randn(1, 14, 4, requires_grad=True)
+    dy = torch.randn(1, 14, 4)
+    dy[0, partition.context[-1], 2] = value
+    backward_rows(layer, [x], trained(layer), RowChoice(partition, 0.01)).backward(dy)
+    assert not layer.weight.grad.isfinite().all()
+
+
+# -- Models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_trains_as_its_masks_say(family):
+    model, batch = make_lora(family, dtype=torch.float64), make_batch()
+    dense_loss, dense = loss_and_gradients(model, batch)
+    expected = masked_gradients(model, batch)
+    report = attach(model, every_step())
+    ours = loss_and_gradients(model, batch)
+    assert_same(ours, expected, rtol=1e-5, atol=1e-8)
+    assert ours[0] == dense_loss
+    assert any(not torch.allclose(ours[1][name], dense[name]) for name in dense)
+    assert "backward through 0.25 of" in str(report)
+    detach(model)
+    assert_same(loss_and_gradients(model, batch), (dense_loss, dense))
+
+
+def test_the_whole_share_is_dense_training():
+    model, batch = make_lora("llama", dtype=torch.float64), make_batch()
+    expected = loss_and_gradients(model, batch)
+    attach(model, every_step(backward_rows=0.9999))  # rounded up to every row
+    assert_same(loss_and_gradients(model, batch), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_nothing(use_reentrant):
+    model, batch = make_lora("llama", dtype=torch.float64), make_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step())
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    assert_same(loss_and_gradients(model, batch), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recompute_leaves_the_mlp_out(use_reentrant):
+    model, batch = make_lora("llama"), make_batch()
+    attach(model, every_step())
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    rows = []
+    for layer in find_layers(model):
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: rows.append(args[0].numel() // 128))
+    loss_and_gradients(model, batch)
+    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"])
+    few = len(partition.dense) + -(-len(partition.context) // 4)
+    assert sorted(rows) == sorted([batch["labels"].numel()] * 3 + [few] * 3)
+
+
+def test_four_bit_weights_do_as_they_are():
+    model, batch = make_lora("llama", base=pack_nf4(make_base())), make_batch()
+    expected = masked_gradients(model, batch)
+    attach(model, every_step())
+    assert_same(loss_and_gradients(model, batch), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_of_the_forward_holds_in_backward():
+    model, batch = make_lora("llama"), make_batch()
+    attach(model, every_step())
+    seen = []
+    for layer in find_layers(model):
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 6
+
+
+def test_packed_rows():
+    model = make_lora("llama", dtype=torch.float64)
+    tokens, labels = (
+        torch.cat([t[:2, :5].flatten(), t[2, :9]])[None] for t in (make_batch()["input_ids"], make_batch()["labels"])
+    )
+    positions = torch.cat([torch.arange(5), torch.arange(5), torch.arange(9)])[None]
+    labels[:, [4, 9]] = tokens[:, [4, 9]]
+    batch = {"input_ids": tokens, "labels": labels, "position_ids": positions}
+    expected = masked_gradients(model, batch)
+    attach(model, every_step())
+    assert_same(loss_and_gradients(model, batch), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_other_uses_are_dense():
+    model, batch = make_lora("llama"), make_batch()
+    attach(model, every_step())
+    model.eval()
+    with torch.no_grad():
+        whole = model(**batch).logits
+    detach(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, whole)
+
+
+def test_answers_alone_need_no_choice():
+    model, batch = make_lora("llama"), make_batch()
+    batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    expected = loss_and_gradients(model, batch)
+    attach(model, every_step())
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_copy_trains_alike():
+    model, batch = make_lora("llama"), make_batch()
+    attach(model, every_step())
+    copied = copy.deepcopy(model)
+    assert_same(loss_and_gradients(copied, batch), loss_and_gradients(model, batch))
+
+
+def test_saved_settings_come_back(tmp_path):
+    model = make_lora("llama")
+    attach(model, "rows")
+    model.save_pretrained(tmp_path)
+    again = SparsityConfig.from_file(tmp_path / "sparsity_config.yaml")
+    assert again == get_state(model).config
+    assert (again.backward_rows, again.start_step, again.end_step) == (0.25, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"backward_rows": 0}, "share in"),
+        ({"backward_rows": True}, "share in"),
+        ({"backward_rows": 0.5, "mlp": {"all": 0.5}}, "not both"),
+        ({"backward_rows": 0.5, "preset": "o2"}, "not both"),
+        ({"preset": "rows", "self_attn": {"1": 0.5}}, "not both"),
+        ({"preset": "rows", "sparse_prefill": True}, "sparse_prefill: must be False with backward_rows"),
+    ],
+)
+def test_wrong_settings_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        SparsityConfig(**given)
+
+
+def test_a_schedule_may_be_given():
+    config = SparsityConfig(preset="rows", backward_rows=0.1, end_step=0.8)
+    assert (config.backward_rows, config.start_step, config.end_step) == (0.1, 0.0, 0.8)
+    assert SparsityConfig(mlp={"all": 0.5}).end_step == 0.75
+
+
+@pytest.mark.parametrize("lora_b", [0.0, 0.05])
+def test_dropout_is_refused(lora_b):
+    """Of a fresh adapter too, where it does not show in any output."""
+    model = make_lora("llama", lora_b=lora_b)
+    for module in model.modules():
+        if isinstance(getattr(module, "lora_dropout", None), torch.nn.ModuleDict):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    with pytest.raises(AttachError, match="lora_dropout"):
+        attach(model, every_step())
+    assert get_state(model) is None
+    loss_and_gradients(model, make_batch())
+    assert loras(model)

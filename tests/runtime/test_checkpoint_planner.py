@@ -1,0 +1,232 @@
+"""Checkpointing as little as the memory allows: same gradients, fewer forwards, the layers that were predicted."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from sparse_unsloth import SparsityConfig, attach, detach, get_state, memory_budget
+from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.forecast.memory import GIB, layer_activations, row_layer_activations
+from sparse_unsloth.forward import roles_of
+from sparse_unsloth.metrics import metrics
+
+from tiny_models import always, loss_and_gradients, make_batch, make_lora
+
+BUDGET = 2.0
+SPARSE = always(mlp={"1-2": 0.9}, self_attn={})
+
+
+def attached(**changes):
+    """A checkpointed model whose training begins, and the calls of each layer."""
+    model = make_lora()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    attach(model, {**SPARSE, "memory_budget": BUDGET, **changes})
+    get_state(model).begin_training("test", max_steps=100)
+    get_state(model).set_step(0)
+    calls = Counter()
+    for index, layer in enumerate(layers_of(model)):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
+    return model, calls
+
+
+def layers_of(model):
+    return model.get_base_model().model.layers
+
+
+def flags(model):
+    return [layer.gradient_checkpointing for layer in layers_of(model)]
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Sets how many bytes are left of the budget."""
+
+    def leave(count):
+        monkeypatch.setattr(memory_budget, "allocated", lambda device: int(BUDGET * GIB - count))
+
+    return leave
+
+
+def needs(model, index, batch, scale=1.0):
+    planner, partition = get_state(model).planner, roles_of(get_state(model), batch)
+    rows = batch["labels"].numel()
+    return planner._needs(index, partition, rows, scale), planner._to_come + planner._rest(partition, rows, 3)
+
+
+def test_layers_keep_their_activations_as_far_as_the_memory_goes(room):
+    expected = None
+    model, calls = attached()
+    batch = make_batch()
+    room(0)
+    expected = loss_and_gradients(model, batch)
+    assert dict(calls) == {0: 2, 1: 2, 2: 2}
+    dense, rest = needs(model, 0, batch)
+    sparse, _ = needs(model, 2, batch)
+    assert 0 < sparse < dense
+    for count, kept in ((sparse, {2}), (2 * sparse, {1, 2}), (2 * sparse + dense, {0, 1, 2})):
+        for enough in (False, True):
+            room(rest + count + (1 if enough else -100))
+            calls.clear()
+            loss, gradients = loss_and_gradients(model, batch)
+            assert torch.equal(loss, expected[0])
+            assert all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
+            if enough:
+                assert {index for index, number in calls.items() if number == 1} == kept
+                assert metrics(get_state(model))["sparsity/kept_layers"] == len(kept)
+            else:
+                assert get_state(model).planner.num_kept == len(kept) - 1
+    detach(model)
+    assert flags(model) == [True] * 3
+
+
+def test_a_dense_phase_keeps_fewer(room):
+    model, _ = attached(start_step=0, end_step=5)
+    batch = make_batch()
+    sparse, rest = needs(model, 2, batch)
+    room(rest + 2 * sparse + 1)
+    loss_and_gradients(model, batch)
+    assert flags(model) == [True, False, False]
+    get_state(model).set_step(5)
+    loss_and_gradients(model, batch)
+    assert sum(flags(model)) > 1
+
+
+def test_longer_micro_batches_keep_fewer(room):
+    model, _ = attached()
+    short, long = make_batch(), make_batch(lengths=((90, 4), (80, 6), (70, 2)))
+    sparse, rest = needs(model, 2, short)
+    room(rest + 2 * sparse + 1)
+    loss_and_gradients(model, short)
+    assert flags(model) == [True, False, False]
+    loss_and_gradients(model, long)
+    assert flags(model) == [True] * 3
+
+
+def test_forwards_without_labels_or_gradients_keep_nothing_more(room):
+    model, _ = attached()
+    room(GIB)
+    batch = make_batch()
+    loss_and_gradients(model, batch)
+    assert flags(model) == [False] * 3
+    model(input_ids=batch["input_ids"])
+    assert flags(model) == [True] * 3
+    with torch.no_grad():
+        model(**batch)
+    assert flags(model) == [True] * 3
+
+
+def test_checkpointing_that_is_off_stays_off(room):
+    model, calls = attached()
+    room(0)
+    loss_and_gradients(model, make_batch())
+    model.gradient_checkpointing_disable()
+    calls.clear()
+    loss_and_gradients(model, make_batch())
+    assert set(calls.values()) == {1}
+    get_state(model).end_training()
+    assert flags(model) == [False] * 3
+
+
+def test_a_trainer_switches_it_on_again(room):
+    """As transformers does when training begins, and Unsloth after each evaluation."""
+    model, _ = attached()
+    room(GIB)
+    loss_and_gradients(model, make_batch())
+    assert flags(model) == [False] * 3
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    room(0)
+    loss_and_gradients(model, make_batch())
+    assert flags(model) == [True] * 3
+
+
+def test_the_prediction_is_near_what_a_sparse_mlp_really_keeps():
+    """Of the part that sparsity changes: gate, up and what stands for them on context rows."""
+    model = make_lora()
+    batch = make_batch(lengths=((90, 10), (90, 10)))
+    attach(model, SPARSE)
+    shape = ModelShape.from_config(model.config)
+    kept = {}
+    for name in ("dense", "sparse"):
+        if name == "dense":
+            detach(model)
+            attach(model, {**SPARSE, "mlp": {"1-2": 1e-9}})
+        else:
+            detach(model)
+            attach(model, SPARSE)
+        sizes = {}
+        bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor, sizes=sizes, bases=bases):
+            if tensor.untyped_storage().data_ptr() not in bases:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(**batch)
+        kept[name] = sum(sizes.values())
+        del output
+    rows, dense_rows = 200, 2 * 11
+    predicted = {
+        "dense": layer_activations(shape, rows, rows, activation_bytes=4),
+        "sparse": layer_activations(shape, rows, dense_rows, kept_channels=13, lora_rank=4, activation_bytes=4),
+    }
+    saved, expected = kept["dense"] - kept["sparse"], 2 * (predicted["dense"] - predicted["sparse"])
+    assert 0.6 * expected < saved < 1.7 * expected
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_a_backward_pass_through_few_rows_keeps(family):
+    """Of the hooked MLP and O their inputs alone; the inputs of the layer and of attention are kept as ever."""
+    model, batch, sizes = make_lora(family), make_batch(lengths=((90, 10), (90, 10))), {}
+    attach(model, "rows")
+    bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in bases and tensor.numel() >= 200 * 16:
+            sizes[pointer] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    layer, counted = layers_of(model)[1], {}
+    layer.mlp.register_forward_pre_hook(lambda *_: counted.update(before=sum(sizes.values())))
+    layer.mlp.register_forward_hook(lambda *_: counted.update(after=sum(sizes.values())))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**batch)
+    assert counted["after"] - counted["before"] == 200 * 64 * 4, "the MLP's input"
+    shape = ModelShape.from_config(model.config)
+    every = row_layer_activations(shape, 200, whole_layers=False, activation_bytes=4)
+    assert every == 200 * 4 * (4 * 64 + 2 * 64 + 2 * 32)
+    assert every < 0.75 * layer_activations(shape, 200, 200, activation_bytes=4)
+    del output
+
+
+def test_layers_whose_backward_goes_through_few_rows_need_less(room):
+    model, _ = attached(mlp={}, backward_rows=0.25)
+    batch = make_batch()
+    few, rest = needs(model, 1, batch)
+    dense, _ = needs(model, 1, batch, scale=0.0)
+    assert few < 0.75 * dense
+    room(rest + 2 * few + 1)
+    expected = loss_and_gradients(model, batch)
+    assert flags(model) == [True, False, False]
+    room(0)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
+
+
+def test_a_share_needs_a_gpu():
+    model = make_lora()
+    attach(model, always(memory_budget=0.5))
+    with pytest.raises(ConfigError, match=r"memory_budget: 0\.5 is a share of a GPU's memory, and the model is on cpu"):
+        get_state(model).begin_training("test", max_steps=3)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, True, "0.9"])
+def test_budgets_are_numbers_above_zero(value):
+    with pytest.raises(ConfigError, match="memory_budget: must be a number above 0"):
+        SparsityConfig(memory_budget=value)
