@@ -5,65 +5,16 @@ import copy
 import pytest
 import torch
 
-from sparse_unsloth import attach, detach, forward, get_state
+from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
 from sparse_unsloth.metrics import metrics
 from sparse_unsloth.partition import TokenPartition
 
+from masked_models import assert_gradients_close, masked_by_hooks, record_selections
 from tiny_models import FAMILIES, always, loras, loss_and_gradients, make_base, make_batch, make_lora
 
 NOTHING_DROPPED = 1e-9
 """A sparsity so small that every channel is kept: all hooks work, and nothing is left out."""
-
-
-def assert_gradients_close(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
-
-
-def masked_by_hooks(model, selections, partition):
-    """The masked forward of the design, from hooks on the frozen base layers alone. ``selections`` by (layer, part)."""
-
-    def mask(channels, width):
-        rows = torch.ones(partition.shape[0] * partition.shape[1], width)
-        rows[partition.context] = torch.zeros(width).index_fill_(0, channels, 1.0)
-        return rows.unflatten(0, partition.shape)
-
-    def output_hook(channels):
-        def hook(module, args, output):
-            bias = 0 if module.bias is None else module.bias
-            return (output - bias) * mask(channels, output.shape[-1]) + bias
-
-        return hook
-
-    def input_hook(channels):
-        return lambda module, args: (args[0] * mask(channels, args[0].shape[-1]),)
-
-    for index, layer in enumerate(model.get_base_model().model.layers):
-        mlp, attention = selections[index, "mlp"], selections[index, "self_attn"]
-        layer.mlp.gate_proj.base_layer.register_forward_hook(output_hook(mlp.channels))
-        layer.mlp.up_proj.base_layer.register_forward_hook(output_hook(mlp.channels))
-        layer.mlp.down_proj.base_layer.register_forward_pre_hook(input_hook(mlp.channels))
-        for name in "qkv":
-            base = getattr(layer.self_attn, f"{name}_proj").base_layer
-            base.register_forward_hook(output_hook(getattr(attention, name)))
-        layer.self_attn.o_proj.base_layer.register_forward_pre_hook(input_hook(attention.o))
-    return model
-
-
-def record_selections(model, monkeypatch):
-    """The contexts of the forwards that follow, in order."""
-    state, contexts, open_forward = get_state(model), [], forward.open_forward
-
-    def recording(of, *args):
-        context = open_forward(of, *args)
-        if of is state:
-            contexts.append(context)
-        return context
-
-    monkeypatch.setattr(forward, "open_forward", recording)
-    return contexts
 
 
 @pytest.mark.parametrize(

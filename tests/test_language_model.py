@@ -7,29 +7,12 @@ from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_
 from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.errors import BackendError
 
-from tiny_models import always, make_base, make_batch
+from tiny_models import always, load, make_batch, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny Llama with a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    make_base().save_pretrained(folder)
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 96)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def load(checkpoint, **options):
-    options = {"load_in_4bit": False, "max_seq_length": 64, "backend": "peft", **options}
-    return FastSparseLanguageModel.from_pretrained(checkpoint, **options)
+    return save_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def samples(count=24):

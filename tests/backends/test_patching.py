@@ -8,17 +8,17 @@ import subprocess
 import sys
 
 import pytest
-from test_backward_rows import every_step, masked_gradients
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_rows
 from sparse_unsloth.backends.replaced import BLOCK_MODE, plain_forward
 from sparse_unsloth.metrics import metrics
 
-from test_whole_layers import RULES, FastLayer, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
+from masked_models import every_step, masked_gradients
 from tiny_models import always, loss_and_gradients
 from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from unsloth_stand_in import assert_same, decoder_layers
+from whole_layers import RULES, FastLayer, make_model, small_batch
 
 SETTINGS = {
     "rows": every_step(),
@@ -57,7 +57,7 @@ def compiled(forward):
 
 
 @pytest.fixture(params=[gated, lambda forward: compiled(gated(forward))], ids=["gated", "compiled"])
-def wrapped(request, stand_in, monkeypatch):  # noqa: F811
+def wrapped(request, stand_in, monkeypatch):
     monkeypatch.setattr(FastLayer, "forward", request.param(FastLayer.forward))
     setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
     return stand_in

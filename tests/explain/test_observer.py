@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_attach import record_selections
 from transformers import Trainer, TrainingArguments
 
 from sparse_unsloth import attach, get_state
@@ -16,6 +15,7 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
 from sparse_unsloth.explain.report import markdown, summary, write
 
+from masked_models import record_selections
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 
 SHAPE = ModelShape(64, 128, 3, 4, 2, 16, 96)

@@ -6,18 +6,35 @@ layers are checked before each timing of `sparse-o2-graphs` (`sparse_unsloth.ben
 
 import pytest
 import torch
-from test_graphs import LAYERS, RULES, attach_with, checkpointed, form, stand_in, step_as_recorded  # noqa: F401
 
 from sparse_unsloth import detach, get_state
+from sparse_unsloth.backends import unsloth_layer, unsloth_rows
 from sparse_unsloth.bench.checks import Immediate
 from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCapture
 
+from recorded_layers import FORMS, LAYERS, RULES, attach_with, checkpointed, step_as_recorded
 from tiny_models import loss_and_gradients, make_batch
+from unsloth_stand_in import StandIn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = ((160, 40), (130, 25))
 OTHER_ROWS = 0.05
 """How far gradients may be apart where bf16 rounds otherwise, so that other rows are chosen; measured: 0.013."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    return stand_in
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    if request.param == "parts":
+        for module in (unsloth_layer, unsloth_rows):
+            monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
+    return request.param
 
 
 def batch_of(seed):
@@ -60,7 +77,7 @@ def test_recordings_may_all_be_dropped_before_the_next():
 
 
 @pytest.mark.parametrize("rules", [*RULES, "rows"])
-def test_replays(stand_in, form, rules):  # noqa: F811
+def test_replays(stand_in, form, rules):
     model = checkpointed(stand_in).to("cuda", torch.bfloat16)
     batches = [batch_of(seed) for seed in (1, 2)]
     held = None
@@ -94,7 +111,7 @@ def test_replays(stand_in, form, rules):  # noqa: F811
                     parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-def test_trained_weights_are_read_anew(stand_in):  # noqa: F811
+def test_trained_weights_are_read_anew(stand_in):
     model, batch = checkpointed(stand_in).to("cuda", torch.bfloat16), batch_of(3)
     attach_with(model, "both", True)
     for _ in range(4):

@@ -109,3 +109,24 @@ def loss_and_gradients(model, batch):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in loras(model).items()}
+
+
+def save_checkpoint(folder) -> str:
+    """A tiny Llama with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    make_base().save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 96)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def load(checkpoint, **options):
+    from sparse_unsloth import FastSparseLanguageModel
+
+    options = {"load_in_4bit": False, "max_seq_length": 64, "backend": "peft", **options}
+    return FastSparseLanguageModel.from_pretrained(checkpoint, **options)

@@ -14,48 +14,8 @@ from sparse_unsloth.layers import find_layers
 from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.row_choice import RowChoice
 
+from masked_models import chosen_rows, every_step, masked_gradients
 from tiny_models import FAMILIES, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
-
-SHARE = 0.25
-
-
-def every_step(**changes):
-    return {"backward_rows": SHARE, **changes}
-
-
-def chosen_rows(gradient, partition, share):
-    """As `RowChoice`, row by row."""
-    count = -(-round(share * 1000) * len(partition.context) // 1000)
-    norms = gradient.flatten(0, -2).norm(dim=-1)
-    order = sorted(partition.context.tolist(), key=lambda row: -norms[row].item())
-    return set(order[:count]) | set(partition.dense.tolist())
-
-
-def masked_gradients(model, batch, share=SHARE):
-    """Loss and gradients of a model that is not attached, the outputs' gradients masked by hooks."""
-    layers, masks, handles = find_layers(model), {}, []
-    mask = batch.get("attention_mask")
-    partition = TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))
-
-    def hook(index, chooses):
-        def masked(module, gradients):
-            (gradient,) = gradients
-            if chooses:
-                masks[index] = chosen_rows(gradient, partition, share)
-            keep = torch.zeros(gradient.flatten(0, -2).shape[0], 1, dtype=gradient.dtype)
-            keep[sorted(masks[index])] = 1
-            return ((gradient.flatten(0, -2) * keep).view(gradient.shape),)
-
-        return masked
-
-    for index, layer in enumerate(layers):
-        handles.append(layer.mlp.register_full_backward_pre_hook(hook(index, True)))
-        handles.append(layer.self_attn.o_proj.register_full_backward_pre_hook(hook(index, False)))
-    try:
-        return loss_and_gradients(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def assert_same(first, second, **tolerance):

@@ -5,10 +5,6 @@ import shutil
 
 import pytest
 import torch
-from test_attach import masked_by_hooks, record_selections
-from test_classification import make_batch as make_labelled
-from test_classification import make_classifier
-from test_language_model import checkpoint, load  # noqa: F401
 from transformers import DynamicCache
 
 from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state, prefill
@@ -17,7 +13,10 @@ from sparse_unsloth.errors import EstimatorError, SparsityError
 from sparse_unsloth.layer_rules import keep_count
 from sparse_unsloth.partition import TokenPartition
 
-from tiny_models import FAMILIES, always, loss_and_gradients, make_batch, make_lora
+from classifier_models import make_batch as make_labelled
+from classifier_models import make_classifier
+from masked_models import masked_by_hooks, record_selections
+from tiny_models import FAMILIES, always, load, loss_and_gradients, make_batch, make_lora, save_checkpoint
 from unsloth_stand_in import StandIn
 
 LENGTHS = (9, 5, 7)
@@ -239,7 +238,8 @@ def test_what_cannot_be_sparse_is_refused(caplog):
     assert "adapter is merged or disabled" in caplog.text
 
 
-def test_an_adapter_brings_its_estimator(checkpoint, tmp_path):  # noqa: F811
+def test_an_adapter_brings_its_estimator(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "base")
     model, tokenizer = load(checkpoint)
     samples = [make_batch(seed) for seed in range(3)]
     config = SparsityConfig.from_any(always(estimator={"kind": "prior", "rank": 4}, sparse_prefill=True))

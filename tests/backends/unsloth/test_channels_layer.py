@@ -5,63 +5,21 @@ own on the GPU.
 """
 
 import copy
-from types import MethodType
 
 import pytest
 import torch
-from transformers.models.llama import modeling_llama
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_layer
 from sparse_unsloth.errors import AttachError
 
-from tiny_models import always, loss_and_gradients, make_base, make_batch, make_lora
-from unsloth_stand_in import SlotAttention, StandIn, assert_same, decoder_layers, packed_batch
+from tiny_models import always, loss_and_gradients, make_lora
+from unsloth_stand_in import assert_same, decoder_layers, packed_batch
+from whole_layers import RULES, FastLayer, fast_forward, make_model, small_batch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
 )
-
-
-def fast_forward(self, hidden_states, **kwargs):
-    """Llama's layer as Unsloth's class forward returns it."""
-    return (modeling_llama.LlamaDecoderLayer.forward(self, hidden_states, **kwargs),)
-
-
-class FastLayer(modeling_llama.LlamaDecoderLayer):
-    """Calls give the tensor that transformers' model wants, the forward the tuple that Unsloth's returns."""
-
-    forward = fast_forward
-
-    def __call__(self, *args, **kwargs):
-        return super().__call__(*args, **kwargs)[0]
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    stand_in = StandIn(monkeypatch)
-    return stand_in
-
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64}
-"""The interpreter runs a program for each row of a norm, so rows are few as well."""
-
-
-def small_batch(make=make_batch):
-    return make(lengths=((5, 3), (3, 2)))
-
-
-def make_model(stand_in, checkpointing=False, lora=make_lora, **changes):
-    model = lora(base=make_base("llama", use_cache=False, **SMALL, **changes))
-    fast_lora = stand_in.fast_lora
-    for layer in decoder_layers(model):
-        layer.__class__, layer.self_attn.__class__ = FastLayer, SlotAttention
-        layer.mlp.forward = MethodType(fast_lora.apply_lora_mlp_swiglu, layer.mlp)
-        layer.self_attn.apply_qkv, layer.self_attn.apply_o = fast_lora.apply_lora_qkv, fast_lora.apply_lora_o
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    return model.train()
 
 
 def spy(monkeypatch):
@@ -72,14 +30,6 @@ def spy(monkeypatch):
         unsloth_layer, "post_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
     )
     return ran
-
-
-RULES = {
-    "both": {"mlp": {"1-2": 0.6}, "self_attn": {"2": 0.5}},
-    "attention alone": {"mlp": {}, "self_attn": {"0-1": 0.5}},
-    "no dense rows": {"mlp": {"0-1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
-    "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
-}
 
 
 @pytest.mark.parametrize(

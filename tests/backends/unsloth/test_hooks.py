@@ -25,7 +25,6 @@ from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from unsloth_stand_in import (
     SLOTS,
     DeafAttention,
-    StandIn,
     assert_same,
     decoder_layers,
     original_apply_o,
@@ -47,11 +46,6 @@ def test_the_installed_release(tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     problems = json.loads((tmp_path / "problems.json").read_text())
     assert problems == {}, "\n\n".join(f"{name}: {text}" for name, text in problems.items())
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    return StandIn(monkeypatch)
 
 
 def setting(**changes):

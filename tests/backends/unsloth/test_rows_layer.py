@@ -5,7 +5,6 @@ tests/gpu/test_unsloth.py does the same with Unsloth's own on the GPU.
 
 import pytest
 import torch
-from test_backward_rows import every_step, masked_gradients
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import unsloth_rows
@@ -13,13 +12,14 @@ from sparse_unsloth.backends.replaced import runs
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.partition import TokenPartition
 
-from test_whole_layers import fast_forward, make_model, small_batch, stand_in  # noqa: F401 (a fixture)
+from masked_models import every_step, masked_gradients
 from tiny_models import always, loss_and_gradients, make_batch
 from unsloth_stand_in import assert_same, decoder_layers, packed_batch
+from whole_layers import fast_forward, make_model, small_batch
 
 
 @pytest.fixture
-def whole(stand_in):  # noqa: F811
+def whole(stand_in):
     setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
     return stand_in
 
@@ -51,7 +51,7 @@ def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     assert not any(runtime.skip_output_projection for runtime in get_state(model).runtimes.values())
 
 
-def test_parts_train_as_masks_say(stand_in):  # noqa: F811
+def test_parts_train_as_masks_say(stand_in):
     """Without the norm that whole layers need, each part is hooked."""
     model, batch = make_model(stand_in, "reentrant"), small_batch()
     expected = masked_gradients(model, batch)

@@ -1,7 +1,7 @@
 """A script: `cuda_graphs` on the layers of the installed Unsloth, on the CPU; prints as JSON what was recorded.
 
 In a process of its own, as importing Unsloth changes torch and transformers for good. Recordings are stand-ins
-(`test_graphs.Rerun`), the project's kernels run through Triton's interpreter, Unsloth's are the same mathematics.
+(`recorded_layers.Rerun`), the project's kernels run through Triton's interpreter, Unsloth's are the same mathematics.
 """
 
 import copy
@@ -54,8 +54,7 @@ def examine() -> dict[str, list]:
     from unsloth.models import llama
 
     llama.FastLlamaModel.pre_patch()
-    from test_graphs import Rerun, share_memory, step_as_recorded
-
+    from recorded_layers import Rerun, share_memory, step_as_recorded
     from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
     from unsloth_stand_in import assert_same, packed_batch
 
