@@ -13,6 +13,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 """A question of p words and an answer of a words: p + 3 prompt tokens and a + 1 that bear loss."""
+TOOLS = [{"name": "add", "parameters": {"type": "object", "properties": {"one": {"type": "number"}}}}]
 
 
 def save_checkpoint(folder, family="Llama", **changes):
@@ -58,3 +59,11 @@ def save_recipe(path, recipe, **changes):
     """The recipe, with the changes, as a file; returns its path."""
     path.write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False))
     return str(path)
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def share_gpt(*turns, **others):
+    return {"conversations": [{"from": role, "value": value} for role, value in turns], **others}
