@@ -37,7 +37,7 @@ from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_o
 from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.cli import bench
-from sparse_unsloth.functions.graphs import SEEN_BEFORE
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "layout", "method", "documents", "steps", "tokens",

@@ -104,7 +104,7 @@ def measure(model, method: str, arguments: argparse.Namespace) -> dict:
 
 def flop_limit(model, layer_sparsity, arguments: argparse.Namespace) -> float:
     """The speed-up that the FLOPs of a forward allow; logits of the last rows on both sides."""
-    from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
+    from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 
     shape, batch, length = ModelShape.from_config(model.config), arguments.batch, arguments.length
     options = {"seq_lengths": [length] * batch, "lora_rank": arguments.rank, "head_tokens": batch}

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels.launch import launch
-from sparse_unsloth.partition import PADDING_PLACE
+from sparse_unsloth.tokens.partition import PADDING_PLACE
 
 JOIN_TILES = (64, 64, 4)
 """Rows and columns of a tile of `join_columns_kernel`, and the tiles of rows that share one search of the columns."""

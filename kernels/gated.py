@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
 from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
+from sparse_unsloth.model.activations import ACTIVATIONS, activation_and_slope
 
 
 @triton.jit

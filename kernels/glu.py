@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
+from sparse_unsloth.model.activations import ACTIVATIONS
 
 TILES = {"forward": (64, 64), "streamed": (32, 64), "rows": (64, 64), "channels": (64, 64)}
 """Rows and channels of a tile; of sixteen, the best or within 3 % of it on an H200 with Llama-3-8B's sizes (the forward

@@ -2,7 +2,7 @@
 
 `add_norm` adds a part's output to the residual stream and normalises the sum; `norm_backward` is the way back, added to
 the gradient that comes along the residual stream. The stream lies in its natural order, what goes into a part or comes
-out of it may lie by role: ``place`` (`sparse_unsloth.partition.TokenPartition.place`) says where a row stands there.
+out of it may lie by role: ``place`` (`tokens.partition.TokenPartition.place`) says where a row stands there.
 
 Bytes (bf16), M rows of H: `add_norm` reads ``4 M H`` and writes ``4 M H`` (half of each without the addition or without
 the norm); `norm_backward` reads ``6 M H`` and writes ``2 M H``, or ``4 M H`` with the second copy.
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels.launch import launch
-from sparse_unsloth.partition import PADDING_PLACE
+from sparse_unsloth.tokens.partition import PADDING_PLACE
 
 
 @triton.jit

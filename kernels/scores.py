@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.launch import launch
+from sparse_unsloth.model.activations import ACTIVATIONS
 
 TILE_N = 64
 TILE_C = 64

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sparse_unsloth.attachment import attach, detach, get_state
     from sparse_unsloth.autosparsity.search import calibrate
     from sparse_unsloth.callback import SparsityCallback
-    from sparse_unsloth.config import SparsityConfig
+    from sparse_unsloth.config.sparsity import SparsityConfig
     from sparse_unsloth.language_model import FastSparseLanguageModel
 
 __version__ = "0.1.0"

@@ -14,27 +14,26 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_unsloth.adapter_changes import note_proved, refuse_adapters
-from sparse_unsloth.attach_report import AttachReport, reasons, report
-from sparse_unsloth.backends import peft, unsloth
-from sparse_unsloth.backends.replaced import BoundMethod, Uncompiled
-from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
-from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
-from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
-from sparse_unsloth.distributed import is_main
+from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
+from sparse_unsloth.channels.factors import obtain_estimator
+from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.estimator import obtain_estimator
-from sparse_unsloth.forward import register_hooks
-from sparse_unsloth.functions import packed_attention
-from sparse_unsloth.functions.graphs import GraphCache
-from sparse_unsloth.layers import DecoderLayer, find_layers
-from sparse_unsloth.loss import install_loss_removal
-from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.prefill import save_estimator_with_adapter
-from sparse_unsloth.runtime import Backend, LayerRuntime, SparsityState, get_state
-from sparse_unsloth.saved_adapters import left_unsaved
-from sparse_unsloth.weights import forget_bases
+from sparse_unsloth.exact.loss import install_loss_removal
+from sparse_unsloth.graphs import packed_attention
+from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
+from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.ops.projection import forget_bases
+from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
+from sparse_unsloth.runtime.attach_report import AttachReport, reasons, report
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
+from sparse_unsloth.runtime.forward import register_hooks
+from sparse_unsloth.runtime.prefill import save_estimator_with_adapter
+from sparse_unsloth.runtime.state import Backend, LayerRuntime, SparsityState, get_state
+from sparse_unsloth.tokens.partition import TokenPartition
+from sparse_unsloth.utils.distributed import is_main
+from sparse_unsloth.utils.saved_adapters import left_unsaved
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -157,13 +156,13 @@ def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
         AttachError: a model that Unsloth runs through its compiled path, which has no hook points.
     """
     if "apply_qkv" in layers[0].self_attn.__dict__:
-        return unsloth.BACKEND
+        return hooks.BACKEND
     if model.__dict__.get("_sparse_backend") == "unsloth":
         raise AttachError(
             f"Unsloth runs {type(layers[0].module).__name__} through its general compiled path, which has no hook "
             "points (as for Granite, Cohere, mixtures of experts and 8-bit bases). Load it with backend='peft'."
         )
-    return peft.BACKEND
+    return hooks.BACKEND
 
 
 def _remove_rows_without_loss(state: SparsityState) -> str:
@@ -180,7 +179,7 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
     if not isinstance(stack, nn.ModuleList) or stack[-1] is not last.module:
         return "logits and loss; not the last layer, which is of another kind than the others"
     runtime = state.runtimes.get(last.index) or LayerRuntime(state, last, state.layer_sparsity[-1])
-    left = unsloth.install_on_last_layer(runtime)
+    left = hooks.install_on_last_layer(runtime)
     state.last_layer = runtime if runtime.parts else None
     done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.parts)]
     return "; ".join([", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in left.items())])
@@ -194,7 +193,7 @@ def _replace_whole_layers(state: SparsityState) -> None:
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
         for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True)
     ]
-    unsloth.install_whole_layers(state.whole_forwards)
+    hooks.install_whole_layers(state.whole_forwards)
     state.whole_layers = {
         runtime.layer.index: runtime
         for runtime in state.whole_forwards
@@ -214,7 +213,7 @@ def _keep_proved_layers(state: SparsityState) -> None:
     for runtime in state.whole_forwards:
         if not runtime.not_whole:
             continue
-        unsloth.uninstall_whole_layer(runtime)
+        hooks.uninstall_whole_layer(runtime)
         if state.whole_layers.pop(runtime.layer.index, None) is not None and runtime is not state.last_layer:
             state.uncompiled[runtime.layer.index].remove()
 
@@ -226,7 +225,7 @@ def _prepare_graphs(state: SparsityState) -> None:
     layers = [*state.whole_forwards] or [*state.runtimes.values()]
     if not layers:  # dense: the backend has no whole layers, and none has a hook
         raise AttachError(
-            f"cuda_graphs: no layer of this model can be captured: {peft.NO_GRAPHS}. Set cuda_graphs: false."
+            f"cuda_graphs: no layer of this model can be captured: {hooks.NO_GRAPHS}. Set cuda_graphs: false."
         )
     for runtime in layers:
         runtime.not_captured = state.backend.why_not_captured(runtime)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers.trainer_callback import TrainerCallback
 
-from sparse_unsloth.distributed import is_main
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
-from sparse_unsloth.metrics import metrics
-from sparse_unsloth.runtime import SparsityState, get_state
+from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.runtime.state import SparsityState, get_state
+from sparse_unsloth.utils.distributed import is_main
 
 logger = logging.getLogger(__name__)
 

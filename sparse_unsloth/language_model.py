@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth import prefill
 from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.distributed import from_main, has_group, is_main, world_size
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
-from sparse_unsloth.saved_adapters import check_targets, find_adapter, load_whole
+from sparse_unsloth.runtime import prefill
+from sparse_unsloth.utils.distributed import from_main, has_group, is_main, world_size
+from sparse_unsloth.utils.saved_adapters import check_targets, find_adapter, load_whole
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -167,8 +167,8 @@ class FastSparseLanguageModel:
 
         Args:
             sparse_prefill: compute prompts as they were in training, on the channels that the estimator chooses for the
-                batch (`sparse_unsloth.prefill`); the last token of each prompt and what is decoded are dense. Without a
-                cache (``use_cache=False``) everything is. None: as the configuration's ``sparse_prefill`` says, which
+                batch (`runtime.prefill`); the last token of each prompt and what is decoded are dense. Without a cache
+                (``use_cache=False``) everything is. None: as the configuration's ``sparse_prefill`` says, which
                 is off by default.
 
         Raises:

@@ -7,8 +7,8 @@ import torch
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
-from sparse_unsloth.metrics import metrics
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from masked_models import assert_gradients_close, masked_by_hooks, record_selections
 from tiny_models import FAMILIES, always, loras, loss_and_gradients, make_base, make_batch, make_lora

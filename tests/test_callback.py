@@ -12,7 +12,7 @@ from transformers import trainer as trainer_module
 
 from sparse_unsloth import callback
 from sparse_unsloth.callback import SparsityCallback, register_with_trainers, unregister_from_trainers
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 
 
 class Line(nn.Module):

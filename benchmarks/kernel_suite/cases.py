@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.kernel_suite.checks import Case
 from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
 from sparse_unsloth.kernels.norms import Order
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.tokens.partition import TokenPartition
 
 
 @dataclass(frozen=True)

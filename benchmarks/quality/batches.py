@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.tasks import Items
-from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
+from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 GROUPS = 4
 MULTIPLE = 8

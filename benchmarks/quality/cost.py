@@ -1,7 +1,7 @@
 """What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
 
-FLOPs are counted by `sparse_unsloth.costs` for real tokens only (padding left out), with gradient checkpointing, as
-Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows,
+FLOPs are counted by `sparse_unsloth.costs.flops` for real tokens only (padding left out), with gradient checkpointing,
+as Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows,
 channel scores and calibration passes. Where only part of a LoRA branch is computed, or of an answer token,
 nothing is deducted. Dense and sparse runs both skip unused rows (docs/how-it-works.md, section 5).
 
@@ -24,7 +24,7 @@ from benchmarks.quality.settings import Setting, StepPlan
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
-from sparse_unsloth.costs import ModelShape, TrainingStep, attention_pairs, step_flops
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, attention_pairs, step_flops
 from sparse_unsloth.forecast.speed_table import usable_rows
 
 BASELINES = ("unsloth-dense-exact", "unsloth-dense")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.tasks import Items
-from sparse_unsloth.calibration import collect_statistics
-from sparse_unsloth.config import EstimatorConfig
-from sparse_unsloth.estimator import build_estimator
-from sparse_unsloth.layer_rules import LayerSparsity
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.partition import IGNORE_INDEX
+from sparse_unsloth.channels.calibration import collect_statistics
+from sparse_unsloth.channels.factors import build_estimator
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.config.sparsity import EstimatorConfig
+from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.tokens.partition import IGNORE_INDEX
 
 FACTOR_RANK = 8
 SAMPLES = 32

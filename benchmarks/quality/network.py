@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.quality.batches import Batch, Layout
-from sparse_unsloth.costs import ModelShape
-from sparse_unsloth.energy import base_weight
-from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.layers import find_layers
+from sparse_unsloth.channels.energy import base_weight
+from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.model.activations import ACTIVATIONS
+from sparse_unsloth.model.decoder_layer import find_layers
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

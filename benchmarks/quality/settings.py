@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from benchmarks.quality.network import DENSE, Mode
-from sparse_unsloth.layer_rules import expand, keep_count
-from sparse_unsloth.schedule import Schedule
+from sparse_unsloth.config.layer_rules import expand, keep_count
+from sparse_unsloth.config.schedule import Schedule
 
 SELECTORS = ("prior", "random")
 

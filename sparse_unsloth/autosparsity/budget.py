@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sparse_unsloth.autosparsity.probe import ProbeBatch
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.layer_rules import LayerSparsity
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 
 
 def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0) -> float:

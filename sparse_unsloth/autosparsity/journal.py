@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.storage import fingerprint
-from sparse_unsloth.tensor_file import raw_bytes
+from sparse_unsloth.channels.storage import fingerprint
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.utils.tensor_file import raw_bytes
 
 SAMPLED_VALUES = 4096
 

@@ -16,17 +16,17 @@ from tqdm.auto import tqdm
 
 from sparse_unsloth.attachment import attach, detach, get_state
 from sparse_unsloth.autosparsity.journal import Journal
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
+from sparse_unsloth.channels.estimator import Estimator
+from sparse_unsloth.channels.selector import ChannelSelector
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import CalibrationError
-from sparse_unsloth.estimates import Estimator
-from sparse_unsloth.layer_rules import LayerSparsity
-from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.runtime import SparsityState
-from sparse_unsloth.selection import ChannelSelector
-from sparse_unsloth.tensor_file import raw_bytes
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
+from sparse_unsloth.runtime.state import SparsityState
+from sparse_unsloth.tokens.partition import TokenPartition
+from sparse_unsloth.utils.tensor_file import raw_bytes
 
 NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
 MAX_POSITIONS = 1024

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Round
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.layer_rules import PARTS
-from sparse_unsloth.storage import package_version, save_estimator
+from sparse_unsloth.channels.storage import package_version, save_estimator
+from sparse_unsloth.config.layer_rules import PARTS
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.utils.environment import environment
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import nn
 
 from sparse_unsloth.autosparsity.allocation import Option, allocate
 from sparse_unsloth.autosparsity.budget import DataShape, frozen_share, part_cost
+from sparse_unsloth.autosparsity.candidates import fit_estimator, of_recipe
 from sparse_unsloth.autosparsity.curves import Curves, PartKey
-from sparse_unsloth.autosparsity.estimators import fit_estimator, of_recipe
 from sparse_unsloth.autosparsity.journal import Journal, journal_key
 from sparse_unsloth.autosparsity.probe import (
     LossProbe,
@@ -31,15 +31,15 @@ from sparse_unsloth.autosparsity.probe import (
     prepare_batches,
     with_sparsity,
 )
-from sparse_unsloth.calibration import CapturedEnergy, energy_captured
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.channels.calibration import CapturedEnergy, energy_captured
+from sparse_unsloth.channels.estimator import Estimator
+from sparse_unsloth.channels.selector import ChannelSelector
+from sparse_unsloth.channels.storage import package_version
+from sparse_unsloth.config.layer_rules import PARTS, LayerSparsity, collect, share, sparse_parts
+from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
-from sparse_unsloth.estimates import Estimator
-from sparse_unsloth.layer_rules import PARTS, LayerSparsity, collect, share, sparse_parts
-from sparse_unsloth.layers import DecoderLayer, find_layers
-from sparse_unsloth.selection import ChannelSelector
-from sparse_unsloth.storage import package_version
+from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 
 MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)

@@ -1,1 +1,1 @@
-"""Where each training library keeps its hook points, and how it loads a model."""
+"""Where each library (PEFT, Unsloth) is hooked, and how it loads a model."""

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from sparse_unsloth.distributed import is_main, uses_fsdp
 from sparse_unsloth.errors import BackendError
+from sparse_unsloth.utils.distributed import is_main, uses_fsdp
 
 BackendName = Literal["auto", "unsloth", "peft"]
 
@@ -53,4 +53,4 @@ def explain_backend(backend: BackendName = "auto") -> tuple[str, str]:
 
 def load_backend(name: str) -> ModuleType:
     """The module that loads models with "unsloth" or "peft"."""
-    return importlib.import_module(f"sparse_unsloth.backends.{name}_loading")
+    return importlib.import_module(f"sparse_unsloth.backends.{name}.loading")

@@ -7,14 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.adapters import refuse_foreign_leaves
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions.linear import SelectedProjection, sparse_linear
-from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
-from sparse_unsloth.layers import MLP_PROJECTIONS, DecoderLayer
-from sparse_unsloth.modes import training_flags
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.weights import BaseWeight, Projection, check_adapters, check_frozen, read_base, read_projection
+from sparse_unsloth.model.adapters import refuse_foreign_leaves
+from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.ops.linear import SelectedProjection, sparse_linear
+from sparse_unsloth.ops.mlp import GatedMlp, sparse_mlp
+from sparse_unsloth.ops.projection import (
+    BaseWeight,
+    Projection,
+    check_adapters,
+    check_frozen,
+    read_base,
+    read_projection,
+)
+from sparse_unsloth.tokens.partition import TokenPartition
 
 PROBE_TOKENS = 8
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.adapters import refuse_dropout, refuse_foreign_leaves
+from sparse_unsloth.backends.patching import original_forward, replace_forward
 from sparse_unsloth.backends.probes import PROBE_TOKENS, difference, probe_rows
-from sparse_unsloth.backends.replaced import original_forward, replace_forward
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.modes import in_backward, training_flags
-from sparse_unsloth.row_choice import RowChoice
-from sparse_unsloth.runtime import LayerRuntime
-from sparse_unsloth.weights import read_base
+from sparse_unsloth.model.adapters import refuse_dropout, refuse_foreign_leaves
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.training_flags import in_backward, training_flags
+from sparse_unsloth.ops.projection import read_base
+from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.runtime.state import LayerRuntime
 
 
 def install(runtime: LayerRuntime) -> None:

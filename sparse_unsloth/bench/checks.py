@@ -11,21 +11,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.backends.replaced import original_forward
+from sparse_unsloth.backends.patching import original_forward
 from sparse_unsloth.backends.row_hooks import trained
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.functions.graphs import SEEN_BEFORE
-from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
-from sparse_unsloth.functions.mlp import GatedMlp, masked_mlp, sparse_mlp
-from sparse_unsloth.layers import MLP_PROJECTIONS
-from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
-from sparse_unsloth.row_choice import RowChoice
-from sparse_unsloth.runtime import LayerRuntime, get_state
-from sparse_unsloth.weights import Projection, read_projection
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS
+from sparse_unsloth.ops.linear import SelectedProjection, masked_linear, sparse_linear
+from sparse_unsloth.ops.mlp import GatedMlp, masked_mlp, sparse_mlp
+from sparse_unsloth.ops.projection import Projection, read_projection
+from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.runtime.state import LayerRuntime, get_state
+from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 TOLERANCE = 0.03
 """Relative error of a tensor that two orders of bf16 arithmetic may leave."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from sparse_unsloth.bench.shapes import Shape, shape_of
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError
 
 METHODS = {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_unsloth.functions.activations import ACTIVATIONS
 from sparse_unsloth.kernels.dequantize import reference_whole
-from sparse_unsloth.layers import DecoderLayer, find_layers
-from sparse_unsloth.weights import BaseWeight, Projection, read_projection
+from sparse_unsloth.model.activations import ACTIVATIONS
+from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
+from sparse_unsloth.ops.projection import BaseWeight, Projection, read_projection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type`` whose layers are computed here."""

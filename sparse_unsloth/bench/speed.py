@@ -25,9 +25,9 @@ from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
 from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.bench.table import PROFILE_COLUMNS, SPEED, STEP, append_rows, profile_path, read_rows
-from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import BackendError, SparsityError
-from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCache
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE, GraphCache
 from sparse_unsloth.utils.environment import commit_of, version_of
 
 if TYPE_CHECKING:

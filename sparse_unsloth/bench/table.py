@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparse_unsloth.bench.arms import FLAT, PADDED, STOCK
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_limit
-from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.reporting.tables import append_csv
 

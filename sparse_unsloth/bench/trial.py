@@ -26,10 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_unsloth.backends.replaced import Uncompiled
+from sparse_unsloth.backends.patching import Uncompiled
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.functions.graphs import SEEN_BEFORE
-from sparse_unsloth.layers import find_layers
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.model.decoder_layer import find_layers
 
 ALMOST_NOTHING = 1e-9
 """A sparsity, or a share of rows left out, at which every channel and every row is kept."""

@@ -94,9 +94,9 @@ def load_recipe_to_train(source: str, overrides: Sequence[str], say: bool = Fals
         BackendError: the backend that is asked for cannot run.
     """
     from sparse_unsloth.backends.choose import explain_backend
-    from sparse_unsloth.distributed import is_main
     from sparse_unsloth.training.keys import BACKENDS
     from sparse_unsloth.training.recipe import load_recipe, raw_backend
+    from sparse_unsloth.utils.distributed import is_main
 
     asked = raw_backend(source, overrides)
     if asked in BACKENDS:

@@ -12,7 +12,7 @@ import torch
 
 from sparse_unsloth.cli.arguments import command_parser, load_recipe_to_train, parse, recipe_source
 from sparse_unsloth.errors import CalibrationError
-from sparse_unsloth.faults import SetUp, check_output
+from sparse_unsloth.utils.faults import SetUp, check_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,7 +148,7 @@ def calibrate_recipe(
 def load(recipe: Recipe, counts: tuple[int, int, int]) -> tuple[nn.Module, list, list, list]:
     """The model with its adapters, dense and not attached, and three lists of batches of different samples."""
     from sparse_unsloth.attachment import detach
-    from sparse_unsloth.config import SparsityConfig
+    from sparse_unsloth.config.sparsity import SparsityConfig
     from sparse_unsloth.training.run import build_trainer
 
     trainer, _ = build_trainer(replace(recipe, sparsity=SparsityConfig()))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_unsloth.cli.arguments import command_parser
-from sparse_unsloth.faults import check_output
+from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
 Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens a second, seconds,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth.backends.choose import explain_backend
-from sparse_unsloth.backends.unsloth_sources import find_unsloth, read_contract
+from sparse_unsloth.backends.unsloth.contract import find_unsloth, read_contract
 from sparse_unsloth.bench.trial import MODES, Trial
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM

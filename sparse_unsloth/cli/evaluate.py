@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_unsloth.cli.arguments import command_parser, positive
 from sparse_unsloth.evaluation.model import EvaluationError, Source, find_source
-from sparse_unsloth.faults import SetUp, check_output
+from sparse_unsloth.utils.faults import SetUp, check_output
 
 DESCRIPTION = """\
 Evaluates runs (folders that `sparse-unsloth train` wrote), adapter folders, or plain models. Results go to

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_unsloth.cli.arguments import command_parser
-from sparse_unsloth.faults import check_output
+from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
 Says what sparsity did in a training, or does in one that runs: by layer, how many channels are kept from step to step,

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_line("interrupted.")
         return 130
     except Exception as error:
-        from sparse_unsloth.faults import explain, is_fault_of_training
+        from sparse_unsloth.utils.faults import explain, is_fault_of_training
 
         if is_fault_of_training(error):
             raise

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_unsloth.cli.arguments import command_parser
-from sparse_unsloth.faults import check_output
 from sparse_unsloth.reporting.paired_tests import TESTS
 from sparse_unsloth.reporting.tables import StudyError
 from sparse_unsloth.study.components import METHODS
-from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.faults import check_output
+from sparse_unsloth.utils.unreadable import first_line
 
 DESCRIPTION = """\
 Studies of low rank. Each writes CSV files (every trial, aggregates, paired tests) and a picture into --outdir.

@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     recipe = load_recipe_to_train(arguments.recipe, arguments.overrides, say=True)
 
-    from sparse_unsloth.distributed import is_main
     from sparse_unsloth.training.run import run
+    from sparse_unsloth.utils.distributed import is_main
 
     result = run(recipe)
     if is_main() and result.trained:

@@ -24,7 +24,7 @@ from sparse_unsloth.data.ledger import HELD_OUT, MANY_REASONS, TRAINING, Ledger,
 from sparse_unsloth.data.smollm2 import resolve_tokenizer
 from sparse_unsloth.data.templates import FILTERS
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.unreadable import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

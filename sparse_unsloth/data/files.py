@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_unsloth.data.json_rows import PEEKED, decode, is_list, json_dataset, json_rows, stream_rows
 from sparse_unsloth.data.ledger import HELD_OUT, TRAINING, Ledger, Reading, Split, counted
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.saved_adapters import is_lost
-from sparse_unsloth.unreadable import first_line, root_of, unreadable
+from sparse_unsloth.utils.saved_adapters import is_lost
+from sparse_unsloth.utils.unreadable import first_line, root_of, unreadable
 
 if TYPE_CHECKING:
     import pandas

@@ -97,7 +97,7 @@ class Ledger:
 
     def log(self) -> None:
         """One line for each fact that was not told yet."""
-        from sparse_unsloth.distributed import is_main
+        from sparse_unsloth.utils.distributed import is_main
 
         if not is_main():
             return

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.saved_adapters import base_of, find_adapter, tokenizer_of
+from sparse_unsloth.utils.saved_adapters import base_of, find_adapter, tokenizer_of
 
 logger = logging.getLogger(__name__)
 

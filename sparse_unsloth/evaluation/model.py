@@ -18,7 +18,8 @@ from torch import nn
 from sparse_unsloth.data.smollm2 import resolve_model
 from sparse_unsloth.data.templates import CHAT_TEMPLATE
 from sparse_unsloth.errors import DataError, SparsityError
-from sparse_unsloth.saved_adapters import (
+from sparse_unsloth.training.recipe import raw_values
+from sparse_unsloth.utils.saved_adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     base_of,
@@ -28,8 +29,7 @@ from sparse_unsloth.saved_adapters import (
     load_whole,
     vocabulary_of,
 )
-from sparse_unsloth.training.recipe import raw_values
-from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.unreadable import first_line
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -181,8 +181,8 @@ def _untie(model: nn.Module) -> None:
 def _make_prompts_sparse(model: nn.Module, adapter: Path) -> bool:
     """Turns sparse prefill on where the adapter's sparsity configuration says so; returns whether it does."""
     from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
-    from sparse_unsloth.config import SparsityConfig
-    from sparse_unsloth.prefill import switch
+    from sparse_unsloth.config.sparsity import SparsityConfig
+    from sparse_unsloth.runtime.prefill import switch
 
     file = adapter / CONFIG_NAME
     config = SparsityConfig.from_file(file) if file.is_file() else SparsityConfig()

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unsloth.channel_selections import AttentionSelection, MlpSelection
-from sparse_unsloth.energy import attention_energy, mlp_energy
+from sparse_unsloth.channels.energy import attention_energy, mlp_energy
+from sparse_unsloth.config.layer_rules import keep_count
 from sparse_unsloth.kernels.select import key_channel_scores
-from sparse_unsloth.layer_rules import keep_count
-from sparse_unsloth.layers import DecoderLayer
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.tokens.partition import TokenPartition
 
 ORACLE_ROWS = 1024
 """At most so many rows, evenly spaced, are computed exactly for the oracle."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_unsloth.config import CONFIG_NAME, SparsityConfig
+from sparse_unsloth.config.layer_rules import PARTS
+from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.layer_rules import PARTS
 
 RECORDS_FILE = "explain.jsonl"
 FIGURES = ("captured", "overlap")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.explain.records import FIGURES, parts, read, values
-from sparse_unsloth.layer_rules import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

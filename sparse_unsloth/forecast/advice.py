@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sparse_unsloth.data.ledger import most_likely_cut, without_loss
 from sparse_unsloth.forecast.result import Estimate
-from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
+from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 
 WORTH_IT = 1.1
 """Speed-up of the whole training from which sparsity may be worth what it costs in quality."""

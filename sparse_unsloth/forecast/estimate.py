@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_unsloth.bench.table import read_rows
-from sparse_unsloth.config import PRESETS, SparsityConfig
+from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
+from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.graphs import can_record, lengthened
-from sparse_unsloth.forecast.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
 from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load

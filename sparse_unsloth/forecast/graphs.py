@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sparse_unsloth.costs import ATTENTION, MLP
+from sparse_unsloth.costs.flops import ATTENTION, MLP
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model
 from sparse_unsloth.forecast.tokens import PADDED, MicroBatch
-from sparse_unsloth.functions.packed_attention import LONGEST_MEAN
-from sparse_unsloth.rounding import LENGTHS, round_up
+from sparse_unsloth.graphs.buckets import LENGTHS, round_up
+from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 from sparse_unsloth.training.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches:
 
 
 def lengthened(batch: MicroBatch, layout: str) -> MicroBatch:
-    """``batch`` with rows of a round length, as recorded ones have (`sparse_unsloth.rounding`)."""
+    """``batch`` with rows of a round length, as recorded ones have (`sparse_unsloth.graphs.buckets`)."""
     if layout == PADDED:
         length, rows = max(batch.lengths), len(batch.lengths)
         longer = round_up(length, LENGTHS)

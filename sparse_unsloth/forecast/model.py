@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.costs import ATTENTION, MLP, ModelShape
+from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape
 from sparse_unsloth.data.smollm2 import resolve_base, resolve_tokenizer
 from sparse_unsloth.errors import AttachError, ConfigError, DataError, SparsityError
-from sparse_unsloth.saved_adapters import check_targets, named_targets
-from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.saved_adapters import check_targets, named_targets
+from sparse_unsloth.utils.unreadable import first_line
 
 if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
@@ -65,9 +65,9 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from sparse_unsloth.adapters import refuse_dropout
     from sparse_unsloth.backends.probes import check
-    from sparse_unsloth.layers import find_layers
+    from sparse_unsloth.model.adapters import refuse_dropout
+    from sparse_unsloth.model.decoder_layer import find_layers
 
     arguments, training = recipe.model, recipe.training
     config, tokenizer = _configuration(recipe)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from sparse_unsloth.costs.memory import ASSUMPTIONS
 from sparse_unsloth.forecast.advice import advice
-from sparse_unsloth.forecast.memory import ASSUMPTIONS
 from sparse_unsloth.forecast.result import Estimate, Step
 
 WIDTH = 110

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparse_unsloth.forecast.memory import Memory
+from sparse_unsloth.costs.memory import Memory
 from sparse_unsloth.forecast.model import Model
 from sparse_unsloth.forecast.speed_table import Fitted
 from sparse_unsloth.forecast.tokens import TokenStatistics

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, backend_of, sparsity_of
 from sparse_unsloth.bench.shapes import shape_of
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.costs import ModelShape
+from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.step_time import StepTime, fit, leave_one_out
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows

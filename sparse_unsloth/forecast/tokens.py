@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.data.ledger import drop_without_loss, no_loss
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
+from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:
     from datasets import Dataset

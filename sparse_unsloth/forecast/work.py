@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
+from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
+from sparse_unsloth.exact.last_layer import WORTH_REMOVING
+from sparse_unsloth.exact.loss import ROW_MULTIPLE
 from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.last_layer import WORTH_REMOVING
-from sparse_unsloth.loss import ROW_MULTIPLE
 
 TRL_ROWS = 256
 """TRL's chunked loss computes logits in multiples of so many rows."""

@@ -22,15 +22,15 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from sparse_unsloth.attachment import get_state
-from sparse_unsloth.costs import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
+from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.faults import SetUp, check_output
-from sparse_unsloth.partition import TokenPartition
 from sparse_unsloth.quickstart.report import save_report, terminal_table
+from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
 from sparse_unsloth.training.run import build_trainer
 from sparse_unsloth.utils.environment import environment
+from sparse_unsloth.utils.faults import SetUp, check_output
 
 RECIPE = "quickstart"
 # TRL 1.14 computes the logits of whole chunks of this many rows, and once more in backward.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import ConfigError, RecipeError
 from sparse_unsloth.training.keys import did_you_mean
 from sparse_unsloth.training.overrides import Words, parsed

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from sparse_unsloth import removed
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.config import removed
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.errors import RecipeError
 from sparse_unsloth.training.overrides import Words

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.errors import ConfigError, DataError, RecipeError
 from sparse_unsloth.rank.config import RankConfig, RankError
-from sparse_unsloth.saved_adapters import SETTINGS, find_adapter, read_settings
 from sparse_unsloth.training.document import Document, find_recipe, problem_lines
 from sparse_unsloth.training.keys import (
     CAUSAL_LM,
@@ -30,6 +29,7 @@ from sparse_unsloth.training.keys import (
     typed,
 )
 from sparse_unsloth.training.overrides import Words, parse_overrides, parsed
+from sparse_unsloth.utils.saved_adapters import SETTINGS, find_adapter, read_settings
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig

@@ -11,14 +11,20 @@ from typing import Any
 
 from datasets import Dataset
 
-from sparse_unsloth.checkpoints import check_checkpoint, damage, last_whole_checkpoint, read_state, stored_checkpoints
-from sparse_unsloth.distributed import world_size
 from sparse_unsloth.errors import RecipeError
-from sparse_unsloth.faults import check_output
-from sparse_unsloth.saved_adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, SETTINGS
 from sparse_unsloth.training.keys import recipe_keys
 from sparse_unsloth.training.recipe import Recipe, raw_values
 from sparse_unsloth.training.step_times import StepTimer
+from sparse_unsloth.utils.checkpoints import (
+    check_checkpoint,
+    damage,
+    last_whole_checkpoint,
+    read_state,
+    stored_checkpoints,
+)
+from sparse_unsloth.utils.distributed import world_size
+from sparse_unsloth.utils.faults import check_output
+from sparse_unsloth.utils.saved_adapters import ADAPTER_CONFIG, ADAPTER_FOLDER, SETTINGS
 
 logger = logging.getLogger("sparse_unsloth")
 

@@ -18,22 +18,18 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from trl import SFTTrainer
 
 from sparse_unsloth.backends.choose import explain_backend
-from sparse_unsloth.checkpoints import read_state
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.data.ledger import HELD_OUT, TRAINING, Ledger, settle
 from sparse_unsloth.data.smollm2 import resolve_base, resolve_model
 from sparse_unsloth.data.templates import not_written
-from sparse_unsloth.distributed import from_main, is_main, world_size
 from sparse_unsloth.errors import BackendError, DataError, RecipeError
 from sparse_unsloth.explain.records import RECORDS_FILE
 from sparse_unsloth.explain.report import write as write_explanation
-from sparse_unsloth.faults import SetUp
 from sparse_unsloth.language_model import TARGET_MODULES, FastSparseLanguageModel
-from sparse_unsloth.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.rank import apply as apply_rank
 from sparse_unsloth.rank import save_pruned_checkpoint
-from sparse_unsloth.saved_adapters import ADAPTER_FOLDER, check_targets, find_adapter, is_lost, named_targets
+from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM
 from sparse_unsloth.training.keys import SEQ_CLS
 from sparse_unsloth.training.recipe import Recipe
 from sparse_unsloth.training.requirements import check_can_train
@@ -49,8 +45,12 @@ from sparse_unsloth.training.resume import (
     resume_state,
 )
 from sparse_unsloth.training.step_times import StepTimer, forget_peak_memory, throughput
-from sparse_unsloth.unreadable import first_line
+from sparse_unsloth.utils.checkpoints import read_state
+from sparse_unsloth.utils.distributed import from_main, is_main, world_size
 from sparse_unsloth.utils.environment import environment
+from sparse_unsloth.utils.faults import SetUp
+from sparse_unsloth.utils.saved_adapters import ADAPTER_FOLDER, check_targets, find_adapter, is_lost, named_targets
+from sparse_unsloth.utils.unreadable import first_line
 
 logger = logging.getLogger("sparse_unsloth")
 

@@ -13,8 +13,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.distributed import world_size
+from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.utils.distributed import world_size
 
 try:
     import resource

@@ -1,1 +1,1 @@
-"""Ranks, checksummed files, versions. Nothing about sparsity."""
+"""Ranks, checksummed files, versions, saved runs. Nothing about sparsity."""

@@ -19,9 +19,9 @@ from sparse_unsloth.autosparsity.probe import LossProbe, attached, prepare_batch
 from sparse_unsloth.autosparsity.report import markdown, save
 from sparse_unsloth.cli import main
 from sparse_unsloth.cli.calibrate import divide
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
-from sparse_unsloth.layer_rules import LayerSparsity
 
 from tiny_models import always, make_base, make_batch, make_lora, pack_nf4
 
@@ -301,7 +301,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
 
 
 def test_the_key_tells_models_data_and_settings_apart():
-    from sparse_unsloth.layers import find_layers
+    from sparse_unsloth.model.decoder_layer import find_layers
 
     def key(model, data, **settings):
         return journal_key(model, find_layers(model), data, settings)

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.backends import unsloth_rows
-from sparse_unsloth.backends.replaced import BLOCK_MODE, plain_forward
-from sparse_unsloth.metrics import metrics
+from sparse_unsloth.backends.patching import BLOCK_MODE, plain_forward
+from sparse_unsloth.backends.unsloth import rows_layer
+from sparse_unsloth.runtime.metrics import metrics
 
 from masked_models import every_step, masked_gradients
 from tiny_models import always, loss_and_gradients
@@ -59,7 +59,7 @@ def compiled(forward):
 @pytest.fixture(params=[gated, lambda forward: compiled(gated(forward))], ids=["gated", "compiled"])
 def wrapped(request, stand_in, monkeypatch):
     monkeypatch.setattr(FastLayer, "forward", request.param(FastLayer.forward))
-    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
     return stand_in
 
 

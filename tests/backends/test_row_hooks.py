@@ -8,8 +8,8 @@ import torch
 from sparse_unsloth import SparsityConfig, attach, detach
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.errors import AttachError, ConfigError
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from masked_models import every_step, masked_gradients
 from tiny_models import FAMILIES, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4

@@ -12,8 +12,8 @@ from sparse_unsloth.bench.methods import sparsity_of
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from tiny_models import always, loss_and_gradients, make_base, make_lora, pack_nf4
 

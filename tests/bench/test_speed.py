@@ -26,10 +26,10 @@ from sparse_unsloth.bench.table import (
     report,
 )
 from sparse_unsloth.cli import bench, main
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.functions.graphs import SEEN_BEFORE
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from tiny_models import make_lora
 

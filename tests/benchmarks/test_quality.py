@@ -21,8 +21,8 @@ from benchmarks.quality.table import DenseCurve, append_rows, holm, read_rows, w
 from benchmarks.quality.tasks import Items, worked_steps
 from sparse_unsloth import attach
 from sparse_unsloth.bench.shapes import shape_of
-from sparse_unsloth.context import CONTEXT_ARGUMENT
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
 from tiny_models import loras, loss_and_gradients, make_base, make_batch, make_lora
 

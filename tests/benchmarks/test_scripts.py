@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_unsloth.bench.shapes import Shape, make_batch
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.tokens.partition import TokenPartition
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

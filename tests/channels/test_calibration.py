@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparse_unsloth import attach
-from sparse_unsloth.calibration import collect_statistics, energy_captured
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.channels.calibration import collect_statistics, energy_captured
+from sparse_unsloth.channels.factors import build_estimator
+from sparse_unsloth.channels.selector import ChannelSelector
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimator import build_estimator
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.selection import ChannelSelector
+from sparse_unsloth.model.decoder_layer import find_layers
 
 from tiny_models import always, make_base, make_batch, make_lora
 
@@ -93,7 +93,7 @@ def test_padded_and_padding_free_samples_give_the_same_statistics():
 
 
 def test_inputs_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("sparse_unsloth.calibration.INPUT_ROWS", 12)
+    monkeypatch.setattr("sparse_unsloth.channels.calibration.INPUT_ROWS", 12)
     model = make_base("llama")
     samples = [make_batch(seed) for seed in range(3)]
     whole = [inputs_of(model, model.model.layers[1].mlp, batch)[context_rows(batch)] for batch in samples]

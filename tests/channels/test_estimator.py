@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparse_unsloth.calibration import collect_statistics
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
-from sparse_unsloth.energy import attention_energy, mlp_energy
+from sparse_unsloth.channels.calibration import collect_statistics
+from sparse_unsloth.channels.energy import attention_energy, mlp_energy
+from sparse_unsloth.channels.factors import build_estimator, obtain_estimator
+from sparse_unsloth.channels.selector import ChannelSelector
+from sparse_unsloth.channels.storage import fingerprint, load_estimator, save_estimator
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimator import build_estimator, obtain_estimator
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.selection import ChannelSelector
-from sparse_unsloth.storage import fingerprint, load_estimator, save_estimator
+from sparse_unsloth.model.decoder_layer import find_layers
 
 from tiny_models import make_base, make_batch, make_lora
 
@@ -352,7 +352,7 @@ def test_a_write_that_dies_leaves_the_old_file(model, layers, tmp_path, monkeypa
 
     for what in ("replace", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"sparse_unsloth.tensor_file.os.{what}", killed)
+            patch.setattr(f"sparse_unsloth.utils.tensor_file.os.{what}", killed)
             with pytest.raises(KeyboardInterrupt):
                 save_estimator(made, path, layers)
         assert path.read_bytes() == before

@@ -7,9 +7,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sparse_unsloth import attach, get_state
-from sparse_unsloth.context import CONTEXT_ARGUMENT
-from sparse_unsloth.metrics import metrics
-from sparse_unsloth.nonfinite import PAUSE
+from sparse_unsloth.channels.score_watch import PAUSE
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
+from sparse_unsloth.runtime.metrics import metrics
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 

@@ -8,21 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparse_unsloth.config import SparsityConfig
-from sparse_unsloth.energy import column_energy
+from sparse_unsloth.channels.energy import column_energy
+from sparse_unsloth.channels.factors import build_estimator, obtain_estimator
+from sparse_unsloth.channels.selector import ChannelSelector
+from sparse_unsloth.config.layer_rules import keep_count
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.estimator import build_estimator, obtain_estimator
-from sparse_unsloth.functions.activations import ACTIVATIONS
-from sparse_unsloth.functions.fused import channel_order
 from sparse_unsloth.kernels.select import (
     key_channel_scores,
     query_channels,
     reference_attention_channels,
     top_channels,
 )
-from sparse_unsloth.layer_rules import keep_count
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.selection import ChannelSelector
+from sparse_unsloth.model.activations import ACTIVATIONS
+from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.ops.fused_mlp import channel_order
 
 from tiny_models import make_base, make_batch, make_lora
 
@@ -113,7 +113,7 @@ def test_rope_pairs_come_together_and_the_best_first(heads, sparsity, seed):
 def test_column_energy_in_pieces_is_the_same(monkeypatch):
     rows = torch.randn(37, 5, dtype=torch.float64)
     whole = column_energy(rows, 5, torch.sin)
-    monkeypatch.setattr("sparse_unsloth.energy.CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr("sparse_unsloth.channels.energy.CHUNK_ELEMENTS", 20)
     torch.testing.assert_close(column_energy(rows, 5, torch.sin), whole)
     torch.testing.assert_close(whole, rows.sin().square().sum(0))
 
@@ -267,7 +267,7 @@ def test_rows_beyond_the_scored_ones_are_thinned_evenly(monkeypatch):
     sparsity = SparsityConfig(mlp={"all": 0.5}).layer_sparsity(3)
     estimator = build_estimator(layers, sparsity, SparsityConfig(estimator={"kind": "svd"}).estimator)
     rows = spread_rows(64, n=100)
-    monkeypatch.setattr("sparse_unsloth.estimates.SCORED_ROWS", 25)
+    monkeypatch.setattr("sparse_unsloth.channels.estimator.SCORED_ROWS", 25)
     torch.testing.assert_close(estimator.mlp(layers[0], rows), estimator.mlp(layers[0], rows[::4]))
 
 
@@ -305,7 +305,7 @@ def test_kernels_choose_the_same_channels(family, criterion, monkeypatch):
     model.to(DEVICE)
     hidden_states = spread_rows(64, n=90).view(3, 30, 64).to(DEVICE)
     rows = torch.arange(4, 84, device=DEVICE)
-    monkeypatch.setattr("sparse_unsloth.estimates.SCORED_ROWS", 30)
+    monkeypatch.setattr("sparse_unsloth.channels.estimator.SCORED_ROWS", 30)
 
     def choose(kernels, *arguments):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", kernels)

@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 
 from sparse_unsloth.cli import main
 from sparse_unsloth.cli.main import take_debug
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.faults import explain
 from sparse_unsloth.training import run as train_module
 from sparse_unsloth.training.recipe import load_recipe
+from sparse_unsloth.utils.faults import explain
 
 from word_models import questions, save_checkpoint, save_recipe, save_rows
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_unsloth.config import PRESETS, EstimatorConfig, SparsityConfig
-from sparse_unsloth.layer_rules import canonical_rule
+from sparse_unsloth.config.layer_rules import canonical_rule
+from sparse_unsloth.config.sparsity import PRESETS, EstimatorConfig, SparsityConfig
 
 from sparsity_configs import PUBLISHED, RECIPES, SHARE, error_of, published_layers, write
 

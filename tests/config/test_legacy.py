@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.layer_rules import LayerSparsity
 
 from sparsity_configs import RECIPES, SHARE, STEP, error_of, published_layers, write
 

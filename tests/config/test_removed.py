@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
+from sparse_unsloth.config.removed import REMOVED
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import ConfigError, RecipeError
-from sparse_unsloth.removed import REMOVED
 from sparse_unsloth.training.recipe import load_recipe
 
 ASKED = {

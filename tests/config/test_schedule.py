@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparse_unsloth.config.schedule import Schedule
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.schedule import Schedule
 
 
 def scales(schedule, max_steps):
@@ -58,6 +58,7 @@ def test_scale_is_1_exactly_on_the_sparse_steps(start, end, max_steps):
 
 
 def test_importing_the_schedule_and_config_leaves_transformers_alone():
-    code = "import sys, sparse_unsloth.config, sparse_unsloth.schedule; print('transformers' in sys.modules)"
+    modules = "sparse_unsloth.config.sparsity, sparse_unsloth.config.schedule"
+    code = f"import sys, {modules}; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

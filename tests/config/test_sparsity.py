@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_unsloth.config import EstimatorConfig, SparsityConfig
-from sparse_unsloth.layer_rules import LayerSparsity, collect, expand
+from sparse_unsloth.config.layer_rules import LayerSparsity, collect, expand
+from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 
 from sparsity_configs import SHARE, STEP, error_of, published_layers, write
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from sparse_unsloth.costs import (
+from sparse_unsloth.config.layer_rules import keep_count
+from sparse_unsloth.costs.flops import (
     ATTENTION,
     MLP,
     ModelShape,
@@ -15,7 +16,6 @@ from sparse_unsloth.costs import (
     step_flops,
 )
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.layer_rules import keep_count
 
 SHAPE = ModelShape(
     hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96

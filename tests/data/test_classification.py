@@ -6,12 +6,12 @@ import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 
 from sparse_unsloth.attachment import attach, get_state
-from sparse_unsloth.calibration import _Runs
-from sparse_unsloth.context import SparseContext
+from sparse_unsloth.channels.calibration import _Runs
 from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.data.classification import encode, label_names, load_labelled, metrics_for, model_config, score
 from sparse_unsloth.errors import BackendError, ConfigError, DataError
-from sparse_unsloth.partition import TokenPartition, partition_of, pooled_positions
+from sparse_unsloth.runtime.context import SparseContext
+from sparse_unsloth.tokens.partition import TokenPartition, partition_of, pooled_positions
 
 import word_models
 from classifier_models import PAD, make_batch, make_classifier

@@ -15,7 +15,7 @@ import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from sparse_unsloth.backends.unsloth_sources import find_unsloth
+from sparse_unsloth.backends.unsloth.contract import find_unsloth
 
 import worker
 from processes import fork, needs_fork, wait_for

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import LlamaConfig
 
 from sparse_unsloth import attach
-from sparse_unsloth.context import SparseContext
-from sparse_unsloth.functions.mlp import _GluRows
-from sparse_unsloth.last_layer import WORTH_REMOVING, enough_unused_rows, loss_is_fused
-from sparse_unsloth.partition import TokenPartition, every_row_dense, rows_with_loss
+from sparse_unsloth.exact.last_layer import WORTH_REMOVING, enough_unused_rows, loss_is_fused
+from sparse_unsloth.ops.mlp import _GluRows
+from sparse_unsloth.runtime.context import SparseContext
+from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth import loss as loss_module
-from sparse_unsloth.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.loss import FUNCTION, MODULES, ROW_MULTIPLE, install_loss_removal
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.exact import loss as loss_module
+from sparse_unsloth.exact.loss import FUNCTION, MODULES, ROW_MULTIPLE, install_loss_removal
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from loss_model import BATCH, HIDDEN, SEQUENCE, Model, assert_same, make_labels, run
 

@@ -7,10 +7,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sparse_unsloth import attach, get_state
-from sparse_unsloth.calibration import energy_captured
+from sparse_unsloth.channels.calibration import energy_captured
+from sparse_unsloth.channels.energy import mlp_energy
 from sparse_unsloth.cli import main
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.energy import mlp_energy
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
 from sparse_unsloth.explain.report import markdown, summary, write

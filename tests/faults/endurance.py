@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.metrics import metrics
+from sparse_unsloth.runtime.metrics import metrics
 
 from tiny_models import always, make_batch, make_lora
 

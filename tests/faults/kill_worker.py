@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparse_unsloth import attach, calibration, get_state, tensor_file
-from sparse_unsloth.checkpoints import last_whole_checkpoint
-from sparse_unsloth.tensor_file import write_tensors
+from sparse_unsloth import attach, get_state
+from sparse_unsloth.channels import calibration
+from sparse_unsloth.utils import tensor_file
+from sparse_unsloth.utils.checkpoints import last_whole_checkpoint
+from sparse_unsloth.utils.tensor_file import write_tensors
 
 from processes import fork, wait_for
 from tiny_models import always, make_batch, make_lora

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.functions import linear, mlp
+from sparse_unsloth.ops import linear, mlp
 
 import endurance
 from tiny_models import always, loss_and_gradients, make_batch, make_lora

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparse_unsloth.checkpoints import last_whole_checkpoint
-from sparse_unsloth.tensor_file import read_tensors
+from sparse_unsloth.utils.checkpoints import last_whole_checkpoint
+from sparse_unsloth.utils.tensor_file import read_tensors
 
 import kill_worker
 from processes import fork, needs_fork, wait_for

@@ -10,7 +10,7 @@ import yaml
 from sparse_unsloth.cli import main
 from sparse_unsloth.cli.arguments import parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
-from sparse_unsloth.costs import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.forecast import graphs as recorded
 from sparse_unsloth.forecast.estimate import estimate

@@ -11,9 +11,9 @@ import pytest
 from sparse_unsloth.bench.methods import LLAMA_3_8B
 from sparse_unsloth.bench.shapes import HOST, SHAPES
 from sparse_unsloth.bench.table import append_rows, read_rows
+from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.graphs import lengthened
-from sparse_unsloth.forecast.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.forecast.speed_table import (
     STORED,
     choose,
@@ -28,7 +28,7 @@ from sparse_unsloth.forecast.speed_table import (
 from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.forecast.work import Work, batch_work
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.tokens.partition import TokenPartition
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "speed.csv"

@@ -343,7 +343,7 @@ def check_dpo(folder: Path, work: Path, checks: Checks) -> dict:
     from trl import DPOConfig, DPOTrainer
 
     from sparse_unsloth import get_state
-    from sparse_unsloth.context import CONTEXT_ARGUMENT
+    from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
     rows = samples(16, seed=3)
     answers = [row.pop("completion") for row in rows]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparse_unsloth import detach, get_state
-from sparse_unsloth.backends import unsloth_layer, unsloth_rows
+from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.bench.checks import Immediate
-from sparse_unsloth.functions.graphs import SEEN_BEFORE, GraphCapture
+from sparse_unsloth.graphs.recorder import SEEN_BEFORE, GraphCapture
 
 from recorded_layers import FORMS, LAYERS, RULES, attach_with, checkpointed, step_as_recorded
 from tiny_models import loss_and_gradients, make_batch
@@ -25,14 +25,14 @@ OTHER_ROWS = 0.05
 @pytest.fixture
 def stand_in(monkeypatch):
     stand_in = StandIn(monkeypatch)
-    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
     return stand_in
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "parts":
-        for module in (unsloth_layer, unsloth_rows):
+        for module in (channels_layer, rows_layer):
             monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
     return request.param
 

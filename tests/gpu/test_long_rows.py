@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparse_unsloth.functions.mlp import GatedMlp, sparse_mlp
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.weights import BaseWeight, Lora, Projection
+from sparse_unsloth.ops.mlp import GatedMlp, sparse_mlp
+from sparse_unsloth.ops.projection import BaseWeight, Lora, Projection
+from sparse_unsloth.tokens.partition import TokenPartition
 
 pytestmark = pytest.mark.gpu
 LAST = 512

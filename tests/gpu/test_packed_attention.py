@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_unsloth.functions import packed_attention as ours
-from sparse_unsloth.functions.graphs import GraphCapture
+from sparse_unsloth.graphs import packed_attention as ours
+from sparse_unsloth.graphs.recorder import GraphCapture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.rounding import LENGTHS, pad_dense_count, pad_length, round_count, round_up
+from sparse_unsloth.graphs.buckets import LENGTHS, pad_dense_count, pad_length, round_count, round_up
+from sparse_unsloth.tokens.partition import TokenPartition
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from sparse_unsloth import detach
-from sparse_unsloth.backends import unsloth_attention, unsloth_layer, unsloth_rows
+from sparse_unsloth.backends.unsloth import attention as unsloth_attention
+from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
-from sparse_unsloth.functions import graphs
-from sparse_unsloth.functions.graphs import GraphCache
-from sparse_unsloth.metrics import metrics
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.graphs import recorder as graphs
+from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from recorded_layers import (
     FORMS,
@@ -54,14 +55,14 @@ def recorder(monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     stand_in = StandIn(monkeypatch)
-    setattr(stand_in.llama, unsloth_rows.NORM, lambda norm, x: norm(x))
+    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
     return stand_in
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "parts":
-        for module in (unsloth_layer, unsloth_rows):
+        for module in (channels_layer, rows_layer):
             monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
     return request.param
 

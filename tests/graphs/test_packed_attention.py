@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from sparse_unsloth.bench.checks import Immediate
-from sparse_unsloth.functions import packed_attention as ours
-from sparse_unsloth.functions.packed_attention import packed_attention, packing_of, why_not_recorded
+from sparse_unsloth.graphs import packed_attention as ours
+from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_recorded
 
 TOKENS = 12
 

@@ -5,8 +5,8 @@ import sys
 import torch
 from torch import nn
 
-from sparse_unsloth.context import CONTEXT_ARGUMENT
-from sparse_unsloth.loss import FUNCTION, MODULES
+from sparse_unsloth.exact.loss import FUNCTION, MODULES
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
 HIDDEN, VOCABULARY, BATCH, SEQUENCE = 8, 17, 3, 150
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from sparse_unsloth import forward, get_state
-from sparse_unsloth.layers import find_layers
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth import get_state
+from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.runtime import forward
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from tiny_models import loss_and_gradients
 

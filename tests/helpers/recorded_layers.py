@@ -2,9 +2,10 @@
 
 import torch
 
-from sparse_unsloth import attach, detach, get_state, rounding
-from sparse_unsloth.functions import graphs
-from sparse_unsloth.functions.graphs import GraphCache
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.graphs import buckets
+from sparse_unsloth.graphs import recorder as graphs
+from sparse_unsloth.graphs.recorder import GraphCache
 
 from masked_models import every_step
 from tiny_models import always, loss_and_gradients
@@ -68,7 +69,7 @@ def share_memory(monkeypatch, recorder):
     """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
     monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
     monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
-    monkeypatch.setattr(rounding, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
+    monkeypatch.setattr(buckets, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
     original = GraphCache.open
 
     def open_and_poison(self, *args):

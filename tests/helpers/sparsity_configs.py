@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_unsloth.config.layer_rules import LayerSparsity
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.layer_rules import LayerSparsity
 
 SHARE = "must be a number in [0, 1), the share of channels left out (0.9 leaves out 90 %)"
 STEP = "must be a float in [0, 1] (fraction of the training) or an int from 0 up (optimiser steps)"

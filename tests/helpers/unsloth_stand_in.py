@@ -6,7 +6,7 @@ from types import MethodType, ModuleType
 import torch
 from transformers.models.llama import modeling_llama
 
-from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS
+from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS
 
 from tiny_models import make_batch, make_lora
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.kernels import columns
-from sparse_unsloth.partition import PADDING_PLACE, TokenPartition
+from sparse_unsloth.tokens.partition import PADDING_PLACE, TokenPartition
 
 pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.kernels import norms
-from sparse_unsloth.partition import PADDING_PLACE
+from sparse_unsloth.tokens.partition import PADDING_PLACE
 
 pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,12 +7,12 @@ import torch
 from torch.autograd import gradcheck
 
 from sparse_unsloth.errors import BackendError
-from sparse_unsloth.functions.activations import ACTIVATIONS, activation_and_slope
-from sparse_unsloth.functions.implementation import use_kernels
-from sparse_unsloth.functions.linear import SelectedProjection, masked_linear, sparse_linear
-from sparse_unsloth.functions.mlp import GatedMlp, MlpMemo, masked_mlp, sparse_mlp
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.weights import BaseWeight, Lora, Projection
+from sparse_unsloth.model.activations import ACTIVATIONS, activation_and_slope
+from sparse_unsloth.ops.dispatch import use_kernels
+from sparse_unsloth.ops.linear import SelectedProjection, masked_linear, sparse_linear
+from sparse_unsloth.ops.mlp import GatedMlp, MlpMemo, masked_mlp, sparse_mlp
+from sparse_unsloth.ops.projection import BaseWeight, Lora, Projection
+from sparse_unsloth.tokens.partition import TokenPartition
 
 HIDDEN, INTERMEDIATE, RANK = 6, 10, 2
 
@@ -262,7 +262,7 @@ def test_incoming_gradient_is_not_modified():
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_kernels_on_and_off_agree(roles, chunk, monkeypatch):
-    monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
+    monkeypatch.setattr("sparse_unsloth.ops.fused_mlp.CHUNK", chunk)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)
     float32 = {"dtype": torch.float32}
@@ -298,7 +298,7 @@ def test_kernels_on_and_off_agree(roles, chunk, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
 def test_a_recompute_that_nobody_reads(roles, chunk, choice, monkeypatch, poison):
     """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
-    monkeypatch.setattr("sparse_unsloth.functions.fused.CHUNK", chunk)
+    monkeypatch.setattr("sparse_unsloth.ops.fused_mlp.CHUNK", chunk)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
     generator = torch.Generator().manual_seed(8)
     partition = make_partition(roles)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparse_unsloth.backends.row_hooks import trained
-from sparse_unsloth.functions.backward_rows import backward_rows
-from sparse_unsloth.partition import TokenPartition
-from sparse_unsloth.row_choice import RowChoice
+from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from masked_models import chosen_rows
 

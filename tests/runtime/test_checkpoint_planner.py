@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from sparse_unsloth import SparsityConfig, attach, detach, get_state, memory_budget
-from sparse_unsloth.costs import ModelShape
+from sparse_unsloth import SparsityConfig, attach, detach, get_state
+from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.memory import GIB, layer_activations, row_layer_activations
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.memory import GIB, layer_activations, row_layer_activations
-from sparse_unsloth.forward import roles_of
-from sparse_unsloth.metrics import metrics
+from sparse_unsloth.runtime import checkpoint_planner
+from sparse_unsloth.runtime.forward import roles_of
+from sparse_unsloth.runtime.metrics import metrics
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 
@@ -46,7 +47,7 @@ def room(monkeypatch):
     """Sets how many bytes are left of the budget."""
 
     def leave(count):
-        monkeypatch.setattr(memory_budget, "allocated", lambda device: int(BUDGET * GIB - count))
+        monkeypatch.setattr(checkpoint_planner, "allocated", lambda device: int(BUDGET * GIB - count))
 
     return leave
 

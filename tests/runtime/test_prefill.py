@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state, prefill
-from sparse_unsloth.config import SparsityConfig
+from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state
+from sparse_unsloth.config.layer_rules import keep_count
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import EstimatorError, SparsityError
-from sparse_unsloth.layer_rules import keep_count
-from sparse_unsloth.partition import TokenPartition
+from sparse_unsloth.runtime import prefill
+from sparse_unsloth.tokens.partition import TokenPartition
 
 from classifier_models import make_batch as make_labelled
 from classifier_models import make_classifier

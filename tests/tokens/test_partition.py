@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.partition import IGNORE_INDEX, TokenPartition
+from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 repeatable = settings(deadline=None, max_examples=80, derandomize=True)
 

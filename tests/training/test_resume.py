@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sparse_unsloth.checkpoints import CheckpointError, check_checkpoint, last_whole_checkpoint
 from sparse_unsloth.cli import main
 from sparse_unsloth.training.recipe import load_recipe
 from sparse_unsloth.training.run import run as train
+from sparse_unsloth.utils.checkpoints import CheckpointError, check_checkpoint, last_whole_checkpoint
 
 from word_models import questions, save_checkpoint, save_recipe, save_rows
 

@@ -11,7 +11,7 @@ from sparse_unsloth.cli import main
 from sparse_unsloth.errors import BackendError, ConfigError, DataError
 from sparse_unsloth.evaluation.model import find_source
 from sparse_unsloth.evaluation.model import load as load_for_evaluation
-from sparse_unsloth.saved_adapters import check_targets, named_targets, vocabulary_of
+from sparse_unsloth.utils.saved_adapters import check_targets, named_targets, vocabulary_of
 
 from tiny_models import make_base
 from word_models import save_checkpoint

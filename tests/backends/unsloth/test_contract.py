@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS, find_unsloth, read_contract
+from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS, find_unsloth, read_contract
 
 LORA = "\n".join(f"def {name}(self, X, inplace=True):\n    return X" for name in FUSED_FUNCTIONS)
 ATTENTION = """

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.backends import unsloth as backend
-from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS
+from sparse_unsloth.backends.unsloth import hooks as backend
+from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS
 from sparse_unsloth.errors import AttachError
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora

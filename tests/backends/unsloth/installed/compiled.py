@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth import attach, detach
-from sparse_unsloth.runtime import LayerRuntime
+from sparse_unsloth.runtime.state import LayerRuntime
 
 from tiny_models import always, loss_and_gradients, make_base, make_batch
 from unsloth_stand_in import packed_batch

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.functions import packed_attention
+from sparse_unsloth.graphs import packed_attention
 
 from tiny_models import always, loss_and_gradients, make_base, make_batch
 

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from sparse_unsloth.context import CONTEXT_ARGUMENT
-from sparse_unsloth.loss import MODULES, install_loss_removal
+from sparse_unsloth.exact.loss import MODULES, install_loss_removal
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
 from loss_model import BATCH, SEQUENCE, Model, assert_same, make_labels, run
 from tiny_models import make_base

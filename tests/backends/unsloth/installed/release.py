@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
-from sparse_unsloth.backends.unsloth_sources import FUSED_FUNCTIONS, Contract
+from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS, Contract
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
-from sparse_unsloth.context import CONTEXT_ARGUMENT
 from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
 from tiny_models import always, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
 from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
@@ -256,7 +256,7 @@ def check_two_forwards_in_flight(base: nn.Module) -> None:
 
 def check_memory_budget(base: nn.Module) -> None:
     """A layer that keeps its activations runs once a step, and the gradients are the same."""
-    from sparse_unsloth import memory_budget
+    from sparse_unsloth.runtime import checkpoint_planner
 
     model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), make_batch()
     attach(model, SETTINGS["sparse"])
@@ -268,14 +268,14 @@ def check_memory_budget(base: nn.Module) -> None:
         layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
     state.begin_training("test", max_steps=10)
     state.set_step(0)
-    original = memory_budget.allocated
+    original = checkpoint_planner.allocated
     for room, kept in ((0, 0), (2**29, 3)):
-        memory_budget.allocated = lambda device, room=room: 2 * 2**30 - room
+        checkpoint_planner.allocated = lambda device, room=room: 2 * 2**30 - room
         calls.clear()
         assert_same(loss_and_gradients(model, batch), expected, f"{kept} kept")
         assert state.planner.num_kept == kept
         assert set(calls.values()) == {1 if kept else 2}, calls
-    memory_budget.allocated = original
+    checkpoint_planner.allocated = original
     state.end_training()
     assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
 

@@ -1,0 +1,1 @@
+"""Hooks and loading with transformers and PEFT alone."""

@@ -1,0 +1,114 @@
+"""Hook points of plain transformers models with PEFT adapters: the MLP's forward, and each attention projection's.
+
+Only instances are changed, never classes. A replaced forward stays on the module, and is called whenever the masked
+forward does not apply: no context (evaluation, generation, dense phases), adapters merged, disabled or several active.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from sparse_unsloth.backends import channel_hooks, row_hooks
+from sparse_unsloth.backends.channel_hooks import select
+from sparse_unsloth.backends.patching import original_forward, replace_forward, restore_forward, runs
+from sparse_unsloth.backends.probes import check, probe_projection
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, DecoderLayer
+from sparse_unsloth.ops.linear import sparse_linear
+from sparse_unsloth.ops.projection import read_projection
+from sparse_unsloth.runtime.state import Backend, LayerRuntime
+from sparse_unsloth.utils.distributed import is_flattened
+
+NO_GRAPHS = "the PEFT backend hooks parts of layers, and graphs hold whole ones; backend='unsloth' has them"
+
+
+def install(runtime: LayerRuntime) -> None:
+    """Hooks what the layer's sparsity asks for, and lists the modules in ``runtime.state.hooked``.
+
+    Raises:
+        AttachError: a projection that the sparse functions cannot compute, or one that they compute differently.
+    """
+    layer = runtime.layer
+    if runtime.state.by_rows:
+        row_hooks.install(runtime)
+        return
+    if runtime.sparsity.mlp > 0:
+        channel_hooks.install_mlp(runtime)
+    if runtime.sparsity.self_attn > 0:
+        check(layer, "self_attn")
+        for name in ATTENTION_PROJECTIONS:
+            module = getattr(layer.self_attn, name)
+            probe_projection(f"{layer.name}.self_attn.{name}", module)
+            module.__dict__["_sparse_projection"] = name
+            replace_forward(module, _projection_forward, runtime)
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether the forward that `install` put there is still the one that runs."""
+    ours = channel_hooks.mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward
+    return runs(module, *ours)
+
+
+def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    runtime: LayerRuntime = self._sparse_runtime
+    name = self._sparse_projection
+    partition = runtime.partition("self_attn", self, hidden_states)
+    projection = None if partition is None else read_projection(self)
+    if projection is None:
+        return original_forward(self, hidden_states, *args, **kwargs)
+    chosen = runtime.attention_channels(partition, None if name == "o_proj" else hidden_states)
+    part = select(projection, name[0], chosen)
+    if name == "o_proj":
+        runtime.record_run("self_attn")
+    (output,) = sparse_linear(hidden_states, partition, [part])
+    return output
+
+
+def refuse_sharded_weights(layer: DecoderLayer) -> None:
+    """Refuses weights that are not whole where the sparse functions read them: in the MLP and in each projection.
+
+    FSDP2 gathers a unit's weights while its own forward and backward run, so a unit must be the MLP or hold it (or a
+    projection of attention, or hold that): decoder layers do.
+
+    Raises:
+        AttachError: FSDP1, DeepSpeed ZeRO-3, or FSDP2 units within the MLP or within a projection.
+    """
+    for name, module in layer.projections().items():
+        inner = list(module.modules())
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            raise AttachError(
+                f"{layer.name}.{name}: DeepSpeed ZeRO-3 partitions its weight and gathers it module by module, where "
+                "the sparse functions do not look. Use FSDP2 (fsdp_version: 2), ZeRO-2 or DDP."
+            )
+        if any(is_flattened(part) for part in inner):
+            raise AttachError(
+                f"{layer.name}.{name}: FSDP1 flattened its weight. Use FSDP2 (fsdp_version: 2 in accelerate's "
+                "configuration), or DDP."
+            )
+        if any(isinstance(part, FSDPModule) for part in inner[0 if name.startswith("mlp") else 1 :]):
+            raise AttachError(
+                f"{layer.name}.{name}: FSDP2 gathers its weight by itself, after the sparse functions read it. Wrap "
+                "whole decoder layers (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)."
+            )
+
+
+def _never_captured(runtime: LayerRuntime) -> str:
+    return NO_GRAPHS
+
+
+def _never_whole(runtime: LayerRuntime) -> str:
+    return "the PEFT backend hooks parts of layers"
+
+
+BACKEND = Backend(
+    "peft",
+    install=install,
+    uninstall=restore_forward,
+    is_installed=is_installed,
+    refuse_sharded_weights=refuse_sharded_weights,
+    why_not_captured=_never_captured,
+    why_not_whole=_never_whole,
+)

@@ -1,0 +1,1 @@
+"""Hooks and loading with Unsloth's fast path."""

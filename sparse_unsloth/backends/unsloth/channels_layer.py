@@ -1,0 +1,141 @@
+"""Whole decoder layers of Unsloth's Llama form: everything but the attention itself in two functions.
+
+Wherever the two functions do not apply, the layer's own forward runs, with the hooks that are in it. Exact, and for
+speed alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends.patching import plain_forward, replace_forward
+from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
+from sparse_unsloth.backends.unsloth.layer_plan import norm_of, open_pass, prove, read_projections, takes
+from sparse_unsloth.config.layer_rules import PARTS
+from sparse_unsloth.graphs import layer as graphed_layer
+from sparse_unsloth.graphs import parts
+from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
+from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, post_attention, pre_attention
+from sparse_unsloth.runtime.state import LayerRuntime
+
+
+def replace(runtime: LayerRuntime) -> None:
+    """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
+    replace_forward(runtime.layer.module, layer_forward, runtime)
+
+
+def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    runtime: LayerRuntime = self._sparse_runtime
+    if runtime.context is not None and runtime.context.probe:
+        return prove(runtime, hidden_states, kwargs, lambda: _compute(runtime, hidden_states, kwargs))
+    output = None if args else _compute(runtime, hidden_states, kwargs)
+    return plain_forward(self, hidden_states, *args, **kwargs) if output is None else (output,)
+
+
+def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The layer's output by the two functions, recorded or not; None where its own forward must run."""
+    planned = _plan(runtime, hidden_states, kwargs)
+    if planned is None:
+        return None
+    plan, capture = planned
+    runtime.context.whole.add(runtime.layer.index)
+    for part in PARTS:
+        if runtime.is_sparse(part):
+            runtime.record_run(part)
+    fixed = None if capture is None else fixed_tensors(runtime, hidden_states, kwargs)
+    if fixed is not None:
+        return _recorded(runtime, hidden_states, plan, capture, kwargs, fixed)
+    before, behind = pre_attention, post_attention
+    if capture is not None:
+        before = partial(parts.pre_attention, capture=capture)
+        behind = partial(parts.post_attention, capture=capture)
+    *qkv, residual = before(hidden_states, plan)
+    attention_output = attend(runtime, hidden_states, qkv, kwargs)
+    output = behind(attention_output, residual, plan)
+    if runtime.state.graphs is not None and capture is None and not plan.unread:
+        _reserve(runtime, runtime.state.graphs)
+    return output
+
+
+def _recorded(
+    runtime: LayerRuntime,
+    hidden_states: Tensor,
+    plan: LayerPlan,
+    capture: LayerCapture,
+    arguments: dict[str, Any],
+    fixed: dict[str, Tensor],
+) -> Tensor:
+    """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
+    attention = recorded_attention(runtime, arguments, fixed)
+    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
+    for part, chosen in capture.kept.items():
+        runtime.context.selections[runtime.layer.index, part] = chosen
+    return output
+
+
+def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
+    """Makes room for the layer's choices, where forwards of this kind will be recorded."""
+    context, index = runtime.context, runtime.layer.index
+    if (index, context.kind) in graphs.ready or not graphs.captures_next(context.kind):
+        return
+    for part in PARTS:
+        if runtime.is_sparse(part):
+            graphed_layer.reserve(graphs, index, part, context.selections[index, part])
+    graphs.ready.add((index, context.kind))
+
+
+def _plan(
+    runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
+) -> tuple[LayerPlan, LayerCapture | None] | None:
+    """What this call computes, and what records it if anything does; or None where the layer's own forward must."""
+    context, layer = runtime.context, runtime.layer
+    module = layer.module
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
+        return None
+    training = module.training and layer.self_attn.training and layer.mlp.training
+    if not training or arguments.get("use_cache") or arguments.get("output_attentions"):
+        return None
+    if arguments.get("past_key_value") is not None or arguments.get("past_key_values") is not None:
+        return None
+    if not takes(hidden_states, module.input_layernorm.weight):
+        return None
+    runtime.check_rows(module, hidden_states)
+    memo = context.memo(layer.index)
+    recompute = memo.is_recompute()
+    projections = memo.projections if recompute else None
+    if projections is None:
+        projections = read_projections(layer)
+        if projections is None:
+            return None
+    memo.projections = None if recompute else projections
+    attention, mlp = (
+        RowOrder(context.partition, True) if runtime.is_sparse(part) else RowOrder(context.every_row_dense(), False)
+        for part in ("self_attn", "mlp")
+    )
+    unread = recompute and runtime.state.config.exact_removal
+    if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
+        ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
+        memo.captured = ready and runtime.state.config.exact_removal
+    capture = None
+    if memo.captured:
+        context.graphs.check(context)
+        context.captured.add(layer.index)
+        capture = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
+    plan = LayerPlan(
+        input_norm=norm_of(module.input_layernorm),
+        output_norm=norm_of(module.post_attention_layernorm),
+        attention=attention,
+        mlp=mlp,
+        projections=projections,
+        activation=layer.activation,
+        choose_attention=partial(runtime.choose_of_context, "self_attn"),
+        choose_mlp=partial(runtime.choose_of_context, "mlp"),
+        unread=unread,
+        keep=torch.is_grad_enabled(),
+    )
+    return plan, capture

@@ -1,0 +1,212 @@
+"""Hook points of Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``.
+
+Everything else of Unsloth stays: RoPE, attention dispatch, norms, loss, checkpointing with offload. A replaced function
+is kept and called whenever the masked forward does not apply, so dense layers and dense phases run Unsloth's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparse_unsloth.backends import channel_hooks, row_hooks
+from sparse_unsloth.backends.channel_hooks import select
+from sparse_unsloth.backends.patching import restore_forward, runs, untraced
+from sparse_unsloth.backends.probes import check
+from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
+from sparse_unsloth.backends.unsloth.contract import Contract
+from sparse_unsloth.backends.unsloth.layer_plan import LEAVES_OUT_ROWS, why_not
+from sparse_unsloth.config.layer_rules import PARTS
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.ops.dispatch import use_kernels
+from sparse_unsloth.ops.linear import SelectedProjection, sparse_linear
+from sparse_unsloth.ops.projection import read_projection
+from sparse_unsloth.runtime.state import Backend, LayerRuntime
+from sparse_unsloth.utils.distributed import is_flattened
+
+
+def install(runtime: LayerRuntime) -> None:
+    """Hooks what the layer's sparsity asks for, and lists the modules in ``runtime.state.hooked``.
+
+    Raises:
+        AttachError: Unsloth did not put the function there that is to be replaced, or its class does not call it any
+            more; or a projection that the sparse functions cannot compute.
+    """
+    contract = Contract()
+    if runtime.state.by_rows:
+        refuse_sharded_weights(runtime.layer)
+        row_hooks.install_mlp(runtime)
+        contract.check_attention(runtime.layer)
+        attention = runtime.layer.self_attn
+        row_hooks.probe(runtime.layer, "self_attn.o_proj", partial(attention.apply_o, attention))
+        _hook_attention(runtime)
+        return
+    for part in PARTS:
+        if getattr(runtime.sparsity, part) > 0:
+            _install(contract, runtime, part)
+
+
+def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
+    """Lets the last layer leave out rows without loss, where that can be had.
+
+    Args:
+        runtime: of the last layer, its sparse parts hooked already.
+
+    Returns:
+        By part that does not, why not: the training is right without it, and slower.
+    """
+    contract, reasons = Contract(), {}
+    for part in PARTS:
+        if getattr(runtime.sparsity, part) == 0:
+            try:
+                _install(contract, runtime, part)
+            except AttachError as error:
+                reasons[part] = str(error)
+    runtime.parts = tuple(part for part in PARTS if part not in reasons)
+    return reasons
+
+
+def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
+    """Replaces the forward of whole layers, once their parts are hooked, where they have the form for it.
+
+    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer has none.
+    """
+    contract = Contract()
+    for runtime in runtimes:
+        by_rows = runtime.state.by_rows
+        leaves_out = by_rows and runtime.layer.index not in runtime.state.runtimes
+        reason = rows_layer.why_not if by_rows else why_not
+        runtime.not_whole = LEAVES_OUT_ROWS if leaves_out else reason(runtime)
+        if runtime.not_whole:
+            continue
+        try:
+            if "_sparse_original" not in runtime.layer.self_attn.__dict__:
+                _install(contract, runtime, "self_attn")
+        except AttachError as error:
+            runtime.not_whole = str(error)
+        else:
+            (rows_layer if by_rows else channels_layer).replace(runtime)
+
+
+def uninstall_whole_layer(runtime: LayerRuntime) -> None:
+    """Gives a layer its own forward back; of the hooks of its parts those stay that are needed by themselves."""
+    module, attention, state = runtime.layer.module, runtime.layer.self_attn, runtime.state
+    if not runs(module, channels_layer.layer_forward, rows_layer.layer_forward):
+        return
+    removed = [module]
+    uninstall(module)
+    module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
+    if not (state.by_rows or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
+        uninstall(attention)
+        removed.append(attention)
+    state.hooked = [one for one in state.hooked if not any(one is gone for gone in removed)]
+
+
+def refuse_sharded_weights(layer: DecoderLayer) -> None:
+    """Raises AttachError if FSDP holds the layer's weights: the hooks read them where no unsharding reaches."""
+    for name, module in layer.projections().items():
+        for part in module.modules():
+            weight = getattr(part, "weight", None)
+            sharded = isinstance(weight, DTensor) or is_flattened(part)
+            if isinstance(weight, Tensor) and sharded:
+                raise AttachError(
+                    f"{layer.name}.{name}: its weight is sharded by FSDP, and the hooks of the Unsloth backend read "
+                    "whole weights. Load the model with backend='peft' for FSDP, or train with DDP (one model a GPU)."
+                )
+
+
+def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
+    layer = runtime.layer
+    refuse_sharded_weights(layer)
+    if part == "mlp":
+        contract.check_mlp(layer)
+        channel_hooks.install_mlp(runtime)
+        return
+    contract.check_attention(layer)
+    check(layer, "self_attn")
+    _hook_attention(runtime)
+
+
+def _hook_attention(runtime: LayerRuntime) -> None:
+    attention = runtime.layer.self_attn
+    attention.__dict__["_sparse_original"] = attention.apply_qkv, attention.apply_o
+    attention.__dict__["_sparse_runtime"] = runtime
+    attention.apply_qkv, attention.apply_o = untraced(_apply_qkv), untraced(_apply_o)
+    runtime.state.hooked.append(attention)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Gives ``module`` the functions back that `install` replaced."""
+    if "apply_qkv" not in module.__dict__:
+        restore_forward(module)
+        return
+    module.apply_qkv, module.apply_o = module.__dict__.pop("_sparse_original")
+    module.__dict__.pop("_sparse_runtime")
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether the functions that `install` put there are still the ones that run."""
+    if "apply_qkv" not in module.__dict__:
+        whole = channels_layer.layer_forward, rows_layer.layer_forward
+        return runs(module, *whole, channel_hooks.mlp_forward, row_hooks.mlp_forward)
+    ours = module.apply_qkv is untraced(_apply_qkv) and module.apply_o is untraced(_apply_o)
+    return ours and "_sparse_runtime" in module.__dict__
+
+
+def why_not_captured(runtime: LayerRuntime) -> str:
+    """What keeps the layer's work from functions that CUDA graphs can hold; "" for nothing."""
+    if not use_kernels(next(runtime.layer.module.parameters())):
+        return "Triton's kernels do not run here"
+    return runtime.not_whole or (runtime.not_fusable if runtime.state.by_rows else "")
+
+
+def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    runtime: LayerRuntime = self._sparse_runtime
+    if runtime.precomputed_qkv is not None:
+        return runtime.precomputed_qkv
+    partition = runtime.partition("self_attn", self, hidden_states)
+    modules = (self.q_proj, self.k_proj, self.v_proj)
+    projections = None if partition is None else [read_projection(module) for module in modules]
+    if projections is None or None in projections:
+        return self._sparse_original[0](self, hidden_states, *args, **kwargs)
+    context = runtime.context
+    if not runtime.is_sparse("self_attn"):  # the last layer, whose keys and values are needed of every row
+        query, *others = (SelectedProjection(projection) for projection in projections)
+        (q,) = sparse_linear(hidden_states, partition, [query])
+        return q, *sparse_linear(hidden_states, context.every_row_dense(), others)
+    chosen = runtime.attention_channels(context.partition, hidden_states)
+    parts = [select(*each, chosen) for each in zip(projections, "qkv", strict=True)]
+    return sparse_linear(hidden_states, context.partition, parts)
+
+
+def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    runtime: LayerRuntime = self._sparse_runtime
+    if runtime.skip_output_projection:
+        return attention_output
+    choice = runtime.row_choice(self, attention_output)
+    if choice is not None and not (args or kwargs):
+        function = partial(self._sparse_original[1], self)
+        return row_hooks.through_output(function, attention_output, self.o_proj, choice, runtime)
+    partition = runtime.partition("self_attn", self, attention_output)
+    projection = None if partition is None else read_projection(self.o_proj)
+    if projection is None:
+        return self._sparse_original[1](self, attention_output, *args, **kwargs)
+    part = select(projection, "o", runtime.attention_channels(partition))
+    runtime.record_run("self_attn")
+    return sparse_linear(attention_output, partition, [part])[0]
+
+
+BACKEND = Backend(
+    "unsloth",
+    install=install,
+    uninstall=uninstall,
+    is_installed=is_installed,
+    refuse_sharded_weights=refuse_sharded_weights,
+    why_not_captured=why_not_captured,
+    why_not_whole=why_not,
+)

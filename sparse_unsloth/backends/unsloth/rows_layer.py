@@ -1,0 +1,141 @@
+"""Whole decoder layers of Unsloth's Llama form for `SparsityConfig.backward_rows`: one function behind attention.
+
+O, residual sum, norm and MLP are row by row together, so backward computes a chosen row from what attention returned
+and from the residual stream, and a recompute under gradient checkpointing computes nothing of it at all. The functions
+are Unsloth's own. Wherever this does not apply, the layer's own forward runs, with the hooks that are in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends import row_hooks
+from sparse_unsloth.backends.patching import original_forward, plain_forward, replace_forward
+from sparse_unsloth.backends.unsloth import layer_plan
+from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
+from sparse_unsloth.backends.unsloth.contract import NORM
+from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_pass, plan_of_rows, prove, why_different
+from sparse_unsloth.graphs import parts
+from sparse_unsloth.graphs.rows import post_attention_by_rows, whole_layer_by_rows
+from sparse_unsloth.ops.decoder_layer import post_attention, pre_attention
+from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.runtime.state import LayerRuntime
+
+CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")
+
+
+def why_not(runtime: LayerRuntime) -> str:
+    """What keeps the layer from this forward, of what can be seen of it; what it computes is tried (`prove`)."""
+    if not hasattr(sys.modules.get("unsloth.models.llama"), NORM):
+        return f"the installed Unsloth has no {NORM} in unsloth.models.llama"
+    return "" if runtime.layer.adds_mlp_output else OTHER_PARTS
+
+
+def replace(runtime: LayerRuntime) -> None:
+    """Puts `layer_forward` on the layer, whose attention and MLP are hooked already."""
+    runtime.not_fusable = layer_plan.why_not(runtime)
+    replace_forward(runtime.layer.module, layer_forward, runtime)
+
+
+def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    runtime: LayerRuntime = self._sparse_runtime
+    if runtime.context is not None and runtime.context.probe:
+        return _prove(runtime, hidden_states, kwargs)
+    usable = not args and not any(kwargs.get(name) for name in CACHED)
+    choice = (
+        runtime.row_choice(self, hidden_states) if usable and self.self_attn.training and self.mlp.training else None
+    )
+    if choice is None:
+        return plain_forward(self, hidden_states, *args, **kwargs)
+    runtime.context.whole.add(runtime.layer.index)
+    recorded = _recorded(runtime, hidden_states, kwargs)
+    return (_compute(runtime, hidden_states, kwargs, choice) if recorded is None else recorded,)
+
+
+def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+    """See `prove`; the functions that compute the chosen rows again, and are recorded, as well."""
+    choice = runtime.row_choice(runtime.layer.module, hidden_states)
+    own = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
+    if not runtime.not_fusable:
+
+        def compute() -> Tensor | None:
+            every = runtime.context.every_row_dense()
+            plan = plan_of_rows(runtime.layer, hidden_states, every, unread=False)
+            if plan is None:
+                return None
+            *qkv, residual = pre_attention(hidden_states, plan)
+            return post_attention(attend(runtime, hidden_states, qkv, arguments), residual, plan)
+
+        runtime.not_fusable = why_different(compute, own[0], runtime.layer.module)
+    return own
+
+
+def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any], choice: RowChoice) -> Tensor:
+    """The layer's output, not recorded."""
+    self = runtime.layer.module
+    norm = getattr(sys.modules["unsloth.models.llama"], NORM)
+    context, attention, mlp = runtime.context, self.self_attn, self.mlp
+    apply_o = attention._sparse_original[1]
+
+    def behind(attention_output: Tensor, stream: Tensor) -> Tensor:
+        stream = stream + apply_o(attention, attention_output)
+        return stream + original_forward(mlp, norm(self.post_attention_layernorm, stream))
+
+    def again(attention_output: Tensor, stream: Tensor) -> Tensor:
+        """The same in fewer launches and without the down projection, where the project's functions apply."""
+        plan = None
+        if not runtime.not_fusable:
+            plan = plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
+        return behind(attention_output, stream) if plan is None else post_attention(attention_output, stream, plan)
+
+    unread = row_hooks.is_unread(runtime)
+    runtime.skip_output_projection = True
+    try:
+        attention_output, *_ = attention(hidden_states=norm(self.input_layernorm, hidden_states), **kwargs)
+    finally:
+        runtime.skip_output_projection = False
+    for part in ("mlp", "self_attn"):
+        runtime.record_run(part)
+    if torch.is_grad_enabled():
+        weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
+        inputs = [attention_output, hidden_states]
+        output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread, again=again)
+    else:
+        output = behind(attention_output, hidden_states)
+    return output
+
+
+def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """The layer's output from recordings by the project's own functions, where this forward has them."""
+    context, layer, config = runtime.context, runtime.layer, runtime.state.config
+    memo, again = context.memo(layer.index), torch.is_grad_enabled()
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and not memo.captured):
+        return None
+    plan = plan_of_rows(layer, hidden_states, context.every_row_dense())
+    if plan is None:
+        return None
+    memo.captured = True  # a recompute goes the way of its first pass
+    context.graphs.check(context)
+    context.captured.add(layer.index)
+    for part in ("mlp", "self_attn"):
+        runtime.record_run(part)
+    share = config.backward_rows
+    capture = open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
+    plan = dataclasses.replace(plan, unread=again)
+    rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
+    fixed = fixed_tensors(runtime, hidden_states, arguments)
+    if fixed is not None:
+        attention = recorded_attention(runtime, arguments, fixed)
+        return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
+    *qkv, residual = parts.pre_attention(hidden_states, plan, capture)
+    attention_output = attend(runtime, hidden_states, qkv, arguments)
+    if again:
+        return post_attention_by_rows(attention_output, residual, plan, capture, *rows)
+    return parts.post_attention(attention_output, residual, plan, capture)

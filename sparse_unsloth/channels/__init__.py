@@ -1,0 +1,1 @@
+"""Channel sparsity: which channels a batch needs (SparseLoRA)."""

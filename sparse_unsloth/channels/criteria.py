@@ -1,0 +1,147 @@
+"""What ranks channels: the estimator, and the baselines of the paper's study (SparseLoRA section 3 and its ablations).
+
+A criterion scores MLP channels ``[intermediate_size]`` and attention channels (`AttentionEnergy`) for the context rows
+of a batch, in units of energy up to a common factor. None looks at LoRA branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_unsloth.channels.energy import AttentionEnergy, attention_energy, base_weight, column_energy, mlp_energy
+from sparse_unsloth.channels.estimator import Estimator
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.errors import EstimatorError
+from sparse_unsloth.model.decoder_layer import DecoderLayer
+
+
+class Criterion(Protocol):
+    """Scores from the rows ``[N, hidden_size]`` that count.
+
+    Attributes:
+        constant: the scores depend on the layer alone.
+        max_rows: more rows are not needed; None: all are.
+        gathers: `mlp` and `attention` take, as a third argument, which rows of the second count.
+    """
+
+    constant: bool
+    max_rows: int | None
+    gathers: bool
+
+    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor: ...
+
+    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy: ...
+
+
+def make_criterion(
+    name: str, estimator: Estimator | None, layer_sparsity: Sequence[LayerSparsity], seed: int
+) -> Criterion:
+    """The criterion called ``name`` in `SparsityConfig`.
+
+    Raises:
+        EstimatorError: "estimator" without one, or with one that lacks a sparse layer.
+    """
+    if name != "estimator":
+        return {"oracle": Oracle, "wanda": Wanda, "magnitude": Magnitude}[name]() if name != "random" else Random(seed)
+    if estimator is None:
+        raise EstimatorError(
+            "criterion 'estimator' needs an Estimator. Build one with obtain_estimator() or build_estimator(), or "
+            "choose another criterion: oracle, wanda, magnitude or random."
+        )
+    estimator.check_covers(layer_sparsity)
+    return estimator
+
+
+class Oracle:
+    """The true energies: exact L2 norms of the MLP's hidden activations, of Q, K and V."""
+
+    constant = False
+    max_rows = None
+    gathers = False
+
+    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
+        return mlp_energy(layer, rows)
+
+    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
+        return attention_energy(layer, rows)
+
+
+class Wanda:
+    """``|W| ‖x‖`` summed over each output channel (Sun et al. 2024, arXiv 2306.11695, whose metric is per weight).
+
+    An MLP channel adds up its gate row, up row and down column, each brought to mean 1 over the channels; the down
+    column's input norm is the true one. Attention channels take their own row.
+    """
+
+    constant = False
+    max_rows = None
+    gathers = False
+
+    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
+        norms = _input_norms(rows)
+        gate, up = (_absolute(layer, f"mlp.{name}") @ norms for name in ("gate_proj", "up_proj"))
+        down = _absolute(layer, "mlp.down_proj").sum(0) * mlp_energy(layer, rows).float().sqrt()
+        return sum(part / part.mean() for part in (gate, up, down))
+
+    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
+        norms = _input_norms(rows)
+        sums = (_absolute(layer, f"self_attn.{name}") @ norms for name in ("q_proj", "k_proj", "v_proj"))
+        return AttentionEnergy(*(part.square() for part in sums))
+
+
+class Magnitude:
+    """Products of weight norms: ``‖gate row‖ ‖up row‖ ‖down column‖``; rows of Q and K; V's row times O's columns."""
+
+    constant = True
+    max_rows = 1
+    gathers = False
+
+    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
+        gate, up = (_square_sums(layer, f"mlp.{name}", 1) for name in ("gate_proj", "up_proj"))
+        return gate * up * _square_sums(layer, "mlp.down_proj", 0)
+
+    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
+        q, k, v = (_square_sums(layer, f"self_attn.{name}", 1) for name in ("q_proj", "k_proj", "v_proj"))
+        o = _square_sums(layer, "self_attn.o_proj", 0).view(-1, layer.groups, layer.head_dim).sum(1).flatten()
+        return AttentionEnergy(q, k, v * o)
+
+
+class Random:
+    """Uniform scores, new at every call; on one kind of device the same sequence for the same ``seed``."""
+
+    constant = False
+    max_rows = None
+    gathers = False
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
+        return self._draw(layer.intermediate_size, rows.device)
+
+    def attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
+        keys = layer.num_kv_heads * layer.head_dim
+        queries = torch.ones(layer.num_heads * layer.head_dim, device=rows.device)
+        return AttentionEnergy(queries, self._draw(keys, rows.device), self._draw(keys, rows.device))
+
+    def _draw(self, size: int, device: torch.device) -> Tensor:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.rand(size, generator=self._generators[device], device=device)
+
+
+def _input_norms(rows: Tensor) -> Tensor:
+    return column_energy(rows, rows.shape[1], lambda piece: piece).float().sqrt()
+
+
+def _absolute(layer: DecoderLayer, projection: str) -> Tensor:
+    return base_weight(layer, projection).dense(torch.float32).abs()
+
+
+def _square_sums(layer: DecoderLayer, projection: str, dim: int) -> Tensor:
+    return base_weight(layer, projection).dense(torch.float32).square().sum(dim)

@@ -1,0 +1,1 @@
+"""What a user asks for: sparsity of each layer, schedule, presets, files. Plain Python, no torch."""

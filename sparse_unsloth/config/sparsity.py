@@ -1,0 +1,353 @@
+"""What is sparse, how much, chosen how, and when: `SparsityConfig`, read from YAML, JSON, presets and mappings."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from sparse_unsloth.config import legacy, removed
+from sparse_unsloth.config.files import SUFFIXES, TITLE, did_you_mean, failure, problem, read, write
+from sparse_unsloth.config.layer_rules import LayerSparsity, absent_layers, canonical_rule, expand, share
+from sparse_unsloth.config.schedule import Schedule
+from sparse_unsloth.errors import ConfigError
+
+CONFIG_NAME = "sparsity_config.yaml"
+"""The file that `save_pretrained` writes beside the adapter."""
+NOTHING = ("", "none", "null", "off", "no", "false", "disabled", "0")
+"""What users write for training without sparsity; YAML's null is what says so, and the preset "dense"."""
+PUBLISHED_LAYERS = 32
+# Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
+PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "dense": ({}, {}),
+    "rows": ({}, {}),
+    "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
+    "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
+}
+BACKWARD_ROWS = 0.25
+"""Of the preset "rows"; see benchmarks/results/quality.md."""
+
+
+def _distinct(value: object, validate) -> dict[str, float]:
+    rules = validate(value)
+    if len(rules) < len(value):
+        names = [canonical_rule(key) for key in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"must name each rule once; twice: {', '.join(twice)}")
+    return rules
+
+
+def _step(value: object) -> float | int:
+    if isinstance(value, float) and 0 <= value <= 1:
+        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("must be a float in [0, 1] (fraction of the training) or an int from 0 up (optimiser steps)")
+
+
+def _kept_share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError("must be a share in (0, 1] of the context rows; 1.0 is every row")
+    return float(value)
+
+
+def _budget(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError("must be a number above 0: up to 1 a share of the GPU's memory, above that GiB")
+    return float(value)
+
+
+def _path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Rules = Annotated[
+    dict[Annotated[str, BeforeValidator(canonical_rule)], Annotated[float, BeforeValidator(share)]],
+    WrapValidator(_distinct),
+]
+Step = Annotated[float | int, BeforeValidator(_step)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+NonNegative = Annotated[int, Field(strict=True, ge=0)]
+Switch = Annotated[bool, Field(strict=True)]
+
+
+class _Reporting(type(BaseModel)):
+    """Lets ``Config(...)`` report like ``Config.model_validate({...})``; nested models still report to their parent."""
+
+    def __call__(cls, /, **data):
+        return cls.model_validate(data)
+
+
+class _Config(BaseModel, metaclass=_Reporting):
+    _place: ClassVar[str] = ""
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def model_validate(cls, obj, **kwargs):
+        """As pydantic's, but every problem of ``obj`` is in one `ConfigError`."""
+        return cls._checked(obj, TITLE, [], **kwargs)
+
+    @classmethod
+    def _checked(cls, obj, source: str, problems: list[str], **kwargs):
+        if isinstance(obj, Mapping):
+            obj, gone = removed.drop(obj, cls._place)
+            problems = problems + gone
+        try:
+            config = super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            problems = problems + [problem(cls, detail) for detail in error.errors(include_url=False)]
+        if problems:
+            raise failure(source, problems)
+        return config
+
+
+class EstimatorConfig(_Config):
+    """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
+
+    _place: ClassVar[str] = "estimator."
+    kind: Literal["auto", "svd", "prior"] = "auto"
+    """`svd`: low-rank factors of the weight, no data needed (as published); `prior`: calibrated static channel energy
+    combined with the estimate of factors in the metric of calibrated inputs; `auto`: `prior` where calibration samples
+    exist, else `svd` with a warning."""
+    rank: Positive = 8
+    """Rank of the factors; 8 as published."""
+    path: Annotated[str | None, Field(strict=True), BeforeValidator(_path)] = None
+    """Safetensors file: loaded if it exists, else written after building."""
+    calibration_samples: NonNegative = 32
+    """Training samples that a calibrated kind looks at."""
+
+    @field_validator("calibration_samples")
+    @classmethod
+    def _calibrated_kinds_need_samples(cls, samples: int, info: ValidationInfo) -> int:
+        kind = info.data.get("kind")
+        if samples == 0 and kind == "prior" and info.data.get("path") is None:
+            raise ValueError(f"must be at least 1 for kind '{kind}', unless path names factors made before")
+        return samples
+
+
+class SparsityConfig(_Config):
+    """Per-layer sparsity, estimator, tokens and schedule of a sparse training run.
+
+    ``mlp`` and ``self_attn`` map layer rules to shares in [0, 1): ``"3-30": 0.99`` (both ends included), ``"5": 0.5``,
+    ``"all": 0.9``. Later rules override earlier ones, and all of them the preset; a layer without a rule is dense.
+
+    Raises:
+        ConfigError: unknown keys, malformed rules, values out of range: all of one input's problems together.
+    """
+
+    preset: Literal["dense", "o1", "o2", "rows"] | None = None
+    """`rows`: `backward_rows: 0.25`, what we recommend. Layer rules of a published recipe at the model's depth: `o1`
+    conservative, `o2` aggressive."""
+    mlp: Rules = {}
+    self_attn: Rules = {}
+    estimator: EstimatorConfig = EstimatorConfig()
+    criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
+    """What ranks the channels; all but `estimator` are baselines for study."""
+    dense_tokens: Literal["output", "none"] = "output"
+    """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
+    backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
+    """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
+    batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
+    `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
+    exact_removal: Switch = True
+    """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
+    after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient
+    checkpointing recomputes it. Same loss, same gradients."""
+    memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
+    """Peak memory that training may take on a GPU: up to 1 a share of the GPU's, above that GiB. Within it as many
+    layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
+    Needs gradient checkpointing to be on; None leaves it as it is."""
+    cuda_graphs: Switch = False
+    """Whether layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short answers,
+    small models, small batches. Unsloth's Llama-like layers under gradient checkpointing. So that micro-batches have
+    few sizes, rows are lengthened by an eighth at most, and some context tokens stay dense. With nothing sparse the
+    whole training is dense and recorded, also of data without prompts; forwards without labels run as without it."""
+    start_step: Step = 0.05
+    """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
+    end_step: Step = 0.75
+    """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
+    explain_steps: NonNegative = 50
+    """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
+    the best ones would (`sparse-unsloth explain`); 0 never looks."""
+    sparse_prefill: Switch = False
+    """Whether `for_inference` computes prompts as they are in training, on chosen channels, unless told otherwise; the
+    estimator lies beside the adapter. What is decoded is dense."""
+    seed: NonNegative = 3407
+    """Of the randomised factorisation, the calibration sample and the `random` criterion."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_need_no_schedule(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("preset") == "rows":
+            data = {"backward_rows": BACKWARD_ROWS, **data}
+        if data.get("backward_rows", 1) != 1:
+            data = {"start_step": 0.0, "end_step": 1.0, **data}
+        return data
+
+    @field_validator("backward_rows")
+    @classmethod
+    def _rows_or_channels(cls, share: float, info: ValidationInfo) -> float:
+        rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
+        if info.data.get("preset") in ("o1", "o2"):
+            rules.append(f"preset {info.data['preset']}")
+        if share < 1 and rules:
+            raise ValueError(
+                f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
+            )
+        return share
+
+    @field_validator("sparse_prefill")
+    @classmethod
+    def _means_channels(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("backward_rows", 1.0) < 1:
+            raise ValueError("must be False with backward_rows, which chooses no channels")
+        return value
+
+    @field_validator("end_step")
+    @classmethod
+    def _ends_after_it_starts(cls, end: float | int, info: ValidationInfo) -> float | int:
+        start = info.data.get("start_step")
+        if end == 1 and isinstance(end, int):
+            raise ValueError("must be written 1.0 for the whole training: the int 1 means one optimiser step")
+        if type(start) is type(end) and end < start:
+            raise ValueError(f"must not be less than start_step ({start})")
+        return end
+
+    @property
+    def schedule(self) -> Schedule:
+        """When the training is sparse."""
+        return Schedule(self.start_step, self.end_step)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the backward pass leaves out rows, so that no channels are chosen."""
+        return self.backward_rows < 1
+
+    def is_sparse(self, num_layers: int) -> bool:
+        """Whether anything is left out of a model with ``num_layers`` decoder layers.
+
+        Raises:
+            ConfigError: see `layer_sparsity`.
+        """
+        return self.by_rows or any(map(any, self.layer_sparsity(num_layers)))
+
+    def whole_rows(self) -> "SparsityConfig":
+        """The same without `backward_rows`, and without the schedule that comes with it."""
+        if not self.by_rows:
+            return self
+        changes: dict[str, Any] = {"preset": None, "backward_rows": 1.0}
+        if (self.start_step, self.end_step) == (0.0, 1.0):
+            changes |= {name: type(self).model_fields[name].default for name in ("start_step", "end_step")}
+        return self.model_copy(update=changes)
+
+    def layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
+        """The sparsity of each layer of a model with ``num_layers`` decoder layers.
+
+        A preset is a table of 32 layers. Layer ``i`` of ``n`` takes the entry at the same relative depth, that of layer
+        ``floor((i + 1/2) * 32 / n)``, so 32 layers give the published table itself. Layer 0 stays dense at any depth:
+        its MLP costs more quality than all others together (DESIGN.md section 2).
+
+        Raises:
+            ConfigError: rules name layers that the model does not have.
+        """
+        if num_layers < 1:
+            raise ConfigError(f"num_layers: must be at least 1, given {num_layers}")
+        problems: list[str] = []
+        parts = []
+        for part, published in zip(("mlp", "self_attn"), PRESETS[self.preset or "dense"], strict=True):
+            table = expand(published, [0.0] * PUBLISHED_LAYERS)
+            base = [table[(2 * i + 1) * PUBLISHED_LAYERS // (2 * num_layers)] for i in range(num_layers)]
+            base[0] = 0.0
+            problems += absent_layers(part, getattr(self, part), num_layers)
+            parts.append(expand(getattr(self, part), base))
+        if problems:
+            raise failure(f"{TITLE} for a model with layers 0 to {num_layers - 1}", problems)
+        return [LayerSparsity(*pair) for pair in zip(*parts, strict=True)]
+
+    @classmethod
+    def from_any(cls, value: "str | Path | Mapping | SparsityConfig | None") -> "SparsityConfig":
+        """A config from whatever a user passes as ``sparsity=``.
+
+        Args:
+            value: a config; a preset's name; the path of a YAML or JSON file (``config.json#o1`` chooses a mode of the
+                older JSON format); a mapping in this or an older format; ``None`` for the dense config.
+
+        Raises:
+            ConfigError: no such preset or file, or wrong contents.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls._from_mapping(dict(value), TITLE)
+        if value is False or (isinstance(value, str) and value.lower() in NOTHING and not Path(value).exists()):
+            raise ConfigError(f"{TITLE}: {value!r} is no preset; 'dense' is training without sparsity")
+        if not isinstance(value, str | os.PathLike):
+            raise ConfigError(f"{TITLE}: must be a preset, a path, a mapping or a SparsityConfig, given {value!r}")
+        text = os.fspath(value)
+        if text in PRESETS:
+            return cls(preset=text)
+        path, _, mode = (text, "", "") if Path(text).exists() else text.partition("#")
+        if not Path(path).exists() and Path(path).suffix not in SUFFIXES:
+            hint = did_you_mean(text, PRESETS)
+            raise ConfigError(f"{TITLE}: {text!r} is neither a preset ({', '.join(PRESETS)}) nor a file{hint}")
+        return cls.from_file(path, mode=mode or None)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, mode: str | None = None) -> "SparsityConfig":
+        """Reads a YAML or JSON file (by suffix) in this format or in an older public one (`older_formats`).
+
+        Args:
+            path: the file.
+            mode: which of the modes of an older JSON file, such as ``"o1"``; needed when it holds several.
+
+        Raises:
+            ConfigError: the file is missing, cannot be parsed, or has wrong contents.
+        """
+        path = Path(path)
+        data = read(path)
+        if not isinstance(data, dict):
+            what = "is empty" if data is None else f"holds a {type(data).__name__}"
+            raise ConfigError(f"{path}: must hold a mapping of SparsityConfig keys, but {what}")
+        config = cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
+        estimator = config.estimator.path
+        if estimator is not None and estimator.endswith(".safetensors") and not os.path.isabs(estimator):
+            # A file beside this one comes first, so that their folder can be moved.
+            beside = os.path.abspath(path.parent / estimator)
+            if os.path.isfile(beside):
+                found = config.estimator.model_copy(update={"path": beside})
+                config = config.model_copy(update={"estimator": found})
+        return config
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes every field to a YAML or JSON file (by suffix), wholly or not at all; `from_file` restores it exactly.
+
+        Raises:
+            ConfigError: another suffix.
+        """
+        write(Path(path), self.model_dump(mode="json"))
+
+    @classmethod
+    def _from_mapping(cls, data: dict, source: str, mode: str | None = None, folder: Path | None = None):
+        problems: list[str] = []
+        if legacy.recognises(data):
+            data, problems = legacy.translate(data, mode, folder)
+        elif mode is not None:
+            problems = [f"mode: {mode!r} given, but only the older JSON format has modes"]
+        return cls._checked(data, source, problems)

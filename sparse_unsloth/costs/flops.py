@@ -1,0 +1,257 @@
+"""Analytic cost of one training step of a decoder-only LoRA model, dense or sparse.
+
+A product of `[m, n]` and `[n, k]` costs `2mnk` FLOPs; only products are counted (norms, activations, RoPE and softmax
+are not). In LoRA training a frozen base weight costs one product forward and one backward (the gradient of its input,
+none of the weight); LoRA's A and B cost one forward and two backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import KW_ONLY, astuple, dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Literal
+
+from sparse_unsloth.config.layer_rules import keep_count
+from sparse_unsloth.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide the cost of a decoder-only model with gated MLPs."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> ModelShape:
+        """Reads a transformers config (the text part of a multimodal one).
+
+        Raises:
+            ConfigError: a config without one of the sizes, or with a size that differs from layer to layer.
+        """
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        sizes = {name: getattr(config, name, None) for name in names}
+        wrong = [name for name, size in sizes.items() if not isinstance(size, int)]
+        if wrong:
+            raise ConfigError(
+                f"{type(config).__name__} has no single integer for {', '.join(wrong)}: costs are known for "
+                "decoder-only models whose layers are alike; build a ModelShape by hand for others."
+            )
+        hidden, intermediate, layers, heads, vocab = sizes.values()
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocab_size=vocab,
+        )
+
+    def projections(self, mlp: float = 0.0, self_attn: float = 0.0) -> dict[str, tuple[int, int]]:
+        """In and out features of a layer's seven projections, as far as context rows compute them at these sparsities.
+
+        Attention's channels are chosen among the keys' and values' and repeated for the query heads of their group.
+        """
+        hidden, inner = self.hidden_size, keep_count(self.intermediate_size, mlp)
+        keys = keep_count(self.num_kv_heads * self.head_dim, self_attn)
+        queries = keys * (self.num_heads // self.num_kv_heads)
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """FLOPs by part of the model; parts add up field by field."""
+
+    mlp_base: int = 0
+    attention_projections: int = 0
+    lora: int = 0
+    attention_core: int = 0
+    head: int = 0
+    estimator: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a step by phase; `recompute` is what forward computed and backward needs once more: the layers under
+    gradient checkpointing, chosen rows of them with ``backward_rows``.
+    """
+
+    forward: Parts
+    recompute: Parts
+    backward: Parts
+
+    @property
+    def parts(self) -> Parts:
+        """The three phases together."""
+        return self.forward + self.recompute + self.backward
+
+    @property
+    def total(self) -> int:
+        return self.parts.total
+
+
+def attention_pairs(seq_lengths: Iterable[int], causal: bool = True) -> int:
+    """Pairs of query and key: those that a causal kernel visits, or all of each sequence's square."""
+    return sum(n * (n + 1) // 2 if causal else n * n for n in seq_lengths)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
+
+    Args:
+        dense_tokens: rows computed densely, padding included where it is computed so.
+        context_tokens: rows computed on the chosen channels, padding included where it is computed so.
+        seq_lengths: tokens of each sequence that attends to itself (padded length where padding is computed).
+        lora_rank: of the adapters on `lora_targets`; 0 for none.
+        checkpointing: the layers, not the head, run forward twice. (Non-reentrant checkpointing may stop its second
+            forward before the last LoRA product of the layer; that is not deducted.)
+        head_tokens: rows whose logits are computed; all tokens by default, as plain transformers does.
+        trainable_base: base weights and head need their own gradient too (full fine-tuning with `lora_rank=0`).
+        lora_targets: projections with an adapter. Where the first layer's input needs no gradient and one of its
+            projections has no adapter, autograd may skip a little more than is deducted here.
+        attention: "fused" (flash) kernels visit causal pairs only and compute the scores again in backward, five
+            products to forward's two; "eager" computes the full square and four.
+        input_requires_grad: whether the first layer's Q, K and V compute the gradient of their input. By default as
+            `checkpointing or trainable_base`: PEFT asks for it with gradient checkpointing, else autograd skips it.
+        estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
+            forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
+        last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
+            that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
+            attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
+        padding_tokens: further rows that dense parts compute like any other, and sparse parts leave out. (Their
+            sequences are as long as `seq_lengths` says, and their logits count as `head_tokens` says.)
+        backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
+            compute these and the dense rows once more for it, with checkpointing instead of all rows. Padding they
+            leave out.
+        whole_again: projections that with `backward_rows` and checkpointing are computed once more for all rows
+            besides: O where it and the MLP are hooked one by one (PEFT backend), both without the exact removal.
+
+    Raises:
+        ConfigError: an unknown projection or kind of attention.
+    """
+
+    dense_tokens: int
+    context_tokens: int
+    seq_lengths: Sequence[int]
+    lora_rank: int
+    _: KW_ONLY
+    checkpointing: bool = False
+    head_tokens: int | None = None
+    trainable_base: bool = False
+    lora_targets: Collection[str] = (*ATTENTION, *MLP)
+    attention: Literal["fused", "eager"] = "fused"
+    input_requires_grad: bool | None = None
+    estimator_rank: int = 0
+    last_layer_tokens: int | None = None
+    padding_tokens: int = 0
+    backward_rows: float = 1.0
+    whole_again: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("fused", "eager"):
+            raise ConfigError(f"attention is {self.attention!r}; it must be 'fused' or 'eager'")
+        if unknown := set(self.lora_targets) - {*ATTENTION, *MLP}:
+            known = ", ".join((*ATTENTION, *MLP))
+            raise ConfigError(f"lora_targets has {sorted(unknown)}; known projections are {known}")
+
+
+def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]], step: TrainingStep) -> StepFlops:
+    """Counts the FLOPs of ``step`` with the `(mlp, self_attn)` sparsity of each layer, in [0, 1).
+
+    All zero is the dense step. Context rows compute `keep_count` of the base weights, forward and for the gradient of
+    the input alike; the LoRA branch stays dense.
+
+    Raises:
+        ConfigError: not as many sparsities as layers.
+    """
+    if len(layer_sparsity) != shape.num_layers:
+        raise ConfigError(f"{len(layer_sparsity)} layer sparsities were given for a model of {shape.num_layers} layers")
+    input_requires_grad = step.input_requires_grad
+    if input_requires_grad is None:
+        input_requires_grad = step.checkpointing or step.trainable_base
+    full = shape.projections()
+    fused = step.attention == "fused"
+    pairs = attention_pairs(step.seq_lengths, causal=fused)
+    attention_product = 2 * pairs * shape.num_heads * shape.head_dim
+
+    forward, again, backward = Counter(), Counter(), Counter()
+    by_rows = step.backward_rows < 1
+    for layer, (mlp, self_attn) in enumerate(layer_sparsity):
+        chosen = shape.projections(mlp, self_attn)
+        narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and step.last_layer_tokens is not None else ()
+        for name, (inputs, outputs) in full.items():
+            part = "mlp_base" if name in MLP else "attention_projections"
+            padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else step.padding_tokens
+            dense_rows, context_rows = step.dense_tokens + padding_rows, step.context_tokens
+            if name in narrowed:
+                dense_rows, context_rows, padding_rows = step.last_layer_tokens, 0, 0
+            rows = dense_rows + context_rows
+            base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
+            rank = step.lora_rank if name in step.lora_targets else 0
+            lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
+            input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
+            forward[part] += base
+            forward["lora"] += lora_a + lora_b
+            share = 1.0
+            if by_rows and name not in ATTENTION[:3] and rows:
+                share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
+            if step.checkpointing or share < 1:
+                times = share + (step.checkpointing and share < 1 and name in step.whole_again)
+                again[part] += round(times * base)
+                again["lora"] += round(times * (lora_a + lora_b))
+            backward[part] += round(share * base) * (input_gradient + step.trainable_base)
+            backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
+        forward["attention_core"] += 2 * attention_product
+        backward["attention_core"] += (5 if fused else 4) * attention_product
+        sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
+        scored = (MLP[:2] if sparse_mlp else ()) + (ATTENTION[:3] if self_attn > 0 else ())
+        forward["estimator"] += sum(2 * step.context_tokens * step.estimator_rank * sum(full[name]) for name in scored)
+    if step.checkpointing:
+        again["attention_core"] = forward["attention_core"]
+
+    tokens = step.dense_tokens + step.context_tokens + step.padding_tokens
+    head_tokens = tokens if step.head_tokens is None else step.head_tokens
+    layers = Parts(**forward)
+    logits = 2 * head_tokens * shape.hidden_size * shape.vocab_size
+    return StepFlops(
+        forward=layers + Parts(head=logits),
+        recompute=Parts(**again),
+        backward=Parts(**backward) + Parts(head=logits * (1 + step.trainable_base)),
+    )
+
+
+def _narrowed(self_attn: float) -> tuple[str, ...]:
+    """Projections of the last layer that exact removal gives fewer rows."""
+    return ("o_proj", *MLP) if self_attn > 0 else ("q_proj", "o_proj", *MLP)

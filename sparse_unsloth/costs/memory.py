@@ -1,0 +1,159 @@
+"""Predicted peak of the GPU memory that a training step allocates, part by part, and what it assumes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from sparse_unsloth.costs.flops import ModelShape
+
+GIB = 2**30
+BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A parameter in NF4 with nested quantisation: half a byte, a byte for 64 of them, four for 256 of those."""
+BYTES_ADAPTER = 16
+"""Of a trained parameter: float32 weight, gradient, and AdamW's two moments."""
+BYTES_LOGIT, LOSS_BUDGET = 16, 4 * GIB
+"""Of unsloth_zoo's fused loss: what a logit takes with its gradient, and what a chunk may take at most."""
+ASSUMPTIONS = (
+    "weights: NF4 with nested quantisation 0.516 bytes a parameter, embeddings, norms and head in 16 bits",
+    "adapter: 16 bytes a parameter (float32 weight, gradient, AdamW's two moments)",
+    "activations in 16 bits: a layer keeps 2 x intermediate + 7 x hidden numbers a row for its backward, which itself "
+    "needs intermediate + 6 x hidden more, in one layer at a time; checkpointing keeps only each layer's input "
+    "(Unsloth's on the host), and one layer's numbers",
+    "backward_rows: of O and MLP a layer keeps their inputs alone (under Unsloth 2 x hidden + 2 x queries + 2 x keys "
+    "numbers a row in all, else 2 x hidden more), and its backward makes the others of the chosen rows; without it "
+    "wherever a step or a micro-batch is dense",
+    "logits: Unsloth's fused loss takes up to 4 GiB for a chunk of them (16 bytes each); TRL's chunked loss next to "
+    "nothing; plain transformers' loss holds all of them",
+    "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they hold, at the peak of the largest micro-batch."""
+
+    weights: float
+    adapter: float
+    kept_activations: float
+    working_set: float
+    estimator: float
+
+    @property
+    def peak(self) -> float:
+        return sum(asdict(self).values())
+
+    def gib(self) -> dict[str, float]:
+        """The parts and their ``peak``, in GiB."""
+        return {name: value / GIB for name, value in {**asdict(self), "peak": self.peak}.items()}
+
+
+def peak_memory(
+    shape: ModelShape,
+    *,
+    linear: int,
+    other: int,
+    adapter: int,
+    rows: int,
+    checkpointing: str,
+    in_4bit: bool,
+    weight_bytes: int = 2,
+    activation_bytes: int = 2,
+    logits: float = 0,
+    estimator_rank: int = 0,
+    sparse_parts: int = 0,
+    backward_rows: int | None = None,
+    whole_layers: bool = True,
+) -> Memory:
+    """The peak in a step that is dense somewhere, as all with a dense phase or a dense layer are, or in one whose
+    backward pass goes through few rows in every layer.
+
+    Args:
+        shape: of the model.
+        linear, other, adapter: parameters of its layers' linear modules, other frozen ones, trained ones.
+        rows: of the largest micro-batch, padding included.
+        checkpointing: "unsloth" (layer inputs on the host), "on", or "off".
+        in_4bit: whether the linear modules are in 4 bits.
+        weight_bytes: of all other parameters; ``activation_bytes`` of a number in an activation.
+        logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 where they are next to nothing.
+        estimator_rank, sparse_parts: factors in float32 for each sparse part.
+        backward_rows: how many of ``rows`` the backward of O and MLP goes through; None for dense training.
+        whole_layers: see `row_layer_activations`.
+    """
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    row = rows * activation_bytes
+    if backward_rows is None:
+        kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
+        working = backward_working_set(shape, rows, in_4bit, activation_bytes)
+    else:
+        kept = row_layer_activations(shape, rows, whole_layers, activation_bytes)
+        working = row_working_set(shape, rows, backward_rows, in_4bit, activation_bytes)
+    stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
+    if checkpointing != "off":
+        working += kept
+    return Memory(
+        weights=linear * (BYTES_4BIT if in_4bit else weight_bytes) + other * weight_bytes,
+        adapter=adapter * BYTES_ADAPTER,
+        kept_activations=stored,
+        working_set=max(working, logits),
+        estimator=4 * estimator_rank * sparse_parts * 2 * (hidden + inner),
+    )
+
+
+def layer_activations(
+    shape: ModelShape,
+    rows: int,
+    dense_rows: int,
+    *,
+    kept_channels: int = 0,
+    lora_rank: int = 0,
+    activation_bytes: int = 2,
+) -> float:
+    """Bytes that one layer without checkpointing keeps for its backward.
+
+    Args:
+        rows: of the micro-batch.
+        dense_rows: those of them that keep gate and up on every channel: all, or in a sparse MLP the dense ones.
+        kept_channels, lora_rank: of a sparse MLP, whose other rows keep so much of gate and up.
+    """
+    inner = dense_rows * 2 * shape.intermediate_size + (rows - dense_rows) * (2 * kept_channels + 4 * lora_rank)
+    return activation_bytes * (inner + 7 * rows * shape.hidden_size)
+
+
+def row_layer_activations(shape: ModelShape, rows: int, whole_layers: bool, activation_bytes: int = 2) -> float:
+    """As `layer_activations`, where the backward of O and MLP goes through few rows: the layer's input, the normed one,
+    queries, keys, values and attention's output.
+
+    Args:
+        whole_layers: one function takes the place of O and MLP (Unsloth); else the MLP keeps its own input, and the
+            norm before it too.
+    """
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return activation_bytes * rows * ((2 if whole_layers else 4) * shape.hidden_size + 2 * queries + 2 * keys)
+
+
+def row_working_set(
+    shape: ModelShape, rows: int, backward_rows: int, in_4bit: bool, activation_bytes: int = 2
+) -> float:
+    """As `backward_working_set`, with what O and MLP compute once more of ``backward_rows``."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    numbers = backward_rows * (3 * inner + 6 * hidden) + rows * 6 * hidden + (hidden * inner if in_4bit else 0)
+    return activation_bytes * numbers
+
+
+def backward_working_set(shape: ModelShape, rows: int, in_4bit: bool, activation_bytes: int = 2) -> float:
+    """Bytes that the backward of one layer needs beside them, for a moment."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    return activation_bytes * (rows * (inner + 6 * hidden) + (hidden * inner if in_4bit else 0))
+
+
+def fused_logits(shape: ModelShape, rows: int) -> float:
+    """Bytes of one chunk of Unsloth's fused loss over ``rows``; a GPU with less than 8 GiB free takes smaller ones."""
+    whole = rows * shape.vocab_size * BYTES_LOGIT
+    budget = LOSS_BUDGET - rows * shape.hidden_size * 2
+    return whole if whole <= budget else whole / (4 * math.ceil(whole / budget / 4))
+
+
+def plain_logits(shape: ModelShape, rows: int, activation_bytes: int = 2) -> float:
+    """Bytes of all logits, in float32 too, and of their gradient."""
+    return rows * shape.vocab_size * (activation_bytes + 4 + 4)

@@ -1,0 +1,202 @@
+"""Finds the decoder layers of a model and what the sparse functions must know of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.model.activations import ACTIVATIONS
+
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ADDING_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""The parts of a decoder layer whose two outputs are added to the residual stream."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer with a gated MLP and grouped-query attention.
+
+    ``activation`` is a key of `ACTIVATIONS`; ``num_heads`` counts query heads, ``num_kv_heads`` key and value heads.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    mlp: nn.Module
+    self_attn: nn.Module
+    activation: str
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_heads // self.num_kv_heads
+
+    @functools.cached_property
+    def queries_alone(self) -> bool:
+        """Whether ``q_proj`` gives queries and nothing else, as wide as what ``o_proj`` takes."""
+        return _shape(self.self_attn.q_proj)[0] == _shape(self.self_attn.o_proj)[1]
+
+    @functools.cached_property
+    def adds_mlp_output(self) -> bool:
+        """Whether the MLP's output goes into the residual stream as it is, at most scaled, and the layer ends there.
+
+        Told by the layer's parts: a norm behind the MLP (Gemma2, OLMo2) would be one more.
+        """
+        return {name for name, _ in self.module.named_children()} <= ADDING_PARTS
+
+    def projections(self) -> dict[str, nn.Module]:
+        """``{"mlp.gate_proj": module, ..., "self_attn.o_proj": module}``, in a fixed order."""
+        found = {f"mlp.{name}": getattr(self.mlp, name) for name in MLP_PROJECTIONS}
+        return found | {f"self_attn.{name}": getattr(self.self_attn, name) for name in ATTENTION_PROJECTIONS}
+
+
+def find_layers(model: nn.Module) -> list[DecoderLayer]:
+    """The decoder layers of ``model`` (bare, PEFT-wrapped or inside DDP), in depth order.
+
+    Of a model with towers for images or sound these are the text decoder's alone.
+
+    Raises:
+        AttachError: the model has no layer with gate/up/down and q/k/v/o projections, or an unknown activation; or it
+            is an encoder-decoder model.
+    """
+    within = _text_decoder(model)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(within) and hasattr(module, "mlp") and hasattr(module, "self_attn") and not _lacks(module)
+    ]
+    if not found:
+        kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
+        stacks = [module for name, module in model.named_modules() if name.startswith(within) and _is_stack(module)]
+        first = max(stacks, key=len)[0] if stacks else None
+        raise AttachError(
+            f"{kind} has no decoder layer with mlp.gate_proj/up_proj/down_proj and "
+            "self_attn.q_proj/k_proj/v_proj/o_proj"
+            f"{'' if first is None else f' ({type(first).__name__}: {_lacks(first)})'}. "
+            "Supported families: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2, Granite, and others of that "
+            "form."
+        )
+    return [_describe(index, name, module) for index, (name, module) in enumerate(found)]
+
+
+def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, nn.Module]:
+    """Every decoder layer of ``model``, by name and in depth order: those of ``layers``, and the others beside them."""
+    modules, stack = dict(model.named_modules()), {}
+    for layer in layers:
+        above = layer.name
+        while above and not _is_stack(modules[above]):
+            above = above.rpartition(".")[0]
+        if not _is_stack(modules[above]):
+            stack[layer.name] = layer.module
+            continue
+        for number, member in enumerate(modules[above]):
+            inside = next((one for one in layers if one.name.startswith(f"{above}.{number}.")), None)
+            name, module = (f"{above}.{number}", member) if inside is None else (inside.name, inside.module)
+            stack[name] = module
+    return stack
+
+
+def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer]) -> dict[str, str]:
+    """Of a `decoder_stack` the layers that are not among ``layers``: what each lacks to be one, by name."""
+    found = {layer.module for layer in layers}
+    return {name: f"{type(module).__name__}: {_lacks(module)}" for name, module in stack.items() if module not in found}
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """What the names of the text decoder's modules begin with.
+
+    Raises:
+        AttachError: an encoder-decoder model: a token's label there is what the decoder's same row predicts.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "get_decoder"):
+            continue
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            raise AttachError(
+                f"{type(module).__name__} is an encoder-decoder model: its prompt is in the encoder, and its labels "
+                "belong to the decoder's rows, so no token has the role of context. It has no sparse path; train it "
+                "dense."
+            )
+        decoder = module.get_decoder()
+        return next((f"{name}." for name, other in model.named_modules() if name and other is decoder), "")
+    return ""
+
+
+def _lacks(module: nn.Module) -> str:
+    """What ``module`` lacks to be a `DecoderLayer`; "" for nothing."""
+    for part, names in (("mlp", MLP_PROJECTIONS), ("self_attn", ATTENTION_PROJECTIONS)):
+        holder = getattr(module, part, None)
+        if not isinstance(holder, nn.Module):
+            return f"no {part} (it has {', '.join(name for name, _ in module.named_children()) or 'no parts'})"
+        absent = [name for name in names if getattr(holder, name, None) is None]
+        if absent:
+            return f"no {', '.join(absent)} in {part} ({type(holder).__name__})"
+        for name in names:
+            if not all(hasattr(_base(getattr(holder, name)), size) for size in ("in_features", "out_features")):
+                return f"{part}.{name} is a {type(_base(getattr(holder, name))).__name__}"
+    return ""
+
+
+def _describe(index: int, name: str, module: nn.Module) -> DecoderLayer:
+    mlp, attention = module.mlp, module.self_attn
+    head_dim = int(attention.head_dim)
+    out_features = {part: _features(getattr(attention, part)) for part in ("q_proj", "k_proj", "v_proj")}
+    intermediate_size, hidden_size = _shape(mlp.gate_proj)
+    if out_features["k_proj"] != out_features["v_proj"] or any(size % head_dim for size in out_features.values()):
+        raise AttachError(f"{name}: projections of {out_features} do not divide into heads of {head_dim}.")
+    return DecoderLayer(
+        index=index,
+        name=name,
+        module=module,
+        mlp=mlp,
+        self_attn=attention,
+        activation=_recognise(name, mlp.act_fn),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=out_features["q_proj"] // head_dim,
+        num_kv_heads=out_features["k_proj"] // head_dim,
+        head_dim=head_dim,
+    )
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    base = _base(module)
+    return base.out_features, base.in_features
+
+
+def _features(module: nn.Module) -> int:
+    return _shape(module)[0]
+
+
+def _recognise(name: str, act_fn) -> str:
+    """The activation by what it computes, not by what it is called: libraries rename and wrap these classes."""
+    grid = torch.linspace(-6, 6, 97)
+    values = act_fn(grid.to("cpu"))
+    for kind, function in ACTIVATIONS.items():
+        if torch.allclose(values, function(grid), atol=1e-6):
+            return kind
+    nearest = min(ACTIVATIONS, key=lambda kind: F.mse_loss(values, ACTIVATIONS[kind](grid)).item())
+    raise AttachError(
+        f"{name}.mlp: activation {act_fn} has no sparse path; it is none of {', '.join(ACTIVATIONS)} "
+        f"(nearest: {nearest})."
+    )

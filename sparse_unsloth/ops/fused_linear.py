@@ -1,0 +1,207 @@
+"""Q, K, V and O with few launches: stacks of LoRA and base weights over dense and context rows sorted by role.
+
+Same mathematics, and same gradients, as `sparse_unsloth.ops.linear`, for one to three parts that all have LoRA of
+one rank. Q, K, V take rows by role and join their outputs in the
+natural order, O splits its input by role and leaves its output so (`sparse_unsloth.kernels.columns`); backward mirrors
+that. In a dense part every row is a dense one, in its natural order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_unsloth.kernels.columns import join_columns, split_columns
+from sparse_unsloth.kernels.lora import pack_linear
+from sparse_unsloth.ops.projection import BaseWeight
+from sparse_unsloth.ops.weight_stack import WeightStack, product_fp32, stack_columns, stack_rows
+from sparse_unsloth.tokens.partition import TokenPartition
+
+
+class FusedQKV:
+    """Several projections of one input that select output channels (Q, K, V), for one forward and its backward.
+
+    Args:
+        partition: the roles of the rows.
+        bases: by part; 4-bit ones are dequantised where they are used and freed again.
+        loras: A and B of each part in turn.
+        scales: LoRA's, by part.
+        indices: by part, int64 ``[k]``, ascending: the channels of context rows.
+        dtype: of the products.
+        keep: whether the stacks stay from forward to backward: for a recompute, whose backward is next.
+    """
+
+    def __init__(
+        self,
+        partition: TokenPartition,
+        bases: Sequence[BaseWeight],
+        loras: Sequence[Tensor],
+        scales: Sequence[float],
+        indices: Sequence[Tensor],
+        dtype: torch.dtype,
+        keep: bool = False,
+    ):
+        self.partition, self.bases, self.scales, self.indices, self.dtype = partition, bases, scales, indices, dtype
+        self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
+        self.A, self.B = _pack(loras, scales, dtype)
+        self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
+        self._kept: dict[bool, WeightStack] | None = {} if keep else None
+
+    def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """`forward` of rows in their natural order, ``x [M, in_features]``."""
+        return self.forward(x.index_select(0, self.partition.rows))
+
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`backward` likewise: ``dx [M, in_features]``."""
+        rows = self.partition.rows
+        sorted_dx, loras = self.backward(gradients, x.index_select(0, rows), xA)
+        return place_rows(sorted_dx, self.partition, x), loras
+
+    def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """The outputs, ``[M, width]`` each, and ``x A'`` of all parts side by side, which backward needs.
+
+        Args:
+            x: ``[n, in_features]``, by role.
+        """
+        partition, products = self.partition, []
+        for rows, indices in _kinds(partition, self.indices):
+            stack = self._stack(indices) if rows.stop > rows.start else None
+            width = len(self.A) + sum(self.widths if indices is None else self.counts)
+            products.append(x.new_empty((0, width)) if stack is None else stack.matmul(x[rows]))
+        bias = None
+        if any(base.bias is not None for base in self.bases):
+            bias = torch.cat([
+                x.new_zeros(base.shape[0]) if base.bias is None else base.bias.detach().to(x.dtype)
+                for base in self.bases
+            ])  # fmt: skip
+        return join_columns(self.B, *products, partition.place, self.index, self.widths, self.counts, bias)
+
+    def backward(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``dx [n, in_features]`` by role, and the LoRA gradients ``(dA, dB)`` of each part in turn."""
+        partition, lead = self.partition, len(self.A)
+        r = lead // len(self.bases)
+        gradients = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in gradients]
+        if partition.num_padding:
+            gradients = [dy.index_fill(0, partition.padding, 0) for dy in gradients]
+        d_xA = torch.empty_like(xA)
+        for dy, B, out in zip(gradients, self.B.split(self.widths), d_xA.split(r, dim=1), strict=True):
+            torch.mm(dy, B, out=out)
+        split = split_columns(d_xA, gradients, partition.rows, partition.num_dense, self.index, self.counts)
+        dx, dA = x.new_empty(x.shape), None
+        for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
+            if rows.stop > rows.start:
+                self._stack(indices).matmul_transposed(dy, out=dx[rows])
+                product = product_fp32(dy[:, :lead].t(), x[rows])
+                dA = product if dA is None else dA.add_(product)
+        loras: list[Tensor] = []
+        parts = zip(gradients, xA.split(r, dim=1), dA.split(r), self.scales, strict=True)
+        for dy, part_xA, part_dA, scale in parts:
+            loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_xA)]
+        return dx, loras
+
+    def _stack(self, indices: Sequence[Tensor] | None) -> WeightStack:
+        def make() -> WeightStack:
+            stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
+            stack.lora_rows.copy_(self.A)
+            return stack
+
+        return _once(self._kept, indices is None, make)
+
+
+class FusedOutputProjection:
+    """One projection that selects input channels (O); arguments as in `FusedQKV`, of its one part."""
+
+    def __init__(
+        self,
+        partition: TokenPartition,
+        base: BaseWeight,
+        loras: Sequence[Tensor],
+        scale: float,
+        index: Tensor,
+        dtype: torch.dtype,
+        keep: bool = False,
+    ):
+        self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
+        self.A, self.B = _pack(loras, [scale], dtype)
+        self._kept: dict[bool, WeightStack] | None = {} if keep else None
+
+    def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """`forward` with the output in its natural order, ``[M, out_features]``."""
+        y, xA = self.forward(x)
+        return [place_rows(y, self.partition, x)], xA
+
+    def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`backward` from the gradient in its natural order alone."""
+        (dy,) = gradients
+        return self.backward(dy, dy.index_select(0, self.partition.rows), x, xA)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output ``[n, out_features]`` by role, bias included, and ``x A'``, which backward needs.
+
+        Args:
+            x: ``[M, in_features]``, in its natural order.
+        """
+        partition, bias = self.partition, self.base.bias
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        xA = x @ self.A.t()
+        if partition.num_padding:
+            xA.index_fill_(0, partition.padding, 0)
+        split = split_columns(xA, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
+        y = x.new_empty((len(partition.rows), self.base.shape[0]))
+        for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
+            if rows.stop > rows.start:
+                self._stack(index).matmul_transposed(part, out=y[rows])
+        return y if bias is None else y.add_(bias.detach().to(y.dtype)), xA
+
+    def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``dx [M, in_features]`` and the LoRA gradients ``[dA, dB]``.
+
+        Args:
+            dy: ``[M, out_features]`` in its natural order; ``sorted_dy [n, out_features]``: the same by role.
+        """
+        partition, products = self.partition, []
+        lead, width = xA.shape[1], x.shape[1]
+        for rows, index in _kinds(partition, self.index):
+            empty = lead + (width if index is None else len(index))
+            there = rows.stop > rows.start
+            products.append(self._stack(index).matmul(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
+        (dx,), d_xA = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
+        dA = product_fp32(d_xA.t(), x)
+        return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), xA)]
+
+    def _stack(self, index: Tensor | None) -> WeightStack:
+        def make() -> WeightStack:
+            stack = stack_columns(self.base, len(self.A), self.dtype, index)
+            stack.lora_rows.copy_(self.B.t())
+            return stack
+
+        return _once(self._kept, index is None, make)
+
+
+def _kinds(partition: TokenPartition, selected):
+    """``(rows by role, None)`` of the dense rows, and ``(rows by role, selected)`` of the context rows."""
+    num_dense = partition.num_dense
+    return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
+
+
+def _once(kept: dict[bool, WeightStack] | None, which: bool, make: Callable[[], WeightStack]) -> WeightStack:
+    """``make()``, or what it made before where that is kept."""
+    if kept is None:
+        return make()
+    if which not in kept:
+        kept[which] = make()
+    return kept[which]
+
+
+def place_rows(values: Tensor, partition: TokenPartition, like: Tensor) -> Tensor:
+    """``values [n, width]`` by role, in their natural order ``[M, width]``; padding rows are zero."""
+    shape = (like.shape[0], values.shape[1])
+    target = values.new_zeros(shape) if partition.num_padding else values.new_empty(shape)
+    return target.index_copy_(0, partition.rows, values)
+
+
+def _pack(loras: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    As, Bs = ([lora.detach().contiguous() for lora in side] for side in (loras[::2], loras[1::2]))
+    return pack_linear(As, Bs, scales, dtype)

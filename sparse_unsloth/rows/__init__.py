@@ -1,0 +1,1 @@
+"""Row sparsity: exact forward, backward through chosen rows. The default method."""

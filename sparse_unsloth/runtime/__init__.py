@@ -1,0 +1,1 @@
+"""An attached model: its state, and the life of one forward."""

@@ -1,0 +1,155 @@
+"""What attaching did to a model, layer by layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sparse_unsloth.channels.selector import keep_count
+from sparse_unsloth.model.decoder_layer import left_out_layers
+from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep."""
+
+    name: str
+    mlp: float
+    self_attn: float
+    mlp_channels: tuple[int, int]
+    key_channels: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did, layer by layer.
+
+    Attributes:
+        exact_removal: what leaves out rows without loss, "" for nothing.
+        backward_rows: see `SparsityConfig.backward_rows`; ``row_layers``: in how many layers.
+        whole_layers: layers that the project's functions compute as a whole, proved in a probe forward.
+        captured_layers: those of them that CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
+        not_whole, not_captured: ``(reason, number of layers)`` of the others that could have been; they train as
+            exactly, and slower.
+        left_out: decoder layers that no sparse path is for, by name: what each lacks.
+    """
+
+    backend: str
+    layers: tuple[LayerReport, ...]
+    exact_removal: str = ""
+    backward_rows: float = 1.0
+    row_layers: int = 0
+    whole_layers: int = 0
+    captured_layers: int = 0
+    not_whole: tuple[tuple[str, int], ...] = ()
+    not_captured: tuple[tuple[str, int], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_sparse(self) -> int:
+        return self.row_layers or sum(bool(layer.mlp or layer.self_attn) for layer in self.layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Of all decoder layers."""
+        return len(self.layers) + len(self.left_out)
+
+    def __str__(self) -> str:
+        lines = [
+            f"sparse_unsloth: {self.num_sparse} of {self.num_layers} layers sparse on context tokens ({self.backend})"
+        ]
+        if self.row_layers:
+            lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
+        alike = _runs((layer.name, replace(layer, name="")) for layer in self.layers)
+        for first, last, layer in () if self.row_layers else alike:
+            span = f"layer {first}" if first == last else f"layers {first}-{last}"
+            mlp = _kept(layer.mlp, layer.mlp_channels)
+            attention = _kept(layer.self_attn, layer.key_channels)
+            lines.append(f"  {span}: MLP {mlp}; attention {attention}")
+        lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
+        if self.exact_removal:
+            lines.append(f"  rows without loss: left out of {self.exact_removal}")
+        return "\n".join([*lines, *self.speed_lines()])
+
+    def speed_lines(self) -> list[str]:
+        """How the layers run: whole, captured in CUDA graphs, or part by part and why."""
+        lines = []
+        if self.backend == "peft" and self.num_sparse:
+            lines.append(
+                "  layers run part by part: the PEFT backend hooks parts; backend='unsloth' runs them as a whole"
+            )
+        if self.whole_layers or self.not_whole:
+            lines.append(f"  {self.whole_layers} of {len(self.layers)} layers run as a whole")
+        lines += [f"  {count} of {len(self.layers)} part by part: {reason}" for reason, count in self.not_whole]
+        if self.captured_layers or self.not_captured:
+            lines.append(f"  {self.captured_layers} of {len(self.layers)} layers are captured in CUDA graphs")
+        return lines + [f"  {count} not captured: {reason}" for reason, count in self.not_captured]
+
+    def _reasons(self) -> dict[str, str]:
+        """The layers that are left out, "layers 0-2, 4-6", by reason."""
+        spans: dict[str, list[str]] = {}
+        for first, last, reason in _runs(self.left_out.items()):
+            spans.setdefault(reason, []).append(str(first) if first == last else f"{first}-{last}")
+        return {
+            reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
+            for reason, found in spans.items()
+        }
+
+
+def _runs(layers: Iterable[tuple[str, Any]]) -> list[tuple[int, int, Any]]:
+    """``(first, last, value)`` of neighbouring layers that have the same value; ``layers``: ``(name, value)``."""
+    runs: list[tuple[int, int, Any]] = []
+    for index, (name, value) in enumerate(layers):
+        place = _place(name, index)
+        if runs and runs[-1][1:] == (place - 1, value):
+            runs[-1] = (runs[-1][0], place, value)
+        else:
+            runs.append((place, place, value))
+    return runs
+
+
+def _place(name: str, default: int) -> int:
+    """The layer's number in its list, the last number of its name."""
+    return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
+
+
+def _kept(sparsity: float, channels: tuple[int, int]) -> str:
+    return f"{channels[0]} of {channels[1]} channels" if sparsity else "dense"
+
+
+def report(state: SparsityState, exact_removal: str) -> AttachReport:
+    """Of a model that is attached; ``exact_removal``: what leaves out rows without loss, "" for nothing."""
+    rows = []
+    for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
+        keys = layer.num_kv_heads * layer.head_dim
+        rows.append(
+            LayerReport(
+                name=layer.name,
+                mlp=sparsity.mlp,
+                self_attn=sparsity.self_attn,
+                mlp_channels=(keep_count(layer.intermediate_size, sparsity.mlp), layer.intermediate_size),
+                key_channels=(keep_count(keys, sparsity.self_attn), keys),
+            )
+        )
+    forwards = state.whole_forwards
+    captured = [runtime for runtime in forwards if not runtime.not_captured] if state.graphs is not None else []
+    return AttachReport(
+        state.backend.name,
+        tuple(rows),
+        exact_removal,
+        state.config.backward_rows,
+        row_layers=len(state.runtimes) if state.by_rows else 0,
+        left_out=left_out_layers(state.stack, state.layers),
+        whole_layers=sum(not runtime.not_whole for runtime in forwards),
+        captured_layers=len(captured),
+        not_whole=reasons(forwards, "not_whole"),
+        not_captured=reasons(forwards, "not_captured"),
+    )
+
+
+def reasons(runtimes: Iterable[LayerRuntime], name: str) -> tuple[tuple[str, int], ...]:
+    """``(reason, number of layers)``, the commonest first."""
+    return tuple(Counter(reason for runtime in runtimes if (reason := getattr(runtime, name))).most_common())

@@ -1,0 +1,419 @@
+"""The forward of an attached model: hooks open it, sparse or dense, hand its context to the layers, and close it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.errors import AttachError, EstimatorError, SparsityError
+from sparse_unsloth.exact.last_layer import enough_unused_rows, loss_is_fused
+from sparse_unsloth.explain.observer import Observation
+from sparse_unsloth.graphs.buckets import pad_dense_count, pad_length
+from sparse_unsloth.graphs.packed_attention import packing_of
+from sparse_unsloth.graphs.recorder import MAX_KINDS
+from sparse_unsloth.model.training_flags import in_backward
+from sparse_unsloth.runtime.adapter_changes import why_dense
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
+from sparse_unsloth.runtime.gradients import FirstBackward
+from sparse_unsloth.runtime.metrics import notice_nonfinite_scores
+from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
+from sparse_unsloth.tokens.partition import (
+    TokenPartition,
+    every_row_dense,
+    is_sequence_classifier,
+    is_split,
+    layout_of,
+    partition_of,
+    sequence_starts,
+)
+from sparse_unsloth.utils.distributed import rank
+
+
+def register_hooks(state: SparsityState) -> None:
+    """Lets forwards of the model open and close here, and their contexts reach the layers."""
+    state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
+    if state.hooked:
+        state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
+    for layer in state.layers:
+        layer.module.__dict__["_sparse_runtime"] = state.runtime(layer)
+    last = state.loss_rows.last
+    if last is not None and state.runtimes:
+        state.handles.append(last.register_forward_hook(_leave_last_layer))
+    for place, (name, module) in enumerate(state.stack.items()):
+        enter = partial(_enter_layer, place, name, module is last)
+        state.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        if module.__dict__.get("_sparse_runtime") is not None:
+            state.handles.append(module.register_forward_hook(_leave_layer, always_call=True))
+
+
+def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    if CONTEXT_ARGUMENT in kwargs:
+        return None
+    state = model.__dict__["_sparsity_state"]
+    state.inside = True
+    if state.graphs is not None and not args:
+        kwargs = few_sizes(state, model, kwargs)
+    context = open_forward(state, model, args, kwargs)
+    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+
+
+def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    state = model.__dict__["_sparsity_state"]
+    state.inside = False
+    close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
+    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
+    if loss is not None and loss.requires_grad:
+        loss.register_hook(partial(_say_evaluated, state))
+
+
+def _say_evaluated(state: SparsityState, gradient: Any) -> None:
+    state.say_once(
+        "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
+        "training."
+    )
+
+
+def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
+
+    Raises:
+        AttachError: the layer ran in this forward already, or recomputes what another one left out.
+    """
+    runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
+    context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is not None:
+        if in_backward():
+            _check_recompute(context, place, name, runtime)
+        elif name in context.entered and runtime is not None:
+            raise runs_twice(name)
+        context.entered.add(name)
+        if last and context.loss_rows is not None:
+            layer.__dict__["_sparse_context"] = context
+    if runtime is not None:
+        runtime.context = context
+        if context is None and layer.training and not runtime.state.inside:
+            _say_bypassed(runtime.state)
+    return args, kwargs
+
+
+def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
+    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
+    if name not in context.entered or not torch.is_grad_enabled():
+        return
+    before, this = context.recomputed, torch._C._current_graph_task_id()
+    if before is not None and before[0] == this and before[1] == place - 1 and before[2]:
+        raise AttachError(
+            f"{name} and the layer before it are checkpointed together, so that its recompute reads an output that is "
+            "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
+            "exact_removal: false."
+        )
+    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
+
+
+def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    runtime: LayerRuntime = layer.__dict__["_sparse_runtime"]
+    if runtime.context is not None and runtime.context.first_backward is not None:
+        runtime.context.first_backward.watch(runtime.layer.index, output)
+    runtime.context = None
+
+
+def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+    context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
+    if context is not None:
+        context.loss_rows.watch(context.partition, output)
+
+
+def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
+    """The context of a forward that begins, or None where it must be dense.
+
+    Raises:
+        SparsityError: a training forward with a schedule that nothing drives.
+        EstimatorError: the estimator still waits for calibration samples.
+    """
+    if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer or state.recorded_dense):
+        return None
+    reason = why_dense(state)
+    if reason:
+        if not model.training:
+            parts = state.expected_parts()
+            state.say_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
+        elif torch.is_grad_enabled():
+            state.say_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
+        if state.planner is not None:
+            state.planner.restore()
+        return None
+    if args:
+        kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+    if not model.training:
+        return _open_prefill(state, kwargs)
+    if not in_backward():
+        state.look_back() if state.driver is not None else state.verify_step()
+    if kwargs.get("labels") is None:
+        if state.planner is not None:
+            state.planner.restore()
+        if state.runtimes or state.recorded_dense:
+            ran = "nothing of it is recorded" if state.recorded_dense else "it ran dense"
+            state.say_once(
+                "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
+                f"take them away), so its tokens have no roles and {ran}."
+            )
+        return None
+    if kwargs["labels"].is_meta:
+        return None
+    if not state.gradients_seen and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
+        state.say_once(
+            "A training forward came, and no tensor of the model is trained. A saved adapter is loaded for training by "
+            "FastSparseLanguageModel.from_pretrained, or PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    split = is_split(kwargs)
+    if split:
+        _leave_out_for_split_rows(state)
+    graphs, planner = (None, None) if split else (state.graphs, state.planner)
+    recorded_dense = state.recorded_dense and not split
+    loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
+    if not (state.runtimes or loss_only or recorded_dense):
+        return None
+    partition = roles_of(state, kwargs)
+    scale = _current_scale(state, partition) if state.runtimes else 0.0
+    state.counts.forwards += 1
+    state.counts.context_tokens += len(partition.context)
+    state.counts.dense_tokens += len(partition.dense)
+    if graphs is not None and not recorded_dense:
+        partition = pad_dense_count(partition, padding_is_context=state.by_rows)
+    if planner is not None:
+        planner.plan(partition, scale if len(partition.context) else 0.0)
+    if scale > 0 and not state.context_seen:
+        state.context_seen = bool(len(partition.context))
+    if not len(partition.context):
+        scale = 0.0
+    paused: frozenset[tuple[int, str]] = frozenset()
+    if scale > 0:
+        if state.selector is None and not state.by_rows:
+            raise _no_estimator(state)
+        state.counts.sparse_forwards += 1
+        state.sparse_forwards_in_step += torch.is_grad_enabled()
+        notice_nonfinite_scores(state)
+        paused = state.watch.pause()
+        state.paused_in_step |= paused
+    elif recorded_dense:
+        partition, scale = every_row_dense(partition), 1.0
+    elif state.last_layer is None:
+        return None
+    context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
+    if scale > 0 and state.runtimes and torch.is_grad_enabled():
+        if not state.gradients_seen and state.first_backward is None:
+            state.first_backward = context.first_backward = FirstBackward(
+                [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.by_rows
+            )
+        usual = not context.loss_only and state.config.dense_tokens == "output"
+        if usual and state.loss_rows.wants_next():
+            context.loss_rows = state.loss_rows
+    if graphs is not None and graphs.documents:
+        context.packing = packing_of(kwargs, partition.shape)
+    if recorded_dense:
+        _record(state, context)
+    elif (
+        scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
+    ):
+        context.observation = _observe(state, partition, kwargs)
+    elif graphs is not None and scale > 0:
+        _record(state, context)
+    return context
+
+
+def _leave_out_for_split_rows(state: SparsityState) -> None:
+    """What would differ from rank to rank, or cannot be recorded, while attention talks to the other ranks."""
+    if state.planner is not None:
+        state.planner.restore()
+    wanted = [name for name, used in (("cuda_graphs", state.graphs), ("memory_budget", state.planner)) if used]
+    if wanted:
+        state.say_once(
+            f"{' and '.join(wanted)}: rows are split over several GPUs (context parallelism), so every layer is "
+            "checkpointed as it was set, and nothing is recorded."
+        )
+
+
+def _record(state: SparsityState, context: SparseContext) -> None:
+    if state.graphs.recaptures_too_often:
+        state.say_once(
+            "cuda_graphs: weights lie elsewhere in every step (offloading, sharding), so nothing is recorded any more. "
+            "Set cuda_graphs: false, or keep the model on the GPU."
+        )
+    elif state.graphs.should_replay(context.kind):
+        context.graphs = state.graphs
+        state.graphs.begin(context)
+    elif state.graphs.full:
+        state.say_once(
+            f"cuda_graphs: {MAX_KINDS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "
+            "bear loss), and no more will be; others run as without it. Pack to one length, or pad to multiples of a "
+            "large one (pad_to_multiple_of), so that fewer kinds come."
+        )
+
+
+def close_forward(state: SparsityState, context: SparseContext | None) -> None:
+    """Checks a forward that ended well, and has its scores looked at.
+
+    Raises:
+        SparsityError: rows were left out for a loss that did not come.
+    """
+    if context is None:
+        return
+    if context.prefill:
+        _close_prefill(state, context)
+        return
+    state.watch.look(context.selections)
+    if torch.is_grad_enabled():
+        state.counts.whole_layers, state.counts.captured_layers = len(context.whole), len(context.captured)
+    installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
+    if context.scale > 0 and installed and not (context.whole or context.probe):
+        state.say_once(
+            f"{installed} layers can run as a whole, but ran part by part: right, and slower. They need the norms' "
+            "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
+            "one active, unmerged adapter."
+        )
+    if context.graphs is not None and context.graphs.unused:
+        state.say_once(
+            "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
+            "exact_removal: true, and one active adapter with LoRA on every projection."
+        )
+    if context.loss_only and not context.loss_reached:
+        raise SparsityError(
+            "This forward left rows without loss out of the last layer, but did not end in Unsloth's fused loss "
+            "over the model's own output head, so what it returned may not be complete. Something replaced the "
+            "head or the model's forward (loss_type='chunked_nll' of TRL before 1.15 does, for one); set "
+            "exact_removal: false."
+        )
+
+
+def _say_bypassed(state: SparsityState) -> None:
+    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        state.say_once(
+            f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
+            "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
+            "detach(model) takes the sparse paths off."
+        )
+
+
+def _no_estimator(state: SparsityState) -> EstimatorError:
+    if rank():
+        return EstimatorError(
+            f"Rank {rank()} has no estimator yet: rank 0 hands its own out when training begins. Train through a "
+            "trainer that was built after attaching, or let every rank call get_state(model).begin_training(driver, "
+            "max_steps) before its first step, with torch.distributed initialised."
+        )
+    return EstimatorError(
+        f"The estimator of kind {state.config.estimator.kind!r} still waits for calibration samples. Train through a "
+        "transformers or TRL trainer (it then takes the first training samples), or pass calibration_samples= to "
+        "get_peft_model() or attach(), or set estimator kind 'svd', which needs none."
+    )
+
+
+def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
+    named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
+    starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
+    sparsity = {
+        (index, part): value
+        for index, layer in enumerate(state.layer_sparsity)
+        for part, value in layer._asdict().items()
+    }
+    return state.observer.open(state.step, partition, starts, state.layers, sparsity)
+
+
+def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
+    idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
+    if not model.training or idle or not loss_is_fused(model, arguments):
+        return arguments
+    return pad_length(arguments, getattr(model, "max_seq_length", None))
+
+
+def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
+    """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
+    if is_sequence_classifier(state.model):
+        return partition_of(state.model, arguments, state.config.dense_tokens)
+    layout = layout_of(arguments)
+    if not state.runtimes:
+        layout |= {"attention_mask": None, "position_ids": None}
+    return TokenPartition.from_labels(
+        arguments["labels"],
+        **layout,
+        dense_tokens=state.config.dense_tokens,
+        # Unsloth drops the mask in training, and tokens attend to padding on their left.
+        padding_masked=state.backend.name != "unsloth",
+    )
+
+
+def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
+    if state.driver is not None:
+        return state.scale
+    schedule = state.config.schedule
+    if schedule.start_step == 0 and schedule.end_step == 1.0 and isinstance(schedule.end_step, float):
+        return 1.0
+    if not torch.is_grad_enabled() or not len(partition.context):
+        return 0.0
+    raise SparsityError(
+        f"This model trains with a sparsity schedule (start_step={state.config.start_step}, "
+        f"end_step={state.config.end_step}), but nothing drives it. Build the trainer after attaching: it then gets "
+        "a SparsityCallback by itself; or add SparsityCallback() to its callbacks. In a training loop of your own "
+        "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
+        "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
+    )
+
+
+def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseContext | None:
+    """The context of a forward outside training, or None where it is dense.
+
+    Sparse are the first forward of a generation that fills a cache (``use_cache=True``, or an empty cache given), a
+    forward with labels, which tell the prompts, and every forward of a classifier.
+    """
+    if not state.sparse_prefill:
+        return None
+    if is_sequence_classifier(state.model) or arguments.get("labels") is not None:
+        partition = partition_of(state.model, arguments, state.config.dense_tokens)
+    else:
+        partition = _prompts(state, arguments)
+    if partition is None or not len(partition.context):
+        return None
+    context = SparseContext(partition, scale=1.0)
+    context.prefill = True
+    return context
+
+
+def _close_prefill(state: SparsityState, context: SparseContext) -> None:
+    """Says it if parts of the model were dense all the same."""
+    missing = state.expected_parts() - context.ran
+    if missing:
+        state.say_once(
+            f"sparse_prefill: {len(missing)} parts ran dense ({state.name_parts(missing)}): their adapter is merged or "
+            "disabled, or several are active. Prompts are sparse with one active, unmerged adapter."
+        )
+
+
+def _prompts(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition | None:
+    cache = arguments.get("past_key_values")
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None or tokens.shape[1] < 2 or _is_filled(cache):
+        return None
+    if cache is None and not arguments.get("use_cache"):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
+        state.say_once(
+            "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "
+            "such masks), which does not tell padding, so it ran dense. Generate with a dynamic cache."
+        )
+        return None
+    return TokenPartition.from_prompts(tokens, mask, state.config.dense_tokens)
+
+
+def _is_filled(cache: Any) -> bool:
+    if cache is None:
+        return False
+    return int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0

@@ -1,0 +1,59 @@
+"""What sparsity did between two log lines."""
+
+from __future__ import annotations
+
+import logging
+
+from sparse_unsloth.channels.score_watch import PAUSE
+from sparse_unsloth.runtime.state import ForwardCounts, SparsityState
+from sparse_unsloth.utils.distributed import rank
+
+logger = logging.getLogger("sparse_unsloth")
+
+
+def metrics(state: SparsityState) -> dict[str, float]:
+    """What sparsity did since the last call: zeros for empty counts, nothing for a model that nothing is done to.
+
+    ``sparsity/enabled`` is 1 where a forward was sparse since then, and ``sparsity/scale`` what the schedule asks for.
+    """
+    if not (state.runtimes or state.recorded_dense):
+        return {}
+    tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
+    enabled = float(state.counts.sparse_forwards > 0)
+    figures = {
+        "sparsity/enabled": enabled,
+        "sparsity/scale": state.scale,
+        "sparsity/context_share": state.counts.context_tokens / tokens,
+        "sparsity/sparse_forwards": state.counts.sparse_forwards / max(state.counts.forwards, 1),
+    }
+    if state.by_rows:
+        figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
+    else:
+        means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]
+        scale = state.scale * enabled
+        figures |= {"sparsity/mean_mlp": means[0] * scale, "sparsity/mean_self_attn": means[1] * scale}
+    if state.whole_forwards:
+        figures["sparsity/whole_layers"] = float(state.counts.whole_layers)
+    if state.graphs is not None:
+        figures["sparsity/captured_layers"] = float(state.counts.captured_layers)
+    notice_nonfinite_scores(state)
+    if state.watch.events:
+        figures["sparsity/nonfinite"] = float(state.watch.events)
+        state.watch.events = 0
+    if state.planner is not None:
+        figures["sparsity/kept_layers"] = float(state.planner.num_kept)
+    state.counts = ForwardCounts()
+    return figures
+
+
+def notice_nonfinite_scores(state: SparsityState) -> None:
+    """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+    found = state.watch.collect()
+    if found and "non-finite" not in state.said:
+        state.said.add("non-finite")
+        logger.warning(
+            f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({state.name_parts(found)}), so in the "
+            "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+            f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
+            "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
+        )

@@ -1,0 +1,496 @@
+"""The state of an attached model, and of each of its hooked layers: how sparse it is, and where its training stands."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparse_unsloth.channels.estimator import Estimator
+from sparse_unsloth.channels.score_watch import ScoreWatch
+from sparse_unsloth.channels.selector import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.channels.sharing import obtain_for_all_ranks
+from sparse_unsloth.config.sparsity import LayerSparsity, SparsityConfig
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.explain.observer import Observer
+from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
+from sparse_unsloth.model.training_flags import in_backward
+from sparse_unsloth.rows.backward import RowChoice
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.context import SparseContext, runs_twice
+from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
+from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
+from sparse_unsloth.utils.distributed import has_group, is_main, world_size
+
+logger = logging.getLogger("sparse_unsloth")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The hook points of one training library, "peft" or "unsloth"; functions alone, so it is copied and pickled.
+
+    Attributes:
+        install, uninstall, is_installed: of a layer's parts, and of one module that was hooked.
+        refuse_sharded_weights: raises AttachError where the layer's functions would not find whole weights.
+        why_not_captured: what keeps a layer from CUDA graphs, "" for nothing.
+        why_not_whole: what keeps a layer from a whole forward without `SparsityConfig.backward_rows`, likewise.
+    """
+
+    name: str
+    install: Callable[[LayerRuntime], None]
+    uninstall: Callable[[nn.Module], None]
+    is_installed: Callable[[nn.Module], bool]
+    refuse_sharded_weights: Callable[[DecoderLayer], None]
+    why_not_captured: Callable[[LayerRuntime], str]
+    why_not_whole: Callable[[LayerRuntime], str]
+
+
+@dataclass
+class ForwardCounts:
+    """Training forwards with labels and their tokens, padding left out."""
+
+    forwards: int = 0
+    sparse_forwards: int = 0
+    context_tokens: int = 0
+    dense_tokens: int = 0
+    whole_layers: int = 0
+    captured_layers: int = 0
+    """Of the last forward: layers that the project's functions computed as a whole, and those in CUDA graphs."""
+
+
+class SparsityState:
+    """Everything that an attached model carries; kept outside the module tree, so nothing of it is ever saved.
+
+    Attributes:
+        model: the outermost model, where labels enter.
+        backend: whose hook points are used.
+        set_up_process: what a process that loads the model does first, or where it is copied.
+        hooked: the modules whose forward was replaced; ``handles``: what else was installed, each with ``remove()``.
+        by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
+        recorded_dense: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
+        layer_sparsity: of context rows, by layer.
+        runtimes: the layers that the configuration makes sparse, by index.
+        whole_layers: of layers that are dense but have a whole-layer forward, by index.
+        uncompiled: what keeps hooked layers out of Unsloth's compiled regions, by index.
+        whole_forwards: of all layers where the backend tries to run layers as a whole; each says what came of it.
+        last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
+        sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
+        adapter_folder: where the adapter was loaded from, None for a new one.
+        observer: what `explain` reports (`SparsityConfig.explain_steps`).
+        projections, proved: of each layer, by index, and what `adapter_changes` saw of them when attaching.
+        seen, reason: what `why_dense` saw last, and what it made of that.
+        inside: a forward of the model runs.
+        driver: the callback, or whatever else sets the step; None outside training.
+        graphs: what `SparsityConfig.cuda_graphs` records.
+        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
+        shared: every process has the estimator of rank 0.
+        stack: every decoder layer by name, those that no sparse path is for among them.
+        loss_rows, first_backward: what looks at backward passes (`sparse_unsloth.runtime.gradients`).
+        gradients_seen: a sparse forward's backward pass gave every trained tensor of the sparse layers its gradient.
+        context_seen: some forward that was to be sparse had context tokens; None before the first one.
+        ran: parts that ran sparsely with gradients in this step.
+        scale, step: the share of the configured sparsity in this step, and optimiser steps done (None: not counted).
+        counts: what `metrics` sums up, since it was last asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[DecoderLayer],
+        config: SparsityConfig,
+        backend: Backend,
+        set_up_process: Callable[[SparsityState], None],
+    ):
+        self.model = model
+        self.backend, self.set_up_process = backend, set_up_process
+        self.layers = layers
+        self.config = config
+        self.layer_sparsity = config.layer_sparsity(len(layers))
+        self.by_rows = config.by_rows
+        self.recorded_dense = config.cuda_graphs and not config.is_sparse(len(layers))
+        # By rows, Unsloth's last layer leaves context rows out of forward and backward already.
+        done = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
+        self.runtimes = {
+            layer.index: LayerRuntime(self, layer, sparsity)
+            for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
+            if any(sparsity) or (self.by_rows and layer is not done)
+        }
+        self.whole_layers: dict[int, LayerRuntime] = {}
+        self.whole_forwards: list[LayerRuntime] = []
+        self.uncompiled: dict[int, Any] = {}
+        self.last_layer: LayerRuntime | None = None
+        self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
+        self.proved: list[Any] = []
+        self.seen: list[Any] = []
+        self.reason = ""
+        self.inside = False
+        self.driver: object | None = None
+        self.sparse_prefill = False
+        self.prefill_handles: list[RemovableHandle] = []
+        self.adapter_folder: Path | None = None
+        self.observer = Observer(config.explain_steps)
+        self.estimator: Estimator | None = None
+        self.selector: ChannelSelector | None = None
+        self.planner: CheckpointPlanner | None = None
+        self.watch = ScoreWatch()
+        self.graphs: GraphCache | None = None
+        self.shared = False
+        self.hooked: list[nn.Module] = []
+        self.handles: list[Any] = []
+        self.stack = decoder_stack(model, layers)
+        self.loss_rows = LossRows(model, self.stack, self.say_once)
+        self.first_backward: FirstBackward | None = None
+        self.gradients_seen = False
+        self.context_seen: bool | None = None
+        self.ran: set[tuple[int, str]] = set()
+        self.scale = 0.0
+        self.step: int | None = None
+        self._max_steps = 0
+        self._verified = False
+        self.sparse_forwards_in_step = 0
+        self.paused_in_step: set[tuple[int, str]] = set()
+        self.said: set[str] = set()
+        self.counts = ForwardCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a pickled model: the training that it is in belongs to this process."""
+        return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "inside": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.set_up_process(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsityState:
+        """The copy has the same driver, which is not copied."""
+        memo[id(self.driver)] = self.driver
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def runtime(self, layer: DecoderLayer) -> LayerRuntime | None:
+        """What a hooked layer works with; None for a layer that nothing is hooked in."""
+        if self.last_layer is not None and self.last_layer.layer is layer:
+            return self.last_layer
+        return self.runtimes.get(layer.index) or self.whole_layers.get(layer.index)
+
+    def use(self, estimator: Estimator | None) -> None:
+        """Chooses channels by ``estimator`` from now on; None for criteria that need none."""
+        self.estimator = estimator
+        self.selector = ChannelSelector(self.config, self.layers, estimator)
+
+    def begin_training(self, driver: object, max_steps: int, train_dataset=None, collate_fn=None) -> None:
+        """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
+
+        Of several processes every one must call it: the estimator of rank 0 becomes that of all.
+
+        Raises:
+            AttachError: a hook is gone, or FSDP sharded weights that the backend needs whole.
+            EstimatorError: the estimator needs calibration samples and the data set gives none.
+        """
+        self.verify_hooks()
+        self.end_prefill()
+        for layer in filter(self.runtime, self.layers):
+            self.backend.refuse_sharded_weights(layer)
+        if self.runtimes and not (self.by_rows or self.shared):
+            shares = self.config.criterion == "estimator" and world_size() > 1 and has_group()
+            if shares or self.selector is None:
+                model = self.model, self.layers, self.layer_sparsity, self.config
+                self.use(obtain_for_all_ranks(*model, self.estimator, train_dataset, collate_fn))
+            self.shared = shares
+        if self.config.memory_budget is not None and self.planner is None:
+            self.planner = self._plan_checkpoints(self.config.memory_budget)
+        self.driver, self._max_steps, self._verified = driver, max_steps, False
+        self.gradients_seen, self.context_seen = False, None
+        self.observer.clear()
+        self.counts = ForwardCounts()
+
+    def end_prefill(self) -> None:
+        """Computes prompts densely from now on."""
+        for handle in self.prefill_handles:
+            handle.remove()
+        self.prefill_handles.clear()
+        self.sparse_prefill = False
+
+    def verify_hooks(self) -> None:
+        """Raises AttachError if something replaced a sparse forward since it was installed."""
+        lost = [module for module in self.hooked if not self.backend.is_installed(module)]
+        if lost:
+            raise AttachError(
+                f"{len(lost)} of {len(self.hooked)} sparse forwards were replaced after attach() (first: "
+                f"{type(lost[0]).__name__}). Load adapters and patch the model first, then attach it last."
+            )
+
+    def expected_parts(self) -> set[tuple[int, str]]:
+        """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""
+        return {
+            (index, part)
+            for index, runtime in self.runtimes.items()
+            for part, sparsity in runtime.sparsity._asdict().items()
+            if sparsity > 0 or self.by_rows
+        }
+
+    def _plan_checkpoints(self, budget: float) -> CheckpointPlanner:
+        hooked = {id(module) for module in self.hooked}
+        rows = self.runtimes.values() if self.by_rows else ()
+        return CheckpointPlanner(
+            self.model,
+            self.layers,
+            self.layer_sparsity,
+            budget,
+            row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
+            fused_loss=self.backend.name == "unsloth",
+            loss_only=self.config.exact_removal,
+        )
+
+    def hooked_parts(self) -> set[tuple[int, str]]:
+        """`expected_parts`, and what leaves out rows without loss in a dense last layer."""
+        last = self.last_layer
+        return self.expected_parts() | (set() if last is None else {(last.layer.index, part) for part in last.parts})
+
+    def name_parts(self, parts: set[tuple[int, str]]) -> str:
+        """The first few of ``parts`` as a user would look for them."""
+        names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
+        return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+    def set_step(self, step: int) -> None:
+        """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
+        self.verify_step()
+        self.scale, self.step = self.config.schedule.scale(step, self._max_steps), step
+        self.observer.begin_step(step, self.scale > 0)
+        self.sparse_forwards_in_step = 0
+        self.paused_in_step: set[tuple[int, str]] = set()
+        self.ran.clear()
+
+    def look_back(self) -> None:
+        """Between two forwards: judges the backward pass of the last one, where that is still to be done.
+
+        Raises:
+            AttachError: see `FirstBackward.close`.
+        """
+        self.loss_rows.collect()
+        if self.first_backward is not None:
+            watch, self.first_backward = self.first_backward, None
+            self.gradients_seen = watch.close()
+
+    def verify_step(self) -> None:
+        """After the first sparse optimiser step: every hooked part ran sparsely with gradients; and see `look_back`.
+
+        Raises:
+            AttachError: some did not; the message names them.
+        """
+        self.look_back()
+        if self.context_seen is False:
+            self.say_once(
+                f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
+                "train dense (sparsity=None)."
+            )
+        # Without a driver it is not known where a step ends: a recompute may still be to come.
+        ended = self.driver is not None or self.gradients_seen
+        if self._verified or not self.sparse_forwards_in_step or not ended:
+            return
+        expected = self.expected_parts()
+        missing = expected - self.ran - self.paused_in_step
+        if missing:
+            raise AttachError(
+                f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
+                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
+                "attach(), or does not call it. Attach last."
+            )
+        self._verified = True
+
+    def end_training(self) -> None:
+        """Forgets the driver; the next training brings its own."""
+        self.look_back()
+        if self.planner is not None:
+            self.planner.restore()
+            self.planner = None
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.driver, self.scale, self.step = None, 0.0, None
+
+    def say_once(self, message: str) -> None:
+        """Warns, on the main process, unless the same was said before."""
+        if message not in self.said:
+            self.said.add(message)
+            if is_main():
+                logger.warning(message)
+
+
+def get_state(model: nn.Module) -> SparsityState | None:
+    """The state of an attached model, inside DDP and ``torch.compile`` wrappers too; None if it is not attached."""
+    while model is not None:
+        state = getattr(model, "__dict__", {}).get("_sparsity_state")
+        if state is not None:
+            return state
+        modules = getattr(model, "_modules", {})
+        model = modules.get("module") or modules.get("_orig_mod")
+    return None
+
+
+class LayerRuntime:
+    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
+
+    Attributes:
+        sparsity: of context rows.
+        parts: those that leave out rows without loss, in the last layer, where a forward may
+            (`SparseContext.loss_only`).
+        precomputed_qkv: Q, K, V, while a whole layer's forward that computed them runs the attention module.
+        skip_output_projection: such a forward computes O itself.
+        not_whole: why the layer runs part by part; "" where it does not, and so for the next two.
+        not_fusable: why the functions of `ops.decoder_layer` do not compute its chosen rows.
+        not_captured: why CUDA graphs do not hold it.
+    """
+
+    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
+        self.state = state
+        self.layer = layer
+        self.sparsity = sparsity
+        self.context: SparseContext | None = None
+        self.parts: tuple[str, ...] = ()
+        self.not_whole = ""
+        self.not_fusable = ""
+        self.not_captured = ""
+        self.precomputed_qkv: tuple[Tensor, ...] | None = None
+        self.skip_output_projection = False
+
+    def is_sparse(self, part: str) -> bool:
+        """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
+        context = self.context
+        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+            return False
+        return not context.paused or (self.layer.index, part) not in context.paused
+
+    def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
+        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is.
+
+        Raises:
+            AttachError: see `check_rows`.
+        """
+        context = self.context
+        if context is None or context.scale <= 0 or not (self.state.by_rows and module.training):
+            return None
+        self.check_rows(module, rows)
+        return context.row_choice(self.layer.index, self.state.config.backward_rows)
+
+    def check_rows(self, module: nn.Module, rows: Tensor) -> None:
+        """Raises AttachError unless ``rows [..., width]``, the input of ``module``, are those that have roles."""
+        shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
+        if shape == expected:
+            return
+        sizes = [size for size in shape if size != 1]
+        if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
+            return
+        named = self.layer.module.named_modules()
+        where = next((f".{name}" for name, one in named if one is module and name), "")
+        raise AttachError(
+            f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
+            f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
+            "puts rows in front of the tokens (soft prompts, a prefix, images, sound), cuts its input off "
+            "(max_seq_length), or cuts or reorders its rows. Give it embeddings and labels of the whole length "
+            "(-100 for the rows in front), or train dense (sparsity=None)."
+        )
+
+    def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
+        """The rows that ``part`` computes, or None where ``module``'s own function does.
+
+        That is so whenever the module's own ``training`` flag is off, unless prompts are sparse outside training too.
+        In the last layer these are the rows of the MLP and of the O projection; its keys and values need every row.
+
+        Raises:
+            AttachError: see `check_rows`; ``rows`` is the input of ``module``.
+        """
+        context, sparse = self.context, self.is_sparse(part)
+        if context is None or not (module.training or context.prefill):
+            return None
+        found = context.partition if sparse else None
+        if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
+            found = context.rows_with_loss(sparse)
+        if found is not None:
+            self.check_rows(module, rows)
+        return found
+
+    def _mlp_scores_every_row(self, part: str) -> bool:
+        """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
+
+        It is with ``dense_tokens="none"``: rows with loss are context then, and their channels are chosen among all.
+        """
+        return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
+
+    def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> Tensor:
+        """int64 ``[k]``: the MLP channels that context rows keep in this forward.
+
+        Args:
+            hidden_states: the MLP's input, ``[..., hidden_size]``.
+            partition: what `partition` gave for the MLP.
+        """
+        chosen = self._of_all_rows("mlp", hidden_states, partition)
+        # Without context rows there is nothing to choose, and nothing that the choice would change.
+        return partition.dense[:0] if chosen is None else chosen.channels
+
+    def attention_channels(
+        self, partition: TokenPartition, hidden_states: Tensor | None = None
+    ) -> AttentionSelection | None:
+        """The attention channels of context rows, None: all of them; arguments as `mlp_channels`.
+
+        ``hidden_states`` is the input of Q, K, V.
+
+        Raises:
+            AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
+        """
+        return self._of_all_rows("self_attn", hidden_states, partition)
+
+    def choose_of_context(self, part: str, context_rows: Tensor | None) -> MlpSelection | AttentionSelection:
+        """The choice of ``part`` by its input on the context rows alone, ``[n, hidden_size]``; None once it is made."""
+        return self._choose(part, context_rows, None)
+
+    def record_run(self, part: str) -> None:
+        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
+
+        Raises:
+            AttachError: it ran in this forward already, and this is no recompute.
+        """
+        whole = self.context.probe and "_sparse_original" in self.layer.module.__dict__  # runs both ways in the probe
+        if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
+            raise runs_twice(f"{self.layer.name}.{part}")
+        self.context.ran.add((self.layer.index, part))
+        by_rows = self.state.by_rows and self.layer.index in self.state.runtimes
+        if torch.is_grad_enabled() and (by_rows or self.is_sparse(part)):
+            self.state.ran.add((self.layer.index, part))
+
+    def leaves_output_out(self, context: SparseContext) -> bool:
+        """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
+        rows = self.state.by_rows or context.memo(self.layer.index).with_gradients is False
+        ran = (self.layer.index, "mlp") in context.ran
+        return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
+
+    def _of_all_rows(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        """The choice by the context rows among all of ``hidden_states``; None without any, or in a dense part."""
+        if not len(partition.context) or getattr(self.sparsity, part) <= 0:
+            return None
+        return self._choose(part, hidden_states, self.context.partition.context)
+
+    def _choose(self, part: str, hidden_states: Tensor | None, rows: Tensor | None):
+        """The choice by ``rows`` of ``hidden_states``; None: these are the context rows alone."""
+        key = (self.layer.index, part)
+        chosen = self.context.selections.get(key)
+        if chosen is None:
+            if hidden_states is None:
+                raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
+            select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
+            # What is kept of it (static channels, factors on the device) serves trainings too.
+            with torch.inference_mode(False), torch.no_grad():
+                chosen = select(self.layer, hidden_states, getattr(self.sparsity, part), rows)
+            if part == "mlp" and chosen.order is not None:
+                self.context.memo(self.layer.index).order = chosen.order
+            self.context.selections[key] = chosen
+        if self.context.observation is not None and hidden_states is not None:
+            self.state.observer.see(self.context.observation, self.layer, part, hidden_states, chosen, rows is None)
+        return chosen

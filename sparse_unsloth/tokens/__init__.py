@@ -1,0 +1,1 @@
+"""Which tokens carry loss and which are context: labels to row indices, for every batch layout."""
