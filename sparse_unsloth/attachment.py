@@ -156,13 +156,13 @@ def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
         AttachError: a model that Unsloth runs through its compiled path, which has no hook points.
     """
     if "apply_qkv" in layers[0].self_attn.__dict__:
-        return hooks.BACKEND
+        return unsloth.BACKEND
     if model.__dict__.get("_sparse_backend") == "unsloth":
         raise AttachError(
             f"Unsloth runs {type(layers[0].module).__name__} through its general compiled path, which has no hook "
             "points (as for Granite, Cohere, mixtures of experts and 8-bit bases). Load it with backend='peft'."
         )
-    return hooks.BACKEND
+    return peft.BACKEND
 
 
 def _remove_rows_without_loss(state: SparsityState) -> str:
@@ -179,7 +179,7 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
     if not isinstance(stack, nn.ModuleList) or stack[-1] is not last.module:
         return "logits and loss; not the last layer, which is of another kind than the others"
     runtime = state.runtimes.get(last.index) or LayerRuntime(state, last, state.layer_sparsity[-1])
-    left = hooks.install_on_last_layer(runtime)
+    left = unsloth.install_on_last_layer(runtime)
     state.last_layer = runtime if runtime.parts else None
     done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.parts)]
     return "; ".join([", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in left.items())])
@@ -193,7 +193,7 @@ def _replace_whole_layers(state: SparsityState) -> None:
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
         for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True)
     ]
-    hooks.install_whole_layers(state.whole_forwards)
+    unsloth.install_whole_layers(state.whole_forwards)
     state.whole_layers = {
         runtime.layer.index: runtime
         for runtime in state.whole_forwards
@@ -213,7 +213,7 @@ def _keep_proved_layers(state: SparsityState) -> None:
     for runtime in state.whole_forwards:
         if not runtime.not_whole:
             continue
-        hooks.uninstall_whole_layer(runtime)
+        unsloth.uninstall_whole_layer(runtime)
         if state.whole_layers.pop(runtime.layer.index, None) is not None and runtime is not state.last_layer:
             state.uncompiled[runtime.layer.index].remove()
 
@@ -225,7 +225,7 @@ def _prepare_graphs(state: SparsityState) -> None:
     layers = [*state.whole_forwards] or [*state.runtimes.values()]
     if not layers:  # dense: the backend has no whole layers, and none has a hook
         raise AttachError(
-            f"cuda_graphs: no layer of this model can be captured: {hooks.NO_GRAPHS}. Set cuda_graphs: false."
+            f"cuda_graphs: no layer of this model can be captured: {peft.NO_GRAPHS}. Set cuda_graphs: false."
         )
     for runtime in layers:
         runtime.not_captured = state.backend.why_not_captured(runtime)

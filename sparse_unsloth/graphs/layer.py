@@ -1,8 +1,8 @@
 """A whole decoder layer, attention included, in CUDA graphs: one for its first forward, two for recompute and backward.
 
 What is recorded are the functions of `ops.decoder_layer`, and autograd's own backward through them and the attention:
-so every step launches what the first recorded one did. The choice of channels is recorded as well, and what it gave lies
-where it lay. The output and LoRA's gradients are copied to memory of their own.
+so every step launches what the first recorded one did. The choice of channels is recorded as well, and what it gave
+lies where it lay. The output and LoRA's gradients are copied to memory of their own.
 
 For attention that depends on nothing but a few tensors of constant shape; `graphs.parts` is for others.
 """

@@ -1,4 +1,4 @@
-"""`ops.decoder_layer` with its products in CUDA graphs around an attention that is not captured: long documents, windows.
+"""`ops.decoder_layer` with its products in CUDA graphs around attention that is not captured: long documents, windows.
 
 For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one
 behind it, and the MLP, with all that prepares their weights; norms, residual sums and the choice of channels run as
