@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
+from sparse_unsloth.backends.peft import hooks as peft
+from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import AttachError
