@@ -202,7 +202,7 @@ class _GluRows:
 
     def forward(self, x: Tensor, output_unused: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """``y [n, hidden]`` (None if ``output_unused``) and what backward needs beside ``x``: the pre-activations of
-        gate and up ``[n, I]``, or, where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
+        gate and up ``[n, I]``, or the base products ``[n, k]`` alone where the LoRA branch is wider than they are.
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
         e, g = self.gate.add_lora(gate_base, self.gate.xA(x)), self.up.add_lora(up_base, self.up.xA(x))

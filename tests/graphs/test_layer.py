@@ -231,7 +231,7 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
 def test_kinds_that_come_once_are_not_recorded(recorder):
     ours = GraphCache(recorder)
     assert not any(ours.should_replay(("once", number)) for number in range(1000))
-    assert len(ours._counted) == graphs.KINDS_COUNTED
+    assert len(ours._counted) == graphs.KEYS_COUNTED
     assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
     for number in range(100):
         for _ in range(2):
