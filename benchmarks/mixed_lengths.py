@@ -139,7 +139,8 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
     free, total = torch.cuda.mem_get_info()
     return {
         "recording_s": round(rounds[-2] - rounds[-1], 3), "round_s": round(rounds[-1], 3),
-        "recorded_share": round(recorded[-1] / len(batches), 3), "kinds": 0 if graphs is None else len(graphs.kinds),
+        "recorded_share": round(recorded[-1] / len(batches), 3),
+        "kinds": 0 if graphs is None else len(graphs.captured_keys),
         "peak_gib": round(peak / 2**30, 3), "used_gib": round((total - free) / 2**30, 3),
         "warmup_s": round(sum(rounds[:-1]), 1),
     }  # fmt: skip

@@ -189,7 +189,7 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
 
 def _replace_whole_layers(state: SparsityState) -> None:
     """Lets the layers of a sparse model run as a whole where that is faster, dense ones among them too."""
-    if state.backend.name != "unsloth" or not (state.runtimes or state.recorded_dense):
+    if state.backend.name != "unsloth" or not (state.runtimes or state.dense_with_graphs):
         return
     state.whole_forwards = [
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
@@ -267,7 +267,7 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         EstimatorError: the estimator cannot be had (see `obtain_estimator`).
     """
     config = state.config
-    if state.by_rows or not state.runtimes:
+    if state.row_sparse or not state.runtimes:
         return
     if config.criterion != "estimator":
         state.use(None)
@@ -341,7 +341,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
         state.config.save(Path(save_directory) / CONFIG_NAME)
         save_estimator_with_adapter(state, Path(save_directory))
         if unsaved := left_unsaved(self, Path(save_directory)):
-            state.say_once(
+            state.warn_once(
                 f"{len(unsaved)} trained tensors are no part of the adapter, and were not saved with it: "
                 f"{', '.join(unsaved[:3])}{', ...' if len(unsaved) > 3 else ''}. Name their modules in "
                 "modules_to_save, or save them yourself."

@@ -55,8 +55,8 @@ class Setting:
         if not self.mlp:
             return DENSE
         random = self.selector == "random"
-        by_rows = self.kind == "rows"
-        return Mode(kind=self.kind, contextual=not (by_rows or random), random_rows=by_rows and random)
+        row_sparse = self.kind == "rows"
+        return Mode(kind=self.kind, contextual=not (row_sparse or random), random_rows=row_sparse and random)
 
     def keep(self, layers: int, inner: int) -> tuple[int, ...]:
         """MLP channels that each layer keeps on context rows."""

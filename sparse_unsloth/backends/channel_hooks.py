@@ -42,7 +42,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
         channels,
         GatedMlp(*projections, runtime.layer.activation),
         runtime.context.memo(runtime.layer.index),
-        output_is_added=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
+        skip_unused_output=runtime.state.config.exact_removal and runtime.layer.adds_mlp_output,
     )
 
 

@@ -54,11 +54,13 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
     choice = None if args or kwargs else runtime.row_choice(self, hidden_states)
     if choice is None:
         return original_forward(self, hidden_states, *args, **kwargs)
-    unread = is_unread(runtime)
+    output_unused = is_output_unused(runtime)
     runtime.record_run("mlp")
     if not torch.is_grad_enabled():
         return original_forward(self, hidden_states)
-    return backward_rows(partial(original_forward, self), [hidden_states], trained(self), choice, unread=unread)
+    return backward_rows(
+        partial(original_forward, self), [hidden_states], trained(self), choice, output_unused=output_unused
+    )
 
 
 def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,7 +82,7 @@ def through_output(
     return backward_rows(function, [attention_output], trained(module), choice, chooses=False)
 
 
-def is_unread(runtime: LayerRuntime) -> bool:
+def is_output_unused(runtime: LayerRuntime) -> bool:
     """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
 
     It is where this forward came through the layer before, with gradients (checkpointing that is not reentrant) or

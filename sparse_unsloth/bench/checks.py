@@ -79,7 +79,7 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
         return check_plain(plain)
     state = get_state(model)
     found = [] if state.graphs is None else [check_graphs(model)]
-    if state.by_rows:
+    if state.row_sparse:
         return "; ".join([*found, check_rows(model, plain)])
     for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
         runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
@@ -167,7 +167,7 @@ def check_graphs(model: nn.Module) -> str:
     run as it is.
     """
     state = get_state(model)
-    found = _check_replays(model, small_batch, as_recorded=state.by_rows)
+    found = _check_replays(model, small_batch, as_recorded=state.row_sparse)
     if state.graphs.documents:
         found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
     return found

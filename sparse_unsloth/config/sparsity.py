@@ -234,7 +234,7 @@ class SparsityConfig(_Config):
         return Schedule(self.start_step, self.end_step)
 
     @property
-    def by_rows(self) -> bool:
+    def row_sparse(self) -> bool:
         """Whether the backward pass leaves out rows, so that no channels are chosen."""
         return self.backward_rows < 1
 
@@ -244,11 +244,11 @@ class SparsityConfig(_Config):
         Raises:
             ConfigError: see `layer_sparsity`.
         """
-        return self.by_rows or any(map(any, self.layer_sparsity(num_layers)))
+        return self.row_sparse or any(map(any, self.layer_sparsity(num_layers)))
 
     def whole_rows(self) -> "SparsityConfig":
         """The same without `backward_rows`, and without the schedule that comes with it."""
-        if not self.by_rows:
+        if not self.row_sparse:
             return self
         changes: dict[str, Any] = {"preset": None, "backward_rows": 1.0}
         if (self.start_step, self.end_step) == (0.0, 1.0):

@@ -207,7 +207,7 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
     attention_product = 2 * pairs * shape.num_heads * shape.head_dim
 
     forward, again, backward = Counter(), Counter(), Counter()
-    by_rows = step.backward_rows < 1
+    row_sparse = step.backward_rows < 1
     for layer, (mlp, self_attn) in enumerate(layer_sparsity):
         chosen = shape.projections(mlp, self_attn)
         narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and step.last_layer_tokens is not None else ()
@@ -225,7 +225,7 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
             forward[part] += base
             forward["lora"] += lora_a + lora_b
             share = 1.0
-            if by_rows and name not in ATTENTION[:3] and rows:
+            if row_sparse and name not in ATTENTION[:3] and rows:
                 share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
             if step.checkpointing or share < 1:
                 times = share + (step.checkpointing and share < 1 and name in step.whole_again)

@@ -39,7 +39,7 @@ class Forward(Protocol):
     loss_reached: bool
 
 
-class LossRemoval:
+class LossRowsOnly:
     """One model's wish for loss-bearing rows only; `remove` ends it, and may be called again."""
 
     def __init__(self, model: nn.Module, last_layer: nn.Module, context_argument: str):
@@ -95,11 +95,11 @@ class LossRemoval:
         self._context = kwargs.get(self._argument)
 
 
-_asking: WeakSet[LossRemoval] = WeakSet()
+_asking: WeakSet[LossRowsOnly] = WeakSet()
 _replaced: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}  # by module: (ours, Unsloth's)
 
 
-def install_loss_removal(model: nn.Module, last_layer: nn.Module, context_argument: str) -> LossRemoval:
+def install_loss_removal(model: nn.Module, last_layer: nn.Module, context_argument: str) -> LossRowsOnly:
     """From now on the fused loss of ``model``, which Unsloth loaded, computes loss-bearing rows only.
 
     Args:
@@ -111,7 +111,7 @@ def install_loss_removal(model: nn.Module, last_layer: nn.Module, context_argume
         AttachError: the installed Unsloth has no such loss where it is to be replaced, or one with other arguments.
     """
     _replace_functions()
-    removal = LossRemoval(model, last_layer, context_argument)
+    removal = LossRowsOnly(model, last_layer, context_argument)
     _asking.add(removal)
     return removal
 
@@ -168,7 +168,7 @@ def _on_loss_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return fused_loss
 
 
-def _loss_rows(removal: LossRemoval, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+def _loss_rows(removal: LossRowsOnly, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
     """``(rows int64 [n], their shifted labels [1, n])``, rows with loss first, or None where nothing is saved.
 
     The rows come from the labels that the loss is given, in which Unsloth has cut documents apart already.

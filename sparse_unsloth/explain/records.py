@@ -56,7 +56,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def _is_by_rows(folder: Path) -> bool:
     """By the configurations that lie beside the run's adapters."""
     files = sorted(folder.glob(f"*/{CONFIG_NAME}"))
-    return bool(files) and SparsityConfig.from_file(files[-1]).by_rows
+    return bool(files) and SparsityConfig.from_file(files[-1]).row_sparse
 
 
 def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:

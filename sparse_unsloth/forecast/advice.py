@@ -69,9 +69,9 @@ def _worth(estimate: Estimate) -> Iterator[str]:
         if free is not None and estimate.exact_removal and free > WORTH_SAYING:
             instead += f", which the exact removal makes {free:.2f}x as fast as it would be, with the same results"
         what = f"gains only some {gain - 1:.0%} here" if gain > WORTH_SAYING else "gains no time here"
-        cost = "it" if estimate.by_rows else "sparsity costs quality, and it"
+        cost = "it" if estimate.row_sparse else "sparsity costs quality, and it"
         yield f"Not worth it: {cost} {what}. Rather {instead}."
-    elif estimate.by_rows:
+    elif estimate.row_sparse:
         few = f"Fewer than {FEW_ROWS:.0%} of the context rows did worse: take backward_rows: 0.25."
         yield (
             f"{few if estimate.backward_rows < FEW_ROWS else ROWS_QUALITY} On your data compare with a dense run that "
@@ -101,7 +101,7 @@ def _hints(estimate: Estimate) -> Iterator[str]:
             "(padding-free by itself), does without them, at no cost."
         )
     yield from _host(estimate)
-    if estimate.by_rows and not estimate.checkpointing:
+    if estimate.row_sparse and not estimate.checkpointing:
         yield (
             "The backward pass computes its rows of O and MLP once more in any case, so gradient_checkpointing: true "
             "costs only attention's part of the forward again, and keeps far less."
@@ -149,7 +149,7 @@ def _presets(estimate: Estimate) -> Iterator[str]:
     told = [f"{name} {preset.speedup or preset.flops_ratio:.2f}x" for name, preset in estimate.presets.items()]
     if told:
         what = "a sparse step" if estimate.fitted else "FLOPs of a step, dense over sparse"
-        first = "" if estimate.by_rows else f" {ROWS_FIRST}"
+        first = "" if estimate.row_sparse else f" {ROWS_FIRST}"
         published = "o1 (the conservative one) and o2 are the published recipes for large models."
         yield f"Presets on this data, {what}: {', '.join(told)}.{first} {published}"
 

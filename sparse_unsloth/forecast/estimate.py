@@ -102,7 +102,7 @@ def estimate(
         sparse_share=sparse_share,
         presets=presets,
         fitted=fitted,
-        memory=_memory(recipe, model, plan, batches, by_rows=plan.by_rows and sparse_share == 1),
+        memory=_memory(recipe, model, plan, batches, row_sparse=plan.row_sparse and sparse_share == 1),
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
@@ -163,11 +163,11 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
     return max(math.ceil(micro_batches / training.gradient_accumulation_steps * training.num_train_epochs), 1)
 
 
-def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], by_rows: bool) -> Memory:
-    """``by_rows``: every step's backward pass goes through few rows, where a micro-batch has context rows."""
+def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], row_sparse: bool) -> Memory:
+    """``row_sparse``: every step's backward pass goes through few rows, where a micro-batch has context rows."""
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
     through = {}
-    if by_rows and all(batch.context for batch in batches):
+    if row_sparse and all(batch.context for batch in batches):
         through["backward_rows"] = max(backward_rows_of(plan, batch) for batch in batches)
     activation_bytes = 4 if recipe.training.use_cpu and not recipe.training.bf16 else 2
     head = max(logit_rows(plan, batch, recipe.sparsity.exact_removal) for batch in batches)

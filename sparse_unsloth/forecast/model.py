@@ -111,7 +111,7 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
         for part in ("mlp", "self_attn"):
             if getattr(sparsity, part) > 0:
                 check(layer, part)
-        if recipe.sparsity.by_rows:
+        if recipe.sparsity.row_sparse:
             refuse_dropout(layer)
     projections = found[0].projections()
     _check_length(recipe, config)

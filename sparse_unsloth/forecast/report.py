@@ -44,7 +44,7 @@ def _what(estimate: Estimate) -> Iterator[str]:
         f"{estimate.sequences}{accumulation} samples a step and GPU, {estimate.tokens.layout}; "
         f"{estimate.optimiser_steps} optimiser steps"
     )
-    if estimate.by_rows:
+    if estimate.row_sparse:
         yield f"exact forward; backward through {estimate.backward_rows:.3g} of the context rows"
 
 

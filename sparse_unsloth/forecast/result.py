@@ -78,7 +78,7 @@ class Estimate:
     cuda_graphs: bool = False
 
     @property
-    def by_rows(self) -> bool:
+    def row_sparse(self) -> bool:
         """Whether the recipe's backward pass leaves out rows, instead of channels."""
         return self.backward_rows < 1
 

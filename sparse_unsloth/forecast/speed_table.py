@@ -141,7 +141,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         logits=loss(model, logit_rows(plan, batch, removal)),
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
-        backward_rows=backward_rows_of(plan, batch) if plan.by_rows else None,
+        backward_rows=backward_rows_of(plan, batch) if plan.row_sparse else None,
         whole_layers=plan.whole_layers,
     ).gib()["peak"]
 

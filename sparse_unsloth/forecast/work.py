@@ -49,14 +49,14 @@ class Plan:
         return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0)
 
     @property
-    def by_rows(self) -> bool:
+    def row_sparse(self) -> bool:
         """Whether the backward pass leaves out rows, instead of channels."""
         return self.backward_rows < 1
 
     @property
     def is_sparse(self) -> bool:
         """Whether a step leaves out anything."""
-        return self.by_rows or self.sparse_parts > 0
+        return self.row_sparse or self.sparse_parts > 0
 
     @property
     def sparse_parts(self) -> int:
@@ -142,7 +142,7 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     flops = batch_flops(plan, batch, removal)
     core, hidden, layers = flops.parts.attention_core, plan.shape.hidden_size, plan.shape.num_layers
     products, rows = flops.total - core, batch.rows * layers * hidden
-    if plan.by_rows:
+    if plan.row_sparse:
         dense = batch_flops(plan.dense(), batch, removal)
         rows = round(rows * products / (dense.total - core))
         sparse_rows, parts = backward_rows_of(plan, batch) * layers * hidden, 0
@@ -154,7 +154,7 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
 
 def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:
     """Rows that the backward pass of O and MLP goes through; all, with padding, where it leaves out none."""
-    if not (plan.by_rows and batch.context):
+    if not (plan.row_sparse and batch.context):
         return batch.rows
     return batch.dense + math.ceil(plan.backward_rows * batch.context)
 

@@ -42,7 +42,7 @@ def whole_layer(
         attention=RowOrder(capture.rows(plan.attention.partition), plan.attention.sparse),
         mlp=RowOrder(capture.rows(plan.mlp.partition), plan.mlp.sparse),
     )
-    if not plan.unread:
+    if not plan.output_unused:
         static = replace(
             static,
             choose_attention=_kept(capture, "self_attn", plan.choose_attention),
@@ -55,7 +55,7 @@ def whole_layer(
         return post_attention(attention(x, projected, tensors), residual, trained)
 
     loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)
+    return (recompute if plan.output_unused else first_forward)(capture, compute, hidden_states, tensors, loras)
 
 
 def first_forward(

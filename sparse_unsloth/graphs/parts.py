@@ -40,7 +40,7 @@ class _PreAttention(torch.autograd.Function):
             projections = plan.projections[:3]
             fused = FusedQKV(
                 partition, [projection.base for projection in projections], loras,
-                [projection.lora.scale for projection in projections], indices, dtype, plan.unread,
+                [projection.lora.scale for projection in projections], indices, dtype, plan.output_unused,
             )  # fmt: skip
             outputs, xA = fused.forward(normed)
             return outputs, (fused, normed, xA)
@@ -87,7 +87,7 @@ class _PostAttention(torch.autograd.Function):
 
         def project(a: Tensor, index: Tensor):
             fused = FusedOutputProjection(
-                partition, projection.base, loras[:2], projection.lora.scale, index, dtype, plan.unread
+                partition, projection.base, loras[:2], projection.lora.scale, index, dtype, plan.output_unused
             )
             y, xA = fused.forward(a)
             return (y,), (fused, a, xA)
@@ -103,7 +103,7 @@ class _PostAttention(torch.autograd.Function):
             total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
             chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
             selection = [capture.index(name, values) for name, values in chosen]
-            if plan.unread:
+            if plan.output_unused:
                 result = stream.new_zeros(()).expand(stream.shape)
             else:
                 (y,) = capture.call("mlp", mlp, (normed, *selection))

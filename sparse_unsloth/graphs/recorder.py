@@ -27,11 +27,11 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 SEEN_BEFORE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
-MAX_KINDS = 64
+MAX_KEYS = 64
 """Kinds of forwards that are recorded: each takes some tenths of a second, and memory for all layers' graphs."""
 MOVES = 4
 """How often each recording may be made anew, because weights moved, before that is given up."""
-KINDS_COUNTED = 256
+KEYS_COUNTED = 256
 """Kinds that have come lately, and may be recorded when they come again."""
 
 Call = Callable[..., "tuple[Sequence[Tensor], Any]"]
@@ -143,7 +143,7 @@ class GraphCache:
         return _without_recordings, (type(self.recorder), self.documents)
 
     def _start(self) -> None:
-        self.kinds: set[Hashable] = set()
+        self.captured_keys: set[Hashable] = set()
         self.forward: object = None
         self.prepared: set[Hashable] = set()
         self.ready: set[Hashable] = set()
@@ -162,34 +162,34 @@ class GraphCache:
         self.recorder.forget()
         self._start()
 
-    def should_replay(self, kind: Hashable) -> bool:
-        """Whether a forward of this ``kind`` (all that decides which kernels run, with which sizes) is recorded.
+    def should_replay(self, batch_key: Hashable) -> bool:
+        """Whether a forward of this ``batch_key`` (all that decides which kernels run, with which sizes) is recorded.
 
         Asked once for each forward: a kind must come several times first.
         """
-        if kind in self.kinds:
+        if batch_key in self.captured_keys:
             return True
-        count = self._counted.pop(kind, 0)
+        count = self._counted.pop(batch_key, 0)
         if count >= SEEN_BEFORE and not self.full:
-            self.kinds.add(kind)
+            self.captured_keys.add(batch_key)
             return True
-        self._counted[kind] = count + 1
-        if len(self._counted) > KINDS_COUNTED:
+        self._counted[batch_key] = count + 1
+        if len(self._counted) > KEYS_COUNTED:
             self._counted.popitem(last=False)
         return False
 
-    def captures_next(self, kind: Hashable) -> bool:
+    def captures_next(self, batch_key: Hashable) -> bool:
         """Whether a forward of this kind, which runs as it is now, is to prepare that the next one is recorded."""
-        if kind not in self.prepared:
-            if self._counted.get(kind, 0) < SEEN_BEFORE or len(self.prepared) >= 2 * MAX_KINDS:
+        if batch_key not in self.prepared:
+            if self._counted.get(batch_key, 0) < SEEN_BEFORE or len(self.prepared) >= 2 * MAX_KEYS:
                 return False
-            self.prepared.add(kind)
+            self.prepared.add(batch_key)
         return True
 
     @property
     def full(self) -> bool:
         """Whether no other kinds are recorded."""
-        return len(self.kinds) >= MAX_KINDS
+        return len(self.captured_keys) >= MAX_KEYS
 
     @property
     def recaptures_too_often(self) -> bool:

@@ -49,12 +49,12 @@ def whole_layer_by_rows(
         trained = static.with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
-        if not plan.unread:
+        if not plan.output_unused:
             return post_attention(attention_output, residual, trained)
         return _through_few(attention_output, residual, trained, few, RowChoice(roles, share))
 
     loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.unread else first_forward)(capture, compute, hidden_states, tensors, loras)
+    return (recompute if plan.output_unused else first_forward)(capture, compute, hidden_states, tensors, loras)
 
 
 def post_attention_by_rows(
@@ -108,14 +108,14 @@ def _through_few(
     attention_output: Tensor, residual: Tensor, plan: LayerPlan, few: RowOrder, choice: RowChoice
 ) -> Tensor:
     """Zeros, whose backward goes through few rows, by the LoRA matrices of ``plan``."""
-    again = replace(plan, attention=few, mlp=few, unread=True, keep=False)
+    again = replace(plan, attention=few, mlp=few, output_unused=True, keep=False)
     return backward_rows(
         _not_called,
         [attention_output, residual],
         lora_tensors_of(plan.projections[3:]),
         choice,
         residual=1,
-        unread=True,
+        output_unused=True,
         again=lambda rows, stream: post_attention(rows, stream, again),
     )
 

@@ -67,7 +67,7 @@ class LayerPlan:
         activation: of the MLP.
         choose_attention, choose_mlp: a part's selection from its normalised context rows ``[n, hidden_size]``; called
             for sparse parts alone.
-        unread: a recompute, whose backward is next: nobody will read the layer's output.
+        output_unused: a recompute, whose backward is next: nobody will read the layer's output.
         keep: backward follows, and may find what forward computed.
     """
 
@@ -79,7 +79,7 @@ class LayerPlan:
     activation: str
     choose_attention: Callable[[Tensor], AttentionSelection]
     choose_mlp: Callable[[Tensor], MlpSelection]
-    unread: bool
+    output_unused: bool
     keep: bool
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,7 +131,7 @@ class _PreAttention(torch.autograd.Function):
             fused = FusedQKV(
                 rows.partition, [projection.base for projection in projections], loras,
                 [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
-                plan.unread,
+                plan.output_unused,
             )  # fmt: skip
             outputs, xA = fused.forward(normed)
         ctx.plan, ctx.fused = plan, fused
@@ -160,13 +160,13 @@ class _PostAttention(torch.autograd.Function):
         with without_autocast(a):
             o = FusedOutputProjection(
                 plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
-                a.dtype, plan.unread,
+                a.dtype, plan.output_unused,
             )  # fmt: skip
             y, xA = o.forward(a)
             total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
             del y
             mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
-            if plan.unread:
+            if plan.output_unused:
                 saved, result = (), stream.new_zeros(()).expand(stream.shape)
             else:
                 y, saved = mlp.forward(normed, plan.keep)

@@ -60,7 +60,7 @@ class _Plan:
     ranks: tuple[int | None, int | None, int | None]
     activation: str
     order: Tensor | None
-    unread: bool
+    output_unused: bool
     keep: bool
     kept: dict[str, Any] = field(default_factory=dict)
     """From this forward to its own backward."""
@@ -91,7 +91,7 @@ def sparse_mlp(
     channels: Tensor,
     mlp: GatedMlp,
     memo: MlpMemo | None = None,
-    output_is_added: bool = False,
+    skip_unused_output: bool = False,
 ) -> Tensor:
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
@@ -101,15 +101,15 @@ def sparse_mlp(
         channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
         mlp: the projections.
         memo: of one forward and these channels, by which its recompute is known.
-        output_is_added: whether all that happens to the output before the end of a checkpointed function is being added
-            to something. A recompute after a forward without gradients then returns zeros: backward needs what the MLP
-            saves, and nobody reads its output. Exact, and a third of the frozen products of an MLP's recompute.
+        skip_unused_output: whether the output is only added to something before the checkpointed function ends. A
+            recompute after a forward without gradients then returns zeros: backward needs what the MLP saves, and its
+            output is unused. Exact; saves a third of the frozen-weight matmuls of an MLP's recompute.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
     projections = (mlp.gate, mlp.up, mlp.down)
     memo = MlpMemo() if memo is None else memo
-    unread = memo.is_recompute() and output_is_added
+    output_unused = memo.is_recompute() and skip_unused_output
     plan = _Plan(
         partition=partition,
         channels=channels,
@@ -118,7 +118,7 @@ def sparse_mlp(
         ranks=tuple(None if projection.lora is None else projection.lora.A.shape[0] for projection in projections),
         activation=mlp.activation,
         order=memo.order,
-        unread=unread,
+        output_unused=output_unused,
         keep=torch.is_grad_enabled(),
     )
     tensors = [tensor for projection in projections for tensor in lora_tensors(projection)]
@@ -154,13 +154,13 @@ class _SparseMlp(torch.autograd.Function):
             fused = _fused_mlp(plan, loras, x)
             if fused is not None:
                 y, saved = x.new_zeros(()).expand(x.shape), ()
-                if not plan.unread:
+                if not plan.output_unused:
                     rows_y, saved = fused.forward(x.index_select(0, plan.partition.rows), plan.keep)
                     y = place_rows(rows_y, plan.partition, x)
             else:
                 y, saved = torch.zeros_like(x), []
                 for index, rows in _row_sets(plan, loras, x.dtype):
-                    rows_y, rows_saved = rows.forward(x.index_select(0, index), plan.unread)
+                    rows_y, rows_saved = rows.forward(x.index_select(0, index), plan.output_unused)
                     if rows_y is not None:
                         y.index_copy_(0, index, rows_y)
                     saved += rows_saved
@@ -200,14 +200,14 @@ class _GluRows:
     down: RowProjection
     activation: str
 
-    def forward(self, x: Tensor, unread: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """``y [n, hidden]`` (None if ``unread``) and what backward needs beside ``x``: the pre-activations of gate and
-        up ``[n, I]``, or, where the LoRA branch is wider than the base product, only the base products ``[n, k]``.
+    def forward(self, x: Tensor, output_unused: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """``y [n, hidden]`` (None if ``output_unused``) and what backward needs beside ``x``: the pre-activations of
+        gate and up ``[n, I]``, or the base products ``[n, k]`` alone where the LoRA branch is wider than they are.
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
         e, g = self.gate.add_lora(gate_base, self.gate.xA(x)), self.up.add_lora(up_base, self.up.xA(x))
         saved = (e, g) if self.gate.out_index is None else (gate_base, up_base)
-        if unread:
+        if output_unused:
             return None, saved
         h = (gated_forward if use_kernels(x) else reference_gated_forward)(e, g, self.activation)
         y = self.down.add_lora(self.down.base(h), self.down.xA(h))

@@ -225,15 +225,15 @@ def _step_flops(
     size, length = batch.shape
     head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))
     options = {"lora_rank": recipe.model.lora_r, "checkpointing": recipe.training.gradient_checkpointing}
-    sparse, by_rows = any(map(any, layers)), backward_rows < 1
-    apart = sparse or by_rows
+    sparse, row_sparse = any(map(any, layers)), backward_rows < 1
+    apart = sparse or row_sparse
     step = step_flops(
         shape,
         layers,
         TrainingStep(
             dense_tokens=batch.dense + (0 if apart else batch.padding + batch.context),
             context_tokens=batch.context if apart else 0,
-            padding_tokens=batch.padding if by_rows else 0,
+            padding_tokens=batch.padding if row_sparse else 0,
             backward_rows=backward_rows,
             whole_again=("o_proj",),
             seq_lengths=[length] * size,

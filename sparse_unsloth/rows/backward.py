@@ -30,7 +30,7 @@ def backward_rows(
     choice: RowChoice,
     residual: int | None = None,
     chooses: bool = True,
-    unread: bool = False,
+    output_unused: bool = False,
     again: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """``function(*inputs)``, differentiated through the rows of ``choice`` alone.
@@ -41,10 +41,10 @@ def backward_rows(
         parameters: what it reads that gradients are wanted of.
         residual: the place in ``inputs`` of a residual stream that the output contains as it is, for every row.
         chooses: whether its backward chooses the rows; else those that are chosen already hold, if some are.
-        unread: nobody will read the output (a recompute), so it is not computed: zeros of the shape of the last input.
+        output_unused: in a recompute the output is not computed: zeros of the shape of the last input.
         again: called in backward instead of ``function``: of the same gradients; its output is not read.
     """
-    call = _Call(function, function if again is None else again, choice, residual, chooses, unread, len(inputs))
+    call = _Call(function, function if again is None else again, choice, residual, chooses, output_unused, len(inputs))
     return _BackwardRows.apply(call, *inputs, *parameters)
 
 
@@ -57,7 +57,7 @@ class _Call:
     choice: RowChoice
     residual: int | None
     chooses: bool
-    unread: bool
+    output_unused: bool
     num_inputs: int
 
 
@@ -67,7 +67,7 @@ class _BackwardRows(torch.autograd.Function):
         inputs, ctx.parameters = tensors[: call.num_inputs], tensors[call.num_inputs :]
         ctx.call, ctx.autocast = call, _autocast_of(inputs[0])
         ctx.save_for_backward(*inputs)
-        if call.unread:
+        if call.output_unused:
             return inputs[-1].new_zeros(()).expand(inputs[-1].shape)
         return call.function(*inputs)
 

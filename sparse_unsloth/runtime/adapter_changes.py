@@ -17,7 +17,7 @@ AGAIN = "Call detach(model), then attach it again."
 
 def refuse_adapters(state: SparsityState) -> None:
     """Raises AttachError for adapters that are not LoRA, where layers are sparse or recorded."""
-    layers = state.layers if state.recorded_dense else [runtime.layer for runtime in state.runtimes.values()]
+    layers = state.layers if state.dense_with_graphs else [runtime.layer for runtime in state.runtimes.values()]
     if layers:
         refuse_other_adapters(state.model, {layer.name: layer.module for layer in layers})
 
@@ -80,20 +80,20 @@ def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
         raise AttachError(
             f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {AGAIN}"
         )
-    by_rows = state.by_rows and layer.index in state.runtimes
-    whole = id(module) in hooked and not (by_rows and runtime.not_fusable)
+    row_sparse = state.row_sparse and layer.index in state.runtimes
+    whole = id(module) in hooked and not (row_sparse and runtime.not_fusable)
     for name, projection in projections.items():
         part, where = getattr(layer, name.partition(".")[0]), f"{layer.name}.{name}"
         ours = whole or not hooked.isdisjoint(map(id, (part, *part.children())))
         if ours and (getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False)):
             raise AttachError(f"{where}: its adapter is merged or disabled.")
-        if by_rows or not ours:
+        if row_sparse or not ours:
             continue
         check_adapters(projection, where)
         check_frozen(projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection, where)
         if len(set(getattr(projection, "active_adapters", ())) & set(getattr(projection, "lora_A", ()))) > 1:
             raise AttachError(f"{where}: several adapters are active, and the sparse functions compute one.")
-    if by_rows:
+    if row_sparse:
         refuse_dropout(layer)
     reason = state.backend.why_not_whole(runtime) if whole else ""
     if reason:

@@ -141,7 +141,7 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         tuple(rows),
         exact_removal,
         state.config.backward_rows,
-        row_layers=len(state.runtimes) if state.by_rows else 0,
+        row_layers=len(state.runtimes) if state.row_sparse else 0,
         left_out=left_out_layers(state.stack, state.layers),
         whole_layers=sum(not runtime.not_whole for runtime in forwards),
         captured_layers=len(captured),

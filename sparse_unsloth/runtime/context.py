@@ -100,8 +100,8 @@ class SparseContext:
         self._derived: dict[str, TokenPartition] = {}
 
     @functools.cached_property
-    def kind(self) -> Hashable:
-        """All that decides how much each layer computes: forwards of one kind launch the same kernels."""
+    def batch_key(self) -> Hashable:
+        """The batch signature: all that decides how much each layer computes, so equal ones launch the same kernels."""
         rows, room = self.partition, self.packing and self.packing.room
         return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused, room
 

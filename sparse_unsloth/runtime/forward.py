@@ -15,7 +15,7 @@ from sparse_unsloth.exact.last_layer import enough_unused_rows, loss_is_fused
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.buckets import pad_dense_count, pad_length
 from sparse_unsloth.graphs.packed_attention import packing_of
-from sparse_unsloth.graphs.recorder import MAX_KINDS
+from sparse_unsloth.graphs.recorder import MAX_KEYS
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.runtime.adapter_changes import why_dense
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
@@ -25,8 +25,8 @@ from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 from sparse_unsloth.tokens.partition import (
     TokenPartition,
     every_row_dense,
+    is_context_parallel,
     is_sequence_classifier,
-    is_split,
     layout_of,
     partition_of,
     sequence_starts,
@@ -57,7 +57,7 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     state = model.__dict__["_sparsity_state"]
     state.inside = True
     if state.graphs is not None and not args:
-        kwargs = few_sizes(state, model, kwargs)
+        kwargs = pad_to_bucket(state, model, kwargs)
     context = open_forward(state, model, args, kwargs)
     return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
 
@@ -72,7 +72,7 @@ def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 
 def _say_evaluated(state: SparsityState, gradient: Any) -> None:
-    state.say_once(
+    state.warn_once(
         "A backward pass came from a forward in evaluation mode, where everything is dense. Call model.train() before "
         "training."
     )
@@ -135,15 +135,17 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         SparsityError: a training forward with a schedule that nothing drives.
         EstimatorError: the estimator still waits for calibration samples.
     """
-    if not (model.training or state.sparse_prefill) or not (state.runtimes or state.last_layer or state.recorded_dense):
+    if not (model.training or state.sparse_prefill) or not (
+        state.runtimes or state.last_layer or state.dense_with_graphs
+    ):
         return None
     reason = why_dense(state)
     if reason:
         if not model.training:
             parts = state.expected_parts()
-            state.say_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
+            state.warn_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
         elif torch.is_grad_enabled():
-            state.say_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
+            state.warn_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
         if state.planner is not None:
             state.planner.restore()
         return None
@@ -156,9 +158,9 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if kwargs.get("labels") is None:
         if state.planner is not None:
             state.planner.restore()
-        if state.runtimes or state.recorded_dense:
-            ran = "nothing of it is recorded" if state.recorded_dense else "it ran dense"
-            state.say_once(
+        if state.runtimes or state.dense_with_graphs:
+            ran = "nothing of it is recorded" if state.dense_with_graphs else "it ran dense"
+            state.warn_once(
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
                 f"take them away), so its tokens have no roles and {ran}."
             )
@@ -166,25 +168,25 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if kwargs["labels"].is_meta:
         return None
     if not state.gradients_seen and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
-        state.say_once(
+        state.warn_once(
             "A training forward came, and no tensor of the model is trained. A saved adapter is loaded for training by "
             "FastSparseLanguageModel.from_pretrained, or PeftModel.from_pretrained(..., is_trainable=True)."
         )
-    split = is_split(kwargs)
+    split = is_context_parallel(kwargs)
     if split:
         _leave_out_for_split_rows(state)
     graphs, planner = (None, None) if split else (state.graphs, state.planner)
-    recorded_dense = state.recorded_dense and not split
+    dense_with_graphs = state.dense_with_graphs and not split
     loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
-    if not (state.runtimes or loss_only or recorded_dense):
+    if not (state.runtimes or loss_only or dense_with_graphs):
         return None
     partition = roles_of(state, kwargs)
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
     state.counts.context_tokens += len(partition.context)
     state.counts.dense_tokens += len(partition.dense)
-    if graphs is not None and not recorded_dense:
-        partition = pad_dense_count(partition, padding_is_context=state.by_rows)
+    if graphs is not None and not dense_with_graphs:
+        partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
     if planner is not None:
         planner.plan(partition, scale if len(partition.context) else 0.0)
     if scale > 0 and not state.context_seen:
@@ -193,14 +195,14 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         scale = 0.0
     paused: frozenset[tuple[int, str]] = frozenset()
     if scale > 0:
-        if state.selector is None and not state.by_rows:
+        if state.selector is None and not state.row_sparse:
             raise _no_estimator(state)
         state.counts.sparse_forwards += 1
         state.sparse_forwards_in_step += torch.is_grad_enabled()
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
-    elif recorded_dense:
+    elif dense_with_graphs:
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
@@ -208,17 +210,20 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(
-                [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.by_rows
+                [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.row_sparse
             )
         usual = not context.loss_only and state.config.dense_tokens == "output"
         if usual and state.loss_rows.wants_next():
             context.loss_rows = state.loss_rows
     if graphs is not None and graphs.documents:
         context.packing = packing_of(kwargs, partition.shape)
-    if recorded_dense:
+    if dense_with_graphs:
         _record(state, context)
     elif (
-        scale > 0 and not state.by_rows and state.observer.wants(state.step) and not is_sequence_classifier(state.model)
+        scale > 0
+        and not state.row_sparse
+        and state.observer.wants(state.step)
+        and not is_sequence_classifier(state.model)
     ):
         context.observation = _observe(state, partition, kwargs)
     elif graphs is not None and scale > 0:
@@ -232,7 +237,7 @@ def _leave_out_for_split_rows(state: SparsityState) -> None:
         state.planner.restore()
     wanted = [name for name, used in (("cuda_graphs", state.graphs), ("memory_budget", state.planner)) if used]
     if wanted:
-        state.say_once(
+        state.warn_once(
             f"{' and '.join(wanted)}: rows are split over several GPUs (context parallelism), so every layer is "
             "checkpointed as it was set, and nothing is recorded."
         )
@@ -240,16 +245,16 @@ def _leave_out_for_split_rows(state: SparsityState) -> None:
 
 def _record(state: SparsityState, context: SparseContext) -> None:
     if state.graphs.recaptures_too_often:
-        state.say_once(
+        state.warn_once(
             "cuda_graphs: weights lie elsewhere in every step (offloading, sharding), so nothing is recorded any more. "
             "Set cuda_graphs: false, or keep the model on the GPU."
         )
-    elif state.graphs.should_replay(context.kind):
+    elif state.graphs.should_replay(context.batch_key):
         context.graphs = state.graphs
         state.graphs.begin(context)
     elif state.graphs.full:
-        state.say_once(
-            f"cuda_graphs: {MAX_KINDS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "
+        state.warn_once(
+            f"cuda_graphs: {MAX_KEYS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "
             "bear loss), and no more will be; others run as without it. Pack to one length, or pad to multiples of a "
             "large one (pad_to_multiple_of), so that fewer kinds come."
         )
@@ -271,13 +276,13 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         state.counts.whole_layers, state.counts.captured_layers = len(context.whole), len(context.captured)
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
-        state.say_once(
+        state.warn_once(
             f"{installed} layers can run as a whole, but ran part by part: right, and slower. They need the norms' "
             "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
             "one active, unmerged adapter."
         )
     if context.graphs is not None and context.graphs.unused:
-        state.say_once(
+        state.warn_once(
             "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
             "exact_removal: true, and one active adapter with LoRA on every projection."
         )
@@ -293,7 +298,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
 def _say_bypassed(state: SparsityState) -> None:
     """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
     if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-        state.say_once(
+        state.warn_once(
             f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
             "(a part of it was called, or its forward() directly), so nothing was left out. Call the model itself; "
             "detach(model) takes the sparse paths off."
@@ -315,7 +320,11 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
 
 
 def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
-    named = ("attention_mask",) if is_split(arguments) else ("attention_mask", "position_ids", "packed_seq_lengths")
+    named = (
+        ("attention_mask",)
+        if is_context_parallel(arguments)
+        else ("attention_mask", "position_ids", "packed_seq_lengths")
+    )
     starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
     sparsity = {
         (index, part): value
@@ -325,9 +334,9 @@ def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping
     return state.observer.open(state.step, partition, starts, state.layers, sparsity)
 
 
-def few_sizes(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+def pad_to_bucket(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
-    idle = state.driver is not None and state.scale <= 0 and not state.recorded_dense
+    idle = state.driver is not None and state.scale <= 0 and not state.dense_with_graphs
     if not model.training or idle or not loss_is_fused(model, arguments):
         return arguments
     return pad_length(arguments, getattr(model, "max_seq_length", None))
@@ -389,7 +398,7 @@ def _close_prefill(state: SparsityState, context: SparseContext) -> None:
     """Says it if parts of the model were dense all the same."""
     missing = state.expected_parts() - context.ran
     if missing:
-        state.say_once(
+        state.warn_once(
             f"sparse_prefill: {len(missing)} parts ran dense ({state.name_parts(missing)}): their adapter is merged or "
             "disabled, or several are active. Prompts are sparse with one active, unmerged adapter."
         )
@@ -405,7 +414,7 @@ def _prompts(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartiti
         return None
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
-        state.say_once(
+        state.warn_once(
             "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "
             "such masks), which does not tell padding, so it ran dense. Generate with a dynamic cache."
         )

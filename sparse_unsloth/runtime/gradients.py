@@ -36,12 +36,12 @@ class FirstBackward:
 
     Args:
         layers: those that the sparse functions compute, and how sparse each is.
-        by_rows: `SparsityConfig.by_rows`.
+        row_sparse: `SparsityConfig.row_sparse`.
     """
 
-    def __init__(self, layers: Sequence[tuple[DecoderLayer, LayerSparsity]], by_rows: bool):
+    def __init__(self, layers: Sequence[tuple[DecoderLayer, LayerSparsity]], row_sparse: bool):
         self._names = {layer.index: layer.name for layer, _ in layers}
-        self._missing = {layer.index: _trained(layer, sparsity, by_rows) for layer, sparsity in layers}
+        self._missing = {layer.index: _trained(layer, sparsity, row_sparse) for layer, sparsity in layers}
         self._expected = {index: len(found) for index, found in self._missing.items()}
         self._ending: set[int] = set()  # layers that the running part of the backward pass has come to
         self._reached: set[int] = set()
@@ -118,10 +118,10 @@ class FirstBackward:
             )
 
 
-def _trained(layer: DecoderLayer, sparsity: LayerSparsity, by_rows: bool) -> dict[str, nn.Parameter]:
+def _trained(layer: DecoderLayer, sparsity: LayerSparsity, row_sparse: bool) -> dict[str, nn.Parameter]:
     """The parameters of a layer that its sparse functions must give a gradient, by name."""
     modules = {"mlp": layer.mlp, "self_attn.o_proj": layer.self_attn.o_proj}
-    if not by_rows:
+    if not row_sparse:
         projections = layer.projections().items()
         modules = {name: module for name, module in projections if getattr(sparsity, name.partition(".")[0]) > 0}
     return {

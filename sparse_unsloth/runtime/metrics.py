@@ -16,7 +16,7 @@ def metrics(state: SparsityState) -> dict[str, float]:
 
     ``sparsity/enabled`` is 1 where a forward was sparse since then, and ``sparsity/scale`` what the schedule asks for.
     """
-    if not (state.runtimes or state.recorded_dense):
+    if not (state.runtimes or state.dense_with_graphs):
         return {}
     tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
     enabled = float(state.counts.sparse_forwards > 0)
@@ -26,7 +26,7 @@ def metrics(state: SparsityState) -> dict[str, float]:
         "sparsity/context_share": state.counts.context_tokens / tokens,
         "sparsity/sparse_forwards": state.counts.sparse_forwards / max(state.counts.forwards, 1),
     }
-    if state.by_rows:
+    if state.row_sparse:
         figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
     else:
         means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]

@@ -38,7 +38,7 @@ def switch(state: SparsityState, on: bool) -> None:
         return
     if not state.runtimes:
         raise SparsityError("sparse_prefill: no layer of this model is sparse, so its prompts cannot be either.")
-    if state.by_rows:
+    if state.row_sparse:
         raise SparsityError(
             "sparse_prefill: with backward_rows every forward is exact, so there is nothing to leave out of prompts. "
             "Generate without it."
@@ -59,7 +59,7 @@ def save_estimator_with_adapter(state: SparsityState, folder: Path) -> None:
     if state.estimator is None or state.estimator.kind == "svd":
         return
     if any(isinstance(p, DTensor) for layer in state.layers for p in layer.module.parameters()):
-        state.say_once(
+        state.warn_once(
             "The weights are in pieces on several GPUs, so the estimator is not written beside the adapter, where "
             "sparse prefill would read it; estimator.path keeps it."
         )

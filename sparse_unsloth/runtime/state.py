@@ -39,7 +39,7 @@ class Backend:
 
     Attributes:
         install, uninstall, is_installed: of a layer's parts, and of one module that was hooked.
-        refuse_sharded_weights: raises AttachError where the layer's functions would not find whole weights.
+        check_not_sharded: raises AttachError where the layer's functions would not find whole weights.
         why_not_captured: what keeps a layer from CUDA graphs, "" for nothing.
         why_not_whole: what keeps a layer from a whole forward without `SparsityConfig.backward_rows`, likewise.
     """
@@ -48,7 +48,7 @@ class Backend:
     install: Callable[[LayerRuntime], None]
     uninstall: Callable[[nn.Module], None]
     is_installed: Callable[[nn.Module], bool]
-    refuse_sharded_weights: Callable[[DecoderLayer], None]
+    check_not_sharded: Callable[[DecoderLayer], None]
     why_not_captured: Callable[[LayerRuntime], str]
     why_not_whole: Callable[[LayerRuntime], str]
 
@@ -74,8 +74,8 @@ class SparsityState:
         backend: whose hook points are used.
         set_up_process: what a process that loads the model does first, or where it is copied.
         hooked: the modules whose forward was replaced; ``handles``: what else was installed, each with ``remove()``.
-        by_rows: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
-        recorded_dense: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
+        row_sparse: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
+        dense_with_graphs: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
         layer_sparsity: of context rows, by layer.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: of layers that are dense but have a whole-layer forward, by index.
@@ -114,14 +114,14 @@ class SparsityState:
         self.layers = layers
         self.config = config
         self.layer_sparsity = config.layer_sparsity(len(layers))
-        self.by_rows = config.by_rows
-        self.recorded_dense = config.cuda_graphs and not config.is_sparse(len(layers))
+        self.row_sparse = config.row_sparse
+        self.dense_with_graphs = config.cuda_graphs and not config.is_sparse(len(layers))
         # By rows, Unsloth's last layer leaves context rows out of forward and backward already.
         done = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
         self.runtimes = {
             layer.index: LayerRuntime(self, layer, sparsity)
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
-            if any(sparsity) or (self.by_rows and layer is not done)
+            if any(sparsity) or (self.row_sparse and layer is not done)
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.whole_forwards: list[LayerRuntime] = []
@@ -146,7 +146,7 @@ class SparsityState:
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
         self.stack = decoder_stack(model, layers)
-        self.loss_rows = LossRows(model, self.stack, self.say_once)
+        self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
         self.gradients_seen = False
         self.context_seen: bool | None = None
@@ -198,8 +198,8 @@ class SparsityState:
         self.verify_hooks()
         self.end_prefill()
         for layer in filter(self.runtime, self.layers):
-            self.backend.refuse_sharded_weights(layer)
-        if self.runtimes and not (self.by_rows or self.shared):
+            self.backend.check_not_sharded(layer)
+        if self.runtimes and not (self.row_sparse or self.shared):
             shares = self.config.criterion == "estimator" and world_size() > 1 and has_group()
             if shares or self.selector is None:
                 model = self.model, self.layers, self.layer_sparsity, self.config
@@ -234,12 +234,12 @@ class SparsityState:
             (index, part)
             for index, runtime in self.runtimes.items()
             for part, sparsity in runtime.sparsity._asdict().items()
-            if sparsity > 0 or self.by_rows
+            if sparsity > 0 or self.row_sparse
         }
 
     def _plan_checkpoints(self, budget: float) -> CheckpointPlanner:
         hooked = {id(module) for module in self.hooked}
-        rows = self.runtimes.values() if self.by_rows else ()
+        rows = self.runtimes.values() if self.row_sparse else ()
         return CheckpointPlanner(
             self.model,
             self.layers,
@@ -288,7 +288,7 @@ class SparsityState:
         """
         self.look_back()
         if self.context_seen is False:
-            self.say_once(
+            self.warn_once(
                 f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
                 "train dense (sparsity=None)."
             )
@@ -316,7 +316,7 @@ class SparsityState:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
 
-    def say_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
         """Warns, on the main process, unless the same was said before."""
         if message not in self.said:
             self.said.add(message)
@@ -375,7 +375,7 @@ class LayerRuntime:
             AttachError: see `check_rows`.
         """
         context = self.context
-        if context is None or context.scale <= 0 or not (self.state.by_rows and module.training):
+        if context is None or context.scale <= 0 or not (self.state.row_sparse and module.training):
             return None
         self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
@@ -461,13 +461,13 @@ class LayerRuntime:
         if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
             raise runs_twice(f"{self.layer.name}.{part}")
         self.context.ran.add((self.layer.index, part))
-        by_rows = self.state.by_rows and self.layer.index in self.state.runtimes
-        if torch.is_grad_enabled() and (by_rows or self.is_sparse(part)):
+        row_sparse = self.state.row_sparse and self.layer.index in self.state.runtimes
+        if torch.is_grad_enabled() and (row_sparse or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def leaves_output_out(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
-        rows = self.state.by_rows or context.memo(self.layer.index).with_gradients is False
+        rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
         ran = (self.layer.index, "mlp") in context.ran
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 

@@ -251,7 +251,7 @@ def layout_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch.get(name) for name in names}
 
 
-def is_split(batch: Mapping[str, Any]) -> bool:
+def is_context_parallel(batch: Mapping[str, Any]) -> bool:
     """Whether the rows of ``batch`` are parts of sequences whose other parts other GPUs have (context parallelism)."""
     return batch.get("shift_labels") is not None
 

@@ -186,7 +186,7 @@ def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityCo
             )
     if method != "dora" or sparsity is None:
         return sparsity
-    if not (sparsity.mlp or sparsity.self_attn or sparsity.preset or sparsity.by_rows):
+    if not (sparsity.mlp or sparsity.self_attn or sparsity.preset or sparsity.row_sparse):
         return sparsity
     logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})

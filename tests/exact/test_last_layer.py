@@ -139,9 +139,9 @@ def test_a_recompute_leaves_out_what_nobody_reads(family, changes, skips, reentr
     """The MLP's output in a recompute, unless a norm stands behind it; gradients are those without checkpointing."""
     asked, forward = [], _GluRows.forward
 
-    def watched(self, x, unread=False):
-        asked.append(unread)
-        return forward(self, x, unread)
+    def watched(self, x, output_unused=False):
+        asked.append(output_unused)
+        return forward(self, x, output_unused)
 
     monkeypatch.setattr(_GluRows, "forward", watched)
     model, batch = make_lora(family), make_batch()

@@ -231,13 +231,13 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
 def test_kinds_that_come_once_are_not_recorded(recorder):
     ours = GraphCache(recorder)
     assert not any(ours.should_replay(("once", number)) for number in range(1000))
-    assert len(ours._counted) == graphs.KINDS_COUNTED
+    assert len(ours._counted) == graphs.KEYS_COUNTED
     assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
     for number in range(100):
         for _ in range(2):
             ours.should_replay(number)
     assert ours.full
-    assert len(ours.kinds) == graphs.MAX_KINDS
+    assert len(ours.captured_keys) == graphs.MAX_KEYS
     assert not ours.should_replay(99)
     assert ours.should_replay("often")
 
@@ -248,8 +248,8 @@ def test_what_is_prepared_is_bounded(recorder):
     assert not ours.captures_next("never came")
     for number in range(1000):
         ours.should_replay(number)
-        assert ours.captures_next(number) == (number < 2 * graphs.MAX_KINDS)
-    assert len(ours.prepared) == 2 * graphs.MAX_KINDS
+        assert ours.captures_next(number) == (number < 2 * graphs.MAX_KEYS)
+    assert len(ours.prepared) == 2 * graphs.MAX_KEYS
 
 
 def test_the_end_of_training_gives_memory_back(stand_in, recorder):
@@ -260,7 +260,7 @@ def test_the_end_of_training_gives_memory_back(stand_in, recorder):
         loss_and_gradients(model, batch)
     recorded = recorder.recorded
     state.end_training()
-    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.kinds, recorder.places))
+    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.captured_keys, recorder.places))
     for _ in range(2):
         assert_same(loss_and_gradients(model, batch), expected)
     assert recorder.recorded == 2 * recorded
@@ -282,7 +282,7 @@ def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog
 
 
 def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "MAX_KINDS", 0)
+    monkeypatch.setattr(graphs, "MAX_KEYS", 0)
     model = checkpointed(stand_in)
     attach_with(model, "both", True)
     for _ in range(2):
@@ -301,7 +301,7 @@ def test_batches_of_many_lengths_are_recorded_once(stand_in, recorder, make):
     state = attach_with(model, "dense", True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
-    assert len(state.graphs.kinds) == 1
+    assert len(state.graphs.captured_keys) == 1
     assert recorder.recorded in (LAYERS * count for count in FORMS.values())
     assert recorder.replayed == 2 * recorder.recorded
 
@@ -394,7 +394,7 @@ def test_parts_of_sequences_are_not_recorded(stand_in, recorder, caplog):
         for _ in range(4):
             assert_same(loss_and_gradients(model, {**batch, "shift_labels": shifted}), expected)
         assert recorder.recorded == 0
-        assert not graphs_of.kinds
+        assert not graphs_of.captured_keys
         detach(model)
     assert "cuda_graphs: rows are split over several GPUs" in caplog.text
 

@@ -79,7 +79,7 @@ def test_an_unread_output_is_not_computed():
         calls.append(rows.shape[1])
         return layer(rows)
 
-    y = backward_rows(function, [x], trained(layer), RowChoice(make_partition(), 0.2), unread=True)
+    y = backward_rows(function, [x], trained(layer), RowChoice(make_partition(), 0.2), output_unused=True)
     assert not calls
     assert y.shape == x.shape
     y.backward(torch.ones_like(y))

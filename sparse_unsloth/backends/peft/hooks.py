@@ -32,7 +32,7 @@ def install(runtime: LayerRuntime) -> None:
         AttachError: a projection that the sparse functions cannot compute, or one that they compute differently.
     """
     layer = runtime.layer
-    if runtime.state.by_rows:
+    if runtime.state.row_sparse:
         row_hooks.install(runtime)
         return
     if runtime.sparsity.mlp > 0:
@@ -67,7 +67,7 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
     return output
 
 
-def refuse_sharded_weights(layer: DecoderLayer) -> None:
+def check_not_sharded(layer: DecoderLayer) -> None:
     """Refuses weights that are not whole where the sparse functions read them: in the MLP and in each projection.
 
     FSDP2 gathers a unit's weights while its own forward and backward run, so a unit must be the MLP or hold it (or a
@@ -108,7 +108,7 @@ BACKEND = Backend(
     install=install,
     uninstall=restore_forward,
     is_installed=is_installed,
-    refuse_sharded_weights=refuse_sharded_weights,
+    check_not_sharded=check_not_sharded,
     why_not_captured=_never_captured,
     why_not_whole=_never_whole,
 )

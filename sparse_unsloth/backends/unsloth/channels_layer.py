@@ -57,7 +57,7 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     *qkv, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, qkv, kwargs)
     output = behind(attention_output, residual, plan)
-    if runtime.state.graphs is not None and capture is None and not plan.unread:
+    if runtime.state.graphs is not None and capture is None and not plan.output_unused:
         _reserve(runtime, runtime.state.graphs)
     return output
 
@@ -81,12 +81,12 @@ def _recorded(
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
     """Makes room for the layer's choices, where forwards of this kind will be recorded."""
     context, index = runtime.context, runtime.layer.index
-    if (index, context.kind) in graphs.ready or not graphs.captures_next(context.kind):
+    if (index, context.batch_key) in graphs.ready or not graphs.captures_next(context.batch_key):
         return
     for part in PARTS:
         if runtime.is_sparse(part):
             graphed_layer.reserve(graphs, index, part, context.selections[index, part])
-    graphs.ready.add((index, context.kind))
+    graphs.ready.add((index, context.batch_key))
 
 
 def _plan(
@@ -117,15 +117,17 @@ def _plan(
         RowOrder(context.partition, True) if runtime.is_sparse(part) else RowOrder(context.every_row_dense(), False)
         for part in ("self_attn", "mlp")
     )
-    unread = recompute and runtime.state.config.exact_removal
+    output_unused = recompute and runtime.state.config.exact_removal
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
-        ready = context.graphs is not None and (layer.index, context.kind) in context.graphs.ready
+        ready = context.graphs is not None and (layer.index, context.batch_key) in context.graphs.ready
         memo.captured = ready and runtime.state.config.exact_removal
     capture = None
     if memo.captured:
         context.graphs.check(context)
         context.captured.add(layer.index)
-        capture = open_pass(context.graphs, layer, projections, (context.kind, attention.sparse, mlp.sparse, unread))
+        capture = open_pass(
+            context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)
+        )
     plan = LayerPlan(
         input_norm=norm_of(module.input_layernorm),
         output_norm=norm_of(module.post_attention_layernorm),
@@ -135,7 +137,7 @@ def _plan(
         activation=layer.activation,
         choose_attention=partial(runtime.choose_of_context, "self_attn"),
         choose_mlp=partial(runtime.choose_of_context, "mlp"),
-        unread=unread,
+        output_unused=output_unused,
         keep=torch.is_grad_enabled(),
     )
     return plan, capture

@@ -38,8 +38,8 @@ def install(runtime: LayerRuntime) -> None:
             more; or a projection that the sparse functions cannot compute.
     """
     contract = Contract()
-    if runtime.state.by_rows:
-        refuse_sharded_weights(runtime.layer)
+    if runtime.state.row_sparse:
+        check_not_sharded(runtime.layer)
         row_hooks.install_mlp(runtime)
         contract.check_attention(runtime.layer)
         attention = runtime.layer.self_attn
@@ -78,9 +78,9 @@ def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
     """
     contract = Contract()
     for runtime in runtimes:
-        by_rows = runtime.state.by_rows
-        leaves_out = by_rows and runtime.layer.index not in runtime.state.runtimes
-        reason = rows_layer.why_not if by_rows else why_not
+        row_sparse = runtime.state.row_sparse
+        leaves_out = row_sparse and runtime.layer.index not in runtime.state.runtimes
+        reason = rows_layer.why_not if row_sparse else why_not
         runtime.not_whole = LEAVES_OUT_ROWS if leaves_out else reason(runtime)
         if runtime.not_whole:
             continue
@@ -90,7 +90,7 @@ def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
         except AttachError as error:
             runtime.not_whole = str(error)
         else:
-            (rows_layer if by_rows else channels_layer).replace(runtime)
+            (rows_layer if row_sparse else channels_layer).replace(runtime)
 
 
 def uninstall_whole_layer(runtime: LayerRuntime) -> None:
@@ -101,13 +101,13 @@ def uninstall_whole_layer(runtime: LayerRuntime) -> None:
     removed = [module]
     uninstall(module)
     module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
-    if not (state.by_rows or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
+    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
         uninstall(attention)
         removed.append(attention)
     state.hooked = [one for one in state.hooked if not any(one is gone for gone in removed)]
 
 
-def refuse_sharded_weights(layer: DecoderLayer) -> None:
+def check_not_sharded(layer: DecoderLayer) -> None:
     """Raises AttachError if FSDP holds the layer's weights: the hooks read them where no unsharding reaches."""
     for name, module in layer.projections().items():
         for part in module.modules():
@@ -122,7 +122,7 @@ def refuse_sharded_weights(layer: DecoderLayer) -> None:
 
 def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
     layer = runtime.layer
-    refuse_sharded_weights(layer)
+    check_not_sharded(layer)
     if part == "mlp":
         contract.check_mlp(layer)
         channel_hooks.install_mlp(runtime)
@@ -162,7 +162,7 @@ def why_not_captured(runtime: LayerRuntime) -> str:
     """What keeps the layer's work from functions that CUDA graphs can hold; "" for nothing."""
     if not use_kernels(next(runtime.layer.module.parameters())):
         return "Triton's kernels do not run here"
-    return runtime.not_whole or (runtime.not_fusable if runtime.state.by_rows else "")
+    return runtime.not_whole or (runtime.not_fusable if runtime.state.row_sparse else "")
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +206,7 @@ BACKEND = Backend(
     install=install,
     uninstall=uninstall,
     is_installed=is_installed,
-    refuse_sharded_weights=refuse_sharded_weights,
+    check_not_sharded=check_not_sharded,
     why_not_captured=why_not_captured,
     why_not_whole=why_not,
 )

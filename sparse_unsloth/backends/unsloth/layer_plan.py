@@ -83,13 +83,15 @@ def open_pass(graphs: GraphCache, layer: DecoderLayer, projections: list[Project
     return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))
 
 
-def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, unread: bool = True) -> LayerPlan | None:
+def plan_of_rows(
+    layer: DecoderLayer, rows: Tensor, partition: TokenPartition, output_unused: bool = True
+) -> LayerPlan | None:
     """A plan for some ``rows`` alone, all dense; None where the functions do not apply.
 
     Args:
         rows: ``[1, n, hidden_size]``.
         partition: n dense rows.
-        unread: the output is not used, and not computed.
+        output_unused: the output is not used, and not computed.
     """
     module = layer.module
     projections = read_projections(layer) if takes(rows, module.post_attention_layernorm.weight) else None
@@ -98,7 +100,15 @@ def plan_of_rows(layer: DecoderLayer, rows: Tensor, partition: TokenPartition, u
     every = RowOrder(partition, False)
     norms = norm_of(module.input_layernorm), norm_of(module.post_attention_layernorm)
     return LayerPlan(
-        *norms, every, every, projections, layer.activation, _no_choice, _no_choice, unread=unread, keep=False
+        *norms,
+        every,
+        every,
+        projections,
+        layer.activation,
+        _no_choice,
+        _no_choice,
+        output_unused=output_unused,
+        keep=False,
     )
 
 

@@ -67,7 +67,7 @@ def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, An
 
         def compute() -> Tensor | None:
             every = runtime.context.every_row_dense()
-            plan = plan_of_rows(runtime.layer, hidden_states, every, unread=False)
+            plan = plan_of_rows(runtime.layer, hidden_states, every, output_unused=False)
             if plan is None:
                 return None
             *qkv, residual = pre_attention(hidden_states, plan)
@@ -95,7 +95,7 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
             plan = plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
         return behind(attention_output, stream) if plan is None else post_attention(attention_output, stream, plan)
 
-    unread = row_hooks.is_unread(runtime)
+    output_unused = row_hooks.is_output_unused(runtime)
     runtime.skip_output_projection = True
     try:
         attention_output, *_ = attention(hidden_states=norm(self.input_layernorm, hidden_states), **kwargs)
@@ -106,7 +106,7 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     if torch.is_grad_enabled():
         weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
         inputs = [attention_output, hidden_states]
-        output = backward_rows(behind, inputs, weights, choice, residual=1, unread=unread, again=again)
+        output = backward_rows(behind, inputs, weights, choice, residual=1, output_unused=output_unused, again=again)
     else:
         output = behind(attention_output, hidden_states)
     return output
@@ -127,8 +127,8 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    capture = open_pass(context.graphs, layer, list(plan.projections), (context.kind, share, again))
-    plan = dataclasses.replace(plan, unread=again)
+    capture = open_pass(context.graphs, layer, list(plan.projections), (context.batch_key, share, again))
+    plan = dataclasses.replace(plan, output_unused=again)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
     fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:

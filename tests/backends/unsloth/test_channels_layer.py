@@ -63,7 +63,7 @@ def test_a_recompute_leaves_the_mlp_out(stand_in, monkeypatch):
         get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
         ran = spy(monkeypatch)
         outcomes.append(loss_and_gradients(model, small_batch()))
-        assert [plan.unread for plan in ran].count(True) == (3 if checkpointing else 0)
+        assert [plan.output_unused for plan in ran].count(True) == (3 if checkpointing else 0)
     assert_same(*reversed(outcomes))
 
 

@@ -85,7 +85,7 @@ def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
     ran.clear()  # of the probe
     assert_same(loss_and_gradients(model, batch), expected)
     assert len(ran) == 3
-    assert all(rows.shape == stream.shape and plan.unread for rows, stream, plan in ran)
+    assert all(rows.shape == stream.shape and plan.output_unused for rows, stream, plan in ran)
 
 
 def put_rows_in_front(model):
