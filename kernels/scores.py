@@ -1,16 +1,16 @@
-"""Energies of channels by low-rank stand-ins for the weights, without ``[N, channels]`` intermediates.
+"""Scores channels by low-rank factors, without ``[N, channels]`` intermediates (docs/how-it-works.md, section 4.3).
 
 `low_rank_activations` gathers rows and multiplies them with all stacked ``down`` factors; `mlp_scores` and
-`attention_energies` then give a tile of channels to each program, which loops over the rows:
+`attention_energies` give each program a tile of channels, and it loops over the rows:
 
     mlp:        score[c] = sum_n (act(gate_low_rank[n] . gate_up[c] + bias) * (up_low_rank[n] . up_up[c] + bias))^2
-    attention:  energy[c] = sum_n (low_rank[n] . up[c])^2,    of q, k and v each with its own columns of low_rank
+    attention:  energy[c] = sum_n (low_rank[n] . up[c])^2,    with separate columns of low_rank for q, k and v
 
-With a ``gain`` (kind "prior") they write ``sqrt(score) * gain``. Products in the rows' dtype, sums in fp32.
+With a ``gain`` (estimator "prior") they write ``sqrt(score) * gain``. Products in the rows' dtype, sums in fp32.
 
-Bytes (bf16): the first reads ``2 N hidden`` once and ``down`` once a program (L2), and writes ``2 N width``; the others
-read ``2 N width`` a program (L2) and ``2 rank`` a channel, and write 4 a channel. Their elementwise work, some 20
-operations per ``N I``, is what takes time.
+Bytes (bf16): the first reads ``2 N hidden`` once and ``down`` once per program (L2), and writes ``2 N width``; the
+others read ``2 N width`` per program (L2) and ``2 rank`` per channel, and write 4 per channel. Their time goes to about
+20 elementwise operations per ``N I``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from sparse_unsloth.model.activations import ACTIVATIONS
 TILE_N = 64
 TILE_C = 64
 LOW_RANK_ROWS = 16
-"""Rows of a program of `low_rank_activations`: few, so that a thousand rows fill the GPU."""
+"""Rows per program of `low_rank_activations`: few, so that a thousand rows fill the GPU."""
 MAX_RANK = 32
-"""Factors of a higher rank do not fit the tiles: fp32 ones would spill registers and fill small GPUs' shared memory."""
+"""The highest rank that fits the tiles: in fp32 more would spill registers or exceed small GPUs' shared memory."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit(do_not_specialize=["N", "step"])
 def low_rank_kernel(
     hidden,  # [M, hidden_size]
-    rows,  # int64: the n-th row to look at is `rows[n * step]` (INDEXED), else `n * step`
+    rows,  # int64: the n-th row that is read is `rows[n * step]` (INDEXED), else `n * step`
     down,  # [width, hidden_size]
     low_rank,  # [N, width]
     N,
@@ -70,7 +70,7 @@ def low_rank_kernel(
 
 @triton.jit
 def _columns(low_rank, o_n, N, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
-    """``[TILE_N, R]``: the `RANK` columns that begin at ``low_rank``; zero beyond them and beyond row ``N``."""
+    """``[TILE_N, R]``: `RANK` columns from ``low_rank`` on; zero beyond them and beyond row ``N``."""
     o_r = tl.arange(0, R)
     mask = (o_n[:, None] < N) & (o_r[None, :] < RANK)
     return tl.load(low_rank + o_n[:, None] * WIDTH + o_r[None, :], mask=mask, other=0.0)
@@ -195,14 +195,14 @@ def mlp_scores(
     up_bias: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """Energies of the channels of a gated MLP over the rows of ``low_rank``: fp32 ``[channels]``.
+    """Energies of a gated MLP's channels over the rows of ``low_rank``: fp32 ``[channels]``.
 
     Args:
-        low_rank: ``[N, 2 * rank]``, of `low_rank_activations`: the columns of gate, then those of up.
+        low_rank: ``[N, 2 * rank]``, from `low_rank_activations`: the columns of gate, then those of up.
         up: ``[2 * rank, channels]``, contiguous, in ``low_rank``'s dtype; rows likewise.
         kind: "silu", "gelu" or "gelu_tanh".
         gate_bias, up_bias: ``[channels]``, both or neither.
-        gain: fp32 ``[channels]``: the roots of the energies, times it, are returned instead.
+        gain: fp32 ``[channels]``. If given, ``sqrt(energy) * gain`` is returned instead.
     """
     width, channels = up.shape
     scores = torch.empty(channels, dtype=torch.float32, device=low_rank.device)
@@ -220,9 +220,9 @@ def attention_energies(low_rank: Tensor, up: Tensor, queries: int, keys: int, ga
     """Energies of the channels of q, k and v over the rows of ``low_rank``: fp32 ``[queries + 2 * keys]``.
 
     Args:
-        low_rank: ``[N, 3 * rank]``, of `low_rank_activations`: the columns of q, of k, of v.
+        low_rank: ``[N, 3 * rank]``, from `low_rank_activations`: the columns of q, of k, of v.
         up: ``[rank, queries + 2 * keys]``, contiguous, in ``low_rank``'s dtype.
-        queries, keys: channels of q, and of k and v each.
+        queries, keys: the number of channels of q, and of each of k and v.
         gain: as in `mlp_scores`.
     """
     rank = up.shape[0]

@@ -131,7 +131,7 @@ def dequantise(sizes: Sizes, draw: Draw) -> Iterator[Case]:
                     f"dequantize_{name} {kind}", f"{len(index)} of {I}x{H}", (packed, state, index, like),
                     lambda packed, state, index, like, shape=shape, axis=axis: _written(
                         like.new_empty(shape),
-                        lambda out: dequantize._launch_chosen(packed, state, index, out, columns=axis == 1),
+                        lambda out: dequantize._launch_select(packed, state, index, out, columns=axis == 1),
                     ),
                     lambda packed, state, index, like, axis=axis: (
                         dequantize_4bit(packed, state).index_select(axis, index).to(like.dtype)

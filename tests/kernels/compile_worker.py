@@ -1,9 +1,9 @@
-"""Compiles every kernel for a GPU that need not be there, with the arguments that its launcher gives it.
+"""Compiles every kernel for a GPU, which need not be present, with the arguments of its launcher.
 
     python tests/kernels/compile_worker.py
 
-Triton's interpreter accepts what its compiler refuses (types that change in a loop, for one), and CI has no GPU. Run
-without ``TRITON_INTERPRET``. Prints a line for each kernel; an exception is a failure.
+CI has no GPU, and Triton's interpreter accepts what its compiler refuses, such as types that change in a loop. Run it
+without ``TRITON_INTERPRET``. It prints a line per kernel; an exception is a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ compiled: set[str] = set()
 
 
 def compile_instead(kernel, grid, arguments, constants, num_warps=4, num_stages=3) -> None:
-    """In place of `sparse_unsloth.kernels.launch.launch`: compiles once for each kind of arguments."""
+    """Replaces `sparse_unsloth.kernels.launch.launch`: compiles once per specialisation of the arguments."""
     signature, fixed = {}, {}
     for name, value in zip(kernel.arg_names, (*arguments, *constants.values()), strict=True):
         if isinstance(value, Tensor):
@@ -86,7 +86,7 @@ def compile_dequantize() -> None:
             dequantize._launch_whole(packed, state, output)
         for in_columns in (False, True):
             output = draw(64, 16) if in_columns else draw(16, 128)
-            dequantize._launch_chosen(packed, state, torch.arange(9), output, in_columns)
+            dequantize._launch_select(packed, state, torch.arange(9), output, in_columns)
 
 
 def compile_lora() -> None:

@@ -1,4 +1,4 @@
-"""Splitting rows by role and joining them, against plain PyTorch."""
+"""Splitting rows by role and joining results, against plain PyTorch."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ CASES += [(SHAPES[2], kind, dtype) for kind in glu.KINDS for dtype in DTYPES if 
 
 
 def draw(N, I, k, r, dtype, seed=0):
-    """xA, gate_base, up_base, loras, d_h, d_down_xA; the matrices that go together are slices of wider ones."""
+    """xA, gate_base, up_base, loras, d_h, d_down_xA; matrices that belong together are slices of one matrix."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*shape):

@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fresh tensors hold NaN, so that what a kernel leaves unwritten shows."""
+    """New tensors hold NaN, so that elements that a kernel does not write are found."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")))
 
