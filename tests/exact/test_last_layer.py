@@ -1,4 +1,4 @@
-"""Work without effect: rows without loss in the last layer, and the output of an MLP's recompute.
+"""Skipping unused rows of the last layer, and the unused output of an MLP's recompute.
 
 That loss and gradients stay the same is shown with Unsloth's own forwards (tests/backends/unsloth/installed/loss.py).
 """
@@ -135,8 +135,8 @@ def test_heads(batch):
     [("llama", {}, True), ("granite", {}, True), ("gemma2", {}, False), ("llama", {"exact_removal": False}, False)],
 )
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_recompute_leaves_out_what_nobody_reads(family, changes, skips, reentrant, monkeypatch):
-    """The MLP's output in a recompute, unless a norm stands behind it; gradients are those without checkpointing."""
+def test_a_recompute_skips_its_unused_output(family, changes, skips, reentrant, monkeypatch):
+    """The MLP's output, unless a norm follows it; gradients are those without checkpointing."""
     asked, forward = [], _GatedMlpRows.forward
 
     def watched(self, x, output_unused=False):
