@@ -1,8 +1,9 @@
-"""`ops.decoder_layer` with its products in CUDA graphs around attention that is not captured: long documents, windows.
+"""Captures a layer's projections and MLP around attention that cannot be captured (long documents, windows).
 
-For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one
-behind it, and the MLP, with all that prepares their weights; norms, residual sums and the choice of channels run as
-they are, and write to where the recordings read. Output and gradient of the input have memory of their own.
+See docs/how-it-works.md, section 9.4; the functions are those of `sparse_unsloth.ops.decoder_layer`, for layers under
+gradient checkpointing. Q, K, V, then O, and the MLP are captured, together with what prepares their weights. Norms,
+residual sums and channel selection are not; they write to addresses that the graphs read. The output and the gradient
+of the input are in new memory.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from sparse_unsloth.ops.fused_linear import FusedOutputProjection, FusedQKV
 def pre_attention(
     hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.decoder_layer.pre_attention`; Q, K, V hold until ``capture`` does no more."""
+    """See `sparse_unsloth.ops.decoder_layer.pre_attention`; Q, K, V are valid until another pass begins."""
     return _PreAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
 
 
 def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture) -> Tensor:
-    """See `ops.decoder_layer.post_attention`."""
+    """See `sparse_unsloth.ops.decoder_layer.post_attention`."""
     return _PostAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
 
 
@@ -48,8 +49,8 @@ class _PreAttention(torch.autograd.Function):
         with without_autocast(x):
             normed = capture.buffer("attention's norm", x, rows.order.size)
             _, _, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
-            indices = [capture.constant(name, index) for name, index in chosen]
+            selected = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
+            indices = [capture.constant(name, index) for name, index in selected]
             outputs = capture.call("qkv", project, (normed, *indices))
         ctx.plan, ctx.capture, ctx.loras = plan, capture, loras
         ctx.save_for_backward(hidden_states, scale)
@@ -101,8 +102,8 @@ class _PostAttention(torch.autograd.Function):
             (y,) = capture.call("o", project, (a, index))
             normed = capture.buffer("mlp's norm", stream, rows.order.size)
             total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
-            selection = [capture.constant(name, values) for name, values in chosen]
+            selected = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
+            selection = [capture.constant(name, values) for name, values in selected]
             if plan.output_unused:
                 result = stream.new_zeros(()).expand(stream.shape)
             else:
@@ -133,13 +134,13 @@ class _PostAttention(torch.autograd.Function):
             return (da, flatten_gradients(lora_gradients, loras[:2])), None
 
         with without_autocast(total):
-            by_role = dy
+            sorted_dy = dy
             if rows.sparse:
-                by_role = capture.buffer("dy", dy, rows.order.size)
-                torch.index_select(dy, 0, rows.partition.rows, out=by_role)
-            inputs = (by_role, ctx.normed, *ctx.selection)
+                sorted_dy = capture.buffer("dy", dy, rows.order.size)
+                torch.index_select(dy, 0, rows.partition.rows, out=sorted_dy)
+            inputs = (sorted_dy, ctx.normed, *ctx.selection)
             d_normed, mlp_flat = capture.call("mlp backward", mlp_backward, inputs)
-            # The MLP's recording has read these two; now the sum's gradient goes where the projection's reads.
+            # The MLP's graph has read these buffers; now they take the sum's gradient, which O's graph reads.
             d_total = [capture.buffer("d_total", total, len(total))]
             if plan.attention.sparse:
                 d_total.append(capture.buffer("dy", total, order.size))
