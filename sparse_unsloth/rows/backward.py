@@ -1,7 +1,7 @@
 """Applies a row-wise function exactly in forward, and takes its backward pass through few rows.
 
 Defined in docs/how-it-works.md, section 3.1. Forward saves the inputs only. Backward receives the gradient of the
-output, selects rows (`sparse_unsloth.rows.choice`), computes the function again for these rows and differentiates that.
+output, selects rows (`sparse_unsloth.rows.choice`), computes the function for these rows again and differentiates it.
 Other rows add nothing to the parameters' gradients, and their input gradient is zero, except in a residual stream.
 
 The function is the model's own code, and no weight is read here: any quantisation, adapter, activation and bias works.
