@@ -59,7 +59,7 @@ def _whole_kernel(
 
 
 @triton.jit
-def _dequantize_selected_kernel(
+def _dequantize_kernel(
     packed,  # uint8 [out * in / 2]
     absmax,  # uint8 [blocks] where nested, else fp32 [blocks]
     code,  # fp32 [16]: value of each nibble
@@ -227,9 +227,7 @@ def _launch_select(packed: Tensor, quant_state, index: Tensor, output: Tensor, c
         flat, *scales, index, output, num_rows, num_columns, len(index), in_features, output.stride(0),
     )  # fmt: skip
     constants = {**layout, "COLUMNS": columns, "TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns}
-    launch(
-        _dequantize_selected_kernel, (-(-num_rows // tile_rows), -(-num_columns // tile_columns)), arguments, constants
-    )
+    launch(_dequantize_kernel, (-(-num_rows // tile_rows), -(-num_columns // tile_columns)), arguments, constants)
 
 
 def _scales(quant_state) -> tuple[Tensor, ...]:
