@@ -1,4 +1,4 @@
-"""The activations of gated MLPs inside kernels; `KINDS` numbers them by the names of `ACTIVATIONS`."""
+"""Computes the activations of gated MLPs in kernels; `KINDS` numbers the names of `ACTIVATIONS`."""
 
 from __future__ import annotations
 

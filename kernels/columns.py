@@ -1,13 +1,12 @@
-"""Projections with selected channels: rows split by role on the way in, put together on the way out.
+"""Splits rows by role into compact matrices, and joins the results (docs/how-it-works.md, section 7).
 
-A *wide* side carries the selected channels: the outputs of Q, K and V side by side, or the input of O. Its dense rows
-use all channels, its context rows the selected ones; the matrix products work on compact rows of either kind, each with
-the rank-r LoRA products of all parts in its first columns. ``place`` says where a row stands: ``d`` among the dense
-rows, ``-1 - c`` among the context rows, `PADDING_PLACE` nowhere.
+For Q, K and V side by side (outputs) and O (input), loss tokens use all channels and context tokens the selected ones.
+A matmul works on the compact rows of one role; their first columns hold ``xA`` of all parts (one projection is a part).
+``place`` says where a row is: ``d`` among the loss tokens, ``-1 - c`` among the context tokens, or `PADDING_PLACE`.
 
-Bytes (bf16), M rows, w channels, k selected, n_d dense, n_c context rows: `split_columns` reads and writes
-``2 (n_d w + n_c k)`` each; `join_columns` reads as much and the rank-r products, and writes ``2 M w``. Selected columns
-cost a 32-byte sector each unless they neighbour.
+Bytes (bf16) for M rows, w channels, k selected ones, n_d loss tokens, n_c context tokens: `split_columns` reads and
+writes ``2 (n_d w + n_c k)`` each; `join_columns` reads as much and ``xA``, and writes ``2 M w``. A selected column
+costs a sector of 32 bytes, unless columns are neighbours.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.tokens.partition import PADDING_PLACE
 
 JOIN_TILES = (64, 64, 4)
-"""Rows and columns of a tile of `join_columns_kernel`, and the tiles of rows that share one search of the columns."""
+"""`join_columns_kernel`: rows and columns of a tile, and the number of row tiles that share one column search."""
 
 
 @triton.jit
-def _pick(source_0, source_1, source_2, part, at, mask, PARTS: tl.constexpr):
-    """Elements of the part's tensor; loads that are masked off whole cost next to nothing."""
+def _load_part(source_0, source_1, source_2, part, at, mask, PARTS: tl.constexpr):
+    """Elements of the part's tensor. A load that is masked off entirely costs next to nothing."""
     value = tl.load(source_0 + at, mask=mask & (part == 0), other=0.0)
     if PARTS > 1:
         value += tl.load(source_1 + at, mask=mask & (part == 1), other=0.0)
@@ -39,7 +38,7 @@ def _pick(source_0, source_1, source_2, part, at, mask, PARTS: tl.constexpr):
 
 @triton.jit
 def _part_of(i_tile, size_0, size_1, TILE: tl.constexpr, PARTS: tl.constexpr):
-    """The part that a tile belongs to, and the tile's number in it; no tile crosses parts."""
+    """The part of a tile, and the tile's number within that part; no tile crosses parts."""
     part = i_tile * 0
     if PARTS > 1:
         tiles_0 = tl.cdiv(size_0, TILE)
@@ -50,7 +49,7 @@ def _part_of(i_tile, size_0, size_1, TILE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _choose(part, value_0, value_1, value_2):
+def _of_part(part, value_0, value_1, value_2):
     return tl.where(part == 0, value_0, tl.where(part == 1, value_1, value_2))
 
 
@@ -59,11 +58,11 @@ def split_columns_kernel(
     source_0,  # [M, width_p] by part
     source_1,
     source_2,
-    xA,  # [M, lead]
-    rows,  # int64 [n_d + n_c]: dense rows, then context rows
-    index,  # int64 [k_0 + k_1 + k_2]: the parts' selected columns, each ascending
-    dense,  # [n_d, lead + width_0 + width_1 + width_2]
-    context,  # [n_c, lead + k_0 + k_1 + k_2]
+    xA,  # [M, xA_width]
+    rows,  # int64 [n_d + n_c]: loss tokens, then context tokens
+    index,  # int64 [k_0 + k_1 + k_2]: selected columns by part, each ascending
+    dense,  # [n_d, xA_width + width_0 + width_1 + width_2]
+    context,  # [n_c, xA_width + k_0 + k_1 + k_2]
     n_dense,
     n_context,
     width_0,
@@ -75,54 +74,54 @@ def split_columns_kernel(
     stride_0,
     stride_1,
     stride_2,
-    lead,
-    dense_tiles,  # programs for the dense rows; the others are for the context rows
+    xA_width,
+    dense_tiles,  # number of programs for loss tokens; the others compute context tokens
     PARTS: tl.constexpr,
-    LEAD: tl.constexpr,
+    XA_TILE: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
     i_program = tl.program_id(0)
-    o_lead = tl.arange(0, LEAD)
-    m_lead = (o_lead < lead)[None, :]
+    o_xA = tl.arange(0, XA_TILE)
+    m_xA_width = (o_xA < xA_width)[None, :]
     if i_program < dense_tiles:
         row_tiles = tl.cdiv(n_dense, TILE_N)
         part, i_tile = _part_of(i_program // row_tiles, width_0, width_1, TILE_C, PARTS)
-        width = _choose(part, width_0, width_1, width_2)
+        width = _of_part(part, width_0, width_1, width_2)
         o_place = (i_program % row_tiles) * TILE_N + tl.arange(0, TILE_N)
         o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
         mask = (o_place < n_dense)[:, None] & (o_column < width)[None, :]
         row = tl.load(rows + o_place, mask=o_place < n_dense, other=0)
-        at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + o_column[None, :]
-        value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
-        offset = lead + _choose(part, 0, width_0, width_0 + width_1)
-        total = lead + width_0 + width_1 + width_2
+        at = row[:, None] * _of_part(part, stride_0, stride_1, stride_2) + o_column[None, :]
+        value = _load_part(source_0, source_1, source_2, part, at, mask, PARTS)
+        offset = xA_width + _of_part(part, 0, width_0, width_0 + width_1)
+        total = xA_width + width_0 + width_1 + width_2
         p_row = dense + o_place[:, None].to(tl.int64) * total
         tl.store(p_row + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            m_xA = (o_place < n_dense)[:, None] & m_lead
-            b_xA = tl.load(xA + row[:, None] * lead + o_lead[None, :], mask=m_xA, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_xA, mask=m_xA)
+            m_xA = (o_place < n_dense)[:, None] & m_xA_width
+            b_xA = tl.load(xA + row[:, None] * xA_width + o_xA[None, :], mask=m_xA, other=0.0)
+            tl.store(p_row + o_xA[None, :], b_xA, mask=m_xA)
     else:
         i_program -= dense_tiles
         row_tiles = tl.cdiv(n_context, TILE_N)
         part, i_tile = _part_of(i_program // row_tiles, k_0, k_1, TILE_C, PARTS)
-        k = _choose(part, k_0, k_1, k_2)
-        offset = _choose(part, 0, k_0, k_0 + k_1)
+        k = _of_part(part, k_0, k_1, k_2)
+        offset = _of_part(part, 0, k_0, k_0 + k_1)
         o_place = (i_program % row_tiles) * TILE_N + tl.arange(0, TILE_N)
         o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
         mask = (o_place < n_context)[:, None] & (o_column < k)[None, :]
         row = tl.load(rows + n_dense + o_place, mask=o_place < n_context, other=0)
         column = tl.load(index + offset + o_column, mask=o_column < k, other=0)
-        at = row[:, None] * _choose(part, stride_0, stride_1, stride_2) + column[None, :]
-        value = _pick(source_0, source_1, source_2, part, at, mask, PARTS)
-        total = lead + k_0 + k_1 + k_2
+        at = row[:, None] * _of_part(part, stride_0, stride_1, stride_2) + column[None, :]
+        value = _load_part(source_0, source_1, source_2, part, at, mask, PARTS)
+        total = xA_width + k_0 + k_1 + k_2
         p_row = context + o_place[:, None].to(tl.int64) * total
-        tl.store(p_row + lead + offset + o_column[None, :], value, mask=mask)
+        tl.store(p_row + xA_width + offset + o_column[None, :], value, mask=mask)
         if (part == 0) & (i_tile == 0):
-            m_xA = (o_place < n_context)[:, None] & m_lead
-            b_xA = tl.load(xA + row[:, None] * lead + o_lead[None, :], mask=m_xA, other=0.0)
-            tl.store(p_row + o_lead[None, :], b_xA, mask=m_xA)
+            m_xA = (o_place < n_context)[:, None] & m_xA_width
+            b_xA = tl.load(xA + row[:, None] * xA_width + o_xA[None, :], mask=m_xA, other=0.0)
+            tl.store(p_row + o_xA[None, :], b_xA, mask=m_xA)
 
 
 @triton.jit
@@ -133,8 +132,8 @@ def join_columns_kernel(
     place,  # int64 [M]
     index,  # int64 [k_0 + k_1 + k_2]
     bias,  # [width_0 + width_1 + width_2] (HAS_BIAS only)
-    output,  # the parts' [M, width_p], one behind the other
-    xA,  # [M, PARTS * r]: the first columns of dense and context, written
+    output,  # [M, width_p] by part, concatenated
+    xA,  # [M, PARTS * r], written: the first columns of dense and context
     M,
     width_0,
     width_1,
@@ -156,13 +155,13 @@ def join_columns_kernel(
     PRECISION: tl.constexpr,
 ):
     part, i_tile = _part_of(tl.program_id(1), width_0, width_1, TILE_C, PARTS)
-    width = _choose(part, width_0, width_1, width_2)
-    k = _choose(part, k_0, k_1, k_2)
-    offset = _choose(part, 0, width_0, width_0 + width_1)
-    k_offset = _choose(part, 0, k_0, k_0 + k_1)
+    width = _of_part(part, width_0, width_1, width_2)
+    k = _of_part(part, k_0, k_1, k_2)
+    offset = _of_part(part, 0, width_0, width_0 + width_1)
+    k_offset = _of_part(part, 0, k_0, k_0 + k_1)
     o_column = i_tile * TILE_C + tl.arange(0, TILE_C)
     m_column = o_column < width
-    # Where the column stands among the selected ones: a binary search, as they ascend.
+    # The column's index among the selected ones, by binary search: they are ascending.
     low = tl.zeros([TILE_C], dtype=tl.int32)
     high = low + k
     for _ in range(STEPS):
@@ -180,27 +179,27 @@ def join_columns_kernel(
     if HAS_BIAS:
         b_bias = tl.load(bias + offset + o_column, mask=m_column, other=0.0).to(tl.float32)
     base = output + offset.to(tl.int64) * M
-    lead = PARTS * r
+    xA_width = PARTS * r
     for i_row in range(ROW_TILES):
         o_row = (tl.program_id(0).to(tl.int64) * ROW_TILES + i_row) * TILE_N + tl.arange(0, TILE_N)
         m_row = o_row < M
         b_place = tl.load(place + o_row, mask=m_row, other=PADDED)
         is_dense = b_place >= 0
         is_context = (b_place < 0) & (b_place > PADDED)
-        p_dense = dense + b_place[:, None] * (lead + width_0 + width_1 + width_2)
-        p_context = context + (-1 - b_place)[:, None] * (lead + k_0 + k_1 + k_2)
+        p_dense = dense + b_place[:, None] * (xA_width + width_0 + width_1 + width_2)
+        p_context = context + (-1 - b_place)[:, None] * (xA_width + k_0 + k_1 + k_2)
         o_xA = part * r + o_r[None, :]
         b_xA = tl.load(p_dense + o_xA, mask=is_dense[:, None] & m_r[None, :], other=0.0)
         b_xA += tl.load(p_context + o_xA, mask=is_context[:, None] & m_r[None, :], other=0.0)
         if i_tile == 0:
-            tl.store(xA + o_row[:, None] * lead + o_xA, b_xA, mask=m_row[:, None] & m_r[None, :])
+            tl.store(xA + o_row[:, None] * xA_width + o_xA, b_xA, mask=m_row[:, None] & m_r[None, :])
         total = tl.dot(b_xA, b_lora, input_precision=PRECISION)
         if HAS_BIAS:
             total += b_bias[None, :]
         mask = is_dense[:, None] & m_column[None, :]
-        total += tl.load(p_dense + lead + offset + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(p_dense + xA_width + offset + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
         mask = is_context[:, None] & selected[None, :]
-        total += tl.load(p_context + lead + k_offset + low[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(p_context + xA_width + k_offset + low[None, :], mask=mask, other=0.0).to(tl.float32)
         total = tl.where((b_place > PADDED)[:, None], total, 0.0)
         mask = m_row[:, None] & m_column[None, :]
         tl.store(base + o_row[:, None] * width + o_column[None, :], total.to(output.dtype.element_ty), mask=mask)
@@ -209,29 +208,29 @@ def join_columns_kernel(
 def split_columns(
     xA: Tensor, sources: Sequence[Tensor], rows: Tensor, num_dense: int, index: Tensor, counts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """``(all columns of the dense rows, selected columns of the context rows)``: ``xA``, then the parts side by side.
+    """``(all columns of the loss tokens, selected columns of the context tokens)``: ``xA``, then the parts.
 
     Args:
-        xA: ``[M, lead]``, contiguous.
+        xA: ``[M, xA_width]``, contiguous.
         sources: one to three ``[M, width_p]``, rows contiguous.
-        rows: int64 ``[n]``: the dense rows, then the context rows.
-        num_dense: how many of them are dense.
-        index: int64: the parts' selected columns, one part after the other; ``counts`` of each.
+        rows: int64 ``[n]``: loss tokens, then context tokens.
+        num_dense: the number of loss tokens.
+        index: int64: the selected columns of each part, concatenated; ``counts`` are their numbers.
     """
     widths = [source.shape[1] for source in sources]
-    num_context, lead = len(rows) - num_dense, xA.shape[1]
-    dense = sources[0].new_empty((num_dense, lead + sum(widths)))
-    context = sources[0].new_empty((num_context, lead + sum(counts)))
+    num_context, xA_width = len(rows) - num_dense, xA.shape[1]
+    dense = sources[0].new_empty((num_dense, xA_width + sum(widths)))
+    context = sources[0].new_empty((num_context, xA_width + sum(counts)))
     tile_n, tile_c = 16, 128
     dense_tiles = -(-num_dense // tile_n) * sum(-(-width // tile_c) for width in widths)
     context_tiles = -(-num_context // tile_n) * sum(-(-count // tile_c) for count in counts)
     if dense_tiles + context_tiles:
         arguments = (
             *_three(sources), xA, rows, index, dense, context, num_dense, num_context, *_three(widths, 0),
-            *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), lead, dense_tiles,
+            *_three(counts, 0), *_three([source.stride(0) for source in sources], 0), xA_width, dense_tiles,
         )  # fmt: skip
         constants = {
-            "PARTS": len(sources), "LEAD": 1 << (lead - 1).bit_length(), "TILE_N": tile_n, "TILE_C": tile_c
+            "PARTS": len(sources), "XA_TILE": 1 << (xA_width - 1).bit_length(), "TILE_N": tile_n, "TILE_C": tile_c
         }  # fmt: skip
         launch(split_columns_kernel, (dense_tiles + context_tiles,), arguments, constants)
     return dense, context
@@ -247,17 +246,17 @@ def join_columns(
     counts: Sequence[int],
     bias: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """By part ``[M, width_p]``: the LoRA product (and bias) on all rows, and the base products where they belong.
+    """``[M, width_p]`` by part: the LoRA branch (and bias) on all channels, the base products on the computed ones.
 
     Args:
         lora: ``[sum of widths, r]``, any strides.
-        dense, context: contiguous, as `split_columns` gives them, with ``parts * r`` columns in front.
-        place: int64 ``[M]``, see the file's head.
+        dense, context: contiguous, as from `split_columns`: ``parts * r`` columns of ``xA`` come first.
+        place: int64 ``[M]``, see the module's docstring.
         index, counts: as in `split_columns`.
         bias: ``[sum of widths]`` or None.
 
     Returns:
-        The parts, and those columns in front of all rows, ``[M, parts * r]``; rows that stand nowhere are zero.
+        The parts, and ``xA [M, parts * r]``. Padding rows are zero.
     """
     M, r = len(place), lora.shape[1]
     output, xA = lora.new_empty(M * sum(widths)), lora.new_empty((M, len(widths) * r))
@@ -292,14 +291,14 @@ def reference_split(xA, sources, rows, num_dense, index, counts) -> tuple[Tensor
 
 def reference_join(lora, dense, context, place, index, widths, counts, bias=None) -> tuple[list[Tensor], Tensor]:
     """`join_columns` in plain PyTorch."""
-    outputs, lead = [], len(widths) * lora.shape[1]
+    outputs, xA_width = [], len(widths) * lora.shape[1]
     is_dense, is_context = place >= 0, (place < 0) & (place > PADDING_PLACE)
-    xA = lora.new_zeros(len(place), lead)
-    xA[is_dense] = dense[place[is_dense], :lead]
-    xA[is_context] = context[-1 - place[is_context], :lead]
+    xA = lora.new_zeros(len(place), xA_width)
+    xA[is_dense] = dense[place[is_dense], :xA_width]
+    xA[is_context] = context[-1 - place[is_context], :xA_width]
     parts = zip(
-        xA.chunk(len(widths), dim=1), lora.split(list(widths)), dense[:, lead:].split(list(widths), dim=1),
-        context[:, lead:].split(list(counts), dim=1), index.split(list(counts)),
+        xA.chunk(len(widths), dim=1), lora.split(list(widths)), dense[:, xA_width:].split(list(widths), dim=1),
+        context[:, xA_width:].split(list(counts), dim=1), index.split(list(counts)),
         [None] * len(widths) if bias is None else bias.split(list(widths)), strict=True,
     )  # fmt: skip
     for part_xA, part_lora, part_dense, part_context, part_index, part_bias in parts:

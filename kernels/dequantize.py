@@ -1,10 +1,10 @@
-"""Dequantise a bitsandbytes 4-bit weight (NF4, FP4; plain or nested absmax), or only chosen rows or columns of it.
+"""Dequantises a bitsandbytes 4-bit weight, or selected rows or columns of it (docs/how-it-works.md, section 6).
 
-Layout: flat row-major ``[out, in]``; byte ``j`` holds element ``2j`` in its high nibble, ``2j + 1`` in its
-low one; every ``blocksize`` elements share one absmax, itself 8-bit with blocks of 256 and an offset where nested.
+NF4 and FP4, with plain or nested absmax. Byte ``j`` holds element ``2j`` in its high nibble and ``2j + 1`` in its low
+one.
 
-Bytes (bf16): for ``n`` elements reads ``n / 2`` packed and ``n / blocksize`` absmax, writes ``2 n``. Chosen columns
-read more: each nibble costs a 32-byte sector of its row unless columns neighbour.
+Bytes (bf16): for ``n`` elements reads ``n / 2`` packed and ``n / blocksize`` absmax, writes ``2 n``. Selected columns
+read more: a nibble costs a sector of 32 bytes of its row, unless columns are neighbours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _whole_kernel(
     output,  # [out, in]
     num_bytes,
     in_features,
-    output_stride,  # of its rows (STRIDED only: no block crosses rows; else they lie one behind the other)
+    output_stride,  # between rows (STRIDED only: no block crosses rows; otherwise contiguous)
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
@@ -66,11 +66,11 @@ def _dequantize_kernel(
     nested_code,  # fp32 [256]: value of each 8-bit absmax (nested only)
     nested_absmax,  # fp32 [blocks / nested_blocksize] (nested only)
     offset,  # fp32 [1] (nested only)
-    index,  # int64 [k]: the chosen rows or columns
+    index,  # int64 [k]: the selected rows or columns
     output,  # [k, in] for rows, [out, k] for columns
     num_rows,
     num_columns,  # of the output
-    chosen,  # rows or columns that `index` gives; those beyond are zero
+    num_selected,  # length of `index`; further rows or columns are zero
     in_features,
     output_stride,
     BLOCKSIZE: tl.constexpr,
@@ -86,12 +86,12 @@ def _dequantize_kernel(
     m_column = o_column < num_columns
     inside = m_row[:, None] & m_column[None, :]
     if COLUMNS:
-        mask = inside & (o_column < chosen)[None, :]
+        mask = inside & (o_column < num_selected)[None, :]
         source_row = o_row
-        source_column = tl.load(index + o_column, mask=o_column < chosen, other=0)
+        source_column = tl.load(index + o_column, mask=o_column < num_selected, other=0)
     else:
-        mask = inside & (o_row < chosen)[:, None]
-        source_row = tl.load(index + o_row, mask=o_row < chosen, other=0)
+        mask = inside & (o_row < num_selected)[:, None]
+        source_row = tl.load(index + o_row, mask=o_row < num_selected, other=0)
         source_column = o_column
     element = source_row[:, None] * in_features + source_column[None, :]  # [TILE_ROWS, TILE_COLUMNS]
     byte = tl.load(packed + element // 2, mask=mask, other=0).to(tl.int32)
@@ -108,9 +108,7 @@ def _dequantize_kernel(
 
 
 def dequantize_whole(packed: Tensor, quant_state, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The weight, ``[out_features, in_features]`` in ``dtype``, in fresh memory, or in ``out``, whose rows may lie
-    apart.
-    """
+    """The weight, ``[out_features, in_features]`` in ``dtype``: new, or ``out``, which may have a row stride."""
     if not packed.is_cuda:
         whole = reference_whole(packed, quant_state, dtype)
         return whole if out is None else out.copy_(whole)
@@ -127,20 +125,20 @@ def dequantize_rows(
 ) -> Tensor:
     """Rows ``index`` (int64 ``[k]``) of the weight: ``[k, in_features]`` in ``dtype``.
 
-    ``out``, if given, is written instead, and may have more rows, which become zero.
+    ``out``, if given, is written instead. If it has more rows, they become zero.
     """
-    return _chosen(packed, quant_state, index, dtype, out, columns=False)
+    return _select(packed, quant_state, index, dtype, out, columns=False)
 
 
 def dequantize_columns(
     packed: Tensor, quant_state, index: Tensor, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """Columns ``index`` (int64 ``[k]``) of the weight: ``[out_features, k]`` in ``dtype``; ``out`` as for rows."""
-    return _chosen(packed, quant_state, index, dtype, out, columns=True)
+    return _select(packed, quant_state, index, dtype, out, columns=True)
 
 
 def reference_whole(packed: Tensor, quant_state, dtype: torch.dtype) -> Tensor:
-    """`dequantize_whole` by bitsandbytes, but for blocks that cross rows, where its CPU kernel (0.50) is wrong."""
+    """`dequantize_whole` by bitsandbytes. Where blocks cross rows its CPU kernel (0.50) is wrong and ours is used."""
     if quant_state.shape[1] % quant_state.blocksize:
         return reference_rows(packed, quant_state, torch.arange(quant_state.shape[0], device=packed.device), dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -173,13 +171,13 @@ def _gather(packed: Tensor, quant_state, element: Tensor, dtype: torch.dtype) ->
     return (quant_state.code[nibble] * scale.float()).to(dtype)
 
 
-def _chosen(packed: Tensor, quant_state, index: Tensor, dtype, out: Tensor | None, columns: bool) -> Tensor:
+def _select(packed: Tensor, quant_state, index: Tensor, dtype, out: Tensor | None, columns: bool) -> Tensor:
     if out is None:
         out_features, in_features = quant_state.shape
         shape = (out_features, len(index)) if columns else (len(index), in_features)
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     if packed.is_cuda:
-        _launch_chosen(packed, quant_state, index, out, columns)
+        _launch_select(packed, quant_state, index, out, columns)
     elif columns:
         out[:, : len(index)] = reference_columns(packed, quant_state, index, dtype)
         out[:, len(index) :] = 0
@@ -190,7 +188,7 @@ def _chosen(packed: Tensor, quant_state, index: Tensor, dtype, out: Tensor | Non
 
 
 class _Arguments(NamedTuple):
-    """What every launch on one weight passes on; kept on its quant_state, as launches cost host time."""
+    """Launch arguments of one weight, cached on its quant_state to save host time."""
 
     pointer: int
     flat: Tensor
@@ -218,12 +216,12 @@ def _launch_whole(packed: Tensor, quant_state, output: Tensor) -> None:
     launch(_whole_kernel, grid, arguments, {**layout, "STRIDED": strided, "TILE_BLOCKS": tile_blocks})
 
 
-def _launch_chosen(packed: Tensor, quant_state, index: Tensor, output: Tensor, columns: bool) -> None:
+def _launch_select(packed: Tensor, quant_state, index: Tensor, output: Tensor, columns: bool) -> None:
     _, flat, scales, layout, (_, in_features) = _arguments(packed, quant_state)
     num_rows, num_columns = output.shape
     if not num_rows * num_columns:
         return
-    # Columns: long tiles down the rows would re-read a packed sector for each column, so a tile spans all near columns.
+    # Columns: tall tiles would read a packed sector again for each column, so a tile spans all neighbouring columns.
     tile_rows, tile_columns = (8, 128) if columns else (1, 1024)
     arguments = (
         flat, *scales, index, output, num_rows, num_columns, len(index), in_features, output.stride(0),
@@ -233,7 +231,7 @@ def _launch_chosen(packed: Tensor, quant_state, index: Tensor, output: Tensor, c
 
 
 def _scales(quant_state) -> tuple[Tensor, ...]:
-    """``absmax, code, nested_code, nested_absmax, offset``; what is not nested repeats the first two, unread."""
+    """``absmax, code, nested_code, nested_absmax, offset``; without nesting the last three are unused placeholders."""
     if not quant_state.nested:
         return quant_state.absmax, quant_state.code, quant_state.code, quant_state.absmax, quant_state.code
     inner = quant_state.state2

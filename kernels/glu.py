@@ -1,17 +1,17 @@
-"""The gated unit with a LoRA branch on all channels and base products on the first k, without ``[N, I]`` intermediates.
+"""Computes the gated unit without ``[N, I]`` intermediates (docs/how-it-works.md, sections 4.1 and 7).
 
-Context rows: channels come in an order of their own, the ``k`` selected ones first, then the others, which only the
-LoRA branch reaches. Dense rows: ``k`` is ``I``, and the order the natural one. On each row
+The LoRA branch covers all ``I`` channels, the base product the first ``k``. For context tokens the channels are
+reordered: the ``k`` selected ones come first. For loss tokens ``k`` is ``I``, in natural order. Per row
 
     e = gate_xA gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
 
-and the results are ``h[:, :k]`` and ``h down_A'``. LoRA's scales are folded: into ``gate_xA``, ``up_xA`` (whoever
-made them scaled ``A``) and into ``down_A``. Backward recomputes ``e, g, h`` twice: with a program per rows (gradients
-that sum over channels), then with one per channels (gradients that sum over rows); no atomics.
+and the results are ``h[:, :k]`` and ``h down_A'``. LoRA scales are folded into ``gate_xA``, ``up_xA`` and ``down_A``.
+Backward recomputes ``e, g, h`` twice: one kernel loops over channels per row tile, one over rows per channel tile.
+There are no atomics.
 
 Bytes (bf16): forward reads ``2 N (2r + 2k)`` and the small LoRA matrices (L2), writes ``2 N (k + r)``; backward reads
 ``4 N (3r + 3k)`` and writes ``2 N (2r + 2k)``. Arithmetic is ``6 N I r`` tensor-core FLOPs forward, ``22 N I r``
-backward, and some 20 elementwise operations per ``N I`` and pass, which is what limits it where k is small.
+backward, and about 20 elementwise operations per ``N I`` and pass, which are the limit where k is small.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.model.activations import ACTIVATIONS
 
 TILES = {"forward": (64, 64), "streamed": (32, 64), "rows": (64, 64), "channels": (64, 64)}
-"""Rows and channels of a tile; of sixteen, the best or within 3 % of it on an H200 with Llama-3-8B's sizes (the forward
-has one more for many selected channels, whose base products it streams)."""
+"""Rows and channels of a tile. Of sixteen tiles these are the best, or within 3 % of it, on an H200 with Llama-3-8B's
+sizes. With many selected channels the forward streams their base products and uses "streamed"."""
 FEW_CHANNELS = 1024
+"""Up to so many selected channels the forward uses the tile "forward"."""
 ALIGNMENT = 16
-"""`k` is best a multiple of it, so that rows of the stacked products stay aligned for wide loads."""
+"""`k` should be a multiple of this, so that rows of the stacked products stay aligned for wide loads."""
 
 
 @triton.jit
 def _low_rank(pointer, stride, o_row, m_row, r, R: tl.constexpr):
-    """``[rows, R]`` of a matrix with ``r`` columns, zero beyond."""
+    """``[rows, R]`` of a matrix with ``r`` columns; further columns are zero."""
     o_r = tl.arange(0, R)
     return tl.load(
         pointer + o_row[:, None].to(tl.int64) * stride + o_r[None, :],
@@ -49,7 +50,7 @@ def _low_rank(pointer, stride, o_row, m_row, r, R: tl.constexpr):
 
 @triton.jit
 def _base(pointer, stride, o_row, m_row, o_channel, k):
-    """``[rows, channels]`` of the base products, zero on channels that have none."""
+    """``[rows, channels]`` of the base products; zero on channels without one."""
     return tl.load(
         pointer + o_row[:, None].to(tl.int64) * stride + o_channel[None, :],
         mask=m_row[:, None] & (o_channel[None, :] < k),
@@ -284,9 +285,9 @@ def glu_forward(xA: Tensor, base: tuple[Tensor, Tensor], loras: Tensor, h: Tenso
     """Writes ``h[:, :k]`` and ``h down_A'``.
 
     Args:
-        xA: ``[N, 2r]``: gate_xA, up_xA, LoRA's scales in them.
+        xA: ``[N, 2r]``: gate_xA, up_xA, scaled.
         base: gate_base, up_base ``[N, k]`` with one row stride.
-        loras: ``[3, I, r]``: gate_B, up_B, and LoRA's scale times down_A transposed, contiguous.
+        loras: ``[3, I, r]``, contiguous: gate_B, up_B, and down_A scaled and transposed.
         h: ``[N, k]``, written.
         down_xA: ``[N, r]``, written.
         kind: "silu", "gelu" or "gelu_tanh".
@@ -322,11 +323,11 @@ def glu_backward(
         d_down_xA: ``[N, r]``.
         d_base: two ``[N, k]`` with one row stride, written; may be ``base`` itself.
         d_xA: ``[N, 2r]``, written; may be ``xA`` itself.
-        down_xA: ``[N, r]``, written if given: ``h down_A'``, for a forward that was not asked for it.
+        down_xA: ``[N, r]``, written if given: ``h down_A'``, where forward did not compute it.
 
     Returns:
-        fp32 ``[splits, 3, I, r]``, still to be summed over the splits; the last of the three is the gradient of
-        down_A (transposed) but for LoRA's scale.
+        fp32 ``[splits, 3, I, r]``, still to be summed over the splits. The last of the three is the gradient of down_A,
+        transposed and not scaled.
     """
     N, (I, r), k = len(xA), loras.shape[1:], d_h.shape[1]
     if N == 0:
@@ -339,7 +340,7 @@ def glu_backward(
     d_loras = xA.new_empty((splits, 3, I, r), dtype=torch.float32)
     arguments = (xA, *base, d_down_xA, d_h, *parts, d_loras, N, I, k, r, *strides, per_split)
     launch(glu_bwd_channels_kernel, (programs, splits), arguments, _constants(xA, r, kind, tile))
-    tile = TILES["rows"]  # last: it may write over what the other kernel reads
+    tile = TILES["rows"]  # last, because it may overwrite the inputs of the other kernel
     splits, per_split = _split(I, tile[1], -(-N // tile[0]), xA)
     partial = xA.new_empty((splits, N, (2 if down_xA is None else 3) * r), dtype=torch.float32)
     arguments = (
@@ -370,7 +371,7 @@ def reference_backward(xA, base, loras, d_h, d_down_xA, kind) -> tuple[Tensor, .
 
 
 def _sum_splits(partial: Tensor, output: Tensor, rest: Tensor | None = None) -> None:
-    """Writes ``partial [splits, N, width]``, summed, into ``output``, and columns beyond its own into ``rest``."""
+    """Sums ``partial [splits, N, width]`` into ``output``; columns beyond its width go to ``rest``."""
     splits, N, width = partial.shape
     rest = output if rest is None else rest
     arguments = (partial, output, rest, N, width, output.shape[1], output.stride(0), rest.stride(0), splits)
@@ -379,7 +380,7 @@ def _sum_splits(partial: Tensor, output: Tensor, rest: Tensor | None = None) -> 
 
 
 def _split(size: int, tile: int, programs: int, like: Tensor) -> tuple[int, int]:
-    """Into how many parts to cut a loop over ``size`` so that the device is filled, and the (tile-aligned) part."""
+    """The number of splits of a loop over ``size`` that fills the device, and the tile-aligned size of a split."""
     processors = _processors(like.device) if like.is_cuda else 2
     splits = max(1, min(-(-4 * processors // programs), -(-size // (8 * tile))))
     part = -(-size // (splits * tile)) * tile
@@ -392,7 +393,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _constants(like: Tensor, r: int, kind: str, tile: tuple[int, ...]) -> dict:
-    """The ``constexpr`` parameters of the gated kernels, in their order."""
+    """The ``constexpr`` parameters of the kernels, in order."""
     return {
         "KIND": KINDS[kind], "R": max(16, 1 << (r - 1).bit_length()), "TILE_N": tile[0], "TILE_I": tile[1],
         "PRECISION": "ieee" if like.dtype == torch.float32 else "tf32",

@@ -1,9 +1,9 @@
 """Launches a Triton kernel with little host time.
 
-A LoRA step on a fast GPU is bound by the host, and Triton's own launch binds and specialises every argument anew: 20 us
-and more for a kernel with many of them. Here the first launch of a kind goes through Triton; later ones whose arguments
-Triton would specialise alike (dtypes, addresses and integers divisible by 16, integers equal to 1 or beyond 32 bits,
-absent tensors) hand the compiled kernel to the driver at once. Arguments come in the kernel's order, constants last.
+Small LoRA steps are launch-bound, and Triton's own launch binds and specialises every argument each time: 20 us and
+more for a kernel with many arguments. Here the first launch goes through Triton. Later launches pass the compiled
+kernel to the driver directly, if Triton would specialise their arguments in the same way: dtypes, addresses and
+integers divisible by 16, integers equal to 1 or beyond 32 bits, absent tensors.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def launch(
     """``kernel[grid](*arguments, **constants)`` on the current stream.
 
     Args:
-        kernel: the ``triton.jit`` function; its ``constexpr`` parameters stand last.
-        grid: one to three counts of programs.
-        arguments: what comes before the constants, in order. Tensors lie on the current device.
+        kernel: the ``triton.jit`` function; its ``constexpr`` parameters come last.
+        grid: the numbers of programs in one to three dimensions.
+        arguments: those before the constants, in order. Tensors are on the current device.
         constants: the ``constexpr`` parameters, in order.
         num_warps, num_stages: Triton's options.
     """
@@ -44,7 +44,7 @@ def launch(
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
         return
     device = _device()
-    bits = 1  # three for each argument: what Triton would specialise by
+    bits = 1  # three bits per argument: what Triton specialises on
     dtypes: list[object] = []
     values: list[int | float | None] = []
     for argument in arguments:
@@ -59,11 +59,11 @@ def launch(
             bits = bits << 3 | (2 if argument is None else 4)
         else:
             address = argument.data_ptr()
-            values.append(address)  # as a number it needs no look-up by the driver
+            values.append(address)  # the driver need not look up an integer
             dtypes.append(argument.dtype)
             bits = bits << 3 | (6 if address & 15 else 4)
     key = (id(kernel), device, num_warps, num_stages, bits, *dtypes, *constants.values())
-    known = _compiled.get(key)  # a kernel is a module's for good, and hashing one takes 2 us
+    known = _compiled.get(key)  # id(): a kernel lives as long as its module, and hashing it takes 2 us
     if known is None:
         _check(kernel, arguments, constants)
         compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
@@ -83,7 +83,7 @@ def _check(kernel: Any, arguments: Sequence, constants: dict[str, Any]) -> None:
 
 
 def _hooked() -> bool:
-    """Whether a profiler listens to Triton's launches; those take Triton's own path."""
+    """Whether a profiler has hooked Triton's launches, which then take Triton's own path."""
     runtime = _knobs and _knobs.runtime
     if not runtime:
         return False

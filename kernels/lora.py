@@ -1,6 +1,6 @@
-"""LoRA matrices of one layer, cast and laid out for the products around them, in one launch.
+"""Casts and packs the LoRA matrices of a part for its stacked matmuls, in one launch (docs/how-it-works.md, section 7).
 
-Bytes: reads the matrices once (fp32 as a rule) and writes them in the products' dtype, the gated unit's twice.
+Bytes: reads the matrices once (usually fp32) and writes them in the matmuls' dtype, those of the gated unit twice.
 """
 
 from __future__ import annotations
@@ -168,12 +168,12 @@ def mlp_gradients_kernel(
 def pack_mlp(
     loras: Sequence[Tensor], scales: tuple[float, float, float], order: Tensor, product_in: Tensor, product_out: Tensor
 ) -> Tensor:
-    """Writes LoRA's share of the two products, and returns what the gated unit reads, in the products' dtype.
+    """Writes the LoRA rows of the two weight stacks; returns the gated unit's LoRA matrices in the same dtype.
 
     Args:
         loras: gate_A ``[r, H]``, gate_B ``[I, r]``, up_A, up_B, down_A ``[r, I]``, down_B ``[H, r]``, contiguous.
-        scales: LoRA's scales of gate, up and down: the first two go into ``product_in``, the last into down_A.
-        order: int64 ``[P]``: the channels, in the gated unit's order.
+        scales: LoRA scales of gate, up and down: the first two are applied in ``product_in``, the last to down_A.
+        order: int64 ``[P]``: the channels in the gated unit's order.
         product_in: ``[2r, H]``, contiguous, written: gate_A, up_A.
         product_out: ``[H, r]`` at any row stride, written: down_B.
 
@@ -192,9 +192,9 @@ def pack_mlp(
 def pack_linear(
     As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``(scaled A of the parts below each other [parts * r, in], B likewise [sum of widths, r])`` in ``dtype``.
+    """``(stacked scaled A [parts * r, in], stacked B [sum of widths, r])`` in ``dtype``.
 
-    One to three parts of one rank, contiguous.
+    Takes contiguous matrices of one to three projections of one rank.
     """
     r, in_features = As[0].shape
     widths = [len(B) for B in Bs]
@@ -213,7 +213,7 @@ def pack_linear(
 def mlp_gradients(
     context: Tensor, dense: Tensor | None, order: Tensor, loras: Sequence[Tensor], down_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate_B, up_B, down_A, in their shapes and dtypes, from `glu_backward`'s of both kinds of rows.
+    """The gradients of gate_B, up_B and down_A in their shapes and dtypes, from `glu_backward` of both roles.
 
     Args:
         context: ``[splits, 3, I, r]``, channels by ``order``, a permutation.
@@ -232,7 +232,7 @@ def mlp_gradients(
 
 
 def reference_pack_mlp(loras, scales, order, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """`pack_mlp` in plain PyTorch: the two shares of the products, and the ordered copy."""
+    """`pack_mlp` in plain PyTorch: the LoRA rows of both stacks, and the ordered copy."""
     gate_A, gate_B, up_A, up_B, down_A, down_B = loras
     product_in = torch.cat((gate_A * scales[0], up_A * scales[1])).to(dtype)
     natural = torch.stack((gate_B, up_B, down_A.t() * scales[2])).to(dtype)

@@ -1,8 +1,8 @@
-"""RMS norm and residual stream in one pass, with rows sorted by role on the way in or out.
+"""Computes RMS norms and residual sums in one kernel, and sorts rows by role (docs/how-it-works.md, section 7).
 
-`add_norm` adds a part's output to the residual stream and normalises the sum; `norm_backward` is the way back, added to
-the gradient that comes along the residual stream. The stream lies in its natural order, what goes into a part or comes
-out of it may lie by role: ``place`` (`tokens.partition.TokenPartition.place`) says where a row stands there.
+`add_norm` adds a part's output to the residual stream and normalises the sum. `norm_backward` computes the gradient of
+the norm and adds it to that of the residual stream. The stream is in natural order. A part's input or output may be
+sorted by role: ``place`` (`tokens.partition.TokenPartition.place`) says where a row is then.
 
 Bytes (bf16), M rows of H: `add_norm` reads ``4 M H`` and writes ``4 M H`` (half of each without the addition or without
 the norm); `norm_backward` reads ``6 M H`` and writes ``2 M H``, or ``4 M H`` with the second copy.
@@ -20,8 +20,8 @@ from sparse_unsloth.tokens.partition import PADDING_PLACE
 
 
 @triton.jit
-def _stand(place, row, num_dense, PLACED: tl.constexpr, PADDED: tl.constexpr):
-    """``(number of the row by role, whether it has one)``; its own number where rows are not sorted."""
+def _row_by_role(place, row, num_dense, PLACED: tl.constexpr, PADDED: tl.constexpr):
+    """``(index of the row by role, whether it has one)``; its natural index where rows are not sorted."""
     number = row
     here = row >= 0
     if PLACED:
@@ -58,7 +58,7 @@ def add_norm_kernel(
     dtype = stream.dtype.element_ty
     value = tl.load(stream + row * H + o_h, mask=m_h, other=0.0).to(tl.float32)
     if ADD:
-        number, here = _stand(added_place, row, added_dense, ADDED_PLACED, PADDED)
+        number, here = _row_by_role(added_place, row, added_dense, ADDED_PLACED, PADDED)
         value += tl.load(added + number * H + o_h, mask=m_h & here, other=0.0).to(tl.float32)
         rounded = value.to(dtype)
         tl.store(total + row * H + o_h, rounded, mask=m_h)
@@ -68,7 +68,7 @@ def add_norm_kernel(
         tl.store(scale + row, root)
         b_weight = tl.load(weight + o_h, mask=m_h, other=0.0)
         output = (value * root).to(b_weight.dtype) * b_weight  # rounded as transformers and Unsloth do
-        number, here = _stand(norm_place, row, norm_dense, NORM_PLACED, PADDED)
+        number, here = _row_by_role(norm_place, row, norm_dense, NORM_PLACED, PADDED)
         tl.store(normed + number * H + o_h, output.to(dtype), mask=m_h & here)
 
 
@@ -76,12 +76,12 @@ def add_norm_kernel(
 def norm_backward_kernel(
     d_normed,  # [n, H] by `norm_place`
     norm_place,  # int64 [M] (NORM_PLACED only)
-    stream,  # [M, H]: what was normalised
+    stream,  # [M, H]: the norm's input
     scale,  # fp32 [M]
     weight,  # [H]
-    d_stream,  # [M, H]: the gradient that comes along the residual stream
+    d_stream,  # [M, H]: the gradient of the residual stream
     output,  # [M, H]
-    copy,  # [n, H] by `copy_place`: the output once more (COPY only)
+    copy,  # [n, H] by `copy_place`: a copy of the output (COPY only)
     copy_place,  # int64 [M] (COPY only)
     H,
     norm_dense,
@@ -94,7 +94,7 @@ def norm_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK)
     m_h = o_h < H
-    number, here = _stand(norm_place, row, norm_dense, NORM_PLACED, PADDED)
+    number, here = _row_by_role(norm_place, row, norm_dense, NORM_PLACED, PADDED)
     gradient = tl.load(d_normed + number * H + o_h, mask=m_h & here, other=0.0).to(tl.float32)
     gradient *= tl.load(weight + o_h, mask=m_h, other=0.0).to(tl.float32)
     root = tl.load(scale + row)
@@ -104,17 +104,17 @@ def norm_backward_kernel(
     gradient = gradient.to(output.dtype.element_ty)
     tl.store(output + row * H + o_h, gradient, mask=m_h)
     if COPY:
-        number, here = _stand(copy_place, row, copy_dense, True, PADDED)
+        number, here = _row_by_role(copy_place, row, copy_dense, True, PADDED)
         tl.store(copy + number * H + o_h, gradient, mask=m_h & here)
 
 
 class Order:
-    """Rows by role: dense ones, then context ones; rows of neither kind are left out.
+    """The order of a part's rows: loss tokens, then context tokens, without padding tokens; or the natural order.
 
     Args:
-        place: int64 ``[M]``, as `TokenPartition.place`; None where rows lie in their natural order.
-        num_dense: dense rows.
-        size: rows that stand somewhere.
+        place: int64 ``[M]``, as `TokenPartition.place`; None for the natural order.
+        num_dense: the number of loss tokens.
+        size: the number of loss and context tokens.
     """
 
     __slots__ = ("num_dense", "place", "size")
@@ -138,8 +138,8 @@ def add_norm(
         stream: ``[M, H]``, contiguous.
         added: ``[n, H]`` by ``added_order``, contiguous, or None: the sum is ``stream`` itself.
         weight: ``[H]``.
-        norm_order: the order of the norm.
-        normed: ``[n, H]``, contiguous: where the norm is written, if it matters.
+        norm_order: the order of the norm's rows.
+        normed: ``[n, H]``, contiguous: written if given, otherwise a new tensor is.
     """
     M, H = stream.shape
     total = stream if added is None else torch.empty_like(stream)
@@ -167,13 +167,13 @@ def norm_backward(
     output: Tensor | None = None,
     copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of what `add_norm` summed, ``[M, H]``, and once more by ``copy_order`` (else the same tensor).
+    """The gradient of `add_norm`'s sum, ``[M, H]``, and a copy of it sorted by ``copy_order`` (or the same tensor).
 
     Args:
         d_normed: ``[n, H]`` by ``norm_order``, contiguous.
-        stream, scale: the sum and the roots, of `add_norm`.
+        stream, scale: the sum and the reciprocal root mean squares, from `add_norm`.
         d_stream: ``[M, H]``, contiguous, read only.
-        output, copy: where the two are written, if it matters.
+        output, copy: written if given, otherwise new tensors are.
     """
     M, H = stream.shape
     output = torch.empty_like(stream) if output is None else output
@@ -211,7 +211,7 @@ def _launch_add_norm(stream, added, added_order, weight, eps, norm_order, total,
 
 
 def reference_add_norm(stream, added, added_order, weight, eps, norm_order) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_norm` in plain PyTorch; rows of the norm that stand nowhere are left out."""
+    """`add_norm` in plain PyTorch; padding rows of the norm are left out."""
     total = stream if added is None else stream + to_natural(added, added_order, stream)
     value = total.float() if total.dtype != torch.float64 else total
     scale = (value.square().mean(1) + eps).rsqrt()
@@ -229,13 +229,14 @@ def reference_norm_backward(d_normed, norm_order, stream, scale, weight, d_strea
 
 
 def _numbers(order: Order) -> tuple[Tensor, Tensor]:
-    """``(natural row, its number by role)`` of the rows that stand somewhere."""
+    """``(natural index, index by role)`` of the loss and context tokens."""
     rows = (order.place > PADDING_PLACE).nonzero().squeeze(1)
     place = order.place[rows]
     return rows, torch.where(place >= 0, place, order.num_dense - 1 - place)
 
 
 def to_natural(values: Tensor, order: Order, like: Tensor) -> Tensor:
+    """``values [n, H]`` by ``order`` in natural order, ``[M, H]``; padding rows are zero."""
     if order.place is None:
         return values
     rows, numbers = _numbers(order)

@@ -1,12 +1,11 @@
-"""The channels of highest score, exactly and in one launch each for the MLP and for attention; no host sync.
+"""Selects the channels of highest score in one launch per part (docs/how-it-works.md, section 4.4).
 
-A program looks at fp32 scores as integers of the same order and finds the ``k``-th largest by bisection; what stands
-above it is taken, and of what equals it the lowest channels. NaN counts as the lowest score of all: a channel whose
-score is not known is taken last.
+A program reads fp32 scores as integers of the same order and finds the ``k``-th largest by bisection. Higher scores are
+selected, and of equal ones the lowest channels. NaN ranks below every score. No host sync.
 
-Bytes: the MLP's program reads ``4 size`` once (once a step of the bisection beyond `CHUNK` channels) and writes
-``8 size``; attention's two read ``4 (q + 2 k)`` and write the chosen channels, 8 each. Latency decides: one program
-works for some 10 us, which is what a launch costs the host.
+Bytes: the MLP's program reads ``4 size`` once (beyond `CHUNK` channels once per bisection step) and writes ``8 size``;
+attention's two read ``4 (q + 2 k)`` and write 8 per selected channel. Latency decides: a program runs for about 10 us,
+as long as the host takes to launch it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CHUNK = 16384
 
 @triton.jit
 def _ordered(score):
-    """int32 keys in the order of fp32 ``score``; NaN comes before everything."""
+    """int32 keys in the order of fp32 ``score``; NaN is the lowest."""
     key = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = key ^ ((key >> 31) & 0x7FFFFFFF)
     return tl.where(score == score, key, -2147483648)
@@ -34,20 +33,20 @@ def _ordered(score):
 
 @triton.jit
 def _keys(scores, start, size, BLOCK: tl.constexpr):
-    """The keys of one chunk; the lowest one beyond ``size``."""
+    """The keys of one chunk; beyond ``size`` the lowest key."""
     o_channel = start + tl.arange(0, BLOCK)
     return _ordered(tl.load(scores + o_channel, mask=o_channel < size, other=float("nan")))
 
 
 @triton.jit
 def _at_least(b_key, bound):
-    """How many keys reach ``bound``, an int64 in the range of int32."""
+    """The number of keys that are at least ``bound``, an int64 in the range of int32."""
     return tl.sum((b_key >= bound.to(tl.int32)).to(tl.int32))
 
 
 @triton.jit
 def _bisect(low, high, count, middle, k):
-    """The half of ``[low, high]`` with the ``k``-th largest key; ``middle`` alone where exactly ``k`` reach it."""
+    """The half of ``[low, high]`` with the ``k``-th largest key; only ``middle`` if exactly ``k`` keys reach it."""
     new_low = tl.where(count >= k, middle, low)
     new_high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
     return new_low, new_high
@@ -56,12 +55,12 @@ def _bisect(low, high, count, middle, k):
 @triton.jit(do_not_specialize=["k"])
 def top_order_kernel(
     scores,  # fp32 [SIZE]
-    order,  # int64 [SIZE]: the k channels of highest score, then the others, both ascending
+    order,  # int64 [SIZE]: the selected channels, then the others, both ascending
     k,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b_key = _keys(scores, 0, SIZE, BLOCK)  # stays in registers; further chunks are read again
+    b_key = _keys(scores, 0, SIZE, BLOCK)  # stays in registers; other chunks are read again
     low = tl.min(tl.where(tl.arange(0, BLOCK) < SIZE, b_key, 2147483647)).to(tl.int64)
     high = tl.max(b_key).to(tl.int64)
     for start in range(BLOCK, SIZE, BLOCK):
@@ -91,20 +90,20 @@ def top_order_kernel(
         before = tl.cumsum(both, 0) - both
         equal_rank = equal_before + (before >> 16)
         place = above_before + (before & 0xFFFF) + tl.minimum(equal_rank, ties)
-        chosen = (above == 1) | ((equal == 1) & (equal_rank < ties))
-        tl.store(order + tl.where(chosen, place, k + o_channel - place), o_channel.to(tl.int64), mask=m_channel)
+        is_selected = (above == 1) | ((equal == 1) & (equal_rank < ties))
+        tl.store(order + tl.where(is_selected, place, k + o_channel - place), o_channel.to(tl.int64), mask=m_channel)
         total = tl.sum(both)
         above_before += total & 0xFFFF
         equal_before += total >> 16
 
 
 @triton.jit
-def _choose_heads(
+def _select_in_heads(
     b_score,  # fp32 [HEADS, SPAN]: one score for each `HALVES` channels of a head, `span` apart
     m_score,
     k,
-    own,  # int64 [HALVES * k]: the channels themselves
-    members,  # int64 [groups * HALVES * k]: those of the query heads that belong to them
+    selected,  # int64 [HALVES * k]: channels of the key or value heads
+    members,  # int64 [groups * HALVES * k]: the same channels of the query heads that share them
     groups,
     span,
     o_head,  # [HEADS, 1]
@@ -126,7 +125,7 @@ def _choose_heads(
     head_start = head_end - in_head
     before = head_start[:, None] + tl.cumsum(both, 1) - both
     ties = k - tl.sum(above)
-    chosen = (above == 1) | ((equal == 1) & ((before >> 16) < ties))
+    is_selected = (above == 1) | ((equal == 1) & ((before >> 16) < ties))
     start = (head_start & 0xFFFF) + tl.minimum(head_start >> 16, ties)
     count = ((head_end & 0xFFFF) + tl.minimum(head_end >> 16, ties) - start)[:, None]
     start = start[:, None]
@@ -134,11 +133,11 @@ def _choose_heads(
     for half in tl.static_range(HALVES):
         o_channel = half * span + o_dim
         at = HALVES * start + half * count + rank
-        tl.store(own + at, (o_head * HALVES * span + o_channel).to(tl.int64), mask=chosen)
+        tl.store(selected + at, (o_head * HALVES * span + o_channel).to(tl.int64), mask=is_selected)
         for member in range(groups):
             at = HALVES * groups * start + (member * HALVES + half) * count + rank
             channel = (o_head * groups + member) * HALVES * span + o_channel
-            tl.store(members + at, channel.to(tl.int64), mask=chosen)
+            tl.store(members + at, channel.to(tl.int64), mask=is_selected)
 
 
 @triton.jit(do_not_specialize=["num_keys", "num_values", "k_start", "v_start", "o_start"])
@@ -147,7 +146,7 @@ def attention_channels_kernel(
     key_energy,  # fp32 [KV_HEADS * HEAD_DIM]
     value_energy,  # fp32 [KV_HEADS * HEAD_DIM]
     output,  # int64: channels of q from 0, of k from k_start, of v from v_start, of o from o_start
-    num_keys,  # pairs of key channels to choose
+    num_keys,  # RoPE pairs of key channels to select
     num_values,
     k_start,
     v_start,
@@ -172,13 +171,13 @@ def attention_channels_kernel(
                 at = (o_head * GROUPS + member) * HEAD_DIM + o_channel
                 b_query += tl.load(query_energy + at, mask=m_pair, other=0.0)
             b_pair += b_query * tl.load(key_energy + o_head * HEAD_DIM + o_channel, mask=m_pair, other=0.0)
-        _choose_heads(b_pair, m_pair, num_keys, output + k_start, output, GROUPS, span, o_head, o_pair, 2)
+        _select_in_heads(b_pair, m_pair, num_keys, output + k_start, output, GROUPS, span, o_head, o_pair, 2)
     else:
         o_value = tl.arange(0, VALUE_SPAN)[None, :]
         m_value = (o_head < KV_HEADS) & (o_value < HEAD_DIM)
         b_value = tl.load(value_energy + o_head * HEAD_DIM + o_value, mask=m_value, other=0.0)
         at = output + o_start
-        _choose_heads(b_value, m_value, num_values, output + v_start, at, GROUPS, HEAD_DIM, o_head, o_value, 1)
+        _select_in_heads(b_value, m_value, num_values, output + v_start, at, GROUPS, HEAD_DIM, o_head, o_value, 1)
 
 
 def top_order(scores: Tensor, count: int) -> Tensor:
@@ -198,12 +197,12 @@ def top_order(scores: Tensor, count: int) -> Tensor:
 def attention_channels(
     query_energy: Tensor, key_energy: Tensor, value_energy: Tensor, keys: int, values: int, groups: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The channels of q, k, v and o, int64 and ascending: `reference_attention_channels` in one launch.
+    """The selected channels of q, k, v and o, int64 and ascending: `reference_attention_channels` in one launch.
 
     Args:
         query_energy: fp32 ``[num_kv_heads * groups * head_dim]``, contiguous, as are the others.
         key_energy, value_energy: fp32 ``[num_kv_heads * head_dim]``; at most `CHUNK`, see `fits_attention`.
-        keys, values: RoPE pairs ``(d, d + head_dim / 2)`` of key channels, and value channels to choose.
+        keys, values: the numbers of RoPE pairs of key channels and of value channels to select.
         groups: query heads that share a key head.
     """
     num_k, kv_heads = 2 * keys, key_energy.shape[0] // head_dim
@@ -231,8 +230,8 @@ def fits_attention(kv_heads: int, head_dim: int) -> bool:
 
 
 def top_channels(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` channels of highest score, int64, ascending; of equal ones the lowest, NaN last of all."""
-    return _known(scores).argsort(descending=True, stable=True)[:count].sort().values
+    """int64 ``[count]``: the channels of highest score, ascending; of equal scores the lowest channels, NaN last."""
+    return _without_nan(scores).argsort(descending=True, stable=True)[:count].sort().values
 
 
 def reference_top_order(scores: Tensor, count: int) -> Tensor:
@@ -242,11 +241,9 @@ def reference_top_order(scores: Tensor, count: int) -> Tensor:
 
 
 def query_channels(key_channels: Tensor, groups: int, head_dim: int) -> Tensor:
-    """Channels of all query heads that belong to ``key_channels``, ascending.
+    """The channels of the query heads that share ``key_channels``, ascending (docs/how-it-works.md, section 4.4).
 
-    With grouped queries, query head ``h`` reads key and value head ``h // groups``: so channel ``d`` of key head ``j``
-    comes with channel ``d`` of the query heads ``j * groups + g``, ``g < groups``. The same map takes value channels
-    to columns of o_proj.
+    The same function maps value channels to columns of o_proj.
     """
     head, dim = key_channels // head_dim, key_channels % head_dim
     member = torch.arange(groups, device=key_channels.device)
@@ -254,7 +251,7 @@ def query_channels(key_channels: Tensor, groups: int, head_dim: int) -> Tensor:
 
 
 def key_channel_scores(query_energy: Tensor, key_energy: Tensor, groups: int, head_dim: int) -> Tensor:
-    """Score of each key channel, ``(‖q̂‖ ‖k̂‖)²``: the energy of its group's query channels together times its own.
+    """The score of each key channel: its energy times the summed energy of its group's query channels.
 
     Args:
         query_energy: ``[num_kv_heads * groups * head_dim]``.
@@ -276,7 +273,7 @@ def reference_attention_channels(
     return query_channels(k, groups, head_dim), k, v, query_channels(v, groups, head_dim)
 
 
-def _known(scores: Tensor) -> Tensor:
+def _without_nan(scores: Tensor) -> Tensor:
     return torch.where(scores.isnan(), -torch.inf, scores)
 
 

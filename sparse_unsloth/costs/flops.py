@@ -1,8 +1,8 @@
-"""Analytic cost of one training step of a decoder-only LoRA model, dense or sparse.
+"""Counts the FLOPs of one training step of a decoder-only LoRA model, dense or sparse.
 
-A product of `[m, n]` and `[n, k]` costs `2mnk` FLOPs; only products are counted (norms, activations, RoPE and softmax
-are not). In LoRA training a frozen base weight costs one product forward and one backward (the gradient of its input,
-none of the weight); LoRA's A and B cost one forward and two backward.
+A matmul of `[m, n]` and `[n, k]` costs `2mnk` FLOPs. Only matmuls are counted, not norms, activations, RoPE or softmax.
+A base weight costs one matmul forward and one backward, LoRA's A and B one forward and two backward
+(docs/how-it-works.md, sections 1.2 and 3.4).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelShape:
-        """Reads a transformers config (the text part of a multimodal one).
+        """Reads a transformers config; of a multimodal one, its text part.
 
         Raises:
-            ConfigError: a config without one of the sizes, or with a size that differs from layer to layer.
+            ConfigError: one of the sizes is missing, or differs between layers.
         """
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
@@ -64,9 +64,9 @@ class ModelShape:
         )
 
     def projections(self, mlp: float = 0.0, self_attn: float = 0.0) -> dict[str, tuple[int, int]]:
-        """In and out features of a layer's seven projections, as far as context rows compute them at these sparsities.
+        """In and out features of a layer's seven projections for context tokens at these sparsities.
 
-        Attention's channels are chosen among the keys' and values' and repeated for the query heads of their group.
+        Attention's channels are selected among those of keys and values, and repeated for the query heads of a group.
         """
         hidden, inner = self.hidden_size, keep_count(self.intermediate_size, mlp)
         keys = keep_count(self.num_kv_heads * self.head_dim, self_attn)
@@ -98,13 +98,13 @@ class Parts:
         return sum(astuple(self))
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Parts(*(left + right for left, right in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step by phase; `recompute` is what forward computed and backward needs once more: the layers under
-    gradient checkpointing, chosen rows of them with ``backward_rows``.
+    """FLOPs of a step by phase. `recompute` counts what is computed again for backward: layers under gradient
+    checkpointing, and with ``backward_rows`` the chosen rows.
     """
 
     forward: Parts
@@ -122,41 +122,41 @@ class StepFlops:
 
 
 def attention_pairs(seq_lengths: Iterable[int], causal: bool = True) -> int:
-    """Pairs of query and key: those that a causal kernel visits, or all of each sequence's square."""
+    """Pairs of query and key: those that a causal kernel visits, or the full square of each sequence."""
     return sum(n * (n + 1) // 2 if causal else n * n for n in seq_lengths)
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Forward and backward of one micro-batch, or of any number together: tokens and sequences add up.
+    """Forward and backward of one or more micro-batches, whose tokens and sequences are added up.
 
     Args:
-        dense_tokens: rows computed densely, padding included where it is computed so.
-        context_tokens: rows computed on the chosen channels, padding included where it is computed so.
-        seq_lengths: tokens of each sequence that attends to itself (padded length where padding is computed).
-        lora_rank: of the adapters on `lora_targets`; 0 for none.
-        checkpointing: the layers, not the head, run forward twice. (Non-reentrant checkpointing may stop its second
-            forward before the last LoRA product of the layer; that is not deducted.)
-        head_tokens: rows whose logits are computed; all tokens by default, as plain transformers does.
-        trainable_base: base weights and head need their own gradient too (full fine-tuning with `lora_rank=0`).
-        lora_targets: projections with an adapter. Where the first layer's input needs no gradient and one of its
+        dense_tokens: rows computed densely, with padding if that is computed densely.
+        context_tokens: rows computed with selected channels, with padding if that is computed so.
+        seq_lengths: tokens of each sequence that attends to itself (the padded length if padding is computed).
+        lora_rank: of the adapters on `lora_targets`; 0 without adapters.
+        checkpointing: whether the layers, not the head, run forward twice. (Non-reentrant checkpointing may stop the
+            recompute before the layer's last LoRA matmul; that is not deducted.)
+        head_tokens: rows whose logits are computed; by default all tokens, as in plain transformers.
+        trainable_base: whether base weights and head need gradients too (full fine-tuning with `lora_rank=0`).
+        lora_targets: projections with an adapter. If the first layer's input needs no gradient and one of its
             projections has no adapter, autograd may skip a little more than is deducted here.
-        attention: "fused" (flash) kernels visit causal pairs only and compute the scores again in backward, five
-            products to forward's two; "eager" computes the full square and four.
-        input_requires_grad: whether the first layer's Q, K and V compute the gradient of their input. By default as
-            `checkpointing or trainable_base`: PEFT asks for it with gradient checkpointing, else autograd skips it.
-        estimator_rank: of the factors that score channels, run on the context rows of each sparse part in the
-            forward (a recompute reuses its channels); 0 for criteria without products, such as static channels.
-        last_layer_tokens: rows that the last layer computes behind its keys and values, all of them densely: the rows
-            that bear loss under the Unsloth backend's exact removal (`head_tokens` says the same of the logits). Its
-            attention core still runs whole, and where its attention is sparse its queries do too. None: every row.
-        padding_tokens: further rows that dense parts compute like any other, and sparse parts leave out. (Their
-            sequences are as long as `seq_lengths` says, and their logits count as `head_tokens` says.)
-        backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
-            compute these and the dense rows once more for it, with checkpointing instead of all rows. Padding they
-            leave out.
-        whole_again: projections that with `backward_rows` and checkpointing are computed once more for all rows
-            besides: O where it and the MLP are hooked one by one (PEFT backend), both without the exact removal.
+        attention: "fused" (flash) kernels visit causal pairs only and compute the scores again in backward: two
+            matmuls forward, five backward. "eager" computes the full square: two forward, four backward.
+        input_requires_grad: whether the first layer's Q, K and V compute the gradient of their input. The default is
+            `checkpointing or trainable_base`: PEFT requests it with gradient checkpointing, else autograd skips it.
+        estimator_rank: of the factors that score the channels of each sparse part on its context tokens, in the first
+            forward only; 0 for criteria without matmuls, such as static channels.
+        last_layer_tokens: rows that the last layer computes after its keys and values, all densely: the loss positions
+            where unused rows are skipped (Unsloth backend; `head_tokens` counts their logits). Attention itself runs
+            on all rows, and so do the queries if attention is sparse. None: all rows.
+        padding_tokens: further rows, which dense parts compute and sparse parts skip. (`seq_lengths` includes them;
+            `head_tokens` decides about their logits.)
+        backward_rows: share of the context tokens that backward goes through. Below 1 the O projection and the MLP
+            compute these and the loss tokens again for backward, with checkpointing instead of all rows; padding is
+            skipped.
+        fully_recomputed: projections that, with `backward_rows` and checkpointing, are also recomputed for all rows: O
+            where it and the MLP are hooked separately (PEFT backend), and both if unused rows are not skipped.
 
     Raises:
         ConfigError: an unknown projection or kind of attention.
@@ -177,7 +177,7 @@ class TrainingStep:
     last_layer_tokens: int | None = None
     padding_tokens: int = 0
     backward_rows: float = 1.0
-    whole_again: Collection[str] = ()
+    fully_recomputed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if self.attention not in ("fused", "eager"):
@@ -190,11 +190,11 @@ class TrainingStep:
 def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]], step: TrainingStep) -> StepFlops:
     """Counts the FLOPs of ``step`` with the `(mlp, self_attn)` sparsity of each layer, in [0, 1).
 
-    All zero is the dense step. Context rows compute `keep_count` of the base weights, forward and for the gradient of
-    the input alike; the LoRA branch stays dense.
+    All zeros are the dense step. For context tokens base weights keep `keep_count` channels, in forward and for the
+    gradient of the input; the LoRA branch stays dense.
 
     Raises:
-        ConfigError: not as many sparsities as layers.
+        ConfigError: the number of sparsities differs from the number of layers.
     """
     if len(layer_sparsity) != shape.num_layers:
         raise ConfigError(f"{len(layer_sparsity)} layer sparsities were given for a model of {shape.num_layers} layers")
@@ -206,19 +206,20 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
     pairs = attention_pairs(step.seq_lengths, causal=fused)
     attention_product = 2 * pairs * shape.num_heads * shape.head_dim
 
-    forward, again, backward = Counter(), Counter(), Counter()
+    forward, recompute, backward = Counter(), Counter(), Counter()
     row_sparse = step.backward_rows < 1
     for layer, (mlp, self_attn) in enumerate(layer_sparsity):
-        chosen = shape.projections(mlp, self_attn)
-        narrowed = _narrowed(self_attn) if layer == shape.num_layers - 1 and step.last_layer_tokens is not None else ()
+        selected = shape.projections(mlp, self_attn)
+        skips = layer == shape.num_layers - 1 and step.last_layer_tokens is not None
+        skipping = _skips_unused_rows(self_attn) if skips else ()
         for name, (inputs, outputs) in full.items():
             part = "mlp_base" if name in MLP else "attention_projections"
             padding_rows = 0 if (mlp if name in MLP else self_attn) > 0 else step.padding_tokens
             dense_rows, context_rows = step.dense_tokens + padding_rows, step.context_tokens
-            if name in narrowed:
+            if name in skipping:
                 dense_rows, context_rows, padding_rows = step.last_layer_tokens, 0, 0
             rows = dense_rows + context_rows
-            base = 2 * (dense_rows * inputs * outputs + context_rows * chosen[name][0] * chosen[name][1])
+            base = 2 * (dense_rows * inputs * outputs + context_rows * selected[name][0] * selected[name][1])
             rank = step.lora_rank if name in step.lora_targets else 0
             lora_a, lora_b = 2 * rows * inputs * rank, 2 * rows * rank * outputs
             input_gradient = layer > 0 or input_requires_grad or name not in ("q_proj", "k_proj", "v_proj")
@@ -228,18 +229,18 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
             if row_sparse and name not in ATTENTION[:3] and rows:
                 share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
             if step.checkpointing or share < 1:
-                times = share + (step.checkpointing and share < 1 and name in step.whole_again)
-                again[part] += round(times * base)
-                again["lora"] += round(times * (lora_a + lora_b))
+                times = share + (step.checkpointing and share < 1 and name in step.fully_recomputed)
+                recompute[part] += round(times * base)
+                recompute["lora"] += round(times * (lora_a + lora_b))
             backward[part] += round(share * base) * (input_gradient + step.trainable_base)
             backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product
         backward["attention_core"] += (5 if fused else 4) * attention_product
-        sparse_mlp = mlp > 0 and "gate_proj" not in narrowed
+        sparse_mlp = mlp > 0 and "gate_proj" not in skipping
         scored = (MLP[:2] if sparse_mlp else ()) + (ATTENTION[:3] if self_attn > 0 else ())
         forward["estimator"] += sum(2 * step.context_tokens * step.estimator_rank * sum(full[name]) for name in scored)
     if step.checkpointing:
-        again["attention_core"] = forward["attention_core"]
+        recompute["attention_core"] = forward["attention_core"]
 
     tokens = step.dense_tokens + step.context_tokens + step.padding_tokens
     head_tokens = tokens if step.head_tokens is None else step.head_tokens
@@ -247,11 +248,11 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
     logits = 2 * head_tokens * shape.hidden_size * shape.vocab_size
     return StepFlops(
         forward=layers + Parts(head=logits),
-        recompute=Parts(**again),
+        recompute=Parts(**recompute),
         backward=Parts(**backward) + Parts(head=logits * (1 + step.trainable_base)),
     )
 
 
-def _narrowed(self_attn: float) -> tuple[str, ...]:
-    """Projections of the last layer that exact removal gives fewer rows."""
+def _skips_unused_rows(self_attn: float) -> tuple[str, ...]:
+    """Projections of the last layer that skip unused rows."""
     return ("o_proj", *MLP) if self_attn > 0 else ("q_proj", "o_proj", *MLP)

@@ -1,4 +1,4 @@
-"""Predicted peak of the GPU memory that a training step allocates, part by part, and what it assumes."""
+"""Predicts the peak GPU memory of a training step by part, and states its assumptions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparse_unsloth.costs.flops import ModelShape
 
 GIB = 2**30
 BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A parameter in NF4 with nested quantisation: half a byte, a byte for 64 of them, four for 256 of those."""
+"""Bytes per parameter in NF4 with nested quantisation: half a byte, a byte per 64, four bytes per 64 * 256."""
 BYTES_ADAPTER = 16
-"""Of a trained parameter: float32 weight, gradient, and AdamW's two moments."""
+"""Bytes per trained parameter: float32 weight, gradient, and AdamW's two moments."""
 BYTES_LOGIT, LOSS_BUDGET = 16, 4 * GIB
-"""Of unsloth_zoo's fused loss: what a logit takes with its gradient, and what a chunk may take at most."""
+"""Of unsloth_zoo's fused loss, in bytes: a logit with its gradient, and the limit of a chunk."""
 ASSUMPTIONS = (
     "weights: NF4 with nested quantisation 0.516 bytes a parameter, embeddings, norms and head in 16 bits",
     "adapter: 16 bytes a parameter (float32 weight, gradient, AdamW's two moments)",
@@ -31,7 +31,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they hold, at the peak of the largest micro-batch."""
+    """Bytes by purpose at the peak of the largest micro-batch."""
 
     weights: float
     adapter: float
@@ -65,19 +65,18 @@ def peak_memory(
     backward_rows: int | None = None,
     whole_layers: bool = True,
 ) -> Memory:
-    """The peak in a step that is dense somewhere, as all with a dense phase or a dense layer are, or in one whose
-    backward pass goes through few rows in every layer.
+    """The peak of a step that is dense in some layer, or of one that is row-sparse in every layer.
 
     Args:
         shape: of the model.
-        linear, other, adapter: parameters of its layers' linear modules, other frozen ones, trained ones.
+        linear, other, adapter: numbers of parameters: of the layers' linear modules, other frozen ones, trained ones.
         rows: of the largest micro-batch, padding included.
         checkpointing: "unsloth" (layer inputs on the host), "on", or "off".
         in_4bit: whether the linear modules are in 4 bits.
-        weight_bytes: of all other parameters; ``activation_bytes`` of a number in an activation.
-        logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 where they are next to nothing.
-        estimator_rank, sparse_parts: factors in float32 for each sparse part.
-        backward_rows: how many of ``rows`` the backward of O and MLP goes through; None for dense training.
+        weight_bytes: per other parameter; ``activation_bytes``: per number of an activation.
+        logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 if negligible.
+        estimator_rank, sparse_parts: each sparse part has factors in float32 of this rank.
+        backward_rows: the number of ``rows`` that the backward of O and MLP goes through; None for dense training.
         whole_layers: see `row_layer_activations`.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -113,20 +112,20 @@ def layer_activations(
 
     Args:
         rows: of the micro-batch.
-        dense_rows: those of them that keep gate and up on every channel: all, or in a sparse MLP the dense ones.
-        kept_channels, lora_rank: of a sparse MLP, whose other rows keep so much of gate and up.
+        dense_rows: rows that keep gate and up of every channel: all, or in a sparse MLP the loss tokens.
+        kept_channels, lora_rank: of a sparse MLP; they decide what its context tokens keep of gate and up.
     """
     inner = dense_rows * 2 * shape.intermediate_size + (rows - dense_rows) * (2 * kept_channels + 4 * lora_rank)
     return activation_bytes * (inner + 7 * rows * shape.hidden_size)
 
 
 def row_layer_activations(shape: ModelShape, rows: int, whole_layers: bool, activation_bytes: int = 2) -> float:
-    """As `layer_activations`, where the backward of O and MLP goes through few rows: the layer's input, the normed one,
-    queries, keys, values and attention's output.
+    """As `layer_activations` for a row-sparse layer: its input, the normed one, queries, keys, values, attention's
+    output.
 
     Args:
-        whole_layers: one function takes the place of O and MLP (Unsloth); else the MLP keeps its own input, and the
-            norm before it too.
+        whole_layers: whether one function computes O and MLP (Unsloth). Otherwise the MLP and the norm before it keep
+            their own inputs.
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return activation_bytes * rows * ((2 if whole_layers else 4) * shape.hidden_size + 2 * queries + 2 * keys)
@@ -135,25 +134,25 @@ def row_layer_activations(shape: ModelShape, rows: int, whole_layers: bool, acti
 def row_working_set(
     shape: ModelShape, rows: int, backward_rows: int, in_4bit: bool, activation_bytes: int = 2
 ) -> float:
-    """As `backward_working_set`, with what O and MLP compute once more of ``backward_rows``."""
+    """As `backward_working_set`, with what O and MLP compute again for ``backward_rows`` rows."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     numbers = backward_rows * (3 * inner + 6 * hidden) + rows * 6 * hidden + (hidden * inner if in_4bit else 0)
     return activation_bytes * numbers
 
 
 def backward_working_set(shape: ModelShape, rows: int, in_4bit: bool, activation_bytes: int = 2) -> float:
-    """Bytes that the backward of one layer needs beside them, for a moment."""
+    """Bytes that the backward of one layer needs temporarily, besides its activations."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     return activation_bytes * (rows * (inner + 6 * hidden) + (hidden * inner if in_4bit else 0))
 
 
 def fused_logits(shape: ModelShape, rows: int) -> float:
-    """Bytes of one chunk of Unsloth's fused loss over ``rows``; a GPU with less than 8 GiB free takes smaller ones."""
+    """Bytes of one chunk of Unsloth's fused loss over ``rows``. With less than 8 GiB free chunks are smaller."""
     whole = rows * shape.vocab_size * BYTES_LOGIT
     budget = LOSS_BUDGET - rows * shape.hidden_size * 2
     return whole if whole <= budget else whole / (4 * math.ceil(whole / budget / 4))
 
 
 def plain_logits(shape: ModelShape, rows: int, activation_bytes: int = 2) -> float:
-    """Bytes of all logits, in float32 too, and of their gradient."""
+    """Bytes of all logits, their float32 copy, and their gradient."""
     return rows * shape.vocab_size * (activation_bytes + 4 + 4)

@@ -1,1 +1,1 @@
-"""Skipping work whose result nothing uses. Same loss, same gradients."""
+"""Skipping unused rows in the loss and in the last layer. Same loss, same gradients."""

@@ -1,11 +1,10 @@
-"""Exact removal of logits that no loss reads, under Unsloth: hidden states -> loss of the loss-bearing rows alone.
+"""Gives Unsloth's fused loss the rows of loss positions only (docs/how-it-works.md, section 5.1).
 
-Unsloth's fused loss multiplies every position with the output head, forward and backward, although only positions t
-with ``labels[t + 1] != -100`` add to it. Here the same function gets those rows alone, with their labels shifted
-already: the same divisor, the same sum in another order, and a zero gradient everywhere else (DESIGN, section 5). Its
-callers, Unsloth's CausalLM forwards, look it up in two modules: Mistral's in its own, every other fast family's in
-Llama's. Both names are replaced while at least one model asks; calls for other models pass unchanged. Unsloth does not
-call it at all when logits are asked for (``UNSLOTH_RETURN_LOGITS=1``), so they stay complete.
+The fused loss multiplies every row by the output head, forward and backward. Here it receives only the loss positions,
+with labels that are shifted already: the same divisor, the same sum in another order, and a zero gradient elsewhere.
+Unsloth's CausalLM forwards look the function up in two modules: Mistral's in its own, those of other families in
+Llama's. Both names are replaced as long as a model uses this; calls for other models pass unchanged. Unsloth does not
+call the function when logits are requested (``UNSLOTH_RETURN_LOGITS=1``), so logits stay complete.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 MODULES = ("unsloth.models.llama", "unsloth.models.mistral")
 FUNCTION = "unsloth_fused_ce_loss"
 PARAMETERS = ["trainer", "hidden_states", "lm_head_weight", "lm_head_bias", "labels"]
-"""The first five of the fused loss; it must know ``shift_labels`` too."""
+"""The first five parameters of the fused loss, which must also have ``shift_labels``."""
 ROW_MULTIPLE = 128
-"""Rows are handed on in multiples of this, filled up with rows that bear no loss: a matrix product pays for whole tiles
-anyway, and the allocator and the kernels' heuristics meet few distinct sizes."""
+"""The number of rows is rounded up to a multiple of this, with rows that add nothing to the loss: a matmul computes
+whole tiles anyway, and the allocator and the kernels' heuristics see few distinct sizes."""
 
 
 class Forward(Protocol):
-    """What the last decoder layer gets with a forward: the roles of its rows, and where to note that the loss came."""
+    """What the last decoder layer receives in a forward: the token roles, and whether the fused loss was called."""
 
     partition: TokenPartition
     loss_reached: bool
 
 
 class LossRowsOnly:
-    """One model's wish for loss-bearing rows only; `remove` ends it, and may be called again."""
+    """Registers one model for a loss over loss positions only, until `remove`."""
 
     def __init__(self, model: nn.Module, last_layer: nn.Module, context_argument: str):
         self._model, self._argument = model, context_argument
@@ -51,68 +50,68 @@ class LossRowsOnly:
         return {**self.__dict__, "_context": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or loaded model asks for itself."""
+        """Registers the copied or loaded model too."""
         self.__dict__.update(state)
         _replace_functions()
-        _asking.add(self)
+        _registered.add(self)
 
     @property
     def head(self) -> Tensor:
-        """The weight of the model's output head, ``[vocabulary, hidden_size]``: it tells whose loss a call computes."""
+        """The weight of the output head, ``[vocabulary, hidden_size]``: identifies the model whose loss is computed."""
         return self._model.get_output_embeddings().weight
 
-    def num_rows(self, bears_loss: Tensor) -> int:
-        """How many rows to hand on: at least as many as bear loss, a multiple of `ROW_MULTIPLE`.
+    def num_rows(self, is_loss: Tensor) -> int:
+        """The number of rows for the fused loss: at least all loss positions, a multiple of `ROW_MULTIPLE`.
 
-        A forward with a partition has counted its dense rows, and every labelled token is one, so no more rows bear
-        loss (with ``dense_tokens="none"`` none is, and the rows that bear loss were counted themselves). Without a
-        partition (evaluation) the host waits for the count.
+        With a partition it follows from counts that the host knows: loss positions are not more than labelled tokens,
+        which are loss tokens (with ``dense_tokens="none"`` the loss positions are counted). Without a partition, in
+        evaluation, the host waits for the count.
 
         Args:
-            bears_loss: bool ``[batch * sequence]``.
+            is_loss: bool ``[batch * sequence]``: the loss positions.
         """
         if self._context is None:
-            count = int(bears_loss.sum())
+            count = int(is_loss.sum())
         else:
             partition = self._context.partition
             count = max(len(partition.dense), len(partition.loss))
         return -(-max(count, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def reached(self) -> None:
-        """The fused loss got the labels of the forward that runs now."""
+        """Notes that the fused loss of the present forward was called."""
         if self._context is not None:
             self._context.loss_reached = True
 
     def remove(self) -> None:
-        """Takes the wish back; after the last one Unsloth's own functions stand in their places again."""
+        """Unregisters the model; after the last one Unsloth's own functions are restored. May be called again."""
         self._hook.remove()
-        _asking.discard(self)
-        if not _asking:
+        _registered.discard(self)
+        if not _registered:
             _restore_functions()
 
     def _note_context(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # Every forward passes here before its loss, so this is never an earlier or interrupted forward's.
+        # Every forward runs this before its loss, so the context is never that of an earlier forward.
         self._context = kwargs.get(self._argument)
 
 
-_asking: WeakSet[LossRowsOnly] = WeakSet()
+_registered: WeakSet[LossRowsOnly] = WeakSet()
 _replaced: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}  # by module: (ours, Unsloth's)
 
 
 def install_loss_removal(model: nn.Module, last_layer: nn.Module, context_argument: str) -> LossRowsOnly:
-    """From now on the fused loss of ``model``, which Unsloth loaded, computes loss-bearing rows only.
+    """Makes the fused loss of ``model``, which Unsloth loaded, compute loss positions only.
 
     Args:
-        model: the outermost model; its output head is what ``get_output_embeddings()`` gives.
+        model: the outermost model; ``get_output_embeddings()`` is its output head.
         last_layer: its last decoder layer.
-        context_argument: the keyword argument by which a `Forward` arrives there; without it, rows are counted anew.
+        context_argument: the keyword argument by which the layer receives a `Forward`; without one, rows are counted.
 
     Raises:
-        AttachError: the installed Unsloth has no such loss where it is to be replaced, or one with other arguments.
+        AttachError: the installed Unsloth lacks the fused loss in one of `MODULES`, or its parameters are different.
     """
     _replace_functions()
     removal = LossRowsOnly(model, last_layer, context_argument)
-    _asking.add(removal)
+    _registered.add(removal)
     return removal
 
 
@@ -124,8 +123,8 @@ def _replace_functions() -> None:
         if names[: len(PARAMETERS)] != PARAMETERS or "shift_labels" not in names:
             raise AttachError(
                 f"The installed Unsloth has no {module.__name__}.{FUNCTION}({', '.join(PARAMETERS)}, ..., "
-                "shift_labels=), so logits without loss cannot be left out. Install a version that sparse_unsloth is "
-                "tested with (`sparse-unsloth doctor` lists it), or set exact_removal: false."
+                "shift_labels=), so logits that no loss reads cannot be skipped. Install a version that sparse_unsloth "
+                "is tested with (`sparse-unsloth doctor` lists it), or set exact_removal: false."
             )
     for module in modules:
         function = getattr(module, FUNCTION)
@@ -136,7 +135,7 @@ def _replace_functions() -> None:
 
 
 def _restore_functions() -> None:
-    """Where somebody wrapped ours since, it stays inside that wrapper and passes every call on."""
+    """Where others have wrapped our function, it stays inside their wrapper and passes every call on."""
     for name, (ours, original) in _replaced.items():
         module = importlib.import_module(name)
         if getattr(module, FUNCTION, None) is ours:
@@ -145,15 +144,15 @@ def _restore_functions() -> None:
 
 
 def _on_loss_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``original``, given only rows ``[1, n, hidden_size]`` and their labels ``[1, n]`` by the models that ask.
+    """``original`` on selected rows ``[1, n, hidden_size]`` and their labels ``[1, n]``, for registered models.
 
-    Calls that mean something else (labels shifted already, a mask, another ignored label, labels that are not one per
-    token) and those where no row would be saved pass unchanged.
+    Calls with another meaning (shifted labels, a mask, another ignored label, not one label per token) and calls that
+    would save no row pass unchanged.
     """
 
     @functools.wraps(original)
     def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, *args, **kwargs):
-        removal = next((one for one in _asking if one.head is lm_head_weight), None)
+        removal = next((each for each in _registered if each.head is lm_head_weight), None)
         usual = kwargs.get("shift_labels", True) is True and kwargs.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX
         usual = usual and labels.ndim == 2 and labels.shape == hidden_states.shape[:-1]
         if removal is not None and usual and not args and kwargs.get("mask") is None:
@@ -169,23 +168,23 @@ def _on_loss_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _loss_rows(removal: LossRowsOnly, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(rows int64 [n], their shifted labels [1, n])``, rows with loss first, or None where nothing is saved.
+    """``(rows int64 [n], their shifted labels [1, n])``, loss positions first, or None if no row would be saved.
 
-    The rows come from the labels that the loss is given, in which Unsloth has cut documents apart already.
+    Rows are read from the labels that the loss receives, where Unsloth has already separated documents.
     """
     shifted = labels.roll(-1, dims=1)
     shifted[:, -1] = IGNORE_INDEX
     shifted = shifted.flatten()
-    bears_loss = shifted != IGNORE_INDEX
-    num_rows = removal.num_rows(bears_loss)
+    is_loss = shifted != IGNORE_INDEX
+    num_rows = removal.num_rows(is_loss)
     if num_rows >= len(shifted):
         return None
-    rows = bears_loss.byte().argsort(descending=True, stable=True)[:num_rows]
+    rows = is_loss.byte().argsort(descending=True, stable=True)[:num_rows]
     return rows.to(hidden_states.device), shifted.index_select(0, rows)[None]
 
 
 class _TakeRows(torch.autograd.Function):
-    """``x [N, H] -> x[rows] [n, H]`` for distinct rows, so that backward copies instead of adding atomically."""
+    """``x [N, H]`` to ``x[rows] [n, H]`` for distinct rows: its backward copies and needs no atomic additions."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:

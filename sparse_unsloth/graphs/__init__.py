@@ -1,1 +1,1 @@
-"""CUDA graphs of whole layers."""
+"""CUDA graphs of layers, and length buckets."""

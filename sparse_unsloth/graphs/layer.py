@@ -1,10 +1,10 @@
-"""A whole decoder layer, attention included, in CUDA graphs: one for its first forward, two for recompute and backward.
+"""Captures a whole decoder layer in three CUDA graphs: first forward, recompute, backward.
 
-What is recorded are the functions of `ops.decoder_layer`, and autograd's own backward through them and the attention:
-so every step launches what the first recorded one did. The choice of channels is recorded as well, and what it gave
-lies where it lay. The output and LoRA's gradients are copied to memory of their own.
+See docs/how-it-works.md, section 9.1. Captured are the functions of `sparse_unsloth.ops.decoder_layer`, attention, and
+autograd's backward through them. Channel selection is captured as well and writes to fixed addresses. The layer's
+output and LoRA gradients are copied out.
 
-For attention that depends on nothing but a few tensors of constant shape; `graphs.parts` is for others.
+Attention must depend only on a few tensors of constant shape; for other attention see `sparse_unsloth.graphs.parts`.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from sparse_unsloth.ops.linear import as_loras
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 
 Attention = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""The output before o_proj of hidden states (whose shape alone counts), Q, K and V, and the tensors it depends on."""
+"""Attention's output before o_proj, from hidden states (only their shape matters), Q, K and V, and further tensors."""
 Compute = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""A layer's output of hidden states, LoRA matrices (A and B of q, k, v, o, gate, up, down), and those tensors."""
+"""A layer's output from hidden states, LoRA matrices (A and B of q, k, v, o, gate, up, down) and those tensors."""
 
 
 def whole_layer(
     hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, attention: Attention, tensors: Sequence[Tensor]
 ) -> Tensor:
-    """The layer's output ``[batch, sequence, hidden_size]``; zeros where ``plan`` says that nobody reads it.
+    """The layer's output ``[batch, sequence, hidden_size]``; zeros in a recompute, where it is unused.
 
     Args:
-        capture: what records this call and replays it.
-        attention: in every call of this kind the same.
-        tensors: its last argument, often the same from layer to layer.
+        capture: captures or replays this pass.
+        attention: launches the same kernels in every pass with this batch signature.
+        tensors: attention's last argument; layers share one copy of them.
     """
     static = replace(
         plan,
-        attention=RowOrder(capture.rows(plan.attention.partition), plan.attention.sparse),
-        mlp=RowOrder(capture.rows(plan.mlp.partition), plan.mlp.sparse),
+        attention=RowOrder(capture.static_partition(plan.attention.partition), plan.attention.sparse),
+        mlp=RowOrder(capture.static_partition(plan.mlp.partition), plan.mlp.sparse),
     )
     if not plan.output_unused:
         static = replace(
             static,
-            choose_attention=_kept(capture, "self_attn", plan.choose_attention),
-            choose_mlp=_kept(capture, "mlp", plan.choose_mlp),
+            choose_attention=_keep_selection(capture, "self_attn", plan.choose_attention),
+            choose_mlp=_keep_selection(capture, "mlp", plan.choose_mlp),
         )
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -61,7 +61,7 @@ def whole_layer(
 def first_forward(
     capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
-    """``compute`` without gradients, in a graph."""
+    """``compute`` without gradients, in one graph."""
 
     def run(x: Tensor, *tensors: Tensor):
         return (compute(x, loras, tensors),), None
@@ -76,12 +76,12 @@ def first_forward(
 def recompute(
     capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
-    """``compute`` with gradients, and its backward, in two graphs; nobody reads the output, which is zeros."""
+    """``compute`` with gradients and its backward, in two graphs; returns zeros, as the output is unused."""
     return _Recompute.apply(hidden_states, capture, compute, _shared(capture, tensors), *loras)
 
 
 def _shared(capture: LayerCapture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [capture.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+    return [capture.constant(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
 
 
 class _Recompute(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _Recompute(torch.autograd.Function):
     ):
         def run(x: Tensor, *tensors: Tensor):
             with torch.enable_grad():
-                # Leaves of their own: autograd would have the parameters' stream wait for the one that records.
+                # New leaves: with the parameters autograd would make their stream wait for the capturing one.
                 sources = [tensor.detach().requires_grad_() for tensor in (x, *loras)]
                 output = compute(sources[0], sources[1:], tensors)
             return (), (sources, output)
@@ -108,50 +108,52 @@ class _Recompute(torch.autograd.Function):
         def run(state, gradient: Tensor):
             sources, output = state
             dx, *found = torch.autograd.grad(output, sources, gradient)
-            return (dx, flat(found, loras)), None
+            return (dx, flatten_gradients(found, loras)), None
 
         dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after="recompute")
         capture.finish()
-        # Where the layer before will read it, and nothing writes until then.
-        return capture.stage_input("gradient", dx), None, None, None, *parts(found, loras)
+        # The address where the layer before reads it; nothing overwrites it until then.
+        return capture.stage_input("gradient", dx), None, None, None, *split_gradients(found, loras)
 
 
-def reserve(graphs: GraphCache, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
-    """Makes room for what ``part`` of the layer chooses in recordings, as large as ``chosen``."""
-    for name, value in _tensors(chosen):
+def reserve(graphs: GraphCache, layer: int, part: str, selection: MlpSelection | AttentionSelection) -> None:
+    """Reserves buffers for the captured selections of ``part``, as large as ``selection``."""
+    for name, value in _tensors(selection):
         graphs.reserve(layer, f"{part}.{name}", value)
 
 
-def _kept(capture: LayerCapture, part: str, choose: Callable) -> Callable:
-    """``choose``, where what it returns stays at one place and is noted in ``capture.kept``."""
+def _keep_selection(capture: LayerCapture, part: str, choose: Callable) -> Callable:
+    """``choose``, which also copies its result to reserved buffers and notes it in ``capture.selections``."""
 
     def choose_and_keep(rows: Tensor | None) -> MlpSelection | AttentionSelection:
         if rows is None:
-            return capture.kept[part]
-        chosen = choose(rows)
-        places = {name: capture.place(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)}
-        scores = tuple(places.pop(f"scores.{number}") for number in range(len(chosen.scores)))
-        capture.kept[part] = replace(chosen, **places, scores=scores)
-        return capture.kept[part]
+            return capture.selections[part]
+        selection = choose(rows)
+        buffers = {
+            name: capture.reserved_buffer(f"{part}.{name}", value).copy_(value) for name, value in _tensors(selection)
+        }
+        scores = tuple(buffers.pop(f"scores.{number}") for number in range(len(selection.scores)))
+        capture.selections[part] = replace(selection, **buffers, scores=scores)
+        return capture.selections[part]
 
     return choose_and_keep
 
 
-def _tensors(chosen: MlpSelection | AttentionSelection) -> Iterator[tuple[str, Tensor]]:
-    for field in fields(chosen):
-        value = getattr(chosen, field.name)
+def _tensors(selection: MlpSelection | AttentionSelection) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(selection):
+        value = getattr(selection, field.name)
         if isinstance(value, tuple):
-            yield from ((f"{field.name}.{number}", one) for number, one in enumerate(value))
+            yield from ((f"{field.name}.{number}", tensor) for number, tensor in enumerate(value))
         elif value is not None:
             yield field.name, value
 
 
-def flat(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
-    """LoRA gradients, in the dtype of their matrices, one behind the other."""
+def flatten_gradients(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
+    """LoRA gradients in the dtype of their matrices, concatenated."""
     return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)])
 
 
-def parts(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of what `flat` gave, by matrix."""
+def split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of `flatten_gradients` by matrix, in new memory."""
     found = gradients.clone().split([lora.numel() for lora in loras])
     return [part.view(lora.shape) for part, lora in zip(found, loras, strict=True)]

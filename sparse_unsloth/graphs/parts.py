@@ -1,8 +1,9 @@
-"""`ops.decoder_layer` with its products in CUDA graphs around attention that is not captured: long documents, windows.
+"""Captures a layer's projections and MLP around attention that cannot be captured (long documents, windows).
 
-For layers that gradient checkpointing runs a second time. Recorded are the projections before attention, the one
-behind it, and the MLP, with all that prepares their weights; norms, residual sums and the choice of channels run as
-they are, and write to where the recordings read. Output and gradient of the input have memory of their own.
+See docs/how-it-works.md, section 9.4; the functions are those of `sparse_unsloth.ops.decoder_layer`, for layers under
+gradient checkpointing. Q, K, V, then O, and the MLP are captured, together with what prepares their weights. Norms,
+residual sums and channel selection are not; they write to addresses that the graphs read. The output and the gradient
+of the input are in new memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.graphs.layer import flat, parts
+from sparse_unsloth.graphs.layer import flatten_gradients, split_gradients
 from sparse_unsloth.graphs.recorder import LayerCapture
 from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
 from sparse_unsloth.ops.decoder_layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
@@ -21,12 +22,12 @@ from sparse_unsloth.ops.fused_linear import FusedOutputProjection, FusedQKV
 def pre_attention(
     hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.decoder_layer.pre_attention`; Q, K, V hold until ``capture`` does no more."""
+    """See `sparse_unsloth.ops.decoder_layer.pre_attention`; Q, K, V are valid until another pass begins."""
     return _PreAttention.apply(hidden_states, plan, capture, *lora_tensors_of(plan.projections[:3]))
 
 
 def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan, capture: LayerCapture) -> Tensor:
-    """See `ops.decoder_layer.post_attention`."""
+    """See `sparse_unsloth.ops.decoder_layer.post_attention`."""
     return _PostAttention.apply(attention_output, residual, plan, capture, *lora_tensors_of(plan.projections[3:]))
 
 
@@ -34,7 +35,7 @@ class _PreAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor):
         x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
-        partition, dtype = capture.rows(rows.partition), x.dtype
+        partition, dtype = capture.static_partition(rows.partition), x.dtype
 
         def project(normed: Tensor, *indices: Tensor):
             projections = plan.projections[:3]
@@ -48,8 +49,8 @@ class _PreAttention(torch.autograd.Function):
         with without_autocast(x):
             normed = capture.buffer("attention's norm", x, rows.order.size)
             _, _, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
-            indices = [capture.index(name, index) for name, index in chosen]
+            selected = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
+            indices = [capture.constant(name, index) for name, index in selected]
             outputs = capture.call("qkv", project, (normed, *indices))
         ctx.plan, ctx.capture, ctx.loras = plan, capture, loras
         ctx.save_for_backward(hidden_states, scale)
@@ -65,13 +66,13 @@ class _PreAttention(torch.autograd.Function):
         def project_backward(state, *gradients: Tensor):
             fused, normed, xA = state
             d_normed, lora_gradients = fused.backward(gradients, normed, xA)
-            return (d_normed, flat(lora_gradients, loras)), None
+            return (d_normed, flatten_gradients(lora_gradients, loras)), None
 
         with without_autocast(x):
             d_normed, found = capture.call("qkv backward", project_backward, gradients, after="qkv")
             order, weight = plan.attention.order, plan.input_norm.weight
             dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
-            lora_gradients = parts(found, loras)
+            lora_gradients = split_gradients(found, loras)
         capture.finish()
         return dx.view(hidden_states.shape), None, None, *lora_gradients
 
@@ -83,7 +84,7 @@ class _PostAttention(torch.autograd.Function):
     ):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
         norm, rows, dtype = plan.output_norm, plan.mlp, a.dtype
-        partition, projection = capture.rows(plan.attention.partition), plan.projections[3]
+        partition, projection = capture.static_partition(plan.attention.partition), plan.projections[3]
 
         def project(a: Tensor, index: Tensor):
             fused = FusedOutputProjection(
@@ -97,12 +98,12 @@ class _PostAttention(torch.autograd.Function):
             return (y,), None
 
         with without_autocast(a):
-            index = capture.index("o", plan.attention_indices(None)[3])
+            index = capture.constant("o", plan.attention_indices(None)[3])
             (y,) = capture.call("o", project, (a, index))
             normed = capture.buffer("mlp's norm", stream, rows.order.size)
             total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
-            chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
-            selection = [capture.index(name, values) for name, values in chosen]
+            selected = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
+            selection = [capture.constant(name, values) for name, values in selected]
             if plan.output_unused:
                 result = stream.new_zeros(()).expand(stream.shape)
             else:
@@ -125,25 +126,25 @@ class _PostAttention(torch.autograd.Function):
         def mlp_backward(dy: Tensor, normed: Tensor, channels: Tensor, order: Tensor):
             mlp = fused_mlp(plan, loras[2:], channels, order, dtype)
             d_normed, lora_gradients = mlp.backward(dy, normed, ())
-            return (d_normed, flat(lora_gradients, loras[2:])), None
+            return (d_normed, flatten_gradients(lora_gradients, loras[2:])), None
 
         def project_backward(state, d_total: Tensor, *d_sorted: Tensor):
             fused, a, xA = state
             da, lora_gradients = fused.backward(d_total, *(d_sorted or (d_total,)), a, xA)
-            return (da, flat(lora_gradients, loras[:2])), None
+            return (da, flatten_gradients(lora_gradients, loras[:2])), None
 
         with without_autocast(total):
-            by_role = dy
+            sorted_dy = dy
             if rows.sparse:
-                by_role = capture.buffer("dy", dy, rows.order.size)
-                torch.index_select(dy, 0, rows.partition.rows, out=by_role)
-            inputs = (by_role, ctx.normed, *ctx.selection)
+                sorted_dy = capture.buffer("dy", dy, rows.order.size)
+                torch.index_select(dy, 0, rows.partition.rows, out=sorted_dy)
+            inputs = (sorted_dy, ctx.normed, *ctx.selection)
             d_normed, mlp_flat = capture.call("mlp backward", mlp_backward, inputs)
-            # The MLP's recording has read these two; now the sum's gradient goes where the projection's reads.
+            # The MLP's graph has read these buffers; now they take the sum's gradient, which O's graph reads.
             d_total = [capture.buffer("d_total", total, len(total))]
             if plan.attention.sparse:
                 d_total.append(capture.buffer("dy", total, order.size))
             norm_backward(d_normed, rows.order, total, scale, plan.output_norm.weight, dy, order, *d_total)
             da, o_flat = capture.call("o backward", project_backward, d_total, after="o")
-            lora_gradients = [*parts(o_flat, loras[:2]), *parts(mlp_flat, loras[2:])]
+            lora_gradients = [*split_gradients(o_flat, loras[:2]), *split_gradients(mlp_flat, loras[2:])]
         return da.view(ctx.attention_shape), d_total[0].view(gradient.shape), None, None, *lora_gradients

@@ -1,4 +1,4 @@
-"""The activations of gated MLPs, and their derivatives in closed form."""
+"""Computes the activations of gated MLPs and their derivatives in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which PEFT adapters the sparse paths compute exactly: plain LoRA, and for rows the variants that work row by row."""
+"""Refuses PEFT adapters that the sparse paths do not compute: all but LoRA and its row-wise variants."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 
 ROW_BY_ROW = ("DoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant")
-"""PEFT's LoRA variants whose forward computes each row by itself, deterministic and without arguments of the batch."""
+"""PEFT's LoRA variants whose forward is row-wise, deterministic, and takes no arguments of the batch."""
 NO_PATH = "has no sparse path: its weights would get a wrong gradient or none, without a word"
 PLAIN_LORA = "Train plain LoRA (peft.LoraConfig), or train dense (sparsity=None)"
 
 
 def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuses every adapter but LoRA, by its name; what only some paths compute of LoRA, `weights.check_adapters` says.
+    """Refuses every adapter except LoRA, naming it. `sparse_unsloth.ops.projection.check_adapters` checks LoRA options.
 
     Args:
         model: the outermost model.
-        layers: the decoder layers that the sparse functions compute, by name; in others an adapter runs as it is.
+        layers: the decoder layers that the sparse functions compute, by name; other layers may have any adapter.
 
     Raises:
-        AttachError: soft prompts, another tuner, or a LoRA variant that is not computed row by row.
+        AttachError: soft prompts, another tuner, or a LoRA variant that is not row-wise.
     """
     for name, config in _adapter_configs(model):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -41,25 +41,25 @@ def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> 
 
 
 def refuse_dropout(layer: DecoderLayer) -> None:
-    """Refuses what `backends.row_hooks.probe` cannot see of an adapter whose B is still zero.
+    """Refuses dropout, which the probe of `sparse_unsloth.backends.row_hooks` cannot see while an adapter's B is zero.
 
     Raises:
-        AttachError: O or the MLP drops out something in training.
+        AttachError: O or the MLP has active dropout.
     """
     for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
         inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
         for module in part.modules():
             if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
                 raise AttachError(
-                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, other ones each time, and "
+                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, different ones each time, and "
                     "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
                     "backward_rows out."
                 )
 
 
 def active_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of ``module`` that a forward uses now, by name: not those of adapters that are off."""
-    off: set[nn.Parameter] = set()
+    """The trained parameters of ``module``, by name, without those of inactive adapters."""
+    inactive: set[nn.Parameter] = set()
     for part in module.modules():
         names = getattr(part, "adapter_layer_names", None)
         if names is None:
@@ -68,24 +68,24 @@ def active_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         for holder in (getattr(part, name, None) for name in names):
             for adapter, value in holder.items() if hasattr(holder, "items") else ():
                 if idle or adapter not in part.active_adapters:
-                    off |= set(value.parameters()) if isinstance(value, nn.Module) else {value}
+                    inactive |= set(value.parameters()) if isinstance(value, nn.Module) else {value}
     return {
         name: parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter not in off
+        if parameter.requires_grad and parameter not in inactive
     }
 
 
 def refuse_foreign_leaves(where: str, output: Tensor, known: Iterable[nn.Parameter]) -> None:
-    """Refuses a function that depends on trained tensors which its sparse path would give no gradient.
+    """Refuses a function that depends on trained tensors to which its sparse path would give no gradient.
 
     Args:
         where: the function's name.
-        output: what it gave, with gradients enabled.
+        output: its output, computed with gradients enabled.
         known: the trained tensors that its sparse path knows.
 
     Raises:
-        AttachError: there are others (an adapter that lies elsewhere and is added by a hook, say).
+        AttachError: there are others, for example an adapter in another module that a hook adds.
     """
     known = set(known)
     nodes, seen, foreign = [output.grad_fn], set(), []
@@ -96,7 +96,7 @@ def refuse_foreign_leaves(where: str, output: Tensor, known: Iterable[nn.Paramet
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad" and node.variable not in known:
             foreign.append(list(node.variable.shape))
-        nodes += [one for one, _ in node.next_functions]
+        nodes += [parent for parent, _ in node.next_functions]
     if foreign:
         raise AttachError(
             f"{where}: its output depends on {len(foreign)} trained tensors (of shape "
@@ -117,10 +117,10 @@ def _adapter_configs(model: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _refuse_layer(where: str, module: nn.Module) -> None:
-    """Refuses a PEFT layer (they list ``adapter_layer_names``) whose forward is not that of a LoRA projection."""
+    """Refuses a PEFT layer (one with ``adapter_layer_names``) whose forward is not that of a LoRA projection."""
     kind = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     home = kind.__module__
-    if home == "peft.utils.other":  # modules_to_save: a copy that is trained whole
+    if home == "peft.utils.other":  # modules_to_save: a fully trained copy
         return
     if kind.__name__ == "ParamWrapper":
         raise AttachError(
@@ -139,6 +139,6 @@ def _refuse_layer(where: str, module: nn.Module) -> None:
 
 
 def _inactive_dropouts(module: nn.Module) -> list[nn.Module]:
-    """Those of the LoRA adapters that ``module`` has and that are not active."""
+    """The dropouts of the inactive LoRA adapters of ``module``."""
     dropouts = getattr(module, "lora_dropout", {})
     return [dropouts[name] for name in dropouts if name not in module.active_adapters]

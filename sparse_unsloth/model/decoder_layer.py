@@ -1,4 +1,4 @@
-"""Finds the decoder layers of a model and what the sparse functions must know of each."""
+"""Finds the decoder layers of a model, and reads what the sparse functions need (docs/how-it-works.md, section 1.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_unsloth.model.activations import ACTIVATIONS
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ADDING_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-"""The parts of a decoder layer whose two outputs are added to the residual stream."""
+"""All parts of a decoder layer that adds the outputs of attention and MLP to the residual stream directly."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class DecoderLayer:
 
     @property
     def groups(self) -> int:
-        """Query heads that share one key head."""
+        """The number of query heads that share one key head."""
         return self.num_heads // self.num_kv_heads
 
     @functools.cached_property
     def queries_alone(self) -> bool:
-        """Whether ``q_proj`` gives queries and nothing else, as wide as what ``o_proj`` takes."""
+        """Whether ``q_proj`` computes queries only: its output is as wide as the input of ``o_proj``."""
         return _shape(self.self_attn.q_proj)[0] == _shape(self.self_attn.o_proj)[1]
 
     @functools.cached_property
     def adds_mlp_output(self) -> bool:
-        """Whether the MLP's output goes into the residual stream as it is, at most scaled, and the layer ends there.
+        """Whether the MLP's output, at most scaled, is added to the residual stream and the layer ends there.
 
-        Told by the layer's parts: a norm behind the MLP (Gemma2, OLMo2) would be one more.
+        The layer's parts tell: a norm after the MLP (Gemma2, OLMo2) would be a further part.
         """
         return {name for name, _ in self.module.named_children()} <= ADDING_PARTS
 
@@ -65,7 +65,7 @@ class DecoderLayer:
 def find_layers(model: nn.Module) -> list[DecoderLayer]:
     """The decoder layers of ``model`` (bare, PEFT-wrapped or inside DDP), in depth order.
 
-    Of a model with towers for images or sound these are the text decoder's alone.
+    In a multimodal model these are the layers of the text decoder.
 
     Raises:
         AttachError: the model has no layer with gate/up/down and q/k/v/o projections, or an unknown activation; or it
@@ -92,7 +92,7 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
 
 
 def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, nn.Module]:
-    """Every decoder layer of ``model``, by name and in depth order: those of ``layers``, and the others beside them."""
+    """All decoder layers of ``model``, by name and in depth order: ``layers``, and others in the same stack."""
     modules, stack = dict(model.named_modules()), {}
     for layer in layers:
         above = layer.name
@@ -102,14 +102,14 @@ def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str,
             stack[layer.name] = layer.module
             continue
         for number, member in enumerate(modules[above]):
-            inside = next((one for one in layers if one.name.startswith(f"{above}.{number}.")), None)
+            inside = next((layer for layer in layers if layer.name.startswith(f"{above}.{number}.")), None)
             name, module = (f"{above}.{number}", member) if inside is None else (inside.name, inside.module)
             stack[name] = module
     return stack
 
 
 def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer]) -> dict[str, str]:
-    """Of a `decoder_stack` the layers that are not among ``layers``: what each lacks to be one, by name."""
+    """The layers of a `decoder_stack` that are not in ``layers``, by name: what each lacks to be a `DecoderLayer`."""
     found = {layer.module for layer in layers}
     return {name: f"{type(module).__name__}: {_lacks(module)}" for name, module in stack.items() if module not in found}
 
@@ -119,10 +119,10 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _text_decoder(model: nn.Module) -> str:
-    """What the names of the text decoder's modules begin with.
+    """The prefix of the names of the text decoder's modules.
 
     Raises:
-        AttachError: an encoder-decoder model: a token's label there is what the decoder's same row predicts.
+        AttachError: an encoder-decoder model, where labels are not those of the next token.
     """
     for module in model.modules():
         if not hasattr(type(module), "get_decoder"):
@@ -139,7 +139,7 @@ def _text_decoder(model: nn.Module) -> str:
 
 
 def _lacks(module: nn.Module) -> str:
-    """What ``module`` lacks to be a `DecoderLayer`; "" for nothing."""
+    """What ``module`` lacks to be a `DecoderLayer`; "" if nothing."""
     for part, names in (("mlp", MLP_PROJECTIONS), ("self_attn", ATTENTION_PROJECTIONS)):
         holder = getattr(module, part, None)
         if not isinstance(holder, nn.Module):
@@ -189,7 +189,7 @@ def _features(module: nn.Module) -> int:
 
 
 def _recognise(name: str, act_fn) -> str:
-    """The activation by what it computes, not by what it is called: libraries rename and wrap these classes."""
+    """Identifies the activation by its values, as libraries rename and wrap its class."""
     grid = torch.linspace(-6, 6, 97)
     values = act_fn(grid.to("cpu"))
     for kind, function in ACTIVATIONS.items():

@@ -1,4 +1,4 @@
-"""The mode that a forward runs in: training flags, set for a moment and put back; inside a backward pass or not."""
+"""Sets training flags temporarily, and tells whether a backward pass is running."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NO_GRAPH_TASK = -1
 
 
 @contextmanager
-def training_flags(model: nn.Module, training: bool = True) -> Iterator[None]:
-    """Every module's ``training`` flag is ``training`` inside, and what it was before afterwards.
+def training_mode(model: nn.Module, training: bool = True) -> Iterator[None]:
+    """Sets the ``training`` flag of every module, and restores the flags at exit.
 
-    Written directly, without ``train()`` or ``eval()``: Unsloth and some wrappers give those other meanings.
+    ``train()`` and ``eval()`` are not called: Unsloth and some wrappers give them other meanings.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -28,5 +28,5 @@ def training_flags(model: nn.Module, training: bool = True) -> Iterator[None]:
 
 
 def in_backward() -> bool:
-    """Whether this is called from within a backward pass: a forward there is a recompute (gradient checkpointing)."""
+    """Whether a backward pass is running; a forward in it is a recompute (gradient checkpointing)."""
     return torch._C._current_graph_task_id() != NO_GRAPH_TASK

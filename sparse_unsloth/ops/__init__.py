@@ -1,1 +1,1 @@
-"""The arithmetic of a decoder layer over rows of several roles: autograd Functions, each with its masked reference."""
+"""The arithmetic of a decoder layer for all token roles: autograd functions, each with its masked reference."""

@@ -1,11 +1,11 @@
-"""A decoder layer on both sides of its attention, each as one function with few launches.
+"""Computes a decoder layer as two functions with few launches, before and after attention.
 
-Before attention: norm, and Q, K, V. After it: O, residual sum, norm, gated MLP, residual sum. The norm writes its rows
-sorted by role, so that neither the projections nor the MLP gather or scatter anything. Same mathematics as the layer's
-norms around `sparse_unsloth.ops.linear` and `sparse_unsloth.ops.mlp`; the gradients of residual sums are
-rounded once less. A part that is dense treats every row as a dense one, in its natural order.
+Defined in docs/how-it-works.md, sections 1.3 and 7. Before attention: norm and Q, K, V. After attention: O, residual
+sum, norm, gated MLP, residual sum. The norms write their rows sorted by role, so projections and MLP gather nothing.
+The results equal those of the norms, `sparse_unsloth.ops.linear` and `sparse_unsloth.ops.mlp`, except that gradients
+of residual sums are rounded once less. A dense part keeps all rows in natural order and computes all channels.
 
-In a recompute that nobody reads (gradient checkpointing) the MLP is left out: its backward computes what it needs.
+In a recompute whose output is unused (gradient checkpointing) the MLP is skipped: its backward computes what it needs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Norm:
 
 
 class RowOrder:
-    """The rows of a part: those of a sparse one by role, those of a dense one as they come.
+    """The order of a part's rows: sorted by role in a sparse part, natural in a dense one.
 
     Args:
-        partition: the roles; of a dense part, every row is dense.
-        sparse: which of the two it is.
+        partition: the token roles; in a dense part every row is in its ``dense``.
+        sparse: whether the part is sparse.
     """
 
     def __init__(self, partition: TokenPartition, sparse: bool):
@@ -52,23 +52,23 @@ class RowOrder:
         return values.index_select(0, self.partition.rows) if self.sparse else values
 
     def context(self, values: Tensor) -> Tensor:
-        """The context rows of ``values`` in this order."""
+        """The context tokens' rows of ``values``, which are in this order."""
         return values[self.partition.num_dense :]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One call of a layer.
+    """What one call of a layer computes.
 
     Args:
         input_norm, output_norm: before attention and before the MLP.
-        attention, mlp: their rows.
-        projections: of q, k, v, o, gate, up, down; all have LoRA, q, k, v of one rank, and gate, up, down too.
-        activation: of the MLP.
-        choose_attention, choose_mlp: a part's selection from its normalised context rows ``[n, hidden_size]``; called
-            for sparse parts alone.
-        output_unused: a recompute, whose backward is next: nobody will read the layer's output.
-        keep: backward follows, and may find what forward computed.
+        attention, mlp: the order of each part's rows.
+        projections: q, k, v, o, gate, up, down. All have LoRA; q, k, v share one rank, and gate, up, down share one.
+        activation: of the MLP, a key of `ACTIVATIONS`.
+        choose_attention, choose_mlp: select a part's channels from its normalised context rows ``[n, hidden_size]``;
+            called only if the part is sparse.
+        output_unused: whether this is a recompute whose output is unused; its backward comes next.
+        keep: whether backward follows, so that forward saves its intermediates.
     """
 
     input_norm: Norm
@@ -83,14 +83,14 @@ class LayerPlan:
     keep: bool
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Channels of q, k, v, o; none in a dense part."""
+        """The selected channels of q, k, v, o; empty in a dense part. None as ``normed``: selected before."""
         if not self.attention.sparse:
             return (self.attention.partition.context,) * 4
-        chosen = self.choose_attention(None if normed is None else self.attention.context(normed))
-        return chosen.q, chosen.k, chosen.v, chosen.o
+        selection = self.choose_attention(None if normed is None else self.attention.context(normed))
+        return selection.q, selection.k, selection.v, selection.o
 
     def with_loras(self, loras: Sequence[Tensor]) -> LayerPlan:
-        """The same with other tensors as A and B of each projection in turn."""
+        """The same plan with other LoRA matrices: A and B of each projection in turn."""
         projections = [
             replace(projection, lora=replace(projection.lora, A=A, B=B))
             for projection, A, B in zip(self.projections, loras[::2], loras[1::2], strict=True)
@@ -98,12 +98,13 @@ class LayerPlan:
         return replace(self, projections=projections)
 
     def mlp_channels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels of the MLP, and all of them in the order in which they stand; none in a dense part."""
+        """The MLP's selected channels, and all channels with these first; both empty in a dense part."""
         if not self.mlp.sparse:
             return (self.mlp.partition.context,) * 2
-        chosen = self.choose_mlp(self.mlp.context(normed))
+        selection = self.choose_mlp(self.mlp.context(normed))
         size = self.projections[4].base.shape[0]
-        return chosen.channels, channel_order(chosen.channels, size) if chosen.order is None else chosen.order
+        order = channel_order(selection.channels, size) if selection.order is None else selection.order
+        return selection.channels, order
 
 
 def pre_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,7 +117,7 @@ def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) 
 
     Args:
         attention_output: ``[..., heads * head_dim]``, before o_proj.
-        residual: as `pre_attention` gave it.
+        residual: as returned by `pre_attention`.
     """
     return _PostAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
 
@@ -195,7 +196,7 @@ class _PostAttention(torch.autograd.Function):
 def fused_mlp(
     plan: LayerPlan, loras: Sequence[Tensor], channels: Tensor, order: Tensor, dtype: torch.dtype
 ) -> FusedMlp:
-    """The MLP of ``plan`` on what `LayerPlan.mlp_channels` gave."""
+    """The MLP of ``plan`` with ``channels`` and ``order`` from `LayerPlan.mlp_channels`."""
     partition, projections = plan.mlp.partition, plan.projections[4:]
     return FusedMlp(
         partition.num_dense, partition.num_context, [projection.base for projection in projections], loras,
@@ -205,12 +206,12 @@ def fused_mlp(
 
 
 def lora_tensors_of(projections: Sequence[Projection]) -> list[Tensor]:
-    """A and B of each in turn."""
+    """A and B of each projection in turn."""
     return [tensor for projection in projections for tensor in lora_tensors(projection)]
 
 
 class without_autocast:
-    """``torch.autocast(device, enabled=False)`` in a tenth of its host time."""
+    """``torch.autocast(device, enabled=False)`` with a tenth of its host time."""
 
     __slots__ = ("before", "device")
 

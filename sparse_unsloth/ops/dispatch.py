@@ -1,4 +1,4 @@
-"""Whether a tensor's work goes through the Triton kernels or through plain PyTorch."""
+"""Decides whether Triton kernels or plain PyTorch compute on a tensor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ VARIABLE = "SPARSE_UNSLOTH_KERNELS"
 
 
 def use_kernels(tensor: Tensor) -> bool:
-    """Whether `tensor` is worked on by Triton kernels; warns once where they would run but Triton is missing.
+    """Whether Triton kernels compute on ``tensor``; warns once if they should and Triton is not installed.
 
     Raises:
-        BackendError: the environment variable has another value than those above.
+        BackendError: the environment variable has an unknown value.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in ("auto", "torch", "triton"):

@@ -1,9 +1,8 @@
-"""Q, K, V and O with few launches: stacks of LoRA and base weights over dense and context rows sorted by role.
+"""Computes Q, K, V and O with few launches, by stacked weights and rows sorted by role.
 
-Same mathematics, and same gradients, as `sparse_unsloth.ops.linear`, for one to three parts that all have LoRA of
-one rank. Q, K, V take rows by role and join their outputs in the
-natural order, O splits its input by role and leaves its output so (`sparse_unsloth.kernels.columns`); backward mirrors
-that. In a dense part every row is a dense one, in its natural order.
+See docs/how-it-works.md, section 7. Outputs and gradients are those of `sparse_unsloth.ops.linear`, for one to three
+projections with LoRA of one rank. Q, K, V take rows sorted by role and return natural order; O takes natural order and
+returns rows sorted by role (`sparse_unsloth.kernels.columns`); backward is the reverse.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 
 class FusedQKV:
-    """Several projections of one input that select output channels (Q, K, V), for one forward and its backward.
+    """Projections of one input that select output channels (Q, K, V), for one forward and its backward.
 
     Args:
-        partition: the roles of the rows.
-        bases: by part; 4-bit ones are dequantised where they are used and freed again.
-        loras: A and B of each part in turn.
-        scales: LoRA's, by part.
-        indices: by part, int64 ``[k]``, ascending: the channels of context rows.
-        dtype: of the products.
-        keep: whether the stacks stay from forward to backward: for a recompute, whose backward is next.
+        partition: the token roles.
+        bases: by projection; 4-bit weights are dequantised where they are used and freed again.
+        loras: A and B of each projection in turn.
+        scales: LoRA scales, by projection.
+        indices: by projection, int64 ``[k]``, ascending: the channels that context tokens keep.
+        dtype: of the matmuls.
+        keep: whether the stacks are stacks for backward (in a recompute, whose backward comes next).
     """
 
     def __init__(
@@ -47,26 +46,26 @@ class FusedQKV:
         self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
         self.A, self.B = _pack(loras, scales, dtype)
         self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
-        self._kept: dict[bool, WeightStack] | None = {} if keep else None
+        self._stacks: dict[bool, WeightStack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """`forward` of rows in their natural order, ``x [M, in_features]``."""
+        """`forward` of rows in natural order, ``x [M, in_features]``."""
         return self.forward(x.index_select(0, self.partition.rows))
 
     def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`backward` likewise: ``dx [M, in_features]``."""
+        """`backward` of rows in natural order: ``dx [M, in_features]``."""
         rows = self.partition.rows
         sorted_dx, loras = self.backward(gradients, x.index_select(0, rows), xA)
         return place_rows(sorted_dx, self.partition, x), loras
 
     def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """The outputs, ``[M, width]`` each, and ``x A'`` of all parts side by side, which backward needs.
+        """The outputs, ``[M, width]`` each, and ``xA`` of all projections side by side, which backward needs.
 
         Args:
-            x: ``[n, in_features]``, by role.
+            x: ``[n, in_features]``, sorted by role.
         """
         partition, products = self.partition, []
-        for rows, indices in _kinds(partition, self.indices):
+        for rows, indices in _rows_of_roles(partition, self.indices):
             stack = self._stack(indices) if rows.stop > rows.start else None
             width = len(self.A) + sum(self.widths if indices is None else self.counts)
             products.append(x.new_empty((0, width)) if stack is None else stack.matmul(x[rows]))
@@ -79,9 +78,9 @@ class FusedQKV:
         return join_columns(self.B, *products, partition.place, self.index, self.widths, self.counts, bias)
 
     def backward(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``dx [n, in_features]`` by role, and the LoRA gradients ``(dA, dB)`` of each part in turn."""
-        partition, lead = self.partition, len(self.A)
-        r = lead // len(self.bases)
+        """``dx [n, in_features]`` sorted by role, and the LoRA gradients ``(dA, dB)`` of each projection in turn."""
+        partition, xA_width = self.partition, len(self.A)
+        r = xA_width // len(self.bases)
         gradients = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in gradients]
         if partition.num_padding:
             gradients = [dy.index_fill(0, partition.padding, 0) for dy in gradients]
@@ -90,10 +89,10 @@ class FusedQKV:
             torch.mm(dy, B, out=out)
         split = split_columns(d_xA, gradients, partition.rows, partition.num_dense, self.index, self.counts)
         dx, dA = x.new_empty(x.shape), None
-        for (rows, indices), dy in zip(_kinds(partition, self.indices), split, strict=True):
+        for (rows, indices), dy in zip(_rows_of_roles(partition, self.indices), split, strict=True):
             if rows.stop > rows.start:
                 self._stack(indices).matmul_transposed(dy, out=dx[rows])
-                product = product_fp32(dy[:, :lead].t(), x[rows])
+                product = product_fp32(dy[:, :xA_width].t(), x[rows])
                 dA = product if dA is None else dA.add_(product)
         loras: list[Tensor] = []
         parts = zip(gradients, xA.split(r, dim=1), dA.split(r), self.scales, strict=True)
@@ -107,11 +106,11 @@ class FusedQKV:
             stack.lora_rows.copy_(self.A)
             return stack
 
-        return _once(self._kept, indices is None, make)
+        return _cached(self._stacks, indices is None, make)
 
 
 class FusedOutputProjection:
-    """One projection that selects input channels (O); arguments as in `FusedQKV`, of its one part."""
+    """One projection that selects input channels (O); arguments as in `FusedQKV`, for one projection."""
 
     def __init__(
         self,
@@ -125,23 +124,23 @@ class FusedOutputProjection:
     ):
         self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
         self.A, self.B = _pack(loras, [scale], dtype)
-        self._kept: dict[bool, WeightStack] | None = {} if keep else None
+        self._stacks: dict[bool, WeightStack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """`forward` with the output in its natural order, ``[M, out_features]``."""
+        """`forward` with the output in natural order, ``[M, out_features]``."""
         y, xA = self.forward(x)
         return [place_rows(y, self.partition, x)], xA
 
     def backward_natural(self, gradients: Sequence[Tensor], x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`backward` from the gradient in its natural order alone."""
+        """`backward` from the gradient in natural order only."""
         (dy,) = gradients
         return self.backward(dy, dy.index_select(0, self.partition.rows), x, xA)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output ``[n, out_features]`` by role, bias included, and ``x A'``, which backward needs.
+        """The output ``[n, out_features]`` sorted by role, bias included, and ``xA``, which backward needs.
 
         Args:
-            x: ``[M, in_features]``, in its natural order.
+            x: ``[M, in_features]``, in natural order.
         """
         partition, bias = self.partition, self.base.bias
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -150,7 +149,7 @@ class FusedOutputProjection:
             xA.index_fill_(0, partition.padding, 0)
         split = split_columns(xA, [x], partition.rows, partition.num_dense, self.index, [len(self.index)])
         y = x.new_empty((len(partition.rows), self.base.shape[0]))
-        for (rows, index), part in zip(_kinds(partition, self.index), split, strict=True):
+        for (rows, index), part in zip(_rows_of_roles(partition, self.index), split, strict=True):
             if rows.stop > rows.start:
                 self._stack(index).matmul_transposed(part, out=y[rows])
         return y if bias is None else y.add_(bias.detach().to(y.dtype)), xA
@@ -159,14 +158,14 @@ class FusedOutputProjection:
         """``dx [M, in_features]`` and the LoRA gradients ``[dA, dB]``.
 
         Args:
-            dy: ``[M, out_features]`` in its natural order; ``sorted_dy [n, out_features]``: the same by role.
+            dy: ``[M, out_features]`` in natural order; ``sorted_dy [n, out_features]``: the same sorted by role.
         """
         partition, products = self.partition, []
-        lead, width = xA.shape[1], x.shape[1]
-        for rows, index in _kinds(partition, self.index):
-            empty = lead + (width if index is None else len(index))
-            there = rows.stop > rows.start
-            products.append(self._stack(index).matmul(sorted_dy[rows]) if there else dy.new_empty((0, empty)))
+        xA_width, width = xA.shape[1], x.shape[1]
+        for rows, index in _rows_of_roles(partition, self.index):
+            columns = xA_width + (width if index is None else len(index))
+            exist = rows.stop > rows.start
+            products.append(self._stack(index).matmul(sorted_dy[rows]) if exist else dy.new_empty((0, columns)))
         (dx,), d_xA = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
         dA = product_fp32(d_xA.t(), x)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), xA)]
@@ -177,26 +176,26 @@ class FusedOutputProjection:
             stack.lora_rows.copy_(self.B.t())
             return stack
 
-        return _once(self._kept, index is None, make)
+        return _cached(self._stacks, index is None, make)
 
 
-def _kinds(partition: TokenPartition, selected):
-    """``(rows by role, None)`` of the dense rows, and ``(rows by role, selected)`` of the context rows."""
+def _rows_of_roles(partition: TokenPartition, selected):
+    """``(sorted rows, None)`` of the loss tokens, then ``(sorted rows, selected)`` of the context tokens."""
     num_dense = partition.num_dense
     return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
 
 
-def _once(kept: dict[bool, WeightStack] | None, which: bool, make: Callable[[], WeightStack]) -> WeightStack:
-    """``make()``, or what it made before where that is kept."""
-    if kept is None:
+def _cached(stacks: dict[bool, WeightStack] | None, is_dense: bool, make: Callable[[], WeightStack]) -> WeightStack:
+    """``make()``, or its earlier result if results are stacks."""
+    if stacks is None:
         return make()
-    if which not in kept:
-        kept[which] = make()
-    return kept[which]
+    if is_dense not in stacks:
+        stacks[is_dense] = make()
+    return stacks[is_dense]
 
 
 def place_rows(values: Tensor, partition: TokenPartition, like: Tensor) -> Tensor:
-    """``values [n, width]`` by role, in their natural order ``[M, width]``; padding rows are zero."""
+    """``values [n, width]`` sorted by role, back in natural order ``[M, width]``; padding rows are zero."""
     shape = (like.shape[0], values.shape[1])
     target = values.new_zeros(shape) if partition.num_padding else values.new_empty(shape)
     return target.index_copy_(0, partition.rows, values)

@@ -1,9 +1,9 @@
-"""The gated MLP through the kernels: one product in, one fused gated unit, one product out (design section 4).
+"""Computes the gated MLP with few launches: a stacked matmul, a fused gated unit, a stacked matmul.
 
-Rows come sorted by role, dense ones first. For either kind ``[A_gate; A_up; W_gate; W_up]`` is one stack and
-``[B_down | W_down]`` another: whole weights for dense rows, their selected channels for context rows. Between them the
-kernels of `sparse_unsloth.kernels.glu` hold no ``[N, intermediate_size]`` tensor for context rows. Same mathematics,
-and same gradients, as `sparse_unsloth.ops.mlp`; few launches are what this file is for.
+See docs/how-it-works.md, section 7. Rows are sorted by role, loss tokens first. For each role ``[A_gate; A_up; W_gate;
+W_up]`` is one stack and ``[B_down, W_down]`` another: whole weights for loss tokens, selected channels for context
+tokens. The kernels of `sparse_unsloth.kernels.glu` between them store no ``[N, intermediate_size]`` tensor for context
+tokens. Outputs and gradients are those of `sparse_unsloth.ops.mlp`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.ops.weight_stack import WeightStack, product_fp32, stack_columns, stack_rows
 
 CHUNK = 2048
-"""Rows whose wide intermediates are held at a time where they are not kept for backward."""
+"""Loss tokens whose intermediates exist at a time, where they are not kept for backward."""
 
 
 def channel_order(channels: Tensor, size: int) -> Tensor:
@@ -31,18 +31,18 @@ def channel_order(channels: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Weights:
-    """What one kind of rows is multiplied with.
+    """The weights for the rows of one role.
 
     Args:
-        into: ``[2r + 2k, hidden]``: scaled A_gate and A_up, and the channels of W_gate and W_up.
-        out: ``[r + k, hidden]``: B_down and the channels of W_down, transposed.
-        ordered: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, by ``order``.
-        order: int64 ``[P]``: which channel stands at each place of ``ordered``.
+        gate_up: ``[2r + 2k, hidden]``: scaled A_gate and A_up, and the channels of W_gate and W_up.
+        down: ``[r + k, hidden]``: B_down and the channels of W_down, transposed.
+        loras: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, with channels by ``order``.
+        order: int64 ``[P]``: the channel at each index of ``loras``.
     """
 
-    into: WeightStack
-    out: WeightStack
-    ordered: Tensor
+    gate_up: WeightStack
+    down: WeightStack
+    loras: Tensor
     order: Tensor
 
 
@@ -50,14 +50,14 @@ class FusedMlp:
     """The gated MLP of one forward and its backward.
 
     Args:
-        num_dense, num_context: rows of either kind.
-        bases: gate, up, down; 4-bit ones are dequantised where they are used and freed again.
+        num_dense, num_context: the numbers of loss and context tokens.
+        bases: gate, up, down; 4-bit weights are dequantised where they are used and freed again.
         loras: A and B of gate, up, down.
-        scales: LoRA's, of gate, up, down.
-        activation: key of `sparse_unsloth.kernels.activation.KINDS`.
-        channels: int64: the channels of context rows.
+        scales: LoRA scales of gate, up, down.
+        activation: a key of `sparse_unsloth.kernels.activation.KINDS`.
+        channels: int64: the channels that context tokens keep.
         order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
-        dtype: of the products.
+        dtype: of the matmuls.
     """
 
     def __init__(
@@ -79,15 +79,15 @@ class FusedMlp:
         self.r = loras[0].shape[0]
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``y [n, hidden]``, and with ``keep`` what backward need not compute anew; ``x [n, hidden]``."""
+        """``y [n, hidden]`` of ``x [n, hidden]``, and with ``keep`` the intermediates that backward can use."""
         y, saved = x.new_empty(x.shape), []
-        for rows, weights in self._kinds():
+        for rows, weights in self._rows_and_weights():
             for chunk in self._chunks(rows, weights, keep):
-                stacked = weights.into.matmul(x[chunk])
+                stacked = weights.gate_up.matmul(x[chunk])
                 xA, base = self._views(stacked)
-                unit = stacked.new_empty((len(stacked), weights.out.size))
-                glu_forward(xA, base, weights.ordered, unit[:, self.r :], unit[:, : self.r], self.activation)
-                weights.out.matmul_transposed(unit, out=y[chunk])
+                unit = stacked.new_empty((len(stacked), weights.down.size))
+                glu_forward(xA, base, weights.loras, unit[:, self.r :], unit[:, : self.r], self.activation)
+                weights.down.matmul_transposed(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
         return y, tuple(saved)
@@ -97,48 +97,48 @@ class FusedMlp:
 
         Args:
             dy, x: ``[n, hidden]``.
-            saved: what `forward` returned; empty: its products are computed here.
+            saved: the intermediates from `forward`; if empty, they are computed here.
         """
         dx, saved = dy.new_empty(dy.shape), list(saved)
         sums: list[Tensor] | None = None
         partial: dict[bool, list[Tensor]] = {False: [], True: []}
-        for rows, weights in self._kinds():
+        for rows, weights in self._rows_and_weights():
             kept = (saved.pop(0), saved.pop(0)) if saved else None
             for chunk in self._chunks(rows, weights, kept is not None):
                 d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
                 partial[weights.order is self.order].append(d_loras)
                 sums = (
-                    products if sums is None else [total.add_(one) for total, one in zip(sums, products, strict=True)]
+                    products if sums is None else [total.add_(part) for total, part in zip(sums, products, strict=True)]
                 )
         return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
-        """Writes ``dx``; returns the partial gradients of `glu_backward`, and those of A_gate, A_up and of B_down."""
+        """Writes ``dx``; returns the result of `glu_backward`, the gradient of A_gate and A_up, and that of B_down."""
         r = self.r
-        d_unit = weights.out.matmul(dy)
+        d_unit = weights.down.matmul(dy)
         if kept is None:
-            stacked, down_xA = weights.into.matmul(x), dy.new_empty((len(dy), r))
-            d_stacked, missing = stacked, down_xA  # nobody else reads it
+            stacked, down_xA = weights.gate_up.matmul(x), dy.new_empty((len(dy), r))
+            d_stacked, missing = stacked, down_xA  # computed here, so it may be overwritten
         else:
             (stacked, down_xA), missing = kept, None
             d_stacked = torch.empty_like(stacked)
         (xA, base), (d_xA, d_base) = self._views(stacked), self._views(d_stacked)
         d_loras = glu_backward(
-            xA, base, weights.ordered, d_unit[:, r:], d_unit[:, :r], d_base, d_xA, self.activation, missing
+            xA, base, weights.loras, d_unit[:, r:], d_unit[:, :r], d_base, d_xA, self.activation, missing
         )
         del d_unit
-        weights.into.matmul_transposed(d_stacked, out=dx)
+        weights.gate_up.matmul_transposed(d_stacked, out=dx)
         return d_loras, product_fp32(d_xA.t(), x), product_fp32(dy.t(), down_xA)
 
     def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
-        """``rows`` in parts, unless ``whole`` or those of context rows."""
+        """``rows`` in chunks of `CHUNK`, or at once if ``whole`` or if they are context tokens."""
         number = 1 if whole or weights.order is self.order else -(-(rows.stop - rows.start) // CHUNK)
         step = -(-(rows.stop - rows.start) // number)
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop))
 
-    def _kinds(self) -> Iterator[tuple[slice, _Weights]]:
-        """Yields ``(rows, weights)`` of each kind of rows that there are, one kind's weights at a time."""
+    def _rows_and_weights(self) -> Iterator[tuple[slice, _Weights]]:
+        """Yields ``(rows, weights)`` of each role that has rows; the weights exist one role at a time."""
         end = self.num_dense + self.num_context
         for rows, channels in ((slice(0, self.num_dense), None), (slice(self.num_dense, end), self.channels)):
             if rows.stop > rows.start:
@@ -148,13 +148,14 @@ class FusedMlp:
         gate, up, down = self.bases
         if channels is None:
             order = _natural(gate.shape[0], self.loras[0].device)
-            into, out = stack_rows([gate, up], 2 * self.r, self.dtype), stack_columns(down, self.r, self.dtype)
+            gate_up = stack_rows([gate, up], 2 * self.r, self.dtype)
+            down = stack_columns(down, self.r, self.dtype)
         else:
             order = self.order
-            into = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
-            out = stack_columns(down, self.r, self.dtype, channels, ALIGNMENT)
-        ordered = pack_mlp(self.loras, self.scales, order, into.lora_rows, out.lora_rows.t())
-        return _Weights(into, out, ordered, order)
+            gate_up = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
+            down = stack_columns(down, self.r, self.dtype, channels, ALIGNMENT)
+        loras = pack_mlp(self.loras, self.scales, order, gate_up.lora_rows, down.lora_rows.t())
+        return _Weights(gate_up, down, loras, order)
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """gate and up xA ``[n, 2r]``, and their base products ``[n, k]``, of ``stacked [n, 2r + 2k]``."""
@@ -183,7 +184,7 @@ _orders: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _natural(size: int, device: torch.device) -> Tensor:
-    """int64 ``[size]``: channels in their own order."""
+    """int64 ``[size]``: channels in natural order."""
     key = (size, device)
     if key not in _orders:
         _orders[key] = torch.arange(size, device=device)

@@ -1,15 +1,14 @@
-"""Q, K, V and O projections: dense on dense rows, selected channels on context rows (design section 2).
+"""Computes Q, K, V and O: densely for loss tokens, with selected channels for context tokens.
 
-Q, K, V select output channels, ``y = m * (x W') + bias + LoRA(x)``; O selects input channels, ``y = (m * x) W' +
-LoRA(x)``. Gradients are exact, masks constant.
+Defined in docs/how-it-works.md, section 4.1. Q, K, V select output channels, O selects input channels. Gradients are
+those of the masked forward, with constant masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 @dataclass(frozen=True)
 class SelectedProjection:
-    """A projection and the channels that context rows keep: one of ``out_index``, ``in_index`` (int64 ``[k]``)."""
+    """A projection and the channels that context tokens keep: ``out_index`` or ``in_index``, int64 ``[k]``."""
 
     projection: Projection
     out_index: Tensor | None = None
@@ -34,7 +33,7 @@ class SelectedProjection:
 
 @dataclass(frozen=True)
 class _Part:
-    """A `SelectedProjection` as constants: its LoRA tensors travel as arguments of the function."""
+    """A `SelectedProjection` without its LoRA matrices, which are arguments of the autograd function."""
 
     base: BaseWeight
     scale: float
@@ -42,23 +41,26 @@ class _Part:
     in_index: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     partition: TokenPartition
     parts: tuple[_Part, ...]
-    kept: dict[str, Any] = field(default_factory=dict)
-    """From this forward to its own backward."""
+    fused: FusedQKV | FusedOutputProjection | None = None
+    """Kept from forward to its backward."""
 
 
 def sparse_linear(
     hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection]
 ) -> tuple[Tensor, ...]:
-    """Several projections of the same input, each ``[..., out_features]``, in ``hidden_states``' dtype.
+    """Several projections of one input, each ``[..., out_features]``, in ``hidden_states``' dtype.
 
     Args:
-        hidden_states: ``[..., in_features]``; flattened, its rows are those that ``partition`` counts.
-        partition: the roles of the rows. Padding rows come out as zero.
+        hidden_states: ``[..., in_features]``; flattened, its rows are those of ``partition``.
+        partition: the token roles. Padding rows of the outputs are zero.
         parts: the projections with their selected channels.
+
+    Raises:
+        ValueError: see `check_rows`.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -72,7 +74,7 @@ def sparse_linear(
 def masked_linear(
     hidden_states: Tensor, partition: TokenPartition, parts: Sequence[SelectedProjection]
 ) -> tuple[Tensor, ...]:
-    """The definition that `sparse_linear` must equal: whole products and masks, differentiated by autograd."""
+    """The masked reference of `sparse_linear` (docs/how-it-works.md, section 4.1): whole matmuls, masks, autograd."""
     x = hidden_states.flatten(0, -2)
     outputs = []
     for part in parts:
@@ -91,7 +93,7 @@ def masked_linear(
 
 
 def context_mask(partition: TokenPartition, channels: Tensor | None, width: int, like: Tensor) -> Tensor:
-    """``[N, width]`` of ``like``'s dtype: one, but on context rows only at ``channels`` (None: everywhere)."""
+    """``[N, width]`` in ``like``'s dtype: 1, except 0 on context rows outside ``channels`` (None: all channels)."""
     mask = torch.ones(like.shape[0], width, dtype=like.dtype, device=like.device)
     if channels is not None:
         kept = torch.zeros(width, dtype=like.dtype, device=like.device).index_fill_(0, channels, 1.0)
@@ -100,12 +102,12 @@ def context_mask(partition: TokenPartition, channels: Tensor | None, width: int,
 
 
 def rows_mask(rows: Tensor, like: Tensor) -> Tensor:
-    """``[N, 1]`` of ``like``'s dtype: one on ``rows``."""
+    """``[N, 1]`` in ``like``'s dtype: 1 on ``rows``, 0 elsewhere."""
     return torch.zeros(like.shape[0], 1, dtype=like.dtype, device=like.device).index_fill_(0, rows, 1.0)
 
 
 def cast_for_autocast(hidden_states: Tensor) -> Tensor:
-    """The input in the dtype that autocast would give a matrix product; unchanged outside autocast."""
+    """The input in the dtype that autocast uses for a matmul; unchanged without autocast."""
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         return hidden_states.to(torch.get_autocast_dtype(device))
@@ -113,7 +115,11 @@ def cast_for_autocast(hidden_states: Tensor) -> Tensor:
 
 
 def check_rows(hidden_states: Tensor, partition: TokenPartition) -> None:
-    """Raises ValueError unless the flattened rows are as many as the labels that the partition was built from."""
+    """Checks that there are as many flattened rows as labels that the partition was built from.
+
+    Raises:
+        ValueError: there are not.
+    """
     rows, expected = hidden_states.shape[:-1].numel(), partition.shape[0] * partition.shape[1]
     if rows != expected:
         raise ValueError(
@@ -128,35 +134,35 @@ def lora_tensors(projection: Projection) -> tuple[Tensor | None, Tensor | None]:
 
 
 def lora_scale(projection: Projection) -> float:
-    """LoRA's ``lora_alpha / r``, or 1 without a LoRA branch."""
+    """The LoRA scale ``lora_alpha / r``, or 1 without a LoRA branch."""
     return 1.0 if projection.lora is None else projection.lora.scale
 
 
 def row_projection(
     base: BaseWeight,
-    whole: Tensor | None,
+    dense: Tensor | None,
     lora: tuple[Tensor | None, Tensor | None],
     scale: float,
     dtype: torch.dtype,
     out_index: Tensor | None = None,
     in_index: Tensor | None = None,
 ) -> RowProjection:
-    """The projection over the selected rows or columns of ``base``, in ``dtype``.
+    """The projection with the selected rows or columns of ``base``, in ``dtype``.
 
-    They are taken from the dequantised ``whole`` where there is one, else straight from the storage.
+    They are taken from the dequantised weight ``dense`` if it is given, otherwise from the stored weight.
     """
     if out_index is not None:
-        weight = base.rows(out_index, dtype) if whole is None else whole.index_select(0, out_index)
+        weight = base.rows(out_index, dtype) if dense is None else dense.index_select(0, out_index)
     elif in_index is not None:
-        weight = base.columns(in_index, dtype) if whole is None else whole.index_select(1, in_index)
+        weight = base.columns(in_index, dtype) if dense is None else dense.index_select(1, in_index)
     else:
-        weight = base.dense(dtype) if whole is None else whole
+        weight = base.dense(dtype) if dense is None else dense
     bias = None if base.bias is None else base.bias.detach().to(dtype)
     return RowProjection(weight, bias, *lora, scale, base.shape[0], out_index, in_index)
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Wiring of `RowProjection` over the two kinds of rows and the parts of a plan."""
+    """Applies the fused functions, or a `RowProjection` to each role and projection of a plan."""
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None):
@@ -194,7 +200,7 @@ class _SparseLinear(torch.autograd.Function):
             fused = _fused(plan, loras, x)
             if fused is not None:
                 dx, lora_gradients = fused.backward_natural([dy.flatten(0, -2) for dy in gradients], x, *saved)
-                plan.kept.clear()
+                plan.fused = None
                 return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
             dense_input = x.index_select(0, plan.partition.dense)
             context_input = x.index_select(0, plan.partition.context)
@@ -223,11 +229,10 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedQKV | FusedOutputProjection | None:
-    """The parts through the kernels, where they can."""
-    fused = plan.kept.get("fused")
+    """The projections as a fused function, if the kernels support them; stored in the plan."""
     parts = plan.parts
-    if fused is not None or not (len(plan.partition.rows) and use_kernels(x)):
-        return fused
+    if plan.fused is not None or not (len(plan.partition.rows) and use_kernels(x)):
+        return plan.fused
     if len(parts) > 3 or any(lora is None for lora in loras) or len({A.shape[0] for A in loras[::2]}) > 1:
         return None
     scales = [part.scale for part in parts]
@@ -235,16 +240,15 @@ def _fused(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedQKV |
         none = plan.partition.dense[:0]
         bases = [part.base for part in parts]
         indices = [none if part.out_index is None else part.out_index for part in parts]
-        fused = FusedQKV(plan.partition, bases, loras, scales, indices, x.dtype)
+        plan.fused = FusedQKV(plan.partition, bases, loras, scales, indices, x.dtype)
     elif len(parts) == 1:
-        fused = FusedOutputProjection(plan.partition, parts[0].base, loras, scales[0], parts[0].in_index, x.dtype)
-    if fused is not None:
-        plan.kept["fused"] = fused
-    return fused
+        base, index = parts[0].base, parts[0].in_index
+        plan.fused = FusedOutputProjection(plan.partition, base, loras, scales[0], index, x.dtype)
+    return plan.fused
 
 
 def as_loras(gradients: Sequence[Tensor | None], loras: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``gradients`` in the dtypes of the LoRA matrices that they belong to."""
+    """``gradients`` in the dtypes of their LoRA matrices."""
     return [
         gradient if gradient is None or gradient.dtype == lora.dtype else gradient.to(lora.dtype)
         for gradient, lora in zip(gradients, loras, strict=True)
@@ -252,12 +256,12 @@ def as_loras(gradients: Sequence[Tensor | None], loras: Sequence[Tensor | None])
 
 
 def _projections(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
-    """Yields ``(dense, context)`` row projections of each part (None where the partition has no such rows)."""
+    """Yields ``(dense, context)`` of each projection: those of loss and context tokens, None where there are none."""
     has_dense, has_context = plan.partition.dense.numel() > 0, plan.partition.context.numel() > 0
     for number, part in enumerate(plan.parts):
         lora = tuple(None if tensor is None else tensor.to(dtype) for tensor in loras[2 * number : 2 * number + 2])
-        whole = part.base.dense(dtype) if has_dense else None
-        project = partial(row_projection, part.base, whole, lora, part.scale, dtype)
+        weight = part.base.dense(dtype) if has_dense else None
+        project = partial(row_projection, part.base, weight, lora, part.scale, dtype)
         yield project() if has_dense else None, project(part.out_index, part.in_index) if has_context else None
 
 

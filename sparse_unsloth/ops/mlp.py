@@ -1,15 +1,13 @@
-"""The gated MLP: dense on dense rows, the selected channels on context rows (design section 2, SparseLoRA section 3).
+"""Computes the gated MLP: densely for loss tokens, with selected channels for context tokens.
 
-On context rows, with the channel mask ``m``, ``e = m * (x Wg') + LoRA_g(x)``, ``g = m * (x Wu') + LoRA_u(x)``,
-``h = act(e) * g``, ``y = (m * h) Wd' + LoRA_d(h)``; biases stay dense. Gradients are exact, ``m``
-constant.
+Defined in docs/how-it-works.md, section 4.1 (SparseLoRA section 3). Gradients are those of the masked forward, with a
+constant mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,7 +49,7 @@ class GatedMlp:
     activation: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     partition: TokenPartition
     channels: Tensor
@@ -62,24 +60,24 @@ class _Plan:
     order: Tensor | None
     output_unused: bool
     keep: bool
-    kept: dict[str, Any] = field(default_factory=dict)
-    """From this forward to its own backward."""
+    fused: FusedMlp | None = None
+    """Kept from forward to its backward."""
 
 
 @dataclass
 class MlpMemo:
-    """What the MLP keeps from a forward to its recompute.
+    """What the MLP keeps from its first forward to the recompute.
 
     Attributes:
-        with_gradients: whether the forward itself ran with gradients; None before it.
-        order: of the channels, where their choice gave one.
+        with_gradients: whether the first forward ran with gradients; None before it.
+        order: of all channels, if the selection made one.
     """
 
     with_gradients: bool | None = None
     order: Tensor | None = None
 
     def is_recompute(self) -> bool:
-        """Whether the forward that runs computes anew, with gradients, what the first one computed without."""
+        """Whether this forward runs with gradients after a first one without; notes how the first one runs."""
         if self.with_gradients is None:
             self.with_gradients = torch.is_grad_enabled()
         return torch.is_grad_enabled() and not self.with_gradients
@@ -96,14 +94,17 @@ def sparse_mlp(
     """``[..., hidden_size]`` to ``[..., hidden_size]``, in ``hidden_states``' dtype.
 
     Args:
-        hidden_states: flattened, its rows are those that ``partition`` counts.
-        partition: the roles of the rows. Padding rows come out as zero.
-        channels: int64 ``[k]``, ascending: the intermediate channels that context rows keep.
+        hidden_states: flattened, its rows are those of ``partition``.
+        partition: the token roles. Padding rows of the output are zero.
+        channels: int64 ``[k]``, ascending: the intermediate channels that context tokens keep.
         mlp: the projections.
-        memo: of one forward and these channels, by which its recompute is known.
-        skip_unused_output: whether the output is only added to something before the checkpointed function ends. A
-            recompute after a forward without gradients then returns zeros: backward needs what the MLP saves, and its
-            output is unused. Exact; saves a third of the frozen-weight matmuls of an MLP's recompute.
+        memo: of one forward and these channels; it identifies the recompute.
+        skip_unused_output: whether the checkpointed function only adds the output to something and ends. The recompute
+            then returns zeros, as its output is unused (docs/how-it-works.md, section 5.3). Exact; saves a third of
+            the recompute's frozen-weight matmuls.
+
+    Raises:
+        ValueError: see `check_rows`.
     """
     hidden_states = cast_for_autocast(hidden_states)
     check_rows(hidden_states, partition)
@@ -126,7 +127,7 @@ def sparse_mlp(
 
 
 def masked_mlp(hidden_states: Tensor, partition: TokenPartition, channels: Tensor, mlp: GatedMlp) -> Tensor:
-    """The definition that `sparse_mlp` must equal: whole products and masks, differentiated by autograd."""
+    """The masked reference of `sparse_mlp` (docs/how-it-works.md, section 4.1): whole matmuls, masks, autograd."""
     x = hidden_states.flatten(0, -2)
     mask = context_mask(partition, channels, mlp.gate.base.shape[0], x)
 
@@ -144,7 +145,7 @@ def masked_mlp(hidden_states: Tensor, partition: TokenPartition, channels: Tenso
 
 
 class _SparseMlp(torch.autograd.Function):
-    """Wiring of `_GluRows` over the two kinds of rows."""
+    """Applies the fused function, or `_GatedMlpRows` to each role."""
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: _Plan, *loras: Tensor | None) -> Tensor:
@@ -180,7 +181,7 @@ class _SparseMlp(torch.autograd.Function):
                 rows_dy, rows_x = (tensor.index_select(0, partition.rows) for tensor in (dy, x))
                 dx, gradients = fused.backward(rows_dy, rows_x, saved)
                 dx = place_rows(dx, partition, x)
-                ctx.plan.kept.clear()
+                ctx.plan.fused = None
             else:
                 gradients = [None if tensor is None else torch.zeros_like(tensor, dtype=x.dtype) for tensor in loras]
                 dx = torch.zeros_like(x)
@@ -192,8 +193,8 @@ class _SparseMlp(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _GluRows:
-    """The gated MLP on one set of rows."""
+class _GatedMlpRows:
+    """The gated MLP on the rows of one role."""
 
     gate: RowProjection
     up: RowProjection
@@ -201,8 +202,8 @@ class _GluRows:
     activation: str
 
     def forward(self, x: Tensor, output_unused: bool = False) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """``y [n, hidden]`` (None if ``output_unused``) and what backward needs beside ``x``: the pre-activations of
-        gate and up ``[n, I]``, or the base products ``[n, k]`` alone where the LoRA branch is wider than they are.
+        """``y [n, hidden]`` (None if ``output_unused``) and what backward needs besides ``x``: the outputs of gate and
+        up ``[n, I]``, or only their base products ``[n, k]`` where channels are selected.
         """
         gate_base, up_base = self.gate.base(x), self.up.base(x)
         e, g = self.gate.add_lora(gate_base, self.gate.xA(x)), self.up.add_lora(up_base, self.up.xA(x))
@@ -214,7 +215,7 @@ class _GluRows:
         return y, saved
 
     def backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor], gradients: list[Tensor | None]) -> Tensor:
-        """``dx``; ``saved`` is what `forward` returned; adds the LoRA gradients ``(dAg, dBg, dAu, dBu, dAd, dBd)``."""
+        """``dx``; ``saved`` is from `forward`. Adds the LoRA gradients of gate, up and down to ``gradients``."""
         gate_xA, up_xA = self.gate.xA(x), self.up.xA(x)
         e, g = saved
         if self.gate.out_index is not None:
@@ -233,30 +234,30 @@ class _GluRows:
 
 
 def _row_sets(plan: _Plan, loras: Sequence[Tensor | None], dtype: torch.dtype):
-    """Yields ``(row index, _GluRows)`` for the dense and the context rows that the partition has; dequantises once."""
+    """Yields ``(row index, _GatedMlpRows)`` for loss and context tokens, if there are any; dequantises once."""
     partition, channels = plan.partition, plan.channels
     pairs = [tuple(None if t is None else t.to(dtype) for t in loras[2 * i : 2 * i + 2]) for i in range(3)]
-    wholes = [base.dense(dtype) if partition.dense.numel() else None for base in plan.bases]
-    everything, selected = ((None, None),) * 3, ((channels, None), (channels, None), (None, channels))
-    for rows, indices in ((partition.dense, everything), (partition.context, selected)):
+    weights = [base.dense(dtype) if partition.dense.numel() else None for base in plan.bases]
+    all_channels, selected = ((None, None),) * 3, ((channels, None), (channels, None), (None, channels))
+    for rows, indices in ((partition.dense, all_channels), (partition.context, selected)):
         if rows.numel():
-            parts = zip(plan.bases, wholes, pairs, plan.scales, indices, strict=True)
+            parts = zip(plan.bases, weights, pairs, plan.scales, indices, strict=True)
             projections = [row_projection(*part, dtype, *index) for *part, index in parts]
-            yield rows, _GluRows(*projections, plan.activation)
+            yield rows, _GatedMlpRows(*projections, plan.activation)
 
 
 def _fused_mlp(plan: _Plan, loras: Sequence[Tensor | None], x: Tensor) -> FusedMlp | None:
-    """The MLP through the kernels, where they can: LoRA of one rank on all three projections, and no biases."""
-    fused, partition = plan.kept.get("fused"), plan.partition
-    if fused is not None or not (len(partition.rows) and use_kernels(x)):
-        return fused
+    """The MLP as a fused function, if there is LoRA of one rank on all projections and no bias; stored in the plan."""
+    partition = plan.partition
+    if plan.fused is not None or not (len(partition.rows) and use_kernels(x)):
+        return plan.fused
     if None in plan.ranks or len(set(plan.ranks)) > 1 or any(base.bias is not None for base in plan.bases):
         return None
     order = plan.order
     if order is None and partition.num_context:
         order = channel_order(plan.channels, plan.bases[0].shape[0])
-    fused = plan.kept["fused"] = FusedMlp(
+    plan.fused = FusedMlp(
         partition.num_dense, partition.num_context, plan.bases, loras, plan.scales, plan.activation, plan.channels,
         order, x.dtype,
     )  # fmt: skip
-    return fused
+    return plan.fused

@@ -1,4 +1,4 @@
-"""The frozen weight and the LoRA branch of one projection, whatever holds them (``nn.Linear``, bitsandbytes, PEFT)."""
+"""Reads the frozen weight and the LoRA branch of a projection from ``nn.Linear``, bitsandbytes and PEFT modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_row
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """A frozen projection weight, dense or 4-bit (NF4, FP4).
+    """The frozen weight of a projection: floating-point, or 4-bit (NF4, FP4).
 
     Args:
         weight: ``[out_features, in_features]``, or bitsandbytes' packed ``uint8`` storage.
@@ -39,9 +39,9 @@ class BaseWeight:
         return self.weight.device
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The whole weight, ``[out_features, in_features]`` in ``dtype``; for 4-bit fresh, never a shared buffer.
+        """The whole weight, ``[out_features, in_features]`` in ``dtype``; of a 4-bit weight always a new tensor.
 
-        ``out``, if given, is written instead; its rows may lie apart.
+        ``out``, if given, is written instead; it may have a row stride.
         """
         if self.quant_state is not None:
             return dequantize_whole(self.weight.detach(), self.quant_state, dtype, out)
@@ -51,7 +51,7 @@ class BaseWeight:
     def rows(self, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Output channels ``index`` (int64 ``[k]``): ``[k, in_features]`` in ``dtype``.
 
-        ``out``, if given, is written instead; it may have more rows, which become zero.
+        ``out``, if given, is written instead. If it has more rows, they become zero.
         """
         if self.quant_state is None:
             return _select(self.weight.detach(), 0, index, dtype, out)
@@ -67,11 +67,11 @@ class BaseWeight:
 def _select(weight: Tensor, dim: int, index: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     if out is None:
         return weight.index_select(dim, index).to(dtype)
-    chosen = out.narrow(dim, 0, len(index))
+    selected = out.narrow(dim, 0, len(index))
     if weight.dtype == dtype:
-        torch.index_select(weight, dim, index, out=chosen)
+        torch.index_select(weight, dim, index, out=selected)
     else:
-        chosen.copy_(weight.index_select(dim, index))
+        selected.copy_(weight.index_select(dim, index))
     if out.shape[dim] > len(index):
         out.narrow(dim, len(index), out.shape[dim] - len(index)).zero_()
     return out
@@ -79,7 +79,7 @@ def _select(weight: Tensor, dim: int, index: Tensor, dtype: torch.dtype, out: Te
 
 @dataclass(frozen=True)
 class Lora:
-    """One LoRA branch: ``A [r, in_features]``, ``B [out_features, r]``; it adds ``scale * (x A') B'``."""
+    """A LoRA branch ``scale * (x A') B'``: ``A [r, in_features]``, ``B [out_features, r]``."""
 
     A: Tensor
     B: Tensor
@@ -88,7 +88,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Projection:
-    """What one projection computes: ``x W' + bias + scale * (x A') B'`` (no LoRA branch: ``lora`` is None)."""
+    """A projection as in docs/how-it-works.md, section 1.2; ``lora`` is None without a LoRA branch."""
 
     base: BaseWeight
     lora: Lora | None = None
@@ -99,7 +99,7 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
 
     Raises:
         AttachError: the layer type is not supported, a 4-bit weight was repacked for CPU inference, or the weight is
-            in pieces on several processes (see `gather_base`).
+            sharded over several processes (see `gather_base`).
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     known = _bases.get(base)
@@ -119,7 +119,7 @@ def read_base(module: nn.Module, name: str = "projection") -> BaseWeight:
 
 
 def gather_base(module: nn.Module, name: str = "projection") -> BaseWeight:
-    """`read_base` outside a forward: a weight that FSDP2 holds in pieces is gathered, and every rank must come here."""
+    """`read_base` outside a forward: gathers a weight that FSDP2 has sharded; every rank must call it."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     if not isinstance(base.weight, DTensor):
         return read_base(module, name)
@@ -129,17 +129,17 @@ def gather_base(module: nn.Module, name: str = "projection") -> BaseWeight:
 
 
 def forget_bases(modules: Iterable[nn.Module]) -> None:
-    """Lets go of the weights that `read_base` remembers of ``modules``: FSDP may replace them now."""
+    """Forgets the weights that `read_base` cached for ``modules``, because FSDP may replace them."""
     for module in modules:
         _bases.pop(module.get_base_layer() if hasattr(module, "get_base_layer") else module, None)
 
 
 _bases: WeakKeyDictionary[nn.Module, BaseWeight] = WeakKeyDictionary()
-"""What `read_base` found: looking again costs host time at every call of every layer."""
+"""Caches `read_base`, which would cost host time in every call of every layer."""
 
 
 def _quant_state(base: nn.Module) -> Any:
-    """bitsandbytes keeps it on the weight, and on the layer, where FSDP's copies of the weight lost it."""
+    """bitsandbytes keeps the state on the weight, and on the layer for FSDP's copies of the weight, which lose it."""
     state = getattr(base.weight, "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state
 
@@ -174,10 +174,10 @@ def _read_base(base: nn.Module, name: str) -> BaseWeight:
 
 
 def read_projection(module: nn.Module, name: str = "projection") -> Projection | None:
-    """The projection as it stands now, or None where only the module's own forward is right.
+    """The projection in its present state, or None if only the module's own forward computes it correctly.
 
-    None is returned while adapters are merged or disabled, while several are active, and where weights or activations
-    are fake-quantised (quantisation-aware training): the caller then delegates.
+    None is returned if adapters are merged or disabled, if several are active, and if weights or activations are
+    fake-quantised (quantisation-aware training).
 
     Raises:
         AttachError: as `read_base`.
@@ -211,10 +211,10 @@ def is_fake_quantised(module: nn.Module, adapter: str) -> bool:
 
 
 def check_frozen(base: BaseWeight | nn.Module, name: str) -> None:
-    """Refuse a base whose weight or bias is trained itself; ``base``: what `read_base` gives, or the layer.
+    """Checks that a base weight is frozen; ``base`` is the result of `read_base`, or the layer.
 
     Raises:
-        AttachError: it is.
+        AttachError: its weight or bias is trained.
     """
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         raise AttachError(
@@ -224,7 +224,7 @@ def check_frozen(base: BaseWeight | nn.Module, name: str) -> None:
 
 
 def check_adapters(module: nn.Module, name: str) -> None:
-    """Refuse LoRA variants that the sparse functions do not compute, of the active adapters.
+    """Checks that the sparse functions compute the active adapters.
 
     Raises:
         AttachError: DoRA or another LoRA variant, ``lora_dropout > 0``, a LoRA bias, or fake quantisation; the message

@@ -1,7 +1,7 @@
-"""One projection on one set of rows: a gathered base product, the LoRA branch beside it, and both gradients.
+"""Computes one projection on a set of rows, and its gradients (docs/how-it-works.md, section 1.2).
 
-The base product may be narrower than the projection (only the selected channels); ``out_index`` and ``in_index`` say
-where its columns belong. The LoRA branch always has the width of the ``A`` and ``B`` that are given.
+The base product may cover selected channels only; ``out_index`` and ``in_index`` name them. The LoRA branch covers all
+channels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class RowProjection:
     """``y = scatter(x[:, in_index] weight') + bias + scale * (x A') B'`` on ``n`` rows.
 
     Args:
-        weight: ``[o, i]``, gathered where an index is given.
+        weight: ``[o, i]``: the rows or columns of the index, if there is one.
         bias: ``[out]`` or None.
-        A: ``[r, in]`` or None (no LoRA branch); B: ``[out, r]``; scale: LoRA's ``lora_alpha / r``.
+        A: ``[r, in]``, B: ``[out, r]``, scale: the LoRA branch; A and B are None without one.
         out_features: the width of ``y``.
         out_index: int64 ``[o]``, the columns of ``y`` that the base product fills, or None for all.
         in_index: int64 ``[i]``, the columns of ``x`` that the base product reads, or None for all.
@@ -39,16 +39,16 @@ class RowProjection:
         return self.add_lora(self.base(x), self.xA(x))
 
     def base(self, x: Tensor) -> Tensor:
-        """The base product without placement or bias: ``[n, o]``."""
+        """The base product of the selected channels, without bias: ``[n, o]``."""
         x = x if self.in_index is None else x.index_select(1, self.in_index)
         return x @ self.weight.t()
 
     def xA(self, x: Tensor) -> Tensor | None:
-        """The rank-r projection ``x A'``: ``[n, r]``, or None without a LoRA branch."""
+        """``x A' [n, r]``, or None without a LoRA branch."""
         return None if self.A is None else x @ self.A.t()
 
     def add_lora(self, base: Tensor, xA: Tensor | None) -> Tensor:
-        """``y [n, out]`` from its two products; may reuse ``base``'s storage."""
+        """``y [n, out]`` from the base product and ``xA``; may overwrite ``base``."""
         if self.out_index is None:
             y = base if xA is None else base.addmm_(xA, self.B.t(), alpha=self.scale)
         else:
@@ -57,7 +57,7 @@ class RowProjection:
         return y if self.bias is None else y.add_(self.bias)
 
     def backward(self, dy: Tensor, x: Tensor, xA: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``(dx [n, in], dA [r, in], dB [out, r])`` from ``dy [n, out]``; reads its arguments, writes fresh tensors."""
+        """``(dx [n, in], dA [r, in], dB [out, r])`` from ``dy [n, out]``, as new tensors."""
         d_xA = self.xA_gradient(dy)
         return self.input_gradient(dy, d_xA, x), *self.lora_gradients(dy, d_xA, x, xA)
 
@@ -66,7 +66,7 @@ class RowProjection:
         return None if self.B is None else (dy @ self.B).mul_(self.scale)
 
     def input_gradient(self, dy: Tensor, d_xA: Tensor | None, like: Tensor) -> Tensor:
-        """``dx [n, in]``; ``d_xA`` is `xA_gradient`'s, ``like`` gives the shape."""
+        """``dx [n, in]``, the shape of ``like``; ``d_xA`` is from `xA_gradient`."""
         base_dy = dy if self.out_index is None else dy.index_select(1, self.out_index)
         base_dx = base_dy @ self.weight
         if self.in_index is None:

@@ -1,4 +1,4 @@
-"""Which channels context rows keep: what `channels.selector` chooses and the sparse functions compute."""
+"""Holds the channels that context tokens keep: `sparse_unsloth.channels` selects, `sparse_unsloth.ops` uses them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class MlpSelection:
-    """The MLP channels that context rows keep.
+    """The MLP channels that context tokens keep.
 
     Args:
         channels: int64 ``[k]``, ascending: rows of gate_proj and up_proj, columns of down_proj.
-        order: int64 ``[intermediate_size]``: ``channels``, then the others, ascending; None where nothing made it.
-        scores: of this batch's rows, those that the choice was made by.
+        order: int64 ``[intermediate_size]``: ``channels``, then the others, ascending; None if it was not made.
+        scores: the scores of this micro-batch by which the channels were selected.
     """
 
     channels: Tensor
@@ -24,7 +24,7 @@ class MlpSelection:
 
 @dataclass(frozen=True, eq=False)
 class AttentionSelection:
-    """Ascending int64 indices: rows of q_proj, k_proj and v_proj, and columns of o_proj; ``scores`` as in the MLP's."""
+    """Attention's channels, ascending int64: rows of q_proj, k_proj and v_proj, columns of o_proj; and their scores."""
 
     q: Tensor
     k: Tensor

@@ -1,8 +1,7 @@
-"""Several weights as one: LoRA's rank-r matrix in front, then base weights, whole or only their selected channels.
+"""Stacks LoRA rows and base weights into one matmul operand (docs/how-it-works.md, section 7).
 
-One product with a stack gives all of their products side by side, one more takes all gradients back. 4-bit weights have
-to be written out anyway, so they are dequantised into one matrix; whole 16-bit weights stay where they are, and their
-products are put side by side.
+4-bit weights and selected channels are written into one matrix, so a stack is one matmul. Whole 16-bit weights are not
+copied: they are multiplied one by one, into adjacent columns of one output.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from torch import Tensor
 from sparse_unsloth.ops.projection import BaseWeight
 
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")
-"""Whether this PyTorch (2.8 on) writes a half-precision product in fp32."""
+"""Whether this PyTorch (since 2.8) can write the matmul of half-precision matrices in fp32."""
 
 
 class WeightStack:
     """Matrices ``[size_i, H]``, one below the other: ``[size, H]``.
 
     Args:
-        lora_rows: the first ``r`` rows, a view into the first block; written by who makes the stack.
-        blocks: what is multiplied, in order, of any strides.
+        lora_rows: the first rows, a view of the first block; whoever makes the stack writes them.
+        blocks: the matrices in order, of any strides.
     """
 
     __slots__ = ("blocks", "lora_rows", "size")
@@ -64,12 +63,12 @@ def stack_rows(
     indices: Sequence[Tensor] | None = None,
     pad: int = 1,
 ) -> WeightStack:
-    """Output channels of weights of one input, one weight below the other.
+    """Stacks output channels (rows) of weights that share one input.
 
     Args:
-        lora_rows: how many rows stay free in front.
+        lora_rows: the number of rows to leave free for LoRA.
         indices: int64, ascending, by weight; None for whole weights.
-        pad: the rows of each weight are filled up with zeros to a multiple of it.
+        pad: each weight's rows are padded with zeros to a multiple of this.
     """
     width = bases[0].shape[1]
     if indices is None and _in_place(bases, dtype):
@@ -90,10 +89,9 @@ def stack_rows(
 def stack_columns(
     base: BaseWeight, lora_rows: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1
 ) -> WeightStack:
-    """Input channels of a weight, as rows of the stack: `WeightStack.matmul_transposed` multiplies with the weight.
+    """Stacks input channels (columns) of a weight as rows: `WeightStack.matmul_transposed` multiplies by the weight.
 
-    LoRA's rows are transposed likewise: ``[lora_rows, out_features]``, one column of B a row. Other arguments as in
-    `stack_rows`.
+    The LoRA rows are the transpose of B: ``[lora_rows, out_features]``. Other arguments as in `stack_rows`.
     """
     height, size = base.shape
     if index is None and _in_place([base], dtype):
@@ -112,7 +110,7 @@ def _in_place(bases: Sequence[BaseWeight], dtype: torch.dtype) -> bool:
 
 
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of two matrices, in fp32 where the device can, else in their dtype: gradients of fp32 LoRA weights."""
+    """``a b``, in fp32 if the device supports it, else in their dtype: for gradients of fp32 LoRA weights."""
     if _MIXED and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

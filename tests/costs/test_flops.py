@@ -1,4 +1,4 @@
-"""Analytic FLOPs against what PyTorch counts: on a dense PEFT Llama, and on explicitly gathered sparse products."""
+"""FLOPs against PyTorch's counter: of a dense PEFT Llama, and of sparse matmuls that are gathered explicitly."""
 
 from types import SimpleNamespace
 
@@ -111,7 +111,7 @@ def test_full_fine_tuning():
 
 
 class NaiveSparse:
-    """The masked model with its products written out: base products on gathered rows and channels, LoRA on all rows."""
+    """The masked model with explicit matmuls: base products of gathered rows and channels, LoRA on all rows."""
 
     def __init__(self, layer_sparsity, dense_rows, estimator_rank):
         self.layer_sparsity = layer_sparsity
@@ -131,7 +131,7 @@ class NaiveSparse:
         ]
 
     def project(self, name, weights, x, channels, axis):
-        """`channels` of the output (axis 0) or of the input (axis 1) on context rows."""
+        """Context rows use `channels` of the output (axis 0) or of the input (axis 1)."""
         weight, a, b = weights[name]
         y = (x @ a.T) @ b.T
         y = y.index_add(0, self.dense, x[self.dense] @ weight.T)
@@ -250,7 +250,7 @@ def test_micro_batches_add_up():
 
 
 def flops_ratio(shape, layers, step):
-    """FLOPs of the dense step over those of the sparse one."""
+    """FLOPs of the dense step divided by those of the sparse one."""
     dense, sparse = (step_flops(shape, each, step).total for each in ([(0.0, 0.0)] * shape.num_layers, layers))
     return dense / sparse
 
@@ -268,8 +268,8 @@ def test_ratio():
     [(0.0, 0.0, ("q_proj", "o_proj", *MLP)), (0.9, 0.5, ("o_proj", *MLP))],
     ids=["dense", "sparse"],
 )
-def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
-    """What is saved is the projections of the other rows: each once forward, once for its input, LoRA's thrice."""
+def test_unused_rows_of_the_last_layer(mlp, self_attn, narrowed):
+    """Saved are the projections of the other rows: once forward, once for the input's gradient, LoRA's three times."""
     layers = [(0.9, 0.5), (0.9, 0.5), (mlp, self_attn)]
     options = {"attention": "eager", "estimator_rank": 8}
     dense, context, loss = 20, 40, 18
@@ -292,7 +292,7 @@ def test_rows_left_out_of_the_last_layer(mlp, self_attn, narrowed):
 
 
 class NaiveRemoval(NaiveSparse):
-    """The same with a last layer that computes rows without loss no further than their keys and values."""
+    """The same with a last layer that computes only keys and values of rows that no loss reads."""
 
     def __init__(self, layer_sparsity, dense_rows, estimator_rank, loss_rows):
         super().__init__(layer_sparsity, dense_rows, estimator_rank)
@@ -357,7 +357,7 @@ def test_padding_is_left_out_of_sparse_parts_only():
 
 
 def test_published_recipe_on_llama_3_8b():
-    """The aggressive recipe on 16 x 512 tokens, 128 outputs each, stays under the 2.50 that also drops idle work."""
+    """The aggressive recipe on 16 x 512 tokens with 128 outputs each stays below 2.50, which also skips unused rows."""
     shape = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
     sparse_attention = {*range(14, 20), *range(21, 24), *range(25, 30)}
     layers = [(0.99 if 3 <= i <= 30 else 0.0, 0.75 if i in sparse_attention else 0.0) for i in range(32)]

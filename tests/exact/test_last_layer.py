@@ -1,4 +1,4 @@
-"""Work without effect: rows without loss in the last layer, and the output of an MLP's recompute.
+"""Skipping unused rows of the last layer, and the unused output of an MLP's recompute.
 
 That loss and gradients stay the same is shown with Unsloth's own forwards (tests/backends/unsloth/installed/loss.py).
 """
@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from sparse_unsloth import attach
 from sparse_unsloth.exact.last_layer import WORTH_REMOVING, enough_unused_rows, loss_is_fused
-from sparse_unsloth.ops.mlp import _GluRows
+from sparse_unsloth.ops.mlp import _GatedMlpRows
 from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
@@ -135,15 +135,15 @@ def test_heads(batch):
     [("llama", {}, True), ("granite", {}, True), ("gemma2", {}, False), ("llama", {"exact_removal": False}, False)],
 )
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_recompute_leaves_out_what_nobody_reads(family, changes, skips, reentrant, monkeypatch):
-    """The MLP's output in a recompute, unless a norm stands behind it; gradients are those without checkpointing."""
-    asked, forward = [], _GluRows.forward
+def test_a_recompute_skips_its_unused_output(family, changes, skips, reentrant, monkeypatch):
+    """The MLP's output, unless a norm follows it; gradients are those without checkpointing."""
+    asked, forward = [], _GatedMlpRows.forward
 
     def watched(self, x, output_unused=False):
         asked.append(output_unused)
         return forward(self, x, output_unused)
 
-    monkeypatch.setattr(_GluRows, "forward", watched)
+    monkeypatch.setattr(_GatedMlpRows, "forward", watched)
     model, batch = make_lora(family), make_batch()
     attach(model, always(mlp={"1-2": 0.6}, self_attn={}, estimator={"kind": "svd", "rank": 4}, **changes))
     expected = loss_and_gradients(model, batch)

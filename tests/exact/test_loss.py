@@ -1,4 +1,4 @@
-"""Loss-bearing rows only: against the untouched loss, by a stand-in of Unsloth's (`installed/loss.py`: its own)."""
+"""The loss over loss positions only, against the whole loss, by a stand-in for Unsloth's own (`installed/loss.py`)."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ from loss_model import BATCH, HIDDEN, SEQUENCE, Model, assert_same, make_labels,
 
 
 class Recorder:
-    """A loss with Unsloth's signature and meaning; keeps the shapes that it was given."""
+    """A loss with Unsloth's signature and meaning, which notes the shapes that it receives."""
 
     def __init__(self):
         self.shapes = []
@@ -59,7 +59,7 @@ def recorder(monkeypatch):
         setattr(module, FUNCTION, function)
         monkeypatch.setitem(sys.modules, name, module)
     yield recorder
-    for removal in list(loss_module._asking):
+    for removal in list(loss_module._registered):
         removal.remove()
     loss_module._restore_functions()  # where models were dropped without remove()
     assert all(getattr(sys.modules[name], FUNCTION) is function for name in MODULES)
@@ -115,7 +115,7 @@ def test_a_forward_with_a_partition_needs_no_host_sync(recorder, monkeypatch, de
 @pytest.mark.parametrize("dense_tokens", ["output", "none"])
 @pytest.mark.parametrize("documents", [{}, {"position_ids": torch.arange(SEQUENCE) % 10}])
 def test_rows_follow_the_labels_that_the_loss_is_given(recorder, dense_tokens, documents):
-    """Where the partition cuts documents that Unsloth's loss does not, the loss counts what it always counted."""
+    """Where the partition separates documents and Unsloth's loss does not, the loss stays as it was."""
     model, labels = Model(), make_labels(0.5)
     partition = TokenPartition.from_labels(labels, dense_tokens=dense_tokens, **documents)
     expected = run(model, labels)
@@ -125,7 +125,7 @@ def test_rows_follow_the_labels_that_the_loss_is_given(recorder, dense_tokens, d
 
 
 def test_a_limit_ends_with_its_forward(recorder):
-    """A forward that was interrupted before its loss leaves nothing behind for the next, whichever way that comes."""
+    """A forward that was interrupted before its loss has no effect on the next one."""
     model, few, many = Model(), make_labels(0.01), make_labels(0.5)
     expected = run(model, many)
     install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
@@ -146,7 +146,7 @@ def test_the_partition_arrives_in_attached_models(recorder, checkpointing):
     attach(model, always())
     state = get_state(model)
     state.handles.append(install_loss_removal(state.model, state.layers[-1].module, CONTEXT_ARGUMENT))
-    (removal,) = loss_module._asking
+    (removal,) = loss_module._registered
     assert removal.head is model.get_base_model().lm_head.weight
     more_than_labelled = torch.ones(1000, dtype=torch.bool)
     loss = model(**make_batch()).loss
@@ -155,10 +155,10 @@ def test_the_partition_arrives_in_attached_models(recorder, checkpointing):
     model.eval()(**make_batch())
     assert removal.num_rows(more_than_labelled) == 1024, "the count of an earlier forward was used"
     copied = copy.deepcopy(model)
-    assert len(loss_module._asking) == 2, "the copy does not ask for itself"
+    assert len(loss_module._registered) == 2, "the copy is not registered by itself"
     detach(copied)
     detach(model)
-    assert not loss_module._asking
+    assert not loss_module._registered
 
 
 def test_only_models_that_ask(recorder):
@@ -188,7 +188,7 @@ def test_a_model_that_is_dropped_is_forgotten(recorder):
     install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
     del model
     gc.collect()
-    assert not loss_module._asking
+    assert not loss_module._registered
     run(Model(), make_labels())
     assert recorder.shapes[-1] == (BATCH, SEQUENCE, HIDDEN)
 

@@ -1,7 +1,7 @@
-"""Whole layers whose work is recorded and replayed (`cuda_graphs`), by a stand-in that reruns functions.
+"""Layers that are captured and replayed (`cuda_graphs`), by a stand-in for `GraphCapture` that reruns functions.
 
-Its recordings share memory as hard as CUDA graphs do: whatever a pass returned is NaN once another pass began. Real
-ones are in tests/gpu/test_graphs.py.
+It shares memory as CUDA graphs do: the outputs of a pass are NaN once another pass begins. Real graphs are tested in
+tests/gpu/test_graphs.py.
 """
 
 import importlib.util
@@ -78,14 +78,14 @@ def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
         assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
     assert recorder.replayed == recorder.recorded
-    if form == "whole":  # what is read of a choice after the layer lies where no recording writes but the layer's own
+    if form == "whole":  # only the layer's own graphs write to its scores, which are read later
         chosen = state.graphs.forward.selections
         assert chosen.keys() == state.expected_parts()
-        owned = {address for address, *_ in state.graphs._owned}
+        owned = {address for address, *_ in state.graphs._buffer_places}
         assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
 
 
-def test_rows_are_chosen_anew(stand_in, recorder, form):
+def test_each_replay_selects_rows(stand_in, recorder, form):
     model = checkpointed(stand_in)
     batch = make_batch(lengths=((12, 3), (9, 4)))
     batches = [batch, other_rows(batch)]
@@ -93,14 +93,14 @@ def test_rows_are_chosen_anew(stand_in, recorder, form):
     state = attach_with(model, "rows", True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        # In parts: Q, K, V, O and MLP; then Q, K, V, what is behind the attention backwards, and Q, K, V backwards.
+        # In parts: QKV, O and MLP in forward; then QKV in the recompute, and the backward after and before attention.
         assert recorder.recorded == (LAYERS * {"whole": 3, "parts": 6}[form] if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert state.ran == state.expected_parts()
 
 
-def test_dense_layers_are_recorded(stand_in, recorder, form):
-    """For every batch of one shape: whichever of its tokens are padding or prompt, and with no prompt at all."""
+def test_dense_layers_are_captured(stand_in, recorder, form):
+    """One capture serves all micro-batches of a shape, whichever tokens are padding or prompt, also without prompts."""
     model = checkpointed(stand_in)
     batch = small_batch()
     batches = [batch, other_rows(batch), {**batch, "labels": batch["input_ids"].clone()}]
@@ -116,7 +116,7 @@ def test_dense_layers_are_recorded(stand_in, recorder, form):
     assert_same(loss_and_gradients(model, batch), expected[0])
 
 
-def test_a_dense_forward_without_labels_is_not_recorded(stand_in, recorder, caplog):
+def test_a_dense_forward_without_labels_is_not_captured(stand_in, recorder, caplog):
     model, batch = checkpointed(stand_in), small_batch()
     attach_with(model, "dense", True)
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_trained_weights_are_read_anew(stand_in, recorder):
     assert_same(ours, step_as_recorded(model, batch))
 
 
-def test_weights_elsewhere_are_recorded_anew(stand_in, recorder):
+def test_layers_whose_weights_moved_are_captured_again(stand_in, recorder):
     model, batch = checkpointed(stand_in), small_batch()
     attach_with(model, "both", True)
     for _ in range(2):
@@ -170,13 +170,13 @@ def test_accumulated_gradients_are_not_those_of_the_last_replay(stand_in, record
 
 
 @pytest.mark.parametrize("which", [2, 5])
-def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, which):
-    """Half recorded, its replays would not know which memory is in use."""
+def test_a_pass_that_fails_is_captured_again(stand_in, recorder, monkeypatch, which):
+    """If it stayed half captured, its replays would overwrite memory that is in use."""
     model, batch = checkpointed(stand_in), small_batch()
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
     loss_and_gradients(model, batch)
-    original, calls = recorder.record, []
+    original, calls = recorder.capture, []
 
     def fail(function):
         calls.append(function)
@@ -184,28 +184,28 @@ def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, whi
             raise torch.OutOfMemoryError("planted")
         return original(function)
 
-    monkeypatch.setattr(recorder, "record", fail)
+    monkeypatch.setattr(recorder, "capture", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         loss_and_gradients(model, batch)
-    monkeypatch.setattr(recorder, "record", original)
+    monkeypatch.setattr(recorder, "capture", original)
     for _ in range(2):
         assert_same(loss_and_gradients(model, batch), expected)
 
 
 def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
-    """Two forwards of one layer between recompute and backward: what the first kept is gone."""
+    """With another pass between recompute and backward, the intermediates of the recompute are gone."""
     rows = TokenPartition.from_labels(torch.tensor([[-100, 3]]))
     ours = GraphCache(recorder)
     first = ours.open(0, "again", [], ())
     first.call("o", lambda x: ((x,), None), [torch.ones(2)])
     ours.open(1, "again", [], ()).call("o", lambda x: ((x,), None), [torch.ones(2)])
-    with pytest.raises(SparsityError, match=r"right behind its recompute.*cuda_graphs: false"):
+    with pytest.raises(SparsityError, match=r"did not follow its recompute directly.*cuda_graphs: false"):
         first.call("o backward", lambda state, x: ((x,), None), [torch.ones(2)], after="o")
-    assert ours.rows(rows).num_dense == rows.num_dense
+    assert ours.static_partition(rows).num_dense == rows.num_dense
 
 
 def test_another_forward_before_backward_is_refused(stand_in, recorder):
-    """Its channels lie where those of the first did."""
+    """It overwrites the first forward's channel selections."""
     model, batch = checkpointed(stand_in), small_batch()
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
@@ -218,7 +218,7 @@ def test_another_forward_before_backward_is_refused(stand_in, recorder):
     assert_same(loss_and_gradients(model, batch), expected)
 
 
-def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog):
+def test_without_checkpointing_layers_are_not_captured(stand_in, recorder, caplog):
     model, batch = make_model(stand_in), small_batch()
     expected = step_as_recorded(model, batch)
     attach_with(model, "both", True)
@@ -228,10 +228,10 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
     assert caplog.text.count("takes gradient checkpointing") == 1
 
 
-def test_kinds_that_come_once_are_not_recorded(recorder):
+def test_batch_signatures_that_come_once_are_not_captured(recorder):
     ours = GraphCache(recorder)
     assert not any(ours.should_replay(("once", number)) for number in range(1000))
-    assert len(ours._counted) == graphs.KEYS_COUNTED
+    assert len(ours._counted) == graphs.MAX_COUNTED_KEYS
     assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
     for number in range(100):
         for _ in range(2):
@@ -242,8 +242,8 @@ def test_kinds_that_come_once_are_not_recorded(recorder):
     assert ours.should_replay("often")
 
 
-def test_what_is_prepared_is_bounded(recorder):
-    """Every step may have a kind of its own, and accumulation lets each come several times."""
+def test_prepared_batch_signatures_are_bounded(recorder):
+    """Every step may have its own batch signature, and gradient accumulation repeats each one."""
     ours = GraphCache(recorder)
     assert not ours.captures_next("never came")
     for number in range(1000):
@@ -260,14 +260,14 @@ def test_the_end_of_training_gives_memory_back(stand_in, recorder):
         loss_and_gradients(model, batch)
     recorded = recorder.recorded
     state.end_training()
-    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.captured_keys, recorder.places))
+    assert not any((state.graphs._buffers, state.graphs._captures, state.graphs.captured_keys, recorder.places))
     for _ in range(2):
         assert_same(loss_and_gradients(model, batch), expected)
     assert recorder.recorded == 2 * recorded
 
 
-def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "MOVES", 0)
+def test_weights_that_keep_moving_end_captures(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_RECAPTURES", 0)
     model, batch = checkpointed(stand_in), small_batch()
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
@@ -281,7 +281,7 @@ def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog
     assert caplog.text.count("weights lie elsewhere") == 1
 
 
-def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
+def test_further_batch_signatures_are_logged_once(stand_in, recorder, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "MAX_KEYS", 0)
     model = checkpointed(stand_in)
     attach_with(model, "both", True)
@@ -291,8 +291,8 @@ def test_other_kinds_are_said_once(stand_in, recorder, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("make", [make_batch, packed_batch])
-def test_batches_of_many_lengths_are_recorded_once(stand_in, recorder, make):
-    """The tokens that make them alike change nothing."""
+def test_batches_of_many_lengths_are_captured_once(stand_in, recorder, make):
+    """The padding of the length buckets changes nothing."""
     model = checkpointed(stand_in)
     batches = [make(lengths=lengths) for lengths in (((5, 3), (5, 2)), ((4, 3), (5, 2)), ((6, 3), (2, 2)))]
     lengths = {batch["input_ids"].shape[1] for batch in batches}
@@ -312,15 +312,15 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
     assert places[0] == places[1] == places[2] == places[4] != places[3]
     assert ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).data_ptr() not in places
     held = ours.buffer("x", (3, 4), torch.float32, torch.device("cpu"))
-    assert ours.input("x", held) is held
+    assert ours.stage_input("x", held) is held
     columns = ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).copy_(torch.rand(3, 4))[:, :2]
-    found = ours.input("x", columns)  # begins where a buffer does, but is none
+    found = ours.stage_input("x", columns)  # begins where a buffer does, but is none
     assert found.is_contiguous()
     assert torch.equal(found, columns)
 
 
 def test_unsloths_own_layers(tmp_path):
-    """Whole where attention is plain or within short documents, in parts where they are long."""
+    """Captured whole if attention is plain or within short documents, in parts if documents are long."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
     environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
@@ -338,7 +338,7 @@ def test_unsloths_own_layers(tmp_path):
 
 
 def run_attention(**arguments):
-    """What Unsloth's attention modules find under this name."""
+    """Replaces the function that Unsloth's attention modules call by this name."""
 
 
 class UnslothAttention(torch.nn.Module):
@@ -352,8 +352,8 @@ XformersMask, XformersWindow = (
 )
 
 
-def test_what_attention_depends_on():
-    """With xformers Unsloth hands its layers a mask that is an object: the plain causal one, or one of a window."""
+def test_tensors_that_attention_depends_on():
+    """With xformers Unsloth passes a mask object to its layers: plain causal, or with a window."""
     attention = UnslothAttention()
     attention.config = SimpleNamespace(sliding_window=None)
     layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
@@ -384,8 +384,8 @@ def test_what_attention_depends_on():
     assert found() is None
 
 
-def test_parts_of_sequences_are_not_recorded(stand_in, recorder, caplog):
-    """Under context parallelism attention talks to other GPUs, in the order in which layers run."""
+def test_context_parallel_forwards_are_not_captured(stand_in, recorder, caplog):
+    """Under context parallelism attention communicates with other GPUs, in the order of the layers."""
     model, batch = checkpointed(stand_in), make_batch()
     shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     expected = loss_and_gradients(model, batch)

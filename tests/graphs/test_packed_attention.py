@@ -1,4 +1,4 @@
-"""Attention within documents of a row whose beginnings are a tensor: against one document at a time."""
+"""Attention within packed documents, whose starts are a tensor, against one document at a time."""
 
 import pytest
 import torch

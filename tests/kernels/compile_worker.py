@@ -1,9 +1,9 @@
-"""Compiles every kernel for a GPU that need not be there, with the arguments that its launcher gives it.
+"""Compiles every kernel for a GPU, which need not be present, with the arguments of its launcher.
 
     python tests/kernels/compile_worker.py
 
-Triton's interpreter accepts what its compiler refuses (types that change in a loop, for one), and CI has no GPU. Run
-without ``TRITON_INTERPRET``. Prints a line for each kernel; an exception is a failure.
+CI has no GPU, and Triton's interpreter accepts what its compiler refuses, such as types that change in a loop. Run it
+without ``TRITON_INTERPRET``. It prints a line per kernel; an exception is a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ compiled: set[str] = set()
 
 
 def compile_instead(kernel, grid, arguments, constants, num_warps=4, num_stages=3) -> None:
-    """In place of `sparse_unsloth.kernels.launch.launch`: compiles once for each kind of arguments."""
+    """Replaces `sparse_unsloth.kernels.launch.launch`: compiles once per specialisation of the arguments."""
     signature, fixed = {}, {}
     for name, value in zip(kernel.arg_names, (*arguments, *constants.values()), strict=True):
         if isinstance(value, Tensor):
@@ -51,11 +51,11 @@ def draw(*shape: int) -> Tensor:
 def compile_glu(kind: str, r: int = 16) -> None:
     M, k, I = 40, 32, 96
     stacked, loras = draw(M, 2 * r + 2 * k), draw(3, I, r)
-    unit, thin = draw(M, k + r), stacked[:, : 2 * r]
+    unit, xA = draw(M, k + r), stacked[:, : 2 * r]
     base = stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :]
-    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
-    for down_thin in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
-        glu.glu_backward(thin, base, loras, unit[:, r:], unit[:, :r], base, thin, kind, down_thin)
+    glu.glu_forward(xA, base, loras, unit[:, r:], unit[:, :r], kind)
+    for down_xA in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
+        glu.glu_backward(xA, base, loras, unit[:, r:], unit[:, :r], base, xA, kind, down_xA)
 
 
 def compile_columns() -> None:
@@ -86,7 +86,7 @@ def compile_dequantize() -> None:
             dequantize._launch_whole(packed, state, output)
         for in_columns in (False, True):
             output = draw(64, 16) if in_columns else draw(16, 128)
-            dequantize._launch_chosen(packed, state, torch.arange(9), output, in_columns)
+            dequantize._launch_select(packed, state, torch.arange(9), output, in_columns)
 
 
 def compile_lora() -> None:
@@ -104,9 +104,9 @@ def compile_lora() -> None:
 
 def compile_selection() -> None:
     for gain in (None, torch.rand(96)):
-        thin = scores.thin_products(draw(40, 64), torch.arange(30), 2, draw(16, 64))
-        scores.mlp_scores(thin, draw(16, 96), "silu", gain=gain)
-        energies = scores.thin_products(draw(40, 64), None, 1, draw(24, 64))
+        low_rank = scores.low_rank_activations(draw(40, 64), torch.arange(30), 2, draw(16, 64))
+        scores.mlp_scores(low_rank, draw(16, 96), "silu", gain=gain)
+        energies = scores.low_rank_activations(draw(40, 64), None, 1, draw(24, 64))
         scores.attention_energies(energies, draw(8, 128), 64, 32, None if gain is None else torch.rand(128))
     for size in (300, 40000):  # in registers, and in chunks
         select.top_order(torch.rand(size), 10)

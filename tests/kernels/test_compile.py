@@ -1,4 +1,4 @@
-"""Every kernel compiles for a GPU, with the arguments that its launcher gives it."""
+"""Every kernel compiles for a GPU with the arguments of its launcher."""
 
 import os
 import re

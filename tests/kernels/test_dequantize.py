@@ -1,4 +1,4 @@
-"""Dequantisation of whole weights and of chosen rows and columns, bit for bit, against the packed format itself."""
+"""Dequantisation of weights and of selected rows and columns is bitwise identical to the format's definition."""
 
 import pytest
 import torch
@@ -42,23 +42,23 @@ def test_kernels_equal_references(kind, nested, shape, dtype):
         wider = list(expected.shape)
         wider[axis] += 3
         ours = torch.full((wider[0], wider[1] + 1), float("nan"), dtype=dtype, device=DEVICE)
-        dequantize._launch_chosen(packed, state, index, ours[:, :-1], columns=axis == 1)
+        dequantize._launch_select(packed, state, index, ours[:, :-1], columns=axis == 1)
         torch.testing.assert_close(ours.narrow(axis, 0, len(index))[:, : expected.shape[1]], expected, **exact)
         assert not ours[:, :-1].narrow(axis, len(index), 3).any()
         assert ours[:, -1].isnan().all()
 
 
-def test_nothing_chosen():
+def test_nothing_selected():
     _, packed, state = pack((8, 64), "nf4", True)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
     assert dequantize.dequantize_rows(packed, state, none, torch.float32).shape == (0, 64)
     assert dequantize.dequantize_columns(packed, state, none, torch.float32).shape == (8, 0)
     for columns in (False, True):
-        dequantize._launch_chosen(packed, state, none, torch.empty((0, 64) if not columns else (8, 0)), columns)
+        dequantize._launch_select(packed, state, none, torch.empty((0, 64) if not columns else (8, 0)), columns)
 
 
 def test_whole_weight_shares_no_memory():
-    """Unsloth dequantises into one buffer for all weights; a kept result must not be overwritten by the next."""
+    """Unsloth dequantises all weights into one buffer; our result must not be overwritten by the next one."""
     _, packed, state = pack((32, 64), "nf4", True)
     first = dequantize.dequantize_whole(packed, state, torch.float32)
     kept = first.clone()

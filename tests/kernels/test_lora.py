@@ -1,4 +1,4 @@
-"""LoRA matrices laid out for the products, and their gradients put together, against plain PyTorch."""
+"""Packing LoRA matrices and collecting their gradients, against plain PyTorch."""
 
 import pytest
 import torch

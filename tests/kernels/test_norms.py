@@ -1,4 +1,4 @@
-"""Norm and residual stream in one pass, against plain PyTorch and autograd."""
+"""Norms with residual sums, against plain PyTorch and autograd."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ROWS = {"natural": None, "both": (5, 7, 2), "context": (0, 14, 0), "dense": (3, 
 
 
 def sizes_of(rows):
-    """``(rows, width, dtype)``: two tiles in float32 for each kind of rows; the other widths and dtypes for one."""
+    """``(rows, width, dtype)``: two tiles in float32 for each order of rows; the other widths and dtypes for one."""
     others = [(1, torch.float32), *((48, dtype) for dtype in DTYPES)] if rows == "both" else []
     return [(rows, H, dtype) for H, dtype in [(130, torch.float32), *others]]
 

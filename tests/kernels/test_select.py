@@ -1,4 +1,4 @@
-"""Choosing channels in one launch, against PyTorch, through Triton's interpreter where there is no GPU."""
+"""Selecting channels in one launch, against PyTorch, through Triton's interpreter where there is no GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ KINDS = ["random", "ties", "zeros", "special", "negative"]
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fresh tensors hold what no index is, so that what a kernel leaves unwritten shows."""
+    """New tensors hold no valid index, so that elements that a kernel does not write are found."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(-7))
 

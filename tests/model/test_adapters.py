@@ -1,4 +1,4 @@
-"""Adapters that are no plain LoRA: exact, dense or refused by name."""
+"""Adapters other than plain LoRA are computed exactly, left dense, or refused by name."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""What the report and the log say: all decoder layers are counted, and sparsity is logged only where some was."""
+"""Finding decoder layers: all are counted in report and log, and sparsity is logged only if some layer was sparse."""
 
 import re
 
@@ -181,7 +181,7 @@ def train(tmp_path, sparsity, prompts, trainer=transformers.Trainer):
 
 
 class OwnLoss(transformers.Trainer):
-    """As preference trainers do it: labels never enter the model."""
+    """A loss as in preference trainers: the model receives no labels."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         logits = model(input_ids=inputs["input_ids"]).logits

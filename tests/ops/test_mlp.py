@@ -1,4 +1,4 @@
-"""The autograd functions against the masked expressions beside them: values, exact gradients, dtypes, 4-bit."""
+"""The autograd functions against their masked references: values, gradients, dtypes, 4-bit weights."""
 
 import itertools
 
@@ -173,7 +173,7 @@ def test_four_bit_base_equals_its_dequantised_weight(kind, nested, roles):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_loses_no_more_than_plain_low_precision(dtype):
-    """Against float64, our error is at most twice that of the masked expression in the same low precision."""
+    """Against float64, our error is at most twice that of the masked reference in the same low precision."""
     generator = torch.Generator().manual_seed(4)
     partition = make_partition("ccccdd ccdddp")
     hidden, intermediate = 32, 64
@@ -232,7 +232,7 @@ def test_rows_that_do_not_fit_the_labels_are_refused():
 
 
 def test_incoming_gradient_is_not_modified():
-    """The residual branch shares it (Unsloth's norm writes over the one that we return, so that must be fresh too)."""
+    """The residual branch shares it. Unsloth's norm overwrites the one that we return, so that must be a new tensor."""
     generator = torch.Generator().manual_seed(7)
     partition = make_partition("ccdd")
     mlp = GatedMlp(
@@ -296,8 +296,8 @@ def test_kernels_on_and_off_agree(roles, chunk, monkeypatch):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
-def test_a_recompute_that_nobody_reads(roles, chunk, choice, monkeypatch, poison):
-    """After a forward without gradients: no output, the same gradients. After one with them: the output as ever."""
+def test_a_recompute_whose_output_is_unused(roles, chunk, choice, monkeypatch, poison):
+    """After a forward without gradients: no output, the same gradients. After one with gradients: the usual output."""
     monkeypatch.setattr("sparse_unsloth.ops.fused_mlp.CHUNK", chunk)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
     generator = torch.Generator().manual_seed(8)
