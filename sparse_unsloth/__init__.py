@@ -1,6 +1,6 @@
-"""Faster LoRA and QLoRA fine-tuning by contextual sparsity, as a plugin for Unsloth, TRL and PEFT.
+"""Speeds up LoRA and QLoRA fine-tuning by contextual sparsity, as a plugin for Unsloth, TRL and PEFT.
 
-The names below are loaded when first used: importing this package imports neither transformers nor Unsloth.
+The public names load when they are first used: importing this package imports neither transformers nor Unsloth.
 """
 
 import importlib
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FastSparseLanguageModel": "language_model",
     "SparsityCallback": "callback",
-    "SparsityConfig": "config",
+    "SparsityConfig": "config.sparsity",
     "attach": "attachment",
     "calibrate": "autosparsity.search",
     "detach": "attachment",

@@ -1,1 +1,1 @@
-"""Per-layer sparsity from the user's own data: measured sensitivities, and the allocation that they ask for."""
+"""A sparsity per layer from the user's own data (`calibrate`)."""

@@ -1,1 +1,1 @@
-"""The benchmark of training steps, ``sparse-unsloth bench``: dense and sparse methods side by side."""
+"""Measuring training steps: dense, by rows and by channels, after a check of what they compute."""

@@ -1,4 +1,4 @@
-"""The command line ``sparse-unsloth``, a module for each command."""
+"""The command line `sparse-unsloth`: one module per command."""
 
 from sparse_unsloth.cli.main import main
 

@@ -1,1 +1,1 @@
-"""What a user asks for: sparsity of each layer, schedule, presets, files. Plain Python, no torch."""
+"""What a user asks for: sparsity per layer, schedule, presets, files. Plain Python, no torch."""

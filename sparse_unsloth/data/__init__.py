@@ -1,1 +1,1 @@
-"""What recipes train on: data sets in the form that TRL or transformers takes, with every row accounted for."""
+"""Training data for recipes: from files and hub data sets to samples, every row accounted for."""

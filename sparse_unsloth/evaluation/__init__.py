@@ -1,1 +1,1 @@
-"""``sparse-unsloth evaluate``: what a trained adapter can do, judged by libraries that others judge theirs by."""
+"""Evaluation suites for trained adapters (HumanEval, MT-Bench, lm-eval, GLUE, ARC-AGI), and comparing runs."""

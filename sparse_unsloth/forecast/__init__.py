@@ -1,1 +1,1 @@
-"""What a training will cost and gain, said before it begins: the command ``sparse-unsloth estimate``."""
+"""Predicting step time and memory before training (`estimate`)."""

@@ -1,4 +1,4 @@
-"""The quickstart: dense, sparse, and dense at equal cost, on a CPU."""
+"""The demonstration on a CPU: dense, sparse, and dense at equal cost."""
 
 from sparse_unsloth.quickstart.run import quickstart
 

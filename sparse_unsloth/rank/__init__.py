@@ -1,10 +1,10 @@
-"""Rank-sparse LoRA: adapters of very high rank, of which each step computes only the components that matter.
+"""Rank-sparse LoRA: adapters of very high rank, of which each step computes only the most important components.
 
-A layer chose a set ``S`` of ``k`` components for this batch. With ``A [r, in]`` and ``B [out, r]`` the branch is
-``scale * sqrt(r / k) * sum over i in S of (x A_i') B_i'``. Gradients are exact for this forward, ``S`` constant: by
-autograd, through the selection of rows of ``A`` and columns of ``B``. See `RankConfig` for how ``S`` is chosen.
+For each batch a layer chooses a set ``S`` of ``k`` components. With ``A [r, in]`` and ``B [out, r]`` its LoRA branch is
+``scale * sqrt(r / k) * sum over i in S of (x A_i') B_i'``. Gradients are the exact gradients of this forward with ``S``
+as a constant. `RankConfig` defines how ``S`` is chosen.
 
-The names below are loaded when first used: recipes are checked without importing torch.
+The public names load when they are first used, so recipes are checked without importing torch.
 """
 
 import importlib

@@ -1,1 +1,1 @@
-"""Statistics, tables and figures of what was measured."""
+"""Statistics, tables and figures of measurements."""

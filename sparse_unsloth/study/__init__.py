@@ -1,1 +1,1 @@
-"""Studies of low rank: of matrices (``toy``), a model's weights (``spectra``), trained adapters (``prune``)."""
+"""Studies of low rank: of matrices (`toy`), of a model's weights (`spectra`), of trained adapters (`prune`)."""

@@ -1,1 +1,1 @@
-"""Training by a recipe: data, model, TRL trainer, run folder."""
+"""Recipes: data, model, TRL trainer, run folder."""

@@ -1,1 +1,1 @@
-"""Hooks and loading with transformers and PEFT alone."""
+"""The hooks and the loader of the PEFT backend."""

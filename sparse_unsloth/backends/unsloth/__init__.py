@@ -1,1 +1,1 @@
-"""Hooks and loading with Unsloth's fast path."""
+"""The hooks and the loader of the Unsloth backend."""
