@@ -182,8 +182,8 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
         return "logits and loss; not the last layer, which is of another kind than the others"
     runtime = state.runtimes.get(last.index) or LayerRuntime(state, last, state.layer_sparsity[-1])
     left = unsloth.install_on_last_layer(runtime)
-    state.last_layer = runtime if runtime.parts else None
-    done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.parts)]
+    state.last_layer = runtime if runtime.loss_only_parts else None
+    done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.loss_only_parts)]
     return "; ".join([", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in left.items())])
 
 

@@ -73,7 +73,7 @@ class Observer:
             self._due = step
         self._sparse_steps += 1
 
-    def wants(self, step: int | None) -> bool:
+    def should_observe(self, step: int | None) -> bool:
         """Whether a forward in ``step`` is to be looked at: the first one with gradients of a step that is due."""
         return step is not None and self._due == step and torch.is_grad_enabled()
 

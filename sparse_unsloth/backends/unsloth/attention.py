@@ -42,7 +42,7 @@ def attend(runtime: LayerRuntime, hidden_states: Tensor, qkv: Sequence[Tensor], 
         runtime.precomputed_qkv, runtime.skip_output_projection = None, False
 
 
-def recorded_attention(runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]) -> Attention:
+def capturable_attention(runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]) -> Attention:
     """Unsloth's attention of Q, K, V and the ``fixed`` tensors, which stand for those of ``arguments``."""
 
     def attention(x: Tensor, qkv: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:

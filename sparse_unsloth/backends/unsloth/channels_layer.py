@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward
-from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
-from sparse_unsloth.backends.unsloth.layer_plan import norm_of, open_pass, prove, read_projections, takes
+from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
+from sparse_unsloth.backends.unsloth.layer_plan import norm_of, open_capture, prove, read_projections, takes
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.graphs import layer as graphed_layer
 from sparse_unsloth.graphs import parts
@@ -71,7 +71,7 @@ def _recorded(
     fixed: dict[str, Tensor],
 ) -> Tensor:
     """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
-    attention = recorded_attention(runtime, arguments, fixed)
+    attention = capturable_attention(runtime, arguments, fixed)
     output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
     for part, chosen in capture.kept.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
@@ -95,7 +95,7 @@ def _plan(
     """What this call computes, and what records it if anything does; or None where the layer's own forward must."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
-    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
         return None
     training = module.training and layer.self_attn.training and layer.mlp.training
     if not training or arguments.get("use_cache") or arguments.get("output_attentions"):
@@ -125,7 +125,7 @@ def _plan(
     if memo.captured:
         context.graphs.check(context)
         context.captured.add(layer.index)
-        capture = open_pass(
+        capture = open_capture(
             context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)
         )
     plan = LayerPlan(
@@ -135,8 +135,8 @@ def _plan(
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        choose_attention=partial(runtime.choose_of_context, "self_attn"),
-        choose_mlp=partial(runtime.choose_of_context, "mlp"),
+        choose_attention=partial(runtime.select_for_context, "self_attn"),
+        choose_mlp=partial(runtime.select_for_context, "mlp"),
         output_unused=output_unused,
         keep=torch.is_grad_enabled(),
     )

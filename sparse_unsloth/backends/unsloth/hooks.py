@@ -67,7 +67,7 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
                 _install(contract, runtime, part)
             except AttachError as error:
                 reasons[part] = str(error)
-    runtime.parts = tuple(part for part in PARTS if part not in reasons)
+    runtime.loss_only_parts = tuple(part for part in PARTS if part not in reasons)
     return reasons
 
 
@@ -101,7 +101,7 @@ def uninstall_whole_layer(runtime: LayerRuntime) -> None:
     removed = [module]
     uninstall(module)
     module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
-    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
+    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.loss_only_parts):
         uninstall(attention)
         removed.append(attention)
     state.hooked = [one for one in state.hooked if not any(one is gone for gone in removed)]

@@ -51,7 +51,7 @@ def prove(
     reached, loss_only = set(context.ran), context.loss_only
     context.loss_only = False  # the whole forward is for batches in which every row of the last layer is read
     try:
-        every_row = plain_forward(module, hidden_states, **arguments) if loss_only and runtime.parts else own
+        every_row = plain_forward(module, hidden_states, **arguments) if loss_only and runtime.loss_only_parts else own
         runtime.not_whole = why_different(compute, every_row[0], module)
     finally:
         context.loss_only = loss_only
@@ -77,7 +77,9 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
-def open_pass(graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> LayerCapture:
+def open_capture(
+    graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable
+) -> LayerCapture:
     """A pass through ``layer``, whose recordings hold as long as these weights are where they are."""
     tensors = [tensor for one in projections for tensor in (one.lora.A, one.lora.B, one.base.weight)]
     return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.backends.patching import original_forward, plain_forward, replace_forward
 from sparse_unsloth.backends.unsloth import layer_plan
-from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
+from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
 from sparse_unsloth.backends.unsloth.contract import NORM
-from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_pass, plan_of_rows, prove, why_different
+from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_capture, plan_of_rows, prove, why_different
 from sparse_unsloth.graphs import parts
 from sparse_unsloth.graphs.rows import post_attention_by_rows, whole_layer_by_rows
 from sparse_unsloth.ops.decoder_layer import post_attention, pre_attention
@@ -127,12 +127,12 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    capture = open_pass(context.graphs, layer, list(plan.projections), (context.batch_key, share, again))
+    capture = open_capture(context.graphs, layer, list(plan.projections), (context.batch_key, share, again))
     plan = dataclasses.replace(plan, output_unused=again)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
     fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
-        attention = recorded_attention(runtime, arguments, fixed)
+        attention = capturable_attention(runtime, arguments, fixed)
         return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
     *qkv, residual = parts.pre_attention(hidden_states, plan, capture)
     attention_output = attend(runtime, hidden_states, qkv, arguments)

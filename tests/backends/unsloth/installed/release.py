@@ -170,8 +170,7 @@ def check_rows_of_the_last_layer(base: nn.Module) -> None:
     report = attach(model, {"preset": "dense"})
     assert report.num_sparse == 0
     assert str(report).endswith(
-        "rows without loss: left out of logits and loss, the last layer's MLP, the last layer's queries and O "
-        "projection"
+        "unused rows skipped in: logits and loss, the last layer's MLP, the last layer's queries and O projection"
     )
     with HostSyncs() as syncs:
         assert rows()[0] == removed
