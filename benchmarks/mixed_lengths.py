@@ -37,7 +37,7 @@ from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_o
 from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.cli import bench
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "layout", "method", "documents", "steps", "tokens",
@@ -45,7 +45,7 @@ COLUMNS = (
 )  # fmt: skip
 MIXED = Kind(COLUMNS, ("documents", "steps"), "round_s", lambda row: 1000 * float(row["round_s"]) / int(row["steps"]))
 METHODS = "dense-graphs,rows-25,rows-25-graphs,sparse-o2-graphs"
-ROUNDS = SEEN_BEFORE + 2
+ROUNDS = RUNS_BEFORE_CAPTURE + 2
 ARM_ROUNDS = {"flat": 2, "padded": 3}
 """Fewest rounds of an arm: at the second pass CUDA graphs of compiled layers are captured."""
 MOST_ROUNDS = 6

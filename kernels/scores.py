@@ -1,10 +1,10 @@
 """Energies of channels by low-rank stand-ins for the weights, without ``[N, channels]`` intermediates.
 
-`thin_products` gathers the rows to look at and multiplies them with all stacked ``down`` factors; `mlp_scores` and
+`low_rank_activations` gathers rows and multiplies them with all stacked ``down`` factors; `mlp_scores` and
 `attention_energies` then give a tile of channels to each program, which loops over the rows:
 
-    mlp:        score[c] = sum_n (act(gate_thin[n] . gate_up[c] + bias) * (up_thin[n] . up_up[c] + bias))^2
-    attention:  energy[c] = sum_n (thin[n] . up[c])^2,    of q, k and v each with its own columns of thin
+    mlp:        score[c] = sum_n (act(gate_low_rank[n] . gate_up[c] + bias) * (up_low_rank[n] . up_up[c] + bias))^2
+    attention:  energy[c] = sum_n (low_rank[n] . up[c])^2,    of q, k and v each with its own columns of low_rank
 
 With a ``gain`` (kind "prior") they write ``sqrt(score) * gain``. Products in the rows' dtype, sums in fp32.
 
@@ -26,19 +26,19 @@ from sparse_unsloth.model.activations import ACTIVATIONS
 
 TILE_N = 64
 TILE_C = 64
-THIN_ROWS = 16
-"""Rows of a program of `thin_products`: few, so that a thousand rows fill the GPU."""
+LOW_RANK_ROWS = 16
+"""Rows of a program of `low_rank_activations`: few, so that a thousand rows fill the GPU."""
 MAX_RANK = 32
 """Factors of a higher rank do not fit the tiles: fp32 ones would spill registers and fill small GPUs' shared memory."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit(do_not_specialize=["N", "step"])
-def thin_kernel(
+def low_rank_kernel(
     hidden,  # [M, hidden_size]
     rows,  # int64: the n-th row to look at is `rows[n * step]` (INDEXED), else `n * step`
     down,  # [width, hidden_size]
-    thin,  # [N, width]
+    low_rank,  # [N, width]
     N,
     step,
     HIDDEN: tl.constexpr,
@@ -57,23 +57,23 @@ def thin_kernel(
     p_row = hidden + o_row[:, None] * HIDDEN
     o_w = tl.arange(0, W)
     m_w = o_w < WIDTH
-    b_thin = tl.zeros([TILE_ROWS, W], dtype=tl.float32)
+    b_low_rank = tl.zeros([TILE_ROWS, W], dtype=tl.float32)
     for start in range(0, HIDDEN, TILE_H):
         o_h = start + tl.arange(0, TILE_H)
         m_h = o_h < HIDDEN
         b_hidden = tl.load(p_row + o_h[None, :], mask=m_n[:, None] & m_h[None, :], other=0.0)
         b_down = tl.load(down + o_w[None, :] * HIDDEN + o_h[:, None], mask=m_w[None, :] & m_h[:, None], other=0.0)
-        b_thin += tl.dot(b_hidden, b_down, input_precision=PRECISION)
-    at = thin + o_n[:, None] * WIDTH + o_w[None, :]
-    tl.store(at, b_thin.to(thin.dtype.element_ty), mask=m_n[:, None] & m_w[None, :])
+        b_low_rank += tl.dot(b_hidden, b_down, input_precision=PRECISION)
+    at = low_rank + o_n[:, None] * WIDTH + o_w[None, :]
+    tl.store(at, b_low_rank.to(low_rank.dtype.element_ty), mask=m_n[:, None] & m_w[None, :])
 
 
 @triton.jit
-def _columns(thin, o_n, N, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
-    """``[TILE_N, R]``: the `RANK` columns that begin at ``thin``; zero beyond them and beyond row ``N``."""
+def _columns(low_rank, o_n, N, WIDTH: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
+    """``[TILE_N, R]``: the `RANK` columns that begin at ``low_rank``; zero beyond them and beyond row ``N``."""
     o_r = tl.arange(0, R)
     mask = (o_n[:, None] < N) & (o_r[None, :] < RANK)
-    return tl.load(thin + o_n[:, None] * WIDTH + o_r[None, :], mask=mask, other=0.0)
+    return tl.load(low_rank + o_n[:, None] * WIDTH + o_r[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _factor(up, o_c, m_c, channels, RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def mlp_scores_kernel(
-    thin,  # [N, 2 * rank]: of gate, of up
+    low_rank,  # [N, 2 * rank]: of gate, of up
     up,  # [2 * rank, channels]: of gate, of up
     gate_bias,  # [channels] (HAS_BIAS only)
     up_bias,  # [channels] (HAS_BIAS only)
@@ -112,8 +112,8 @@ def mlp_scores_kernel(
     b_sum = tl.zeros([TILE_N, TILE_C], dtype=tl.float32)
     for start in range(0, N, TILE_N):
         o_n = start + tl.arange(0, TILE_N)
-        e = tl.dot(_columns(thin, o_n, N, 2 * RANK, RANK, R), b_gate_up, input_precision=PRECISION)
-        g = tl.dot(_columns(thin + RANK, o_n, N, 2 * RANK, RANK, R), b_up_up, input_precision=PRECISION)
+        e = tl.dot(_columns(low_rank, o_n, N, 2 * RANK, RANK, R), b_gate_up, input_precision=PRECISION)
+        g = tl.dot(_columns(low_rank + RANK, o_n, N, 2 * RANK, RANK, R), b_up_up, input_precision=PRECISION)
         if HAS_BIAS:
             e += b_gate_bias
             g = tl.where(o_n[:, None] < N, g + b_up_bias, 0.0)
@@ -128,7 +128,7 @@ def mlp_scores_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def attention_energy_kernel(
-    thin,  # [N, 3 * rank]: of q, k, v
+    low_rank,  # [N, 3 * rank]: of q, k, v
     up,  # [rank, queries + 2 * keys]: of q, k, v
     gain,  # fp32 [queries + 2 * keys] (HAS_GAIN only)
     energy,  # fp32 [queries + 2 * keys]
@@ -154,7 +154,7 @@ def attention_energy_kernel(
     b_sum = tl.zeros([TILE_N, TILE_C], dtype=tl.float32)
     for start in range(0, N, TILE_N):
         o_n = start + tl.arange(0, TILE_N)
-        value = tl.dot(_columns(thin + part * RANK, o_n, N, 3 * RANK, RANK, R), b_up, input_precision=PRECISION)
+        value = tl.dot(_columns(low_rank + part * RANK, o_n, N, 3 * RANK, RANK, R), b_up, input_precision=PRECISION)
         b_sum += value * value
     b_energy = tl.sum(b_sum, 0)
     if HAS_GAIN:
@@ -162,7 +162,7 @@ def attention_energy_kernel(
     tl.store(energy + o_c, b_energy, mask=m_c)
 
 
-def thin_products(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) -> Tensor:
+def low_rank_activations(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) -> Tensor:
     """``hidden[rows[::step]] @ down'``: ``[N, width]`` in ``hidden``'s dtype, which is ``down``'s; fp16, bf16 or fp32.
 
     Args:
@@ -175,75 +175,75 @@ def thin_products(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) 
     width, size = down.shape
     total = hidden.numel() // size if rows is None else rows.shape[0]
     N = -(-total // step)
-    thin = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
+    low_rank = torch.empty(N, width, dtype=hidden.dtype, device=hidden.device)
     w = _padded(width)
     tile_h = max(32, 8192 // (w * hidden.element_size()))
-    arguments = (hidden, rows, down, thin, N, step if rows is None else step * rows.stride(0))
+    arguments = (hidden, rows, down, low_rank, N, step if rows is None else step * rows.stride(0))
     constants = {
-        "HIDDEN": size, "WIDTH": width, "W": w, "TILE_ROWS": THIN_ROWS, "TILE_H": tile_h,
+        "HIDDEN": size, "WIDTH": width, "W": w, "TILE_ROWS": LOW_RANK_ROWS, "TILE_H": tile_h,
         "INDEXED": rows is not None, "PRECISION": _precision(hidden),
     }  # fmt: skip
-    launch(thin_kernel, (-(-N // THIN_ROWS),), arguments, constants)
-    return thin
+    launch(low_rank_kernel, (-(-N // LOW_RANK_ROWS),), arguments, constants)
+    return low_rank
 
 
 def mlp_scores(
-    thin: Tensor,
+    low_rank: Tensor,
     up: Tensor,
     kind: str,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """Energies of the channels of a gated MLP over the rows of ``thin``: fp32 ``[channels]``.
+    """Energies of the channels of a gated MLP over the rows of ``low_rank``: fp32 ``[channels]``.
 
     Args:
-        thin: ``[N, 2 * rank]``, of `thin_products`: the columns of gate, then those of up.
-        up: ``[2 * rank, channels]``, contiguous, in ``thin``'s dtype; rows likewise.
+        low_rank: ``[N, 2 * rank]``, of `low_rank_activations`: the columns of gate, then those of up.
+        up: ``[2 * rank, channels]``, contiguous, in ``low_rank``'s dtype; rows likewise.
         kind: "silu", "gelu" or "gelu_tanh".
         gate_bias, up_bias: ``[channels]``, both or neither.
         gain: fp32 ``[channels]``: the roots of the energies, times it, are returned instead.
     """
     width, channels = up.shape
-    scores = torch.empty(channels, dtype=torch.float32, device=thin.device)
-    arguments = (thin, up, gate_bias, up_bias, gain, scores, thin.shape[0])
+    scores = torch.empty(channels, dtype=torch.float32, device=low_rank.device)
+    arguments = (low_rank, up, gate_bias, up_bias, gain, scores, low_rank.shape[0])
     constants = {
         "CHANNELS": channels, "RANK": width // 2, "R": _padded(width // 2), "KIND": KINDS[kind],
         "TILE_N": TILE_N, "TILE_C": TILE_C, "HAS_BIAS": gate_bias is not None, "HAS_GAIN": gain is not None,
-        "PRECISION": _precision(thin),
+        "PRECISION": _precision(low_rank),
     }  # fmt: skip
     launch(mlp_scores_kernel, (-(-channels // TILE_C),), arguments, constants)
     return scores
 
 
-def attention_energies(thin: Tensor, up: Tensor, queries: int, keys: int, gain: Tensor | None = None) -> Tensor:
-    """Energies of the channels of q, k and v over the rows of ``thin``: fp32 ``[queries + 2 * keys]``.
+def attention_energies(low_rank: Tensor, up: Tensor, queries: int, keys: int, gain: Tensor | None = None) -> Tensor:
+    """Energies of the channels of q, k and v over the rows of ``low_rank``: fp32 ``[queries + 2 * keys]``.
 
     Args:
-        thin: ``[N, 3 * rank]``, of `thin_products`: the columns of q, of k, of v.
-        up: ``[rank, queries + 2 * keys]``, contiguous, in ``thin``'s dtype.
+        low_rank: ``[N, 3 * rank]``, of `low_rank_activations`: the columns of q, of k, of v.
+        up: ``[rank, queries + 2 * keys]``, contiguous, in ``low_rank``'s dtype.
         queries, keys: channels of q, and of k and v each.
         gain: as in `mlp_scores`.
     """
     rank = up.shape[0]
-    energy = torch.empty(queries + 2 * keys, dtype=torch.float32, device=thin.device)
-    arguments = (thin, up, gain, energy, thin.shape[0])
+    energy = torch.empty(queries + 2 * keys, dtype=torch.float32, device=low_rank.device)
+    arguments = (low_rank, up, gain, energy, low_rank.shape[0])
     constants = {
         "QUERIES": queries, "KEYS": keys, "RANK": rank, "R": _padded(rank), "TILE_N": TILE_N, "TILE_C": TILE_C,
-        "HAS_GAIN": gain is not None, "PRECISION": _precision(thin),
+        "HAS_GAIN": gain is not None, "PRECISION": _precision(low_rank),
     }  # fmt: skip
     launch(attention_energy_kernel, (-(-queries // TILE_C) + 2 * -(-keys // TILE_C),), arguments, constants)
     return energy
 
 
-def reference_thin_products(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) -> Tensor:
-    """`thin_products` in plain PyTorch."""
+def reference_low_rank_activations(hidden: Tensor, rows: Tensor | None, step: int, down: Tensor) -> Tensor:
+    """`low_rank_activations` in plain PyTorch."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     return (flat[::step] if rows is None else flat.index_select(0, rows[::step])) @ down.t()
 
 
 def reference_mlp_scores(
-    thin: Tensor,
+    low_rank: Tensor,
     up: Tensor,
     kind: str,
     gate_bias: Tensor | None = None,
@@ -251,7 +251,7 @@ def reference_mlp_scores(
     gain: Tensor | None = None,
 ) -> Tensor:
     """`mlp_scores` in plain PyTorch, in the dtype of its inputs."""
-    e, g = (columns @ factor for columns, factor in zip(thin.chunk(2, 1), up.chunk(2), strict=True))
+    e, g = (columns @ factor for columns, factor in zip(low_rank.chunk(2, 1), up.chunk(2), strict=True))
     if gate_bias is not None:
         e, g = e + gate_bias, g + up_bias
     scores = (ACTIVATIONS[kind](e) * g).square().sum(0)
@@ -259,10 +259,10 @@ def reference_mlp_scores(
 
 
 def reference_attention_energies(
-    thin: Tensor, up: Tensor, queries: int, keys: int, gain: Tensor | None = None
+    low_rank: Tensor, up: Tensor, queries: int, keys: int, gain: Tensor | None = None
 ) -> Tensor:
     """`attention_energies` in plain PyTorch, in the dtype of its inputs."""
-    parts = zip(thin.chunk(3, 1), up.split((queries, keys, keys), dim=1), strict=True)
+    parts = zip(low_rank.chunk(3, 1), up.split((queries, keys, keys), dim=1), strict=True)
     energy = torch.cat([(columns @ factor).square().sum(0) for columns, factor in parts])
     return energy if gain is None else energy.sqrt() * gain
 

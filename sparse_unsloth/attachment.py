@@ -24,7 +24,7 @@ from sparse_unsloth.exact.loss import install_loss_removal
 from sparse_unsloth.graphs import packed_attention
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
-from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.ops.projection import forget_bases
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
@@ -252,7 +252,7 @@ def _try_documents(state: SparsityState) -> None:
     reason = packed_attention.why_not_recorded(*heads, like, state.graphs.recorder)
     state.graphs.clear()
     if reason:
-        state.graphs.documents = False
+        state.graphs.captures_documents = False
         logger.warning(
             "cuda_graphs: attention within packed documents cannot be recorded (%s). In packed and padding-free "
             "batches it runs as it is, between recordings of what is before and behind it.",
@@ -302,7 +302,7 @@ def _probe(state: SparsityState) -> None:
         )
         context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    with torch.no_grad(), training_flags(state.model):
+    with torch.no_grad(), training_mode(state.model):
         state.model(input_ids=ids, use_cache=False, **{CONTEXT_ARGUMENT: context})
     expected = state.hooked_parts()
     missing = expected - context.ran

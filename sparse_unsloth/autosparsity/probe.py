@@ -22,7 +22,7 @@ from sparse_unsloth.config.layer_rules import LayerSparsity
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
-from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.runtime.state import SparsityState
 from sparse_unsloth.tokens.partition import TokenPartition
@@ -235,7 +235,7 @@ class LossProbe:
     @contextmanager
     def _running(self) -> Iterator[None]:
         model, hooked = self._state.model, self._state.hooked
-        with torch.no_grad(), training_flags(model, self._state.backend.name == "unsloth"):
+        with torch.no_grad(), training_mode(model, self._state.backend.name == "unsloth"):
             for module in hooked:
                 module.training = True
             yield

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.adapters import refuse_foreign_leaves
 from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS, DecoderLayer
-from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.ops.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.ops.mlp import GatedMlp, sparse_mlp
 from sparse_unsloth.ops.projection import (
@@ -95,7 +95,7 @@ def _compare(
     half = PROBE_TOKENS // 2
     partition = TokenPartition((1, PROBE_TOKENS), rows[:half], rows[half:], rows[:0], rows[:half])
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
-    with training_flags(module):
+    with training_mode(module):
         with torch.enable_grad():
             own = module(x)
         refuse_foreign_leaves(

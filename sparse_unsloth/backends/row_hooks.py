@@ -18,9 +18,9 @@ from sparse_unsloth.backends.probes import PROBE_TOKENS, difference, probe_rows
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_foreign_leaves
 from sparse_unsloth.model.decoder_layer import DecoderLayer
-from sparse_unsloth.model.training_flags import in_backward, training_flags
+from sparse_unsloth.model.training_flags import in_backward, training_mode
 from sparse_unsloth.ops.projection import read_base
-from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.state import LayerRuntime
 
@@ -58,9 +58,8 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
     runtime.record_run("mlp")
     if not torch.is_grad_enabled():
         return original_forward(self, hidden_states)
-    return backward_rows(
-        partial(original_forward, self), [hidden_states], trained(self), choice, output_unused=output_unused
-    )
+    rows = BackwardRows(choice, skip_output=output_unused)
+    return backward_rows(partial(original_forward, self), [hidden_states], trained(self), rows)
 
 
 def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,7 +78,7 @@ def through_output(
     runtime.record_run("self_attn")
     if not torch.is_grad_enabled():
         return function(attention_output)
-    return backward_rows(function, [attention_output], trained(module), choice, chooses=False)
+    return backward_rows(function, [attention_output], trained(module), BackwardRows(choice, select_rows=False))
 
 
 def is_output_unused(runtime: LayerRuntime) -> bool:
@@ -109,7 +108,7 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     x = probe_rows(base)
     rows = torch.arange(1, PROBE_TOKENS, 2, device=x.device)
     # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
-    with torch.enable_grad(), training_flags(layer.module):
+    with torch.enable_grad(), training_mode(layer.module):
         whole = function(x)
         with torch.no_grad():
             few = function(x[:, rows])

@@ -17,12 +17,12 @@ from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS
 from sparse_unsloth.ops.linear import SelectedProjection, masked_linear, sparse_linear
 from sparse_unsloth.ops.mlp import GatedMlp, masked_mlp, sparse_mlp
 from sparse_unsloth.ops.projection import Projection, read_projection
-from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.state import LayerRuntime, get_state
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
@@ -144,7 +144,7 @@ def check_rows(model: nn.Module, plain: PlainSteps) -> str:
                 projections,
                 x,
                 lambda source, mlp=layer.mlp, choice=choice: [
-                    backward_rows(partial(original_forward, mlp), [source], trained(mlp), choice)
+                    backward_rows(partial(original_forward, mlp), [source], trained(mlp), BackwardRows(choice))
                 ],
                 # Called second: the rows are chosen.
                 lambda source, mlp=layer.mlp, choice=choice: [_through(choice.rows, original_forward(mlp, source))],
@@ -168,7 +168,7 @@ def check_graphs(model: nn.Module) -> str:
     """
     state = get_state(model)
     found = _check_replays(model, small_batch, as_recorded=state.row_sparse)
-    if state.graphs.documents:
+    if state.graphs.captures_documents:
         found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
     return found
 
@@ -177,13 +177,13 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
     graphs = get_state(model).graphs
     expected, noise = _as_recorded(model, make) if as_recorded else (None, 0.0)
     began = graphs.serial
-    before = [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
+    before = [loss_and_gradients(model, seed, make) for seed in range(RUNS_BEFORE_CAPTURE)]
     if graphs.serial != began:
         raise CheckFailed("steps were recorded that come first")
     worst = 0.0
-    for number in range(2 * SEEN_BEFORE):
-        loss, gradients = loss_and_gradients(model, number % SEEN_BEFORE, make)
-        plain_loss, plain = (expected or before)[number % SEEN_BEFORE]
+    for number in range(2 * RUNS_BEFORE_CAPTURE):
+        loss, gradients = loss_and_gradients(model, number % RUNS_BEFORE_CAPTURE, make)
+        plain_loss, plain = (expected or before)[number % RUNS_BEFORE_CAPTURE]
         _check_loss(loss, plain_loss, "the one without graphs")
         if gradients.keys() != plain.keys():
             raise CheckFailed("other parameters have gradients than without graphs")
@@ -196,20 +196,20 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
             "when they are taken twice"
         )
     twice = f" (not recorded, twice: {noise:.1e})" if noise else ""
-    return f"{2 * SEEN_BEFORE} steps recorded and replayed: gradients within {worst:.1e}{twice}"
+    return f"{2 * RUNS_BEFORE_CAPTURE} steps recorded and replayed: gradients within {worst:.1e}{twice}"
 
 
 class Immediate:
     """In place of `GraphCapture`: runs a function whenever a recording of it would be replayed."""
 
-    def record(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    def capture(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         return list(function()), lambda: list(function())
 
     def forget(self) -> None:
         """Nothing is held."""
 
     @staticmethod
-    def keeps(state: object) -> None:
+    def kept_state(state: object) -> None:
         """It is made anew each time."""
 
 
@@ -222,9 +222,11 @@ def _as_recorded(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
     graphs.clear()
     recorder, graphs.recorder = graphs.recorder, Immediate()
     try:
-        for seed in range(SEEN_BEFORE):
+        for seed in range(RUNS_BEFORE_CAPTURE):
             loss_and_gradients(model, seed, make)
-        steps, again = ([loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)] for _ in range(2))
+        steps, again = (
+            [loss_and_gradients(model, seed, make) for seed in range(RUNS_BEFORE_CAPTURE)] for _ in range(2)
+        )
         return steps, max(_distance(a[1], b[1]) for a, b in zip(again, steps, strict=True))
     finally:
         graphs.clear()

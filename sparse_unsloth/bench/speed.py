@@ -27,7 +27,7 @@ from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.bench.table import PROFILE_COLUMNS, SPEED, STEP, append_rows, profile_path, read_rows
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import BackendError, SparsityError
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE, GraphCache
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE, GraphCache
 from sparse_unsloth.utils.environment import commit_of, version_of
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Run:
     def _recorded_stepper(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
         """Steps of ``shape``, after those that ``graphs`` need until every further one is a replay."""
         stepper = Stepper(self.model, shape)
-        for _ in range(0 if graphs is None else SEEN_BEFORE + 1):
+        for _ in range(0 if graphs is None else RUNS_BEFORE_CAPTURE + 1):
             stepper()
         return stepper
 

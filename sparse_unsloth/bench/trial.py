@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import Uncompiled
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import find_layers
 
 ALMOST_NOTHING = 1e-9
@@ -244,7 +244,7 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
 
     began = time.perf_counter()
     exact, used = MODES[mode]
-    steps = SEEN_BEFORE + 2 if mode.endswith("graphs") else 1
+    steps = RUNS_BEFORE_CAPTURE + 2 if mode.endswith("graphs") else 1
     try:
         report = attach(model, exact)
         for _ in range(steps):

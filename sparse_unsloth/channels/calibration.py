@@ -22,7 +22,7 @@ from sparse_unsloth.config.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.model.decoder_layer import DecoderLayer
-from sparse_unsloth.model.training_flags import training_flags
+from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.tokens.partition import is_sequence_classifier, partition_of, sequence_starts
 from sparse_unsloth.utils.distributed import is_main
 
@@ -264,7 +264,7 @@ class _Runs:
             for layer, part in parts:
                 module = layer.mlp if part == "mlp" else layer.self_attn
                 handles.append(module.register_forward_pre_hook(hook_for(layer, part), with_kwargs=True))
-            with torch.random.fork_rng(devices=devices), training_flags(self._model, False), _unpacked(self._model):
+            with torch.random.fork_rng(devices=devices), training_mode(self._model, False), _unpacked(self._model):
                 for batch, rows in bar:
                     current[:] = [rows]
                     self._forward(batch)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from sparse_unsloth.channels.energy import AttentionEnergy, base_weight, column_energy
 from sparse_unsloth.config.layer_rules import LayerSparsity, sparse_parts
 from sparse_unsloth.errors import EstimatorError
-from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, mlp_scores, thin_products
+from sparse_unsloth.kernels.scores import DTYPES, MAX_RANK, attention_energies, low_rank_activations, mlp_scores
 from sparse_unsloth.model.activations import ACTIVATIONS
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.dispatch import use_kernels
@@ -85,7 +85,7 @@ class Estimator:
         if not self._by_kernels(hidden_states):
             return self._mlp_by_torch(layer, _sample(hidden_states, rows))
         down, up, *biases_and_gain = self._stacked(layer, "mlp", hidden_states)
-        thin = thin_products(hidden_states, rows, _step(hidden_states, rows), down)
+        thin = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
         return mlp_scores(thin, up, layer.activation, *biases_and_gain)
 
     def attention(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> AttentionEnergy:
@@ -93,7 +93,7 @@ class Estimator:
         if not self._by_kernels(hidden_states):
             return self._attention_by_torch(layer, _sample(hidden_states, rows))
         down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
-        thin = thin_products(hidden_states, rows, _step(hidden_states, rows), down)
+        thin = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
         return AttentionEnergy(*attention_energies(thin, up, *sizes[:2], gain).split_with_sizes(sizes))
 
     def check_covers(self, layer_sparsity: Sequence[LayerSparsity]) -> None:

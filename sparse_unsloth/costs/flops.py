@@ -155,7 +155,7 @@ class TrainingStep:
         backward_rows: share of the context rows that backward goes through; below 1 the O projection and the MLP
             compute these and the dense rows once more for it, with checkpointing instead of all rows. Padding they
             leave out.
-        whole_again: projections that with `backward_rows` and checkpointing are computed once more for all rows
+        fully_recomputed: projections that with `backward_rows` and checkpointing are computed once more for all rows
             besides: O where it and the MLP are hooked one by one (PEFT backend), both without the exact removal.
 
     Raises:
@@ -177,7 +177,7 @@ class TrainingStep:
     last_layer_tokens: int | None = None
     padding_tokens: int = 0
     backward_rows: float = 1.0
-    whole_again: Collection[str] = ()
+    fully_recomputed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if self.attention not in ("fused", "eager"):
@@ -228,7 +228,7 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
             if row_sparse and name not in ATTENTION[:3] and rows:
                 share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
             if step.checkpointing or share < 1:
-                times = share + (step.checkpointing and share < 1 and name in step.whole_again)
+                times = share + (step.checkpointing and share < 1 and name in step.fully_recomputed)
                 again[part] += round(times * base)
                 again["lora"] += round(times * (lora_a + lora_b))
             backward[part] += round(share * base) * (input_gradient + step.trainable_base)

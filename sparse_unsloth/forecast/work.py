@@ -98,9 +98,9 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
             last layer behind its keys and values; of a backward pass through few rows the MLP's recompute.
     """
     sparse = plan.is_sparse and batch.context > 0
-    whole_again = () if plan.whole_layers else ("o_proj",)
+    fully_recomputed = () if plan.whole_layers else ("o_proj",)
     if not removal:
-        whole_again = ("o_proj", *MLP)
+        fully_recomputed = ("o_proj", *MLP)
     removal = removal and plan.backend == "unsloth"
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
@@ -121,7 +121,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
             attention="eager" if plan.eager_attention else "fused",
             estimator_rank=plan.estimator_rank,
             backward_rows=plan.backward_rows if sparse else 1.0,
-            whole_again=whole_again,
+            fully_recomputed=fully_recomputed,
         ),
     )
     if plan.chunked_loss and plan.backend == "peft":

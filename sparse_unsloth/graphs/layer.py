@@ -39,8 +39,8 @@ def whole_layer(
     """
     static = replace(
         plan,
-        attention=RowOrder(capture.rows(plan.attention.partition), plan.attention.sparse),
-        mlp=RowOrder(capture.rows(plan.mlp.partition), plan.mlp.sparse),
+        attention=RowOrder(capture.static_partition(plan.attention.partition), plan.attention.sparse),
+        mlp=RowOrder(capture.static_partition(plan.mlp.partition), plan.mlp.sparse),
     )
     if not plan.output_unused:
         static = replace(
@@ -81,7 +81,7 @@ def recompute(
 
 
 def _shared(capture: LayerCapture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [capture.index(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+    return [capture.constant(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
 
 
 class _Recompute(torch.autograd.Function):
@@ -108,12 +108,12 @@ class _Recompute(torch.autograd.Function):
         def run(state, gradient: Tensor):
             sources, output = state
             dx, *found = torch.autograd.grad(output, sources, gradient)
-            return (dx, flat(found, loras)), None
+            return (dx, flatten_gradients(found, loras)), None
 
         dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after="recompute")
         capture.finish()
         # Where the layer before will read it, and nothing writes until then.
-        return capture.stage_input("gradient", dx), None, None, None, *parts(found, loras)
+        return capture.stage_input("gradient", dx), None, None, None, *split_gradients(found, loras)
 
 
 def reserve(graphs: GraphCache, layer: int, part: str, chosen: MlpSelection | AttentionSelection) -> None:
@@ -123,16 +123,18 @@ def reserve(graphs: GraphCache, layer: int, part: str, chosen: MlpSelection | At
 
 
 def _kept(capture: LayerCapture, part: str, choose: Callable) -> Callable:
-    """``choose``, where what it returns stays at one place and is noted in ``capture.kept``."""
+    """``choose``, where what it returns stays at one place and is noted in ``capture.selections``."""
 
     def choose_and_keep(rows: Tensor | None) -> MlpSelection | AttentionSelection:
         if rows is None:
-            return capture.kept[part]
+            return capture.selections[part]
         chosen = choose(rows)
-        places = {name: capture.place(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)}
+        places = {
+            name: capture.reserved_buffer(f"{part}.{name}", value).copy_(value) for name, value in _tensors(chosen)
+        }
         scores = tuple(places.pop(f"scores.{number}") for number in range(len(chosen.scores)))
-        capture.kept[part] = replace(chosen, **places, scores=scores)
-        return capture.kept[part]
+        capture.selections[part] = replace(chosen, **places, scores=scores)
+        return capture.selections[part]
 
     return choose_and_keep
 
@@ -146,12 +148,12 @@ def _tensors(chosen: MlpSelection | AttentionSelection) -> Iterator[tuple[str, T
             yield field.name, value
 
 
-def flat(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
+def flatten_gradients(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
     """LoRA gradients, in the dtype of their matrices, one behind the other."""
     return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)])
 
 
-def parts(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of what `flat` gave, by matrix."""
+def split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of what `flatten_gradients` gave, by matrix."""
     found = gradients.clone().split([lora.numel() for lora in loras])
     return [part.view(lora.shape) for part, lora in zip(found, loras, strict=True)]

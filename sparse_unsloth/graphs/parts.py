@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.graphs.layer import flat, parts
+from sparse_unsloth.graphs.layer import flatten_gradients, split_gradients
 from sparse_unsloth.graphs.recorder import LayerCapture
 from sparse_unsloth.kernels.norms import add_norm, add_rows, norm_backward
 from sparse_unsloth.ops.decoder_layer import LayerPlan, fused_mlp, lora_tensors_of, without_autocast
@@ -34,7 +34,7 @@ class _PreAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, *loras: Tensor):
         x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
-        partition, dtype = capture.rows(rows.partition), x.dtype
+        partition, dtype = capture.static_partition(rows.partition), x.dtype
 
         def project(normed: Tensor, *indices: Tensor):
             projections = plan.projections[:3]
@@ -49,7 +49,7 @@ class _PreAttention(torch.autograd.Function):
             normed = capture.buffer("attention's norm", x, rows.order.size)
             _, _, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order, normed)
             chosen = zip("qkv", plan.attention_indices(normed)[:3], strict=True)
-            indices = [capture.index(name, index) for name, index in chosen]
+            indices = [capture.constant(name, index) for name, index in chosen]
             outputs = capture.call("qkv", project, (normed, *indices))
         ctx.plan, ctx.capture, ctx.loras = plan, capture, loras
         ctx.save_for_backward(hidden_states, scale)
@@ -65,13 +65,13 @@ class _PreAttention(torch.autograd.Function):
         def project_backward(state, *gradients: Tensor):
             fused, normed, xA = state
             d_normed, lora_gradients = fused.backward(gradients, normed, xA)
-            return (d_normed, flat(lora_gradients, loras)), None
+            return (d_normed, flatten_gradients(lora_gradients, loras)), None
 
         with without_autocast(x):
             d_normed, found = capture.call("qkv backward", project_backward, gradients, after="qkv")
             order, weight = plan.attention.order, plan.input_norm.weight
             dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
-            lora_gradients = parts(found, loras)
+            lora_gradients = split_gradients(found, loras)
         capture.finish()
         return dx.view(hidden_states.shape), None, None, *lora_gradients
 
@@ -83,7 +83,7 @@ class _PostAttention(torch.autograd.Function):
     ):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
         norm, rows, dtype = plan.output_norm, plan.mlp, a.dtype
-        partition, projection = capture.rows(plan.attention.partition), plan.projections[3]
+        partition, projection = capture.static_partition(plan.attention.partition), plan.projections[3]
 
         def project(a: Tensor, index: Tensor):
             fused = FusedOutputProjection(
@@ -97,12 +97,12 @@ class _PostAttention(torch.autograd.Function):
             return (y,), None
 
         with without_autocast(a):
-            index = capture.index("o", plan.attention_indices(None)[3])
+            index = capture.constant("o", plan.attention_indices(None)[3])
             (y,) = capture.call("o", project, (a, index))
             normed = capture.buffer("mlp's norm", stream, rows.order.size)
             total, _, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order, normed)
             chosen = zip(("channels", "order"), plan.mlp_channels(normed), strict=True)
-            selection = [capture.index(name, values) for name, values in chosen]
+            selection = [capture.constant(name, values) for name, values in chosen]
             if plan.output_unused:
                 result = stream.new_zeros(()).expand(stream.shape)
             else:
@@ -125,12 +125,12 @@ class _PostAttention(torch.autograd.Function):
         def mlp_backward(dy: Tensor, normed: Tensor, channels: Tensor, order: Tensor):
             mlp = fused_mlp(plan, loras[2:], channels, order, dtype)
             d_normed, lora_gradients = mlp.backward(dy, normed, ())
-            return (d_normed, flat(lora_gradients, loras[2:])), None
+            return (d_normed, flatten_gradients(lora_gradients, loras[2:])), None
 
         def project_backward(state, d_total: Tensor, *d_sorted: Tensor):
             fused, a, xA = state
             da, lora_gradients = fused.backward(d_total, *(d_sorted or (d_total,)), a, xA)
-            return (da, flat(lora_gradients, loras[:2])), None
+            return (da, flatten_gradients(lora_gradients, loras[:2])), None
 
         with without_autocast(total):
             by_role = dy
@@ -145,5 +145,5 @@ class _PostAttention(torch.autograd.Function):
                 d_total.append(capture.buffer("dy", total, order.size))
             norm_backward(d_normed, rows.order, total, scale, plan.output_norm.weight, dy, order, *d_total)
             da, o_flat = capture.call("o backward", project_backward, d_total, after="o")
-            lora_gradients = [*parts(o_flat, loras[:2]), *parts(mlp_flat, loras[2:])]
+            lora_gradients = [*split_gradients(o_flat, loras[:2]), *split_gradients(mlp_flat, loras[2:])]
         return da.view(ctx.attention_shape), d_total[0].view(gradient.shape), None, None, *lora_gradients

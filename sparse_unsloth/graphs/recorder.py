@@ -25,13 +25,13 @@ from torch import Tensor
 from sparse_unsloth.errors import BackendError, SparsityError
 from sparse_unsloth.tokens.partition import TokenPartition
 
-SEEN_BEFORE = 2
+RUNS_BEFORE_CAPTURE = 2
 """Forwards of one kind that run as they are, so that every kernel is compiled, before one is recorded."""
 MAX_KEYS = 64
 """Kinds of forwards that are recorded: each takes some tenths of a second, and memory for all layers' graphs."""
-MOVES = 4
+MAX_RECAPTURES = 4
 """How often each recording may be made anew, because weights moved, before that is given up."""
-KEYS_COUNTED = 256
+MAX_COUNTED_KEYS = 256
 """Kinds that have come lately, and may be recorded when they come again."""
 
 Call = Callable[..., "tuple[Sequence[Tensor], Any]"]
@@ -51,7 +51,7 @@ class GraphCapture:
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._streams: dict[int, torch.cuda.Stream] = {}
 
-    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    def capture(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         """Runs ``function`` once; returns its outputs, and what gives them again after a replay.
 
         The first outputs keep their memory from later recordings as long as they are held; those of a replay do not.
@@ -77,7 +77,7 @@ class GraphCapture:
         self._alive.add(graph)
         current.wait_stream(stream)
         graph.replay()
-        places = [_at(output) for output in outputs]
+        places = [_view_at(output) for output in outputs]
 
         def again() -> list[Tensor]:
             graph.replay()
@@ -96,7 +96,7 @@ class GraphCapture:
         self.pool, self._alive = torch.cuda.graph_pool_handle(), weakref.WeakSet()
 
     @staticmethod
-    def keeps(state: Any) -> Any:
+    def kept_state(state: Any) -> Any:
         """What a call has to remember of its ``state`` once everything is recorded: nothing."""
         return None
 
@@ -108,7 +108,7 @@ class _Memory:
         self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
-def _at(tensor: Tensor) -> Tensor:
+def _view_at(tensor: Tensor) -> Tensor:
     """A tensor at the same place that does not own its memory: the graphs do."""
     if not tensor.numel():
         return tensor.new_empty(tensor.shape)
@@ -135,26 +135,26 @@ class GraphCache:
     def __init__(self, recorder: Any = None):
         self.recorder = GraphCapture() if recorder is None else recorder
         self.serial = 0
-        self.documents = True
+        self.captures_documents = True
         self._start()
 
     def __reduce__(self) -> tuple[Callable[..., GraphCache | None], tuple]:
         """Recordings are of one model's memory: a copy has none yet, and records nothing where there is no GPU."""
-        return _without_recordings, (type(self.recorder), self.documents)
+        return _without_captures, (type(self.recorder), self.captures_documents)
 
     def _start(self) -> None:
         self.captured_keys: set[Hashable] = set()
         self.forward: object = None
         self.prepared: set[Hashable] = set()
-        self.ready: set[Hashable] = set()
+        self.reserved: set[Hashable] = set()
         self._began = self.serial
         self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
-        self._passes: dict[Hashable, tuple[tuple, dict[str, _Recorded], dict[str, Any]]] = {}
+        self._captures: dict[Hashable, tuple[tuple, dict[str, _CapturedCall], dict[str, Any]]] = {}
         self._buffers: dict[Hashable, Tensor] = {}
         self._storages: dict[Hashable, list[Tensor]] = {}
-        self._owned: set[tuple] = set()
-        self._rows: dict[Hashable, TokenPartition] = {}
+        self._buffer_places: set[tuple] = set()
+        self._partitions: dict[Hashable, TokenPartition] = {}
         self._sources: dict[Hashable, object] = {}
 
     def clear(self) -> None:
@@ -170,18 +170,18 @@ class GraphCache:
         if batch_key in self.captured_keys:
             return True
         count = self._counted.pop(batch_key, 0)
-        if count >= SEEN_BEFORE and not self.full:
+        if count >= RUNS_BEFORE_CAPTURE and not self.full:
             self.captured_keys.add(batch_key)
             return True
         self._counted[batch_key] = count + 1
-        if len(self._counted) > KEYS_COUNTED:
+        if len(self._counted) > MAX_COUNTED_KEYS:
             self._counted.popitem(last=False)
         return False
 
     def captures_next(self, batch_key: Hashable) -> bool:
         """Whether a forward of this kind, which runs as it is now, is to prepare that the next one is recorded."""
         if batch_key not in self.prepared:
-            if self._counted.get(batch_key, 0) < SEEN_BEFORE or len(self.prepared) >= 2 * MAX_KEYS:
+            if self._counted.get(batch_key, 0) < RUNS_BEFORE_CAPTURE or len(self.prepared) >= 2 * MAX_KEYS:
                 return False
             self.prepared.add(batch_key)
         return True
@@ -194,7 +194,7 @@ class GraphCache:
     @property
     def recaptures_too_often(self) -> bool:
         """Whether weights keep moving, so that recording takes more time than it saves."""
-        return self._moved > MOVES * len(self._passes)
+        return self._moved > MAX_RECAPTURES * len(self._captures)
 
     def memory(self) -> int:
         """Bytes that recordings hold on the GPU, besides their inputs' buffers."""
@@ -210,10 +210,10 @@ class GraphCache:
         """
         self.serial += 1
         signature = (*constants, *(tensor.data_ptr() for tensor in tensors))
-        known = self._passes.get((layer, which))
+        known = self._captures.get((layer, which))
         self._moved += known is not None and known[0] != signature
         if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
-            known = self._passes[layer, which] = signature, {}, {}
+            known = self._captures[layer, which] = signature, {}, {}
         return LayerCapture(self, layer, *known[1:])
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -225,20 +225,20 @@ class GraphCache:
             if storage is None:  # earlier ones stay, for what was recorded reads them
                 storage = torch.empty(size, dtype=dtype, device=device)
                 storages.append(storage)
-            self._own(key, storage[:size].view(shape))
+            self._add_buffer(key, storage[:size].view(shape))
         return self._buffers[key]
 
-    def index(self, layer: int | None, name: str, values: Tensor) -> Tensor:
+    def constant(self, layer: int | None, name: str, values: Tensor) -> Tensor:
         """``values``, that do not change, at a place of the layer's own; None: of all layers."""
         key = (layer, name, values.shape, values.dtype, values.device)
         if key not in self._buffers:
-            self._own(key, torch.empty_like(values, memory_format=torch.contiguous_format))
+            self._add_buffer(key, torch.empty_like(values, memory_format=torch.contiguous_format))
         if self._sources.get(key) is not values:
             self._buffers[key].copy_(values)
             self._sources[key] = values
         return self._buffers[key]
 
-    def begin(self, forward: object) -> None:
+    def begin_forward(self, forward: object) -> None:
         """A ``forward`` of the model begins whose layers are recorded or replayed."""
         self.forward, self._began = forward, self.serial
 
@@ -247,7 +247,7 @@ class GraphCache:
         """Whether no layer was recorded or replayed since the last forward began."""
         return self.serial == self._began
 
-    def check(self, forward: object) -> None:
+    def check_forward(self, forward: object) -> None:
         """What the first passes of ``forward`` left must still be there at its recompute.
 
         Raises:
@@ -263,44 +263,47 @@ class GraphCache:
         """Makes room for what a recording will leave for good, as none has memory outside the pool."""
         key = (layer, "left", name, like.shape, like.dtype, like.device)
         if key not in self._buffers:
-            self._own(key, torch.empty_like(like))
+            self._add_buffer(key, torch.empty_like(like))
 
-    def place(self, layer: int, name: str, like: Tensor) -> Tensor:
+    def reserved_buffer(self, layer: int, name: str, like: Tensor) -> Tensor:
         """The room that was reserved."""
         return self._buffers[layer, "left", name, like.shape, like.dtype, like.device]
 
-    def rows(self, partition: TokenPartition) -> TokenPartition:
+    def static_partition(self, partition: TokenPartition) -> TokenPartition:
         """``partition`` at a place of its own: one for each number of rows of each kind."""
         key = (partition.shape, partition.num_dense, partition.num_context, partition.num_padding)
-        if key not in self._rows:
+        if key not in self._partitions:
             rows, place = torch.empty_like(partition.rows), torch.empty_like(partition.place)
             dense, context = rows[: partition.num_dense], rows[partition.num_dense :]
             static = TokenPartition(partition.shape, dense, context, torch.empty_like(partition.padding), rows[:0])
             static.__dict__.update(rows=rows, place=place)
-            self._rows[key] = static
-        static = self._rows[key]
+            self._partitions[key] = static
+        static = self._partitions[key]
         if self._sources.get(key) is not partition:
             for name in ("rows", "place", "padding"):
                 getattr(static, name).copy_(getattr(partition, name))
             self._sources[key] = partition
         return static
 
-    def input(self, name: Hashable, values: Tensor) -> Tensor:
+    def stage_input(self, name: Hashable, values: Tensor) -> Tensor:
         """``values`` in a buffer, unless they are in one already."""
-        if not values.numel() or (values.data_ptr(), values.shape, values.stride(), values.dtype) in self._owned:
+        if (
+            not values.numel()
+            or (values.data_ptr(), values.shape, values.stride(), values.dtype) in self._buffer_places
+        ):
             return values
         return self.buffer(name, tuple(values.shape), values.dtype, values.device).copy_(values)
 
-    def _own(self, key: Hashable, tensor: Tensor) -> None:
+    def _add_buffer(self, key: Hashable, tensor: Tensor) -> None:
         self._buffers[key] = tensor
-        self._owned.add((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+        self._buffer_places.add((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
 
 
-def _without_recordings(recorder: type, documents: bool) -> GraphCache | None:
+def _without_captures(recorder: type, documents: bool) -> GraphCache | None:
     if recorder is GraphCapture and not torch.cuda.is_available():
         return None
     graphs = GraphCache(recorder())
-    graphs.documents = documents
+    graphs.captures_documents = documents
     return graphs
 
 
@@ -311,28 +314,28 @@ class LayerCapture:
         kept: what its recordings left for good, by name; empty until then.
     """
 
-    def __init__(self, graphs: GraphCache, layer: int, calls: dict[str, _Recorded], kept: dict[str, Any]):
-        self.graphs, self.layer, self.kept, self._calls, self._serial = graphs, layer, kept, calls, graphs.serial
+    def __init__(self, graphs: GraphCache, layer: int, calls: dict[str, _CapturedCall], kept: dict[str, Any]):
+        self.graphs, self.layer, self.selections, self._calls, self._serial = graphs, layer, kept, calls, graphs.serial
 
     def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
         """``[rows, width of like]``: see `GraphCache.buffer`."""
         return self.graphs.buffer(name, (rows, like.shape[1]), like.dtype, like.device)
 
-    def index(self, name: str, values: Tensor, shared: bool = False) -> Tensor:
+    def constant(self, name: str, values: Tensor, shared: bool = False) -> Tensor:
         """See `GraphCache.index`; ``shared`` by all layers."""
-        return self.graphs.index(None if shared else self.layer, name, values)
+        return self.graphs.constant(None if shared else self.layer, name, values)
 
-    def place(self, name: str, like: Tensor) -> Tensor:
+    def reserved_buffer(self, name: str, like: Tensor) -> Tensor:
         """See `GraphCache.place`."""
-        return self.graphs.place(self.layer, name, like)
+        return self.graphs.reserved_buffer(self.layer, name, like)
 
     def stage_input(self, name: str, values: Tensor) -> Tensor:
         """See `GraphCache.input`: calls read it where it is then."""
-        return self.graphs.input(name, values)
+        return self.graphs.stage_input(name, values)
 
-    def rows(self, partition: TokenPartition) -> TokenPartition:
+    def static_partition(self, partition: TokenPartition) -> TokenPartition:
         """See `GraphCache.rows`."""
-        return self.graphs.rows(partition)
+        return self.graphs.static_partition(partition)
 
     def call(self, name: str, function: Call, inputs: Sequence[Tensor], after: str | None = None) -> list[Tensor]:
         """The outputs of ``function(*inputs)``, which returns them with a state for a later call of this pass.
@@ -352,11 +355,11 @@ class LayerCapture:
                 "kept is overwritten. Train with Unsloth's or reentrant gradient checkpointing and one backward at a "
                 "time, or set cuda_graphs: false."
             )
-        static = [graphs.input((name, number), values) for number, values in enumerate(inputs)]
+        static = [graphs.stage_input((name, number), values) for number, values in enumerate(inputs)]
         call = self._calls.get(name)
         if call is None:
             state = () if after is None else (self._calls[after],)
-            call = self._calls[name] = _Recorded(graphs.recorder, function, static, state)
+            call = self._calls[name] = _CapturedCall(graphs.recorder, function, static, state)
             return [output.detach() for output in call.first]
         return call.again(static)
 
@@ -367,30 +370,30 @@ class LayerCapture:
                 call.release(self.graphs.recorder)
 
 
-class _Recorded:
+class _CapturedCall:
     """A function's recording."""
 
-    def __init__(self, recorder: Any, function: Call, inputs: Sequence[Tensor], before: tuple[_Recorded, ...]):
+    def __init__(self, recorder: Any, function: Call, inputs: Sequence[Tensor], before: tuple[_CapturedCall, ...]):
         self.state: Any = None
         self.complete = False
-        self._places = _places(inputs)
+        self._addresses = _addresses(inputs)
 
         def run() -> Sequence[Tensor]:
             outputs, self.state = function(*(call.state for call in before), *inputs)
             return outputs
 
-        self.first, self._again = recorder.record(run)
+        self.first, self._again = recorder.capture(run)
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs after a replay."""
-        if _places(inputs) != self._places:
+        if _addresses(inputs) != self._addresses:
             raise AssertionError("inputs of other sizes than were recorded")
         return [output.detach() for output in self._again()]
 
     def release(self, recorder: Any) -> None:
         """Lets go of the memory that the recording needed to itself."""
-        self.first, self.state, self.complete = [], recorder.keeps(self.state), True
+        self.first, self.state, self.complete = [], recorder.kept_state(self.state), True
 
 
-def _places(tensors: Sequence[Tensor]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]

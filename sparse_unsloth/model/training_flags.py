@@ -12,7 +12,7 @@ NO_GRAPH_TASK = -1
 
 
 @contextmanager
-def training_flags(model: nn.Module, training: bool = True) -> Iterator[None]:
+def training_mode(model: nn.Module, training: bool = True) -> Iterator[None]:
     """Every module's ``training`` flag is ``training`` inside, and what it was before afterwards.
 
     Written directly, without ``train()`` or ``eval()``: Unsloth and some wrappers give those other meanings.

@@ -235,7 +235,7 @@ def _step_flops(
             context_tokens=batch.context if apart else 0,
             padding_tokens=batch.padding if row_sparse else 0,
             backward_rows=backward_rows,
-            whole_again=("o_proj",),
+            fully_recomputed=("o_proj",),
             seq_lengths=[length] * size,
             head_tokens=head_tokens,
             estimator_rank=estimator_rank,

@@ -1,13 +1,10 @@
-"""A function of single rows whose forward is exact, and whose backward pass goes through few context rows.
+"""Applies a row-wise function exactly in forward, and takes its backward pass through few rows.
 
-What context rows contribute to a gradient is very uneven: with prompts of a hundred tokens, a tenth of them holds most
-of it (benchmarks/results/quality-notes.md). So forward computes every row, and keeps its input alone; backward looks at
-the norms of the incoming gradient, computes dense rows and the context rows of largest norm once more, and takes
-gradients through these. Of the rows left out nothing reaches the function's weights or its input; a residual stream
-around it passes their gradient on as it is.
+Defined in docs/how-it-works.md, section 3.1. Forward saves the inputs only. Backward receives the gradient of the
+output, selects rows (`sparse_unsloth.rows.choice`), computes the function again for these rows and differentiates that.
+Other rows add nothing to the parameters' gradients, and their input gradient is zero, except in a residual stream.
 
-The function itself is whatever the model has there: no weight is read here, so that any quantisation, adapter,
-activation and bias will do, and Unsloth's own kernels run.
+The function is the model's own code, and no weight is read here: any quantisation, adapter, activation and bias works.
 """
 
 from __future__ import annotations
@@ -23,85 +20,79 @@ from torch.autograd.function import once_differentiable
 from sparse_unsloth.rows.choice import RowChoice
 
 
-def backward_rows(
-    function: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    choice: RowChoice,
-    residual: int | None = None,
-    chooses: bool = True,
-    output_unused: bool = False,
-    again: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """``function(*inputs)``, differentiated through the rows of ``choice`` alone.
+@dataclass(frozen=True)
+class BackwardRows:
+    """What the backward pass of `backward_rows` goes through.
 
     Args:
-        function: row by row, ``[..., n, width]`` tensors to one such; deterministic. Called in backward again.
-        inputs: its arguments, ``[..., width]``; flattened, their rows are those of the choice's partition.
-        parameters: what it reads that gradients are wanted of.
-        residual: the place in ``inputs`` of a residual stream that the output contains as it is, for every row.
-        chooses: whether its backward chooses the rows; else those that are chosen already hold, if some are.
-        output_unused: in a recompute the output is not computed: zeros of the shape of the last input.
-        again: called in backward instead of ``function``: of the same gradients; its output is not read.
+        choice: the rows.
+        recompute: called in backward in place of the function. It has the same gradients; its output is unused.
+        select_rows: whether this backward selects the rows. Otherwise rows that were selected before are used, if any.
+        residual_index: index of the input that is a residual stream: the output contains it unchanged, in every row.
+        skip_output: forward computes nothing and returns zeros of the last input's shape (in a recompute).
     """
-    call = _Call(function, function if again is None else again, choice, residual, chooses, output_unused, len(inputs))
-    return _BackwardRows.apply(call, *inputs, *parameters)
 
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of `backward_rows` that are no tensors."""
-
-    function: Callable[..., Tensor]
-    again: Callable[..., Tensor]
     choice: RowChoice
-    residual: int | None
-    chooses: bool
-    output_unused: bool
-    num_inputs: int
+    recompute: Callable[..., Tensor] | None = None
+    select_rows: bool = True
+    residual_index: int | None = None
+    skip_output: bool = False
+
+
+def backward_rows(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor], rows: BackwardRows
+) -> Tensor:
+    """``function(*inputs)``, differentiated through the rows of ``rows.choice`` only.
+
+    Args:
+        function: row-wise and deterministic, from ``[..., n, width]`` tensors to one such tensor. Backward calls it
+            again.
+        inputs: ``[..., width]``; flattened, their rows are those of the choice's partition.
+        parameters: the tensors that it reads and that need gradients.
+    """
+    return _BackwardRows.apply(function, rows, len(inputs), *inputs, *parameters)
 
 
 class _BackwardRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, *tensors: Tensor):
-        inputs, ctx.parameters = tensors[: call.num_inputs], tensors[call.num_inputs :]
-        ctx.call, ctx.autocast = call, _autocast_of(inputs[0])
+    def forward(ctx, function: Callable[..., Tensor], rows: BackwardRows, num_inputs: int, *tensors: Tensor):
+        inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
+        ctx.function, ctx.rows, ctx.autocast = rows.recompute or function, rows, _current_autocast(inputs[0])
         ctx.save_for_backward(*inputs)
-        if call.output_unused:
+        if rows.skip_output:
             return inputs[-1].new_zeros(()).expand(inputs[-1].shape)
-        return call.function(*inputs)
+        return function(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        inputs, choice = ctx.saved_tensors, ctx.call.choice
-        flat = gradient.flatten(0, -2)
-        rows = choice.choose(flat) if ctx.call.chooses or choice.rows is None else choice.rows
-        wanted = ctx.needs_input_grad[-len(inputs) - len(ctx.parameters) :]
+        inputs, choice = ctx.saved_tensors, ctx.rows.choice
+        dy = gradient.flatten(0, -2)
+        rows = choice.select(dy) if ctx.rows.select_rows or choice.rows is None else choice.rows
+        needs_grad = ctx.needs_input_grad[3:]
         leaves = [
             tensor.detach().flatten(0, -2).index_select(0, rows)[None].requires_grad_(needed)
-            for tensor, needed in zip(inputs, wanted, strict=False)
+            for tensor, needed in zip(inputs, needs_grad, strict=False)
         ]
         with torch.enable_grad(), ctx.autocast():
-            output = ctx.call.again(*leaves)
-        sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), wanted, strict=True) if needed]
-        found = iter(
-            torch.autograd.grad(output, sources, flat.index_select(0, rows)[None].to(output.dtype), allow_unused=True)
-        )
-        gradients = [next(found) if needed else None for needed in wanted]
-        for place, (tensor, needed) in enumerate(zip(inputs, wanted, strict=False)):
+            output = ctx.function(*leaves)
+        sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), needs_grad, strict=True) if needed]
+        selected_dy = dy.index_select(0, rows)[None].to(output.dtype)
+        found = iter(torch.autograd.grad(output, sources, selected_dy, allow_unused=True))
+        gradients = [next(found) if needed else None for needed in needs_grad]
+        for index, (tensor, needed) in enumerate(zip(inputs, needs_grad, strict=False)):
             if not needed:
                 continue
-            through = place == ctx.call.residual
-            whole = flat.to(tensor.dtype, copy=True) if through else torch.zeros_like(tensor).flatten(0, -2)
-            if gradients[place] is not None:
-                whole.index_copy_(0, rows, gradients[place][0])
-            gradients[place] = whole.view(tensor.shape)
-        return None, *gradients
+            is_residual = index == ctx.rows.residual_index
+            dx = dy.to(tensor.dtype, copy=True) if is_residual else torch.zeros_like(tensor).flatten(0, -2)
+            if gradients[index] is not None:
+                dx.index_copy_(0, rows, gradients[index][0])
+            gradients[index] = dx.view(tensor.shape)
+        return None, None, None, *gradients
 
 
-def _autocast_of(like: Tensor) -> Callable[[], AbstractContextManager]:
-    """The autocast that is on now, for later."""
+def _current_autocast(like: Tensor) -> Callable[[], AbstractContextManager]:
+    """Makes the autocast context that is active now, for use in backward."""
     device = like.device.type
     if not torch.is_autocast_enabled(device):
         return nullcontext

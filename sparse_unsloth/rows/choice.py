@@ -1,4 +1,4 @@
-"""Chooses the rows that a backward pass goes through: dense rows, and the context rows of largest gradient."""
+"""Selects the rows that a backward pass goes through: all loss tokens, and the context tokens of largest gradient."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 
 class RowChoice:
-    """The rows of one layer in one backward pass: all dense rows, and a share of the context rows.
+    """The rows of one layer in one backward pass (docs/how-it-works.md, section 3.2).
 
     Args:
-        partition: the roles of the rows.
-        share: of the context rows, in (0, 1]; rounded up.
+        partition: the token roles.
+        share: the share of the context tokens, in (0, 1]; their number is rounded up.
+
+    Attributes:
+        rows: int64 ``[n]``, the selected rows; None before `select`.
     """
 
     def __init__(self, partition: TokenPartition, share: float):
@@ -23,16 +26,19 @@ class RowChoice:
         self.num_context = ceil(share * len(partition.context))
         self.rows: Tensor | None = None
 
-    def alone(self) -> TokenPartition:
-        """The partition of the chosen rows by themselves, all of them dense; every layer of a forward has the same."""
+    def as_partition(self) -> TokenPartition:
+        """A partition of the selected rows alone, all computed densely; equal for all layers of a forward."""
         count = len(self._partition.dense) + self.num_context
         rows = torch.arange(count, device=self._partition.dense.device)
         return TokenPartition((1, count), rows, rows[:0], rows[:0], rows)
 
-    def choose(self, gradient: Tensor) -> Tensor:
-        """int64 ``[n]``: dense rows, then the context rows where ``gradient [M, width]`` is largest, in L2 norm.
+    def select(self, gradient: Tensor) -> Tensor:
+        """int64 ``[n]``: loss tokens, then the context tokens whose rows of ``gradient`` have the largest L2 norms.
 
-        They hold for the rest of the layer's backward pass (`rows`). No host sync.
+        The result is kept in `rows` for the layer's other functions. No host sync.
+
+        Args:
+            gradient: ``[M, width]``; norms are computed in float32 at least.
         """
         partition = self._partition
         norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))

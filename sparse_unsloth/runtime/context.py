@@ -117,9 +117,9 @@ class SparseContext:
         return memo.rows
 
     def chosen_rows(self, choice: RowChoice) -> TokenPartition:
-        """Those of a layer's backward pass by themselves, all dense: `RowChoice.alone`, made once a forward."""
+        """Those of a layer's backward pass by themselves, all dense: `RowChoice.as_partition`, made once a forward."""
         if "chosen rows" not in self._derived:
-            self._derived["chosen rows"] = choice.alone()
+            self._derived["chosen rows"] = choice.as_partition()
         return self._derived["chosen rows"]
 
     def rows_with_loss(self, sparse: bool) -> TokenPartition:

@@ -215,7 +215,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         usual = not context.loss_only and state.config.dense_tokens == "output"
         if usual and state.loss_rows.should_check():
             context.loss_rows = state.loss_rows
-    if graphs is not None and graphs.documents:
+    if graphs is not None and graphs.captures_documents:
         context.packing = packing_of(kwargs, partition.shape)
     if dense_with_graphs:
         _record(state, context)
@@ -251,7 +251,7 @@ def _record(state: SparsityState, context: SparseContext) -> None:
         )
     elif state.graphs.should_replay(context.batch_key):
         context.graphs = state.graphs
-        state.graphs.begin(context)
+        state.graphs.begin_forward(context)
     elif state.graphs.full:
         state.warn_once(
             f"cuda_graphs: {MAX_KEYS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "

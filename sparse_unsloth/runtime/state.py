@@ -23,7 +23,7 @@ from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
-from sparse_unsloth.rows.backward import RowChoice
+from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows

@@ -28,7 +28,7 @@ from sparse_unsloth.bench.table import (
 from sparse_unsloth.cli import bench, main
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.tokens.partition import TokenPartition
 
 from tiny_models import make_lora
@@ -420,7 +420,7 @@ def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
     words = ["--profile", "host", "--warmup", "1", "--steps", "2", "--methods", "unsloth-dense"]
     made = run("--shapes", "host,wizardlm", *words)
     assert measure(made)
-    assert counted == [SEEN_BEFORE + 2, SEEN_BEFORE + 2, SEEN_BEFORE + 1]
+    assert counted == [RUNS_BEFORE_CAPTURE + 2, RUNS_BEFORE_CAPTURE + 2, RUNS_BEFORE_CAPTURE + 1]
     assert made.peaks["unsloth-dense", "padded", "host"] >= 1
 
 

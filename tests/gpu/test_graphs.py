@@ -10,7 +10,7 @@ import torch
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.bench.checks import Immediate
-from sparse_unsloth.graphs.recorder import SEEN_BEFORE, GraphCapture
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE, GraphCapture
 
 from recorded_layers import FORMS, LAYERS, RULES, attach_with, checkpointed, step_as_recorded
 from tiny_models import loss_and_gradients, make_batch
@@ -70,7 +70,7 @@ def test_recordings_may_all_be_dropped_before_the_next():
     recorder, values = GraphCapture(), torch.ones(1000, device="cuda")
     values * 2  # compiled before it is recorded
     for factor in (2, 3):
-        _, again = recorder.record(lambda factor=factor: [values * factor])
+        _, again = recorder.capture(lambda factor=factor: [values * factor])
         assert recorder.memory() > 0
         assert again()[0].eq(factor).all()
         del again
@@ -89,7 +89,7 @@ def test_replays(stand_in, form, rules):
                 assert error(ours, gradients) <= OTHER_ROWS
         attach_with(model, rules, True)
         for step in range(8):
-            if rules == "rows" and step < SEEN_BEFORE:
+            if rules == "rows" and step < RUNS_BEFORE_CAPTURE:
                 loss_and_gradients(model, batches[step % 2])
                 continue
             found = assert_same_step(model, batches[step % 2], expected[step % 2])

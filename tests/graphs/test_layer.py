@@ -81,7 +81,7 @@ def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
     if form == "whole":  # what is read of a choice after the layer lies where no recording writes but the layer's own
         chosen = state.graphs.forward.selections
         assert chosen.keys() == state.expected_parts()
-        owned = {address for address, *_ in state.graphs._owned}
+        owned = {address for address, *_ in state.graphs._buffer_places}
         assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
 
 
@@ -176,7 +176,7 @@ def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, whi
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
     loss_and_gradients(model, batch)
-    original, calls = recorder.record, []
+    original, calls = recorder.capture, []
 
     def fail(function):
         calls.append(function)
@@ -184,10 +184,10 @@ def test_a_pass_that_fails_is_recorded_anew(stand_in, recorder, monkeypatch, whi
             raise torch.OutOfMemoryError("planted")
         return original(function)
 
-    monkeypatch.setattr(recorder, "record", fail)
+    monkeypatch.setattr(recorder, "capture", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         loss_and_gradients(model, batch)
-    monkeypatch.setattr(recorder, "record", original)
+    monkeypatch.setattr(recorder, "capture", original)
     for _ in range(2):
         assert_same(loss_and_gradients(model, batch), expected)
 
@@ -201,7 +201,7 @@ def test_a_backward_that_comes_too_late_is_refused(stand_in, recorder):
     ours.open(1, "again", [], ()).call("o", lambda x: ((x,), None), [torch.ones(2)])
     with pytest.raises(SparsityError, match=r"right behind its recompute.*cuda_graphs: false"):
         first.call("o backward", lambda state, x: ((x,), None), [torch.ones(2)], after="o")
-    assert ours.rows(rows).num_dense == rows.num_dense
+    assert ours.static_partition(rows).num_dense == rows.num_dense
 
 
 def test_another_forward_before_backward_is_refused(stand_in, recorder):
@@ -231,7 +231,7 @@ def test_without_checkpointing_layers_run_as_they_are(stand_in, recorder, caplog
 def test_kinds_that_come_once_are_not_recorded(recorder):
     ours = GraphCache(recorder)
     assert not any(ours.should_replay(("once", number)) for number in range(1000))
-    assert len(ours._counted) == graphs.KEYS_COUNTED
+    assert len(ours._counted) == graphs.MAX_COUNTED_KEYS
     assert [ours.should_replay("often") for _ in range(3)] == [False, True, True]
     for number in range(100):
         for _ in range(2):
@@ -260,14 +260,14 @@ def test_the_end_of_training_gives_memory_back(stand_in, recorder):
         loss_and_gradients(model, batch)
     recorded = recorder.recorded
     state.end_training()
-    assert not any((state.graphs._buffers, state.graphs._passes, state.graphs.captured_keys, recorder.places))
+    assert not any((state.graphs._buffers, state.graphs._captures, state.graphs.captured_keys, recorder.places))
     for _ in range(2):
         assert_same(loss_and_gradients(model, batch), expected)
     assert recorder.recorded == 2 * recorded
 
 
 def test_weights_that_keep_moving_end_it(stand_in, recorder, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "MOVES", 0)
+    monkeypatch.setattr(graphs, "MAX_RECAPTURES", 0)
     model, batch = checkpointed(stand_in), small_batch()
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
@@ -312,9 +312,9 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
     assert places[0] == places[1] == places[2] == places[4] != places[3]
     assert ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).data_ptr() not in places
     held = ours.buffer("x", (3, 4), torch.float32, torch.device("cpu"))
-    assert ours.input("x", held) is held
+    assert ours.stage_input("x", held) is held
     columns = ours.buffer("y", (3, 4), torch.float32, torch.device("cpu")).copy_(torch.rand(3, 4))[:, :2]
-    found = ours.input("x", columns)  # begins where a buffer does, but is none
+    found = ours.stage_input("x", columns)  # begins where a buffer does, but is none
     assert found.is_contiguous()
     assert torch.equal(found, columns)
 

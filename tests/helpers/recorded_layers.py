@@ -37,7 +37,7 @@ class Rerun:
         self.within_pass.add(what)
         assert len(self.within_pass) == 1
 
-    def record(self, function):
+    def capture(self, function):
         self.recorded += 1
         self.note("recorded")
         first = [output.clone() for output in function()]
@@ -61,14 +61,14 @@ class Rerun:
         self.places = []
 
     @staticmethod
-    def keeps(state):
+    def kept_state(state):
         return state
 
 
 def share_memory(monkeypatch, recorder):
     """Lets models record with ``recorder``, and poisons what is shared whenever a pass begins."""
     monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
-    monkeypatch.setattr(graphs, "SEEN_BEFORE", 1)  # the interpreter takes seconds for a step
+    monkeypatch.setattr(graphs, "RUNS_BEFORE_CAPTURE", 1)  # the interpreter takes seconds for a step
     monkeypatch.setattr(buckets, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
     original = GraphCache.open
 

@@ -51,11 +51,11 @@ def draw(*shape: int) -> Tensor:
 def compile_glu(kind: str, r: int = 16) -> None:
     M, k, I = 40, 32, 96
     stacked, loras = draw(M, 2 * r + 2 * k), draw(3, I, r)
-    unit, thin = draw(M, k + r), stacked[:, : 2 * r]
+    unit, xA = draw(M, k + r), stacked[:, : 2 * r]
     base = stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :]
-    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
-    for down_thin in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
-        glu.glu_backward(thin, base, loras, unit[:, r:], unit[:, :r], base, thin, kind, down_thin)
+    glu.glu_forward(xA, base, loras, unit[:, r:], unit[:, :r], kind)
+    for down_xA in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
+        glu.glu_backward(xA, base, loras, unit[:, r:], unit[:, :r], base, xA, kind, down_xA)
 
 
 def compile_columns() -> None:
@@ -104,9 +104,9 @@ def compile_lora() -> None:
 
 def compile_selection() -> None:
     for gain in (None, torch.rand(96)):
-        thin = scores.thin_products(draw(40, 64), torch.arange(30), 2, draw(16, 64))
-        scores.mlp_scores(thin, draw(16, 96), "silu", gain=gain)
-        energies = scores.thin_products(draw(40, 64), None, 1, draw(24, 64))
+        low_rank = scores.low_rank_activations(draw(40, 64), torch.arange(30), 2, draw(16, 64))
+        scores.mlp_scores(low_rank, draw(16, 96), "silu", gain=gain)
+        energies = scores.low_rank_activations(draw(40, 64), None, 1, draw(24, 64))
         scores.attention_energies(energies, draw(8, 128), 64, 32, None if gain is None else torch.rand(128))
     for size in (300, 40000):  # in registers, and in chunks
         select.top_order(torch.rand(size), 10)

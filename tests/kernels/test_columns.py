@@ -53,11 +53,11 @@ def test_join_equals_reference(rows, widths, counts, dtype, transposed, r):
     dense = tensor(partition.num_dense, len(widths) * r + total)
     context = tensor(partition.num_context, len(widths) * r + sum(counts))
     arguments = (lora, dense, context, partition.place, index, widths, counts, bias)
-    ours, thin = columns.join_columns(*arguments)
+    ours, xA = columns.join_columns(*arguments)
     exact = [argument.double() if getattr(argument, "dtype", None) == dtype else argument for argument in arguments]
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
-    expected, expected_thin = columns.reference_join(*exact)
-    assert torch.equal(thin.double(), expected_thin)
+    expected, expected_xA = columns.reference_join(*exact)
+    assert torch.equal(xA.double(), expected_xA)
     for part, reference in zip(ours, expected, strict=True):
         torch.testing.assert_close(part.double(), reference, rtol=tolerance, atol=tolerance)
         assert part.is_contiguous()

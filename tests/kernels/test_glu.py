@@ -15,7 +15,7 @@ CASES += [(SHAPES[2], kind, dtype) for kind in glu.KINDS for dtype in DTYPES if 
 
 
 def draw(N, I, k, r, dtype, seed=0):
-    """thin, gate_base, up_base, loras, d_h, d_down_thin; the matrices that go together are slices of wider ones."""
+    """xA, gate_base, up_base, loras, d_h, d_down_xA; the matrices that go together are slices of wider ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*shape):
@@ -28,27 +28,27 @@ def draw(N, I, k, r, dtype, seed=0):
     )  # fmt: skip
 
 
-def run(thin, gate_base, up_base, loras, d_h, d_down_thin, kind):
-    """What forward and backward write: h, h down_A', d gate_base, d up_base, d thin, d loras."""
+def run(xA, gate_base, up_base, loras, d_h, d_down_xA, kind):
+    """What forward and backward write: h, h down_A', d gate_base, d up_base, d xA, d loras."""
     r, k, base = loras.shape[2], d_h.shape[1], (gate_base, up_base)
-    unit = thin.new_empty(len(thin), r + k)
-    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
-    d_thin, d_base = thin.new_empty(thin.shape), (torch.empty_like(gate_base), torch.empty_like(gate_base))
-    d_loras = glu.glu_backward(thin, base, loras, d_h, d_down_thin, d_base, d_thin, kind).sum(0)
-    stacked, down_thin = torch.cat((thin, gate_base, up_base), 1), thin.new_empty(len(thin), r + 2)
-    thin, base = stacked[:, : 2 * r], (stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :])
-    again = glu.glu_backward(thin, base, loras, d_h, d_down_thin, base, thin, kind, down_thin[:, 1:-1]).sum(0)
-    for left, right in zip((again, thin, *base), (d_loras, d_thin, *d_base), strict=True):  # in place: the same
+    unit = xA.new_empty(len(xA), r + k)
+    glu.glu_forward(xA, base, loras, unit[:, r:], unit[:, :r], kind)
+    d_xA, d_base = xA.new_empty(xA.shape), (torch.empty_like(gate_base), torch.empty_like(gate_base))
+    d_loras = glu.glu_backward(xA, base, loras, d_h, d_down_xA, d_base, d_xA, kind).sum(0)
+    stacked, down_xA = torch.cat((xA, gate_base, up_base), 1), xA.new_empty(len(xA), r + 2)
+    xA, base = stacked[:, : 2 * r], (stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :])
+    again = glu.glu_backward(xA, base, loras, d_h, d_down_xA, base, xA, kind, down_xA[:, 1:-1]).sum(0)
+    for left, right in zip((again, xA, *base), (d_loras, d_xA, *d_base), strict=True):  # in place: the same
         torch.testing.assert_close(left, right, rtol=0, atol=0)
-    torch.testing.assert_close(down_thin[:, 1:-1], unit[:, :r], rtol=2e-3, atol=2e-3)
-    assert down_thin[:, (0, -1)].isnan().all()
-    return unit[:, r:], unit[:, :r], *d_base, d_thin, d_loras
+    torch.testing.assert_close(down_xA[:, 1:-1], unit[:, :r], rtol=2e-3, atol=2e-3)
+    assert down_xA[:, (0, -1)].isnan().all()
+    return unit[:, r:], unit[:, :r], *d_base, d_xA, d_loras
 
 
-def expect(thin, gate_base, up_base, loras, d_h, d_down_thin, kind):
+def expect(xA, gate_base, up_base, loras, d_h, d_down_xA, kind):
     base = gate_base, up_base
-    forward = glu.reference_forward(thin, base, loras, kind)
-    return *forward, *glu.reference_backward(thin, base, loras, d_h, d_down_thin, kind)
+    forward = glu.reference_forward(xA, base, loras, kind)
+    return *forward, *glu.reference_backward(xA, base, loras, d_h, d_down_xA, kind)
 
 
 def assert_near(name, ours, reference, tolerance):
@@ -56,15 +56,15 @@ def assert_near(name, ours, reference, tolerance):
     assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
-NAMES = ("h", "down_thin", "d gate_base", "d up_base", "d thin", "d loras")
+NAMES = ("h", "down_xA", "d gate_base", "d up_base", "d xA", "d loras")
 
 
 @pytest.mark.parametrize(("shape", "kind", "dtype"), CASES, ids=str)
 def test_glu_equals_reference(shape, kind, dtype):
-    thin, *base, loras, d_h, d_down_thin = draw(*shape, dtype)
+    xA, *base, loras, d_h, d_down_xA = draw(*shape, dtype)
     tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
-    expected = expect(*(tensor.double() for tensor in (thin, *base, loras, d_h, d_down_thin)), kind)
-    ours = run(thin, *base, loras, d_h, d_down_thin, kind)
+    expected = expect(*(tensor.double() for tensor in (xA, *base, loras, d_h, d_down_xA)), kind)
+    ours = run(xA, *base, loras, d_h, d_down_xA, kind)
     for name, left, right in zip(NAMES, ours, expected, strict=True):
         assert_near(name, left, right, tolerance)
 
@@ -79,7 +79,7 @@ def test_splits_change_nothing(splits, monkeypatch):
 
 
 def test_no_rows():
-    h, down_thin, *_, d_loras = run(*draw(0, 50, 3, 4, torch.float32), "silu")
+    h, down_xA, *_, d_loras = run(*draw(0, 50, 3, 4, torch.float32), "silu")
     assert h.shape == (0, 3)
-    assert down_thin.shape == (0, 4)
+    assert down_xA.shape == (0, 4)
     assert not d_loras.any()

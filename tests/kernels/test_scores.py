@@ -30,22 +30,22 @@ def assert_near(ours, reference, tolerance):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 5, 3), (40, 96, 16), (70, 300, 6)], ids=lambda s: "M{}-H{}-w{}".format(*s))
-def test_thin_products_equal_reference(shape, dtype):
+def test_low_rank_activations_equal_reference(shape, dtype):
     M, hidden_size, width = shape
     hidden, down = draw(M, hidden_size, dtype=dtype), draw(width, hidden_size, dtype=dtype, seed=1)
     shuffled = torch.randperm(M, device=DEVICE)
     for rows, step in ((None, 1), (None, 3), (shuffled, 1), (shuffled[: M // 2 + 1], 2), (shuffled[::2], 3)):
-        ours = scores.thin_products(hidden, rows, step, down)
+        ours = scores.low_rank_activations(hidden, rows, step, down)
         assert ours.dtype == dtype
-        reference = scores.reference_thin_products(hidden.double(), rows, step, down.double())
+        reference = scores.reference_low_rank_activations(hidden.double(), rows, step, down.double())
         assert_near(ours, reference, TOLERANCE[dtype])
 
 
-def test_thin_products_of_any_leading_shape_and_strides():
+def test_low_rank_activations_of_any_leading_shape_and_strides():
     down = draw(4, 8, seed=1)
     hidden = draw(8, 3, 5).permute(2, 1, 0)
     rows = torch.tensor([14, 2, 9], device=DEVICE)
-    ours = scores.thin_products(hidden, rows, 1, down)
+    ours = scores.low_rank_activations(hidden, rows, 1, down)
     assert_near(ours, hidden.reshape(15, 8)[rows].double() @ down.double().t(), 2e-5)
 
 
@@ -55,13 +55,13 @@ def test_thin_products_of_any_leading_shape_and_strides():
 @pytest.mark.parametrize("extras", [False, True])
 def test_mlp_scores_equal_reference(shape, kind, dtype, extras):
     N, channels, rank = shape
-    thin, up = draw(N, 2 * rank, dtype=dtype), draw(2 * rank, channels, dtype=dtype, seed=1)
+    low_rank, up = draw(N, 2 * rank, dtype=dtype), draw(2 * rank, channels, dtype=dtype, seed=1)
     arguments = [draw(channels, dtype=dtype, seed=2), draw(channels, dtype=dtype, seed=3)] if extras else [None, None]
     arguments.append(draw(channels, seed=4).abs() if extras else None)
-    ours = scores.mlp_scores(thin, up, kind, *arguments)
+    ours = scores.mlp_scores(low_rank, up, kind, *arguments)
     assert ours.dtype == torch.float32
     exact = [None if argument is None else argument.double() for argument in arguments]
-    reference = scores.reference_mlp_scores(thin.double(), up.double(), kind, *exact)
+    reference = scores.reference_mlp_scores(low_rank.double(), up.double(), kind, *exact)
     assert_near(ours, reference, 2e-5)
 
 
@@ -70,11 +70,11 @@ def test_mlp_scores_equal_reference(shape, kind, dtype, extras):
 @pytest.mark.parametrize("extras", [False, True])
 def test_attention_energies_equal_reference(shape, dtype, extras):
     N, queries, keys, rank = shape
-    thin, up = draw(N, 3 * rank, dtype=dtype), draw(rank, queries + 2 * keys, dtype=dtype, seed=1)
+    low_rank, up = draw(N, 3 * rank, dtype=dtype), draw(rank, queries + 2 * keys, dtype=dtype, seed=1)
     gain = draw(queries + 2 * keys, seed=2).abs() if extras else None
-    ours = scores.attention_energies(thin, up, queries, keys, gain)
+    ours = scores.attention_energies(low_rank, up, queries, keys, gain)
     exact = None if gain is None else gain.double()
-    assert_near(ours, scores.reference_attention_energies(thin.double(), up.double(), queries, keys, exact), 2e-5)
+    assert_near(ours, scores.reference_attention_energies(low_rank.double(), up.double(), queries, keys, exact), 2e-5)
 
 
 @pytest.mark.gpu
@@ -84,11 +84,13 @@ def test_attention_energies_equal_reference(shape, dtype, extras):
 def test_real_sizes(dtype, rank):
     hidden, rows = draw(2, 2048, 4096, dtype=dtype), torch.arange(0, 4000, 2, device=DEVICE)
     down = draw(3 * rank, 4096, dtype=dtype, seed=1) / 64
-    thin = scores.thin_products(hidden, rows, 2, down)
-    assert_near(thin, scores.reference_thin_products(hidden.double(), rows, 2, down.double()), TOLERANCE[dtype])
+    low_rank = scores.low_rank_activations(hidden, rows, 2, down)
+    assert_near(
+        low_rank, scores.reference_low_rank_activations(hidden.double(), rows, 2, down.double()), TOLERANCE[dtype]
+    )
     up = draw(rank, 4096 + 2048, dtype=dtype, seed=2)
-    energy = scores.attention_energies(thin, up, 4096, 1024)
-    assert_near(energy, scores.reference_attention_energies(thin.double(), up.double(), 4096, 1024), 2e-5)
-    thin, up = thin[:, : 2 * rank].contiguous(), draw(2 * rank, 14336, dtype=dtype, seed=3)
-    score = scores.mlp_scores(thin, up, "silu")
-    assert_near(score, scores.reference_mlp_scores(thin.double(), up.double(), "silu"), 1e-4)
+    energy = scores.attention_energies(low_rank, up, 4096, 1024)
+    assert_near(energy, scores.reference_attention_energies(low_rank.double(), up.double(), 4096, 1024), 2e-5)
+    low_rank, up = low_rank[:, : 2 * rank].contiguous(), draw(2 * rank, 14336, dtype=dtype, seed=3)
+    score = scores.mlp_scores(low_rank, up, "silu")
+    assert_near(score, scores.reference_mlp_scores(low_rank.double(), up.double(), "silu"), 1e-4)

@@ -73,7 +73,7 @@ def _recorded(
     """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
     attention = capturable_attention(runtime, arguments, fixed)
     output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
-    for part, chosen in capture.kept.items():
+    for part, chosen in capture.selections.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
     return output
 
@@ -81,12 +81,12 @@ def _recorded(
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
     """Makes room for the layer's choices, where forwards of this kind will be recorded."""
     context, index = runtime.context, runtime.layer.index
-    if (index, context.batch_key) in graphs.ready or not graphs.captures_next(context.batch_key):
+    if (index, context.batch_key) in graphs.reserved or not graphs.captures_next(context.batch_key):
         return
     for part in PARTS:
         if runtime.is_sparse(part):
             graphed_layer.reserve(graphs, index, part, context.selections[index, part])
-    graphs.ready.add((index, context.batch_key))
+    graphs.reserved.add((index, context.batch_key))
 
 
 def _plan(
@@ -119,11 +119,11 @@ def _plan(
     )
     output_unused = recompute and runtime.state.config.exact_removal
     if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
-        ready = context.graphs is not None and (layer.index, context.batch_key) in context.graphs.ready
+        ready = context.graphs is not None and (layer.index, context.batch_key) in context.graphs.reserved
         memo.captured = ready and runtime.state.config.exact_removal
     capture = None
     if memo.captured:
-        context.graphs.check(context)
+        context.graphs.check_forward(context)
         context.captured.add(layer.index)
         capture = open_capture(
             context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)

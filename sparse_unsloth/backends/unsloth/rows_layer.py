@@ -21,9 +21,9 @@ from sparse_unsloth.backends.unsloth.attention import attend, capturable_attenti
 from sparse_unsloth.backends.unsloth.contract import NORM
 from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_capture, plan_of_rows, prove, why_different
 from sparse_unsloth.graphs import parts
-from sparse_unsloth.graphs.rows import post_attention_by_rows, whole_layer_by_rows
+from sparse_unsloth.graphs.rows import row_sparse_post_attention, row_sparse_whole_layer
 from sparse_unsloth.ops.decoder_layer import post_attention, pre_attention
-from sparse_unsloth.rows.backward import backward_rows
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.state import LayerRuntime
 
@@ -84,16 +84,18 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     context, attention, mlp = runtime.context, self.self_attn, self.mlp
     apply_o = attention._sparse_original[1]
 
-    def behind(attention_output: Tensor, stream: Tensor) -> Tensor:
+    def after_attention(attention_output: Tensor, stream: Tensor) -> Tensor:
         stream = stream + apply_o(attention, attention_output)
         return stream + original_forward(mlp, norm(self.post_attention_layernorm, stream))
 
-    def again(attention_output: Tensor, stream: Tensor) -> Tensor:
+    def recompute(attention_output: Tensor, stream: Tensor) -> Tensor:
         """The same in fewer launches and without the down projection, where the project's functions apply."""
         plan = None
         if not runtime.not_fusable:
             plan = plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
-        return behind(attention_output, stream) if plan is None else post_attention(attention_output, stream, plan)
+        if plan is None:
+            return after_attention(attention_output, stream)
+        return post_attention(attention_output, stream, plan)
 
     output_unused = row_hooks.is_output_unused(runtime)
     runtime.skip_output_projection = True
@@ -106,9 +108,10 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     if torch.is_grad_enabled():
         weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
         inputs = [attention_output, hidden_states]
-        output = backward_rows(behind, inputs, weights, choice, residual=1, output_unused=output_unused, again=again)
+        rows = BackwardRows(choice, recompute, residual_index=1, skip_output=output_unused)
+        output = backward_rows(after_attention, inputs, weights, rows)
     else:
-        output = behind(attention_output, hidden_states)
+        output = after_attention(attention_output, hidden_states)
     return output
 
 
@@ -122,7 +125,7 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     if plan is None:
         return None
     memo.captured = True  # a recompute goes the way of its first pass
-    context.graphs.check(context)
+    context.graphs.check_forward(context)
     context.captured.add(layer.index)
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
@@ -133,9 +136,9 @@ def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str,
     fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
         attention = capturable_attention(runtime, arguments, fixed)
-        return whole_layer_by_rows(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
+        return row_sparse_whole_layer(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
     *qkv, residual = parts.pre_attention(hidden_states, plan, capture)
     attention_output = attend(runtime, hidden_states, qkv, arguments)
     if again:
-        return post_attention_by_rows(attention_output, residual, plan, capture, *rows)
+        return row_sparse_post_attention(attention_output, residual, plan, capture, *rows)
     return parts.post_attention(attention_output, residual, plan, capture)

@@ -81,8 +81,8 @@ def examine() -> dict[str, list]:
                     assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
                 if layout == "xformers":
                     assert len(asked) == 2, "the first layer, which is dense, forward and again"
-                passes = get_state(model).graphs._passes.values()
-                calls = sorted({call for _, calls, _ in passes for call in calls})
+                captures = get_state(model).graphs._captures.values()
+                calls = sorted({call for _, calls, _ in captures for call in calls})
                 found[f"{name}, {layout}"] = [calls, recorder.replayed // max(recorder.recorded, 1)]
                 detach(model)
     return found
