@@ -55,7 +55,8 @@ def room(monkeypatch):
 def needs(model, index, batch, scale=1.0):
     planner, partition = get_state(model).planner, roles_of(get_state(model), batch)
     rows = batch["labels"].numel()
-    return planner._needs(index, partition, rows, scale), planner._future_bytes + planner._other_bytes(partition, rows, 3)
+    others = planner._future_bytes + planner._other_bytes(partition, rows, 3)
+    return planner._needs(index, partition, rows, scale), others
 
 
 def test_layers_keep_their_activations_as_far_as_the_memory_goes(room):
