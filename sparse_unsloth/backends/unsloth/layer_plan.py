@@ -53,10 +53,9 @@ def prove(
     reached, loss_only = set(context.ran), context.loss_only
     context.loss_only = False  # whole layers compute every row
     try:
-        every_row = (
-            plain_forward(module, hidden_states, **arguments) if loss_only and runtime.loss_only_parts else output
-        )
-        runtime.not_whole = why_different(compute, every_row[0], module)
+        skips_rows = loss_only and runtime.loss_only_parts
+        expected = plain_forward(module, hidden_states, **arguments) if skips_rows else output
+        runtime.not_whole = why_different(compute, expected[0], module)
     finally:
         context.loss_only = loss_only
     if runtime.not_whole:
