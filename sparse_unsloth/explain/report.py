@@ -79,9 +79,9 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         "",
         "Means over the records. *captured*: energy of the selected channels over that of as many best ones, on up to "
-        "1024 rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: the "
-        "share of the channels that the step before, with another batch, had selected too. *saved*: share of the part's "
-        "frozen-weight matmuls, over all tokens, that a sparse forward leaves out.",
+        "1024 rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: "
+        "the share of the channels that the step before had selected too, with another batch. *saved*: share of the "
+        "part's frozen-weight matmuls, over all tokens, that a sparse forward leaves out.",
         "",
         f"![By layer and by step]({PICTURE_FILE})",
     ]
