@@ -334,7 +334,7 @@ def test_other_files_are_never_overwritten(model, tmp_path):
     save_file({"lora": torch.zeros(3)}, foreign)
     for path, message in (
         (text, "no safetensors file"),
-        (foreign, "no estimator of this package, so it is left alone"),
+        (foreign, "no estimator of this package, so it is not overwritten"),
     ):
         before = path.read_bytes()
         with pytest.raises(EstimatorError, match=message):
