@@ -345,7 +345,7 @@ def test_auto_calibrates_in_get_peft_model(capsys):
     state = get_state(model)
     assert any(map(any, state.layer_sparsity))
     assert state.selector is not None
-    assert "of their dense frozen products" in capsys.readouterr().out
+    assert "of their dense frozen-weight matmuls" in capsys.readouterr().out
     with pytest.raises(CalibrationError, match="needs calibration_samples"):
         FastSparseLanguageModel.get_peft_model(make_base(), sparsity="auto", **options)
 
