@@ -155,7 +155,7 @@ def test_pruning_does_not_change_the_training_forward(chosen):
     fit(model, optimizer, 7)
     x = torch.randn(4, 8)
     before, index = model(x), chosen[layer.name]
-    layer.bury(torch.tensor([1]))
+    layer.prune(torch.tensor([1]))
     assert torch.equal(model(x), before)
     assert torch.equal(chosen[layer.name], index)
 
@@ -204,7 +204,7 @@ def test_pruned_components_are_never_chosen(chosen):
     model, state, layer = one_layer(importance_lambda=0.0)
     model(torch.randn(3, 8))
     state.advance()
-    layer.bury(torch.tensor([0, 2, 5]))
+    layer.prune(torch.tensor([0, 2, 5]))
     model(torch.zeros(3, 8))
     assert chosen[layer.name].tolist() == [1, 3, 4]
     assert layer.best(1.0).tolist() == [1, 3, 4]
@@ -331,7 +331,7 @@ def test_evaluation_is_that_of_the_pruned_checkpoint_of_the_target_density(tmp_p
 
     model = make(r=r)
     state = apply(model, density=0.1)
-    state.layers[0].bury(torch.arange(r - 1))
+    state.layers[0].prune(torch.arange(r - 1))
     ranks = rank.save_pruned_checkpoint(model, tmp_path, 0.1)
     assert ranks["model.layers.0.mlp.up_proj"] == state.layers[1].kept == {12: 1, 210: 24}[r]
     loaded = PeftModel.from_pretrained(make_base(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False).eval()
@@ -355,7 +355,7 @@ def test_saving_all_components_is_told_once_where_they_are_more_than_evaluation_
     caplog.clear()
     state._told = False
     for layer in state.layers:
-        layer.bury(torch.arange(layer.rank - layer.kept))
+        layer.prune(torch.arange(layer.rank - layer.kept))
     model.save_pretrained(tmp_path)
     assert not caplog.text, "all that are left are computed"
 
@@ -368,7 +368,7 @@ def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
     config = {"use_rslora": rslora, "rank_pattern": {"down_proj": 20}, "alpha_pattern": {"up_proj": 5}}
     model = make(**config)
     state = apply(model)
-    state.layers[0].bury(torch.arange(R - 1))
+    state.layers[0].prune(torch.arange(R - 1))
     before = values(model)
     ranks = rank.save_pruned_checkpoint(model, tmp_path / "pruned", ratio)
     assert ranks["model.layers.0.self_attn.q_proj"] == 1
