@@ -1,4 +1,4 @@
-"""The hook contract as sources tell it: the installed release's, and a small tree that breaks one thing at a time."""
+"""The contract read from sources: the installed release's, and a small tree that breaks one thing at a time."""
 
 import pytest
 
