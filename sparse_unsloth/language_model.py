@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
+from sparse_unsloth.attachment import attach, get_state
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
-from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
 from sparse_unsloth.runtime import prefill
 from sparse_unsloth.utils.distributed import from_main, has_group, is_main, world_size

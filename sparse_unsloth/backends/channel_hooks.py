@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import original_forward, replace_forward
 from sparse_unsloth.backends.probes import check, probe_mlp
-from sparse_unsloth.channels.selector import AttentionSelection
 from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS
 from sparse_unsloth.ops.linear import SelectedProjection
 from sparse_unsloth.ops.mlp import GatedMlp, sparse_mlp
 from sparse_unsloth.ops.projection import Projection, read_projection
+from sparse_unsloth.ops.selection import AttentionSelection
 from sparse_unsloth.runtime.state import LayerRuntime
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unsloth.channels.selector import AttentionSelection, MlpSelection
+from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 
 PAUSE = 10
 """How many forwards a part with non-finite scores is dense."""

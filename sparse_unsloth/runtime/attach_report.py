@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparse_unsloth.channels.selector import keep_count
+from sparse_unsloth.config.layer_rules import keep_count
 from sparse_unsloth.model.decoder_layer import left_out_layers
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 

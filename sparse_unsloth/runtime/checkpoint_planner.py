@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from sparse_unsloth.config.layer_rules import keep_count
-from sparse_unsloth.config.sparsity import LayerSparsity
+from sparse_unsloth.config.layer_rules import LayerSparsity, keep_count
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.costs.memory import (
     GIB,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_unsloth.config.sparsity import LayerSparsity
+from sparse_unsloth.config.layer_rules import LayerSparsity
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.adapters import active_parameters
 from sparse_unsloth.model.decoder_layer import DecoderLayer

@@ -15,14 +15,16 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth.channels.estimator import Estimator
 from sparse_unsloth.channels.score_watch import ScoreWatch
-from sparse_unsloth.channels.selector import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.channels.selector import ChannelSelector
 from sparse_unsloth.channels.sharing import obtain_for_all_ranks
-from sparse_unsloth.config.sparsity import LayerSparsity, SparsityConfig
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
+from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import SparseContext, runs_twice
@@ -260,7 +262,7 @@ class SparsityState:
     def name_parts(self, parts: set[tuple[int, str]]) -> str:
         """The module names of the first six of ``parts``, for messages."""
         names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
-        return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        return ", ".join(names[:6] + ["..."] * (len(names) > 6))
 
     def set_step(self, step: int) -> None:
         """Sets the schedule's factor for the next optimiser step; ``step`` steps are done."""
