@@ -24,9 +24,9 @@ def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_r
 
 def part_cost(shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0) -> float:
     """The share of ``part`` ("mlp", "self_attn") of one layer in `frozen_share`, which is the sum over all parts."""
-    one, is_mlp = replace(shape, num_layers=1), part == "mlp"
-    mlp, attention, scoring = _frozen(one, [(sparsity, 0.0) if is_mlp else (0.0, sparsity)], estimator_rank)
-    return ((mlp if is_mlp else attention) + scoring) / (sum(_frozen(one, [(0.0, 0.0)])) * shape.num_layers)
+    layer, is_mlp = replace(shape, num_layers=1), part == "mlp"
+    mlp, attention, scoring = _frozen(layer, [(sparsity, 0.0) if is_mlp else (0.0, sparsity)], estimator_rank)
+    return ((mlp if is_mlp else attention) + scoring) / (sum(_frozen(layer, [(0.0, 0.0)])) * shape.num_layers)
 
 
 def _frozen(shape: ModelShape, recipe, estimator_rank: int = 0) -> tuple[int, int, int]:

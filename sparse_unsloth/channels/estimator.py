@@ -122,14 +122,14 @@ class Estimator:
     @torch.no_grad()
     def _mlp_by_torch(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         energy = self._factored_mlp(layer, rows)
-        return energy.sqrt_().mul_(self._vectors(layer, "mlp", "gain", rows.device)[0]) if self._has_gain else energy
+        return energy.sqrt_().mul_(self._gains(layer, "mlp", rows.device)[0]) if self._has_gain else energy
 
     @torch.no_grad()
     def _attention_by_torch(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
         energies = self._factored_attention(layer, rows)
         if not self._has_gain:
             return energies
-        gains = self._vectors(layer, "self_attn", "gain", rows.device)
+        gains = self._gains(layer, "self_attn", rows.device)
         return AttentionEnergy(*(energy.sqrt_().mul_(gain) for energy, gain in zip(energies, gains, strict=True)))
 
     def _factored_mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Estimator:
         if key not in self._placed:
             factors = [self.layers[layer.index].factors[name] for name in FACTORED[part]]
             down, ups = torch.cat([factor.down for factor in factors]), [factor.up.t() for factor in factors]
-            gain = torch.cat(self._vectors(layer, part, "gain", like.device)) if self._has_gain else None
+            gain = torch.cat(self._gains(layer, part, like.device)) if self._has_gain else None
             if part == "mlp":
                 up, rest = torch.cat(ups), _mlp_biases(layer)
             else:
@@ -179,11 +179,12 @@ class Estimator:
             self._placed[key] = (down.to(like).contiguous(), up.to(like).contiguous(), *rest, gain)
         return self._placed[key]
 
-    def _vectors(self, layer: DecoderLayer, part: str, what: str, device: torch.device) -> list[Tensor]:
-        key = (layer.index, part, what, device)
+    def _gains(self, layer: DecoderLayer, part: str, device: torch.device) -> list[Tensor]:
+        """The gains of a part's channels, on ``device``."""
+        key = (layer.index, part, device, "gain")
         if key not in self._placed:
-            vectors = getattr(self.layers[layer.index], what)
-            self._placed[key] = [vectors[name].to(device) for name in ENERGIES[part]]
+            gain = self.layers[layer.index].gain
+            self._placed[key] = [gain[name].to(device) for name in ENERGIES[part]]
         return self._placed[key]
 
 

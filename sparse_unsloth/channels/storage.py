@@ -50,8 +50,8 @@ def save_estimator(
     for index, estimate in estimator.layers.items():
         for name, factors in estimate.factors.items():
             tensors[f"{index}.{name}.down"], tensors[f"{index}.{name}.up"] = factors
-        for what in ("energy", "gain"):
-            tensors |= {f"{index}.{what}.{name}": vector for name, vector in getattr(estimate, what).items()}
+        for field in ("energy", "gain"):
+            tensors |= {f"{index}.{field}.{name}": vector for name, vector in getattr(estimate, field).items()}
         fingerprints |= {
             f"{index}.{part}": fingerprint(layers[index], part) for part in FACTORED if estimator.covers(index, part)
         }

@@ -127,9 +127,9 @@ class Observer:
             return
         figures = observation.figures[key] = {}
         before = self._before.channels.get(key)
-        if before is not None and [len(one) for one in before] == [len(one) for one in channels]:
+        if before is not None and list(map(len, before)) == list(map(len, channels)):
             size = layer.intermediate_size if mlp else layer.num_kv_heads * layer.head_dim
-            kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
+            kept = [_overlap(old, new, size) for old, new in zip(before, channels, strict=True)]
             figures["overlap"] = torch.stack(kept).mean()
         rows = observation.places if context_alone else observation.rows
         if rows is None or not len(rows):
@@ -188,11 +188,11 @@ def _plain(observation: Observation) -> dict[str, Any]:
     record = dict(observation.record)
     saved = record.pop("saved_by_part")
     keys = list(observation.figures)
-    flat = [(key, what, value) for key in keys for what, value in observation.figures[key].items()]
+    flat = [(key, metric, value) for key in keys for metric, value in observation.figures[key].items()]
     values = torch.stack([value.to("cpu", torch.float32) for *_, value in flat]).tolist() if flat else []
     layers: dict[tuple[int, str], dict[str, Any]] = {}
     for index, name in sorted(keys):
         layers[index, name] = {"layer": index, "part": name, "saved_flops": saved[index, name]}
-    for (key, what, _), value in zip(flat, values, strict=True):
-        layers[key][what] = value
+    for (key, metric, _), value in zip(flat, values, strict=True):
+        layers[key][metric] = value
     return record | {"layers": list(layers.values())}

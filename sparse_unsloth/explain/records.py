@@ -61,9 +61,9 @@ def _is_row_sparse(folder: Path) -> bool:
     return bool(files) and SparsityConfig.from_file(files[-1]).row_sparse
 
 
-def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:
+def values(record: Mapping[str, Any], part: str, metric: str) -> dict[int, float]:
     """One figure of one part by layer, for the layers that have it."""
-    return {row["layer"]: row[what] for row in record["layers"] if row["part"] == part and what in row}
+    return {row["layer"]: row[metric] for row in record["layers"] if row["part"] == part and metric in row}
 
 
 def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -75,18 +75,18 @@ def means(record: Mapping[str, Any]) -> dict[str, float]:
     """Values for a log line: the mean of each figure over the layers, and the FLOPs that the forward saved."""
     lines = {"sparsity/saved_flops": record["saved_flops"]}
     for part in parts([record]):
-        for what in FIGURES:
-            found = values(record, part, what)
+        for metric in FIGURES:
+            found = values(record, part, metric)
             if found:
-                lines[f"sparsity/{what}/{part}"] = sum(found.values()) / len(found)
+                lines[f"sparsity/{metric}/{part}"] = sum(found.values()) / len(found)
     return lines
 
 
 def by_layer(record: Mapping[str, Any]) -> dict[str, float]:
     """Values for a log line: each figure of each layer."""
     return {
-        f"sparsity/{what}/{row['part']}/layer_{row['layer']:02}": row[what]
+        f"sparsity/{metric}/{row['part']}/layer_{row['layer']:02}": row[metric]
         for row in record["layers"]
-        for what in (*FIGURES, "saved_flops")
-        if what in row
+        for metric in (*FIGURES, "saved_flops")
+        if metric in row
     }

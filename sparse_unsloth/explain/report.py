@@ -43,22 +43,22 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for part in parts(records):
         sentences = []
-        for what in FIGURES:
-            found = layer_means(records, part, what)
+        for metric in FIGURES:
+            found = layer_means(records, part, metric)
             if found:
                 worst = min(found, key=found.get)
                 mean = sum(found.values()) / len(found)
-                sentences.append(f"{TITLES[what]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
+                sentences.append(f"{TITLES[metric]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
         lines.append(f"{PARTS[part]}: {'; '.join(sentences)}.")
     lines += _advice(records)
     return lines
 
 
-def layer_means(records: Sequence[Mapping[str, Any]], part: str, what: str) -> dict[int, float]:
+def layer_means(records: Sequence[Mapping[str, Any]], part: str, metric: str) -> dict[int, float]:
     """One figure of one part by layer, averaged over the records that have it."""
     found: dict[int, list[float]] = {}
     for record in records:
-        for layer, value in values(record, part, what).items():
+        for layer, value in values(record, part, metric).items():
             found.setdefault(layer, []).append(value)
     return {layer: sum(of) / len(of) for layer, of in sorted(found.items())}
 
@@ -67,11 +67,11 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """The report: summary, table by layer, picture."""
     lines = ["# What sparsity did", "", *(f"- {line}" for line in summary(records)), ""]
     present = parts(records)
-    columns = [(part, what) for part in present for what in (*FIGURES, "saved_flops")]
+    columns = [(part, metric) for part in present for metric in (*FIGURES, "saved_flops")]
     table = {column: layer_means(records, *column) for column in columns}
     columns = [column for column in columns if table[column]]
     short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved"}
-    heading = ["layer", *(f"{PARTS[part]}: {short[what]}" for part, what in columns)]
+    heading = ["layer", *(f"{PARTS[part]}: {short[metric]}" for part, metric in columns)]
     lines += [f"| {' | '.join(heading)} |", f"|{' ---: |' * len(heading)}"]
     for layer in sorted({layer for column in columns for layer in table[column]}):
         cells = [f"{table[column][layer]:.1%}" if layer in table[column] else "" for column in columns]
@@ -96,14 +96,14 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     (captured, overlap), (steps, savings) = figure.subplots(2, 2)
-    for axes, what in ((captured, "captured"), (overlap, "overlap")):
-        _draw_layers(axes, records, what)
+    for axes, metric in ((captured, "captured"), (overlap, "overlap")):
+        _draw_layers(axes, records, metric)
     for part in parts(records):
-        for what, style in (("captured", "-"), ("overlap", "--")):
-            of = {r["step"]: values(r, part, what) for r in records}
+        for metric, style in (("captured", "-"), ("overlap", "--")):
+            of = {r["step"]: values(r, part, metric) for r in records}
             line = {step: sum(found.values()) / len(found) for step, found in of.items() if found}
             if line:
-                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {what}")
+                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {metric}")
     steps.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
     steps.legend(fontsize="small")
     for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen-weight matmuls left out")):
@@ -113,17 +113,17 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], what: str) -> None:
+def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], metric: str) -> None:
     """Draws the mean over the records, and the band from the least to the greatest."""
     for part in parts(records):
-        found = layer_means(records, part, what)
+        found = layer_means(records, part, metric)
         if not found:
             continue
-        every = [values(record, part, what) for record in records]
+        every = [values(record, part, metric) for record in records]
         low, high = ([pick(of[layer] for of in every if layer in of) for layer in found] for pick in (min, max))
         (line,) = axes.plot(list(found), list(found.values()), marker=".", label=PARTS[part])
         axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[what])
+    axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[metric])
     axes.legend(fontsize="small", loc="lower right")
 
 
