@@ -172,8 +172,8 @@ class SparsityConfig(_Config):
     turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
     unchanged."""
     cuda_graphs: Switch = False
-    """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: short sequences,
-    small models, small batches. It needs Unsloth's Llama-like layers and gradient checkpointing. Sequences are
+    """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
+    micro-batches, few loss tokens. It needs Unsloth's Llama-like layers and gradient checkpointing. Sequences are
     right-padded to length buckets, by an eighth at most from 128 tokens on, and some context tokens stay dense. Dense
     training is captured too, also without prompts; forwards without labels run without graphs."""
     start_step: Step = 0.05
