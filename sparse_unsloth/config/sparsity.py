@@ -153,7 +153,9 @@ class SparsityConfig(_Config):
     """`rows` (recommended): `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
     published recipe, scaled to the model's depth. `dense`: no sparsity."""
     mlp: Rules = {}
+    """Layer rules: the share of MLP channels that context tokens leave out."""
     self_attn: Rules = {}
+    """Layer rules: the share of attention channels that context tokens leave out."""
     estimator: EstimatorConfig = EstimatorConfig()
     criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
     """What ranks the channels; all but `estimator` are baselines for studies."""
@@ -179,7 +181,7 @@ class SparsityConfig(_Config):
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
-    """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
+    """First step of the dense tail, in the same units; 1.0: no tail, as in the published recipes."""
     explain_steps: NonNegative = 50
     """Sparse steps between two records of the channel selection: how many channels are new, and how much energy they
     capture of what the best ones would (`sparse-unsloth explain`); 0: no records."""
