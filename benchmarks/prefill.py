@@ -80,8 +80,8 @@ def measure(model, method: str, arguments: argparse.Namespace) -> dict:
         return time.perf_counter() - start
 
     times = {sparse: [seconds(sparse) for _ in range(2)] for sparse in (False, True)}
-    if state.said:
-        sys.exit("; ".join(sorted(state.said)))
+    if state.warned:
+        sys.exit("; ".join(sorted(state.warned)))
     times = {sparse: [] for sparse in times}
     for _ in range(arguments.repeats):
         for sparse, own in times.items():

@@ -1,6 +1,6 @@
-"""Installs the sparse paths on a model, proves that they run, reports them, and takes them off again.
+"""Attaches sparse paths to a model: installs hooks, proves them with a probe forward, reports them; and detaches them.
 
-Unloading the adapters takes them off too, and what PEFT returns is a plain model then.
+Unloading the adapters detaches them too, so PEFT returns a plain model.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def attach(
     """Makes ``model`` train sparsely; every other use of it stays dense.
 
     Args:
-        model: the outermost model, where labels enter: normally the ``PeftModel``. It is changed in place, instance by
-            instance; no class is touched.
+        model: the outermost model, where labels enter: normally the ``PeftModel``. Its instances are changed in
+            place, no class is.
         sparsity: a configuration, the path of one, a mapping, or a preset's name.
         calibration_samples: batches as the model receives them (``input_ids``, ``labels``, ``attention_mask``, ...),
-            for the estimators that calibrate. Without them such an estimator waits for the trainer's first samples.
+            for calibrated estimators. Without them such an estimator waits for the trainer's first samples.
 
     Returns:
         What was hooked in each layer.
 
     Raises:
         AttachError: a layer that the configuration names cannot be made sparse, differs from what the sparse function
-            computes, or did not run in the probe forward; or the model, or one around it or inside, is attached. The
-            model is then as before.
+            computes, or did not run in the probe forward; or the model, or one around it or inside, is attached
+            already. The model is then unchanged.
         ConfigError: the configuration is wrong, or names layers that the model does not have.
         EstimatorError: the estimator's file does not fit or is damaged, or the samples cannot calibrate.
     """
@@ -84,7 +84,7 @@ def attach(
         _keep_four_bit_weights_unpacked(state, on=True)
         for runtime in state.runtimes.values():
             state.backend.install(runtime)
-        removed = _remove_rows_without_loss(state)
+        skipped = _skip_unused_rows(state)
         _replace_whole_layers(state)
         register_hooks(state)
         _keep_uncompiled(state)
@@ -98,13 +98,13 @@ def attach(
     _save_config_with_adapter(model)
     _watch(state)
     forget_bases(module for layer in layers for module in layer.projections().values())
-    done = report(state, removed)
-    _warn_if_slow(done)
-    return done
+    attached = report(state, skipped)
+    _warn_if_slow(attached)
+    return attached
 
 
 def detach(model: nn.Module) -> None:
-    """Takes every sparse path off ``model`` again; its own forwards, hooks and methods are those of before.
+    """Removes every sparse path from ``model`` and restores its own forwards, hooks and methods.
 
     Raises:
         AttachError: the model is not attached.
@@ -141,7 +141,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _refuse_shared_modules(state: SparsityState) -> None:
-    """Raises AttachError where two layers have a module in common: its calls would be told apart by nothing."""
+    """Raises AttachError where two layers share a module, whose calls could not be told apart."""
     owners: dict[nn.Module, str] = {}
     for runtime in state.runtimes.values():
         layer = runtime.layer
@@ -152,10 +152,10 @@ def _refuse_shared_modules(state: SparsityState) -> None:
 
 
 def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
-    """Unsloth's hook points where its fast path put them, else the projections.
+    """The Unsloth backend where Unsloth's fast path prepared the layers, else the PEFT backend.
 
     Raises:
-        AttachError: a model that Unsloth runs through its compiled path, which has no hook points.
+        AttachError: Unsloth runs the model through its compiled path, which has no hook points.
     """
     if "apply_qkv" in layers[0].self_attn.__dict__:
         return unsloth.BACKEND
@@ -167,11 +167,11 @@ def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
     return peft.BACKEND
 
 
-def _remove_rows_without_loss(state: SparsityState) -> str:
-    """Hooks the exact removal (design section 5) where the configuration wants it and the backend has it.
+def _skip_unused_rows(state: SparsityState) -> str:
+    """Hooks loss and last layer to skip unused rows (docs/how-it-works.md, section 5), if configured and supported.
 
     Returns:
-        What leaves such rows out, for the report.
+        Where they are skipped, for the report.
     """
     if state.backend.name != "unsloth" or not state.config.exact_removal:
         return ""
@@ -179,16 +179,17 @@ def _remove_rows_without_loss(state: SparsityState) -> str:
     state.handles.append(install_loss_removal(state.model, last.module, CONTEXT_ARGUMENT))
     stack = state.model.get_submodule(last.name.rpartition(".")[0])
     if not isinstance(stack, nn.ModuleList) or stack[-1] is not last.module:
-        return "logits and loss; not the last layer, which is of another kind than the others"
+        return "logits and loss; not the last layer, which is built differently from the others"
     runtime = state.runtimes.get(last.index) or LayerRuntime(state, last, state.layer_sparsity[-1])
-    left = unsloth.install_on_last_layer(runtime)
-    state.last_layer = runtime if runtime.parts else None
-    done = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.parts)]
-    return "; ".join([", ".join(done), *(f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in left.items())])
+    problems = unsloth.install_on_last_layer(runtime)
+    state.last_layer = runtime if runtime.loss_only_parts else None
+    skipped = ["logits and loss", *(LAST_LAYER_PARTS[part] for part in runtime.loss_only_parts)]
+    others = [f"not {LAST_LAYER_PARTS[part]}: {reason}" for part, reason in problems.items()]
+    return "; ".join([", ".join(skipped), *others])
 
 
 def _replace_whole_layers(state: SparsityState) -> None:
-    """Lets the layers of a sparse model run as a whole where that is faster, dense ones among them too."""
+    """Replaces the forward of layers that can run as whole layers, dense ones included."""
     if state.backend.name != "unsloth" or not (state.runtimes or state.dense_with_graphs):
         return
     state.whole_forwards = [
@@ -204,14 +205,14 @@ def _replace_whole_layers(state: SparsityState) -> None:
 
 
 def _keep_uncompiled(state: SparsityState) -> None:
-    """Keeps hooked layers out of Unsloth's compiled regions."""
+    """Excludes hooked layers from Unsloth's compiled regions."""
     for layer in filter(state.runtime, state.layers):
         state.uncompiled[layer.index] = Uncompiled(layer.module)
         state.handles.append(state.uncompiled[layer.index])
 
 
 def _keep_proved_layers(state: SparsityState) -> None:
-    """Gives layers whose whole forward failed in the probe their own back; what is sparse in them stays hooked."""
+    """Restores the own forward of layers whose whole-layer forward failed in the probe; sparse parts stay hooked."""
     for runtime in state.whole_forwards:
         if not runtime.not_whole:
             continue
@@ -221,11 +222,11 @@ def _keep_proved_layers(state: SparsityState) -> None:
 
 
 def _prepare_graphs(state: SparsityState) -> None:
-    """Raises AttachError where `cuda_graphs` is wanted and no layer has the form for it, or there is no GPU."""
+    """Makes the graph cache for `cuda_graphs`; raises AttachError where no layer can be captured, or without a GPU."""
     if not state.config.cuda_graphs:
         return
     layers = [*state.whole_forwards] or [*state.runtimes.values()]
-    if not layers:  # dense: the backend has no whole layers, and none has a hook
+    if not layers:  # a dense model on a backend without whole layers
         raise AttachError(
             f"cuda_graphs: no layer of this model can be captured: {peft.NO_GRAPHS}. Set cuda_graphs: false."
         )
@@ -236,14 +237,14 @@ def _prepare_graphs(state: SparsityState) -> None:
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")
     if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
         raise AttachError(
-            "cuda_graphs: the layers lie on several devices, and a recording is one device's. Set cuda_graphs: false."
+            "cuda_graphs: the layers are on several devices, and a CUDA graph is of one. Set cuda_graphs: false."
         )
     state.graphs = GraphCache()
     _try_documents(state)
 
 
 def _try_documents(state: SparsityState) -> None:
-    """Whether attention within packed documents can be recorded; a warning where it cannot, on a GPU."""
+    """Tests whether attention within packed documents can be captured; warns where it cannot on a GPU."""
     layer = state.layers[0]
     like = layer.module.input_layernorm.weight.detach()
     if not like.is_cuda:
@@ -254,24 +255,24 @@ def _try_documents(state: SparsityState) -> None:
     if reason:
         state.graphs.captures_documents = False
         logger.warning(
-            "cuda_graphs: attention within packed documents cannot be recorded (%s). In packed and padding-free "
-            "batches it runs as it is, between recordings of what is before and behind it.",
+            "cuda_graphs: attention within packed documents cannot be captured (%s). In packed and padding-free "
+            "batches it runs between the CUDA graphs of what is before and after attention.",
             reason,
         )
 
 
 def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | None) -> None:
-    """Lets channels be chosen, unless that waits for the trainer's first samples.
+    """Loads or builds the estimator, unless it waits for the trainer's first samples.
 
     Raises:
-        EstimatorError: the estimator cannot be had (see `obtain_estimator`).
+        EstimatorError: see `obtain_estimator`.
     """
     config = state.config
     if state.row_sparse or not state.runtimes:
         return
     if config.criterion != "estimator":
         state.use(None)
-    elif is_main():  # rank 0 makes it for all, see `SparsityState.begin_training`
+    elif is_main():  # rank 0 builds it for all, see `SparsityState.begin_training`
         model = state.model, state.layers, state.layer_sparsity, config.estimator
         chosen = {"dense_tokens": config.dense_tokens, "seed": config.seed}
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
@@ -280,10 +281,10 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
 
 
 def _probe(state: SparsityState) -> None:
-    """A training-mode forward of a few tokens must pass every hooked part, and hand it this forward's context.
+    """Proves with a forward of four tokens in training mode that every hooked part runs and receives its context.
 
     Raises:
-        AttachError: some part was not reached.
+        AttachError: a part was not reached.
     """
     if not (state.runtimes or state.last_layer or state.whole_layers):
         return
@@ -293,7 +294,7 @@ def _probe(state: SparsityState) -> None:
     ids = torch.arange(4, device=parameter.device)[None]
     partition = TokenPartition.from_labels(torch.where(ids < 3, -100, ids))
     context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
-    context.loss_reached = True  # nobody reads what this forward returns
+    context.loss_reached = True  # the output of this forward is unused
     context.probe = True
     for index, runtime in state.runtimes.items():
         layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
@@ -309,20 +310,21 @@ def _probe(state: SparsityState) -> None:
     if missing:
         raise AttachError(
             f"A probe forward did not reach {len(missing)} of {len(expected)} hooked parts: "
-            f"{state.name_parts(missing)}. {type(state.model).__name__} does not hand keyword arguments on to its "
-            "decoder layers, or does not call the projections that it has; it has no sparse path."
+            f"{state.name_parts(missing)}. {type(state.model).__name__} does not pass keyword arguments to its "
+            "decoder layers, or does not call its projections, so it has no sparse path. Train it dense "
+            "(sparsity=None)."
         )
 
 
 def _warn_if_slow(report: AttachReport) -> None:
-    """Says where layers do not run in the fastest way that was asked for; the last layer alone never matters."""
-    few = report.whole_layers < len(report.layers) - 1 and report.not_whole
-    if few or (report.captured_layers and report.captured_layers < len(report.layers) - 1):
+    """Warns where layers run slower than configured; the last layer alone does not count."""
+    slow = report.whole_layers < len(report.layers) - 1 and report.not_whole
+    if slow or (report.captured_layers and report.captured_layers < len(report.layers) - 1):
         logger.warning("Training is exact, and slower than it could be:\n%s", "\n".join(report.speed_lines()))
 
 
 def _save_config_with_adapter(model: nn.Module) -> None:
-    """Lets ``save_pretrained`` write configuration and estimator beside the adapter, which stays a plain PEFT one."""
+    """Makes ``save_pretrained`` write configuration and estimator beside the adapter, a plain PEFT adapter."""
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__["_sparse_save_pretrained"] = model.__dict__.get("save_pretrained")
@@ -342,7 +344,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
         save_estimator_with_adapter(state, Path(save_directory))
         if unsaved := left_unsaved(self, Path(save_directory)):
             state.warn_once(
-                f"{len(unsaved)} trained tensors are no part of the adapter, and were not saved with it: "
+                f"{len(unsaved)} trained tensors are not part of the adapter, and were not saved with it: "
                 f"{', '.join(unsaved[:3])}{', ...' if len(unsaved) > 3 else ''}. Name their modules in "
                 "modules_to_save, or save them yourself."
             )
@@ -350,7 +352,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
 
 
 def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:
-    """bitsandbytes repacks 4-bit weights for CPU inference in an evaluation forward; afterwards they cannot train."""
+    """Keeps bitsandbytes from repacking 4-bit weights for CPU inference in evaluation: they could not train then."""
     for layer in state.layers:
         for module in layer.projections().values():
             base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
@@ -364,9 +366,9 @@ def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:
 
 
 def _watch(state: SparsityState) -> None:
-    """Lets whoever unloads the adapters detach the model, and finds the state from each decoder layer.
+    """Makes unloading the adapters detach the model, and lets the state be found from each decoder layer.
 
-    PEFT returns the base model then, whose decoder layers are the attached ones.
+    Unloading returns the base model, whose decoder layers are the attached ones.
     """
     for layer in state.layers:
         layer.module.__dict__["_sparsity_state"] = state
@@ -381,7 +383,7 @@ def _watch(state: SparsityState) -> None:
 
 
 def _unwatch(state: SparsityState) -> None:
-    """Undoes `_watch`, as far as it came."""
+    """Undoes `_watch`, also after a part of it."""
     for layer in state.layers:
         layer.module.__dict__.pop("_sparsity_state", None)
     for tuner in _tuners(state.model):
@@ -393,10 +395,9 @@ def _unwatch(state: SparsityState) -> None:
 
 
 def _set_up_process(state: SparsityState) -> None:
-    """What an attached model needs of its process: trainers that drive it, and PEFT's wrappers noticed.
+    """Prepares the process for attached models: trainers drive them, and PEFT may not wrap them.
 
-    And ``torch.compile`` leaves this package's functions alone: they decide by what they find, and would be compiled
-    for it.
+    Also excludes this package's functions from ``torch.compile``, since they branch on data.
     """
     global _is_set_up
     if not _is_set_up:
@@ -412,7 +413,7 @@ def _set_up_process(state: SparsityState) -> None:
 
 
 def _attached_model(model: nn.Module) -> nn.Module | None:
-    """The attached model that has layers of ``model``, or None; one whose adapters were unloaded is detached."""
+    """The attached model that shares layers with ``model``, or None; one whose adapters were unloaded is detached."""
     for module in model.modules():
         state: SparsityState | None = module.__dict__.get("_sparsity_state")
         if state is not None and not _is_unloaded(state):
@@ -423,12 +424,12 @@ def _attached_model(model: nn.Module) -> nn.Module | None:
 
 
 def _tuners(model: nn.Module) -> list[nn.Module]:
-    """PEFT's modules inside ``model`` that can unload their adapters."""
+    """The modules of PEFT inside ``model`` that can unload their adapters."""
     return [module for module in model.modules() if all(hasattr(type(module), name) for name in UNLOADING)]
 
 
 def _is_unloaded(state: SparsityState) -> bool:
-    """Whether a projection of an attached layer is the bare one now that had an adapter around it."""
+    """Whether an attached projection was replaced by its base layer."""
     for layer in state.layers:
         for old, now in zip(state.projections[layer.index], layer.projections().values(), strict=True):
             if old is not now and hasattr(old, "get_base_layer") and old.get_base_layer() is now:
@@ -445,11 +446,11 @@ def _unload(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 UNLOADING = {"merge_and_unload": _merge_and_unload, "unload": _unload}
-"""What PEFT's tuners take their adapters off by, and what stands there while the model is attached."""
+"""The methods by which PEFT's tuners unload their adapters, and their replacements while the model is attached."""
 
 
 def _unload_and_detach(tuner: nn.Module, name: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """As PEFT's; the model is detached then, and stays as it is where that failed."""
+    """Calls PEFT's method ``name``, then detaches the model; an error of PEFT leaves it attached."""
     original = tuner.__dict__["_sparse_unloading"][name]
     base = getattr(type(tuner), name)(tuner, *args, **kwargs) if original is None else original(*args, **kwargs)
     state = tuner.__dict__.get("_sparsity_state")
@@ -463,15 +464,14 @@ _is_set_up = False
 
 
 def _refuse_wrapping(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Called when a module gets a child: PEFT begins to build another model around an attached one.
+    """Raises AttachError when PEFT begins to build another model around an attached one; called for each new child.
 
-    Raises:
-        AttachError: its trainers and `save_pretrained` would not find what is attached inside.
+    Trainers and ``save_pretrained`` of the outer model would not find the state of the attached one.
     """
     if parent._modules or child is None or not type(parent).__module__.startswith("peft."):
         return
-    kinds = {kind.__name__ for kind in type(parent).__mro__}
-    if kinds & {"BaseTuner", "PeftModel", "PeftMixedModel"} and _attached_model(child) is not None:
+    classes = {cls.__name__ for cls in type(parent).__mro__}
+    if classes & {"BaseTuner", "PeftModel", "PeftMixedModel"} and _attached_model(child) is not None:
         raise AttachError(
             f"PEFT would build another {type(parent).__name__} around layers that are attached. Add adapters first and "
             "attach last: call detach(model), then add them, then attach the model that PEFT returns. One more adapter "

@@ -1,6 +1,6 @@
-"""Drives a sparse model's schedule from a transformers ``Trainer`` (and so TRL's and Unsloth's).
+"""Drives a sparse model's schedule from a transformers ``Trainer``, and so from TRL's and Unsloth's trainers.
 
-This module imports transformers; ``sparse_unsloth`` itself imports it only when it is asked for.
+This module imports transformers; ``sparse_unsloth`` imports this module only when it is used.
 """
 
 import logging
@@ -17,24 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 class SparsityCallback(TrainerCallback):
-    """Tells a sparse model which optimiser step it is in, and logs what sparsity did.
-
-    Looks at the chosen channels (``explain_steps``) go to ``explain.jsonl`` in the trainer's output folder, for
-    `sparse-unsloth explain`; their means join the log line that follows, and so do the figures of each layer where the
-    trainer reports to an integration. The trainer's ``log_history`` has both.
+    """Tells a sparse model the optimiser step, and logs metrics of sparsity.
 
     Every ``Trainer`` built after a model was attached has one already (``register_with_trainers``). On a model that is
     not attached it does nothing; of several instances in one trainer only the first one drives.
 
-    The metrics (``sparsity/...``) join the trainer's own training log lines, those with a ``loss``, so that every
-    ``report_to`` integration shows them, and ``trainer.state.log_history`` too. An instance added by hand comes after
-    the integrations, which then miss the metrics: attach before building the trainer.
+    The metrics (``sparsity/...``) join the trainer's training log lines, those with a ``loss``, so every ``report_to``
+    integration and ``trainer.state.log_history`` show them. An instance added by hand runs after the integrations,
+    which then miss the metrics: attach before building the trainer.
 
-    The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint goes on where it stopped.
+    Records of channel selections (``explain_steps``) go to ``explain.jsonl`` in the trainer's output folder, for
+    `sparse-unsloth explain`. Their means join the next log line, and the values of each layer where the trainer reports
+    to an integration. The trainer's ``log_history`` has both.
+
+    The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint continues it.
     """
 
     def __init__(self):
-        self._sparsity: SparsityState | None = None  # the model's, while this instance drives it
+        self._sparsity: SparsityState | None = None  # the state of the model that this instance drives
         self._trainer_state = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -87,16 +87,16 @@ class SparsityCallback(TrainerCallback):
         return self._sparsity is not None and self._sparsity.driver is self
 
     def _may_drive(self, driver: object, trainer_state: object) -> bool:
-        """A driver of another trainer is a run that was interrupted (on_train_end never came), and gives way."""
+        """Whether this instance may drive: a driver of another trainer was interrupted before on_train_end."""
         if isinstance(driver, SparsityCallback) and driver is not self:
             return driver._trainer_state is not trainer_state
         return driver is None or driver is self
 
 
 def register_with_trainers() -> None:
-    """Gives every transformers ``Trainer`` built from now on a ``SparsityCallback``; calling it again changes nothing.
+    """Adds a ``SparsityCallback`` to every transformers ``Trainer`` built from now on; may be called more than once.
 
-    It comes before the trainer's ``report_to`` integrations, so that these see the metrics.
+    It runs before the trainer's ``report_to`` integrations, so that these see the metrics.
     """
     from transformers import trainer
 

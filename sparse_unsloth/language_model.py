@@ -1,4 +1,4 @@
-"""`FastSparseLanguageModel`: Unsloth's ``FastLanguageModel`` with sparse paths, on Unsloth or on plain PEFT."""
+"""Provides `FastSparseLanguageModel`: Unsloth's ``FastLanguageModel`` with sparse paths, on Unsloth or plain PEFT."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
+from sparse_unsloth.attachment import attach, get_state
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
-from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
 from sparse_unsloth.runtime import prefill
 from sparse_unsloth.utils.distributed import from_main, has_group, is_main, world_size
@@ -26,9 +26,10 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 
 class FastSparseLanguageModel:
-    """Loads models and adds LoRA as ``unsloth.FastLanguageModel`` does, with the same arguments and defaults.
+    """Loads models and adds LoRA like ``unsloth.FastLanguageModel``, with the same arguments and defaults.
 
-    The two additions are ``backend=`` of `from_pretrained` and ``sparsity=`` of `get_peft_model`.
+    Added arguments: ``backend`` and ``sparsity`` of `from_pretrained`, ``sparsity`` and ``calibration_samples`` of
+    `get_peft_model`, ``sparse_prefill`` of `for_inference`.
     """
 
     @staticmethod
@@ -42,12 +43,12 @@ class FastSparseLanguageModel:
         sparsity: Sparsity = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
-        """Loads a model and its tokenizer, from the hub or a folder; a folder with a LoRA adapter loads its base too.
+        """Loads a model and its tokenizer from the hub or a folder; for a folder with a LoRA adapter, its base too.
 
-        The folder of a checkpoint, or of a run that `sparse-unsloth train` finished, means the adapter in it. It comes
-        with the token embeddings and the tokenizer that were saved with it, the latter else from its base.
+        The folder of a checkpoint, or of a finished run of `sparse-unsloth train`, means the adapter in it. The token
+        embeddings saved with the adapter are loaded, and its tokenizer, else that of its base.
 
-        An adapter that was saved from a sparse run has its sparsity configuration beside it, and is attached with it.
+        An adapter saved from a sparse run is attached with the sparsity configuration saved beside it.
 
         Args:
             model_name: hub name or folder.
@@ -55,9 +56,9 @@ class FastSparseLanguageModel:
             dtype: of weights and activations; None takes bfloat16 on GPUs that have it, float16 on others, float32 on
                 the CPU.
             load_in_4bit: quantise the base weights to NF4 (QLoRA); False keeps ``dtype``.
-            backend: "unsloth" needs a CUDA GPU and Unsloth; "peft" runs anywhere; "auto" takes Unsloth where both are
-                there, and says what it took.
-            sparsity: for an adapter folder, in place of the saved configuration ("dense" trains it on densely).
+            backend: "unsloth" needs a CUDA GPU and Unsloth; "peft" runs anywhere; "auto" chooses Unsloth where it can
+                run, and prints its choice.
+            sparsity: for an adapter folder, replaces the saved configuration ("dense" continues without sparsity).
             **kwargs: as Unsloth's ``from_pretrained`` takes them (``token``, ``revision``, ``device_map``,
                 ``trust_remote_code``, ``gguf_file``, ...).
 
@@ -65,7 +66,7 @@ class FastSparseLanguageModel:
             ``(model, tokenizer)``.
 
         Raises:
-            BackendError: the backend cannot run here, or cannot do what an argument asks for.
+            BackendError: the backend cannot run here, or does not support an argument.
             DataError: an adapter that is damaged, does not fit its base model, or whose base cannot be loaded.
         """
         chosen = choose_backend(backend)
@@ -75,7 +76,7 @@ class FastSparseLanguageModel:
         model.__dict__["_sparse_backend"] = chosen.NAME
         saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
-            _say(attach(model, saved if sparsity is None else sparsity))
+            _print(attach(model, saved if sparsity is None else sparsity))
             get_state(model).adapter_folder = Path(name)
         elif sparsity is not None:
             raise BackendError(
@@ -96,23 +97,23 @@ class FastSparseLanguageModel:
         calibration_samples: list[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        """Adds LoRA adapters and attaches the sparse paths; prints what became sparse in each layer.
+        """Adds LoRA adapters, attaches the sparse paths, and prints the report of each layer.
 
         Args:
             model: from `from_pretrained`.
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
             sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("rows", the default: an
-                exact forward, and a backward pass through a quarter of the context rows; "o1", "o2", "dense"), or
-                "auto": `calibrate` chooses each layer's on ``calibration_samples``, at its default budget.
-            calibration_samples: batches as the model receives them, for estimators that calibrate; without them the
-                trainer's first samples are taken when training begins.
+                exact forward, and a backward pass through a quarter of the context tokens; "o1", "o2", "dense"), or
+                "auto": `calibrate` chooses each layer's sparsity on ``calibration_samples``, at its default budget.
+            calibration_samples: batches as the model receives them, for calibrated estimators. Without them the
+                trainer's first samples are used when training begins.
             **kwargs: as Unsloth's ``get_peft_model`` takes them (``use_gradient_checkpointing="unsloth"``,
                 ``random_state=3407``, ``use_rslora``, ``layers_to_transform``, ``modules_to_save``, ...).
 
         Raises:
             AttachError, ConfigError, EstimatorError: see `attach`.
-            BackendError: the backend cannot do what an argument asks for.
+            BackendError: the backend does not support an argument.
             CalibrationError: see `calibrate`; or "auto" without samples.
             ConfigError: also for target modules, or ``modules_to_save``, that the model does not have.
         """
@@ -149,13 +150,13 @@ class FastSparseLanguageModel:
 
                 PartialState()
             config, lines = from_main(choose)
-            _say(*lines)
-        _say(attach(model, config, calibration_samples))
+            _print(*lines)
+        _print(attach(model, config, calibration_samples))
         return model
 
     @staticmethod
     def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
-        """Switches to training; returns the model. None keeps the checkpointing mode that the model has."""
+        """Switches to training and returns the model. None keeps the model's checkpointing mode."""
         state = get_state(model)
         if state is not None:
             prefill.switch(state, on=False)
@@ -163,29 +164,28 @@ class FastSparseLanguageModel:
 
     @staticmethod
     def for_inference(model: nn.Module, sparse_prefill: bool | None = None) -> nn.Module:
-        """Switches to generation; returns the model.
+        """Switches to generation and returns the model.
 
         Args:
-            sparse_prefill: compute prompts as they were in training, on the channels that the estimator chooses for the
-                batch (`runtime.prefill`); the last token of each prompt and what is decoded are dense. Without a cache
-                (``use_cache=False``) everything is. None: as the configuration's ``sparse_prefill`` says, which
-                is off by default.
+            sparse_prefill: whether prompts are computed as in training, on channels selected for the batch
+                (`runtime.prefill`). The last token of each prompt and decoded tokens are dense; without a cache
+                (``use_cache=False``) all tokens are. None: the configuration's ``sparse_prefill``, off by default.
 
         Raises:
-            SparsityError: asked for, and the model is not attached or has no sparse layer.
-            EstimatorError: asked for, and there is no estimator yet, nor one stored beside the adapter that fits.
+            SparsityError: ``sparse_prefill`` for a model that is not attached or has no sparse layer.
+            EstimatorError: ``sparse_prefill`` without an estimator, and without one beside the adapter that fits.
         """
         state = get_state(model)
         if state is None and sparse_prefill:
             raise SparsityError("sparse_prefill: the model is not attached; attach(model, sparsity) comes first.")
         if state is not None:
-            wanted = state.config.sparse_prefill and bool(state.runtimes) if sparse_prefill is None else sparse_prefill
-            prefill.switch(state, wanted)
+            configured = state.config.sparse_prefill and bool(state.runtimes)
+            prefill.switch(state, configured if sparse_prefill is None else sparse_prefill)
         return load_backend(_backend_name(model)).for_inference(model)
 
 
-def _say(*lines: Any) -> None:
-    """Prints on one of the processes that were launched together."""
+def _print(*lines: Any) -> None:
+    """Prints on the main process."""
     if is_main():
         print(*lines, sep="\n")
 

@@ -1,4 +1,4 @@
-"""The attached model against plain PEFT, and against a masked model that is built from hooks alone."""
+"""Attached models compared with plain PEFT, and with a masked model built from hooks alone."""
 
 import copy
 
@@ -61,7 +61,7 @@ def test_sparse_model_equals_masked_model(family, side, criterion, monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_uses_its_own_forward(reentrant):
-    """Two forwards in flight, then both backwards: gradients equal those without checkpointing."""
+    """Two forwards before both backward passes: gradients equal those without checkpointing."""
     batches = [make_batch(1), make_batch(2, lengths=((4, 3), (6, 1)))]
     expected = None
     for checkpointing in (False, True):
@@ -401,7 +401,7 @@ def test_last_prompt_token_is_dense_and_a_long_prompt_spares_the_others():
 
 
 def test_forwards_do_not_pile_up():
-    """The older implementation wrapped module.forward again at every step."""
+    """Regression: the older implementation wrapped module.forward again at every step."""
     model = make_lora()
     attach(model, always())
     mlp = model.get_base_model().model.layers[0].mlp

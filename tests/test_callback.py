@@ -28,7 +28,7 @@ class Line(nn.Module):
 
 
 class FakeState:
-    """What `SparsityCallback` needs of a SparsityState; records the calls."""
+    """The part of SparsityState that `SparsityCallback` uses; notes the calls."""
 
     def __init__(self, config=None, num_layers=4):
         self.config = config or SparsityConfig(preset="o2", start_step=1, end_step=3)
@@ -62,7 +62,7 @@ class FakeState:
 
 
 class Integration(TrainerCallback):
-    """Stands where `report_to` integrations stand."""
+    """Stands for a `report_to` integration."""
 
     def __init__(self):
         self.logs = []

@@ -1,4 +1,4 @@
-"""Pushing an attached model to the hub sends what a plain one sends, and its sparsity; the hub is only recorded."""
+"""Pushing an attached model to the hub sends a plain model's files and its sparsity; the hub is a stand-in."""
 
 from pathlib import Path
 from types import SimpleNamespace

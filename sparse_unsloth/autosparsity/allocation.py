@@ -1,4 +1,4 @@
-"""Which sparsity each part gets: a multiple-choice knapsack, solved exactly by HiGHS through SciPy."""
+"""Allocates a sparsity to each part: a multiple-choice knapsack problem, solved exactly by HiGHS through SciPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GAP = 1e-6
 
 
 class Option(NamedTuple):
-    """One sparsity of a part: the loss it adds, in nats, and its FLOPs, in any common unit."""
+    """One sparsity of a part: the loss that it adds, in nats, and its FLOPs, in any common unit."""
 
     sparsity: Any
     loss: float
@@ -29,14 +29,14 @@ def allocate(
 
     Args:
         options: by part, at least one each.
-        flops: at most so many in all; the sum of the losses is then the least possible.
-        loss: at most so much in all, in nats; the sum of the FLOPs is then the least possible.
+        flops: bound on the total FLOPs; the total loss is minimised.
+        loss: bound on the total loss, in nats; the total FLOPs are minimised.
 
     Returns:
         The sparsity of each part.
 
     Raises:
-        CalibrationError: no choice keeps the bound.
+        CalibrationError: no choice satisfies the bound.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -46,10 +46,10 @@ def allocate(
     losses = np.array([option.loss for _, option in flat])
     costs = np.array([option.flops for _, option in flat])
     objective, bounded, bound = (losses, costs, flops) if loss is None else (costs, losses, loss)
-    # In units of the bound and of the largest term, so that the solver's absolute tolerances mean little.
+    # Scaled by the bound and by the largest term, so that the solver's absolute tolerances hardly matter.
     unit = abs(bound) or 1.0
     parts = list(options)
-    one_each = np.array([[part == mine for part, _ in flat] for mine in parts], dtype=float)
+    one_each = np.array([[part == other for other, _ in flat] for part in parts], dtype=float)
     found = milp(
         objective / max(np.abs(objective).max(), 1e-30),
         integrality=np.ones(len(flat)),

@@ -1,7 +1,7 @@
-"""FLOPs of a recipe: of the context tokens' frozen products alone, which a budget is of, and of a whole training step.
+"""Counts FLOPs of a recipe: of the context tokens' frozen-weight matmuls, which a budget bounds, and of a whole step.
 
-The first does not depend on the data, the second does: where 24 % of the tokens are context, half of their products is
-a small part of the step.
+The first does not depend on the data, the second does: if 24 % of the tokens are context tokens, half of their matmuls
+is a small part of the step.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 
 
 def frozen_share(shape: ModelShape, recipe: Sequence[LayerSparsity], estimator_rank: int = 0) -> float:
-    """FLOPs of one context token's products with frozen weights, over the dense ones.
+    """FLOPs of one context token's frozen-weight matmuls, as a share of the dense ones.
 
-    Forward and the gradient of the input, with the estimator; no LoRA, attention core or head.
+    Counts forward, input gradient and estimator; not LoRA, attention itself and the head.
     """
     return sum(_frozen(shape, recipe, estimator_rank)) / sum(_frozen(shape, [(0.0, 0.0)] * shape.num_layers))
 
 
 def part_cost(shape: ModelShape, part: str, sparsity: float, estimator_rank: int = 0) -> float:
-    """The share that ``part`` ("mlp", "self_attn") of one layer has in `frozen_share`: parts add up to a recipe's."""
-    one, is_mlp = replace(shape, num_layers=1), part == "mlp"
-    mlp, attention, scoring = _frozen(one, [(sparsity, 0.0) if is_mlp else (0.0, sparsity)], estimator_rank)
-    return ((mlp if is_mlp else attention) + scoring) / (sum(_frozen(one, [(0.0, 0.0)])) * shape.num_layers)
+    """The share of ``part`` ("mlp", "self_attn") of one layer in `frozen_share`, which is the sum over all parts."""
+    layer, is_mlp = replace(shape, num_layers=1), part == "mlp"
+    mlp, attention, scoring = _frozen(layer, [(sparsity, 0.0) if is_mlp else (0.0, sparsity)], estimator_rank)
+    return ((mlp if is_mlp else attention) + scoring) / (sum(_frozen(layer, [(0.0, 0.0)])) * shape.num_layers)
 
 
 def _frozen(shape: ModelShape, recipe, estimator_rank: int = 0) -> tuple[int, int, int]:
-    """Of the MLPs, of attention's projections, and of the estimator."""
+    """FLOPs of the MLPs, of attention's projections, and of the estimator."""
     step = TrainingStep(0, 1, [], 0, head_tokens=0, input_requires_grad=True, estimator_rank=estimator_rank)
     parts = step_flops(shape, recipe, step).parts
     return parts.mlp_base, parts.attention_projections, parts.estimator
@@ -38,9 +38,9 @@ def _frozen(shape: ModelShape, recipe, estimator_rank: int = 0) -> tuple[int, in
 
 @dataclass(frozen=True)
 class DataShape:
-    """Tokens of sample batches by role, without padding, and the lengths of their rows.
+    """Tokens of sample batches by role, without padding, and the lengths of their sequences.
 
-    A row counts as one sequence: where it packs several, the attention core is counted too large.
+    A sequence counts as one document: for packed documents the FLOPs of attention are overestimated.
     """
 
     dense_tokens: int
@@ -69,9 +69,9 @@ class DataShape:
     def step_ratio(
         self, shape: ModelShape, recipe: Sequence[LayerSparsity], lora_rank: int, estimator_rank: int = 0
     ) -> float:
-        """FLOPs of a training step with ``recipe`` over those of the dense one.
+        """FLOPs of a training step with ``recipe``, over those of the dense step.
 
-        No checkpointing, logits of the loss-bearing rows alone.
+        Counts no checkpointing, and logits of loss positions alone.
         """
 
         def total(layers, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""One estimator for every recipe that a search may try: its factors and energies hold at any sparsity."""
+"""Builds one estimator for every recipe of a search; its factors and energies are valid at any sparsity."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fit_estimator(
 
 
 def of_recipe(estimator: Estimator | None, recipe: Recipe) -> Estimator | None:
-    """``estimator`` of the recipe's sparse layers alone."""
+    """``estimator`` restricted to the recipe's sparse layers."""
     if estimator is None:
         return None
     kept = {index: estimator.layers[index] for index, layer in enumerate(recipe) if any(layer)}

@@ -1,4 +1,4 @@
-"""Measurements that outlive an interrupted calibration: one JSON line for each."""
+"""Stores measurements, one JSON line each, so that an interrupted calibration can resume."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SAMPLED_VALUES = 4096
 
 
 class Journal:
-    """Measurements by name (plain data), each written down at once; a second start with the same ``key`` finds them.
+    """Measurements (plain data) by name, each written at once. A later run with the same ``key`` reads them back.
 
     Args:
         path: the file; None keeps everything in memory.
-        key: of model, data and settings (`journal_key`). A file of another key is begun anew.
+        key: identifies model, data and settings (`journal_key`). A file with another key is overwritten.
     """
 
     def __init__(self, path: Path | None, key: str):
@@ -52,7 +52,7 @@ class Journal:
                 file.write(json.dumps([name, value]) + "\n")
 
     def _read(self, path: Path, key: str) -> bool:
-        """Takes the file's values over if it has this key. A last line that was cut off is cut away."""
+        """Reads the file's values if it has this key, and returns whether it has; removes a truncated last line."""
         whole, lines = "", path.read_text(encoding="utf-8").splitlines(keepends=True)
         for number, line in enumerate(lines):
             try:

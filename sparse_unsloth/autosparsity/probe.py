@@ -1,4 +1,4 @@
-"""The loss of a model under any recipe, by the same sparse forward that trains, without gradients and dropout."""
+"""Measures the loss of a model under any recipe by the masked forward of training, without gradients and dropout."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ Recipe = tuple[LayerSparsity, ...]
 
 
 class Measured(NamedTuple):
-    """Means over loss-bearing positions, nats: the loss of the labels, and the divergence from the dense model.
+    """Means over loss positions, in nats: the loss of the labels, and the divergence from the dense model.
 
-    The divergence ``KL(dense || sparse)`` is what sparsity would add to the loss of answers that the dense model itself
-    gives. It has no sign to lose and little noise: one sparse layer changes the loss of SmolLM2-135M's few hundred
-    answer tokens by -0.17 to 0.05 without order, its divergence grows from 0.002 with the sparsity.
+    The divergence ``KL(dense || sparse)`` is the expected increase of the loss on answers sampled from the dense model.
+    It is positive and has little noise: one sparse layer changes the loss of SmolLM2-135M's few hundred answer tokens
+    by -0.17 to 0.05 irregularly, while its divergence grows from 0.002 with the sparsity.
     """
 
     loss: float
@@ -60,7 +60,7 @@ def with_sparsity(recipe: Recipe, parts: Iterable[tuple[int, str]], sparsity: fl
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """A batch on the model's device, its roles, the loss-bearing rows ``[n]`` that are looked at, and their labels."""
+    """A batch on the model's device, its token roles, the loss positions ``[n]`` that are used, and their labels."""
 
     inputs: dict[str, Any]
     partition: TokenPartition
@@ -69,7 +69,7 @@ class ProbeBatch:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of everything that decides its losses."""
+        """A hash of everything that decides the batch's losses."""
         digest = hashlib.sha256()
         for name, value in sorted({**self.inputs, "labels": self.labels, "rows": self.rows}.items()):
             content = raw_bytes(value) if isinstance(value, Tensor) else repr(value).encode()
@@ -123,17 +123,16 @@ def prepare_batches(
 
 
 class LossProbe:
-    """Measures losses of a model that it attached once: a recipe is set by writing each layer's sparsity.
+    """Measures losses of an attached model under recipes, which it sets by writing each layer's sparsity.
 
-    Contexts are handed to the forward directly, so the model's own flags stay those of evaluation, and only the modules
-    that ask for theirs before they compute sparsely say that they train. (Unsloth's forwards differ in evaluation, and
-    have no dropout: there every flag is that of training.) A recipe that differs from another needs the layers from the
-    first difference on only: those below answer with what they gave under the other one.
+    The model stays in evaluation mode; only hooked modules, whose training flag makes them sparse, are in training
+    mode. (Under Unsloth, whose forwards differ in evaluation and have no dropout, every module is.) For a recipe that
+    differs from a reference, layers below the first difference return their stored output.
 
     Args:
         state: of the model, attached with every candidate part sparse.
         estimator: covers every candidate part.
-        journal: what was measured before, and is measured now.
+        journal: stores the measurements.
     """
 
     def __init__(self, state: SparsityState, estimator: Estimator | None, journal: Journal, progress: bool = True):
@@ -147,7 +146,7 @@ class LossProbe:
 
     @property
     def candidates(self) -> set[tuple[int, str]]:
-        """``(layer index, "mlp" | "self_attn")`` of all that can be made sparse."""
+        """``(layer index, "mlp" | "self_attn")`` of every part that can be made sparse."""
         return self._candidates
 
     @property
@@ -157,10 +156,11 @@ class LossProbe:
     def measure(
         self, recipes: Sequence[Recipe], batches: Sequence[ProbeBatch], title: str, reference: Recipe | None = None
     ) -> list[Measured]:
-        """What each of ``recipes`` gives on ``batches``.
+        """Measures each of ``recipes`` on ``batches``.
 
         Args:
-            reference: recipes near this one (None: the dense model) need only the layers from the first that differs.
+            title: the progress bar's title.
+            reference: recipes run only the layers from their first difference to this one on; None: the dense model.
         """
         reference = self.dense if reference is None else reference
         sums: list[list[Sequence[float]]] = [[] for _ in recipes]
@@ -184,18 +184,18 @@ class LossProbe:
         self, reference: Recipe, recipes: Mapping[str, Recipe], batch: ProbeBatch
     ) -> Iterator[tuple[str, list[float]]]:
         first = {name: _first_difference(reference, recipe) for name, recipe in recipes.items()}
-        outputs, dense = self._record(self.dense, batch)
+        outputs, dense = self._layer_outputs(self.dense, batch)
         if reference != self.dense:
-            outputs, _ = self._record(reference, batch)
+            outputs, _ = self._layer_outputs(reference, batch)
         for name in sorted(recipes, key=lambda name: (first[name], name)):
             self._set(recipes[name])
-            with self._answering(outputs, first[name]):
+            with self._stored_outputs(outputs, first[name]):
                 sparse = self._forward(batch)
             loss = F.nll_loss(sparse, batch.labels.to(sparse.device), reduction="sum")
             yield name, [loss.item(), F.kl_div(sparse, dense, reduction="sum", log_target=True).item()]
 
-    def _record(self, recipe: Recipe, batch: ProbeBatch) -> tuple[list[Any], Tensor]:
-        """What each layer returns under ``recipe``, and the log-probabilities."""
+    def _layer_outputs(self, recipe: Recipe, batch: ProbeBatch) -> tuple[list[Any], Tensor]:
+        """The output of each layer under ``recipe``, and the log-probabilities."""
         outputs: list[Any] = [None] * len(self.layers)
 
         def keep(index: int):
@@ -213,8 +213,8 @@ class LossProbe:
                 handle.remove()
 
     @contextmanager
-    def _answering(self, outputs: Sequence[Any], below: int) -> Iterator[None]:
-        """The layers before ``below`` return what the last of them returned before."""
+    def _stored_outputs(self, outputs: Sequence[Any], below: int) -> Iterator[None]:
+        """Makes the layers before layer ``below`` return the stored output of the last of them."""
         modules = [layer.module for layer in self.layers[:below]]
         before = [module.__dict__.get("forward") for module in modules]
         try:
@@ -241,7 +241,7 @@ class LossProbe:
             yield
 
     def _forward(self, batch: ProbeBatch) -> Tensor:
-        """Log-probabilities ``[n, vocab]`` of one batch's loss-bearing rows, fp32."""
+        """Log-probabilities ``[n, vocab]`` at one batch's loss positions, fp32."""
         model, rows = self._state.model, batch.rows
         head = model.get_output_embeddings()
 
@@ -258,7 +258,7 @@ class LossProbe:
         if logits.shape[:-1] != (1, len(rows)):
             raise CalibrationError(
                 f"The model's output head was not called once with every token (logits {list(logits.shape)} for "
-                f"{len(rows)} loss-bearing positions), so its loss cannot be measured."
+                f"{len(rows)} loss positions), so its loss cannot be measured."
             )
         return logits[0].float().log_softmax(-1)
 
@@ -268,7 +268,7 @@ class LossProbe:
 
 @contextmanager
 def attached(model: nn.Module, config: SparsityConfig) -> Iterator[SparsityState]:
-    """``model`` attached with ``config`` inside, and as it was before afterwards.
+    """Attaches ``model`` with ``config`` inside the context, and detaches it afterwards.
 
     Raises:
         CalibrationError: it is attached already.
@@ -289,7 +289,7 @@ def _mean(sums: Sequence[Sequence[float]], batches: Sequence[ProbeBatch]) -> Mea
 
 
 def _first_difference(reference: Recipe, recipe: Recipe) -> int:
-    """The layer below which both recipes are alike; the last one where they are alike throughout."""
+    """The first layer in which the recipes differ; the last layer where they are equal."""
     pairs = zip(reference, recipe, strict=True)
     return next((index for index, (one, other) in enumerate(pairs) if one != other), len(recipe) - 1)
 

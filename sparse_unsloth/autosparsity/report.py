@@ -1,4 +1,4 @@
-"""What a calibration leaves behind: the recipe with its estimator, a table, a picture and the figures."""
+"""Writes the results of a calibration: the recipe with its estimator, a report, a picture and the figures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Round
-from sparse_unsloth.channels.storage import package_version, save_estimator
+from sparse_unsloth.channels.storage import save_estimator
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.config.sparsity import SparsityConfig
-from sparse_unsloth.utils.environment import environment
+from sparse_unsloth.utils.environment import environment, version_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RECIPE_FILE, ESTIMATOR_FILE = "sparsity.yaml", "estimator.safetensors"
 REPORT_FILE, FIGURES_FILE, PICTURE_FILE = "report.md", "report.json", "sensitivity.png"
 CAPTURED = {"mlp": "mlp", "self_attn": "v"}
-"""What the energy captured is of, by part; it is measured on context rows."""
+"""The field of `CapturedEnergy` that is reported for each part."""
 
 
 def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig:
@@ -29,7 +29,7 @@ def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig
         The recipe as saved: its estimator is the file beside it.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = result.config
@@ -46,10 +46,10 @@ def save(result: Calibration, folder: Path, dataset: str = "") -> SparsityConfig
 
 
 def summary(result: Calibration) -> list[str]:
-    """The outcome in a few sentences."""
+    """The outcome, one sentence or more per line."""
     chosen, held_out = result.chosen, result.held_out.get("calibrated")
     lines = [
-        f"Context tokens compute {chosen.share:.1%} of their dense frozen products; "
+        f"Context tokens compute {chosen.share:.1%} of their dense frozen-weight matmuls; "
         f"{result.data.context_share:.1%} of the tokens are context, so a step takes {result.step_flops:.1%} of its "
         f"dense FLOPs: {result.speedup:.2f}x if time followed FLOPs.",
         f"Divergence from the dense model, what sparsity adds to the loss of its own answers: {chosen.predicted:.3f} "
@@ -98,9 +98,9 @@ def markdown(result: Calibration, dataset: str = "") -> str:
     lines += [
         "",
         "Columns of a part: its sparsity in the recipe; the share of the oracle's energy that its channels capture "
-        "(attention: value channels); what it costs alone at each sparsity, as divergence from the dense model at "
-        "loss-bearing positions, nats. The divergence is what sparsity adds to the loss of answers that the dense "
-        "model itself gives; the labels' own loss moves by more than that with a single layer, up and down "
+        "(attention: value channels); its cost alone at each sparsity, as divergence from the dense model at loss "
+        "positions, in nats. The divergence is what sparsity adds to the loss of the dense model's own answers; the "
+        "loss of the labels moves by more than that with a single layer, up and down "
         f"([{FIGURES_FILE}]({FIGURES_FILE}) has both).",
         "",
         f"![Sensitivity by layer]({PICTURE_FILE})",
@@ -140,7 +140,7 @@ def figures(result: Calibration, dataset: str = "") -> dict[str, Any]:
 
 
 def draw(result: Calibration, path: Path) -> None:
-    """Sensitivity of each layer alone above, the recipe and the energy that it captures below."""
+    """Draws the sensitivity of each layer alone (above), and the recipe with the energy that it captures (below)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -214,6 +214,6 @@ def _signed(value: float) -> str:
 def _machine() -> str:
     found = environment()
     names = ("sparse-unsloth", "torch", "transformers", "trl", "peft", "scipy")
-    packages = ", ".join(f"{name} {package_version(name)}" for name in names)
+    packages = ", ".join(f"{name} {version_of(name) or 'unknown'}" for name in names)
     processor = ", ".join(found["gpus"]) or f"{found['processor']}, {found['torch_threads']} threads"
     return f"{processor}; Python {found['python']}; {packages}."

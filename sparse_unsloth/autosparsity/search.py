@@ -1,11 +1,12 @@
-"""`calibrate`: from samples to a recipe. Measure each part alone, allocate, measure the whole, correct, allocate again.
+"""Searches a sparsity for each layer on samples (`calibrate`): measures parts, allocates, measures the whole, corrects.
 
-Parts interact, the more the sparser they are. So after a joint measurement groups of neighbouring MLPs and of attention
-are measured beside the others, the curves are rescaled to that, the allocation is repeated, and the best recipe kept.
+Parts interact, the more the sparser they are. So after a joint measurement, groups of neighbouring MLPs and of
+attention are measured beside the others, the curves are rescaled, and the allocation is repeated. The best recipe is
+kept.
 
-What is foretold is the divergence from the dense model, the expected increase of the loss on its own answers. The loss
-of the labels follows it on a model that gives such answers. On one that was not trained on them yet it also moves with
-the form of its answers: on SmolLM2-135M, labels at 3.5 nats, recipes of divergence 0.65 and 0.59 cost 0.33 and 0.62.
+The prediction is of the divergence from the dense model, the expected increase of the loss on its own answers. The loss
+of the labels follows it only on a model that already gives such answers: on SmolLM2-135M, with labels at 3.5 nats,
+recipes of divergence 0.65 and 0.59 cost 0.33 and 0.62.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ from sparse_unsloth.autosparsity.probe import (
 from sparse_unsloth.channels.calibration import CapturedEnergy, energy_captured
 from sparse_unsloth.channels.estimator import Estimator
 from sparse_unsloth.channels.selector import ChannelSelector
-from sparse_unsloth.channels.storage import package_version
 from sparse_unsloth.config.layer_rules import PARTS, LayerSparsity, collect, share, sparse_parts
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
+from sparse_unsloth.utils.environment import version_of
 
 MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)
 BUDGET = 0.5
 ROUNDS = 2
-"""Corrections by measuring each part beside the others, at most."""
+"""Most corrections by measuring groups of parts beside the others."""
 PART_BATCHES = 2
 GROUPS = 6
-"""Of the layers: single parts beside the others measure mostly noise, and cost five times as much."""
+"""Most groups of layers of one kind: single parts beside the others measure mostly noise, at five times the cost."""
 TIGHTENINGS = 4
-"""Further allocations, at most, where those did not keep a loss bound; each costs one joint measurement."""
+"""Most further allocations while a loss bound is not satisfied; each costs one joint measurement."""
 JOURNAL_FILE = "measurements.jsonl"
 RELATIVE_ERROR, ABSOLUTE_ERROR = 0.25, 0.02
-"""A prediction within either of what was measured (share of it; nats) is as good as asked for."""
+"""A prediction within either of the measured divergence (a share of it; nats) is accurate enough."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class Round:
 
     Args:
         recipe: the sparsities tried.
-        share: FLOPs of the context tokens' frozen products, of the dense ones.
-        predicted: divergence, nats, as foretold before it was measured.
-        divergence: as measured: what sparsity adds to the loss of the dense model's own answers.
-        measured: increase of the loss of the labels, nats.
-        corrected: whether the curves had been rescaled by a joint measurement before.
+        share: FLOPs of the context tokens' frozen-weight matmuls, as a share of the dense ones.
+        predicted: divergence in nats, predicted before it was measured.
+        divergence: measured divergence in nats, the expected increase of the loss on the dense model's own answers.
+        measured: measured increase of the loss of the labels, in nats.
+        corrected: whether a joint measurement had rescaled the curves before.
     """
 
     recipe: Recipe
@@ -78,13 +79,13 @@ class Round:
 
     @property
     def foretold(self) -> bool:
-        """Whether the prediction is within `RELATIVE_ERROR` or `ABSOLUTE_ERROR` of what was measured."""
+        """Whether the prediction is within `RELATIVE_ERROR` or `ABSOLUTE_ERROR` of the measurement."""
         return abs(self.predicted - self.divergence) <= max(RELATIVE_ERROR * self.divergence, ABSOLUTE_ERROR)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A recipe on samples that played no part: losses in nats, FLOPs as `Round.share`."""
+    """A recipe on held-out samples: losses in nats, FLOPs as in `Round.share`."""
 
     share: float
     dense_loss: float
@@ -95,18 +96,19 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
     Args:
         config: the recipe, ready for `attach`; without an estimator's path until it is saved.
-        estimator: what the recipe was measured with; None for criteria without one.
-        asked: ``{"budget": 0.5}`` or ``{"max_loss": 0.01}``.
-        dense_loss: of the answers, nats, on the samples that losses were measured on; ``positions`` of them.
-        alone: by part and sparsity, what each part brings alone.
-        rounds: every allocation tried, the chosen one being ``chosen``.
+        estimator: the estimator that the recipe was measured with; None for criteria without one.
+        asked: the bound: ``{"budget": 0.5}`` or ``{"max_loss": 0.01}``.
+        dense_loss: loss of the labels in nats, over ``positions`` loss positions of the probe samples.
+        alone: the measurements of each part alone, by part and sparsity.
+        rounds: every allocation tried; ``chosen`` is one of them.
         captured: share of the oracle's energy, by layer; None where nothing is sparse or the prompts are all alike.
+        data: token counts of the samples.
         step_flops: FLOPs of a training step on these samples, sparse over dense (`DataShape`).
-        held_out: by "calibrated" and the names of the presets, for comparison; empty without such samples.
+        held_out: results by "calibrated" and the presets' names, for comparison; empty without such samples.
     """
 
     config: SparsityConfig
@@ -126,7 +128,7 @@ class Calibration:
 
     @property
     def speedup(self) -> float:
-        """Of a sparse step, if time followed FLOPs."""
+        """The speed-up of a sparse step if time were proportional to FLOPs."""
         return 1 / self.step_flops
 
 
@@ -146,30 +148,30 @@ def calibrate(
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Finds each layer's sparsity for this model and these samples; the model is then as before.
+    """Finds a sparsity for each layer from this model and samples; the model is unchanged afterwards.
 
     Args:
-        model: with its adapters as training will begin with them (under Unsloth they must be there), not attached. Base
-            weights are frozen.
-        samples: batches as the model receives them, with ``labels``: the estimator is calibrated on them.
-        budget: FLOPs of the context tokens' products with frozen weights (forward, input gradient and
-            estimator) as a share of the dense ones, in (0, 1). The loss is then the least that was found.
-        max_loss: or: what may be measured as increase of the answer loss and as divergence from the dense model, in
-            nats. The FLOPs are then the least that were found. Neither: ``budget=0.5``.
-        probe_samples: other batches, on which losses are measured. None takes every second batch of ``samples`` for
-            that (all of them, where there is one), so that estimates are not judged on what they were fitted to.
-        part_batches: single parts are measured on so many of these alone; recipes on all.
-        held_out: further batches; recipe and dense model are compared on them in the end.
+        model: not attached, with its adapters as training will begin (under Unsloth it must have them). Base weights
+            are frozen.
+        samples: batches as the model receives them, with ``labels``; they calibrate the estimator.
+        budget: FLOPs of the context tokens' frozen-weight matmuls (forward, input gradient and estimator) as a share
+            of the dense ones, in (0, 1). The loss is minimised.
+        max_loss: instead of ``budget``: bound on the measured increase of the answer loss and on the divergence from
+            the dense model, in nats. The FLOPs are minimised. Without either: ``budget=0.5``.
+        probe_samples: other batches, on which losses are measured. None uses every second batch of ``samples`` for
+            this alone (a single batch for both), so that the estimator is tested on other batches.
+        part_batches: how many of the probe batches measure single parts; recipes use all.
+        held_out: further batches, on which recipe and dense model are compared in the end.
         config: everything but the layer rules: estimator, dense tokens, schedule, seed.
         mlp_levels, attention_levels: sparsities to choose from, besides 0; empty leaves that part dense.
         lora_rank: for the predicted FLOPs of a step.
-        output_dir: measurements are kept there, and a second start with the same model, samples and settings goes on
-            from them; so does nothing without it.
+        output_dir: stores measurements, so that a later call with the same model, samples and settings resumes; None:
+            nothing is stored.
         progress: show bars on a terminal.
 
     Raises:
-        CalibrationError: samples without context, labels or loss; levels or bounds that are none; a bound that no
-            recipe keeps; a model that is attached.
+        CalibrationError: samples without context tokens, labels or loss; invalid levels or bounds; a bound that no
+            recipe satisfies; an attached model.
         AttachError: a layer has no sparse path.
         EstimatorError: the estimator cannot be calibrated.
     """
@@ -186,7 +188,7 @@ def calibrate(
         update={
             "preset": None,
             **highest,
-            # The estimator comes ready-made: a path would be read or written here.
+            # The estimator is built separately; attaching would read or write a path.
             "estimator": base.estimator.model_copy(update={"path": None}),
         }
     )
@@ -202,7 +204,7 @@ def calibrate(
             "levels": levels,
             "config": every.model_dump(mode="json"),
             "backend": state.backend.name,
-            "version": package_version("sparse-unsloth"),
+            "version": version_of("sparse-unsloth") or "unknown",
         }
         key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)
@@ -235,7 +237,7 @@ def calibrate(
 
 
 class _Costs:
-    """FLOPs of recipes and parts as shares of the context tokens' dense frozen products."""
+    """FLOPs of recipes and parts as shares of the context tokens' dense frozen-weight matmuls."""
 
     def __init__(self, shape: ModelShape, config: SparsityConfig, levels: Mapping[str, Sequence[float]]):
         self.rank = config.estimator.rank if config.criterion == "estimator" else 0
@@ -247,14 +249,14 @@ class _Costs:
         }
 
     def part(self, part: str, sparsity: float) -> float:
-        """Of one layer's ``part`` at this sparsity."""
+        """The cost of one layer's ``part`` at this sparsity."""
         return self._part[part, sparsity]
 
     def share(self, recipe: Recipe) -> float:
         return frozen_share(self._shape, recipe, self.rank)
 
     def bound(self, budget: float) -> float:
-        """``budget`` less the parts that are no candidates."""
+        """``budget`` without the cost of parts that are not candidates."""
         fixed = sum(part_cost(self._shape, part, 0.0, self.rank) for part in PARTS if not self._levels[part])
         return budget - fixed * self._shape.num_layers
 
@@ -271,13 +273,13 @@ class _Costs:
 
 @dataclass(frozen=True)
 class _Joint:
-    """The whole's divergence from the sum of the curves: ``divergence (sum / total)^power``, 0 for the dense model.
+    """Predicts the divergence of a recipe from the sum of its curves: ``divergence (sum / total)^power``.
 
-    Through what was measured at one recipe, and with the slope there: curves that were rescaled beside the others are
-    that slope, so the power is their sum over the divergence. Before any measurement it is the sum itself.
+    It passes through the divergence measured at one recipe, with the slope there: the rescaled curves are that slope,
+    so the power is their sum over the divergence. Before any measurement the prediction is the sum itself.
 
     Args:
-        total, divergence: sum of the curves and divergence at that recipe, nats.
+        total, divergence: sum of the curves and divergence at that recipe, in nats.
     """
 
     total: float = 1.0
@@ -288,7 +290,7 @@ class _Joint:
         return min(4.0, max(0.5, self.total / self.divergence))
 
     def predict(self, total: float) -> float:
-        """The divergence, nats, where the curves add up to ``total``."""
+        """The divergence in nats where the curves add up to ``total``."""
         return self.divergence * (max(0.0, total) / self.total) ** self._power
 
     def invert(self, divergence: float) -> float:
@@ -309,7 +311,7 @@ class _Search:
         asked: Mapping[str, float],
     ):
         self._probe, self._levels, self._costs, self._asked = probe, levels, costs, asked
-        self._batches, self._few = batches, batches[:part_batches]
+        self._batches, self._part_batches = batches, batches[:part_batches]
         self._parts: list[PartKey] = [
             (layer.index, part) for layer in probe.layers for part, values in levels.items() if values
         ]
@@ -317,13 +319,13 @@ class _Search:
         self.alone: dict[PartKey, dict[float, Measured]] = {part: {} for part in self._parts}
         self.rounds: list[Round] = []
         self._joint = _Joint()
-        # Loss over divergence where the labels suffered more.
+        # Increase of the labels' loss over the divergence, at least 1.
         self._excess = 1.0
 
     def run(self) -> Round:
         alone = [(part, level) for part in self._parts for level in self._levels[part[1]]]
         recipes = [with_sparsity(self._probe.dense, [part], level) for part, level in alone]
-        dense, *found = self._probe.measure([self._probe.dense, *recipes], self._few, "Each part alone")
+        dense, *found = self._probe.measure([self._probe.dense, *recipes], self._part_batches, "Each part alone")
         for (part, level), measured in zip(alone, found, strict=True):
             self.alone[part][level] = measured._replace(loss=measured.loss - dense.loss)
         self._curves = Curves.fit(
@@ -375,16 +377,16 @@ class _Search:
         return Round(recipe, self._costs.share(recipe), predicted, measured.divergence, increase, number > 1)
 
     def _correct(self, outcome: Round) -> None:
-        """Rescales the curves to what groups of parts add beside the others of this recipe: each is made dense once."""
+        """Rescales the curves by what groups of parts add beside the others of this recipe; each is made dense once."""
         groups = self._groups(outcome.recipe)
         recipes = [outcome.recipe, *(with_sparsity(outcome.recipe, group, 0.0) for group in groups)]
-        whole, *found = self._probe.measure(recipes, self._few, "Groups beside the others", outcome.recipe)
+        whole, *found = self._probe.measure(recipes, self._part_batches, "Groups beside the others", outcome.recipe)
         chosen = {part: getattr(outcome.recipe[part[0]], part[1]) for part in self._parts}
         marginal = [whole.divergence - measured.divergence for measured in found]
         self._curves.rescale(chosen, groups, marginal)
 
     def _groups(self, recipe: Recipe) -> list[list[PartKey]]:
-        """The sparse parts, by kind and by neighbouring layers, `GROUPS` of a kind at most."""
+        """The sparse parts in groups of one kind and neighbouring layers, at most `GROUPS` of a kind."""
         size = -(-len(recipe) // GROUPS)
         groups: dict[tuple[str, int], list[PartKey]] = {}
         for index, part in self._parts:
@@ -412,7 +414,7 @@ class _Search:
 
 def _asked(budget: float | None, max_loss: float | None) -> dict[str, float]:
     if budget is not None and max_loss is not None:
-        raise CalibrationError("budget and max_loss are both given; give one, the other follows.")
+        raise CalibrationError("budget and max_loss are both given; give one of them.")
     if max_loss is not None:
         if not max_loss > 0:
             raise CalibrationError(f"max_loss: must be above 0 nats, given {max_loss!r}.")
@@ -448,7 +450,7 @@ def _config(base: SparsityConfig, recipe: Recipe, fitted: Estimator | None) -> S
 
 
 def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], costs: _Costs) -> dict[str, HeldOut]:
-    """The recipe, and the presets that sparsify candidates only, on ``batches``."""
+    """Measures the recipe, and presets whose sparse parts are all candidates, on ``batches``."""
     tried = {"calibrated": recipe}
     for name in ("o1", "o2"):
         preset = SparsityConfig(preset=name).layer_sparsity(len(recipe))
@@ -457,9 +459,9 @@ def _hold_out(probe: LossProbe, recipe: Recipe, batches: Sequence[ProbeBatch], c
     dense, *all_measured = probe.measure([probe.dense, *tried.values()], batches, "Held out")
     positions = sum(len(batch.labels) for batch in batches)
     found = {}
-    for (name, one), measured in zip(tried.items(), all_measured, strict=True):
+    for (name, tested), measured in zip(tried.items(), all_measured, strict=True):
         increase = measured.loss - dense.loss
-        found[name] = HeldOut(costs.share(one), dense.loss, increase, measured.divergence, positions)
+        found[name] = HeldOut(costs.share(tested), dense.loss, increase, measured.divergence, positions)
     return found
 
 
@@ -478,7 +480,7 @@ def _captured(
     options = {"dense_tokens": config.dense_tokens, "progress": progress}
     try:
         return energy_captured(model, layers, sparsity, selectors, samples, **options)["recipe"]
-    except EstimatorError:  # all prompts are alike: judged with the text that they share, or not at all
+    except EstimatorError:  # all prompts are alike: measured with their shared text, or not at all
         try:
             return energy_captured(model, layers, sparsity, selectors, samples, skip_shared=False, **options)["recipe"]
         except EstimatorError:

@@ -1,4 +1,4 @@
-"""The hook that both backends share for channels: the MLP's forward, on the channels that context rows keep."""
+"""Hooks an MLP for channel sparsity, in both backends (docs/how-it-works.md, section 4.1)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import original_forward, replace_forward
 from sparse_unsloth.backends.probes import check, probe_mlp
-from sparse_unsloth.channels.selector import AttentionSelection
 from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS
 from sparse_unsloth.ops.linear import SelectedProjection
 from sparse_unsloth.ops.mlp import GatedMlp, sparse_mlp
 from sparse_unsloth.ops.projection import Projection, read_projection
+from sparse_unsloth.ops.selection import AttentionSelection
 from sparse_unsloth.runtime.state import LayerRuntime
 
 
@@ -28,7 +28,7 @@ def install_mlp(runtime: LayerRuntime) -> None:
 
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The sparse MLP, or the module's own forward where nothing is left out of it."""
+    """The channel-sparse MLP; the module's own forward where it is dense."""
     runtime: LayerRuntime = self._sparse_runtime
     partition = runtime.partition("mlp", self, hidden_states)
     projections = None if partition is None else [read_projection(getattr(self, name)) for name in MLP_PROJECTIONS]
@@ -47,7 +47,7 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 
 
 def select(projection: Projection, name: str, chosen: AttentionSelection | None) -> SelectedProjection:
-    """The projection called ``name`` ("q", "k", "v", "o") with the channels of context rows."""
+    """The projection ``name`` ("q", "k", "v", "o") with the channels that context tokens keep; None: all of them."""
     channels = None if chosen is None else getattr(chosen, name)
     if name == "o":
         return SelectedProjection(projection, in_index=channels)

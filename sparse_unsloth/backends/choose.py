@@ -16,10 +16,10 @@ BackendName = Literal["auto", "unsloth", "peft"]
 
 
 def choose_backend(backend: BackendName = "auto") -> ModuleType:
-    """The module of the backend that will run; "auto" says which it is and why.
+    """The loading module of the chosen backend; with "auto" the choice and its reason are printed.
 
     Raises:
-        BackendError: "unsloth" was asked for where it cannot run, or the name is unknown.
+        BackendError: "unsloth" cannot run here, or the name is unknown.
     """
     name, reason = explain_backend(backend)
     if backend == "auto" and is_main():
@@ -28,7 +28,7 @@ def choose_backend(backend: BackendName = "auto") -> ModuleType:
 
 
 def explain_backend(backend: BackendName = "auto") -> tuple[str, str]:
-    """``(name, reason)`` of what `choose_backend` takes, without importing it.
+    """``(name, reason)`` of the backend that `choose_backend` chooses, without importing it.
 
     Raises:
         BackendError: as `choose_backend`.
@@ -52,5 +52,5 @@ def explain_backend(backend: BackendName = "auto") -> tuple[str, str]:
 
 
 def load_backend(name: str) -> ModuleType:
-    """The module that loads models with "unsloth" or "peft"."""
+    """The loading module of the backend "unsloth" or "peft"."""
     return importlib.import_module(f"sparse_unsloth.backends.{name}.loading")

@@ -1,4 +1,4 @@
-"""Replaces a module's ``forward`` on the instance, keeps the one before, and keeps torch.compile out of both."""
+"""Replaces a module's ``forward`` on the instance, restores it, and keeps torch.compile out of both."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import nn
 from sparse_unsloth.runtime.state import LayerRuntime
 
 BLOCK_MODE, OFF = "_unsloth_block_mode", 0
-"""Unsloth's switch of one decoder layer's compiled region, and its value for "the plain forward"."""
+"""Unsloth's attribute that switches one decoder layer's compiled region, and its value for the plain forward."""
 
 
 @functools.cache
 def untraced(function: Callable) -> Callable:
-    """``function``, which torch.compile leaves alone: Triton launches and choices by data cannot be traced.
+    """``function``, excluded from torch.compile, which cannot trace Triton launches and choices by data.
 
-    The same object for the same function, so that it can be recognised where it was installed.
+    Cached: one object per function, so that an installed one can be recognised.
     """
     return torch.compiler.disable(function)
 
 
 class BoundMethod:
-    """A function of a module's file, bound to an instance whose class does not have it; it can be copied and pickled.
+    """Binds a function to an instance whose class lacks it; unlike a bound method it can be copied and pickled.
 
-    Python pickles a method by its name in the instance's class, so what is loaded would not find ours there.
+    Python pickles a method by its name in the instance's class, where our functions are not.
     """
 
     __slots__ = ("__func__", "__self__")
@@ -37,7 +37,7 @@ class BoundMethod:
         self.__func__, self.__self__ = untraced(function), instance
 
     def __getstate__(self) -> tuple[Callable, nn.Module]:
-        return inspect.unwrap(self.__func__), self.__self__  # a wrapped function would not be found by its name
+        return inspect.unwrap(self.__func__), self.__self__  # a wrapped function cannot be found by its name
 
     def __setstate__(self, state: tuple[Callable, nn.Module]) -> None:
         self.__init__(*state)
@@ -47,7 +47,7 @@ class BoundMethod:
 
 
 def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime) -> None:
-    """Puts a bound ``forward`` on the instance, keeps what was there; a deep copy of the module stays consistent."""
+    """Replaces the instance's forward by a bound ``forward``, and keeps the old one; deep copies stay consistent."""
     module.__dict__["_sparse_original"] = module.__dict__.get("forward")
     module.__dict__["_sparse_runtime"] = runtime
     module.forward = BoundMethod(forward, module)
@@ -55,7 +55,7 @@ def replace_forward(module: nn.Module, forward: Callable, runtime: LayerRuntime)
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Gives ``module`` the forward back that `replace_forward` replaced."""
+    """Restores the forward that `replace_forward` replaced."""
     original = module.__dict__.pop("_sparse_original")
     module.__dict__.pop("_sparse_runtime")
     module.__dict__.pop("_sparse_projection", None)
@@ -66,30 +66,30 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def runs(module: nn.Module, *forwards: Callable) -> bool:
-    """Whether one of ``forwards`` stands on the instance, as `replace_forward` put it there."""
+    """Whether `replace_forward` installed one of ``forwards`` on the instance, and it is still there."""
     ours = getattr(module.__dict__.get("forward"), "__func__", None) in map(untraced, forwards)
     return ours and "_sparse_runtime" in module.__dict__
 
 
 def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls the forward that was there before."""
+    """Calls the forward that `replace_forward` replaced."""
     original = module.__dict__["_sparse_original"]
     return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
 
 
 def plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls the forward of a decoder layer's class, beneath what compiles it."""
+    """Calls the forward of a decoder layer's class, without Unsloth's compiling wrapper."""
     forward = type(layer).forward
-    while (beneath := getattr(forward, "_unsloth_block_original", None)) is not None:
-        forward = beneath
+    while (wrapped := getattr(forward, "_unsloth_block_original", None)) is not None:
+        forward = wrapped
     return forward(layer, *args, **kwargs)
 
 
 class Uncompiled:
-    """Keeps one decoder layer out of Unsloth's compiled regions, by Unsloth's own switch, until `remove`.
+    """Excludes one decoder layer from Unsloth's compiled regions until `remove`.
 
-    Unsloth (2026.10.8 and later) compiles the forward of a decoder layer's *class*, and reads the switch of each
-    instance; without such an Unsloth nothing reads it.
+    Unsloth (2026.10.8 and later) compiles the forward of a decoder layer's class, and reads this switch of each
+    instance. Other versions ignore it.
     """
 
     def __init__(self, layer: nn.Module):
@@ -97,7 +97,7 @@ class Uncompiled:
         layer.__dict__[BLOCK_MODE] = OFF
 
     def remove(self) -> None:
-        """Sets the switch back; may be called again."""
+        """Restores the switch; may be called more than once."""
         if self._before is None:
             self._layer.__dict__.pop(BLOCK_MODE, None)
         else:

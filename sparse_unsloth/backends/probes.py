@@ -1,4 +1,4 @@
-"""Probes that a projection, or an MLP, computes what the sparse functions compute."""
+"""Proves on a few random rows that an MLP or a projection computes what the sparse functions compute."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def probe_rows(base: BaseWeight) -> Tensor:
 
 
 def difference(ours: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The relative error of ``ours``, and up to which one rounding explains it."""
+    """``(error, tolerance)``: the relative error of ``ours``, and the largest one that rounding explains."""
     error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
     return error, 1e-3 if ours.dtype == torch.float32 else 3e-2
 
 
 def check(layer: DecoderLayer, part: str) -> None:
-    """Refuses projections that have no exact sparse path.
+    """Raises for projections that the sparse functions cannot compute.
 
     Raises:
-        AttachError: an unsupported layer type or LoRA variant, or a base weight that is itself trained.
+        AttachError: an unsupported layer type or LoRA variant, or a trained base weight.
     """
     if part == "self_attn" and not layer.queries_alone:
         raise AttachError(
@@ -60,10 +60,11 @@ def check(layer: DecoderLayer, part: str) -> None:
 
 
 def probe_mlp(layer: DecoderLayer) -> None:
-    """Proves that `sparse_mlp` with every channel kept is what the layer's own MLP computes.
+    """Proves that `sparse_mlp` with every channel kept equals the layer's own MLP.
 
     Raises:
-        AttachError: it is not (an extra norm, scale or dropout in the MLP, say), or depends on other trained tensors.
+        AttachError: it does not (an extra norm, scale or dropout in the MLP, say), or the MLP depends on other trained
+            tensors.
     """
     projections = [read_projection(getattr(layer.mlp, name), f"{layer.name}.mlp.{name}") for name in MLP_PROJECTIONS]
     if None in projections:
@@ -74,10 +75,10 @@ def probe_mlp(layer: DecoderLayer) -> None:
 
 
 def probe_projection(where: str, module: nn.Module) -> None:
-    """Proves that `sparse_linear` with every channel kept is what the projection itself computes.
+    """Proves that `sparse_linear` with every channel kept equals the projection's own forward.
 
     Raises:
-        AttachError: it is not.
+        AttachError: it does not.
     """
     projection = read_projection(module, where)
     if projection is None:
@@ -94,24 +95,23 @@ def _compare(
     rows = torch.arange(PROBE_TOKENS, device=x.device)
     half = PROBE_TOKENS // 2
     partition = TokenPartition((1, PROBE_TOKENS), rows[:half], rows[half:], rows[:0], rows[:half])
-    # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
+    # In training mode: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
     with training_mode(module):
         with torch.enable_grad():
-            own = module(x)
-        refuse_foreign_leaves(
-            where, own, (part for one in projections if one.lora for part in (one.lora.A, one.lora.B))
-        )
+            expected = module(x)
+        loras = [projection.lora for projection in projections if projection.lora]
+        refuse_foreign_leaves(where, expected, (factor for lora in loras for factor in (lora.A, lora.B)))
         with torch.no_grad():
-            error, tolerance = difference(sparse(x, partition), own.detach())
+            error, tolerance = difference(sparse(x, partition), expected.detach())
     if not error <= tolerance:
         raise AttachError(
             f"{where}: with every channel kept the sparse function differs from the module's own forward by "
             f"{error:.2g} (allowed {tolerance}). {type(module).__name__} computes something else than the projections "
-            "and activation found in it, so it has no sparse path; leave this layer dense."
+            "and activation found in it, so it has no sparse path. Leave this layer dense."
         )
 
 
 def _not_live(where: str) -> AttachError:
     return AttachError(
-        f"{where}: its adapter is merged or disabled, or several are active; attach with one active, unmerged adapter."
+        f"{where}: its adapter is merged or disabled, or several are active. Attach with one active, unmerged adapter."
     )

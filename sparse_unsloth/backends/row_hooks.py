@@ -1,7 +1,7 @@
-"""Hooks for `SparsityConfig.backward_rows`: the MLP and the O projection, as the model has them, through few rows.
+"""Hooks the MLP and the O projection of a layer for row sparsity, in both backends.
 
-A row without a gradient from O has a query without one (attention's backward gives exact zeros), so keys and values are
-all that such a row still sends a gradient through.
+Each runs the model's own forward, and its backward goes through chosen rows (docs/how-it-works.md, sections 3.1
+and 3.3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparse_unsloth.runtime.state import LayerRuntime
 
 
 def install(runtime: LayerRuntime) -> None:
-    """Hooks both parts of a layer.
+    """Hooks the MLP and the O projection of a layer.
 
     Raises:
         AttachError: see `probe`.
@@ -49,7 +49,7 @@ def install_mlp(runtime: LayerRuntime) -> None:
 
 
 def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The module's own forward, whose backward chooses the layer's rows and goes through them."""
+    """The module's own forward, whose backward selects the layer's rows and goes through them."""
     runtime: LayerRuntime = self._sparse_runtime
     choice = None if args or kwargs else runtime.row_choice(self, hidden_states)
     if choice is None:
@@ -63,18 +63,18 @@ def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: An
 
 
 def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The O projection's own forward, whose backward goes through the rows that the MLP's chose."""
+    """The O projection's own forward, whose backward goes through the rows that the MLP's backward selected."""
     runtime: LayerRuntime = self._sparse_runtime
     choice = None if args or kwargs else runtime.row_choice(self, attention_output)
     if choice is None:
         return original_forward(self, attention_output, *args, **kwargs)
-    return through_output(partial(original_forward, self), attention_output, self, choice, runtime)
+    return run_output_projection(partial(original_forward, self), attention_output, self, choice, runtime)
 
 
-def through_output(
+def run_output_projection(
     function: Callable[[Tensor], Tensor], attention_output: Tensor, module: nn.Module, choice: RowChoice, runtime
 ) -> Tensor:
-    """``function`` of ``module``, the O projection, in a forward whose rows are ``choice``'s."""
+    """Runs ``function``, the forward of the O projection ``module``, with backward through the rows of ``choice``."""
     runtime.record_run("self_attn")
     if not torch.is_grad_enabled():
         return function(attention_output)
@@ -82,40 +82,39 @@ def through_output(
 
 
 def is_output_unused(runtime: LayerRuntime) -> bool:
-    """Whether this is a recompute whose backward follows, so that nobody reads what the MLP adds to the stream.
+    """Whether this is a recompute, in which the MLP's output is unused (docs/how-it-works.md, section 5.3).
 
-    It is where this forward came through the layer before, with gradients (checkpointing that is not reentrant) or
-    without, and comes again within a backward pass.
+    It is one if the layer ran in this forward before, and runs again, with gradients, within a backward pass.
     """
     recompute = in_backward() and torch.is_grad_enabled() and (runtime.layer.index, "mlp") in runtime.context.ran
     return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``modules`` that are trained."""
+    """The trained parameters of ``modules``."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
 def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
-    """Proves that ``function``, the forward of ``name``, computes row by row, and twice the same.
+    """Proves that ``function``, the forward of module ``name``, works row by row and is deterministic.
 
     Raises:
-        AttachError: it does not (dropout, or experts with a capacity), so backward could not compute some rows anew.
+        AttachError: it is not (dropout, or experts with a capacity), so backward could not recompute chosen rows.
     """
     refuse_dropout(layer)
     where = f"{layer.name}.{name}"
     base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
     x = probe_rows(base)
     rows = torch.arange(1, PROBE_TOKENS, 2, device=x.device)
-    # Training flags on: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
+    # In training mode: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
     with torch.enable_grad(), training_mode(layer.module):
         whole = function(x)
         with torch.no_grad():
-            few = function(x[:, rows])
+            chosen = function(x[:, rows])
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
     refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
-    error, tolerance = difference(few, whole.detach()[:, rows])
+    error, tolerance = difference(chosen, whole.detach()[:, rows])
     if not error <= tolerance:
         raise AttachError(
             f"{where}: some rows, computed alone, differ by {error:.2g} (allowed {tolerance}) from the same rows among "

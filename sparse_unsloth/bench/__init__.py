@@ -1,1 +1,1 @@
-"""Measuring training steps: dense, by rows and by channels, after a check of what they compute."""
+"""Measures training steps, dense and sparse: the command ``sparse-unsloth bench``."""

@@ -1,7 +1,7 @@
-"""What ranks channels: the estimator, and the baselines of the paper's study (SparseLoRA section 3 and its ablations).
+"""Ranks channels by the estimator or by a baseline of the paper's study (SparseLoRA section 3 and its ablations).
 
-A criterion scores MLP channels ``[intermediate_size]`` and attention channels (`AttentionEnergy`) for the context rows
-of a batch, in units of energy up to a common factor. None looks at LoRA branches.
+A criterion scores MLP channels ``[intermediate_size]`` and attention channels (`AttentionEnergy`) for the context
+tokens of a batch, as energies up to a common factor, without LoRA branches (docs/how-it-works.md, section 4.5).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 
 
 class Criterion(Protocol):
-    """Scores from the rows ``[N, hidden_size]`` that count.
+    """Scores channels from the inputs of context tokens, ``[N, hidden_size]``.
 
     Attributes:
-        constant: the scores depend on the layer alone.
-        max_rows: more rows are not needed; None: all are.
-        gathers: `mlp` and `attention` take, as a third argument, which rows of the second count.
+        constant: whether the scores depend on the layer alone.
+        max_rows: how many rows suffice; None: all are needed.
+        gathers: whether `mlp` and `attention` take the indices of the rows to use as a third argument.
     """
 
     constant: bool
@@ -57,7 +57,7 @@ def make_criterion(
 
 
 class Oracle:
-    """The true energies: exact L2 norms of the MLP's hidden activations, of Q, K and V."""
+    """Scores by the exact energies of the MLP's hidden activations, of Q, K and V."""
 
     constant = False
     max_rows = None
@@ -71,10 +71,10 @@ class Oracle:
 
 
 class Wanda:
-    """``|W| ‖x‖`` summed over each output channel (Sun et al. 2024, arXiv 2306.11695, whose metric is per weight).
+    """Scores by ``|W| ‖x‖``, summed over each output channel (Sun et al. 2024, arXiv 2306.11695, per weight there).
 
-    An MLP channel adds up its gate row, up row and down column, each brought to mean 1 over the channels; the down
-    column's input norm is the true one. Attention channels take their own row.
+    An MLP channel's score is the sum of its gate row, up row and down column, each divided by its mean over the
+    channels; the down column uses the exact norm of its input. Attention channels use their own row.
     """
 
     constant = False
@@ -94,7 +94,7 @@ class Wanda:
 
 
 class Magnitude:
-    """Products of weight norms: ``‖gate row‖ ‖up row‖ ‖down column‖``; rows of Q and K; V's row times O's columns."""
+    """Scores by squared weight norms: gate row times up row times down column; rows of Q and K; V's row times O's."""
 
     constant = True
     max_rows = 1
@@ -111,7 +111,7 @@ class Magnitude:
 
 
 class Random:
-    """Uniform scores, new at every call; on one kind of device the same sequence for the same ``seed``."""
+    """Scores at random, uniformly and anew at every call; one ``seed`` gives one sequence on each kind of device."""
 
     constant = False
     max_rows = None

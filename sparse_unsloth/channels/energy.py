@@ -1,4 +1,4 @@
-"""How much each channel adds over a set of rows: its energy, the sum of its squared values, from the base weights."""
+"""Computes exact channel energies over a set of rows, from the base weights (docs/how-it-works.md, section 4.3)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.projection import BaseWeight, gather_base
 
 CHUNK_ELEMENTS = 2**25
-"""Of the widest intermediate; more rows are taken piece by piece."""
+"""Most elements of an intermediate tensor; more rows are processed in chunks."""
 
 
 class AttentionEnergy(NamedTuple):
@@ -29,8 +29,8 @@ def column_energy(rows: Tensor, width: int, values: Callable[[Tensor], Tensor]) 
 
     Args:
         rows: ``[N, in_features]``, at least one.
-        width: columns of what ``values`` returns.
-        values: ``[n, in_features]`` to ``[n, width]``, row by row.
+        width: the columns of the result of ``values``.
+        values: maps ``[n, in_features]`` to ``[n, width]``, row by row.
     """
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     pieces = rows.split(max(1, CHUNK_ELEMENTS // width))
@@ -43,13 +43,13 @@ def column_energy(rows: Tensor, width: int, values: Callable[[Tensor], Tensor]) 
 def base_weight(layer: DecoderLayer, projection: str) -> BaseWeight:
     """The frozen weight of ``projection`` ("mlp.gate_proj", ...) in ``layer``, without its LoRA branch.
 
-    Outside a forward a weight that FSDP2 holds in pieces is gathered: every rank must come here then.
+    Outside a forward, a weight that FSDP2 shards is gathered; every rank must then call this.
     """
     return gather_base(layer.projections()[projection], f"{layer.name}.{projection}")
 
 
 def mlp_values(layer: DecoderLayer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The MLP's hidden activations of the base weights: ``[n, hidden_size]`` to ``[n, intermediate_size]``."""
+    """The function from the MLP's input ``[n, hidden_size]`` to its hidden activations ``[n, intermediate_size]``."""
     gate, up = base_weight(layer, "mlp.gate_proj"), base_weight(layer, "mlp.up_proj")
     gate_weight, up_weight = gate.dense(dtype), up.dense(dtype)
     activation = ACTIVATIONS[layer.activation]

@@ -1,4 +1,4 @@
-"""Estimates of channel energies that cost next to nothing, per layer and batch."""
+"""Estimates channel energies for each layer and batch by low-rank factors (docs/how-it-works.md, section 4.5)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.dispatch import use_kernels
 
 FACTORED = {"mlp": ("mlp.gate_proj", "mlp.up_proj"), "self_attn": tuple(f"self_attn.{x}_proj" for x in "qkv")}
-"""The projections that get factors, by part of the layer."""
+"""The projections that have factors, by part of the layer."""
 ENERGIES = {"mlp": ("mlp",), "self_attn": ("q", "k", "v")}
 """The names of a part's energies."""
 SCORED_ROWS = 1024
-"""At most so many rows of a batch, evenly spaced, are looked at: 256 of 700 already lose under 0.001 of the energy."""
+"""Most rows of a batch that are scored, evenly spaced: even 256 of 700 lose less than 0.001 of the energy."""
 
 
 class Factors(NamedTuple):
-    """A low-rank stand-in for a weight: ``x̂ = (x down') up'``, ``down [rank, in]``, ``up [out, rank]``."""
+    """Low-rank factors of a weight: the estimate is ``(x down') up'``; ``down [rank, in]``, ``up [out, rank]``."""
 
     down: Tensor
     up: Tensor
@@ -35,7 +35,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """What is known of one layer; tensors on the CPU, fp32.
+    """The estimate of one layer; tensors on the CPU, fp32.
 
     Args:
         factors: by projection ("mlp.gate_proj", ...).
@@ -49,12 +49,12 @@ class LayerEstimate:
 
 
 class Estimator:
-    """Estimates channel energies of a batch (a `Criterion`). Lives outside the module tree: no checkpoint holds it.
+    """Estimates channel energies of a batch (a `Criterion`). It is outside the module tree, so no checkpoint holds it.
 
     Args:
         kind: "svd" or "prior".
-        rank: of the factors.
-        layers: by layer index.
+        rank: rank of the factors.
+        layers: estimates by layer index.
     """
 
     def __init__(self, kind: str, rank: int, layers: Mapping[int, LayerEstimate]):
@@ -67,34 +67,34 @@ class Estimator:
     constant = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies place their tensors themselves, wherever they are."""
+        """The state for copies, without tensors placed on a device."""
         return {**self.__dict__, "_placed": {}}
 
     @property
     def max_rows(self) -> int:
-        """How many rows of a batch are looked at, at most."""
+        """Most rows of a batch that are scored."""
         return SCORED_ROWS
 
     def mlp(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Energy of each MLP channel over a batch, up to a common factor: ``[intermediate_size]``.
 
         Args:
-            hidden_states: ``[..., hidden_size]``; its leading dimensions count as one.
-            rows: int64, at least one: those to look at; None for all.
+            hidden_states: ``[..., hidden_size]``; leading dimensions are flattened.
+            rows: int64, at least one: the rows to score; None: all.
         """
         if not self._by_kernels(hidden_states):
             return self._mlp_by_torch(layer, _sample(hidden_states, rows))
         down, up, *biases_and_gain = self._stacked(layer, "mlp", hidden_states)
-        thin = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
-        return mlp_scores(thin, up, layer.activation, *biases_and_gain)
+        low_rank = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
+        return mlp_scores(low_rank, up, layer.activation, *biases_and_gain)
 
     def attention(self, layer: DecoderLayer, hidden_states: Tensor, rows: Tensor | None = None) -> AttentionEnergy:
         """Energies of the channels of Q, K and V over a batch, each up to a common factor; arguments as in `mlp`."""
         if not self._by_kernels(hidden_states):
             return self._attention_by_torch(layer, _sample(hidden_states, rows))
         down, up, sizes, gain = self._stacked(layer, "self_attn", hidden_states)
-        thin = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
-        return AttentionEnergy(*attention_energies(thin, up, *sizes[:2], gain).split_with_sizes(sizes))
+        low_rank = low_rank_activations(hidden_states, rows, _step(hidden_states, rows), down)
+        return AttentionEnergy(*attention_energies(low_rank, up, *sizes[:2], gain).split_with_sizes(sizes))
 
     def check_covers(self, layer_sparsity: Sequence[LayerSparsity]) -> None:
         """Raises EstimatorError if a layer with sparsity above 0 has no estimate here; the message names them."""
@@ -122,14 +122,14 @@ class Estimator:
     @torch.no_grad()
     def _mlp_by_torch(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
         energy = self._factored_mlp(layer, rows)
-        return energy.sqrt_().mul_(self._vectors(layer, "mlp", "gain", rows.device)[0]) if self._has_gain else energy
+        return energy.sqrt_().mul_(self._gains(layer, "mlp", rows.device)[0]) if self._has_gain else energy
 
     @torch.no_grad()
     def _attention_by_torch(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
         energies = self._factored_attention(layer, rows)
         if not self._has_gain:
             return energies
-        gains = self._vectors(layer, "self_attn", "gain", rows.device)
+        gains = self._gains(layer, "self_attn", rows.device)
         return AttentionEnergy(*(energy.sqrt_().mul_(gain) for energy, gain in zip(energies, gains, strict=True)))
 
     def _factored_mlp(self, layer: DecoderLayer, rows: Tensor) -> Tensor:
@@ -145,11 +145,11 @@ class Estimator:
 
     def _factored_attention(self, layer: DecoderLayer, rows: Tensor) -> AttentionEnergy:
         down, ups = self._factors(layer, "self_attn", rows)
-        thin = linear(rows, down).split([up.shape[1] for up in ups], dim=1)
+        low_rank = linear(rows, down).split([up.shape[1] for up in ups], dim=1)
         return AttentionEnergy(
             *(
                 column_energy(part, len(up), lambda piece, up=up: linear(piece, up))
-                for part, up in zip(thin, ups, strict=True)
+                for part, up in zip(low_rank, ups, strict=True)
             )
         )
 
@@ -163,7 +163,7 @@ class Estimator:
         return self._placed[key]
 
     def _stacked(self, layer: DecoderLayer, part: str, like: Tensor) -> tuple:
-        """What the kernels take of a part, on the device and in the dtype of ``like``.
+        """The kernels' arguments for a part, on the device and in the dtype of ``like``.
 
         ``(down, up, gate bias, up bias, gain)`` of the MLP, ``(down, up, sizes of q, k, v, gain)`` of attention.
         """
@@ -171,7 +171,7 @@ class Estimator:
         if key not in self._placed:
             factors = [self.layers[layer.index].factors[name] for name in FACTORED[part]]
             down, ups = torch.cat([factor.down for factor in factors]), [factor.up.t() for factor in factors]
-            gain = torch.cat(self._vectors(layer, part, "gain", like.device)) if self._has_gain else None
+            gain = torch.cat(self._gains(layer, part, like.device)) if self._has_gain else None
             if part == "mlp":
                 up, rest = torch.cat(ups), _mlp_biases(layer)
             else:
@@ -179,16 +179,17 @@ class Estimator:
             self._placed[key] = (down.to(like).contiguous(), up.to(like).contiguous(), *rest, gain)
         return self._placed[key]
 
-    def _vectors(self, layer: DecoderLayer, part: str, what: str, device: torch.device) -> list[Tensor]:
-        key = (layer.index, part, what, device)
+    def _gains(self, layer: DecoderLayer, part: str, device: torch.device) -> list[Tensor]:
+        """The gains of a part's channels, on ``device``."""
+        key = (layer.index, part, device, "gain")
         if key not in self._placed:
-            vectors = getattr(self.layers[layer.index], what)
-            self._placed[key] = [vectors[name].to(device) for name in ENERGIES[part]]
+            gain = self.layers[layer.index].gain
+            self._placed[key] = [gain[name].to(device) for name in ENERGIES[part]]
         return self._placed[key]
 
 
 def _step(hidden_states: Tensor, rows: Tensor | None) -> int:
-    """Every so many-th row is looked at."""
+    """The stride at which rows are scored."""
     count = hidden_states.numel() // hidden_states.shape[-1] if rows is None else rows.shape[0]
     return -(-count // SCORED_ROWS)
 

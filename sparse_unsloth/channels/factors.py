@@ -1,18 +1,13 @@
-"""Estimates of channel energies that cost next to nothing: built from the weights, with or without calibration; stored.
+"""Builds estimators of channel energies from the weights, with or without calibration, and stores them.
 
-Kinds (DESIGN.md section 2), for a weight ``W [out, in]`` and the inputs ``X`` of a calibration pass:
-
-- ``svd``: ``x̂ = x W' U U'``, with ``U [out, rank]`` the top left singular vectors of ``W`` (SparseLoRA section 3.2);
-- ``prior``: the static energy ``s``, the calibrated mean of each channel, corrected by how far a contextual estimate
-  ``ĉ`` stands above its own calibrated mean ``c̄``: ``s (ĉ / c̄)^½``. ``ĉ`` is as in ``svd``, but whitened: with the
-  singular vectors of ``W X'``, which lose least of ``x W'`` over the calibrated inputs. So the bias of the factors
-  cancels channel by channel, and half of the batch's deviation, in logarithms, is believed. It costs one factor a
-  channel: ``s / c̄^½`` times the estimate's L2 norm.
+The kinds ``svd`` (SparseLoRA section 3.2) and ``prior`` are defined in docs/how-it-works.md, section 4.5. ``prior``
+scores a channel by its calibrated energy ``s`` times ``(ĉ / c̄)^½``, where ``ĉ`` is the estimate by whitened factors and
+``c̄`` its calibrated mean. Figures behind this choice:
 
 Share of the oracle's energy captured in SmolLM2-135M's MLPs (layers 1-29, batches of 8, 32 calibration samples, rank 8,
-shared prompt text left out) at 10 % / 25 % of the channels, other prompts of the calibrated tasks | tasks never seen:
+shared prompt text left out) at 10 % / 25 % of the channels, other prompts of the calibrated tasks | unseen tasks:
 svd .54 / .64 | .47 / .60, whitened .83 / .86 | .67 / .74, static .92 / .94 | .70 / .77, prior .94 / .95 | .72 / .78.
-Against it: the geometric mean of ``s`` and ``ĉ`` .89 / .92 | .72 / .77, their sum .91 / .93 | .71 / .77, ``s + ĉ - c̄``
+Others: the geometric mean of ``s`` and ``ĉ`` .89 / .92 | .72 / .77, their sum .91 / .93 | .71 / .77, ``s + ĉ - c̄``
 .93 / .95 | .70 / .77, exponent 1 .93 / .93 | .70 / .76, exponent ¼ .94 / .95 | .72 / .78.
 """
 
@@ -58,17 +53,17 @@ def obtain_estimator(
     Args:
         model: the outermost model; the calibration pass runs it, densely and without gradients.
         layers: all its decoder layers.
-        layer_sparsity: of each of them.
-        samples: batches as the model receives them, for the kinds that calibrate.
-        wait: without samples, return None instead of an error ("auto": instead of plain SVD) if samples could help.
-        dense_tokens: as in `SparsityConfig`: which tokens are not context.
-        seed: of the randomised factorisation.
+        layer_sparsity: the sparsity of each of them.
+        samples: batches as the model receives them, for calibrated kinds.
+        wait: for calibrated kinds without samples, return None instead of raising ("auto": instead of using "svd").
+        dense_tokens: as in `SparsityConfig`.
+        seed: seed of the randomised SVD.
         progress: show a bar on a terminal.
 
     Raises:
-        EstimatorError: the file does not fit the model or the configuration; or it is damaged and cannot be built again
-            from what is given (a file that does not end in .safetensors is never overwritten);
-            or the kind needs samples and there are none (`collect_statistics` has more).
+        EstimatorError: the file does not fit the model or the configuration; it is damaged and cannot be built again
+            from the arguments (a file that does not end in .safetensors is never overwritten); or the kind needs
+            samples and there are none. See also `collect_statistics`.
     """
     path = Path(config.path) if config.path is not None else None
     damage = None
@@ -109,7 +104,7 @@ def build_estimator(
 ) -> Estimator:
     """Builds the estimator for every layer with sparsity above 0; kind "auto" is "prior" with statistics, else "svd".
 
-    Factors are of the dequantised base weight, by a randomised SVD in fp32 on the weight's device.
+    Factors come from a randomised SVD of the dequantised base weight, in fp32 on the weight's device.
 
     Raises:
         EstimatorError: the kind needs statistics, or they lack a layer; the rank exceeds a weight's.
@@ -121,7 +116,7 @@ def build_estimator(
             warnings.warn(
                 "The estimator falls back to plain SVD, because there are no calibration samples. Calibrated "
                 "estimators keep far more (on SmolLM2-135M 0.94 of the oracle's energy against 0.54 at 10 % of the "
-                "channels): pass calibration_samples=, or train through a trainer, whose first samples are taken.",
+                "channels): pass calibration_samples=, or train through a trainer, whose first samples are used.",
                 stacklevel=2,
             )
     if kind == "prior" and statistics is None:
@@ -178,7 +173,7 @@ def _gains(
 
 
 def _top_left(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """The top left singular vectors, ``[rows, rank]``: a seeded randomised SVD that leaves global generators alone."""
+    """The top left singular vectors, ``[rows, rank]``, by a seeded randomised SVD; global generators stay unchanged."""
     cuda = [matrix.device.index] if matrix.is_cuda else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -203,12 +198,12 @@ def _statistics_of(statistics: Statistics, layer: DecoderLayer, part: str) -> La
 def _needs_samples(kind: str) -> EstimatorError:
     return EstimatorError(
         f"estimator.kind: {kind!r} is calibrated, and there are no calibration samples. Pass calibration_samples= "
-        "(batches as the model receives them), or train through a trainer, whose first samples are taken; or set "
+        "(batches as the model receives them), or train through a trainer, whose first samples are used; or set "
         "estimator.kind: svd, which needs none."
     )
 
 
 def name_and_revision(model: nn.Module) -> tuple[str, str]:
-    """Of the base model, as far as it knows them; they tell whoever loads an estimator what it was made for."""
+    """The name and revision of the base model, "" where unknown; stored with an estimator for error messages."""
     config = getattr(model, "config", None)
     return str(getattr(config, "_name_or_path", "") or ""), str(getattr(config, "_commit_hash", "") or "")

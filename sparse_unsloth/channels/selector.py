@@ -1,6 +1,6 @@
-"""Scores of channels to the channels that context rows keep (SparseLoRA section 3; DESIGN.md section 2).
+"""Selects the channels that context tokens keep, from scores (docs/how-it-works.md, section 4.4; SparseLoRA section 3).
 
-Scores are energies here, the squares of the norms that the paper ranks by: the ranking is the same, and energies add.
+Scores are energies, the squares of the norms that the paper ranks by: the ranking is the same, and energies add up.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 
 
 class ChannelSelector:
-    """Chooses the channels that the context rows of a batch keep; no gradient, no host sync.
+    """Selects the channels that the context tokens of a batch keep, without gradients and without host sync.
 
     Args:
-        config: `criterion`, `seed` and the layers that must be covered.
+        config: gives `criterion`, `seed` and the sparse layers.
         layers: all decoder layers of the model.
         estimator: for ``criterion="estimator"``, else unused.
 
@@ -44,7 +44,7 @@ class ChannelSelector:
         self._kept: dict[tuple[int, str, torch.device], tuple[float, MlpSelection | AttentionSelection]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies choose anew, wherever they are."""
+        """The state for copies, without constant selections, which are on a device."""
         return {**self.__dict__, "_kept": {}}
 
     def mlp(
@@ -53,9 +53,9 @@ class ChannelSelector:
         """The MLP channels to keep.
 
         Args:
-            hidden_states: the MLP's input, ``[..., hidden_size]``; its leading dimensions count as one.
+            hidden_states: the MLP's input, ``[..., hidden_size]``; leading dimensions are flattened.
             sparsity: share of the channels to leave out, in [0, 1).
-            rows: int64, at least one: the context rows; None: ``hidden_states`` holds these alone, and no padding.
+            rows: int64, at least one: the context rows; None: ``hidden_states`` holds them alone.
         """
         return self._constant(layer, "mlp", hidden_states, sparsity, rows, self._choose_mlp)
 
@@ -66,7 +66,7 @@ class ChannelSelector:
         return self._constant(layer, "self_attn", hidden_states, sparsity, rows, self._choose_attention)
 
     def rows_to_score(self, context: Tensor) -> Tensor:
-        """Of the context rows (int64 ``[N]``, at least one), those that the choice needs: gather no more."""
+        """The rows that the criterion needs, of ``context`` (int64 ``[N]``, at least one)."""
         limit = self._criterion.max_rows
         return context if limit is None else context[:: -(-len(context) // limit)]
 
@@ -98,7 +98,7 @@ class ChannelSelector:
             return score(layer, hidden_states)
 
     def _constant(self, layer, part, hidden_states, sparsity, rows, choose):
-        """``choose``, or for a criterion that looks at no row, the last result at the same sparsity."""
+        """The result of ``choose``; for a constant criterion the stored one of the same sparsity."""
         if not self._criterion.constant:
             return choose(layer, hidden_states, sparsity, rows)
         key = (layer.index, part, hidden_states.device)

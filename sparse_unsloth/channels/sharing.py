@@ -1,4 +1,4 @@
-"""The estimator of a training: built, loaded or calibrated by rank 0, and the very same numbers on all ranks."""
+"""Shares one estimator among all ranks: rank 0 loads, builds or calibrates it, and all hold the same numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparse_unsloth.utils.distributed import from_main, has_group, is_sharded, u
 Samples = list[Mapping[str, Any]] | None
 
 BATCH = 8
-"""Samples of the trainer's data set that are collated together."""
+"""How many samples of the trainer's data set are collated together."""
 
 
 def obtain_for_all_ranks(
@@ -34,19 +34,18 @@ def obtain_for_all_ranks(
     dataset: Any,
     collate_fn: Callable[[list], Mapping[str, Any]] | None,
 ) -> Estimator | None:
-    """The estimator that training begins with, on every rank, which all must call this; None where none is needed.
+    """The estimator for a training, on every rank; None for criteria that need none. Every rank must call this.
 
-    Training under way needs no such communication. With whole weights (DDP) rank 0 alone calibrates, and the others
-    wait. Weights in pieces (FSDP2) are gathered layer by layer, so there every rank runs the same pass on rank 0's
-    samples.
+    With whole weights (DDP) rank 0 alone calibrates, and the others wait. Sharded weights (FSDP2) are gathered layer by
+    layer, so every rank runs the same pass on rank 0's samples. Training itself communicates nothing of this.
 
     Args:
         model, layers, layer_sparsity: of the attached model.
-        estimator: this rank's, if it has one; only rank 0's counts.
+        estimator: this rank's, or None; rank 0's is used.
         dataset, collate_fn: the trainer's, whose first samples calibrate; None: there are none.
 
     Raises:
-        EstimatorError: it cannot be had (see `obtain_estimator`), or the ranks hold different base weights.
+        EstimatorError: see `obtain_estimator`; or the ranks hold different base weights.
     """
 
     def read() -> Samples:
@@ -65,7 +64,7 @@ def obtain_for_all_ranks(
     if world_size() == 1 or not has_group():
         return make(read()) if estimator is None else estimator
     sharded = any(is_sharded(layer.module) for layer in layers)
-    # accelerate may leave ranks other than 0 without weights until FSDP hands them out
+    # accelerate may leave ranks other than 0 without weights until FSDP distributes them
     if not (sharded or uses_fsdp()):
         _check_same_weights(layers, layer_sparsity)
     if from_main(lambda: estimator is not None):
@@ -82,7 +81,7 @@ def _check_same_weights(layers: list[DecoderLayer], layer_sparsity: Sequence[Lay
         digest.update(fingerprint(layers[index], part).encode())
     every: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(every, digest.hexdigest())
-    other = [number for number, one in enumerate(every) if one != every[0]]
+    other = [number for number, found in enumerate(every) if found != every[0]]
     if other:
         raise EstimatorError(
             f"Rank {', '.join(map(str, other))} holds other base weights than rank 0, so they cannot share an "

@@ -1,10 +1,9 @@
-"""Estimators in files: saving, loading, what ties them to a model's weights, and the older published format."""
+"""Saves and loads estimators, ties them to a model's weights, and reads the older published format."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from sparse_unsloth.config.removed import REMOVED
 from sparse_unsloth.config.sparsity import EstimatorConfig
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.utils.environment import version_of
 from sparse_unsloth.utils.tensor_file import DamagedFileError, raw_bytes, read_tensors, read_unchecked, write_tensors
 
 SAMPLED_VALUES = 4096
@@ -35,22 +35,23 @@ def save_estimator(
     revision: str = "",
     write: bool = True,
 ) -> None:
-    """Writes one safetensors file, at once or not at all, with what `load_estimator` checks in its metadata.
+    """Writes one safetensors file atomically; its metadata hold what `load_estimator` checks.
 
     Args:
-        model_name, revision: told to whoever loads the file for another model; ``layers`` identify the weights.
+        layers: identify the weights, by fingerprints.
+        model_name, revision: named in the error when the file is loaded for another model.
         write: False on the other ranks of a sharded model, which only take part in gathering its weights.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     tensors: dict[str, Tensor] = {}
     fingerprints: dict[str, str] = {}
     for index, estimate in estimator.layers.items():
         for name, factors in estimate.factors.items():
             tensors[f"{index}.{name}.down"], tensors[f"{index}.{name}.up"] = factors
-        for what in ("energy", "gain"):
-            tensors |= {f"{index}.{what}.{name}": vector for name, vector in getattr(estimate, what).items()}
+        for field in ("energy", "gain"):
+            tensors |= {f"{index}.{field}.{name}": vector for name, vector in getattr(estimate, field).items()}
         fingerprints |= {
             f"{index}.{part}": fingerprint(layers[index], part) for part in FACTORED if estimator.covers(index, part)
         }
@@ -62,7 +63,9 @@ def save_estimator(
         "model_name": model_name,
         "model_revision": revision,
         "weight_fingerprints": json.dumps(fingerprints),
-        "versions": json.dumps({name: package_version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
+        "versions": json.dumps(
+            {name: version_of(name) or "unknown" for name in ("sparse-unsloth", "torch", "safetensors")}
+        ),
     }
     if write:
         write_tensors(Path(path), tensors, metadata)
@@ -71,14 +74,14 @@ def save_estimator(
 def load_estimator(
     path: str | Path, layers: list[DecoderLayer], layer_sparsity: Sequence[LayerSparsity], config: EstimatorConfig
 ) -> Estimator:
-    """Reads what `save_estimator` wrote, or a folder or file in the format published by SparseLoRA's authors.
+    """Reads a file of `save_estimator`, or a folder or file in the format published by SparseLoRA's authors.
 
-    Layers that the configuration leaves dense are not read. The published format names no weights, so of it only the
+    Layers that the configuration leaves dense are not read. The published format has no fingerprints, so only its
     shapes, rank and layers are checked.
 
     Raises:
-        EstimatorError: no such file; damaged (`DamagedFileError`); made for other weights, or with another kind, rank,
-            or fewer layers than the configuration asks for. The message names which, and what to do.
+        EstimatorError: the file is missing, damaged (`DamagedFileError`), made for other weights, or has another kind
+            or rank, or fewer layers, than the configuration asks for.
     """
     path = Path(path)
     if not path.exists():
@@ -116,9 +119,9 @@ def load_estimator(
 
 
 def fingerprint(layer: DecoderLayer, part: str) -> str:
-    """SHA-256 over shapes, types and an even sample of the stored values of a layer's ``part`` ("mlp", "self_attn").
+    """SHA-256 over shapes, types and an even sample of the base weights of a layer's ``part`` ("mlp", "self_attn").
 
-    The same on every device; LoRA branches play no part.
+    It is the same on every device and does not depend on LoRA branches.
     """
     digest = hashlib.sha256()
     for projection in MLP_PROJECTIONS if part == "mlp" else ATTENTION_PROJECTIONS:
@@ -138,8 +141,8 @@ def fingerprint(layer: DecoderLayer, part: str) -> str:
 def _is_published(path: Path) -> bool:
     """Whether ``path`` holds factors in the format of the SparseLoRA authors' hub repositories.
 
-    That is a folder with `model.safetensors` (and `config.json`), or such a file: every tensor is named
-    ``<layer>.<projection>.w1`` or ``.w2``, for one ``model.layers.3.mlp.gate_proj.w1``.
+    That is a folder with `model.safetensors` (and `config.json`), or such a file alone. Its tensors are named
+    ``<layer>.<projection>.w1`` or ``.w2``, such as ``model.layers.3.mlp.gate_proj.w1``.
     """
     if path.is_dir():
         return (path / "model.safetensors").is_file()
@@ -219,7 +222,7 @@ def _load_published(
 
 
 def _oriented(path: Path, name: str, w1: Tensor, w2: Tensor, in_features: int, out_features: int) -> Factors:
-    """``w1`` is the input's factor, ``w2`` the output's; which way round each lies is told by its shape."""
+    """The factors from ``w1`` (input) and ``w2`` (output), whose shapes tell whether they are transposed."""
     if w1.ndim == w2.ndim == 2 and in_features in w1.shape and out_features in w2.shape:
         down = w1 if w1.shape[1] == in_features else w1.t()
         up = w2 if w2.shape[0] == out_features else w2.t()
@@ -237,22 +240,14 @@ def _check_kind_and_rank(path: Path, kind: str, rank: int, config: EstimatorConf
             f"{path} holds an estimator of kind {kind!r}. {REMOVED['estimator.kind'].was}, and point estimator.path to "
             "another file, or delete this one: it is built again."
         )
-    cure = "or point estimator.path to another file; delete this one, and it is built again"
+    fix = "or point estimator.path to another file; delete this one, and it is built again"
     if config.kind not in ("auto", kind):
         raise EstimatorError(
             f"{path} holds an estimator of kind {kind!r}, but the configuration asks for {config.kind!r}. Set "
-            f"estimator.kind: {kind}, {cure}."
+            f"estimator.kind: {kind}, {fix}."
         )
     if config.rank != rank:
         raise EstimatorError(
             f"{path} holds factors of rank {rank}, but the configuration asks for {config.rank}. Set estimator.rank: "
-            f"{rank}, {cure}."
+            f"{rank}, {fix}."
         )
-
-
-def package_version(package: str) -> str:
-    """The installed version, or ``unknown`` where a checkout is run without being installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -1,4 +1,4 @@
-"""Reads and writes configuration files; turns pydantic's errors into one `ConfigError`."""
+"""Reads and writes configuration files, and turns pydantic's errors into one `ConfigError`."""
 
 import difflib
 import json
@@ -21,7 +21,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that names a key twice is refused, where PyYAML keeps the last one without a word."""
+    """Raises for a key given twice, where PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -51,7 +51,7 @@ def read(path: Path) -> object:
     """The contents of a YAML or JSON file (by suffix).
 
     Raises:
-        ConfigError: no such file, another suffix, or no YAML or JSON.
+        ConfigError: the file is missing, has another suffix, or cannot be parsed.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: {'is a folder, name a file in it' if path.is_dir() else 'no such file'}")
@@ -66,7 +66,7 @@ def read(path: Path) -> object:
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes ``data`` to a YAML or JSON file (by suffix), wholly or not at all.
+    """Writes ``data`` to a YAML or JSON file (by suffix), atomically.
 
     Raises:
         ConfigError: another suffix.
@@ -85,14 +85,14 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def failure(source: str, problems: list[str]) -> ConfigError:
-    """One error of all ``problems``."""
+    """One error that lists all ``problems``."""
     if len(problems) == 1:
         return ConfigError(f"{source}: {problems[0]}")
     return ConfigError("\n  ".join([f"{source}: {len(problems)} problems", *problems]))
 
 
 def problem(cls: type[BaseModel], detail: Any) -> str:
-    """One of pydantic's error details in one line: the key's path, what is allowed, what was given."""
+    """One of pydantic's error details as a line: the key's path, what is allowed, what was given."""
     location = [str(part) for part in detail["loc"] if part != "[key]"]
     key, kind, given = ".".join(location) or cls.__name__, detail["type"], reprlib.repr(detail["input"])
     if kind == "extra_forbidden":
@@ -119,7 +119,7 @@ def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
 
 
 def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
-    """The valid key nearest to an unknown one, in its own mapping or one below; all valid keys if none is near."""
+    """The end of a message that names the nearest valid key, in the same mapping or one below; else all valid keys."""
     if gone := removed.unknown(location[-1]):
         return f"; {gone}"
     parent = ".".join([*location[:-1], ""])

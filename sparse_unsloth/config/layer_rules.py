@@ -1,27 +1,27 @@
-"""Layer rules: ``{"3-30": 0.99, "5": 0.5, "all": 0.9}`` and the per-layer sparsity that they stand for."""
+"""Reads layer rules such as ``{"3-30": 0.99, "5": 0.5, "all": 0.9}`` as a sparsity per layer."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 PARTS = {"mlp": "MLP", "self_attn": "attention"}
-"""The parts of a layer, as `LayerSparsity` names them and as a reader knows them."""
+"""The parts of a layer: their fields in `LayerSparsity`, and their names in reports."""
 
 
 class LayerSparsity(NamedTuple):
-    """Share of one decoder layer's channels that context rows leave out, in [0, 1); 0 is dense."""
+    """The share of one decoder layer's channels that context tokens leave out, in [0, 1); 0 is dense."""
 
     mlp: float
     self_attn: float
 
 
 def keep_count(size: int, sparsity: float) -> int:
-    """Channels kept of ``size``: the nearest whole number to ``(1 - sparsity) * size``, at least one."""
+    """How many of ``size`` channels are kept: ``(1 - sparsity) * size``, rounded, at least one."""
     return max(1, round((1 - sparsity) * size))
 
 
 def sparse_parts(layer_sparsity: Sequence[LayerSparsity]) -> list[tuple[int, str]]:
-    """``(layer index, "mlp" | "self_attn")`` of everything with a sparsity above 0, in depth order."""
+    """``(layer index, "mlp" | "self_attn")`` of every part with a sparsity above 0, in order of depth."""
     return [
         (index, part)
         for index, sparsity in enumerate(layer_sparsity)
@@ -31,7 +31,9 @@ def sparse_parts(layer_sparsity: Sequence[LayerSparsity]) -> list[tuple[int, str
 
 
 def canonical_rule(key: object) -> str:
-    """``"all"``, one layer ``"5"`` or a range ``"3-30"`` with both ends; YAML's bare ``5:`` arrives as an int.
+    """A rule in its usual form: ``"all"``, one layer ``"5"`` or a range ``"3-30"`` with both ends.
+
+    YAML's bare ``5:`` arrives as an int.
 
     Raises:
         ValueError: anything else, or a range from high to low.
@@ -49,10 +51,10 @@ def canonical_rule(key: object) -> str:
 
 
 def share(value: object) -> float:
-    """A sparsity: the share of channels left out.
+    """``value`` as a sparsity, the share of channels left out.
 
     Raises:
-        ValueError: not a number in [0, 1); bools and NaN are none.
+        ValueError: it is not a number in [0, 1); bools and NaN are not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError("must be a number in [0, 1), the share of channels left out (0.9 leaves out 90 %)")
@@ -60,7 +62,7 @@ def share(value: object) -> float:
 
 
 def expand(rules: Mapping[str, float], layers: list[float]) -> list[float]:
-    """``layers`` with canonical ``rules`` applied in order, so that later ones override; absent layers are skipped."""
+    """``layers`` with canonical ``rules`` applied in order, so that later rules win; absent layers are skipped."""
     layers = list(layers)
     for rule, sparsity in rules.items():
         first, last = _span(rule, len(layers))
@@ -70,7 +72,7 @@ def expand(rules: Mapping[str, float], layers: list[float]) -> list[float]:
 
 
 def collect(layers: Mapping[int, float]) -> dict[str, float]:
-    """The shortest rules without overlap that give each layer its sparsity; dense layers need none."""
+    """The fewest rules that give each layer its sparsity, without overlap; dense layers need none."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if not layers[layer]:
@@ -83,7 +85,7 @@ def collect(layers: Mapping[int, float]) -> dict[str, float]:
 
 
 def absent_layers(part: str, rules: Mapping[str, float], num_layers: int) -> list[str]:
-    """One line for each canonical rule of ``part`` that names a layer which a model of ``num_layers`` does not have."""
+    """One line for each canonical rule of ``part`` that names a layer beyond a model's ``num_layers``."""
     problems = []
     for rule in rules:
         first, last = _span(rule, num_layers)

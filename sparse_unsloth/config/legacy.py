@@ -1,11 +1,11 @@
-"""Reads the sparsity files of the two SparseLoRA releases, so that existing ones work unchanged.
+"""Reads the configuration files of the two SparseLoRA releases, so that existing files work unchanged.
 
 * 2025, flat YAML: ``start_step``, ``mode: "svd_8"``, ``skip_output_tokens``, ``sparsity: {layers.3.mlp: 0.99, ...}``.
 * 2026, JSON: ``predictor_rank``, ``modes: {o1: {layer_sparsity: {model.layers.3.mlp: 0.99, ...}}, ...}``, or one mode's
   ``layer_sparsity`` at the top, as that release saved it.
 
-A setting that such a file leaves out has the value that it had there: sparse from the first step to the last (no dense
-tail), and in the flat YAML no dense output tokens.
+A setting that such a file leaves out keeps the default of its release: sparse from the first step to the last (no dense
+tail), and in the flat YAML no dense loss tokens.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from sparse_unsloth.config import removed
 from sparse_unsloth.config.layer_rules import collect, share
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.([0-9]+)\.(mlp|self_attn)")
-# ffn_sparsity and qkvo_sparsity are labels for plots, and base_model for the reader: no release acts on them.
+# ffn_sparsity, qkvo_sparsity and base_model are labels: no release uses them.
 _FLAT_KEYS = (
     *("start_step", "end_step", "mode", "skip_output_tokens", "sparse_lora_branch", "sparsity"),
     *("ffn_sparsity", "qkvo_sparsity"),
@@ -31,12 +31,12 @@ def recognises(data: Mapping) -> bool:
 
 
 def translate(data: Mapping, mode: str | None, folder: Path | None) -> tuple[dict, list[str]]:
-    """The same settings under `SparsityConfig`'s keys, and one line for each problem met.
+    """The same settings under `SparsityConfig`'s keys, and one line for each problem.
 
     Args:
         data: contents of a file that `recognises` accepts.
-        mode: which of the JSON format's modes to take; needed when it holds several.
-        folder: where the file lies, for factors stored beside it (``model.safetensors``).
+        mode: which of the JSON format's modes to use; needed when it holds several.
+        folder: the folder of the file, for factors stored beside it (``model.safetensors``).
     """
     problems: list[str] = []
     if _is_flat(data):
@@ -58,7 +58,7 @@ def _from_flat(data: Mapping, problems: list[str]) -> dict:
     layers = _layers("sparsity", data["sparsity"], problems)
     any_sparse = any(value for part in layers.values() for value in part.values())
     if _switch("sparse_lora_branch", data, problems):
-        problems.append(f"sparse_lora_branch: {removed.said('lora_branch')}; delete the key (given True)")
+        problems.append(f"sparse_lora_branch: {removed.explanation('lora_branch')}; delete the key (given True)")
     return {
         **{part: collect(found) for part, found in layers.items()},
         **_ranking(data.get("mode"), any_sparse, problems),
@@ -88,7 +88,7 @@ def _from_json(data: Mapping, mode: str | None, folder: Path | None, problems: l
 
 
 def _chosen_mode(data: Mapping, mode: str | None, problems: list[str]) -> tuple[str, object]:
-    """The key of the chosen table of layers, for messages, and the table."""
+    """The chosen table of layers, and its key for messages: ``(key, table)``."""
     if "modes" not in data:
         if mode is not None:
             problems.append(f"mode: {mode!r} asked for, but this file has no modes to choose from")
@@ -133,7 +133,7 @@ def _layers(key: str, table: object, problems: list[str]) -> dict[str, dict[int,
 
 
 def _ranking(mode: object, any_sparse: bool, problems: list[str]) -> dict:
-    """Estimator and criterion of a 2025 ``mode``: ``svd_8``, ``dense``, or a study such as ``oracle_ffn_wanda``."""
+    """The estimator or criterion of a 2025 ``mode``: ``svd_8``, ``dense``, or a study such as ``oracle_ffn_wanda``."""
     words = re.findall("[a-z]+|[0-9]+", mode) if isinstance(mode, str) else []
     rank = int(words[-1]) if words and words[-1].isdigit() else 0
     if "svd" in words and rank:
@@ -156,7 +156,7 @@ def _ranking(mode: object, any_sparse: bool, problems: list[str]) -> dict:
 
 
 def _schedule(data: Mapping) -> dict:
-    """Both releases read numbers up to 1 as fractions of the training, and larger ones as steps."""
+    """The schedule; both releases read numbers up to 1 as fractions of the training, and larger ones as steps."""
     steps = {"start_step": data.get("start_step", 0.0), "end_step": data.get("end_step", 1.0)}
     for key, value in steps.items():
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,13 +1,16 @@
-"""Options that older configurations may name: a value that asks for what is gone is an error that says why."""
+"""Lists removed options, so that a configuration which still uses one gets an error that says why it was removed."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Removed(NamedTuple):
-    """``neutral``: the values that asked for nothing, and are dropped on reading; ``was``: what it was, why it went.
+    """A removed option, or removed values of an option.
 
-    With ``values`` the key is still there, and these values of it are gone.
+    Attributes:
+        neutral: the values that had no effect; they are dropped on reading.
+        was: what the option did and why it was removed.
+        values: the removed values of a key that still exists.
     """
 
     neutral: tuple[Any, ...]
@@ -53,15 +56,15 @@ REMOVED: dict[str, Removed] = {
         values=("whitened", "static"),
     ),
 }
-"""By the path of the key in `SparsityConfig`."""
+"""Removed options by the path of their key in `SparsityConfig`."""
 
 
 def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
-    """``data`` without the keys of `REMOVED`, and one line for each that asked for more than its neutral value.
+    """``data`` without the keys of `REMOVED`, and one line for each that had an effect.
 
     Args:
-        data: a mapping of options, with its nested ones.
-        prefix: its own path, such as ``"estimator."``.
+        data: a mapping of options, possibly nested.
+        prefix: the path of ``data``, such as ``"estimator."``.
     """
     kept, problems = {}, []
     for key, value in data.items():
@@ -71,8 +74,8 @@ def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
                 problems.append(f"{path}: {REMOVED[path].was} (given {value!r})")
                 continue
         elif path in REMOVED:
-            if _asks(value, REMOVED[path].neutral):
-                problems.append(f"{path}: {said(path)}; delete the key (given {value!r})")
+            if _has_effect(value, REMOVED[path].neutral):
+                problems.append(f"{path}: {explanation(path)}; delete the key (given {value!r})")
             continue
         if isinstance(value, Mapping) and any(name.startswith(f"{path}.") for name in REMOVED):
             value, nested = drop(value, f"{path}.")
@@ -81,20 +84,21 @@ def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
     return kept, problems
 
 
-def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value, or one inside a mapping such as ``{"mlp": {"all": 0.5}}``, is another than the neutral ones."""
+def _has_effect(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether ``value``, or one inside a mapping such as ``{"mlp": {"all": 0.5}}``, is not neutral."""
     if isinstance(value, Mapping):
-        return any(_asks(each, neutral) for each in value.values())
+        return any(_has_effect(each, neutral) for each in value.values())
     return value not in neutral
 
 
 def unknown(key: str) -> str:
-    """What is said of an unknown command-line word or recipe key that was an option once, else ""."""
+    """The explanation for an unknown command-line word or recipe key that was an option once, else ""."""
     name = key.replace("-", "_").removeprefix("sparsity.")
     name = "output_sparsity" if name == "output_levels" else name  # of calibrate
     paths = [path for path, gone in REMOVED.items() if not gone.values and (path == name or path.endswith(f".{name}"))]
-    return said(paths[0]) if paths else ""
+    return explanation(paths[0]) if paths else ""
 
 
-def said(path: str) -> str:
+def explanation(path: str) -> str:
+    """The message for the removed option at ``path``."""
     return f"this option was removed: it {REMOVED[path].was}"

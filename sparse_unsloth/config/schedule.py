@@ -1,4 +1,4 @@
-"""When training is sparse: a pure function of the optimiser step, so that a resumed run needs no stored state."""
+"""Decides which optimiser steps are sparse, by the step alone, so that a resumed run needs no stored state."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ from sparse_unsloth.errors import ConfigError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Dense, then sparse, then dense again: SparseLoRA's late start (arXiv 2506.16500), and a dense tail of our own.
+    """Dense steps, sparse steps, then dense steps again (docs/how-it-works.md, section 10).
+
+    The late start is SparseLoRA's (arXiv 2506.16500), the dense tail is added here.
 
     Args:
         start_step: first sparse step; an int counts optimiser steps, a float in [0, 1] is a fraction of the training.
-        end_step: first dense step of the tail, in the same units; 1.0 means that sparsity never ends.
+        end_step: first dense step of the tail, in the same units; 1.0: there is no tail.
     """
 
     start_step: float | int
@@ -22,11 +24,11 @@ class Schedule:
         """The factor on every layer's sparsity: 0.0 is dense, 1.0 the configured sparsity.
 
         Args:
-            step: optimiser steps done so far, so 0 for the first one (the trainer's ``global_step``).
+            step: optimiser steps done so far, 0 for the first one (the trainer's ``global_step``).
             max_steps: optimiser steps of the whole training.
 
         Raises:
-            ConfigError: ``max_steps`` is below 1, so fractions of it mean nothing.
+            ConfigError: ``max_steps`` is below 1.
         """
         first, end = self._bounds(max_steps)
         return 1.0 if first <= step < end else 0.0
@@ -54,5 +56,5 @@ def _never_ends(end_step: float | int) -> bool:
 def _in_steps(boundary: float | int, max_steps: int) -> int:
     if isinstance(boundary, int):
         return boundary
-    # Rounded first: 0.07 * 100 is 7.000000000000001 in floating point, and means 7.
+    # Rounded first: 0.07 * 100 is 7.000000000000001 in floating point.
     return math.ceil(round(boundary * max_steps, 6))

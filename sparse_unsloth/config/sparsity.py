@@ -1,4 +1,4 @@
-"""What is sparse, how much, chosen how, and when: `SparsityConfig`, read from YAML, JSON, presets and mappings."""
+"""Defines `SparsityConfig`: what is sparse, how much and when. Reads it from YAML, JSON, presets and mappings."""
 
 import os
 from collections.abc import Mapping
@@ -26,9 +26,9 @@ from sparse_unsloth.errors import ConfigError
 CONFIG_NAME = "sparsity_config.yaml"
 """The file that `save_pretrained` writes beside the adapter."""
 NOTHING = ("", "none", "null", "off", "no", "false", "disabled", "0")
-"""What users write for training without sparsity; YAML's null is what says so, and the preset "dense"."""
+"""Words that users write for training without sparsity; the valid ones are YAML's null and the preset "dense"."""
 PUBLISHED_LAYERS = 32
-# Layer rules (mlp, self_attn) published for Llama-3-8B: o1 on CSR170K, o2 on Math10K.
+# Layer rules (mlp, self_attn); o1 and o2 were published for Llama-3-8B, on CSR170K and Math10K.
 PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "dense": ({}, {}),
     "rows": ({}, {}),
@@ -36,7 +36,7 @@ PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "o2": ({"3-30": 0.99}, {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}),
 }
 BACKWARD_ROWS = 0.25
-"""Of the preset "rows"; see benchmarks/results/quality.md."""
+"""The value of the preset "rows"; see benchmarks/results/quality.md."""
 
 
 def _distinct(value: object, validate) -> dict[str, float]:
@@ -58,7 +58,7 @@ def _step(value: object) -> float | int:
 
 def _kept_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError("must be a share in (0, 1] of the context rows; 1.0 is every row")
+        raise ValueError("must be a share in (0, 1] of the context tokens; 1.0 is every token")
     return float(value)
 
 
@@ -85,7 +85,7 @@ Switch = Annotated[bool, Field(strict=True)]
 
 
 class _Reporting(type(BaseModel)):
-    """Lets ``Config(...)`` report like ``Config.model_validate({...})``; nested models still report to their parent."""
+    """Makes ``Config(...)`` raise like ``Config.model_validate({...})``; nested models report to their parent."""
 
     def __call__(cls, /, **data):
         return cls.model_validate(data)
@@ -97,7 +97,7 @@ class _Config(BaseModel, metaclass=_Reporting):
 
     @classmethod
     def model_validate(cls, obj, **kwargs):
-        """As pydantic's, but every problem of ``obj`` is in one `ConfigError`."""
+        """Overrides pydantic's, so that one `ConfigError` lists every problem of ``obj``."""
         return cls._checked(obj, TITLE, [], **kwargs)
 
     @classmethod
@@ -115,19 +115,19 @@ class _Config(BaseModel, metaclass=_Reporting):
 
 
 class EstimatorConfig(_Config):
-    """How a layer's channels are ranked for a batch, without computing them (DESIGN.md section 2, Estimators)."""
+    """How channels are ranked for a batch without computing them (docs/how-it-works.md, section 4.5)."""
 
     _place: ClassVar[str] = "estimator."
     kind: Literal["auto", "svd", "prior"] = "auto"
-    """`svd`: low-rank factors of the weight, no data needed (as published); `prior`: calibrated static channel energy
-    combined with the estimate of factors in the metric of calibrated inputs; `auto`: `prior` where calibration samples
-    exist, else `svd` with a warning."""
+    """`svd`: low-rank factors of the weight, without data (as published); `prior`: calibrated channel energies,
+    corrected by the estimate of whitened factors; `auto`: `prior` where calibration samples exist, else `svd` with a
+    warning."""
     rank: Positive = 8
     """Rank of the factors; 8 as published."""
     path: Annotated[str | None, Field(strict=True), BeforeValidator(_path)] = None
     """Safetensors file: loaded if it exists, else written after building."""
     calibration_samples: NonNegative = 32
-    """Training samples that a calibrated kind looks at."""
+    """Training samples that calibrate a calibrated kind."""
 
     @field_validator("calibration_samples")
     @classmethod
@@ -139,54 +139,57 @@ class EstimatorConfig(_Config):
 
 
 class SparsityConfig(_Config):
-    """Per-layer sparsity, estimator, tokens and schedule of a sparse training run.
+    """Per-layer sparsity, estimator, token roles and schedule of a sparse training run.
 
     ``mlp`` and ``self_attn`` map layer rules to shares in [0, 1): ``"3-30": 0.99`` (both ends included), ``"5": 0.5``,
-    ``"all": 0.9``. Later rules override earlier ones, and all of them the preset; a layer without a rule is dense.
+    ``"all": 0.9``. Later rules override earlier ones, and all rules override the preset. A layer without a rule is
+    dense.
 
     Raises:
-        ConfigError: unknown keys, malformed rules, values out of range: all of one input's problems together.
+        ConfigError: unknown keys, malformed rules, values out of range; one error lists all problems.
     """
 
     preset: Literal["dense", "o1", "o2", "rows"] | None = None
-    """`rows`: `backward_rows: 0.25`, what we recommend. Layer rules of a published recipe at the model's depth: `o1`
-    conservative, `o2` aggressive."""
+    """`rows` (recommended): `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
+    published recipe, scaled to the model's depth. `dense`: no sparsity."""
     mlp: Rules = {}
+    """Layer rules: the share of MLP channels that context tokens leave out."""
     self_attn: Rules = {}
+    """Layer rules: the share of attention channels that context tokens leave out."""
     estimator: EstimatorConfig = EstimatorConfig()
     criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
-    """What ranks the channels; all but `estimator` are baselines for study."""
+    """What ranks the channels; all but `estimator` are baselines for studies."""
     dense_tokens: Literal["output", "none"] = "output"
-    """`output`: loss-bearing rows and output tokens stay dense; `none`: every row is context (published for GLUE)."""
+    """`output`: loss tokens stay dense; `none`: every token is a context token (published for GLUE)."""
     backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
-    """Share of the context rows that the backward pass goes through in every layer, those of largest gradient in this
-    batch; 1.0 all. The forward pass stays exact, and there is nothing to estimate or to calibrate. Instead of `mlp` and
-    `self_attn`; `start_step` and `end_step` are the whole training then, unless they are given."""
+    """Row sparsity: the share of context tokens that each layer's backward pass goes through, those with the largest
+    gradients in the batch; 1.0 is all. The forward pass is exact and nothing is calibrated. It cannot be combined with
+    `mlp` and `self_attn`. The default schedule is then the whole training."""
     exact_removal: Switch = True
-    """Whether work that nothing reads is left out: under Unsloth rows without loss in logits, loss, and the last layer
-    after its keys and values, in dense training and phases too; and the output of a sparse MLP when gradient
-    checkpointing recomputes it. Same loss, same gradients."""
+    """Whether unused rows and outputs are skipped: under Unsloth rows outside the loss in logits, loss and the last
+    layer after its keys and values, in dense training too; and the output of a sparse MLP when gradient checkpointing
+    recomputes it. Same loss, same gradients."""
     memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
-    """Peak memory that training may take on a GPU: up to 1 a share of the GPU's, above that GiB. Within it as many
-    layers as fit, sparse ones first, keep their activations and are not run a second time by gradient checkpointing.
-    Needs gradient checkpointing to be on; None leaves it as it is."""
+    """Peak memory of training on a GPU: up to 1 a share of the GPU's memory, above that GiB. Gradient checkpointing is
+    turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
+    unchanged."""
     cuda_graphs: Switch = False
-    """Whether layers are recorded as CUDA graphs and replayed, for steps that are bound by the host: short answers,
-    small models, small batches. Unsloth's Llama-like layers under gradient checkpointing. So that micro-batches have
-    few sizes, rows are lengthened by an eighth at most, and some context tokens stay dense. With nothing sparse the
-    whole training is dense and recorded, also of data without prompts; forwards without labels run as without it."""
+    """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
+    micro-batches, few loss tokens. It needs Unsloth's Llama-like layers and gradient checkpointing. Sequences are
+    right-padded to length buckets, by an eighth at most from 128 tokens on, and some context tokens stay dense. Dense
+    training is captured too, also without prompts; forwards without labels run without graphs."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
-    """First step of the dense tail, likewise; 1.0 never ends. The published recipes have no tail."""
+    """First step of the dense tail, in the same units; 1.0: no tail, as in the published recipes."""
     explain_steps: NonNegative = 50
-    """Sparse steps between two looks at the chosen channels: how many are new, and what they capture of the energy that
-    the best ones would (`sparse-unsloth explain`); 0 never looks."""
+    """Sparse steps between two records of the channel selection: how many channels are new, and how much energy they
+    capture of what the best ones would (`sparse-unsloth explain`); 0: no records."""
     sparse_prefill: Switch = False
-    """Whether `for_inference` computes prompts as they are in training, on chosen channels, unless told otherwise; the
-    estimator lies beside the adapter. What is decoded is dense."""
+    """Whether `for_inference` computes prompts as in training, on selected channels, by the estimator stored beside the
+    adapter. Decoded tokens are dense."""
     seed: NonNegative = 3407
-    """Of the randomised factorisation, the calibration sample and the `random` criterion."""
+    """Seed of the randomised SVD, the calibration inputs and the `random` criterion."""
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +218,7 @@ class SparsityConfig(_Config):
     @classmethod
     def _means_channels(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("backward_rows", 1.0) < 1:
-            raise ValueError("must be False with backward_rows, which chooses no channels")
+            raise ValueError("must be False with backward_rows, which selects no channels")
         return value
 
     @field_validator("end_step")
@@ -230,16 +233,16 @@ class SparsityConfig(_Config):
 
     @property
     def schedule(self) -> Schedule:
-        """When the training is sparse."""
+        """The schedule: which optimiser steps are sparse."""
         return Schedule(self.start_step, self.end_step)
 
     @property
     def row_sparse(self) -> bool:
-        """Whether the backward pass leaves out rows, so that no channels are chosen."""
+        """Whether the training is row-sparse; no channels are selected then."""
         return self.backward_rows < 1
 
     def is_sparse(self, num_layers: int) -> bool:
-        """Whether anything is left out of a model with ``num_layers`` decoder layers.
+        """Whether any layer of a model with ``num_layers`` decoder layers is sparse.
 
         Raises:
             ConfigError: see `layer_sparsity`.
@@ -247,7 +250,7 @@ class SparsityConfig(_Config):
         return self.row_sparse or any(map(any, self.layer_sparsity(num_layers)))
 
     def whole_rows(self) -> "SparsityConfig":
-        """The same without `backward_rows`, and without the schedule that comes with it."""
+        """The same without `backward_rows` and the schedule that it implies."""
         if not self.row_sparse:
             return self
         changes: dict[str, Any] = {"preset": None, "backward_rows": 1.0}
@@ -258,9 +261,8 @@ class SparsityConfig(_Config):
     def layer_sparsity(self, num_layers: int) -> list[LayerSparsity]:
         """The sparsity of each layer of a model with ``num_layers`` decoder layers.
 
-        A preset is a table of 32 layers. Layer ``i`` of ``n`` takes the entry at the same relative depth, that of layer
-        ``floor((i + 1/2) * 32 / n)``, so 32 layers give the published table itself. Layer 0 stays dense at any depth:
-        its MLP costs more quality than all others together (DESIGN.md section 2).
+        A preset is a table of 32 layers, scaled to the model's depth; layer 0 stays dense (docs/how-it-works.md,
+        section 4.7).
 
         Raises:
             ConfigError: rules name layers that the model does not have.
@@ -281,14 +283,14 @@ class SparsityConfig(_Config):
 
     @classmethod
     def from_any(cls, value: "str | Path | Mapping | SparsityConfig | None") -> "SparsityConfig":
-        """A config from whatever a user passes as ``sparsity=``.
+        """The configuration that a user passes as ``sparsity=``.
 
         Args:
-            value: a config; a preset's name; the path of a YAML or JSON file (``config.json#o1`` chooses a mode of the
-                older JSON format); a mapping in this or an older format; ``None`` for the dense config.
+            value: a configuration; a preset's name; the path of a YAML or JSON file (``config.json#o1`` chooses a mode
+                of the older JSON format); a mapping in this or an older format; None for the dense configuration.
 
         Raises:
-            ConfigError: no such preset or file, or wrong contents.
+            ConfigError: the preset or file does not exist, or the contents are wrong.
         """
         if value is None:
             return cls()
@@ -311,11 +313,11 @@ class SparsityConfig(_Config):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, mode: str | None = None) -> "SparsityConfig":
-        """Reads a YAML or JSON file (by suffix) in this format or in an older public one (`older_formats`).
+        """Reads a YAML or JSON file (by suffix) in this format or an older public one (`config.legacy`).
 
         Args:
             path: the file.
-            mode: which of the modes of an older JSON file, such as ``"o1"``; needed when it holds several.
+            mode: which mode of an older JSON file, such as ``"o1"``; needed when it holds several.
 
         Raises:
             ConfigError: the file is missing, cannot be parsed, or has wrong contents.
@@ -328,7 +330,7 @@ class SparsityConfig(_Config):
         config = cls._from_mapping(data, str(path), mode=mode, folder=path.parent)
         estimator = config.estimator.path
         if estimator is not None and estimator.endswith(".safetensors") and not os.path.isabs(estimator):
-            # A file beside this one comes first, so that their folder can be moved.
+            # A file beside this one has priority, so that their folder can be moved.
             beside = os.path.abspath(path.parent / estimator)
             if os.path.isfile(beside):
                 found = config.estimator.model_copy(update={"path": beside})
@@ -336,7 +338,7 @@ class SparsityConfig(_Config):
         return config
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes every field to a YAML or JSON file (by suffix), wholly or not at all; `from_file` restores it exactly.
+        """Writes every field to a YAML or JSON file (by suffix), atomically; `from_file` restores it exactly.
 
         Raises:
             ConfigError: another suffix.

@@ -1,1 +1,1 @@
-"""Evaluation suites for trained adapters (HumanEval, MT-Bench, lm-eval, GLUE, ARC-AGI), and comparing runs."""
+"""Evaluates trained adapters with public libraries: the commands ``sparse-unsloth evaluate`` and ``compare``."""

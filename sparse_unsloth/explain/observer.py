@@ -1,7 +1,7 @@
-"""Looks at the channels of a forward now and then: against the step before, and against the oracle.
+"""Compares the channel selection of some forwards with that of the step before, and with the oracle.
 
-Two neighbouring steps are looked at, every `SparsityConfig.explain_steps` sparse ones: the first for its channels, the
-second for what is recorded. All other steps cost nothing; figures stay on the device until they are asked for.
+Every `SparsityConfig.explain_steps` sparse steps, two consecutive ones are observed: the first for its channels, the
+second for a record. All other steps cost nothing. Figures stay on the device until `Observer.take`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.tokens.partition import TokenPartition
 
 ORACLE_ROWS = 1024
-"""At most so many rows, evenly spaced, are computed exactly for the oracle."""
+"""Most rows, evenly spaced, that are computed exactly for the oracle."""
 
 
 @dataclass
 class Observation:
-    """One forward that is looked at.
+    """One observed forward.
 
     Args:
         step: optimiser steps done before it.
-        compare: whether it is recorded; else only its channels are kept, for the next one.
-        rows: int64: the context rows that the oracle looks at, without first tokens; None: none.
-        places: the same rows by their place among the context rows.
-        record: what the host knows of it already.
+        compare: whether it gives a record; else only its channels are kept, for the next step.
+        rows: int64: the context rows that the oracle uses, without first tokens; None: none.
+        places: the same rows by their indices among the context rows.
+        record: the values that are known without the device.
     """
 
     step: int
@@ -45,10 +45,10 @@ class Observation:
 
 
 class Observer:
-    """Of one model's training.
+    """Observes the channel selections of one model's training.
 
     Args:
-        every: sparse steps between two records; 0: never.
+        every: sparse steps between two records; 0: none.
     """
 
     def __init__(self, every: int):
@@ -56,7 +56,7 @@ class Observer:
         self.clear()
 
     def clear(self) -> None:
-        """Before a training."""
+        """Forgets everything; called before a training."""
         self._next = 0
         self._sparse_steps = 0
         self._due: int | None = None
@@ -73,8 +73,8 @@ class Observer:
             self._due = step
         self._sparse_steps += 1
 
-    def wants(self, step: int | None) -> bool:
-        """Whether a forward in ``step`` is to be looked at: the first one with gradients of a step that is due."""
+    def should_observe(self, step: int | None) -> bool:
+        """Whether to observe this forward: the first one with gradients in a step that is due."""
         return step is not None and self._due == step and torch.is_grad_enabled()
 
     def open(
@@ -112,10 +112,10 @@ class Observer:
         selection: MlpSelection | AttentionSelection,
         context_alone: bool = False,
     ) -> None:
-        """Notes the channels of one part ("mlp", "self_attn"); a recompute changes nothing.
+        """Notes the channels of one part ("mlp", "self_attn"), once in a forward and its recompute.
 
         Args:
-            hidden_states: the part's input; with ``context_alone`` that of the context rows only.
+            hidden_states: the part's input; with ``context_alone``, of the context rows only.
         """
         key = (layer.index, part)
         if key in observation.channels:
@@ -127,9 +127,9 @@ class Observer:
             return
         figures = observation.figures[key] = {}
         before = self._before.channels.get(key)
-        if before is not None and [len(one) for one in before] == [len(one) for one in channels]:
+        if before is not None and list(map(len, before)) == list(map(len, channels)):
             size = layer.intermediate_size if mlp else layer.num_kv_heads * layer.head_dim
-            kept = [_overlap(one, other, size) for one, other in zip(before, channels, strict=True)]
+            kept = [_overlap(old, new, size) for old, new in zip(before, channels, strict=True)]
             figures["overlap"] = torch.stack(kept).mean()
         rows = observation.places if context_alone else observation.rows
         if rows is None or not len(rows):
@@ -155,13 +155,13 @@ def _overlap(before: Tensor, now: Tensor, size: int) -> Tensor:
 
 
 def _share(energy: Tensor, kept: Tensor) -> Tensor:
-    """Energy of the channels ``kept`` over that of the best as many."""
+    """The energy of the channels ``kept``, over that of as many best ones."""
     best = energy.topk(len(kept)).values.sum()
     return (energy.index_select(0, kept).sum() / best.clamp_min(torch.finfo(torch.float32).tiny)).float()
 
 
 def _counts(step: int, partition: TokenPartition, layers: list[DecoderLayer], sparsity: dict) -> dict[str, Any]:
-    """What the numbers of rows and channels tell, without the device."""
+    """The part of a record that follows from the numbers of rows and channels."""
     rows = max(partition.num_dense + partition.num_context, 1)
     saved, weights, by_part = 0.0, 0, {}
     for layer in layers:
@@ -188,11 +188,11 @@ def _plain(observation: Observation) -> dict[str, Any]:
     record = dict(observation.record)
     saved = record.pop("saved_by_part")
     keys = list(observation.figures)
-    flat = [(key, what, value) for key in keys for what, value in observation.figures[key].items()]
+    flat = [(key, metric, value) for key in keys for metric, value in observation.figures[key].items()]
     values = torch.stack([value.to("cpu", torch.float32) for *_, value in flat]).tolist() if flat else []
     layers: dict[tuple[int, str], dict[str, Any]] = {}
     for index, name in sorted(keys):
         layers[index, name] = {"layer": index, "part": name, "saved_flops": saved[index, name]}
-    for (key, what, _), value in zip(flat, values, strict=True):
-        layers[key][what] = value
+    for (key, metric, _), value in zip(flat, values, strict=True):
+        layers[key][metric] = value
     return record | {"layers": list(layers.values())}

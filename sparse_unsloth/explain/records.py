@@ -1,4 +1,4 @@
-"""Records of looked-at steps as files and log lines; one is what `Observer.take` gives."""
+"""Writes, reads and summarises the records of observed steps, as `Observer.take` returns them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ FIGURES = ("captured", "overlap")
 
 
 def append(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Adds ``records`` to the file in ``folder``, a line each."""
+    """Appends ``records`` to the file in ``folder``, one line each."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RECORDS_FILE, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records in ``folder`` in the order of their steps; a resumed run's later record of a step counts.
+    """The records in ``folder``, by step; of several records of one step (a resumed run) the last one counts.
+
+    A truncated last line is left out.
 
     Raises:
-        ConfigError: there are none, or the file is no such file. A last line that was cut off is left out.
+        ConfigError: there are no records, or the file is damaged.
     """
     path = folder / RECORDS_FILE
-    if not path.is_file() and _is_by_rows(folder):
+    if not path.is_file() and _is_row_sparse(folder):
         raise ConfigError(
             f"{folder} was trained with backward_rows: every forward is exact and no channels are chosen, so there are "
             "none to look at. Its log has sparsity/backward_rows and sparsity/context_share."
@@ -53,38 +55,38 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [records[step] for step in sorted(records)]
 
 
-def _is_by_rows(folder: Path) -> bool:
-    """By the configurations that lie beside the run's adapters."""
+def _is_row_sparse(folder: Path) -> bool:
+    """Whether the configuration beside the run's last adapter has row sparsity."""
     files = sorted(folder.glob(f"*/{CONFIG_NAME}"))
     return bool(files) and SparsityConfig.from_file(files[-1]).row_sparse
 
 
-def values(record: Mapping[str, Any], part: str, what: str) -> dict[int, float]:
-    """One figure of one part, by layer, where it is known."""
-    return {row["layer"]: row[what] for row in record["layers"] if row["part"] == part and what in row}
+def values(record: Mapping[str, Any], part: str, metric: str) -> dict[int, float]:
+    """One figure of one part by layer, for the layers that have it."""
+    return {row["layer"]: row[metric] for row in record["layers"] if row["part"] == part and metric in row}
 
 
 def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The parts that occur, "mlp" and "self_attn"; older records may have others."""
+    """The parts that occur, of "mlp" and "self_attn"."""
     return sorted({row["part"] for record in records for row in record["layers"]} & PARTS.keys())
 
 
 def means(record: Mapping[str, Any]) -> dict[str, float]:
-    """Log lines: each figure's mean over the layers, and what the forward saved."""
+    """Values for a log line: the mean of each figure over the layers, and the FLOPs that the forward saved."""
     lines = {"sparsity/saved_flops": record["saved_flops"]}
     for part in parts([record]):
-        for what in FIGURES:
-            found = values(record, part, what)
+        for metric in FIGURES:
+            found = values(record, part, metric)
             if found:
-                lines[f"sparsity/{what}/{part}"] = sum(found.values()) / len(found)
+                lines[f"sparsity/{metric}/{part}"] = sum(found.values()) / len(found)
     return lines
 
 
 def by_layer(record: Mapping[str, Any]) -> dict[str, float]:
-    """Log lines: each figure of each layer."""
+    """Values for a log line: each figure of each layer."""
     return {
-        f"sparsity/{what}/{row['part']}/layer_{row['layer']:02}": row[what]
+        f"sparsity/{metric}/{row['part']}/layer_{row['layer']:02}": row[metric]
         for row in record["layers"]
-        for what in (*FIGURES, "saved_flops")
-        if what in row
+        for metric in (*FIGURES, "saved_flops")
+        if metric in row
     }

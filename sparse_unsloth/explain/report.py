@@ -1,4 +1,4 @@
-"""What the records of a run say: a table by layer, a few sentences, and a picture."""
+"""Reports the records of a run: a summary, a table by layer, and a picture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 REPORT_FILE, PICTURE_FILE = "explain.md", "explain.png"
 TITLES = {"captured": "energy captured, of the oracle's", "overlap": "channels kept from the step before"}
 UNSTABLE, POOR = 0.5, 0.7
-"""Below these shares a sentence says so."""
+"""Shares below which the summary gives advice."""
 
 
 def write(folder: Path, out: Path | None = None) -> str:
-    """Writes report and picture of the run in ``folder`` into ``out`` (None: there); returns the report.
+    """Writes report and picture of the run in ``folder`` into ``out`` (None: ``folder``); returns the report.
 
     Raises:
         ConfigError: the folder has no records.
@@ -34,54 +34,54 @@ def write(folder: Path, out: Path | None = None) -> str:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The run in a few sentences."""
+    """The summary, one sentence or more per line."""
     last = records[-1]
-    steps = f"{len(records)} looks, steps {records[0]['step']} to {last['step']}."
+    steps = f"{len(records)} records, steps {records[0]['step']} to {last['step']}."
     lines = [
         f"{steps} {_mean(records, 'context_share'):.1%} of the tokens are context; a sparse forward leaves out "
-        f"{_mean(records, 'saved_flops'):.1%} of the layers' products with frozen weights."
+        f"{_mean(records, 'saved_flops'):.1%} of the layers' frozen-weight matmuls."
     ]
     for part in parts(records):
-        told = []
-        for what in FIGURES:
-            found = layer_means(records, part, what)
+        sentences = []
+        for metric in FIGURES:
+            found = layer_means(records, part, metric)
             if found:
                 worst = min(found, key=found.get)
                 mean = sum(found.values()) / len(found)
-                told.append(f"{TITLES[what]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
-        lines.append(f"{PARTS[part]}: {'; '.join(told)}.")
+                sentences.append(f"{TITLES[metric]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
+        lines.append(f"{PARTS[part]}: {'; '.join(sentences)}.")
     lines += _advice(records)
     return lines
 
 
-def layer_means(records: Sequence[Mapping[str, Any]], part: str, what: str) -> dict[int, float]:
+def layer_means(records: Sequence[Mapping[str, Any]], part: str, metric: str) -> dict[int, float]:
     """One figure of one part by layer, averaged over the records that have it."""
     found: dict[int, list[float]] = {}
     for record in records:
-        for layer, value in values(record, part, what).items():
+        for layer, value in values(record, part, metric).items():
             found.setdefault(layer, []).append(value)
     return {layer: sum(of) / len(of) for layer, of in sorted(found.items())}
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """Sentences, the table by layer, the picture."""
+    """The report: summary, table by layer, picture."""
     lines = ["# What sparsity did", "", *(f"- {line}" for line in summary(records)), ""]
     present = parts(records)
-    columns = [(part, what) for part in present for what in (*FIGURES, "saved_flops")]
+    columns = [(part, metric) for part in present for metric in (*FIGURES, "saved_flops")]
     table = {column: layer_means(records, *column) for column in columns}
     columns = [column for column in columns if table[column]]
     short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved"}
-    heading = ["layer", *(f"{PARTS[part]}: {short[what]}" for part, what in columns)]
+    heading = ["layer", *(f"{PARTS[part]}: {short[metric]}" for part, metric in columns)]
     lines += [f"| {' | '.join(heading)} |", f"|{' ---: |' * len(heading)}"]
     for layer in sorted({layer for column in columns for layer in table[column]}):
         cells = [f"{table[column][layer]:.1%}" if layer in table[column] else "" for column in columns]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Means over the looks. *captured*: energy of the chosen channels over that of the best as many, on up to 1024 "
-        "rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: share of "
-        "the channels that the step before, another batch, had chosen too. *saved*: share of the part's products with "
-        "frozen weights that a sparse forward leaves out, of all tokens.",
+        "Means over the records. *captured*: energy of the selected channels over that of as many best ones, on up to "
+        "1024 rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: "
+        "the share of the channels that the step before had selected too, with another batch. *saved*: share of the "
+        "part's frozen-weight matmuls, over all tokens, that a sparse forward leaves out.",
         "",
         f"![By layer and by step]({PICTURE_FILE})",
     ]
@@ -89,41 +89,41 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """By layer above, by step below."""
+    """Draws the figures by layer (above) and by step (below)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     (captured, overlap), (steps, savings) = figure.subplots(2, 2)
-    for axes, what in ((captured, "captured"), (overlap, "overlap")):
-        _draw_layers(axes, records, what)
+    for axes, metric in ((captured, "captured"), (overlap, "overlap")):
+        _draw_layers(axes, records, metric)
     for part in parts(records):
-        for what, style in (("captured", "-"), ("overlap", "--")):
-            of = {r["step"]: values(r, part, what) for r in records}
+        for metric, style in (("captured", "-"), ("overlap", "--")):
+            of = {r["step"]: values(r, part, metric) for r in records}
             line = {step: sum(found.values()) / len(found) for step, found in of.items() if found}
             if line:
-                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {what}")
+                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {metric}")
     steps.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
     steps.legend(fontsize="small")
-    for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen products left out")):
+    for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen-weight matmuls left out")):
         savings.plot([r["step"] for r in records], [r[name] for r in records], marker=".", label=label)
     savings.set(xlabel="optimiser step", ylim=(0, 1.05), title="share of tokens and FLOPs")
     savings.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
-def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], what: str) -> None:
-    """Mean over the looks, and the band from the least to the greatest."""
+def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Draws the mean over the records, and the band from the least to the greatest."""
     for part in parts(records):
-        found = layer_means(records, part, what)
+        found = layer_means(records, part, metric)
         if not found:
             continue
-        every = [values(record, part, what) for record in records]
+        every = [values(record, part, metric) for record in records]
         low, high = ([pick(of[layer] for of in every if layer in of) for layer in found] for pick in (min, max))
         (line,) = axes.plot(list(found), list(found.values()), marker=".", label=PARTS[part])
         axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[what])
+    axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[metric])
     axes.legend(fontsize="small", loc="lower right")
 
 
@@ -134,13 +134,13 @@ def _advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if poor:
             lines.append(
                 f"{PARTS[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. "
-                "Calibrate the estimator on your own data (kind prior), or leave them less sparse."
+                "Calibrate the estimator on your own data (kind prior), or make them less sparse."
             )
         shifting = [str(layer) for layer, share in layer_means(records, part, "overlap").items() if share < UNSTABLE]
         if shifting:
             lines.append(
                 f"{PARTS[part]}: more than half of the channels are new in every step in layers "
-                f"{', '.join(shifting)}: a choice made before this batch would be stale."
+                f"{', '.join(shifting)}: a selection made before this batch would be stale."
             )
     return lines
 

@@ -1,1 +1,1 @@
-"""Predicting step time and memory before training (`estimate`)."""
+"""Predicts cost and gain of a training before it begins: the command ``sparse-unsloth estimate``."""

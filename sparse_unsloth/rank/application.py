@@ -1,4 +1,4 @@
-"""Makes the adapter of a PEFT model rank-sparse, and plain again."""
+"""Makes the adapter of a PEFT model rank-sparse, and undoes it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparse_unsloth.rank.layer import RankLayer
 from sparse_unsloth.rank.state import STATE_NAME, RankState
 
 SHARE_THE_INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Projections whose input is that of the module around them: fused forwards read their factors before calling them."""
+"""Projections that share the input of their parent module; fused forwards read their factors before calling them."""
 _ATTACHED_SLOT = "_sparse_save_pretrained"
-"""Where an attached model (channel sparsity) keeps the ``save_pretrained`` that it wrapped."""
+"""The attribute in which a model attached by `attach` keeps the ``save_pretrained`` that it wrapped."""
 
 
 def apply(
@@ -30,20 +30,19 @@ def apply(
     resume_from: str | Path | None = None,
     **options: Any,
 ) -> RankState:
-    """Makes the LoRA layers of ``model`` compute only the rank components that matter, in training.
+    """Makes the LoRA layers of ``model`` compute only the most important rank components in training.
 
-    Once training forwards choose, everything else (evaluation, generation, merging) computes the retained components,
-    those of ``save_pruned_checkpoint(model, path, target_density)``: what is measured is what ships. Inside
-    ``retained(model, 1)`` all of them are computed, which never were trained together. The step advances with every
-    PyTorch optimiser that trains the adapter. ``save_pretrained`` writes all components and the state beside them, for
-    ``load_adapter`` (a trainer's resume) to go on from; it says so where plain PEFT would compute another model from
-    the file.
+    After warm-up, evaluation, generation and merging compute the retained components, those of
+    ``save_pruned_checkpoint(model, path, target_density)``. Inside ``retained(model, 1)`` all components are computed,
+    though they were never trained together. The step advances with every PyTorch optimiser that trains the adapter.
+    ``save_pretrained`` writes all components and the state, so that ``load_adapter`` (a trainer's resume) continues the
+    training; it warns where plain PEFT would compute another model from the file.
 
     Args:
-        model: a ``PeftModel``, with or without channel sparsity. It is changed in place, instance by instance.
+        model: a ``PeftModel``, attached or not. Its instances are changed in place.
         target_density, importance_lambda, options: see `RankConfig`.
-        adapter: its name; None: the active one.
-        resume_from: an adapter folder saved from a rank-sparse model, whose state is taken over.
+        adapter: the adapter's name; None: the active one.
+        resume_from: an adapter folder saved from a rank-sparse model, whose state is loaded.
 
     Raises:
         RankError: wrong options, no PEFT model, no such adapter, LoRA variants that mix components (DoRA), a model that
@@ -126,7 +125,7 @@ def _find_layers(model: nn.Module, adapter: str, config: RankConfig) -> list[Ran
 
 
 def _register_hooks(model: nn.Module, state: RankState) -> None:
-    """A layer chooses by its own input where its own forward runs, else by that of the module around it."""
+    """Registers hooks: a layer chooses by its own input where its forward runs, else by its parent module's input."""
     around: dict[str, list[tuple[RankLayer, bool]]] = {}
     for layer in state.layers:
         parent, _, last = layer.name.rpartition(".")
@@ -155,15 +154,15 @@ def _register_hooks(model: nn.Module, state: RankState) -> None:
         state.handles.append(module.register_forward_pre_hook(enter_parent, with_kwargs=True))
         state.handles.append(module.register_forward_hook(leave_parent, always_call=True))
     # The process-wide hooks must not keep the model alive.
-    known = weakref.ref(state)
+    reference = weakref.ref(state)
 
     def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        alive = known()
+        alive = reference()
         if alive is not None and alive.trained_by(optimizer):
             alive.hold_unused(optimizer)
 
     def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        alive = known()
+        alive = reference()
         if alive is not None and alive.trained_by(optimizer):
             alive.advance(optimizer)
 
@@ -178,8 +177,8 @@ def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _wrap_saving(model: nn.Module) -> None:
-    """``save_pretrained`` keeps the rank state beside the adapter, ``load_adapter`` takes it back."""
-    # Inside what channel sparsity wrapped, so that detaching that leaves this in place.
+    """Makes ``save_pretrained`` write the rank state beside the adapter, and ``load_adapter`` read it."""
+    # Inside the wrapper of `attach`, so that detaching leaves this in place.
     slot = _ATTACHED_SLOT if _ATTACHED_SLOT in model.__dict__ else "save_pretrained"
     model.__dict__["_rank_save_pretrained"] = model.__dict__.get(slot)
     model.__dict__[slot] = MethodType(_save_pretrained, model)
@@ -209,7 +208,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
     if kwargs.get("is_main_process", True):
         state = get_rank_state(self)
         state.save(save_directory)
-        state.tell_that_all_were_saved(save_directory)
+        state.warn_that_all_were_saved(save_directory)
     return saved
 
 

@@ -1,4 +1,4 @@
-"""Adapters of the retained components only: standard PEFT folders that load without this package."""
+"""Saves adapters of the retained components as standard PEFT folders, which load without this package."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: float) -> dict[str, int]:
     """Writes the most important components of a rank-sparse model as a PEFT adapter of lower rank.
 
-    Plain PEFT that loads it computes what ``model`` does inside `retained`; with the target density as ``retain_ratio``
-    that is what ``model.eval()`` does anyway. ``model`` stays as it is.
+    Plain PEFT computes with it what ``model`` computes inside `retained`. With the target density as ``retain_ratio``
+    that is the model's evaluation. ``model`` is not changed.
 
     Args:
         path: the folder.
-        retain_ratio: share of each layer's components, in (0, 1], rounded as the computed ones are; a layer with fewer
-            unpruned ones keeps those.
+        retain_ratio: share of each layer's components, in (0, 1], rounded as in training; a layer with fewer unpruned
+            components keeps those.
 
     Returns:
-        The rank of each layer in the file.
+        The rank of each layer in the file, by name.
 
     Raises:
         RankError: the ratio is out of range, the model is not rank-sparse, or its initialisation changed base weights.
@@ -58,7 +58,7 @@ def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: flo
         alphas[name] = _plain(scaling * (math.sqrt(len(index)) if config.use_rslora else len(index)))
         for factor, whole, dim in (("lora_A", layer.whole_A, 0), ("lora_B", layer.whole_B, 1)):
             tensors[f"{layer.name}.{factor}.weight"] = whole.detach().index_select(dim, index)
-    # What most layers have is the default, the others are exceptions.
+    # The most common values are the defaults, the others go into patterns.
     config.r, config.lora_alpha = _most_common(ranks), _most_common(alphas)
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
@@ -76,7 +76,7 @@ def save_pruned_checkpoint(model: nn.Module, path: str | Path, retain_ratio: flo
 
 @contextmanager
 def retained(model: nn.Module, retain_ratio: float) -> Iterator[None]:
-    """Inside, ``model`` computes only the components that `save_pruned_checkpoint` would write, in every mode.
+    """Makes ``model`` compute only the components that `save_pruned_checkpoint` would write, in every mode.
 
     Raises:
         RankError: the ratio is out of range, or the model is not rank-sparse.
@@ -101,7 +101,7 @@ def _state_of(model: nn.Module, retain_ratio: float) -> RankState:
 
 
 def _name_in_peft(name: str) -> str:
-    """The name that PEFT's patterns match: without its own wrappers' prefix."""
+    """The name that PEFT's patterns match: without the prefix of PEFT's wrappers."""
     return name.removeprefix("base_model.model.")
 
 
@@ -110,10 +110,10 @@ def _most_common(values: dict[str, float]):
 
 
 def _plain(alpha: float) -> float:
-    """Whole numbers as such, as other readers of adapters expect them."""
+    """``alpha`` as an int where it is whole, as other readers of adapters expect."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 
 
 def _standalone(tensor: Tensor) -> Tensor:
-    """On the CPU and with memory of its own."""
+    """A contiguous copy on the CPU with its own memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What rank-sparse training does: `RankConfig`, checked when it is made."""
+"""Defines `RankConfig`, the configuration of rank-sparse LoRA, checked on construction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_unsloth.errors import SparsityError
 
 
 class RankError(SparsityError):
-    """Rank-sparse LoRA that cannot be had as asked: options, a model, or a stored state that does not fit."""
+    """Rank-sparse LoRA cannot run as requested: wrong options, model or stored state."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class RankConfig:
     At each training forward a layer scores its components, ``(1 - importance_lambda) * c + importance_lambda * a``,
     and computes the best ``target_density`` of them. ``c`` is the contextual importance ``|x A_i| |B_i|`` over rows of
     the batch, ``a`` its moving average over the steps; both sum to one over the layer's components. The ``k`` chosen of
-    ``r`` count ``sqrt(r / k)`` times, as in a LoRA of rank ``k`` with rank-stabilised scaling; a step leaves the others
-    where they are, momentum or not. (Neither is in the published method: benchmarks/results/rank says what they gain.)
+    ``r`` components are scaled by ``sqrt(r / k)``, as in a LoRA of rank ``k`` with rank-stabilised scaling. A step does
+    not move the others, not even by momentum. (The published method has neither; benchmarks/results/rank measures
+    both.)
 
     Raises:
         RankError: values of a wrong type or out of range, all of them together.
@@ -30,21 +31,21 @@ class RankConfig:
 
     target_density: float = 0.08
     """Share of the components that a step computes, in (0, 1]; 1 is plain LoRA. From 16 on the count is rounded up to a
-    multiple of 8, as matrix units want it."""
+    multiple of 8, for matrix units."""
     importance_lambda: float = 1.0
     """Weight of the accumulated importance, in [0, 1]. At 1 training computes what evaluation does, and the choice
-    changes slowly; at 0.15, as published, mostly the batch decides, and components are trained less together."""
+    changes slowly. At 0.15, as published, mostly the batch decides, and components are trained less together."""
     importance_decay: float = 0.95
-    """Of the moving average, per optimiser step, in [0, 1)."""
+    """Decay of the moving average per optimiser step, in [0, 1)."""
     warmup_steps: int = 20
-    """Optimiser steps that compute every component, at least 1: B begins at zero, and so does every importance. A fifth
+    """Optimiser steps that compute every component, at least 1, because B and every importance begin at zero. A fifth
     of a short training was better than less."""
     prune_after: int = 100
-    """Components that no forward chose in so many optimiser steps are set to zero for good; 0 never prunes."""
+    """Components that no forward chose in this many optimiser steps are pruned: set to zero for good. 0: none."""
     score_rows: int = 256
-    """Rows of a batch, evenly spaced, that the contextual importance looks at."""
+    """Rows of a batch, evenly spaced, from which the contextual importance is computed."""
     retain_ratio: float | None = None
-    """For recipes: after training also write a pruned adapter of this share of the components, in (0, 1]."""
+    """For recipes: after training a pruned adapter of this share of the components is also written; in (0, 1]."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -66,7 +67,7 @@ class RankConfig:
         """A configuration from a recipe's block; None stays None.
 
         Raises:
-            RankError: no mapping, unknown keys, or wrong values.
+            RankError: not a mapping, unknown keys, or wrong values.
         """
         if value is None or isinstance(value, cls):
             return value

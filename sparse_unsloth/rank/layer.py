@@ -1,4 +1,4 @@
-"""One LoRA layer whose A and B show only components that matter: a training forward's choice, or the retained ones."""
+"""Makes A and B of a LoRA layer show chosen rank components only: those of a training forward, or the retained ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparse_unsloth.rank.config import RankConfig, RankError, count_of
 logger = logging.getLogger("sparse_unsloth")
 
 STUCK_FORWARDS = 1000
-"""More than gradient accumulation makes between two steps."""
+"""More forwards than gradient accumulation runs between two optimiser steps."""
 
 
 class ShownLinear(nn.Linear):
     """A LoRA factor whose ``weight`` is the whole parameter, or some of its rows or columns; see `RankLayer.show`.
 
-    Everything that computes with ``lora_A[adapter].weight`` (PEFT's own forward and merge, the sparse functions,
-    Unsloth's) computes with those components thereby; what works on parameters (optimisers, checkpoints) sees all.
+    Code that reads ``lora_A[adapter].weight`` (PEFT's forward and merge, our functions, Unsloth's) computes with those
+    components. Code that works on parameters (optimisers, checkpoints) sees all.
     """
 
     _rank_layer: RankLayer
@@ -37,7 +37,7 @@ class ShownLinear(nn.Linear):
 
 @dataclass
 class _Choice:
-    """The components of one forward of one layer; chosen when they are first asked for, then the same to its end."""
+    """The components of one forward of one layer; chosen at the first use, and kept to the end of the forward."""
 
     source: Tensor | None
     """The layer's input, ``[..., in]``; None where it is not known before the branch is computed."""
@@ -47,7 +47,7 @@ class _Choice:
 
 
 class RankLayer:
-    """The importances of one layer's components, and which of them its forward computes.
+    """The importances of one layer's components, and the choice of those that its forward computes.
 
     Args:
         name: of the module in the model.
@@ -56,11 +56,11 @@ class RankLayer:
 
     Attributes:
         importance: moving average of the contextual importance, fp32 ``[r]``; sums to one once a step is done.
-        pending: sum of the contextual importances of this step's forwards; ``forwards`` of them.
+        pending: sum of the contextual importances over the ``forwards`` forwards of this step, fp32 ``[r]``.
         idle: optimiser steps since a component was last chosen, fp32 ``[r]``.
-        unused: 1 where no forward of this step chose the component, else 0.
-        dead: bool ``[r]``, components that are pruned; None while there are none.
-        forced: int64, the components to compute whatever the mode; None: as training wants it.
+        unused: 1 where no forward of this step chose the component, else 0; fp32 ``[r]``.
+        dead: bool ``[r]``, the pruned components; None while there are none.
+        forced: int64, the components to compute in every mode; None: the usual ones.
     """
 
     def __init__(self, name: str, module: nn.Module, adapter: str, config: RankConfig):
@@ -70,7 +70,7 @@ class RankLayer:
         self.rank = len(self.whole_A)
         self.kept = config.kept(self.rank)
         self.selects = False
-        """Whether forwards choose, or (warm-up) compute everything and only take note of importances."""
+        """Whether forwards choose; during warm-up they compute everything and only add up importances."""
         zeros = torch.zeros(self.rank, dtype=torch.float32, device=self.whole_A.device)
         self.importance, self.pending, self.idle = zeros, zeros.clone(), zeros.clone()
         self.unused = torch.ones_like(zeros)
@@ -93,7 +93,7 @@ class RankLayer:
         return nn.Module.__getattr__(self.B, "weight")
 
     def install(self) -> None:
-        """Lets the factors show what is chosen. (Their class changes; names, parameters and state dict do not.)"""
+        """Makes the factors show chosen components. (Their class changes; names, parameters and state dict do not.)"""
         for factor, dim in ((self.A, 0), (self.B, 1)):
             factor.__class__ = ShownLinear
             factor.__dict__.update(_rank_layer=self, _rank_dim=dim)
@@ -104,7 +104,7 @@ class RankLayer:
             del factor.__dict__["_rank_layer"], factor.__dict__["_rank_dim"]
 
     def open(self, source: Tensor | None) -> None:
-        """A forward begins; in training the factors show the components chosen for ``source`` until `close`."""
+        """Begins a forward; in training the factors show the components chosen for ``source`` until `close`."""
         if self.module.training and not self.module.merged and not self.module.disable_adapters:
             self._choice = _Choice(source)
 
@@ -112,10 +112,10 @@ class RankLayer:
         self._choice = None
 
     def show(self, whole: Tensor, dim: int) -> Tensor:
-        """What the factor with parameter ``whole`` shows now: ``whole``, or ``k`` of its rows (0) or columns (1).
+        """The weight that the factor with parameter ``whole`` shows: ``whole``, or ``k`` rows (0) or columns (1) of it.
 
-        Inside a training forward those that it chose. At all other times (evaluation, generation, merging) those that a
-        pruned checkpoint of the target density holds, once forwards choose; until then all.
+        Inside a training forward these are the chosen components. Otherwise (evaluation, generation, merging) they are
+        those of a pruned checkpoint of the target density; during warm-up, all.
 
         Raises:
             RankError: FSDP shards the factor.
@@ -141,19 +141,19 @@ class RankLayer:
 
     @property
     def gain(self) -> float:
-        """What the output of each component is multiplied by, once forwards choose; 1 before.
+        """The factor on the output of each component; 1 during warm-up.
 
-        So the branch is scaled for the rank that is computed, not for the whole one: ``alpha / sqrt(kept)`` with
+        It scales the branch for the computed rank in place of the whole rank: ``alpha / sqrt(kept)`` with
         rank-stabilised scaling.
         """
         return math.sqrt(self.rank / self.kept) if self.selects else 1.0
 
     @torch.no_grad()
     def _choose(self, source: Tensor | None) -> Tensor | None:
-        """int64 ``[kept]``, ascending; None: all. The same input at the same step gives the same components again.
+        """The chosen components, int64 ``[kept]``, ascending; None: all. It is a function of input and step.
 
-        So the recompute under gradient checkpointing computes what its forward did; it takes note of the importances a
-        second time, which their mean over the step's forwards does not feel.
+        So the recompute under gradient checkpointing chooses what its forward chose. It adds its importances a second
+        time, which does not change their mean over the step's forwards.
         """
         if isinstance(self.whole_A, DTensor):
             raise RankError(
@@ -167,8 +167,8 @@ class RankLayer:
         self.forwards += 1
         if self.forwards == STUCK_FORWARDS:
             logger.warning(
-                "%s: %d forwards since the last optimiser step that rank-sparse LoRA took note of; no step means no "
-                "choice. If your optimiser is none of PyTorch's, or keeps copies of the parameters, call "
+                "%s: %d forwards since the last optimiser step that rank-sparse LoRA noticed, so nothing gets sparse. "
+                "If your optimiser is not one of PyTorch's, or keeps copies of the parameters, call "
                 "get_rank_state(model).advance() after each step.",
                 self.name,
                 STUCK_FORWARDS,
@@ -187,7 +187,7 @@ class RankLayer:
         return index
 
     def _follow(self, device: torch.device) -> None:
-        """To where the model was moved, or loaded (from the meta device there is nothing to bring along)."""
+        """Moves the layer's tensors to ``device``; those on the meta device are made anew."""
         for name in ("importance", "pending", "idle", "unused", "dead"):
             value = getattr(self, name)
             if value is not None:
@@ -198,7 +198,7 @@ class RankLayer:
     def contextual_importance(self, source: Tensor | None) -> Tensor:
         """``|x A_i| |B_i|`` over at most ``score_rows`` rows of ``source`` (None: ``|A_i| |B_i|``), fp32 ``[r]``.
 
-        It sums to one, or is zero where all of it is (B is zero at the beginning, or every row).
+        It sums to one, or is zero if B or every row is zero.
         """
         norm_A, norm_B = self._factor_norms()
         if source is not None:
@@ -210,19 +210,19 @@ class RankLayer:
         return importance / importance.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _factor_norms(self) -> tuple[Tensor, Tensor]:
-        """``|A_i|`` and ``|B_i|``, computed again where something wrote to the weights."""
-        # Fused optimisers may write past the version counters, so steps call `changed` as well.
+        """``|A_i|`` and ``|B_i|``, computed anew after a write to the weights."""
+        # Fused optimisers may not change the version counters, so steps call `changed` as well.
         versions = self.whole_A._version, self.whole_B._version
         if self._norms is None or self._norms[0] != versions:
             self._norms = versions, _norms(self.whole_A, 1), _norms(self.whole_B, 0)
         return self._norms[1:]
 
     def changed(self) -> None:
-        """Weights or importances did: nothing that was computed from them holds any more."""
+        """Drops everything computed from weights and importances, because they changed."""
         self._norms = self._retained = None
 
     @torch.no_grad()
-    def bury(self, index: Tensor) -> None:
+    def prune(self, index: Tensor) -> None:
         """Sets the components ``index`` (int64) to zero in A and B, and marks them as pruned."""
         if self.dead is None:
             self.dead = torch.zeros(self.rank, dtype=torch.bool, device=self.importance.device)
@@ -237,7 +237,7 @@ class RankLayer:
         self.changed()
 
     def retained(self) -> Tensor | None:
-        """int64, ascending: the components to use after training, as many as a step computes; None: all."""
+        """The components to use outside training, int64, ascending, as many as a step computes; None: all."""
         if not self.selects or self.kept >= self.rank:
             return None
         if self._retained is None or self._retained.device != self.whole_A.device:
@@ -246,9 +246,9 @@ class RankLayer:
 
     @torch.no_grad()
     def best(self, ratio: float) -> Tensor:
-        """int64, ascending: the share ``ratio`` of the components that has been most important, pruned ones left out.
+        """The most important components, a share ``ratio`` of all, without pruned ones; int64, ascending.
 
-        Before the first step, when nothing has been accumulated, by ``|A_i| |B_i|``.
+        Before the first step, when no importance is accumulated, ``|A_i| |B_i|`` decides.
         """
         if self.importance.device != self.whole_A.device:
             self._follow(self.whole_A.device)
@@ -263,6 +263,6 @@ class RankLayer:
 
 
 def _norms(matrix: Tensor, dim: int) -> Tensor:
-    """L2 norms along ``dim``, fp32, accumulated in no less."""
+    """L2 norms along ``dim``, fp32, accumulated in fp32 or higher precision."""
     accumulator = torch.promote_types(matrix.dtype, torch.float32)
     return torch.linalg.vector_norm(matrix, dim=dim, dtype=accumulator).float()

@@ -1,4 +1,4 @@
-"""One call before ``get_peft_model`` for scripts that are not to be changed further down."""
+"""Makes all models that PEFT builds rank-sparse, by one call at the top of a script."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _undo: list[Callable[[], None]] = []
 def patch(target_density: float = 0.08, importance_lambda: float = 1.0, **options: Any) -> Callable[[], None]:
     """Makes every trainable LoRA model that PEFT builds from now on rank-sparse, as `apply` does.
 
-    What it changes is ``peft.PeftModel.__init__``, for the whole process: so the order of imports does not matter, and
-    loading an adapter to train it on (``PeftModel.from_pretrained(..., is_trainable=True)``) takes its state over too.
-    Models for inference and other kinds of adapters stay plain. `apply` does the same for one model.
+    It replaces ``peft.PeftModel.__init__`` in the whole process, so the order of imports does not matter. Loading an
+    adapter for training (``PeftModel.from_pretrained(..., is_trainable=True)``) also loads its rank state. Models for
+    inference and other types of adapters stay unchanged. `apply` does the same for one model.
 
     Args:
         target_density, importance_lambda, options: see `RankConfig`.
 
     Returns:
-        A function that undoes it; models that were built meanwhile stay rank-sparse.
+        A function that undoes the patch; models built in between stay rank-sparse.
 
     Raises:
         RankError: wrong options, or patched already.

@@ -1,4 +1,4 @@
-"""What a rank-sparse model carries between steps; kept outside the module tree, so no checkpoint holds it."""
+"""Holds the state of a rank-sparse model between steps, outside the module tree, so that no checkpoint contains it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ STATE_NAME = "rank_state.safetensors"
 _KEPT = ("importance", "idle")
 MAX_BLIND_STEPS = 3
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
-"""By what names optimisers keep the direction they move in (PyTorch's; ``state1``: those of bitsandbytes)."""
+"""Names of optimisers' first moments (PyTorch's; ``state1``: bitsandbytes')."""
 
 
 class RankState:
-    """The layers, the step, and what happens between two optimiser steps.
+    """The layers, the step, and the work between two optimiser steps.
 
     Attributes:
         step: optimiser steps done.
-        handles: hooks that `remove` takes off.
+        handles: hooks that `remove` removes.
     """
 
     def __init__(self, model: nn.Module, layers: list[RankLayer], config: RankConfig, adapter: str):
         self.model, self.layers, self.config, self.adapter = weakref.ref(model), layers, config, adapter
         self.step = 0
         self.handles: list[RemovableHandle] = []
-        self._zero_again = self._told = self._agreed = False
+        self._zero_again = self._warned = self._agreed = False
         self._blind_steps = 0
         self._set_mode()
 
@@ -48,10 +48,9 @@ class RankState:
 
     @torch.no_grad()
     def hold_unused(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before an optimiser step: components that no forward of it chose are not to move on by old gradients.
+        """Zeroes the first moments of components that no forward of this step chose; called before the optimiser step.
 
-        Their gradients are zero, but momentum would carry them on without a forward that answers for it, all of them
-        together. Weight decay goes on.
+        Their gradients are zero, but momentum would move them all. Weight decay still applies.
         """
         if not any(layer.forwards for layer in self.layers):
             return
@@ -69,16 +68,16 @@ class RankState:
 
     @torch.no_grad()
     def advance(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """An optimiser step is done: averages move on, and every ``prune_after`` steps idle components are pruned.
+        """Updates averages after an optimiser step, and every ``prune_after`` steps prunes idle components.
 
-        PyTorch optimisers call this by themselves; call it after each step of anything else.
+        A hook calls this for PyTorch optimisers; call it after each step of other optimisers.
 
         Raises:
-            RankError: for several steps no forward reached a LoRA layer, so nothing would ever be sparse.
+            RankError: no forward reached a LoRA layer in several steps, so nothing would ever be sparse.
         """
         seen = [layer for layer in self.layers if layer.forwards]
         if not seen:
-            # Some loaders make an optimiser's state by a step without a forward.
+            # Some loaders create an optimiser's state by a step without a forward.
             self._blind_steps += 1
             if self._blind_steps < MAX_BLIND_STEPS:
                 return
@@ -95,7 +94,7 @@ class RankState:
             logger.warning("%d rank-sparse layers did not run in the first step: %s ...", len(missed), missed[0])
         self.step += 1
         pending = [layer.pending for layer in seen]
-        # As long as few steps are averaged, all count alike.
+        # While few steps are averaged, all have equal weight.
         weight = max(1 - self.config.importance_decay, 1 / self.step)
         torch._foreach_lerp_([layer.importance for layer in seen], pending, weight)
         torch._foreach_zero_([layer.pending for layer in self.layers])
@@ -118,9 +117,9 @@ class RankState:
         self._set_mode()
 
     def _agree(self) -> None:
-        """Ends the step's taking note. Processes see other batches, and must agree: their adapter is one.
+        """Averages the step's importances over its forwards and over all processes, which share one adapter.
 
-        A component is unused where no process chose it, and as important as on the mean of them.
+        A component is unused if no process chose it.
         """
         if self._agreed:
             return
@@ -139,9 +138,9 @@ class RankState:
     def _prune(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Zeroes components that no forward chose in the last ``prune_after`` steps, and their moments.
 
-        The training forward does not change by it. Shapes stay, so DDP, resuming and every optimiser go on: a zero
-        component has zero gradients, and with zero moments it stays where it is. At least ``kept`` components remain,
-        as those were chosen in the last step.
+        The training forward does not change. Shapes stay, so DDP, resuming and optimisers are not affected: a zero
+        component has zero gradients, and with zero moments it does not move. At least ``kept`` components remain, since
+        those were chosen in the last step.
         """
         for layer in self.layers:
             going = layer.idle >= self.config.prune_after
@@ -149,7 +148,7 @@ class RankState:
                 going &= ~layer.dead
             index = going.nonzero()[:, 0]
             if len(index):
-                layer.bury(index)
+                layer.prune(index)
                 self._forget_moments(layer, index, optimizer)
 
     def _forget_moments(self, layer: RankLayer, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
@@ -159,11 +158,11 @@ class RankState:
             plain = [value for value in values if value.is_floating_point() and value.shape == whole.shape]
             for value in plain:
                 value.index_fill_(dim, index, 0)
-            # Moments of another form (8-bit codes, say) cannot be cut; they fade, and their updates are taken back.
+            # Moments of another form (8-bit codes, say) cannot be zeroed; they fade, and their updates are undone.
             self._zero_again |= optimizer is None or len(plain) < len(values)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the state into ``folder``, so that `load` goes on where this run stands."""
+        """Writes the state into ``folder``, from which `load` continues this run."""
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
             tensors |= {f"{layer.name}.{name}": getattr(layer, name).cpu() for name in _KEPT}
@@ -172,13 +171,13 @@ class RankState:
         metadata = {"step": str(self.step), "zero_again": str(self._zero_again)}
         save_file(tensors, Path(folder) / STATE_NAME, metadata)
 
-    def tell_that_all_were_saved(self, folder: str | Path) -> None:
-        """Once, where plain PEFT would compute more from ``folder`` than this model does in evaluation."""
+    def warn_that_all_were_saved(self, folder: str | Path) -> None:
+        """Warns once where plain PEFT would compute more components from ``folder`` than this model in evaluation."""
         more = any(
             layer.retained() is not None and len(layer.best(1.0)) > len(layer.retained()) for layer in self.layers
         )
-        if more and not self._told:
-            self._told = True
+        if more and not self._warned:
+            self._warned = True
             logger.warning(
                 "%s holds every rank component, to resume from. They were not trained together: plain PEFT would "
                 "answer worse with it than this model does. To use or publish, write "
@@ -188,10 +187,10 @@ class RankState:
             )
 
     def load(self, folder: str | Path) -> None:
-        """Takes over the state that `save` wrote.
+        """Loads the state that `save` wrote.
 
         Raises:
-            RankError: the file is missing or damaged, or of layers with other names or ranks.
+            RankError: the file is missing or damaged, or its layers have other names or ranks.
         """
         path = Path(folder) / STATE_NAME
         try:
@@ -221,12 +220,12 @@ class RankState:
 
 
 def _reduce(values: list[Tensor], operation: Any) -> None:
-    """In place, over all processes, as one message."""
+    """Reduces ``values`` in place over all processes, as one message."""
     flat = torch.cat(values)
     torch.distributed.all_reduce(flat, operation)
     torch._foreach_copy_(values, flat.split([len(value) for value in values]))
 
 
 def _zero_of(moment: Tensor, kept: dict[str, Any]) -> float | int:
-    """Zero as ``moment`` holds it: 8-bit moments are codes, places in a table of values."""
+    """Zero as ``moment`` stores it; 8-bit moments are indices into a table of values."""
     return 0.0 if moment.is_floating_point() else int(kept["qmap1"].abs().argmin())

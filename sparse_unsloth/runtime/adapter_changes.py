@@ -1,6 +1,6 @@
-"""The adapters of an attached model after attaching, which proved what holds for the adapters of then.
+"""Checks before each forward whether the adapters are still those that attaching proved.
 
-So before each forward `why_dense` looks whether they are still those, and proves it again where not.
+Where they changed, `why_dense` repeats the checks of attaching.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from sparse_unsloth.model.adapters import refuse_dropout, refuse_other_adapters
 from sparse_unsloth.ops.projection import check_adapters, check_frozen
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 
-AGAIN = "Call detach(model), then attach it again."
+REATTACH = "Call detach(model), then attach it again."
 
 
 def refuse_adapters(state: SparsityState) -> None:
-    """Raises AttachError for adapters that are not LoRA, where layers are sparse or recorded."""
+    """Raises AttachError for adapters that are not LoRA, where layers are sparse or captured."""
     layers = state.layers if state.dense_with_graphs else [runtime.layer for runtime in state.runtimes.values()]
     if layers:
         refuse_other_adapters(state.model, {layer.name: layer.module for layer in layers})
 
 
 def note_proved(state: SparsityState) -> None:
-    """Attaching proved what it proves for the adapters of now."""
-    state.proved = state.seen = _adapters(state)
+    """Notes the present adapters as those that attaching proved."""
+    state.proved_adapters = state.seen_adapters = _adapters(state)
 
 
 def why_dense(state: SparsityState) -> str:
-    """Why a forward of now must be the model's own in every part, "" where it need not.
+    """Why this forward must run the model's attributes functions everywhere; "" where it need not.
 
-    A look at what may have changed in each hooked layer; what attaching refuses is looked for where something has.
+    The checks of attaching are repeated only where the adapters of a hooked layer changed since the last forward.
     """
     adapters = _adapters(state)
-    if adapters != state.seen:
-        state.seen, state.reason = adapters, "" if adapters == state.proved else _reason(state)
-    return state.reason
+    if adapters != state.seen_adapters:
+        state.seen_adapters = adapters
+        state.adapter_problem = "" if adapters == state.proved_adapters else _problem(state)
+    return state.adapter_problem
 
 
 def _adapters(state: SparsityState) -> list[Any]:
-    """What `_reason` depends on; compared by identity, but for names and flags."""
+    """Everything that `_problem` depends on: modules, compared by identity, and names and flags."""
     found: list[Any] = []
     for layer in state.layers:
         if state.runtime(layer) is None:
@@ -47,21 +48,21 @@ def _adapters(state: SparsityState) -> list[Any]:
         attention, mlp = layer.module._modules.get("self_attn"), layer.module._modules.get("mlp")
         found += attention, mlp
         for projection in layer.projections().values():
-            own = projection.__dict__
+            attributes = projection.__dict__
             base = projection._modules.get("base_layer", projection)
-            active, dropouts = own.get("_active_adapter"), projection._modules.get("lora_dropout", ())
+            active, dropouts = attributes.get("_active_adapter"), projection._modules.get("lora_dropout", ())
             found += (
                 projection,
                 tuple(active) if isinstance(active, list) else active,
-                own.get("_disable_adapters"),
-                tuple(own.get("merged_adapters", ())),
-                *(dropouts and dropouts._modules.values()),  # each adapter brings its own
+                attributes.get("_disable_adapters"),
+                tuple(attributes.get("merged_adapters", ())),
+                *(dropouts and dropouts._modules.values()),  # each adapter brings its attributes
                 *(tensor is not None and tensor.requires_grad for tensor in base._parameters.values()),
             )
     return found
 
 
-def _reason(state: SparsityState) -> str:
+def _problem(state: SparsityState) -> str:
     hooked = {id(module) for module in state.hooked}
     try:
         refuse_adapters(state)
@@ -73,12 +74,16 @@ def _reason(state: SparsityState) -> str:
 
 
 def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
-    """Raises AttachError if the functions of a layer would compute something else now; ``hooked``: ids of modules."""
+    """Raises AttachError if the functions of a layer no longer compute what it computes.
+
+    Args:
+        hooked: ids of the hooked modules.
+    """
     state, layer, module = runtime.state, runtime.layer, runtime.layer.module
     projections, attached = layer.projections(), state.projections[layer.index]
     if (module.mlp, module.self_attn, *projections.values()) != (layer.mlp, layer.self_attn, *attached):
         raise AttachError(
-            f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {AGAIN}"
+            f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {REATTACH}"
         )
     row_sparse = state.row_sparse and layer.index in state.runtimes
     whole = id(module) in hooked and not (row_sparse and runtime.not_fusable)
@@ -97,4 +102,4 @@ def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
         refuse_dropout(layer)
     reason = state.backend.why_not_whole(runtime) if whole else ""
     if reason:
-        raise AttachError(f"{layer.name} runs as a whole no longer: {reason}. {AGAIN}")
+        raise AttachError(f"{layer.name} no longer runs as a whole layer: {reason}. {REATTACH}")

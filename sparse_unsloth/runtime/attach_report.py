@@ -1,4 +1,4 @@
-"""What attaching did to a model, layer by layer."""
+"""Reports what attaching did to a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparse_unsloth.channels.selector import keep_count
+from sparse_unsloth.config.layer_rules import keep_count
 from sparse_unsloth.model.decoder_layer import left_out_layers
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was hooked in one decoder layer: sparsities (0 is dense) and how many channels context rows keep."""
+    """What was hooked in one decoder layer.
+
+    Attributes:
+        mlp, self_attn: the sparsity of each part; 0 is dense.
+        mlp_channels, key_channels: ``(kept, all)`` channels that context tokens compute.
+    """
 
     name: str
     mlp: float
@@ -28,13 +33,12 @@ class AttachReport:
     """What `attach` did, layer by layer.
 
     Attributes:
-        exact_removal: what leaves out rows without loss, "" for nothing.
+        exact_removal: where unused rows are skipped; "" for nowhere.
         backward_rows: see `SparsityConfig.backward_rows`; ``row_layers``: in how many layers.
-        whole_layers: layers that the project's functions compute as a whole, proved in a probe forward.
-        captured_layers: those of them that CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
-        not_whole, not_captured: ``(reason, number of layers)`` of the others that could have been; they train as
-            exactly, and slower.
-        left_out: decoder layers that no sparse path is for, by name: what each lacks.
+        whole_layers: how many layers run as whole layers, proved in a probe forward.
+        captured_layers: how many of them CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
+        not_whole, not_captured: ``(reason, number of layers)`` of the other candidates. They compute the same, slower.
+        left_out: decoder layers without a sparse path, by name: what each lacks.
     """
 
     backend: str
@@ -54,7 +58,7 @@ class AttachReport:
 
     @property
     def num_layers(self) -> int:
-        """Of all decoder layers."""
+        """The number of all decoder layers."""
         return len(self.layers) + len(self.left_out)
 
     def __str__(self) -> str:
@@ -71,11 +75,11 @@ class AttachReport:
             lines.append(f"  {span}: MLP {mlp}; attention {attention}")
         lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
         if self.exact_removal:
-            lines.append(f"  rows without loss: left out of {self.exact_removal}")
+            lines.append(f"  unused rows skipped in: {self.exact_removal}")
         return "\n".join([*lines, *self.speed_lines()])
 
     def speed_lines(self) -> list[str]:
-        """How the layers run: whole, captured in CUDA graphs, or part by part and why."""
+        """How the layers run: as whole layers, captured in CUDA graphs, or part by part, with the reasons."""
         lines = []
         if self.backend == "peft" and self.num_sparse:
             lines.append(
@@ -89,7 +93,7 @@ class AttachReport:
         return lines + [f"  {count} not captured: {reason}" for reason, count in self.not_captured]
 
     def _reasons(self) -> dict[str, str]:
-        """The layers that are left out, "layers 0-2, 4-6", by reason."""
+        """The layers without a sparse path, as "layers 0-2, 4-6", by reason."""
         spans: dict[str, list[str]] = {}
         for first, last, reason in _runs(self.left_out.items()):
             spans.setdefault(reason, []).append(str(first) if first == last else f"{first}-{last}")
@@ -100,19 +104,19 @@ class AttachReport:
 
 
 def _runs(layers: Iterable[tuple[str, Any]]) -> list[tuple[int, int, Any]]:
-    """``(first, last, value)`` of neighbouring layers that have the same value; ``layers``: ``(name, value)``."""
+    """Runs of neighbouring layers with equal values, as ``(first, last, value)``; ``layers``: ``(name, value)``."""
     runs: list[tuple[int, int, Any]] = []
     for index, (name, value) in enumerate(layers):
-        place = _place(name, index)
-        if runs and runs[-1][1:] == (place - 1, value):
-            runs[-1] = (runs[-1][0], place, value)
+        number = _number(name, index)
+        if runs and runs[-1][1:] == (number - 1, value):
+            runs[-1] = (runs[-1][0], number, value)
         else:
-            runs.append((place, place, value))
+            runs.append((number, number, value))
     return runs
 
 
-def _place(name: str, default: int) -> int:
-    """The layer's number in its list, the last number of its name."""
+def _number(name: str, default: int) -> int:
+    """The layer's number: the last number in its name."""
     return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
 
 
@@ -121,7 +125,7 @@ def _kept(sparsity: float, channels: tuple[int, int]) -> str:
 
 
 def report(state: SparsityState, exact_removal: str) -> AttachReport:
-    """Of a model that is attached; ``exact_removal``: what leaves out rows without loss, "" for nothing."""
+    """The report on an attached model; ``exact_removal``: where unused rows are skipped, "" for nowhere."""
     rows = []
     for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
         keys = layer.num_kv_heads * layer.head_dim
@@ -151,5 +155,5 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
 
 
 def reasons(runtimes: Iterable[LayerRuntime], name: str) -> tuple[tuple[str, int], ...]:
-    """``(reason, number of layers)``, the commonest first."""
+    """``(reason, number of layers)`` by attribute ``name`` of the runtimes, the most frequent reason first."""
     return tuple(Counter(reason for runtime in runtimes if (reason := getattr(runtime, name))).most_common())

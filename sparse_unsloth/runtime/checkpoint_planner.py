@@ -1,10 +1,9 @@
-"""Gradient checkpointing as little as a memory budget allows, decided anew for every forward.
+"""Turns gradient checkpointing off for as many layers as a memory budget allows, before each forward.
 
-Checkpointing runs each layer's forward twice to save memory. What a layer would keep instead is known beforehand: the
-rows of this micro-batch by role, and how many channels its context rows keep. A sparse MLP keeps little of them, so
-sparse layers come first; one whose backward pass goes through few rows (`backward_rows`) keeps nothing of its MLP but
-the input. The result is the same: the flag of each decoder layer (transformers' ``gradient_checkpointing``, which
-Unsloth reads too) only decides whether its activations are kept or computed again.
+Checkpointing runs each layer's forward twice to save memory. The bytes that a layer stores without it are predicted
+from the token roles of the micro-batch and the layer's sparsity; the layers that need least come first
+(docs/how-it-works.md, section 8). The planner sets the flag ``gradient_checkpointing`` of each decoder layer, which
+transformers and Unsloth read. Loss and gradients stay the same.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from sparse_unsloth.config.layer_rules import keep_count
-from sparse_unsloth.config.sparsity import LayerSparsity
+from sparse_unsloth.config.layer_rules import LayerSparsity, keep_count
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.costs.memory import (
     GIB,
@@ -30,9 +28,9 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.tokens.partition import TokenPartition
 
 MARGIN = 1.1
-"""On predicted activations."""
-BYTES_TO_COME = 12
-"""Of a trained parameter: its gradient, and AdamW's two moments, which the first step makes."""
+"""Factor on the predicted bytes of activations."""
+BYTES_PER_TRAINED = 12
+"""Bytes that a trained parameter will need: its gradient and AdamW's two moments, which the first step allocates."""
 
 
 class CheckpointPlanner:
@@ -42,14 +40,14 @@ class CheckpointPlanner:
         model: the outermost model.
         layers, layer_sparsity: its decoder layers, and the sparsity of each.
         budget: `SparsityConfig.memory_budget`.
-        row_layers: by index, the layers whose backward pass goes through few rows, and whether each runs as a whole.
-        fused_loss: the loss is Unsloth's, which keeps few logits; ``loss_only``: it computes rows with loss alone.
+        row_layers: the row-sparse layers by index, and whether each runs as a whole layer.
+        fused_loss: the loss is Unsloth's, which stores few logits; ``loss_only``: it computes loss positions alone.
 
     Attributes:
-        num_kept: layers that keep their activations in the last forward.
+        num_kept: how many layers kept their activations in the last forward.
 
     Raises:
-        ConfigError: a share of the memory, on a device whose size is not known.
+        ConfigError: the budget is a share of the memory, on a device whose size is not known.
     """
 
     def __init__(
@@ -71,14 +69,19 @@ class CheckpointPlanner:
         self._devices = [next(layer.module.parameters()).device for layer in layers]
         self._budgets = {device: _bytes_of(budget, device) for device in set(self._devices)}
         parameters = list(model.parameters())
-        self._to_come = BYTES_TO_COME * sum(p.numel() for p in parameters if p.requires_grad)
+        self._future_bytes = BYTES_PER_TRAINED * sum(p.numel() for p in parameters if p.requires_grad)
         self._in_4bit = any(p.dtype == torch.uint8 or hasattr(p, "quant_state") for p in parameters)
         self._activation_bytes = max(2, self._norm_dtype(layers[0].module).itemsize)
         adapters = getattr(model, "peft_config", {})
         self._lora_rank = max((getattr(adapter, "r", 0) for adapter in adapters.values()), default=0)
 
     def plan(self, partition: TokenPartition, scale: float) -> None:
-        """Decides for a forward over these rows, at this share of the configured sparsity."""
+        """Sets the flags for one forward.
+
+        Args:
+            partition: the token roles of its rows.
+            scale: the schedule's factor on the configured sparsity.
+        """
         if not torch.is_grad_enabled():
             return
         managed = self._managed()
@@ -87,8 +90,8 @@ class CheckpointPlanner:
         kept: set[int] = set()
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
-            room = budget - allocated(device) - self._to_come - self._rest(partition, rows, len(here))
-            # The cheapest first: sparse ones; of equal ones the last, whose memory is free again first.
+            room = budget - allocated(device) - self._future_bytes - self._other_bytes(partition, rows, len(here))
+            # The cheapest first; of equal ones the last, whose memory is freed first.
             for index in sorted(here, key=lambda index: (needs[index], -index)):
                 room -= needs[index]
                 if room < 0:
@@ -99,14 +102,16 @@ class CheckpointPlanner:
         self.num_kept = len(kept)
 
     def restore(self) -> None:
-        """Gives every layer the flag that it had."""
+        """Restores every layer's own flag."""
         for index, flag in self._flags.items():
             self._layers[index].module.gradient_checkpointing = flag
         self._flags, self.num_kept = {}, 0
 
     def _managed(self) -> list[int]:
-        """Layers that are checkpointed but for us. Where none of those that were left on is on, somebody else turned
-        it off for the whole model."""
+        """The layers that are checkpointed apart from what the planner turned off.
+
+        Where none of the layers that the planner left on is on any more, checkpointing was turned off for the model.
+        """
         on = {
             layer.index: flag
             for layer in self._layers
@@ -118,7 +123,7 @@ class CheckpointPlanner:
         return list(self._flags)
 
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
-        """Bytes more than with checkpointing, of one layer."""
+        """Bytes that one layer needs without checkpointing, beyond what it needs with it."""
         if scale > 0 and index in self._row_layers:
             kept = row_layer_activations(self._shape, rows, self._row_layers[index], self._activation_bytes)
             return MARGIN * kept - self._input_bytes(rows)
@@ -134,11 +139,11 @@ class CheckpointPlanner:
         )
         return MARGIN * kept - self._input_bytes(rows)
 
-    def _rest(self, partition: TokenPartition, rows: int, layers: int) -> float:
-        """Bytes of everything else at the peak: inputs of checkpointed layers, one recomputed layer, the loss."""
+    def _other_bytes(self, partition: TokenPartition, rows: int, layers: int) -> float:
+        """Bytes of everything else at the peak: the inputs of checkpointed layers, and one recompute or the loss."""
         size = self._activation_bytes
-        one = layer_activations(self._shape, rows, rows, activation_bytes=size)
-        working = one + backward_working_set(self._shape, rows, self._in_4bit, size)
+        layer = layer_activations(self._shape, rows, rows, activation_bytes=size)
+        working = layer + backward_working_set(self._shape, rows, self._in_4bit, size)
         if self._fused_loss:
             logits = fused_logits(self._shape, len(partition.loss) if self._loss_only else rows)
         else:
@@ -146,18 +151,18 @@ class CheckpointPlanner:
         return MARGIN * max(working, logits) + layers * self._input_bytes(rows)
 
     def _input_bytes(self, rows: int) -> float:
-        """Of a checkpointed layer: its input, which Unsloth keeps on the host."""
+        """Bytes on the GPU of a checkpointed layer's input; Unsloth offloads it to the host."""
         modes = {getattr(self._model, "_unsloth_gradient_checkpointing", None), *self._flags.values()}
         return 0 if "unsloth" in modes else rows * self._shape.hidden_size * self._activation_bytes
 
     @staticmethod
     def _norm_dtype(layer: nn.Module) -> torch.dtype:
-        """Of a layer's norms, and so of its residual stream."""
+        """The dtype of a layer's norms, which is that of its residual stream."""
         return next((p.dtype for name, p in layer.named_parameters() if "norm" in name), torch.bfloat16)
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes of tensors on ``device`` now: weights, adapters, moments, and what other forwards keep; 0 on a CPU."""
+    """Bytes of all tensors on ``device`` (weights, adapters, moments, stored activations); 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 

@@ -112,7 +112,7 @@ def _check_recompute(context: SparseContext, place: int, name: str, runtime: Lay
             "left out there. Checkpoint every decoder layer by itself (gradient_checkpointing_enable()), or set "
             "exact_removal: false."
         )
-    context.recomputed = this, place, runtime is not None and runtime.leaves_output_out(context)
+    context.recomputed = this, place, runtime is not None and runtime.skips_unused_output(context)
 
 
 def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
@@ -213,7 +213,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
                 [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.row_sparse
             )
         usual = not context.loss_only and state.config.dense_tokens == "output"
-        if usual and state.loss_rows.wants_next():
+        if usual and state.loss_rows.should_check():
             context.loss_rows = state.loss_rows
     if graphs is not None and graphs.captures_documents:
         context.packing = packing_of(kwargs, partition.shape)
@@ -222,7 +222,7 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
     elif (
         scale > 0
         and not state.row_sparse
-        and state.observer.wants(state.step)
+        and state.observer.should_observe(state.step)
         and not is_sequence_classifier(state.model)
     ):
         context.observation = _observe(state, partition, kwargs)

@@ -1,4 +1,4 @@
-"""What sparsity did between two log lines."""
+"""Sums up for a log line what sparsity did since the last one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ logger = logging.getLogger("sparse_unsloth")
 
 
 def metrics(state: SparsityState) -> dict[str, float]:
-    """What sparsity did since the last call: zeros for empty counts, nothing for a model that nothing is done to.
+    """The metrics since the last call, by name; empty for a model without sparse or captured layers.
 
-    ``sparsity/enabled`` is 1 where a forward was sparse since then, and ``sparsity/scale`` what the schedule asks for.
+    ``sparsity/enabled`` is 1 if a forward was sparse since then; ``sparsity/scale`` is the schedule's factor.
     """
     if not (state.runtimes or state.dense_with_graphs):
         return {}
@@ -47,13 +47,13 @@ def metrics(state: SparsityState) -> dict[str, float]:
 
 
 def notice_nonfinite_scores(state: SparsityState) -> None:
-    """Reads the flags of earlier forwards, which are here: the rows of this one waited for the GPU."""
+    """Warns of NaN or inf in the scores of earlier forwards; their flags have reached the host, so it does not wait."""
     found = state.watch.collect()
-    if found and "non-finite" not in state.said:
-        state.said.add("non-finite")
+    if found and "non-finite" not in state.warned:
+        state.warned.add("non-finite")
         logger.warning(
             f"Rank {rank()}: NaN or inf in the scores of {len(found)} parts ({state.name_parts(found)}), so in the "
-            "activations or in the estimator. Context rows took their lowest-numbered channels in that forward; "
+            "activations or in the estimator. Context tokens took the lowest-numbered channels in that forward; "
             f"these parts are dense in the next {PAUSE} forwards, and again whenever it happens (logged as "
             "sparsity/nonfinite). If the loss is NaN too, lower the learning rate, or use bf16 in place of fp16."
         )

@@ -1,9 +1,8 @@
-"""Sparse prefill: the prompt of a generation is computed as prompts were in training, what is decoded densely.
+"""Computes the prompts of a generation by the masked forward, as in training, and decoded tokens densely.
 
-A model that was trained sparse and is used dense loses more by this difference than by what it did not learn (DESIGN.md
-section 2). Here the channels of the prompt's rows are chosen by the training's estimator, from the prompts of the batch
-that is generated for; the last token of each prompt stays dense, and so does every token behind it. The keys and values
-that the prompt leaves in the cache are those of the sparse forward, as in training.
+This avoids the train/inference mismatch of channel sparsity (docs/how-it-works.md, section 10). The training's
+estimator selects channels from the prompts of the generation's batch. The last token of each prompt stays dense. The
+prompt's keys and values in the cache are those of the masked forward.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 from sparse_unsloth.runtime.state import SparsityState
 
 ESTIMATOR_NAME = "sparsity_estimator.safetensors"
-"""The file that `save_pretrained` writes beside the adapter, for prompts to be computed sparsely where it is used."""
+"""The file that `save_pretrained` writes beside the adapter, which sparse prefill reads."""
 
 
 def switch(state: SparsityState, on: bool) -> None:
-    """Turns sparse prefill on, or off again.
+    """Turns sparse prefill on or off.
 
     Raises:
-        SparsityError: no layer is sparse, or only the backward pass leaves out anything.
-        EstimatorError: on, and the estimator is neither there nor stored beside the adapter, or that one does not fit.
+        SparsityError: no layer is sparse, or the model is row-sparse, whose forward is exact.
+        EstimatorError: there is no estimator yet, and none beside the adapter, or that one does not fit.
     """
     state.end_prefill()
     if not on:
@@ -47,7 +46,7 @@ def switch(state: SparsityState, on: bool) -> None:
         state.use(_stored_estimator(state))
     state.sparse_prefill = True
     inner = state.model.get_base_model() if hasattr(state.model, "get_base_model") else state.model
-    if inner is not state.model:  # whose `generate` calls the model within the adapters' wrapper
+    if inner is not state.model:  # its `generate` calls the inner model, not the wrapper
         state.prefill_handles += [
             inner.register_forward_pre_hook(partial(_enter_model, state), with_kwargs=True),
             inner.register_forward_hook(partial(_leave_model, state), with_kwargs=True),
@@ -55,13 +54,13 @@ def switch(state: SparsityState, on: bool) -> None:
 
 
 def save_estimator_with_adapter(state: SparsityState, folder: Path) -> None:
-    """Writes the estimator beside an adapter; one that is built from the weights alone is not needed there."""
+    """Writes the estimator beside an adapter, unless it is built from the weights alone (kind "svd")."""
     if state.estimator is None or state.estimator.kind == "svd":
         return
     if any(isinstance(p, DTensor) for layer in state.layers for p in layer.module.parameters()):
         state.warn_once(
-            "The weights are in pieces on several GPUs, so the estimator is not written beside the adapter, where "
-            "sparse prefill would read it; estimator.path keeps it."
+            "The weights are sharded over several GPUs, so the estimator is not written beside the adapter, where "
+            "sparse prefill would read it. Set estimator.path to keep it."
         )
         return
     save_estimator(state.estimator, folder / ESTIMATOR_NAME, state.layers, *name_and_revision(state.model))

@@ -1,4 +1,4 @@
-"""The state of an attached model, and of each of its hooked layers: how sparse it is, and where its training stands."""
+"""Holds the state of an attached model and of each of its hooked layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_unsloth.channels.estimator import Estimator
 from sparse_unsloth.channels.score_watch import ScoreWatch
-from sparse_unsloth.channels.selector import AttentionSelection, ChannelSelector, MlpSelection
+from sparse_unsloth.channels.selector import ChannelSelector
 from sparse_unsloth.channels.sharing import obtain_for_all_ranks
-from sparse_unsloth.config.sparsity import LayerSparsity, SparsityConfig
+from sparse_unsloth.config.layer_rules import LayerSparsity
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
+from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import SparseContext, runs_twice
@@ -35,13 +37,13 @@ logger = logging.getLogger("sparse_unsloth")
 
 @dataclass(frozen=True)
 class Backend:
-    """The hook points of one training library, "peft" or "unsloth"; functions alone, so it is copied and pickled.
+    """The hook points of one training library, "peft" or "unsloth". It holds functions alone, so it can be pickled.
 
     Attributes:
-        install, uninstall, is_installed: of a layer's parts, and of one module that was hooked.
+        install, uninstall, is_installed: for the parts of a layer, and for one hooked module.
         check_not_sharded: raises AttachError where the layer's functions would not find whole weights.
-        why_not_captured: what keeps a layer from CUDA graphs, "" for nothing.
-        why_not_whole: what keeps a layer from a whole forward without `SparsityConfig.backward_rows`, likewise.
+        why_not_captured: why CUDA graphs cannot hold a layer; "" where they can.
+        why_not_whole: why a channel-sparse or dense layer cannot run as a whole layer; "" where it can.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Backend:
 
 @dataclass
 class ForwardCounts:
-    """Training forwards with labels and their tokens, padding left out."""
+    """Counts of training forwards with labels and of their loss and context tokens."""
 
     forwards: int = 0
     sparse_forwards: int = 0
@@ -63,42 +65,43 @@ class ForwardCounts:
     dense_tokens: int = 0
     whole_layers: int = 0
     captured_layers: int = 0
-    """Of the last forward: layers that the project's functions computed as a whole, and those in CUDA graphs."""
+    """``whole_layers`` and ``captured_layers`` ran as whole layers and in CUDA graphs in the last forward."""
 
 
 class SparsityState:
-    """Everything that an attached model carries; kept outside the module tree, so nothing of it is ever saved.
+    """Everything that an attached model carries. It is kept outside the module tree, so it is never saved.
 
     Attributes:
         model: the outermost model, where labels enter.
-        backend: whose hook points are used.
-        set_up_process: what a process that loads the model does first, or where it is copied.
-        hooked: the modules whose forward was replaced; ``handles``: what else was installed, each with ``remove()``.
-        row_sparse: the backward pass leaves out rows, instead of channels (`SparsityConfig.backward_rows`).
-        dense_with_graphs: nothing is left out, and layers are recorded all the same (`SparsityConfig.cuda_graphs`).
-        layer_sparsity: of context rows, by layer.
+        backend: the hook points in use.
+        set_up_process: prepares a process that loads the model.
+        hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
+        row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
+        dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
+        layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
-        whole_layers: of layers that are dense but have a whole-layer forward, by index.
-        uncompiled: what keeps hooked layers out of Unsloth's compiled regions, by index.
-        whole_forwards: of all layers where the backend tries to run layers as a whole; each says what came of it.
-        last_layer: the layer that leaves out rows without loss, sparse or not; None where none does.
-        sparse_prefill, prefill_handles: whether prompts are sparse outside training too, and the hooks for it.
-        adapter_folder: where the adapter was loaded from, None for a new one.
-        observer: what `explain` reports (`SparsityConfig.explain_steps`).
-        projections, proved: of each layer, by index, and what `adapter_changes` saw of them when attaching.
-        seen, reason: what `why_dense` saw last, and what it made of that.
-        inside: a forward of the model runs.
-        driver: the callback, or whatever else sets the step; None outside training.
-        graphs: what `SparsityConfig.cuda_graphs` records.
+        whole_layers: dense layers that run as whole layers, by index.
+        uncompiled: keeps hooked layers out of Unsloth's compiled regions, by index.
+        whole_forwards: all layers, where the backend tries to run them as whole layers; each holds the outcome.
+        last_layer: the last layer, where it skips unused rows; else None.
+        sparse_prefill, prefill_handles: whether prompts are sparse outside training, and the hooks for it.
+        adapter_folder: where the adapter was loaded from; None for a new one.
+        observer: collects what `explain` reports (`SparsityConfig.explain_steps`).
+        projections: those of each layer when it was attached, by index.
+        proved_adapters, seen_adapters, adapter_problem: see `adapter_changes`.
+        inside: whether a forward of the model is running.
+        driver: what sets the step (the callback, say); None outside training.
+        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without.
+        planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
-        shared: every process has the estimator of rank 0.
-        stack: every decoder layer by name, those that no sparse path is for among them.
-        loss_rows, first_backward: what looks at backward passes (`sparse_unsloth.runtime.gradients`).
-        gradients_seen: a sparse forward's backward pass gave every trained tensor of the sparse layers its gradient.
-        context_seen: some forward that was to be sparse had context tokens; None before the first one.
+        shared: whether every process has the estimator of rank 0.
+        stack: every decoder layer by name, also those without a sparse path.
+        loss_rows, first_backward: check backward passes (`runtime.gradients`).
+        gradients_seen: the backward pass of a sparse forward gave every trained tensor of the sparse layers a gradient.
+        context_seen: whether a sparse forward had context tokens; None before the first one.
         ran: parts that ran sparsely with gradients in this step.
-        scale, step: the share of the configured sparsity in this step, and optimiser steps done (None: not counted).
-        counts: what `metrics` sums up, since it was last asked.
+        scale, step: the schedule's factor in this step, and the optimiser steps done (None: not counted).
+        counts: what `metrics` sums up.
     """
 
     def __init__(
@@ -116,21 +119,21 @@ class SparsityState:
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.row_sparse = config.row_sparse
         self.dense_with_graphs = config.cuda_graphs and not config.is_sparse(len(layers))
-        # By rows, Unsloth's last layer leaves context rows out of forward and backward already.
-        done = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
+        # Under row sparsity Unsloth's last layer skips unused rows instead.
+        skips_rows = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
         self.runtimes = {
             layer.index: LayerRuntime(self, layer, sparsity)
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
-            if any(sparsity) or (self.row_sparse and layer is not done)
+            if any(sparsity) or (self.row_sparse and layer is not skips_rows)
         }
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.whole_forwards: list[LayerRuntime] = []
         self.uncompiled: dict[int, Any] = {}
         self.last_layer: LayerRuntime | None = None
         self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
-        self.proved: list[Any] = []
-        self.seen: list[Any] = []
-        self.reason = ""
+        self.proved_adapters: list[Any] = []
+        self.seen_adapters: list[Any] = []
+        self.adapter_problem = ""
         self.inside = False
         self.driver: object | None = None
         self.sparse_prefill = False
@@ -157,11 +160,11 @@ class SparsityState:
         self._verified = False
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.counts = ForwardCounts()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a pickled model: the training that it is in belongs to this process."""
+        """The state for pickling, without the training, which belongs to this process."""
         return {**self.__dict__, "driver": None, "scale": 0.0, "step": None, "inside": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,27 +172,27 @@ class SparsityState:
         self.set_up_process(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityState:
-        """The copy has the same driver, which is not copied."""
+        """Copies everything but the driver, which both share."""
         memo[id(self.driver)] = self.driver
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def runtime(self, layer: DecoderLayer) -> LayerRuntime | None:
-        """What a hooked layer works with; None for a layer that nothing is hooked in."""
+        """The runtime of a hooked layer; None for a layer without hooks."""
         if self.last_layer is not None and self.last_layer.layer is layer:
             return self.last_layer
         return self.runtimes.get(layer.index) or self.whole_layers.get(layer.index)
 
     def use(self, estimator: Estimator | None) -> None:
-        """Chooses channels by ``estimator`` from now on; None for criteria that need none."""
+        """Selects channels by ``estimator`` from now on; None for criteria that need none."""
         self.estimator = estimator
         self.selector = ChannelSelector(self.config, self.layers, estimator)
 
     def begin_training(self, driver: object, max_steps: int, train_dataset=None, collate_fn=None) -> None:
-        """Called once per training by what drives the schedule; checks the hooks, calibrates if that still has to be.
+        """Begins a training: checks the hooks, and calibrates if there is no estimator yet.
 
-        Of several processes every one must call it: the estimator of rank 0 becomes that of all.
+        The driver of the schedule calls it once per training, on every process: all take over rank 0's estimator.
 
         Raises:
             AttachError: a hook is gone, or FSDP sharded weights that the backend needs whole.
@@ -229,7 +232,7 @@ class SparsityState:
             )
 
     def expected_parts(self) -> set[tuple[int, str]]:
-        """``(layer index, "mlp" | "self_attn")`` of everything that the configuration makes sparse."""
+        """``(layer index, "mlp" | "self_attn")`` of every part that the configuration makes sparse."""
         return {
             (index, part)
             for index, runtime in self.runtimes.items()
@@ -251,17 +254,18 @@ class SparsityState:
         )
 
     def hooked_parts(self) -> set[tuple[int, str]]:
-        """`expected_parts`, and what leaves out rows without loss in a dense last layer."""
+        """`expected_parts`, and the parts of the last layer that skip unused rows."""
         last = self.last_layer
-        return self.expected_parts() | (set() if last is None else {(last.layer.index, part) for part in last.parts})
+        skipping = () if last is None else last.loss_only_parts
+        return self.expected_parts() | {(last.layer.index, part) for part in skipping}
 
     def name_parts(self, parts: set[tuple[int, str]]) -> str:
-        """The first few of ``parts`` as a user would look for them."""
+        """The module names of the first six of ``parts``, for messages."""
         names = [f"{self.layers[index].name}.{part}" for index, part in sorted(parts)]
-        return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        return ", ".join(names[:6] + ["..."] * (len(names) > 6))
 
     def set_step(self, step: int) -> None:
-        """``step`` optimiser steps are done: sets the share of sparsity of the next one."""
+        """Sets the schedule's factor for the next optimiser step; ``step`` steps are done."""
         self.verify_step()
         self.scale, self.step = self.config.schedule.scale(step, self._max_steps), step
         self.observer.begin_step(step, self.scale > 0)
@@ -270,7 +274,7 @@ class SparsityState:
         self.ran.clear()
 
     def look_back(self) -> None:
-        """Between two forwards: judges the backward pass of the last one, where that is still to be done.
+        """Ends the checks of the last forward's backward pass; called between two forwards.
 
         Raises:
             AttachError: see `FirstBackward.close`.
@@ -281,10 +285,10 @@ class SparsityState:
             self.gradients_seen = watch.close()
 
     def verify_step(self) -> None:
-        """After the first sparse optimiser step: every hooked part ran sparsely with gradients; and see `look_back`.
+        """Checks after the first sparse optimiser step that every sparse part ran sparsely with gradients.
 
         Raises:
-            AttachError: some did not; the message names them.
+            AttachError: some did not, which the message names; and see `look_back`.
         """
         self.look_back()
         if self.context_seen is False:
@@ -292,7 +296,7 @@ class SparsityState:
                 f"Nothing of the first training step was sparse: {EVERY_TOKEN_BEARS_LOSS} Use {ROLES_COME_FROM}, or "
                 "train dense (sparsity=None)."
             )
-        # Without a driver it is not known where a step ends: a recompute may still be to come.
+        # Without a driver the end of a step is not known: a recompute may still follow.
         ended = self.driver is not None or self.gradients_seen
         if self._verified or not self.sparse_forwards_in_step or not ended:
             return
@@ -307,7 +311,7 @@ class SparsityState:
         self._verified = True
 
     def end_training(self) -> None:
-        """Forgets the driver; the next training brings its own."""
+        """Ends a training: drops its driver, CUDA graphs and checkpointing plan."""
         self.look_back()
         if self.planner is not None:
             self.planner.restore()
@@ -317,9 +321,9 @@ class SparsityState:
         self.driver, self.scale, self.step = None, 0.0, None
 
     def warn_once(self, message: str) -> None:
-        """Warns, on the main process, unless the same was said before."""
-        if message not in self.said:
-            self.said.add(message)
+        """Warns on the main process, once for each message."""
+        if message not in self.warned:
+            self.warned.add(message)
             if is_main():
                 logger.warning(message)
 
@@ -336,17 +340,17 @@ def get_state(model: nn.Module) -> SparsityState | None:
 
 
 class LayerRuntime:
-    """A hooked decoder layer: how sparse it is, and the context of the forward that runs through it now.
+    """A hooked decoder layer: its sparsity, and the context of the forward that runs through it now.
 
     Attributes:
-        sparsity: of context rows.
-        parts: those that leave out rows without loss, in the last layer, where a forward may
+        sparsity: the share of channels that context tokens leave out, by part.
+        loss_only_parts: the parts of the last layer that skip unused rows, where a forward allows it
             (`SparseContext.loss_only`).
         precomputed_qkv: Q, K, V, while a whole layer's forward that computed them runs the attention module.
-        skip_output_projection: such a forward computes O itself.
-        not_whole: why the layer runs part by part; "" where it does not, and so for the next two.
-        not_fusable: why the functions of `ops.decoder_layer` do not compute its chosen rows.
-        not_captured: why CUDA graphs do not hold it.
+        skip_output_projection: whether that forward computes the O projection itself.
+        not_whole: why the layer runs part by part; "" where it runs as a whole layer.
+        not_fusable: why the functions of `ops.decoder_layer` cannot compute its chosen rows; "" where they can.
+        not_captured: why CUDA graphs do not hold it; "" where they do.
     """
 
     def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
@@ -354,7 +358,7 @@ class LayerRuntime:
         self.layer = layer
         self.sparsity = sparsity
         self.context: SparseContext | None = None
-        self.parts: tuple[str, ...] = ()
+        self.loss_only_parts: tuple[str, ...] = ()
         self.not_whole = ""
         self.not_fusable = ""
         self.not_captured = ""
@@ -369,7 +373,7 @@ class LayerRuntime:
         return not context.paused or (self.layer.index, part) not in context.paused
 
     def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
-        """The rows of this layer's backward pass, or None where ``module``'s own function runs as it is.
+        """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
 
         Raises:
             AttachError: see `check_rows`.
@@ -381,7 +385,7 @@ class LayerRuntime:
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:
-        """Raises AttachError unless ``rows [..., width]``, the input of ``module``, are those that have roles."""
+        """Raises AttachError unless ``rows [..., width]``, the input of ``module``, match the labels in number."""
         shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
         if shape == expected:
             return
@@ -389,7 +393,7 @@ class LayerRuntime:
         if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
             return
         named = self.layer.module.named_modules()
-        where = next((f".{name}" for name, one in named if one is module and name), "")
+        where = next((f".{name}" for name, child in named if child is module and name), "")
         raise AttachError(
             f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
             f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
@@ -399,10 +403,10 @@ class LayerRuntime:
         )
 
     def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
-        """The rows that ``part`` computes, or None where ``module``'s own function does.
+        """The token roles by which our functions compute ``part``; None where ``module``'s own function runs.
 
-        That is so whenever the module's own ``training`` flag is off, unless prompts are sparse outside training too.
-        In the last layer these are the rows of the MLP and of the O projection; its keys and values need every row.
+        The module's own function runs whenever its ``training`` flag is off, except in a sparse prefill. In the last
+        layer the roles are those of the MLP and of the O projection; its keys and values need every row.
 
         Raises:
             AttachError: see `check_rows`; ``rows`` is the input of ``module``.
@@ -411,48 +415,48 @@ class LayerRuntime:
         if context is None or not (module.training or context.prefill):
             return None
         found = context.partition if sparse else None
-        if part in self.parts and context.loss_only and not self._mlp_scores_every_row(part):
+        if part in self.loss_only_parts and context.loss_only and not self._mlp_selects_by_every_row(part):
             found = context.rows_with_loss(sparse)
         if found is not None:
             self.check_rows(module, rows)
         return found
 
-    def _mlp_scores_every_row(self, part: str) -> bool:
-        """Whether ``part`` is the attention whose output the MLP of this layer chooses its channels by, for every row.
+    def _mlp_selects_by_every_row(self, part: str) -> bool:
+        """Whether ``part`` is attention, and the sparse MLP after it needs its output for every row.
 
-        It is with ``dense_tokens="none"``: rows with loss are context then, and their channels are chosen among all.
+        This is so with ``dense_tokens="none"``, where every row is a context token that the MLP's scores look at.
         """
         return part == "self_attn" and self.is_sparse("mlp") and not len(self.context.partition.dense)
 
     def mlp_channels(self, hidden_states: Tensor, partition: TokenPartition) -> Tensor:
-        """int64 ``[k]``: the MLP channels that context rows keep in this forward.
+        """int64 ``[k]``: the MLP channels that context tokens keep in this forward.
 
         Args:
             hidden_states: the MLP's input, ``[..., hidden_size]``.
-            partition: what `partition` gave for the MLP.
+            partition: the result of `partition` for the MLP.
         """
-        chosen = self._of_all_rows("mlp", hidden_states, partition)
-        # Without context rows there is nothing to choose, and nothing that the choice would change.
+        chosen = self._select_from_all("mlp", hidden_states, partition)
+        # Without context tokens the selection changes nothing.
         return partition.dense[:0] if chosen is None else chosen.channels
 
     def attention_channels(
         self, partition: TokenPartition, hidden_states: Tensor | None = None
     ) -> AttentionSelection | None:
-        """The attention channels of context rows, None: all of them; arguments as `mlp_channels`.
+        """The attention channels that context tokens keep; None: all of them. Arguments as in `mlp_channels`.
 
-        ``hidden_states`` is the input of Q, K, V.
+        ``hidden_states`` is the input of Q, K, V, and None for O, which reuses their selection.
 
         Raises:
-            AttachError: without ``hidden_states``, when Q, K, V have not chosen yet.
+            AttachError: ``hidden_states`` is None, and Q, K, V have not selected yet.
         """
-        return self._of_all_rows("self_attn", hidden_states, partition)
+        return self._select_from_all("self_attn", hidden_states, partition)
 
-    def choose_of_context(self, part: str, context_rows: Tensor | None) -> MlpSelection | AttentionSelection:
-        """The choice of ``part`` by its input on the context rows alone, ``[n, hidden_size]``; None once it is made."""
-        return self._choose(part, context_rows, None)
+    def select_for_context(self, part: str, context_rows: Tensor | None) -> MlpSelection | AttentionSelection:
+        """The selection of ``part`` from its input on context tokens, ``[n, hidden_size]`` (None in a recompute)."""
+        return self._select(part, context_rows, None)
 
     def record_run(self, part: str) -> None:
-        """Notes that ``part`` ran by our functions, and in this step if sparse with gradients (see `verify_step`).
+        """Notes for this forward that our functions computed ``part``, and for `verify_step` if sparse with gradients.
 
         Raises:
             AttachError: it ran in this forward already, and this is no recompute.
@@ -465,27 +469,27 @@ class LayerRuntime:
         if torch.is_grad_enabled() and (row_sparse or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
-    def leaves_output_out(self, context: SparseContext) -> bool:
-        """Whether a recompute of this layer computes no MLP output, because nobody reads it (`exact_removal`)."""
+    def skips_unused_output(self, context: SparseContext) -> bool:
+        """Whether a recompute of this layer skips the MLP's output, which is unused (`exact_removal`)."""
         rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
         ran = (self.layer.index, "mlp") in context.ran
         return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
 
-    def _of_all_rows(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
-        """The choice by the context rows among all of ``hidden_states``; None without any, or in a dense part."""
+    def _select_from_all(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
+        """The selection from the context rows of ``hidden_states``; None without context tokens or in a dense part."""
         if not len(partition.context) or getattr(self.sparsity, part) <= 0:
             return None
-        return self._choose(part, hidden_states, self.context.partition.context)
+        return self._select(part, hidden_states, self.context.partition.context)
 
-    def _choose(self, part: str, hidden_states: Tensor | None, rows: Tensor | None):
-        """The choice by ``rows`` of ``hidden_states``; None: these are the context rows alone."""
+    def _select(self, part: str, hidden_states: Tensor | None, rows: Tensor | None):
+        """The selection from ``rows`` of ``hidden_states``; None: ``hidden_states`` are the context rows alone."""
         key = (self.layer.index, part)
         chosen = self.context.selections.get(key)
         if chosen is None:
             if hidden_states is None:
                 raise AttachError(f"{self.layer.name}: o_proj ran before q_proj, k_proj and v_proj chose channels.")
             select = self.state.selector.mlp if part == "mlp" else self.state.selector.attention
-            # What is kept of it (static channels, factors on the device) serves trainings too.
+            # Tensors that the selector keeps (constant selections, factors on the device) must serve trainings too.
             with torch.inference_mode(False), torch.no_grad():
                 chosen = select(self.layer, hidden_states, getattr(self.sparsity, part), rows)
             if part == "mlp" and chosen.order is not None:

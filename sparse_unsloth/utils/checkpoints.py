@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which one can be resumed from, and what is wrong with the others."""
+"""Finds the checkpoint from which a run can resume, and says what is wrong with damaged ones."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from sparse_unsloth.errors import SparsityError
 logger = logging.getLogger("sparse_unsloth")
 
 LAST_FILE = "trainer_state.json"
-"""The file that transformers' Trainer writes into a checkpoint after all others."""
+"""The file that transformers' Trainer writes into a checkpoint last."""
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 SHARDED = ("pytorch_model_fsdp_", "global_step")
-"""What the folders of FSDP's and DeepSpeed's weights begin with."""
+"""Prefixes of the folders that hold weights of FSDP and DeepSpeed."""
 
 
 class CheckpointError(SparsityError):
-    """A checkpoint that training cannot go on from."""
+    """Training cannot resume from the checkpoint."""
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest ``checkpoint-STEP`` in ``folder`` that was written to its end; None where there is none.
+    """The newest complete ``checkpoint-STEP`` in ``folder``; None where there is none.
 
-    A killed run may leave a newer one behind without its last file, or with a part of some file; such a one is named in
-    a warning and passed over, so that the run goes on from the one before.
+    A killed run may leave a newer, incomplete one. A warning names it, and it is skipped.
 
     Raises:
-        CheckpointError: the newest one that is whole has no optimiser state.
+        CheckpointError: the newest complete checkpoint has no optimiser state.
     """
     for path in stored_checkpoints(folder):
         fault = damage(path)
@@ -43,7 +42,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raises CheckpointError unless training can go on from ``checkpoint``."""
+    """Raises CheckpointError unless training can resume from ``checkpoint``."""
     path = Path(checkpoint)
     fault = damage(path)
     if fault is not None:
@@ -54,7 +53,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def stored_checkpoints(folder: str | Path) -> list[Path]:
-    """Every ``checkpoint-STEP`` in ``folder``, the newest first, whole or not."""
+    """Every ``checkpoint-STEP`` in ``folder``, the newest first, complete or not."""
     found = [
         (int(match[1]), path) for path in Path(folder).glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))
     ]
@@ -62,12 +61,12 @@ def stored_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """What transformers' Trainer wrote last into a whole checkpoint: steps, logs, callbacks."""
+    """The trainer's state in a complete checkpoint: steps, logs, callbacks."""
     return json.loads((Path(checkpoint) / LAST_FILE).read_text(encoding="utf-8"))
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What shows that the checkpoint was not written to its end or was cut since; None where nothing does."""
+    """How the checkpoint is incomplete or damaged; None where it is not."""
     try:
         whole = isinstance(read_state(checkpoint).get("global_step"), int)
     except (OSError, ValueError, AttributeError):
@@ -108,7 +107,7 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 
 def _is_whole_safetensors(file: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether the file has the length that its header states."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -123,7 +122,7 @@ def _is_whole_safetensors(file: Path) -> bool:
 
 
 def _is_whole_torch_file(file: Path) -> bool:
-    """Whether a file of ``torch.save`` has its directory, which is at the end; older formats have none to look at."""
+    """Whether a file of ``torch.save`` has its zip directory, which is at the end; older formats have none."""
     with open(file, "rb") as stream:
         start = stream.read(2)
     return zipfile.is_zipfile(file) if start == b"PK" else bool(start)

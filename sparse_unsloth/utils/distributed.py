@@ -1,7 +1,7 @@
-"""Several processes (torchrun, accelerate): which one this is, and what the first one makes for all.
+"""Reads the ranks of processes (torchrun, accelerate), and shares with all what rank 0 computed.
 
-Channels are chosen by each rank for its own rows, so training needs nothing of this; only what is made once, before it,
-is shared.
+Training does not communicate through this module: each rank selects channels for its own rows. Only results computed
+once before training are shared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """The number of this process among those that were launched together; 0 if it is alone."""
+    """This process's number among those launched together; 0 if it is alone."""
     return dist.get_rank() if has_group() else int(os.environ.get("RANK", "0"))
 
 
@@ -31,12 +31,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its host, which is also that of its GPU."""
+    """This process's number on its host, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files and reports."""
+    """Whether this process (rank 0) writes files and reports."""
     return rank() == 0
 
 
@@ -46,19 +46,18 @@ def uses_fsdp() -> bool:
 
 
 def has_group() -> bool:
-    """Whether the processes can talk to each other: a trainer's arguments set that up, or accelerate's state."""
+    """Whether the processes can communicate; a trainer's arguments or accelerate's state set this up."""
     return dist.is_available() and dist.is_initialized()
 
 
 def from_main(make: Callable[[], Value], together: bool = False) -> Value:
-    """What ``make`` returns on rank 0, on every rank; its tensors must be on the CPU.
+    """The result of ``make`` on rank 0, on every rank; its tensors must be on the CPU.
 
-    Every rank must call it. An error of rank 0 is raised on all of them, so none waits in vain.
+    Every rank must call it. An error of rank 0 is raised on all ranks, so that none waits for it.
 
     Args:
-        make: called on rank 0 alone, or, with ``together``, on every rank (it takes part in collectives); the others'
-            results are dropped then, so that all ranks hold the very same numbers.
-        together: as said.
+        make: called on rank 0 alone, or on every rank with ``together``.
+        together: ``make`` takes part in collectives. Results of other ranks are dropped, so that all hold the same.
 
     Raises:
         SparsityError: ``make`` failed on rank 0; there its own error is raised.
@@ -84,15 +83,15 @@ def from_main(make: Callable[[], Value], together: bool = False) -> Value:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds parameters of ``module`` in pieces."""
+    """Whether FSDP2 shards parameters of ``module``."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def is_flattened(module: nn.Module) -> bool:
-    """Whether FSDP1 holds the module's weight: it leaves a view in the parameter's place, or marks the parameter."""
+    """Whether FSDP1 flattened the module's weight: it replaces the parameter by a view, or marks it."""
     return "weight" in module.__dict__ or hasattr(getattr(module, "weight", None), "_fsdp_flattened")
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the parameters of ``module`` are."""
+    """The device of the parameters of ``module``."""
     return next(module.parameters()).device

@@ -1,4 +1,4 @@
-"""Versions and hardware as plain data."""
+"""Collects versions and hardware as plain data."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str:
-    """The git commit that ``folder`` is at, with "-dirty" where files were changed; "unknown" outside a checkout."""
+    """The git commit of ``folder``, with "-dirty" where files are changed; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def requirements() -> list[Requirement]:
-    """The package's own dependencies that apply to this machine; they state the tested ranges."""
+    """The package's dependencies that apply to this machine, with the tested ranges."""
     try:
         texts = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -53,7 +53,7 @@ def requirements() -> list[Requirement]:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; empty where it is not installed."""
+    """The version of an installed package; empty where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

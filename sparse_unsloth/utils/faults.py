@@ -1,4 +1,4 @@
-"""Whose mistake an exception is: the user's, told in one line with cause and fix, or the program's, to be reported."""
+"""Turns exceptions into one line: the cause and fix of a user's mistake, or a request to report a fault."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LIBRARIES = {
     "jinja2", "lm_eval", "pandas", "peft", "pyarrow", "reasoning_gym", "requests", "safetensors", "safetensors_rust",
     "sklearn", "tokenizers", "transformers", "trl", "unsloth", "unsloth_zoo", "urllib3", "wandb", "yaml",
 }  # fmt: skip
-"""Their own errors, and the plain ones that they raise, mean that they were asked for what they cannot do."""
+"""Libraries whose errors mean a wrong request, and not a fault of this package."""
 KINDS = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError)
 UNKNOWN_ARGUMENT = "unexpected keyword argument"
-"""In a TypeError: how Python says that a mapping of a recipe (``model_init_kwargs``, ...) has a wrong key."""
+"""The text of a TypeError for a wrong key in a mapping of a recipe (``model_init_kwargs``, ...)."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_DISK = ("No space left", "PytorchStreamWriter", "inline_container.cc")
-"""What safetensors and PyTorch say where a file cannot be written to its end."""
+"""Texts of safetensors and PyTorch for a file that could not be written to its end."""
 FREE_SPACE = "The disk is full or refuses: free space, or give another output folder. A run can be resumed."
 FIXES = {
     "out of memory": "Lower per_device_train_batch_size or max_length, or set load_in_4bit: true.",
     **dict.fromkeys(FULL_DISK, FREE_SPACE),
     "invalid device ordinal": "Name a GPU that this machine has (`sparse-unsloth doctor` lists them).",
 }
-"""By what a message contains."""
+"""Fixes by a text in the error's message."""
 IN_TRAINING = (
     "This happened while training, after everything had been set up. If it is no fault of your machine, please report "
     "it with this traceback and what `sparse-unsloth doctor` prints."
@@ -40,13 +40,13 @@ IN_TRAINING = (
 
 
 class SetUp:
-    """The time before a run's first step: an error in it leaves the run's folder as it was.
+    """The context of a run's set-up: an error before the first step restores the run's folder.
 
-    An error afterwards is marked as one of the training itself (`IN_TRAINING`), whose traceback matters.
+    A later error, when `over` is True, is marked as one of training (`IN_TRAINING`), whose traceback matters.
 
     Args:
-        folder: the run's.
-        begun: whether the folder holds something that must not be lost, though it is not `over`.
+        folder: the run's folder.
+        begun: whether the folder holds results that must not be deleted, though the set-up is not `over`.
     """
 
     def __init__(self, folder: str | Path, begun: Callable[[], bool] = lambda: False):
@@ -75,10 +75,10 @@ class SetUp:
 
 
 def check_output(folder: str | Path, option: str) -> None:
-    """Makes sure, before any work, that files can be written into ``folder``; nothing is left there by that.
+    """Checks that files can be written into ``folder``, and leaves nothing there.
 
     Raises:
-        DataError: a file stands in its way, or it cannot be written to.
+        DataError: the path is a file, or the folder is not writable.
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
@@ -100,23 +100,23 @@ def check_output(folder: str | Path, option: str) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """The inner ones first."""
+    """Removes empty folders; ``folders`` lists inner ones first."""
     for folder in folders:
         with contextlib.suppress(OSError):  # another process may have written into it
             folder.rmdir()
 
 
 def is_fault_of_training(error: Exception) -> bool:
-    """Whether it happened after the set-up, and is neither one of this package's own nor the disk's."""
+    """Whether the error occurred after the set-up, and is neither raised by this package nor an error of the disk."""
     of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
     of_disk = of_disk or any(words in str(error) for words in FULL_DISK)
     return IN_TRAINING in getattr(error, "__notes__", ()) and not isinstance(error, SparsityError) and not of_disk
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """``(one line, exit code)``: cause and fix of what the user or his machine can change; else that it is unexpected.
+    """``(line, exit code)`` for an error: cause and fix, or a request to report an unexpected error.
 
-    The code is 2 for what was asked wrongly, 1 for what this machine cannot do and for what nobody expected.
+    The code is 2 for a wrong request, and 1 for what this machine cannot do and for unexpected errors.
     """
     if isinstance(error, SparsityError):
         return str(error), 1 if isinstance(error, BackendError) else 2
@@ -146,25 +146,25 @@ def _fix_of(error: OSError) -> str:
 
 
 def _library(error: Exception) -> str | None:
-    """The library that refused what it was asked for; None where the error may be the program's own."""
-    own = type(error).__module__.partition(".")[0]
-    if own in (*LIBRARIES, "torch"):
-        return own.removesuffix("_rust")
+    """The library that refused a request; None where the error may be a fault of this package."""
+    package = type(error).__module__.partition(".")[0]
+    if package in (*LIBRARIES, "torch"):
+        return package.removesuffix("_rust")
     packages, trace = [], error.__traceback__
     while trace is not None:
         packages.append(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
         trace = trace.tb_next
-    # Python's own functions, and PyTorch's, refuse on behalf of those that call them.
+    # Functions of Python and PyTorch raise on behalf of their callers.
     raiser = next((name for name in reversed(packages) if name not in (*sys.stdlib_module_names, "torch")), "")
     refused = isinstance(error, KINDS) or (isinstance(error, TypeError) and UNKNOWN_ARGUMENT in str(error))
     if raiser in LIBRARIES and refused:
         return raiser
-    # PyTorch's words for a device or a place on the disk that is not there.
+    # PyTorch's messages for a missing device or a full disk.
     return "torch" if packages[-1:] == ["torch"] and any(words in str(error) for words in FIXES) else None
 
 
 def _one_line(error: Exception) -> str:
-    """The message, and what caused it where it says nothing itself."""
+    """The message in one line, with its cause where it only says that an error occurred."""
     text = " ".join(str(error).split()) or type(error).__name__
     cause = error.__cause__
     if cause is not None and str(cause) and "error occurred" in text:

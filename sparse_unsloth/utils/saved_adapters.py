@@ -1,4 +1,4 @@
-"""Finds LoRA adapters that were saved in folders, and reads what they need: base model, tokenizer, vocabulary."""
+"""Finds saved LoRA adapters, and reads what they need: base model, tokenizer, vocabulary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.errors import ConfigError, DataError
+from sparse_unsloth.utils.unreadable import first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,16 +29,16 @@ SETTINGS = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""Keys of a recipe that say what an adapter is, and what PEFT calls them in its ``adapter_config.json``."""
+"""Keys of a recipe that define an adapter, and their names in PEFT's ``adapter_config.json``."""
 ALL_LINEAR = "all-linear"
-"""What PEFT and TRL call every linear layer but the head."""
+"""The name in PEFT and TRL for every linear layer but the head."""
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 RESUMED = ("recipe.yaml", "trainer_state.json")
-"""What tells a run's folder, or a checkpoint's, from other folders."""
+"""Files that only the folder of a run or of a checkpoint has."""
 
 
 def find_adapter(name: str | Path) -> Path | None:
-    """The folder of the adapter that ``name`` means: an adapter's folder, a checkpoint's, or that of a finished run.
+    """The folder of the adapter that ``name`` means; it may name an adapter, a checkpoint or a finished run.
 
     Returns:
         None where ``name`` means none: a hub name, or a base model's folder.
@@ -64,7 +65,7 @@ def read_settings(adapter: Path) -> dict[str, Any]:
     """The adapter's ``adapter_config.json``.
 
     Raises:
-        DataError: it cannot be read, or names no base model.
+        DataError: the file cannot be read, or names no base model.
     """
     file = adapter / ADAPTER_CONFIG
     try:
@@ -84,7 +85,7 @@ def base_of(adapter: Path) -> str:
     """The base model that the adapter was trained over: a folder, or a hub name.
 
     Raises:
-        DataError: see `read_settings`; or the base was a folder, and is not there any more.
+        DataError: see `read_settings`; or the base was a folder that no longer exists.
     """
     base = read_settings(adapter)["base_model_name_or_path"]
     if is_lost(base):
@@ -93,15 +94,14 @@ def base_of(adapter: Path) -> str:
 
 
 def is_lost(name: str) -> bool:
-    """Whether ``name`` must be a path, being no hub name (`name` or `owner/name`), and leads nowhere."""
+    """Whether ``name`` is a path that does not exist, and no hub name (`name` or `owner/name`)."""
     path = Path(name).expanduser()
     return not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2)
 
 
 def base_not_loaded(adapter: Path, error: Exception) -> DataError:
-    """What to raise where the adapter's base model cannot be loaded."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return _no_base(adapter, read_settings(adapter)["base_model_name_or_path"], reason)
+    """The error for a base model of an adapter that cannot be loaded."""
+    return _no_base(adapter, read_settings(adapter)["base_model_name_or_path"], first_line(error))
 
 
 def _no_base(adapter: Path, base: str, reason: str) -> DataError:
@@ -113,7 +113,7 @@ def _no_base(adapter: Path, base: str, reason: str) -> DataError:
 
 
 def tokenizer_of(adapter: Path) -> str:
-    """Where the adapter's tokenizer is: in its own folder, or else in its base model's."""
+    """The folder or hub name of the adapter's tokenizer: its own folder, else its base model's."""
     return str(adapter) if has_tokenizer(adapter) else base_of(adapter)
 
 
@@ -123,17 +123,16 @@ def has_tokenizer(adapter: Path) -> bool:
 
 
 def load_whole(adapter: Path | None, load: Callable[[], Any]) -> Any:
-    """What ``load()`` gives, a model or a tuple that begins with one, with every tensor of ``adapter`` in its place.
+    """The result of ``load()``, checked to hold every tensor of ``adapter``.
 
-    PEFT leaves tensors that it finds no saved values for as they begin, which it says in a warning, and passes over
-    saved ones that have no place in the model.
+    PEFT only warns of tensors without saved values, and ignores saved tensors that the model does not have.
 
     Args:
         adapter: None: nothing is checked.
-        load: loads base and adapter.
+        load: loads base and adapter; returns a model, or a tuple that begins with one.
 
     Raises:
-        DataError: the adapter fits the model in part, or not at all.
+        DataError: the adapter does not fit the model.
     """
     if adapter is None:
         return load()
@@ -149,7 +148,7 @@ def load_whole(adapter: Path | None, load: Callable[[], Any]) -> Any:
         names = re.findall(r"'([^']+)'", str(warning))
         raise DataError(
             f"{adapter}: holds no values for {len(names) or 'some'} tensors of the model's adapter"
-            f"{f' (first: {names[0]})' if names else ''}, which would begin anew. {fix}"
+            f"{f' (first: {names[0]})' if names else ''}, which would start untrained. {fix}"
         ) from None
     except RuntimeError as error:
         if "size mismatch" not in str(error):
@@ -165,7 +164,7 @@ def load_whole(adapter: Path | None, load: Callable[[], Any]) -> Any:
 
 
 def left_unsaved(model: nn.Module, folder: Path) -> list[str]:
-    """The trained tensors of ``model`` that are neither its adapter's nor saved beside it in ``folder``."""
+    """The trained tensors of ``model`` that are neither the adapter's nor saved beside it in ``folder``."""
     others = [
         name
         for name, parameter in model.named_parameters()
@@ -178,7 +177,7 @@ def left_unsaved(model: nn.Module, folder: Path) -> list[str]:
 
 
 def vocabulary_of(adapter: Path) -> int | None:
-    """Rows of the embedding, or of the head, that was saved with the adapter; None where neither was.
+    """The number of rows of the embedding or head saved with the adapter; None where neither was saved.
 
     Raises:
         DataError: the adapter's weights are missing or damaged.
@@ -192,7 +191,7 @@ def vocabulary_of(adapter: Path) -> int | None:
 
 
 def _rows(name: str, shape: list[int]) -> int | None:
-    """Of the vocabulary, if the tensor is as long as that."""
+    """The vocabulary's size, if the tensor ``name`` has a dimension of that size."""
     parts = name.split(".")
     factor = next((part for part in parts if part.startswith("lora_")), None)
     if set(EMBEDDINGS) & set(parts):
@@ -223,23 +222,25 @@ def _shapes(adapter: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def named_targets(names: list[str] | str | None) -> list[str] | str | None:
-    """A recipe's ``lora_target_modules`` for PEFT: TRL makes a text of a list of one, which PEFT reads as an "
-    "expression."""
+    """A recipe's ``lora_target_modules`` for PEFT, which would read a single name as a regular expression.
+
+    TRL turns a list of one name into that name.
+    """
     if isinstance(names, list) and len(names) == 1:
         names = names[0]
     return [names] if isinstance(names, str) and names != ALL_LINEAR and re.fullmatch(r"[\w.]+", names) else names
 
 
 def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: str = "lora_target_modules") -> None:
-    """Refuses names that no module of ``model`` has: PEFT passes over them as long as another one matches.
+    """Raises for target names that match no module of ``model``; PEFT ignores them if another name matches.
 
     Args:
-        targets: ends of modules' names, or one regular expression of whole names ("all-linear" aside), as PEFT reads
-            them; None names nothing.
-        key: what the message calls them.
+        targets: ends of module names, or one regular expression of whole names, or "all-linear", as for PEFT; None: no
+            names.
+        key: the option's name, for the message.
 
     Raises:
-        ConfigError: some match nothing; each with the nearest name there is.
+        ConfigError: names match no module; the message suggests the nearest names.
     """
     if targets is None or targets == ALL_LINEAR:
         return
@@ -254,10 +255,10 @@ def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: st
     if not missing:
         return
     ends = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
-    said = []
+    suggestions = []
     for name in missing:
         near = difflib.get_close_matches(name, ends, n=1)
-        said.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        suggestions.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     raise ConfigError(
-        f"{key}: {', '.join(said)} not found in the base model, whose modules are called {', '.join(ends)}."
+        f"{key}: {', '.join(suggestions)} not found in the base model, whose modules are called {', '.join(ends)}."
     )

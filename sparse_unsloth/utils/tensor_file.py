@@ -1,4 +1,4 @@
-"""Tensor files that are whole or refused: safetensors with a checksum, written at once."""
+"""Reads and writes safetensors files with a checksum, atomically."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHECKSUM = "content_sha256"
 
 
 class DamagedFileError(EstimatorError):
-    """A file that is truncated, altered, or no tensor file at all."""
+    """The file is truncated, altered, or no tensor file."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with a checksum of its tensors and metadata: afterwards it is whole, or as before.
+    """Writes a safetensors file with a checksum of its tensors and metadata, atomically.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full.
+        OSError: the folder is not writable, or the disk is full.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, CHECKSUM: _checksum(tensors, metadata)}
@@ -44,17 +44,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors (on the CPU) and the metadata, without checksum, of a file that `write_tensors` wrote.
+    """The tensors (on the CPU) and the metadata, without the checksum, of a file of `write_tensors`.
 
     Raises:
         DamagedFileError: the file is truncated or altered, or no safetensors file.
-        EstimatorError: a sound safetensors file that `write_tensors` did not write.
+        EstimatorError: the file is intact, but `write_tensors` did not write it.
     """
     tensors, metadata = read_unchecked(path)
     expected = metadata.pop(CHECKSUM, None)
     if expected is None:
         raise EstimatorError(
-            f"{path} is a safetensors file, but no estimator of this package, so it is left alone. Point "
+            f"{path} is a safetensors file, but no estimator of this package, so it is not overwritten. Point "
             "estimator.path to another file."
         )
     if _checksum(tensors, metadata) != expected:
@@ -88,5 +88,5 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The values of ``tensor`` as they are stored, in row-major order."""
+    """The bytes of the values of ``tensor``, in row-major order."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What is wrong with a file of rows that cannot be read, and in which line."""
+"""Says what is wrong with a data file that cannot be read, and in which line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _WORDS = {str: "a text", int: "a number", float: "a number", bool: "true or fals
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; its kind if it has none."""
+    """The first line of the error's message; its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unreadable(name: str, error: Exception) -> str:
-    """What is wrong with a file of rows, and where in it."""
+    """The message for the data file ``name`` that could not be read, with the place in it."""
     path = Path(name)
     place = None
     if path.is_file() and path.stat().st_size == 0:
@@ -26,15 +26,14 @@ def unreadable(name: str, error: Exception) -> str:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What `datasets` met: its own errors say that one occurred."""
+    """The first error in the chain of causes; those of `datasets` only say that an error occurred."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _first_bad_json(path: Path) -> str | None:
-    """The first place in a file of JSON rows where there is none, or one unlike those before; None if all are alike."""
-
+    """The first row of a JSON file that is invalid, or has other types than the rows before; None: there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

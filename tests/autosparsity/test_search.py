@@ -1,4 +1,4 @@
-"""Calibration of per-layer sparsity: measurements against plain training forwards, allocation against brute force."""
+"""`calibrate`: measurements compared with plain training forwards, allocation with brute force."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def run(model=None, samples=None, **changes):
 
 
 def masked_loss(model, batch, recipe, config):
-    """The training forward's own loss under ``recipe``, through `attach` as a user would; and the positions."""
+    """The loss of a training forward under ``recipe``, through `attach`, and the number of positions."""
     attach(model, config.model_copy(update={"mlp": {}, "self_attn": {}} | rules(recipe)))
     with torch.no_grad():
         loss = model(**batch).loss.item()
@@ -122,7 +122,7 @@ def test_curves_start_at_zero_and_never_fall():
     assert curves.increase((0, "mlp"), 0.5) == pytest.approx(0.8 + 0.02)
     assert curves.increase((0, "mlp"), 0.0) == 0
     assert curves.total({(0, "self_attn"): 0.25, (2, "mlp"): 0.5}) == pytest.approx(7.1)
-    # Two groups of one kind, each three times as dear beside the other; dense attention takes the overall factor.
+    # Two groups of one kind, each three times as costly beside the other; dense attention has the overall factor.
     chosen = {(0, "mlp"): 0.5, (1, "mlp"): 0.5, (2, "mlp"): 0.5, (0, "self_attn"): 0.0}
     curves.rescale(chosen, [[(0, "mlp")], [(1, "mlp"), (2, "mlp")]], [3 * 0.82, 3 * 0.12])
     assert curves.total(chosen) == pytest.approx(3 * 0.94)
@@ -236,7 +236,7 @@ def test_criteria_without_estimator_calibrate_too():
 
 
 def test_when_the_whole_costs_more_than_its_parts_the_parts_are_measured_together(monkeypatch):
-    """Joint losses are made ten times as high as they are; the second prediction then holds."""
+    """Joint losses are multiplied by ten; the second prediction is then right."""
     original = LossProbe.measure
 
     def dearer(self, recipes, prepared, title, reference=None):
@@ -345,7 +345,7 @@ def test_auto_calibrates_in_get_peft_model(capsys):
     state = get_state(model)
     assert any(map(any, state.layer_sparsity))
     assert state.selector is not None
-    assert "of their dense frozen products" in capsys.readouterr().out
+    assert "of their dense frozen-weight matmuls" in capsys.readouterr().out
     with pytest.raises(CalibrationError, match="needs calibration_samples"):
         FastSparseLanguageModel.get_peft_model(make_base(), sparsity="auto", **options)
 

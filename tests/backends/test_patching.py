@@ -1,4 +1,4 @@
-"""Hooks and whole layers beneath what Unsloth 2026.10.8 and later do to decoder layers: gates and compilation."""
+"""Hooks and whole layers under the gates and compiled regions of Unsloth 2026.10.8 and later."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ class CompiledForwardRan(Exception):
 
 
 def gated(forward):
-    """As Unsloth gates patched methods: the class's forward is no longer the function of its module."""
+    """Gates patched methods like Unsloth: the class's forward is no longer the function of its module."""
 
     @functools.wraps(forward)
     def gate(self, *args, **kwargs):
@@ -42,7 +42,7 @@ def gated(forward):
 
 
 def compiled(forward):
-    """As Unsloth's compiled regions: fails where it would run our hooks, unless the layer's own switch is off."""
+    """Stands for Unsloth's compiled regions: fails where one would run our hooks, unless the layer's switch is off."""
 
     @functools.wraps(forward)
     def region(self, *args, **kwargs):
@@ -82,7 +82,7 @@ def test_each_mode_runs_whole_layers(wrapped, monkeypatch, mode):
 
 
 def test_layers_that_run_part_by_part_are_not_compiled_either(wrapped):
-    """Without kernels no layer runs as a whole; hooks and class forward then meet."""
+    """Without kernels no layer runs as a whole layer, so hooks run inside the class forward."""
     model, batch = make_model(wrapped, "reentrant"), small_batch()
     plain = loss_and_gradients(model, batch)
     report = attach(model, {**SETTINGS["nothing dropped"], "exact_removal": False})
@@ -91,7 +91,7 @@ def test_layers_that_run_part_by_part_are_not_compiled_either(wrapped):
 
 
 def test_layers_without_hooks_stay_compiled(wrapped):
-    """The switch is the layer's own, and goes back to what it was."""
+    """The switch belongs to each layer, and is restored."""
     model = make_model(wrapped, "reentrant")
     layers = decoder_layers(model)
     layers[0].__dict__[BLOCK_MODE] = 2

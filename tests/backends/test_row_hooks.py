@@ -1,4 +1,4 @@
-"""A backward pass through few context rows: exact forwards, the gradients that masks give, every family and form."""
+"""Row sparsity: exact forwards, gradients equal to the masked reference, for every family and layout."""
 
 import copy
 
@@ -165,7 +165,7 @@ def test_a_schedule_may_be_given():
 
 @pytest.mark.parametrize("lora_b", [0.0, 0.05])
 def test_dropout_is_refused(lora_b):
-    """Of a fresh adapter too, where it does not show in any output."""
+    """Also in a fresh adapter, where dropout does not change the output."""
     model = make_lora("llama", lora_b=lora_b)
     for module in model.modules():
         if isinstance(getattr(module, "lora_dropout", None), torch.nn.ModuleDict):

@@ -1,4 +1,4 @@
-"""The calibration pass against plain sums over recorded activations, its refusals, and estimators on a real model."""
+"""The calibration pass compared with plain sums over stored activations, its errors, and estimators on a real model."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def collect(model, samples, sparsity=SPARSITY, **changes):
 
 
 def context_rows(batch):
-    """By the design's definition: neither output nor loss-bearing, no padding, and not the first of its sequence."""
+    """Rows that calibration counts (docs/how-it-works.md, section 4.6): context tokens, but not a sequence's first."""
     rows = []
     for row in range(len(batch["labels"])):
         real = [t for t in range(batch["labels"].shape[1]) if batch["attention_mask"][row, t]]
@@ -35,7 +35,7 @@ def context_rows(batch):
 
 
 def inputs_of(model, module, batch):
-    """What ``module`` receives in a plain evaluation forward, ``[batch * sequence, hidden_size]``."""
+    """The input of ``module`` in a plain evaluation forward, ``[batch * sequence, hidden_size]``."""
     kept = []
 
     def hook(module, args, kwargs):
@@ -225,7 +225,7 @@ def test_energy_captured_leaves_out_the_text_that_all_prompts_share():
     model = make_base("llama")
     plain = [make_batch(seed, lengths=((9, 4), (5, 6))) for seed in range(2)]
     shared = [dict(batch, input_ids=batch["input_ids"].clone()) for batch in plain]
-    for batch in shared:  # the context ends one token before the prompt does: its last token bears loss
+    for batch in shared:  # the prompt's last token is a loss token
         batch["input_ids"][:, :2] = torch.tensor([7, 8])
         batch["input_ids"][0, 7], batch["input_ids"][1, 3] = 9, 9
     layers = find_layers(model)
@@ -290,7 +290,7 @@ def prompts(tokenizer, count, seed, tasks=TASKS, size=8):
 
 @pytest.mark.slow
 def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(capsys):
-    """SmolLM2-135M, MLPs of layers 1-29, batches of 8 prompts that were not calibrated on, shared text left out."""
+    """SmolLM2-135M, MLPs of layers 1-29, batches of 8 prompts outside the calibration, shared text left out."""
     pytest.importorskip("reasoning_gym")
     transformers = pytest.importorskip("transformers")
     from sparse_unsloth.data.smollm2 import smollm2_checkpoint

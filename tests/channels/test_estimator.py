@@ -1,4 +1,4 @@
-"""Factors against their definitions, and estimator files that are whole and fit, or refused."""
+"""Factors compared with their definitions; estimator files that fit, are damaged, or are of another model."""
 
 import importlib.metadata
 import json
@@ -101,7 +101,7 @@ def test_factors_of_the_full_rank_give_the_true_energies(family):
 
 
 def test_prior_is_the_static_energy_where_the_batch_is_as_calibrated(model, layers):
-    """Over the calibrated rows themselves the contextual estimate stands at its own mean, and the prior is static."""
+    """On the calibration inputs the estimate equals its mean, so the prior is the calibrated energy."""
     statistics = collect_statistics(model, layers, SPARSITY, samples())
     prior = build_estimator(layers, SPARSITY, config("prior"), statistics)
     known = statistics.layers[1]
@@ -133,7 +133,7 @@ def test_every_kind_in_every_family(family, kind):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_factors_are_of_the_dequantised_weight(quant_type):
-    """Fault: of packed 4-bit bytes the factors came out as zero, and the top channels as 0..k-1."""
+    """Regression: factors of packed 4-bit bytes were zero, and the top channels 0..k-1."""
     bnb = pytest.importorskip("bitsandbytes")
     model = make_base("llama")
     layers = find_layers(model)
@@ -334,7 +334,7 @@ def test_other_files_are_never_overwritten(model, tmp_path):
     save_file({"lora": torch.zeros(3)}, foreign)
     for path, message in (
         (text, "no safetensors file"),
-        (foreign, "no estimator of this package, so it is left alone"),
+        (foreign, "no estimator of this package, so it is not overwritten"),
     ):
         before = path.read_bytes()
         with pytest.raises(EstimatorError, match=message):
@@ -360,7 +360,7 @@ def test_a_write_that_dies_leaves_the_old_file(model, layers, tmp_path, monkeypa
 
 
 def published(folder, layers, rank=8, swap=False, suffix=("w1", "w2"), **config_changes):
-    """As z-lab publishes them: w1 [in, rank], w2 [rank, out]."""
+    """Factors in the format that z-lab publishes: w1 [in, rank], w2 [rank, out]."""
     tensors = {}
     for layer in layers[1:]:
         for name, module in layer.projections().items():

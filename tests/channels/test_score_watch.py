@@ -1,4 +1,4 @@
-"""NaN and inf in the middle of a training that goes on: noticed, and kept to the layers behind them."""
+"""NaN and inf during a training: noticed, and contained in the layers after them."""
 
 import logging
 
@@ -32,7 +32,7 @@ def poisoned(value, **changes):
 
 
 def record_selections(model):
-    """The selections of every forward from here on."""
+    """The list to which the selections of every later forward are added."""
     seen = []
 
     def record(model, args, kwargs, output):

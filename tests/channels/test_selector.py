@@ -1,4 +1,4 @@
-"""Scores to channels: counts, grouped-query pairing, RoPE pairs, and every criterion against its definition."""
+"""Channel selection from scores: counts, grouped-query pairing, RoPE pairs, and the definition of each criterion."""
 
 import math
 
@@ -41,14 +41,14 @@ def selector(layers, criterion="oracle", estimator=None, **changes):
 
 
 def spread_rows(width, n=64, seed=0, rank=6):
-    """Rows that vary much more in a few directions than in the others, as hidden states do."""
+    """Rows with a much larger variance in a few directions than in others, like hidden states."""
     generator = torch.Generator().manual_seed(seed)
     strong = torch.randn(n, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
     return strong + 0.1 * torch.randn(n, width, generator=generator)
 
 
 def uneven_(layer, seed=0):
-    """Random weights give every channel much the same energy; trained ones do not."""
+    """Scales weights so that channel energies differ as in trained models; random weights give similar energies."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in layer.projections().values():
@@ -164,7 +164,7 @@ def logits(layer, rows, queries=None, keys=None):
 
 @pytest.mark.parametrize("groups", GROUPS)
 def test_grouped_query_pairing_keeps_the_logits(groups):
-    """Fault: query norms were averaged and indexed with wrong pairings, which the logits show."""
+    """Regression: query norms were averaged and indexed with wrong pairings, which the logits show."""
     model = make_base("llama", **GROUPS[groups])
     layers = find_layers(model)
     layer = uneven_(layers[0])
@@ -183,7 +183,7 @@ def test_grouped_query_pairing_keeps_the_logits(groups):
 
 @pytest.mark.parametrize("groups", GROUPS)
 def test_o_takes_the_value_channels_of_every_query_head(groups):
-    """Fault: o_proj took value channel numbers for its own, so only the first heads were ever kept."""
+    """Regression: o_proj used value channel numbers as its own, so only the first heads were ever kept."""
     layers = find_layers(make_base("llama", **GROUPS[groups]))
     layer = layers[0]
     selection = selector(layers).attention(layer, spread_rows(layer.hidden_size), 0.5)

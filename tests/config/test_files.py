@@ -1,4 +1,4 @@
-"""Files of `SparsityConfig`: saved, read, refused, and the published ones."""
+"""Files of `SparsityConfig`: saving, reading, errors, and the published ones."""
 
 import os
 from pathlib import Path

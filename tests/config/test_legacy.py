@@ -11,7 +11,7 @@ from sparsity_configs import RECIPES, SHARE, STEP, error_of, published_layers, w
 
 
 def flat(**changes):
-    """The 2025 release's file of llama3.1-8b-codefeedback, with every layer named as there."""
+    """The 2025 release's file of llama3.1-8b-codefeedback, with the layer names of that release."""
     layers = {}
     for index, layer in enumerate(published_layers("llama3.1-8b-codefeedback")):
         layers[f"layers.{index}.mlp"] = layer.mlp or 0

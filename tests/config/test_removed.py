@@ -1,4 +1,4 @@
-"""Options that are gone: an old file loads where it asked for nothing of them, else the error says what they were."""
+"""Removed options: an old file loads if they had no effect there; otherwise the error says what they were."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Sparse or dense: a pure function of the step."""
+"""The schedule is a pure function of the step."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rules, layers and presets of `SparsityConfig`, and what it refuses."""
+"""Rules, layers and presets of `SparsityConfig`, and its errors."""
 
 import copy
 import os

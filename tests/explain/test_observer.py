@@ -1,4 +1,4 @@
-"""What `explain` records of a training: against values taken by other ways."""
+"""The records of `explain`, compared with values computed in other ways."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Models whose sparse training, with every row kept, must give the gradients of dense training."""
+"""Checks that sparse training with every row kept gives the gradients of dense training."""
 
 import peft
 import torch
@@ -21,7 +21,7 @@ def with_adapter(config, **changes):
 
 
 def assert_exact(model, batch, config=ALL_ROWS):
-    """With every row kept, loss and gradients are those of the model that is not attached."""
+    """Asserts that with every row kept, loss and gradients equal those of the model before attaching."""
     loss, gradients = loss_and_gradients(model, batch)
     attach(model, config)
     for _ in range(2):  # the second forward judges the first one's backward pass

@@ -1,4 +1,4 @@
-"""Masks on dense models, which sparse ones are held against: of channels in forwards, of rows in backwards."""
+"""Masked references: dense models with channel masks in the forward, or row masks in the backward pass."""
 
 import torch
 
@@ -19,7 +19,7 @@ def assert_gradients_close(left, right, **tolerance):
 
 
 def masked_by_hooks(model, selections, partition):
-    """The masked forward of the design, from hooks on the frozen base layers alone. ``selections`` by (layer, part)."""
+    """The masked forward (docs/how-it-works.md, section 4.1) by hooks; ``selections``: by (layer, part)."""
 
     def mask(channels, width):
         rows = torch.ones(partition.shape[0] * partition.shape[1], width)
@@ -49,7 +49,7 @@ def masked_by_hooks(model, selections, partition):
 
 
 def record_selections(model, monkeypatch):
-    """The contexts of the forwards that follow, in order."""
+    """The list to which the contexts of later forwards are added, in order."""
     state, contexts, open_forward = get_state(model), [], forward.open_forward
 
     def recording(of, *args):
@@ -67,7 +67,7 @@ def every_step(**changes):
 
 
 def chosen_rows(gradient, partition, share):
-    """As `RowChoice`, row by row."""
+    """The rows that `RowChoice` selects, computed row by row."""
     count = -(-round(share * 1000) * len(partition.context) // 1000)
     norms = gradient.flatten(0, -2).norm(dim=-1)
     order = sorted(partition.context.tolist(), key=lambda row: -norms[row].item())
@@ -75,7 +75,7 @@ def chosen_rows(gradient, partition, share):
 
 
 def masked_gradients(model, batch, share=SHARE):
-    """Loss and gradients of a model that is not attached, the outputs' gradients masked by hooks."""
+    """Loss and gradients of a model that is not attached, with gradients of outputs masked by hooks."""
     layers, masks, handles = find_layers(model), {}, []
     mask = batch.get("attention_mask")
     partition = TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))

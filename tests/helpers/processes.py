@@ -1,4 +1,4 @@
-"""Processes of a test's own that need not import torch and transformers again: this one forked."""
+"""Forks the test process, so that a child need not import torch and transformers again."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ needs_fork = pytest.mark.skipif(
 
 
 def fork(function: Callable[[], object], said: Path) -> int:
-    """The number of a process that calls ``function``; what it prints goes to ``said``. To be waited for."""
+    """The id of a forked process that calls ``function`` and prints into ``said``; `wait_for` must follow."""
     pid = os.fork()
     if pid:
         return pid
@@ -35,5 +35,5 @@ def fork(function: Callable[[], object], said: Path) -> int:
 
 
 def wait_for(pids: list[int]) -> list[int]:
-    """Their statuses, as `os.waitpid` gives them."""
+    """The processes' statuses, as `os.waitpid` returns them."""
     return [os.waitpid(pid, 0)[1] for pid in pids]

@@ -1,4 +1,4 @@
-"""Models of the rank-sparse tests, and the definition that they are held against."""
+"""Models of the rank-sparse tests, and their masked reference."""
 
 import math
 
@@ -34,7 +34,7 @@ GAIN = math.sqrt(R / 4)
 
 
 def apply(model, density=0.34, past_warmup=True, **options):
-    """Rank-sparse, and as if the warm-up were over."""
+    """Makes a model rank-sparse, with the warm-up finished."""
     state = rank.apply(model, density, **({"warmup_steps": 1, "importance_lambda": 0.15} | options))
     if past_warmup:
         model(**make_batch(seed=9))
@@ -43,7 +43,7 @@ def apply(model, density=0.34, past_warmup=True, **options):
 
 
 def mask_components(model, chosen):
-    """The definition: a plain model whose thin activations are multiplied by masks, scaled for what they keep."""
+    """The masked reference: a plain model whose ``x A'`` is multiplied by scaled masks of the chosen components."""
     for name, module in model.named_modules():
         if name in chosen:
             mask = torch.zeros(len(module.lora_A["default"].weight), dtype=module.lora_A["default"].weight.dtype)

@@ -1,7 +1,7 @@
-"""The installed Unsloth on the CPU.
+"""Runs the installed Unsloth on the CPU.
 
-Its norm, RoPE and gated unit have GPU kernels only and are replaced by the same mathematics in PyTorch; everything else
-is Unsloth's own code.
+Its norm, RoPE and gated unit have GPU kernels only; PyTorch functions with the same results replace them. Everything
+else is Unsloth's own code.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:
 
 
 class Rotary(nn.Module):
-    """Cosines and sines ``[positions, head_dim]`` of transformers, handed out as Unsloth's rotary embedding does."""
+    """Cosines and sines ``[positions, head_dim]`` of transformers, with the interface of Unsloth's rotary embedding."""
 
     def __init__(self, rotary: nn.Module, length: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Rotary(nn.Module):
 
 
 def replace_gpu_kernels() -> None:
-    """Unsloth's Triton kernels by the same mathematics, and what it does only when it loads a model itself."""
+    """Replaces Unsloth's Triton kernels, and makes the changes that Unsloth makes only when it loads a model itself."""
     import bitsandbytes
     from transformers import Trainer
     from unsloth.kernels import fast_lora, swiglu, utils

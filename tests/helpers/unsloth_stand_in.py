@@ -1,4 +1,4 @@
-"""Modules under Unsloth's names that compute what PEFT does, and a model that their functions are fused in."""
+"""Stand-ins of Unsloth's modules that compute what PEFT computes, and a model that uses their functions."""
 
 import sys
 from types import MethodType, ModuleType
@@ -25,7 +25,7 @@ def decoder_layers(model):
 
 
 def packed_batch(**changes):
-    """`make_batch` without padding, as TRL under Unsloth sends it: one row, and the documents' lengths."""
+    """`make_batch` without padding, as TRL under Unsloth sends it: one sequence, and the documents' lengths."""
     padded = make_batch(**changes)
     keep = padded["attention_mask"].bool()
     lengths = keep.sum(1)
@@ -50,7 +50,7 @@ def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mas
 
 
 class SlotAttention(modeling_llama.LlamaAttention):
-    """Llama's attention, with its projections behind the two slots."""
+    """Llama's attention, which calls its projections through Unsloth's two slots."""
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         projected = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
@@ -61,7 +61,7 @@ class SlotAttention(modeling_llama.LlamaAttention):
 
 
 class DeafAttention(SlotAttention):
-    """An attention that does not look the slots up any more."""
+    """An attention that no longer calls the slots."""
 
     def forward(self, hidden_states, *args, **kwargs):
         return self.o_proj(self.q_proj(hidden_states)), None
@@ -99,7 +99,7 @@ class StandIn:
         return fused
 
     def model(self, fused=(0, 1, 2)):
-        """`tiny`'s Llama with its functions fused in some layers, as Unsloth leaves it."""
+        """A tiny Llama in which some layers use the fused functions, as under Unsloth."""
         model = make_lora("llama")
         for index, layer in enumerate(decoder_layers(model)):
             attention = layer.self_attn
@@ -111,13 +111,13 @@ class StandIn:
         return model
 
     def called(self):
-        """The calls since the last question, sorted."""
+        """The calls since the last query, sorted."""
         calls, self.calls = sorted(self.calls), []
         return calls
 
 
 def slots(model):
-    """What stands in the replaceable places of each layer."""
+    """The functions in the slots of each layer."""
     return [
         {
             "mlp": layer.mlp.__dict__.get("forward"),

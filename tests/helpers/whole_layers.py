@@ -1,4 +1,4 @@
-"""Transformers' layers in the form that Unsloth's class forward has, on stand-ins of Unsloth's modules."""
+"""Transformers' layers with a class forward like Unsloth's, on stand-ins of Unsloth's modules."""
 
 from types import MethodType
 
@@ -14,7 +14,7 @@ def fast_forward(self, hidden_states, **kwargs):
 
 
 class FastLayer(modeling_llama.LlamaDecoderLayer):
-    """Calls give the tensor that transformers' model wants, the forward the tuple that Unsloth's returns."""
+    """A call returns a tensor, as transformers' model expects; the forward returns a tuple, like Unsloth's."""
 
     forward = fast_forward
 

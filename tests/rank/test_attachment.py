@@ -42,7 +42,7 @@ def test_patch_makes_models_rank_sparse_and_is_undone(tmp_path):
 
 
 class _Namespace:
-    """An attention module as its own forward sees it, but for the projections."""
+    """An attention module as its own forward sees it, with other projections."""
 
     def __init__(self, module, projections):
         self.__dict__.update(projections)
@@ -57,7 +57,7 @@ class _Namespace:
 
 @pytest.mark.parametrize("order", ["rank first", "rank last"])
 def test_with_channel_sparsity(chosen, order):
-    """Against channel sparsity alone on an adapter whose other components are zero."""
+    """Compared with channel sparsity alone on an adapter whose other components are zero."""
     model = make()
     if order == "rank first":
         state = rank.apply(model, 0.34, warmup_steps=1)
@@ -91,7 +91,7 @@ def test_with_channel_sparsity(chosen, order):
 
 
 def test_fused_forwards_read_factors_chosen_by_the_input_of_their_block(chosen):
-    """As under Unsloth, where blocks read their projections' factors and call no projection."""
+    """Unsloth's fused blocks read their projections' factors and call no projection."""
 
     def fused(module, x):
         adapter, base = module.active_adapters[0], module.base_layer
@@ -99,7 +99,7 @@ def test_fused_forwards_read_factors_chosen_by_the_input_of_their_block(chosen):
         return x @ base.weight.t() + module.scaling[adapter] * branch
 
     class Calls:
-        """Stands where a projection stood, and never calls it."""
+        """Replaces a projection without calling it."""
 
         def __init__(self, module):
             self.module = module

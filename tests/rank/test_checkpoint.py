@@ -77,7 +77,7 @@ def _optimiser(name, parameters):
 
 @pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD", "bitsandbytes"])
 def test_components_that_were_not_chosen_do_not_move(chosen, name):
-    """Not by the momentum that the warm-up or earlier choices gave them."""
+    """The momentum of the warm-up or of earlier choices does not move them."""
     model = make(r=64, dtype=torch.float32)
     state = rank.apply(model, 0.5, warmup_steps=2)
     optimizer = _optimiser(name, list(loras(model).values()))
@@ -110,7 +110,7 @@ def test_components_of_every_micro_batch_move(chosen):
 
 
 def prunable(**options):
-    """A layer whose component 1 is never chosen once the others count for more, with momentum in every moment."""
+    """A layer whose component 1 is never chosen, since the others are more important, with nonzero moments."""
     model, state, layer = one_layer(prune_after=4, importance_lambda=0.5, **options)
     with torch.no_grad():
         layer.whole_B[:, 1] *= 1e-4
@@ -155,13 +155,13 @@ def test_pruning_does_not_change_the_training_forward(chosen):
     fit(model, optimizer, 7)
     x = torch.randn(4, 8)
     before, index = model(x), chosen[layer.name]
-    layer.bury(torch.tensor([1]))
+    layer.prune(torch.tensor([1]))
     assert torch.equal(model(x), before)
     assert torch.equal(chosen[layer.name], index)
 
 
 class Packed(torch.optim.Optimizer):
-    """Momentum kept in another form than the parameters', as 8-bit optimisers do."""
+    """Momentum stored in another form than the parameters', as in 8-bit optimisers."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -200,11 +200,11 @@ def test_optimisers_with_other_moments_cannot_bring_pruned_components_back(optim
 
 
 def test_pruned_components_are_never_chosen(chosen):
-    """Not even where nothing has any importance."""
+    """They are not chosen even where all importances are zero."""
     model, state, layer = one_layer(importance_lambda=0.0)
     model(torch.randn(3, 8))
     state.advance()
-    layer.bury(torch.tensor([0, 2, 5]))
+    layer.prune(torch.tensor([0, 2, 5]))
     model(torch.zeros(3, 8))
     assert chosen[layer.name].tolist() == [1, 3, 4]
     assert layer.best(1.0).tolist() == [1, 3, 4]
@@ -227,7 +227,7 @@ def test_nothing_is_pruned_where_everything_is_computed():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Another process: what it holds, by operation, for two of them to agree on."""
+    """Stands for another process: the values that it contributes to each reduction."""
     values = {}
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -241,7 +241,7 @@ def elsewhere(monkeypatch):
 
 
 def test_processes_agree_on_what_is_pruned(elsewhere):
-    """Only what no process chooses goes: here the other one still uses component 1."""
+    """Only components that no process chooses are pruned: here the other process still uses component 1."""
     unused = elsewhere[torch.distributed.ReduceOp.MIN] = torch.tensor([0.0, 0.0, 1, 1, 1, 1])
     model, _, layer = prunable(target_density=0.84)
     fit(model, torch.optim.AdamW([layer.whole_A, layer.whole_B], lr=1e-3), 8)
@@ -326,12 +326,12 @@ def test_states_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize("r", [12, 210])
 def test_evaluation_is_that_of_the_pruned_checkpoint_of_the_target_density(tmp_path, r):
-    """Rounded numbers of components, and pruned ones, included."""
+    """Also with rounded numbers of components, and with pruned ones."""
     from peft import PeftModel
 
     model = make(r=r)
     state = apply(model, density=0.1)
-    state.layers[0].bury(torch.arange(r - 1))
+    state.layers[0].prune(torch.arange(r - 1))
     ranks = rank.save_pruned_checkpoint(model, tmp_path, 0.1)
     assert ranks["model.layers.0.mlp.up_proj"] == state.layers[1].kept == {12: 1, 210: 24}[r]
     loaded = PeftModel.from_pretrained(make_base(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False).eval()
@@ -355,7 +355,7 @@ def test_saving_all_components_is_told_once_where_they_are_more_than_evaluation_
     caplog.clear()
     state._told = False
     for layer in state.layers:
-        layer.bury(torch.arange(layer.rank - layer.kept))
+        layer.prune(torch.arange(layer.rank - layer.kept))
     model.save_pretrained(tmp_path)
     assert not caplog.text, "all that are left are computed"
 
@@ -368,7 +368,7 @@ def test_pruned_checkpoint_loads_in_plain_peft(tmp_path, rslora, ratio):
     config = {"use_rslora": rslora, "rank_pattern": {"down_proj": 20}, "alpha_pattern": {"up_proj": 5}}
     model = make(**config)
     state = apply(model)
-    state.layers[0].bury(torch.arange(R - 1))
+    state.layers[0].prune(torch.arange(R - 1))
     before = values(model)
     ranks = rank.save_pruned_checkpoint(model, tmp_path / "pruned", ratio)
     assert ranks["model.layers.0.self_attn.q_proj"] == 1

@@ -1,4 +1,4 @@
-"""Rank-sparse LoRA against plain LoRA with masked components, and how components are chosen."""
+"""Rank-sparse LoRA compared with plain LoRA with masked components; the choice of components."""
 
 import gc
 import math
@@ -162,7 +162,7 @@ def test_components_are_chosen_by_both_importances(chosen):
 
 
 def test_contextual_importance_follows_the_batch(chosen):
-    """An input along A_i makes component i the first choice, whatever was important before."""
+    """An input along A_i makes component i the first choice, whatever the accumulated importance."""
     model, state, layer = one_layer(target_density=0.17)
     model(torch.randn(7, 8))
     state.advance()
@@ -228,7 +228,7 @@ def test_all_components_are_computed_before_choices_begin_and_within_retained_1(
 
 
 def test_evaluation_follows_what_was_important(chosen):
-    """It chooses nothing, takes note of nothing, and computes the same components whatever the batch."""
+    """Evaluation adds up no importances, and computes the same components for every batch."""
     model, state, layer = one_layer(importance_decay=0.0)
     x, y = torch.randn(7, 8), torch.randn(7, 8)
     for batch in (x, y):

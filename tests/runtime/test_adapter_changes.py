@@ -1,4 +1,4 @@
-"""A model's life after attaching: every step of it is plain PEFT's, or an error at that very call."""
+"""Adapter changes after attaching: each step equals plain PEFT's, or the call raises an error."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ def with_lora(base, **changes):
 
 
 def random(model, adapter):
-    """``model``, an adapter of which does something."""
+    """``model`` with a random adapter, which changes its output."""
     torch.manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,14 +53,14 @@ def random(model, adapter):
 
 
 def beside(model, **changes):
-    """Another adapter is the active one."""
+    """Adds another adapter and activates it."""
     model.add_adapter("other", lora(**changes))
     random(model, "other").set_adapter("other")
     return model
 
 
 def picklable(model):
-    """The ``kernels`` package, where it is installed, gives transformers' attentions a function that is not."""
+    """Makes transformers' attention picklable where the ``kernels`` package is installed, which changes it."""
     for module in model.modules():
         module.__dict__.pop("_kernel_funcs", None)
     return model
@@ -84,14 +84,14 @@ def assert_same(ours, expected):
 
 
 def marks(model):
-    """What attaching may have left on ``model``."""
+    """Everything that attaching could have left on ``model``."""
     named = [f"{name}.{key}" for name, module in model.named_modules() for key in module.__dict__ if "_spars" in key]
     named += [f"{name}.forward" for name, module in model.named_modules() if "forward" in module.__dict__]
     return named + [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def told(caplog):
-    """The package's own warnings, but for the one about labels."""
+    """The package's own warnings, without the one about labels."""
     records = [record for record in caplog.records if record.name == "sparse_unsloth"]
     return [record.message for record in records if "came without labels" not in record.message]
 
@@ -187,7 +187,7 @@ LATER = {  # what attaching would refuse: by kind, what the warning says, "" whe
 
 
 def with_head(model, _):
-    """Something is trained in any case."""
+    """Trains the head too, so that some tensor is always trained."""
     model.get_base_model().lm_head.requires_grad_(True)
     return model
 
@@ -292,7 +292,7 @@ def test_a_stored_model_goes_on(kind):
 
 
 def check_stored(config):
-    """``torch.save`` and ``pickle`` keep the sparse model, but for what drives it; what is loaded stands alone."""
+    """``torch.save`` and ``pickle`` keep the sparse model without its driver; a loaded model is independent."""
     model = picklable(make_lora())
     attach(model, config)
     state = get_state(model)

@@ -1,4 +1,4 @@
-"""Checkpointing as little as the memory allows: same gradients, fewer forwards, the layers that were predicted."""
+"""The checkpoint planner: same gradients, fewer forwards, and the predicted layers without checkpointing."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ SPARSE = always(mlp={"1-2": 0.9}, self_attn={})
 
 
 def attached(**changes):
-    """A checkpointed model whose training begins, and the calls of each layer."""
+    """A checkpointed model at the beginning of training, and the counts of each layer's calls."""
     model = make_lora()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -44,7 +44,7 @@ def flags(model):
 
 @pytest.fixture
 def room(monkeypatch):
-    """Sets how many bytes are left of the budget."""
+    """Sets how many bytes of the budget are left."""
 
     def leave(count):
         monkeypatch.setattr(checkpoint_planner, "allocated", lambda device: int(BUDGET * GIB - count))
@@ -55,7 +55,8 @@ def room(monkeypatch):
 def needs(model, index, batch, scale=1.0):
     planner, partition = get_state(model).planner, roles_of(get_state(model), batch)
     rows = batch["labels"].numel()
-    return planner._needs(index, partition, rows, scale), planner._to_come + planner._rest(partition, rows, 3)
+    others = planner._future_bytes + planner._other_bytes(partition, rows, 3)
+    return planner._needs(index, partition, rows, scale), others
 
 
 def test_layers_keep_their_activations_as_far_as_the_memory_goes(room):
@@ -133,7 +134,7 @@ def test_checkpointing_that_is_off_stays_off(room):
 
 
 def test_a_trainer_switches_it_on_again(room):
-    """As transformers does when training begins, and Unsloth after each evaluation."""
+    """Transformers does so when training begins, and Unsloth after each evaluation."""
     model, _ = attached()
     room(GIB)
     loss_and_gradients(model, make_batch())
@@ -145,7 +146,7 @@ def test_a_trainer_switches_it_on_again(room):
 
 
 def test_the_prediction_is_near_what_a_sparse_mlp_really_keeps():
-    """Of the part that sparsity changes: gate, up and what stands for them on context rows."""
+    """Compares the part that sparsity changes: the stored tensors of gate and up."""
     model = make_lora()
     batch = make_batch(lengths=((90, 10), (90, 10)))
     attach(model, SPARSE)
@@ -181,7 +182,7 @@ def test_the_prediction_is_near_what_a_sparse_mlp_really_keeps():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_a_backward_pass_through_few_rows_keeps(family):
-    """Of the hooked MLP and O their inputs alone; the inputs of the layer and of attention are kept as ever."""
+    """A hooked MLP and O store their inputs alone; the inputs of the layer and of attention are stored as usual."""
     model, batch, sizes = make_lora(family), make_batch(lengths=((90, 10), (90, 10))), {}
     attach(model, "rows")
     bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

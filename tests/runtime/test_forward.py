@@ -1,4 +1,4 @@
-"""Forwards whose rows or layers are not those of the labels: exact, or refused by name."""
+"""Forwards whose rows or layers do not match the labels: exact, or an error that names them."""
 
 import peft
 import pytest
@@ -35,7 +35,7 @@ def test_soft_prompts_are_refused_by_name(config, kind):
 
 
 def put_rows_in_front(model, count):
-    """From now on ``count`` rows come before the tokens, as a projector's image or sound rows do."""
+    """Puts ``count`` rows before the tokens, like a projector of images or sound."""
     embed = decoder(model).embed_tokens
     rows = torch.zeros(1, count, embed.embedding_dim)
     embed.forward = lambda ids: torch.cat(
@@ -65,7 +65,7 @@ def test_a_model_that_always_puts_rows_in_front_is_refused_when_attached(kind):
 
 
 def test_as_many_rows_in_another_order_are_refused():
-    """``[sequence, batch]`` inside the MLP: the same number, and other rows."""
+    """``[sequence, batch]`` inside the MLP: the same number of rows in another order."""
     model = make_lora()
     mlp = decoder(model).layers[1].mlp
     attach(model, ALL_ROWS)
@@ -87,7 +87,7 @@ def test_flat_rows_are_exact():
 
 
 def loop(model, times):
-    """From now on the stack runs that often in one forward; `nn.ModuleList` is walked again."""
+    """Makes the stack run several times in one forward, by iterating over `nn.ModuleList` again."""
     stack = decoder(model).layers
     layers = list(stack)
 
@@ -157,7 +157,7 @@ def test_an_mlp_that_its_layer_calls_twice_is_refused():
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_some_layers_checkpointed(kind, reentrant):
-    """A recompute is no second call, wherever checkpointing is on."""
+    """A recompute does not count as a second call, whichever layers are checkpointed."""
     config = {"rows": {"backward_rows": 0.4}, "channels": always()}[kind]
     model, batch = make_lora(), make_batch()
     attach(model, config)

@@ -1,4 +1,4 @@
-"""A trained tensor without a gradient and a loss on other rows are noticed, and nothing else is."""
+"""Checks of backward passes: they find trained tensors without a gradient and losses on unlabelled tokens only."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tiny_models import always, make_batch, make_lora
 
 
 class Added(nn.Module):
-    """An adapter of a user's own, added to a projection's output by a forward hook."""
+    """A custom adapter, added to a projection's output by a forward hook."""
 
     def __init__(self, width, out):
         super().__init__()
@@ -87,7 +87,7 @@ def test_it_is_looked_at_once_and_leaves_nothing_behind():
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_rightly_has_no_gradient_is_no_fault(kind):
-    """Inactive adapters, a loss on the middle of the model, gradients that are returned, a forward without backward."""
+    """Inactive adapters, a loss on a middle layer, ``torch.autograd.grad``, a forward without backward."""
     model, batch = make_lora(), make_batch()
     model.add_adapter("second", lora_config())
     for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ def test_losses_on_labels_are_no_alarm(family, side, caplog):
 
 
 def test_heads_that_mix_tokens_are_no_alarm(caplog):
-    """MTP: attention behind the last layer sends gradients to every row."""
+    """MTP: attention after the last layer sends gradients to every row."""
     model, batch = make_lora(), make_batch()
     model.mtp = nn.MultiheadAttention(64, 4, batch_first=True)
     attach(model, ALL_ROWS)

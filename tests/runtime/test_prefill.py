@@ -1,4 +1,4 @@
-"""Sparse prefill: prompts of a generation on the channels of training, against a masked model built from hooks."""
+"""Sparse prefill: prompts computed as in training, compared with a masked model built from hooks."""
 
 import copy
 import shutil
@@ -35,7 +35,7 @@ def for_inference(model, **options):
 
 @torch.no_grad()
 def greedy(prefilling, decoding, batch, tokens):
-    """The next tokens: one model fills the cache, the other one goes on with it."""
+    """The next tokens, where one model fills the cache and the other one decodes with it."""
     mask, logits = batch["attention_mask"], None
     out = prefilling(**batch, use_cache=True)
     found = []
@@ -165,7 +165,7 @@ def test_classifiers_are_sparse_in_use():
 
 
 def test_training_goes_on_after_an_inference_mode_prefill():
-    """Factors and gains are kept on the device: none of them may be an inference tensor."""
+    """Factors and gains stay on the device, so none of them may be an inference tensor."""
     for estimator in ({"kind": "svd"}, {"kind": "prior"}):
         fresh, model = make_lora(), make_lora()
         samples = [make_batch(seed) for seed in range(3)]

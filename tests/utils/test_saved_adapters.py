@@ -1,4 +1,4 @@
-"""Saved adapters: loaded again with their vocabulary and a tokenizer, over a base that may have been moved."""
+"""Saved adapters: loading them with their vocabulary and tokenizer, over a base that may have been moved."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""Hook points of plain transformers models with PEFT adapters: the MLP's forward, and each attention projection's.
+"""Hooks plain transformers models with PEFT adapters: the MLP's forward, and that of each attention projection.
 
-Only instances are changed, never classes. A replaced forward stays on the module, and is called whenever the masked
-forward does not apply: no context (evaluation, generation, dense phases), adapters merged, disabled or several active.
+Instances are changed, classes never. The replaced forward stays on the module. It runs whenever the masked forward does
+not apply: without a context (evaluation, generation, dense steps), or with merged, disabled or several active adapters.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NO_GRAPHS = "the PEFT backend hooks parts of layers, and graphs hold whole ones;
 
 
 def install(runtime: LayerRuntime) -> None:
-    """Hooks what the layer's sparsity asks for, and lists the modules in ``runtime.state.hooked``.
+    """Hooks the sparse parts of a layer, and lists the modules in ``runtime.state.hooked``.
 
     Raises:
-        AttachError: a projection that the sparse functions cannot compute, or one that they compute differently.
+        AttachError: the sparse functions cannot compute a projection, or compute it differently.
     """
     layer = runtime.layer
     if runtime.state.row_sparse:
@@ -47,7 +47,7 @@ def install(runtime: LayerRuntime) -> None:
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether the forward that `install` put there is still the one that runs."""
+    """Whether the forward that `install` put on ``module`` is still there."""
     ours = channel_hooks.mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward
     return runs(module, *ours)
 
@@ -68,20 +68,20 @@ def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kw
 
 
 def check_not_sharded(layer: DecoderLayer) -> None:
-    """Refuses weights that are not whole where the sparse functions read them: in the MLP and in each projection.
+    """Raises where weights are sharded when the sparse functions read them: in the MLP and in attention's projections.
 
-    FSDP2 gathers a unit's weights while its own forward and backward run, so a unit must be the MLP or hold it (or a
-    projection of attention, or hold that): decoder layers do.
+    FSDP2 gathers a unit's weights while the unit's own forward and backward run. So the MLP and each attention
+    projection must be a unit or lie in one; decoder layers as units satisfy this.
 
     Raises:
-        AttachError: FSDP1, DeepSpeed ZeRO-3, or FSDP2 units within the MLP or within a projection.
+        AttachError: FSDP1, DeepSpeed ZeRO-3, or FSDP2 units inside the MLP or inside a projection.
     """
     for name, module in layer.projections().items():
         inner = list(module.modules())
         if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             raise AttachError(
-                f"{layer.name}.{name}: DeepSpeed ZeRO-3 partitions its weight and gathers it module by module, where "
-                "the sparse functions do not look. Use FSDP2 (fsdp_version: 2), ZeRO-2 or DDP."
+                f"{layer.name}.{name}: DeepSpeed ZeRO-3 partitions its weight and gathers it module by module, "
+                "out of reach of the sparse functions. Use FSDP2 (fsdp_version: 2), ZeRO-2 or DDP."
             )
         if any(is_flattened(part) for part in inner):
             raise AttachError(

@@ -1,4 +1,4 @@
-"""Loading models and adding LoRA without Unsloth, with Unsloth's arguments."""
+"""Loads models and adds LoRA without Unsloth, with Unsloth's arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparse_unsloth.utils.saved_adapters import base_not_loaded, base_of, find_a
 
 NAME = "peft"
 NEEDS_UNSLOTH = ("full_finetuning", "load_in_8bit", "load_in_fp8", "fast_inference", "qat_scheme", "unsloth_tiled_mlp")
-"""Arguments of Unsloth's loader that this backend has nothing for."""
+"""Arguments of Unsloth's loader that this backend does not support."""
 
 IGNORED = (
     "fix_tokenizer", "use_exact_model_name", "offload_embedding", "float32_mixed_precision", "gpu_memory_utilization",
     "float8_kv_cache", "max_lora_rank", "disable_log_stats", "device_map_planner_kwargs", "load_in_16bit", "text_only",
 )  # fmt: skip
-"""Arguments of Unsloth's loader that only tune Unsloth itself: accepted, so that a script keeps its call."""
+"""Arguments of Unsloth's loader that only tune Unsloth: accepted and ignored, so that scripts need no change."""
 
 
 def load(
@@ -40,26 +40,26 @@ def load(
     auto_model: Any = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, Any]:
-    """A transformers model and its tokenizer; an adapter folder gives a trainable ``PeftModel`` over its base.
+    """Loads a transformers model and its tokenizer; an adapter folder gives a trainable ``PeftModel`` over its base.
 
-    The base gets as many token embeddings as were saved with the adapter. An adapter's folder without a tokenizer gives
-    the base's.
+    The base is resized to the number of token embeddings that were saved with the adapter. An adapter folder without a
+    tokenizer gives the base's tokenizer.
 
-    ``auto_model`` is the class that loads it, as in Unsloth's ``FastModel``: ``AutoModelForCausalLM`` by default,
-    ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which says how many labels).
+    ``auto_model`` is the class that loads the model, as in Unsloth's ``FastModel``: ``AutoModelForCausalLM`` by
+    default, ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which sets the labels).
 
     Raises:
-        BackendError: an argument asks for what only Unsloth does, ``max_seq_length`` exceeds its positions, or the
+        BackendError: an argument that only Unsloth supports, ``max_seq_length`` exceeds the model's positions, or the
             adapter was trained with another vocabulary than ``resize_model_vocab``.
         DataError: the adapter is damaged, or its base model cannot be loaded.
     """
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
-    asked = [name for name in NEEDS_UNSLOTH if kwargs.pop(name, None)]
-    if asked:
+    unsupported = [name for name in NEEDS_UNSLOTH if kwargs.pop(name, None)]
+    if unsupported:
         raise BackendError(
-            f"The PEFT backend has no {', '.join(asked)}. Use backend='unsloth' on a CUDA GPU, or leave it out."
+            f"The PEFT backend has no {', '.join(unsupported)}. Use backend='unsloth' on a CUDA GPU, or leave it out."
         )
     for name in IGNORED:
         kwargs.pop(name, None)
@@ -108,22 +108,22 @@ def load(
         if adapter is None:
             raise
         raise base_not_loaded(adapter, error) from error
-    holder = model_name if adapter is None else tokenizer_of(adapter)
-    tokenizer = AutoTokenizer.from_pretrained(holder, **hub, **(gguf if holder == model_name else {}))
+    source = model_name if adapter is None else tokenizer_of(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub, **(gguf if source == model_name else {}))
     tokenizer.model_max_length = max_seq_length
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary is not None and vocabulary != rows:
-        # The adapter's own embeddings replace them, so what new ones begin as plays no part.
+        # The adapter's own embeddings replace them, so the initial values do not matter.
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     elif resize_model_vocab is not None:
         model.resize_token_embeddings(resize_model_vocab)
     elif adapter is not None and len(tokenizer) > rows:
         raise BackendError(
             f"{adapter}: its tokenizer has {len(tokenizer)} tokens and the base model {model_name} {rows} embeddings: "
-            "those that it was trained with were not saved with it. Save the adapter again with "
+            "the embeddings of the training were not saved with it. Save the adapter again with "
             f"save_embedding_layers=True, or give resize_model_vocab={len(tokenizer)} to begin with new ones."
         )
     model.max_seq_length = max_seq_length
@@ -157,11 +157,13 @@ def add_lora(
     task_type: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """LoRA adapters through PEFT, with Unsloth's arguments; unknown ones go to ``LoraConfig``, which refuses what it
-    does not know. ``max_seq_length`` and ``temporary_location`` mean nothing here, as in today's Unsloth.
+    """Adds LoRA adapters through PEFT, with Unsloth's arguments.
+
+    Other arguments go to ``LoraConfig``, which raises for unknown ones. ``max_seq_length`` and ``temporary_location``
+    have no effect, as in present Unsloth versions.
 
     Raises:
-        BackendError: ``qat_scheme``, which only Unsloth has, or adapters that are there already.
+        BackendError: ``qat_scheme``, which only Unsloth supports, or a model that has adapters already.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
@@ -197,7 +199,7 @@ def add_lora(
 
 
 def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
-    """Training flags on, and the checkpointing mode asked for (None: as it is)."""
+    """Sets training mode and gradient checkpointing; None keeps the checkpointing mode."""
     if use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -207,12 +209,12 @@ def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """Training flags off."""
+    """Sets evaluation mode."""
     return model.eval()
 
 
 def _prepare(model: nn.Module, use_gradient_checkpointing: bool | str) -> None:
-    """Freezes the base and turns checkpointing on; "unsloth" means plain checkpointing here."""
+    """Freezes the base and turns gradient checkpointing on; "unsloth" means plain checkpointing here."""
     from peft import prepare_model_for_kbit_training
 
     model.requires_grad_(False)
@@ -228,7 +230,7 @@ def _prepare(model: nn.Module, use_gradient_checkpointing: bool | str) -> None:
 
 
 def _device() -> int:
-    """The GPU of this process. A script may load the model before the trainer's arguments tell torch which it is."""
+    """The GPU of this process; a script may load the model before the trainer's arguments set torch's device."""
     return local_rank() if world_size() > 1 else torch.cuda.current_device()
 
 

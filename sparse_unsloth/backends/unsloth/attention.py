@@ -1,7 +1,7 @@
-"""Calls Unsloth's attention between the two functions of a layer, and makes it one that can be recorded.
+"""Calls Unsloth's attention between the two functions of a layer, and makes it capturable in CUDA graphs.
 
-The attention module still runs as it is, with Unsloth's RoPE, head norms and attention dispatch: its ``apply_qkv`` is
-handed Q, K, V that are computed already, its ``apply_o`` leaves its input alone.
+The attention module runs unchanged, with Unsloth's RoPE, head norms and attention dispatch. Only its ``apply_qkv``
+returns precomputed Q, K, V, and its ``apply_o`` returns its input.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sparse_unsloth.runtime.state import LayerRuntime
 COSINES, SINES = "position_embeddings, 0", "position_embeddings, 1"
 OFFSETS, LENGTHS = "documents begin at", "packed_seq_lengths"
 SDPA = "sdpa"
-"""Its name for PyTorch's."""
+"""Unsloth's name for PyTorch's attention."""
 MASK = "causal_mask"
-"""Its argument for xformers; None without it."""
+"""The argument that holds xformers' mask; None without xformers."""
 PLAIN_MASK = "LowerTriangularMask"
-"""The class of xformers' plain causal mask, which holds nothing."""
+"""The class of xformers' plain causal mask, which holds no tensor."""
 REPLACED = (LENGTHS, MASK)
-"""Arguments that only the attention itself reads, which is another within packed documents."""
-UNREAD = ("position_embeddings", "num_items_in_batch")
-"""Arguments that do not matter to the attention as they are."""
+"""Arguments that only the attention function reads, which is replaced within packed documents."""
+UNUSED = ("position_embeddings", "num_items_in_batch")
+"""Arguments that need no fixed tensor of their own."""
 
 
 def attend(runtime: LayerRuntime, hidden_states: Tensor, qkv: Sequence[Tensor], arguments: dict[str, Any]) -> Tensor:
-    """Unsloth's attention of Q, K, V, before o_proj."""
+    """Unsloth's attention of the given Q, K, V, without the O projection."""
     runtime.precomputed_qkv, runtime.skip_output_projection = tuple(qkv), True
     try:
         return runtime.layer.self_attn(hidden_states=hidden_states, **arguments)[0]
@@ -42,27 +42,28 @@ def attend(runtime: LayerRuntime, hidden_states: Tensor, qkv: Sequence[Tensor], 
         runtime.precomputed_qkv, runtime.skip_output_projection = None, False
 
 
-def recorded_attention(runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]) -> Attention:
-    """Unsloth's attention of Q, K, V and the ``fixed`` tensors, which stand for those of ``arguments``."""
+def capturable_attention(runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]) -> Attention:
+    """Unsloth's attention of Q, K, V and the ``fixed`` tensors, which replace those of ``arguments``."""
 
     def attention(x: Tensor, qkv: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         named = dict(zip(fixed, tensors, strict=True))
         embeddings, offsets = (named.pop(COSINES), named.pop(SINES)), named.pop(OFFSETS, None)
-        given = {**arguments, **named, "position_embeddings": embeddings, LENGTHS: None}
-        given.pop(MASK, None)
-        with _attending(runtime.layer.self_attn, offsets):
-            return attend(runtime, x, qkv, given)
+        replaced = {**arguments, **named, "position_embeddings": embeddings, LENGTHS: None}
+        replaced.pop(MASK, None)
+        with _pytorch_attention(runtime.layer.self_attn, offsets):
+            return attend(runtime, x, qkv, replaced)
 
     return attention
 
 
 @contextlib.contextmanager
-def _attending(attention: nn.Module, offsets: Tensor | None) -> Iterator[None]:
-    """Unsloth's attention of Q, K, V is PyTorch's meanwhile: `packed_attention` where documents have ``offsets``.
+def _pytorch_attention(attention: nn.Module, offsets: Tensor | None) -> Iterator[None]:
+    """Makes Unsloth's attention module call PyTorch's attention inside this context.
 
-    Else it goes through Unsloth's own dispatch. What xformers and flash-attn launch has not been tried in a recording.
+    Within packed documents, which begin at ``offsets``, that is `packed_attention`; otherwise Unsloth's own dispatch
+    with its SDPA backend. Capturing the kernels of xformers and flash-attn has not been tested.
     """
-    names = _names(attention)
+    names = _globals_of(attention)
     original = names.get(ATTENTION)
     if original is None:
         yield
@@ -82,16 +83,17 @@ def _attending(attention: nn.Module, offsets: Tensor | None) -> Iterator[None]:
         names[ATTENTION] = original
 
 
-def _names(attention: nn.Module) -> dict[str, Any]:
-    """What the forward of an attention module finds under its names."""
+def _globals_of(attention: nn.Module) -> dict[str, Any]:
+    """The globals that the forward of an attention module sees."""
     return getattr(inspect.unwrap(type(attention).forward), "__globals__", {})
 
 
 def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors that Unsloth's attention depends on besides Q, K, V; None where that cannot be recorded.
+    """The tensors that Unsloth's attention reads besides Q, K, V; None where attention cannot be captured.
 
-    It can for plain causal attention, within packed documents too: no window, cosines and sines given for the whole
-    length. Otherwise what Unsloth reads depends on the batch, or lies in a cache that it may replace.
+    Plain causal attention can be captured, also within packed documents: without a window, and with cosines and sines
+    given for the whole length. Otherwise Unsloth reads tensors that depend on the batch, or a cache that it may
+    replace.
     """
     module, length = runtime.layer.module, hidden_states.shape[1]
     embeddings = arguments.get("position_embeddings")
@@ -101,7 +103,7 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
     found = {COSINES: embeddings[0], SINES: embeddings[1]}
     packing = runtime.context.packing
     if packing is not None:
-        if arguments.get("attention_mask") is not None or ATTENTION not in _names(module.self_attn):
+        if arguments.get("attention_mask") is not None or ATTENTION not in _globals_of(module.self_attn):
             return None
         found[OFFSETS] = packing.offsets
     for name, value in arguments.items():
@@ -110,13 +112,13 @@ def fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[
         mask = name == "attention_mask" and isinstance(value, Tensor) and value.dim() == 4
         if mask or (name == "position_ids" and isinstance(value, Tensor)):
             found[name] = value
-        elif name not in UNREAD and not (value is None or isinstance(value, bool)):
+        elif name not in UNUSED and not (value is None or isinstance(value, bool)):
             return None
     return found
 
 
 def _is_plain_mask(attention: nn.Module, mask: Any) -> bool:
-    """Whether ``mask`` is xformers' for plain causal attention, which PyTorch computes as well."""
-    kind = type(mask)
-    known = kind.__name__ == PLAIN_MASK and kind.__module__.partition(".")[0] == "xformers"
-    return known and ATTENTION in _names(attention)
+    """Whether ``mask`` is xformers' mask for plain causal attention, which PyTorch's attention can replace."""
+    cls = type(mask)
+    plain = cls.__name__ == PLAIN_MASK and cls.__module__.partition(".")[0] == "xformers"
+    return plain and ATTENTION in _globals_of(attention)

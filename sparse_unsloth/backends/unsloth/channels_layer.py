@@ -1,7 +1,7 @@
-"""Whole decoder layers of Unsloth's Llama form: everything but the attention itself in two functions.
+"""Runs channel-sparse and dense layers of Unsloth's Llama form as whole layers, captured in CUDA graphs or not.
 
-Wherever the two functions do not apply, the layer's own forward runs, with the hooks that are in it. Exact, and for
-speed alone.
+Two functions compute everything but attention (docs/how-it-works.md, section 7). Where they do not apply, the layer's
+own forward runs with the hooks of its parts. The result is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward
-from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
-from sparse_unsloth.backends.unsloth.layer_plan import norm_of, open_pass, prove, read_projections, takes
+from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
+from sparse_unsloth.backends.unsloth.layer_plan import fits_kernels, norm_of, open_capture, prove, read_projections
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.graphs import layer as graphed_layer
 from sparse_unsloth.graphs import parts
@@ -29,7 +29,7 @@ def replace(runtime: LayerRuntime) -> None:
 
 
 def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    """Replaces Unsloth's ``LlamaDecoderLayer_fast_forward`` in training forwards without a cache."""
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.context is not None and runtime.context.probe:
         return prove(runtime, hidden_states, kwargs, lambda: _compute(runtime, hidden_states, kwargs))
@@ -38,7 +38,7 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
 
 
 def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The layer's output by the two functions, recorded or not; None where its own forward must run."""
+    """The layer's output by the two functions, captured or not; None where its own forward must run."""
     planned = _plan(runtime, hidden_states, kwargs)
     if planned is None:
         return None
@@ -49,20 +49,20 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
             runtime.record_run(part)
     fixed = None if capture is None else fixed_tensors(runtime, hidden_states, kwargs)
     if fixed is not None:
-        return _recorded(runtime, hidden_states, plan, capture, kwargs, fixed)
-    before, behind = pre_attention, post_attention
+        return _captured(runtime, hidden_states, plan, capture, kwargs, fixed)
+    before, after = pre_attention, post_attention
     if capture is not None:
         before = partial(parts.pre_attention, capture=capture)
-        behind = partial(parts.post_attention, capture=capture)
+        after = partial(parts.post_attention, capture=capture)
     *qkv, residual = before(hidden_states, plan)
     attention_output = attend(runtime, hidden_states, qkv, kwargs)
-    output = behind(attention_output, residual, plan)
+    output = after(attention_output, residual, plan)
     if runtime.state.graphs is not None and capture is None and not plan.output_unused:
         _reserve(runtime, runtime.state.graphs)
     return output
 
 
-def _recorded(
+def _captured(
     runtime: LayerRuntime,
     hidden_states: Tensor,
     plan: LayerPlan,
@@ -70,8 +70,8 @@ def _recorded(
     arguments: dict[str, Any],
     fixed: dict[str, Tensor],
 ) -> Tensor:
-    """The layer's output from recordings of all of it; ``fixed``: what `fixed_tensors` gave."""
-    attention = recorded_attention(runtime, arguments, fixed)
+    """The layer's output from CUDA graphs of the whole layer; ``fixed``: the result of `fixed_tensors`."""
+    attention = capturable_attention(runtime, arguments, fixed)
     output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
     for part, chosen in capture.selections.items():
         runtime.context.selections[runtime.layer.index, part] = chosen
@@ -79,7 +79,7 @@ def _recorded(
 
 
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
-    """Makes room for the layer's choices, where forwards of this kind will be recorded."""
+    """Allocates memory for the layer's channel selections, if the next forward of this batch signature is captured."""
     context, index = runtime.context, runtime.layer.index
     if (index, context.batch_key) in graphs.reserved or not graphs.captures_next(context.batch_key):
         return
@@ -92,17 +92,17 @@ def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
 def _plan(
     runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
 ) -> tuple[LayerPlan, LayerCapture | None] | None:
-    """What this call computes, and what records it if anything does; or None where the layer's own forward must."""
+    """The plan of this call, and its capture, if there is one; None where the layer's own forward must run."""
     context, layer = runtime.context, runtime.layer
     module = layer.module
-    if context is None or context.scale <= 0 or (context.loss_only and runtime.parts):
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
         return None
     training = module.training and layer.self_attn.training and layer.mlp.training
     if not training or arguments.get("use_cache") or arguments.get("output_attentions"):
         return None
     if arguments.get("past_key_value") is not None or arguments.get("past_key_values") is not None:
         return None
-    if not takes(hidden_states, module.input_layernorm.weight):
+    if not fits_kernels(hidden_states, module.input_layernorm.weight):
         return None
     runtime.check_rows(module, hidden_states)
     memo = context.memo(layer.index)
@@ -118,14 +118,14 @@ def _plan(
         for part in ("self_attn", "mlp")
     )
     output_unused = recompute and runtime.state.config.exact_removal
-    if not torch.is_grad_enabled():  # a recompute goes the way of its first pass
+    if not torch.is_grad_enabled():  # a recompute is captured if its first forward was
         ready = context.graphs is not None and (layer.index, context.batch_key) in context.graphs.reserved
         memo.captured = ready and runtime.state.config.exact_removal
     capture = None
     if memo.captured:
         context.graphs.check_forward(context)
         context.captured.add(layer.index)
-        capture = open_pass(
+        capture = open_capture(
             context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)
         )
     plan = LayerPlan(
@@ -135,8 +135,8 @@ def _plan(
         mlp=mlp,
         projections=projections,
         activation=layer.activation,
-        choose_attention=partial(runtime.choose_of_context, "self_attn"),
-        choose_mlp=partial(runtime.choose_of_context, "mlp"),
+        choose_attention=partial(runtime.select_for_context, "self_attn"),
+        choose_mlp=partial(runtime.select_for_context, "mlp"),
         output_unused=output_unused,
         keep=torch.is_grad_enabled(),
     )

@@ -1,6 +1,7 @@
-"""What is needed of the installed Unsloth: checked on a loaded model, and read from the sources.
+"""Checks that the installed Unsloth has what the backend needs, on a loaded model and in Unsloth's sources.
 
-`Contract` checks each layer. Importing Unsloth takes most of a minute and a GPU, so `read_contract` does without.
+`Contract` checks the layers of a model. Importing Unsloth takes most of a minute and a GPU, so `read_contract` reads
+the sources instead.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from sparse_unsloth.exact.loss import FUNCTION as FUSED_LOSS
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 
 ATTENTION = "run_attention"
-"""What Unsloth's attention modules call for the attention itself."""
+"""The function that Unsloth's attention modules call for attention."""
 NORM = "fast_rms_layernorm"
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 FAST_LORA = "kernels/fast_lora.py"
 LLAMA, MISTRAL = "models/llama.py", "models/mistral.py"
 FORWARD = "LlamaDecoderLayer_fast_forward"
-"""The forward whose mathematics the whole-layer forwards repeat: Llama's, Mistral's, Qwen2's and Qwen3's."""
+"""The forward of Llama, Mistral, Qwen2 and Qwen3 layers, which whole layers reproduce."""
 FUSED_FUNCTIONS = (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 ATTENTIONS = {
     "LlamaAttention_fast_forward": LLAMA,
@@ -33,27 +34,27 @@ ATTENTIONS = {
     "Qwen3Attention_fast_forward": "models/qwen3.py",
     "Gemma2Attention_fast_forward": "models/gemma2.py",
 }
-"""Those of all families: Qwen2 and Gemma take Llama's."""
-RECORDED = [name for name in ATTENTIONS if "Gemma" not in name]
-"""Those of layers that are recorded as a whole."""
+"""Attention forwards of all families and their files; Qwen2 and Gemma use Llama's."""
+CAPTURED = [name for name in ATTENTIONS if "Gemma" not in name]
+"""Attention forwards of layers that can be captured as whole layers."""
 SLOTS = ("apply_qkv", "apply_o")
-HAND_ON = {
+PASS_KWARGS = {
     "PeftModel_fast_forward": LLAMA,
     "_CausalLM_fast_forward": LLAMA,
     "MistralForCausalLM_fast_forward": MISTRAL,
     "LlamaModel_fast_forward": LLAMA,
 }
 """Forwards through which a keyword argument reaches the decoder layers."""
-TAKE = {
+TAKE_KWARGS = {
     "LlamaDecoderLayer_fast_forward": LLAMA,
     "GemmaDecoderLayer_fast_forward": "models/gemma.py",
     "Gemma2DecoderLayer_fast_forward": "models/gemma2.py",
 }
-"""Decoder layers, whose hook takes it out again."""
+"""Forwards of decoder layers, whose hook removes the keyword argument."""
 
 
 class Contract:
-    """What this backend needs of the installed Unsloth: the names it replaces, and that they are still called."""
+    """Checks that the installed Unsloth still has the functions that the backend replaces, and still calls them."""
 
     def __init__(self) -> None:
         from unsloth.kernels import fast_lora
@@ -70,16 +71,16 @@ class Contract:
             )
 
     def check_mlp(self, layer: DecoderLayer) -> None:
-        """Raises AttachError unless Unsloth's fused MLP stands where it is to be replaced."""
+        """Raises AttachError unless Unsloth put its fused MLP on the layer."""
         slots = (layer.mlp.__dict__.get("_unsloth_forward"), layer.mlp.__dict__.get("forward"))
         fused = [getattr(self._functions, name) for name in FUSED_MLPS]
         if not any(_unwrap(slot) in fused for slot in slots if slot is not None):
             raise self._not_fused(layer, "mlp.forward", "MLP")
 
     def check_attention(self, layer: DecoderLayer) -> None:
-        """Raises AttachError unless Unsloth's Q, K, V and O functions stand there, and the class calls them."""
+        """Raises AttachError unless Unsloth put its Q, K, V and O functions on the layer, and its class calls them."""
         attention = layer.self_attn
-        # Unsloth never fuses biased Q, K, V (Qwen2): there its plain function stands in the slot.
+        # Unsloth never fuses biased Q, K, V (Qwen2), and uses its plain function there.
         allowed = [self._functions.apply_lora_qkv, self._plain_qkv]
         if getattr(attention, "apply_qkv", None) not in allowed:
             raise self._not_fused(layer, "self_attn.apply_qkv", "QKV")
@@ -111,7 +112,7 @@ def _unwrap(slot: Any) -> Any:
 
 @dataclass(frozen=True)
 class Hook:
-    """One thing that the backend needs of Unsloth: what, in which file, what it is for, and whether it is there."""
+    """One thing that the backend needs of Unsloth: what, in which file, for what, and whether it is there."""
 
     what: str
     file: str
@@ -127,10 +128,10 @@ def find_unsloth() -> Path | None:
 
 
 def read_contract(folder: Path) -> list[Hook]:
-    """Every hook, found or not; a file that is missing or is no Python holds none.
+    """Every hook, found or not; a missing or unreadable file holds none.
 
     Args:
-        folder: of the ``unsloth`` package.
+        folder: the folder of the ``unsloth`` package.
     """
     sources = _Sources(folder)
     hooks = []
@@ -140,15 +141,15 @@ def read_contract(folder: Path) -> list[Hook]:
     for name, file in ATTENTIONS.items():
         called = _called(sources.function(file, name))
         hooks += [Hook(f"{slot} called by {name}", file, "layers", slot in called) for slot in SLOTS]
-        if name in RECORDED:
+        if name in CAPTURED:
             hooks.append(Hook(f"{ATTENTION} called by {name}", file, "documents", ATTENTION in called))
     found = NORM in _called(sources.function(LLAMA, FORWARD))
     hooks.append(Hook(f"{NORM} called by {FORWARD}", LLAMA, "layers", found))
     hooks.append(Hook("original_apply_qkv", LLAMA, "layers", sources.function(LLAMA, "original_apply_qkv") is not None))
-    for name, file in HAND_ON.items():
+    for name, file in PASS_KWARGS.items():
         function = sources.function(file, name)
-        hooks.append(Hook(f"{name} hands **kwargs on", file, "layers", _hands_on(function)))
-    for name, file in TAKE.items():
+        hooks.append(Hook(f"{name} passes **kwargs on", file, "layers", _passes_kwargs(function)))
+    for name, file in TAKE_KWARGS.items():
         keywords = _keywords(sources.function(file, name))
         hooks.append(Hook(f"{name} takes **kwargs", file, "layers", keywords is not None))
     for file in (LLAMA, MISTRAL):
@@ -173,7 +174,7 @@ class _Sources:
         return self._trees[file]
 
     def function(self, file: str, name: str) -> ast.FunctionDef | None:
-        """A function of this name at any depth."""
+        """The function of this name, at any depth; None where there is none."""
         for node in _walk(self.tree(file)):
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return node
@@ -207,7 +208,7 @@ def _keywords(function: ast.FunctionDef | None) -> str | None:
     return function.args.kwarg.arg if function is not None and function.args.kwarg else None
 
 
-def _hands_on(function: ast.FunctionDef | None) -> bool:
+def _passes_kwargs(function: ast.FunctionDef | None) -> bool:
     keywords = _keywords(function)
     return keywords is not None and any(
         keyword.arg is None and isinstance(keyword.value, ast.Name) and keyword.value.id == keywords

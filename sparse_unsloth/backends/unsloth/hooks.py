@@ -1,7 +1,7 @@
-"""Hook points of Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``.
+"""Hooks Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``, and whole layers.
 
-Everything else of Unsloth stays: RoPE, attention dispatch, norms, loss, checkpointing with offload. A replaced function
-is kept and called whenever the masked forward does not apply, so dense layers and dense phases run Unsloth's own.
+RoPE, attention dispatch, norms, loss and checkpointing with offload stay Unsloth's. Replaced functions are kept, and
+called whenever the masked forward does not apply, so dense layers and dense steps run Unsloth's own code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparse_unsloth.backends.patching import restore_forward, runs, untraced
 from sparse_unsloth.backends.probes import check
 from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.backends.unsloth.contract import Contract
-from sparse_unsloth.backends.unsloth.layer_plan import LEAVES_OUT_ROWS, why_not
+from sparse_unsloth.backends.unsloth.layer_plan import SKIPS_UNUSED_ROWS, why_not
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
@@ -31,11 +31,11 @@ from sparse_unsloth.utils.distributed import is_flattened
 
 
 def install(runtime: LayerRuntime) -> None:
-    """Hooks what the layer's sparsity asks for, and lists the modules in ``runtime.state.hooked``.
+    """Hooks the sparse parts of a layer, and lists the modules in ``runtime.state.hooked``.
 
     Raises:
-        AttachError: Unsloth did not put the function there that is to be replaced, or its class does not call it any
-            more; or a projection that the sparse functions cannot compute.
+        AttachError: Unsloth did not put its function on the layer, or its class no longer calls it; or the sparse
+            functions cannot compute a projection.
     """
     contract = Contract()
     if runtime.state.row_sparse:
@@ -52,13 +52,13 @@ def install(runtime: LayerRuntime) -> None:
 
 
 def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
-    """Lets the last layer leave out rows without loss, where that can be had.
+    """Lets the last layer skip unused rows, where it can.
 
     Args:
-        runtime: of the last layer, its sparse parts hooked already.
+        runtime: the last layer's; its sparse parts are hooked already.
 
     Returns:
-        By part that does not, why not: the training is right without it, and slower.
+        The reason for each part that cannot skip them. Training is then the same, and slower.
     """
     contract, reasons = Contract(), {}
     for part in PARTS:
@@ -67,21 +67,21 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
                 _install(contract, runtime, part)
             except AttachError as error:
                 reasons[part] = str(error)
-    runtime.parts = tuple(part for part in PARTS if part not in reasons)
+    runtime.loss_only_parts = tuple(part for part in PARTS if part not in reasons)
     return reasons
 
 
 def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
-    """Replaces the forward of whole layers, once their parts are hooked, where they have the form for it.
+    """Replaces the forward of layers that can run as whole layers, after their parts are hooked.
 
-    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer has none.
+    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer cannot.
     """
     contract = Contract()
     for runtime in runtimes:
         row_sparse = runtime.state.row_sparse
-        leaves_out = row_sparse and runtime.layer.index not in runtime.state.runtimes
+        skips_rows = row_sparse and runtime.layer.index not in runtime.state.runtimes
         reason = rows_layer.why_not if row_sparse else why_not
-        runtime.not_whole = LEAVES_OUT_ROWS if leaves_out else reason(runtime)
+        runtime.not_whole = SKIPS_UNUSED_ROWS if skips_rows else reason(runtime)
         if runtime.not_whole:
             continue
         try:
@@ -94,21 +94,21 @@ def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
 
 
 def uninstall_whole_layer(runtime: LayerRuntime) -> None:
-    """Gives a layer its own forward back; of the hooks of its parts those stay that are needed by themselves."""
+    """Restores a layer's own forward; hooks of its parts stay where the parts are sparse or skip unused rows."""
     module, attention, state = runtime.layer.module, runtime.layer.self_attn, runtime.state
     if not runs(module, channels_layer.layer_forward, rows_layer.layer_forward):
         return
     removed = [module]
     uninstall(module)
     module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
-    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.parts):
+    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.loss_only_parts):
         uninstall(attention)
         removed.append(attention)
-    state.hooked = [one for one in state.hooked if not any(one is gone for gone in removed)]
+    state.hooked = [hooked for hooked in state.hooked if not any(hooked is gone for gone in removed)]
 
 
 def check_not_sharded(layer: DecoderLayer) -> None:
-    """Raises AttachError if FSDP holds the layer's weights: the hooks read them where no unsharding reaches."""
+    """Raises AttachError if FSDP shards the layer's weights, which the hooks read outside FSDP's gathering."""
     for name, module in layer.projections().items():
         for part in module.modules():
             weight = getattr(part, "weight", None)
@@ -141,7 +141,7 @@ def _hook_attention(runtime: LayerRuntime) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Gives ``module`` the functions back that `install` replaced."""
+    """Restores the functions of ``module`` that `install` replaced."""
     if "apply_qkv" not in module.__dict__:
         restore_forward(module)
         return
@@ -150,7 +150,7 @@ def uninstall(module: nn.Module) -> None:
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether the functions that `install` put there are still the ones that run."""
+    """Whether the functions that `install` put on ``module`` are still there."""
     if "apply_qkv" not in module.__dict__:
         whole = channels_layer.layer_forward, rows_layer.layer_forward
         return runs(module, *whole, channel_hooks.mlp_forward, row_hooks.mlp_forward)
@@ -159,7 +159,7 @@ def is_installed(module: nn.Module) -> bool:
 
 
 def why_not_captured(runtime: LayerRuntime) -> str:
-    """What keeps the layer's work from functions that CUDA graphs can hold; "" for nothing."""
+    """Why CUDA graphs cannot hold the layer; "" where they can."""
     if not use_kernels(next(runtime.layer.module.parameters())):
         return "Triton's kernels do not run here"
     return runtime.not_whole or (runtime.not_fusable if runtime.state.row_sparse else "")
@@ -175,7 +175,7 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
     if projections is None or None in projections:
         return self._sparse_original[0](self, hidden_states, *args, **kwargs)
     context = runtime.context
-    if not runtime.is_sparse("self_attn"):  # the last layer, whose keys and values are needed of every row
+    if not runtime.is_sparse("self_attn"):  # the last layer, which needs keys and values of every row
         query, *others = (SelectedProjection(projection) for projection in projections)
         (q,) = sparse_linear(hidden_states, partition, [query])
         return q, *sparse_linear(hidden_states, context.every_row_dense(), others)
@@ -191,7 +191,7 @@ def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: An
     choice = runtime.row_choice(self, attention_output)
     if choice is not None and not (args or kwargs):
         function = partial(self._sparse_original[1], self)
-        return row_hooks.through_output(function, attention_output, self.o_proj, choice, runtime)
+        return row_hooks.run_output_projection(function, attention_output, self.o_proj, choice, runtime)
     partition = runtime.partition("self_attn", self, attention_output)
     projection = None if partition is None else read_projection(self.o_proj)
     if projection is None:

@@ -1,4 +1,4 @@
-"""Reads off a decoder layer of Unsloth's Llama form what the whole-layer functions compute; tries whether they do."""
+"""Plans a layer of Unsloth's Llama form for the whole-layer functions, and proves that they compute the same."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sparse_unsloth.runtime.state import LayerRuntime
 from sparse_unsloth.tokens.partition import TokenPartition
 
 OTHER_PARTS = "it has other parts than two norms, attention and MLP"
-LEAVES_OUT_ROWS = "it leaves out all rows without loss instead (exact_removal)"
+SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
 
 
 def why_not(runtime: LayerRuntime) -> str:
-    """What keeps the layer from the two functions, of what its parts and its LoRA tell; "" for nothing.
+    """Why the layer's parts and LoRA do not fit the two functions; "" where they do.
 
-    What its forward computes is not read, but tried (`prove`).
+    `prove` tests what its forward computes.
     """
     layer = runtime.layer
     norms = [getattr(layer.module, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
@@ -41,27 +41,30 @@ def why_not(runtime: LayerRuntime) -> str:
 def prove(
     runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any], compute: Callable[[], Tensor | None]
 ) -> Any:
-    """In the probe forward: what the layer's own forward returns, beside which ``compute`` is tried.
+    """Compares ``compute`` with the layer's own forward in the probe forward, with every channel kept.
 
-    Where ``compute`` fails or differs, with every channel kept, ``runtime.not_whole`` says so, and attaching gives the
-    layer its own forward back.
+    Where ``compute`` fails or differs, ``runtime.not_whole`` says so, and attaching restores the layer's own forward.
+
+    Returns:
+        The output of the layer's own forward.
     """
     context, module = runtime.context, runtime.layer.module
-    own = plain_forward(module, hidden_states, **arguments)
+    output = plain_forward(module, hidden_states, **arguments)
     reached, loss_only = set(context.ran), context.loss_only
-    context.loss_only = False  # the whole forward is for batches in which every row of the last layer is read
+    context.loss_only = False  # whole layers compute every row
     try:
-        every_row = plain_forward(module, hidden_states, **arguments) if loss_only and runtime.parts else own
-        runtime.not_whole = why_different(compute, every_row[0], module)
+        skips_rows = loss_only and runtime.loss_only_parts
+        expected = plain_forward(module, hidden_states, **arguments) if skips_rows else output
+        runtime.not_whole = why_different(compute, expected[0], module)
     finally:
         context.loss_only = loss_only
     if runtime.not_whole:
         context.ran = reached
-    return own
+    return output
 
 
 def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module: nn.Module) -> str:
-    """What is wrong with the tensor that ``compute`` gives, in a sentence; "" where it is as ``expected``."""
+    """How the result of ``compute`` differs from ``expected``, in a sentence; "" where it does not."""
     try:
         ours = compute()
     except torch.OutOfMemoryError:
@@ -77,24 +80,26 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
-def open_pass(graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable) -> LayerCapture:
-    """A pass through ``layer``, whose recordings hold as long as these weights are where they are."""
-    tensors = [tensor for one in projections for tensor in (one.lora.A, one.lora.B, one.base.weight)]
-    return graphs.open(layer.index, which, tensors, tuple(one.lora.scale for one in projections))
+def open_capture(
+    graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable
+) -> LayerCapture:
+    """The capture of one pass ``which`` through ``layer``; its graphs hold while these weights keep their addresses."""
+    tensors = [t for projection in projections for t in (projection.lora.A, projection.lora.B, projection.base.weight)]
+    return graphs.open(layer.index, which, tensors, tuple(projection.lora.scale for projection in projections))
 
 
 def plan_of_rows(
     layer: DecoderLayer, rows: Tensor, partition: TokenPartition, output_unused: bool = True
 ) -> LayerPlan | None:
-    """A plan for some ``rows`` alone, all dense; None where the functions do not apply.
+    """The plan for computing ``rows`` densely; None where the functions do not apply.
 
     Args:
         rows: ``[1, n, hidden_size]``.
-        partition: n dense rows.
-        output_unused: the output is not used, and not computed.
+        partition: of these n rows, all dense.
+        output_unused: whether the output is unused, so that it is not computed.
     """
     module = layer.module
-    projections = read_projections(layer) if takes(rows, module.post_attention_layernorm.weight) else None
+    projections = read_projections(layer) if fits_kernels(rows, module.post_attention_layernorm.weight) else None
     if projections is None:
         return None
     every = RowOrder(partition, False)
@@ -116,8 +121,8 @@ def _no_choice(rows: Tensor | None) -> NoReturn:
     raise AssertionError("a dense part chooses no channels")
 
 
-def takes(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether the two functions can compute with these rows, next to a norm of this ``weight``."""
+def fits_kernels(hidden_states: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels of the two functions can take ``hidden_states`` and a norm's ``weight``."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     same = dtype == hidden_states.dtype == weight.dtype and hidden_states.is_contiguous()
@@ -125,13 +130,13 @@ def takes(hidden_states: Tensor, weight: Tensor) -> bool:
 
 
 def read_projections(layer: DecoderLayer) -> list[Projection] | None:
-    """Of q, k, v, o, gate, up, down; None if one is merged, disabled or without LoRA now."""
+    """The projections q, k, v, o, gate, up, down; None if one is merged, disabled or without LoRA now."""
     projections = [read_projection(module) for module in _modules(layer)]
-    return None if any(one is None or one.lora is None for one in projections) else projections
+    return None if any(found is None or found.lora is None for found in projections) else projections
 
 
 def _modules(layer: DecoderLayer) -> Iterator[nn.Module]:
-    """The projections q, k, v, o, gate, up, down."""
+    """The modules of the projections q, k, v, o, gate, up, down."""
     attention, mlp = layer.self_attn, layer.mlp
     yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -142,7 +147,7 @@ def norm_of(module: nn.Module) -> Norm:
 
 
 def _is_plain_norm(norm: nn.Module | None) -> bool:
-    """A frozen RMS norm that multiplies with its weight as it is (Gemma's adds one)."""
+    """Whether ``norm`` is a frozen RMS norm without bias that multiplies by its weight (Gemma's adds one to it)."""
     return (
         norm is not None
         and hasattr(norm, "variance_epsilon")
@@ -152,7 +157,7 @@ def _is_plain_norm(norm: nn.Module | None) -> bool:
 
 
 def _unsuitable(layer: DecoderLayer) -> str:
-    """Why its projections are not as the functions need them: all with LoRA, of one rank where they are together."""
+    """Why the projections do not fit the functions: all need LoRA, and one rank within Q, K, V and within the MLP."""
     try:
         for part in PARTS:
             check(layer, part)

@@ -1,4 +1,4 @@
-"""Unsloth's own loader and switches. Unsloth is imported when a model is loaded, never before."""
+"""Loads models with Unsloth's own loader, and switches modes. Unsloth is imported only when a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAME = "unsloth"
 def load(
     model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
-    """``unsloth.FastLanguageModel.from_pretrained``, every argument handed on.
+    """Calls ``unsloth.FastLanguageModel.from_pretrained`` with every argument.
 
     Raises:
-        DataError: the adapter that ``model_name`` means is damaged, or its base model was moved.
+        DataError: the adapter that ``model_name`` names is damaged, or its base model was moved.
     """
     adapter = find_adapter(model_name)
     if adapter is not None:
@@ -46,14 +46,14 @@ def load(
 
 
 def add_lora(model: nn.Module, **kwargs: Any) -> nn.Module:
-    """``unsloth.FastLanguageModel.get_peft_model``, every argument handed on."""
+    """Calls ``unsloth.FastLanguageModel.get_peft_model`` with every argument."""
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(model, **kwargs)
 
 
 def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None = None) -> nn.Module:
-    """Unsloth's own switch."""
+    """Sets training mode by Unsloth's own function."""
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_training(model, use_gradient_checkpointing)
@@ -61,7 +61,7 @@ def for_training(model: nn.Module, use_gradient_checkpointing: bool | str | None
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """Unsloth's own switch, with its fast decoding."""
+    """Sets evaluation mode by Unsloth's own function, with its fast decoding."""
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)

@@ -1,8 +1,8 @@
-"""Whole decoder layers of Unsloth's Llama form for `SparsityConfig.backward_rows`: one function behind attention.
+"""Runs row-sparse layers of Unsloth's Llama form as whole layers: one row-wise function after attention.
 
-O, residual sum, norm and MLP are row by row together, so backward computes a chosen row from what attention returned
-and from the residual stream, and a recompute under gradient checkpointing computes nothing of it at all. The functions
-are Unsloth's own. Wherever this does not apply, the layer's own forward runs, with the hooks that are in it.
+The function holds the O projection, the residual sum, the norm and the MLP (docs/how-it-works.md, section 3.1), with
+Unsloth's own code. Backward computes chosen rows from attention's output and the residual stream; a recompute under
+gradient checkpointing skips the function. Elsewhere the layer's own forward runs, with the hooks of its parts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.backends.patching import original_forward, plain_forward, replace_forward
 from sparse_unsloth.backends.unsloth import layer_plan
-from sparse_unsloth.backends.unsloth.attention import attend, fixed_tensors, recorded_attention
+from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
 from sparse_unsloth.backends.unsloth.contract import NORM
-from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_pass, plan_of_rows, prove, why_different
+from sparse_unsloth.backends.unsloth.layer_plan import OTHER_PARTS, open_capture, plan_of_rows, prove, why_different
 from sparse_unsloth.graphs import parts
 from sparse_unsloth.graphs.rows import row_sparse_post_attention, row_sparse_whole_layer
 from sparse_unsloth.ops.decoder_layer import post_attention, pre_attention
@@ -31,7 +31,7 @@ CACHED = ("use_cache", "output_attentions", "past_key_value", "past_key_values")
 
 
 def why_not(runtime: LayerRuntime) -> str:
-    """What keeps the layer from this forward, of what can be seen of it; what it computes is tried (`prove`)."""
+    """Why the layer cannot run as a whole layer; "" where it can, as far as its modules tell (`prove` tests it)."""
     if not hasattr(sys.modules.get("unsloth.models.llama"), NORM):
         return f"the installed Unsloth has no {NORM} in unsloth.models.llama"
     return "" if runtime.layer.adds_mlp_output else OTHER_PARTS
@@ -44,7 +44,7 @@ def replace(runtime: LayerRuntime) -> None:
 
 
 def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """As Unsloth's ``LlamaDecoderLayer_fast_forward``, in a training forward without a cache."""
+    """Replaces Unsloth's ``LlamaDecoderLayer_fast_forward`` in training forwards without a cache."""
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.context is not None and runtime.context.probe:
         return _prove(runtime, hidden_states, kwargs)
@@ -55,14 +55,14 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     if choice is None:
         return plain_forward(self, hidden_states, *args, **kwargs)
     runtime.context.whole.add(runtime.layer.index)
-    recorded = _recorded(runtime, hidden_states, kwargs)
-    return (_compute(runtime, hidden_states, kwargs, choice) if recorded is None else recorded,)
+    captured = _captured(runtime, hidden_states, kwargs)
+    return (_compute(runtime, hidden_states, kwargs, choice) if captured is None else captured,)
 
 
 def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
-    """See `prove`; the functions that compute the chosen rows again, and are recorded, as well."""
+    """Proves the layer's forward (see `prove`), and the fused functions that recompute its rows and are captured."""
     choice = runtime.row_choice(runtime.layer.module, hidden_states)
-    own = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
+    output = prove(runtime, hidden_states, arguments, lambda: _compute(runtime, hidden_states, arguments, choice))
     if not runtime.not_fusable:
 
         def compute() -> Tensor | None:
@@ -73,23 +73,23 @@ def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, An
             *qkv, residual = pre_attention(hidden_states, plan)
             return post_attention(attend(runtime, hidden_states, qkv, arguments), residual, plan)
 
-        runtime.not_fusable = why_different(compute, own[0], runtime.layer.module)
-    return own
+        runtime.not_fusable = why_different(compute, output[0], runtime.layer.module)
+    return output
 
 
 def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any], choice: RowChoice) -> Tensor:
-    """The layer's output, not recorded."""
-    self = runtime.layer.module
+    """The layer's output without CUDA graphs."""
+    layer = runtime.layer.module
     norm = getattr(sys.modules["unsloth.models.llama"], NORM)
-    context, attention, mlp = runtime.context, self.self_attn, self.mlp
+    context, attention, mlp = runtime.context, layer.self_attn, layer.mlp
     apply_o = attention._sparse_original[1]
 
     def after_attention(attention_output: Tensor, stream: Tensor) -> Tensor:
         stream = stream + apply_o(attention, attention_output)
-        return stream + original_forward(mlp, norm(self.post_attention_layernorm, stream))
+        return stream + original_forward(mlp, norm(layer.post_attention_layernorm, stream))
 
     def recompute(attention_output: Tensor, stream: Tensor) -> Tensor:
-        """The same in fewer launches and without the down projection, where the project's functions apply."""
+        """Computes the same with fewer launches and without the down projection, where our functions apply."""
         plan = None
         if not runtime.not_fusable:
             plan = plan_of_rows(runtime.layer, attention_output, context.chosen_rows(choice))
@@ -100,45 +100,42 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     output_unused = row_hooks.is_output_unused(runtime)
     runtime.skip_output_projection = True
     try:
-        attention_output, *_ = attention(hidden_states=norm(self.input_layernorm, hidden_states), **kwargs)
+        attention_output, *_ = attention(hidden_states=norm(layer.input_layernorm, hidden_states), **kwargs)
     finally:
         runtime.skip_output_projection = False
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
-    if torch.is_grad_enabled():
-        weights = row_hooks.trained(attention.o_proj, self.post_attention_layernorm, mlp)
-        inputs = [attention_output, hidden_states]
-        rows = BackwardRows(choice, recompute, residual_index=1, skip_output=output_unused)
-        output = backward_rows(after_attention, inputs, weights, rows)
-    else:
-        output = after_attention(attention_output, hidden_states)
-    return output
+    if not torch.is_grad_enabled():
+        return after_attention(attention_output, hidden_states)
+    weights = row_hooks.trained(attention.o_proj, layer.post_attention_layernorm, mlp)
+    rows = BackwardRows(choice, recompute, residual_index=1, skip_output=output_unused)
+    return backward_rows(after_attention, [attention_output, hidden_states], weights, rows)
 
 
-def _recorded(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-    """The layer's output from recordings by the project's own functions, where this forward has them."""
+def _captured(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """The layer's output from CUDA graphs of our functions; None where this forward is not captured."""
     context, layer, config = runtime.context, runtime.layer, runtime.state.config
-    memo, again = context.memo(layer.index), torch.is_grad_enabled()
-    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (again and not memo.captured):
+    memo, recompute = context.memo(layer.index), torch.is_grad_enabled()
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (recompute and not memo.captured):
         return None
     plan = plan_of_rows(layer, hidden_states, context.every_row_dense())
     if plan is None:
         return None
-    memo.captured = True  # a recompute goes the way of its first pass
+    memo.captured = True  # a recompute is captured if its first forward was
     context.graphs.check_forward(context)
     context.captured.add(layer.index)
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
     share = config.backward_rows
-    capture = open_pass(context.graphs, layer, list(plan.projections), (context.batch_key, share, again))
-    plan = dataclasses.replace(plan, output_unused=again)
+    capture = open_capture(context.graphs, layer, list(plan.projections), (context.batch_key, share, recompute))
+    plan = dataclasses.replace(plan, output_unused=recompute)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
     fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
-        attention = recorded_attention(runtime, arguments, fixed)
+        attention = capturable_attention(runtime, arguments, fixed)
         return row_sparse_whole_layer(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
     *qkv, residual = parts.pre_attention(hidden_states, plan, capture)
     attention_output = attend(runtime, hidden_states, qkv, arguments)
-    if again:
+    if recompute:
         return row_sparse_post_attention(attention_output, residual, plan, capture, *rows)
     return parts.post_attention(attention_output, residual, plan, capture)

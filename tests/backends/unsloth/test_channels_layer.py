@@ -1,7 +1,7 @@
-"""Whole decoder layers in two functions, against the same layers hooked part by part, through Triton's interpreter.
+"""Whole layers, compared with the same layers hooked part by part, through Triton's interpreter.
 
-The layers are transformers', in the form that Unsloth's class forward has; tests/gpu/test_unsloth.py compares Unsloth's
-own on the GPU.
+The layers are transformers', with a class forward like Unsloth's; tests/gpu/test_unsloth.py compares Unsloth's own
+layers on the GPU.
 """
 
 import copy
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def spy(monkeypatch):
-    """The layers whose second function ran, in order."""
+    """The layers whose function after attention ran, in order."""
     ran = []
     original = channels_layer.post_attention
     monkeypatch.setattr(
@@ -54,7 +54,7 @@ def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpoin
 
 
 def test_a_recompute_leaves_the_mlp_out(stand_in, monkeypatch):
-    """With exact removal; gradients are those of a step without checkpointing."""
+    """With `exact_removal`; gradients equal those of a step without checkpointing."""
     outcomes = []
     for choice, checkpointing in (("torch", False), ("triton", "reentrant")):
         monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", choice)
@@ -122,7 +122,7 @@ def test_layers_that_have_no_such_form_are_hooked_part_by_part(stand_in, why):
 
 
 def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkeypatch, caplog):
-    """A later Unsloth may put more into the class's forward; what the parts compute is still right."""
+    """A later Unsloth may put more into the class's forward; the parts are still computed right."""
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
 
     def other_forward(self, hidden_states, **kwargs):
@@ -147,7 +147,7 @@ def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkey
 
 
 def test_a_layer_whose_attention_takes_other_arguments_runs_part_by_part(stand_in, monkeypatch):
-    """What fails when our functions are tried must not stop a training that needs them only for speed."""
+    """An error in the probe of our functions must not stop a training that needs them only for speed."""
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     monkeypatch.setattr(channels_layer, "post_attention", lambda *given: {}["moved"])
     model = make_model(stand_in)

@@ -1,4 +1,4 @@
-"""The hook contract as sources tell it: the installed release's, and a small tree that breaks one thing at a time."""
+"""The contract read from sources: the installed release's, and a small tree that breaks one thing at a time."""
 
 import pytest
 
@@ -115,11 +115,11 @@ BREAKS = {
     ),
     "keywords kept": (
         ("models/llama.py", "layer(hidden_states, **kwargs)", "layer(hidden_states)"),
-        ["LlamaModel_fast_forward hands **kwargs on"],
+        ["LlamaModel_fast_forward passes **kwargs on"],
     ),
     "keywords kept by Mistral": (
         ("models/mistral.py", "self.model(**more)", "self.model(**other)"),
-        ["MistralForCausalLM_fast_forward hands **kwargs on"],
+        ["MistralForCausalLM_fast_forward passes **kwargs on"],
     ),
     "loss not imported": (
         ("models/_utils.py", "unsloth_fused_ce_loss", "fused_loss"),

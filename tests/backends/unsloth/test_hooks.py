@@ -1,4 +1,4 @@
-"""What the Unsloth backend needs of Unsloth: of the installed release, and of stand-ins that break one thing each."""
+"""The hooks of the Unsloth backend, on the installed release and on stand-ins that break one thing each."""
 
 import importlib
 import importlib.util
@@ -153,7 +153,7 @@ def test_the_last_layer_is_hooked_for_exact_removal(stand_in, sparsity):
 
 
 def test_a_last_layer_without_hook_points_computes_every_row(stand_in):
-    """Exact removal is no promise of the configuration, so this is told and not refused."""
+    """`exact_removal` only saves work, so this is reported and raises no error."""
     model = stand_in.model()
     last = decoder_layers(model)[2]
     last.mlp.forward = MethodType(unfused_mlp, last.mlp)
@@ -232,7 +232,7 @@ def process_group():
 @pytest.mark.parametrize("sparsity", [{}, {"preset": "dense", "mlp": {}, "self_attn": {}}], ids=["sparse", "dense"])
 @pytest.mark.parametrize("how", ["FSDP2", "FSDP1", "FSDP1, flat"])
 def test_sharded_weights_are_refused(stand_in, process_group, how, sparsity):
-    """FSDP takes the weights when training begins, after the model was attached."""
+    """FSDP shards the weights when training begins, after the model was attached."""
     model = stand_in.model()
     attach(model, always(**sparsity))
     layers = decoder_layers(model)
@@ -253,7 +253,7 @@ def test_sharded_weights_are_refused(stand_in, process_group, how, sparsity):
 
 @pytest.mark.parametrize("slot", ["mlp", *SLOTS])
 def test_patching_again_after_attaching_is_noticed(stand_in, slot):
-    """As Unsloth does when it loads another adapter."""
+    """Unsloth does so when it loads another adapter."""
     model = stand_in.model()
     attach(model, setting())
     layer = decoder_layers(model)[2]
@@ -266,7 +266,7 @@ def test_patching_again_after_attaching_is_noticed(stand_in, slot):
 
 
 def test_a_model_on_the_compiled_path_is_refused():
-    """Unsloth loaded it, but put no hook points there."""
+    """Unsloth loaded it without hook points."""
     model = make_lora("llama")
     model.__dict__["_sparse_backend"] = "unsloth"
     with pytest.raises(AttachError, match=r"general compiled path.*backend='peft'"):

@@ -1,6 +1,6 @@
-"""`backward_rows` through Unsloth's hook points and its whole layers, on stand-ins of its layer, against masks.
+"""Row sparsity in Unsloth's hooks and whole layers, on stand-ins of its layers, compared with the masked reference.
 
-tests/gpu/test_unsloth.py does the same with Unsloth's own on the GPU.
+tests/gpu/test_unsloth.py does the same with Unsloth's own layers on the GPU.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def whole(stand_in):
 
 
 def count_calls(model):
-    """Numbers of rows that each layer's MLP and O projection compute, in order."""
+    """The numbers of rows that each layer's MLP and O projection compute, in order."""
     rows = {"mlp": [], "o": []}
     for layer in decoder_layers(model):
         down, o = layer.mlp.down_proj, layer.self_attn.o_proj
@@ -40,7 +40,7 @@ def count_calls(model):
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     model = make_model(whole, checkpointing)
-    # Many context rows: some are chosen below a layer that leaves them out, and need its residual stream.
+    # Many context tokens: some rows are chosen below a layer that drops them, and need its residual stream.
     batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
@@ -52,7 +52,7 @@ def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
 
 
 def test_parts_train_as_masks_say(stand_in):
-    """Without the norm that whole layers need, each part is hooked."""
+    """Without the norm function that whole layers need, each part is hooked."""
     model, batch = make_model(stand_in, "reentrant"), small_batch()
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))

@@ -31,7 +31,7 @@ EXACT = {
 
 
 class Watch:
-    """What runs inside of regions that would be compiled."""
+    """Records what runs inside regions that would be compiled."""
 
     def __init__(self):
         self.inside, self.layers, self.hooks = False, set(), set()
@@ -48,7 +48,7 @@ class Watch:
         return compiled
 
     def watch_hooks(self):
-        """Every hook asks its layer's runtime for the rows of the forward that runs."""
+        """Watches all hooks: each asks its layer's runtime for the rows of the running forward."""
         for name in ("partition", "row_choice"):
             original = getattr(LayerRuntime, name)
 
@@ -61,7 +61,7 @@ class Watch:
 
 
 def gate(llama):
-    """What Unsloth's loader does to the classes, by its own functions where it has them."""
+    """Gates the classes like Unsloth's loader, by Unsloth's own functions where it has them."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     if hasattr(llama, "_gate_pre_patch_to_unsloth_models"):
@@ -78,7 +78,7 @@ def gate(llama):
 
 
 def wrap(cls, watch):
-    """The class forward in a compiled region, by Unsloth's own wrapper where it has one."""
+    """Puts the class forward into a compiled region, by Unsloth's own wrapper where it has one."""
     from unsloth.models import _block_compile
 
     before, torch.compile = torch.compile, watch.compile

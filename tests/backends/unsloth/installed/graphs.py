@@ -1,6 +1,6 @@
-"""A script: `cuda_graphs` on the layers of the installed Unsloth, on the CPU; prints as JSON what was recorded.
+"""A script: `cuda_graphs` on the layers of the installed Unsloth, on the CPU; prints as JSON what was captured.
 
-In a process of its own, as importing Unsloth changes torch and transformers for good. Recordings are stand-ins
+In a process of its own, as importing Unsloth changes torch and transformers for good. Captures are stand-ins
 (`recorded_layers.Rerun`), the project's kernels run through Triton's interpreter, Unsloth's are the same mathematics.
 """
 
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def load_xformers(patch: pytest.MonkeyPatch, asked: list) -> None:
-    """Unsloth's attention is xformers', a stand-in since it has GPU kernels only; ``asked`` gets its masks."""
+    """Makes Unsloth use xformers' attention, a stand-in since it has GPU kernels only; ``asked`` gets its masks."""
     from unsloth.models import llama
     from unsloth.utils import attention_dispatch, packing
     from xformers.ops.fmha import attn_bias
@@ -47,7 +47,7 @@ def load_xformers(patch: pytest.MonkeyPatch, asked: list) -> None:
 
 
 def examine() -> dict[str, list]:
-    """By setting and layout: the calls that were recorded, and how often each was replayed."""
+    """By setting and layout: the captured calls, and how often each was replayed."""
     torch.set_num_threads(1)
     base = make_base("llama", hidden_size=32, intermediate_size=64)
     import unsloth  # noqa: F401

@@ -1,4 +1,4 @@
-"""Exact removal against the installed Unsloth's own loss and forwards; part of `release`."""
+"""Skipping unused rows, compared with the installed Unsloth's own loss and forwards; part of `release`."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""A script: what does not hold of the installed Unsloth, as JSON into the file that it is given.
+"""A script: writes what does not hold of the installed Unsloth as JSON into the given file.
 
 It runs on the CPU, in a process of its own: importing Unsloth changes torch and transformers for good.
 """
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def examine() -> dict[str, str]:
-    """What does not hold of the installed Unsloth: a name and a traceback each."""
+    """What does not hold of the installed Unsloth: a traceback by name."""
     torch.set_num_threads(1)
     # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
     expected = {family: reference_steps(family) for family in COMPARED}
@@ -91,7 +91,7 @@ def check_functions() -> None:
 
 
 def check_forwards(family: str, base: nn.Module) -> None:
-    """The forwards of a family look the slots up, and hand keyword arguments on to the decoder layers."""
+    """The forwards of a family call the slots, and pass keyword arguments to the decoder layers."""
     from peft import PeftModelForCausalLM
 
     module = importlib.import_module(f"unsloth.models.{family}")
@@ -152,7 +152,7 @@ ALL_OF_THEM = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def check_rows_of_the_last_layer(base: nn.Module) -> None:
-    """Rows that its base weights are multiplied with: those that bear loss, but every row for keys and values."""
+    """The last layer's frozen-weight matmuls run over loss positions only, but over every row for keys and values."""
     model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch()
     every, loss = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
     whole, removed = dict.fromkeys(ALL_OF_THEM, every), dict.fromkeys(ALL_OF_THEM, loss)
@@ -170,8 +170,7 @@ def check_rows_of_the_last_layer(base: nn.Module) -> None:
     report = attach(model, {"preset": "dense"})
     assert report.num_sparse == 0
     assert str(report).endswith(
-        "rows without loss: left out of logits and loss, the last layer's MLP, the last layer's queries and O "
-        "projection"
+        "unused rows skipped in: logits and loss, the last layer's MLP, the last layer's queries and O projection"
     )
     with HostSyncs() as syncs:
         assert rows()[0] == removed
@@ -205,7 +204,7 @@ def check_rows_of_the_last_layer(base: nn.Module) -> None:
 
 
 class LastLayerRows(TorchDispatchMode):
-    """Rows of the products with the base weights of a model's last layer, by projection."""
+    """The number of rows of each frozen-weight matmul of a model's last layer, by projection."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -241,7 +240,7 @@ class HostSyncs(TorchFunctionMode):
 
 
 def check_two_forwards_in_flight(base: nn.Module) -> None:
-    """Each recompute leaves out the rows of its own forward."""
+    """Each recompute skips the unused rows of its own forward."""
     model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
     batches = make_batch(), make_batch(seed=1, lengths=((3, 9), (11, 1), (2, 2)))
     expected = [loss_and_gradients(model, batch)[1] for batch in batches]
@@ -281,7 +280,7 @@ def check_memory_budget(base: nn.Module) -> None:
 
 
 def check_every_gradient_comes(base: nn.Module) -> None:
-    """DDP waits for the gradient of every adapter, so a rank without dense or context rows must bring them all."""
+    """DDP waits for the gradient of every adapter, so a rank without loss or context tokens must compute them all."""
     batch = make_batch()
     no_loss = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     no_context = {**batch, "labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
@@ -298,7 +297,7 @@ def check_every_gradient_comes(base: nn.Module) -> None:
 
 
 def check_left_padding(base: nn.Module) -> None:
-    """Unsloth's tokens attend to padding on their left: with nothing dropped that is what they find there."""
+    """Unsloth's tokens attend to padding on their left; with nothing dropped, results are the same."""
     model, batch = fused_by_unsloth(copy.deepcopy(base), checkpointing=False), make_batch(side="left")
     expected = loss_and_gradients(model, batch)
     attach(model, SETTINGS["nothing dropped"])
@@ -306,7 +305,7 @@ def check_left_padding(base: nn.Module) -> None:
 
 
 def prefill_of(model: nn.Module, side: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits, and each layer's keys and values, of the prompts of a batch without its padding; prompts are sparse."""
+    """Logits, and each layer's keys and values, of a batch's prompts without padding, in a sparse prefill."""
     attach(model, SETTINGS["sparse"])
     FastSparseLanguageModel.for_inference(model, sparse_prefill=True)
     batch = make_batch(side=side)
@@ -348,7 +347,7 @@ def check_sparse_prefill(base: nn.Module, expected: dict) -> None:
 
 
 def check_life_after_attaching(base: nn.Module) -> None:
-    """A copy, another adapter and a second LoRA on the merged model: as without sparse paths."""
+    """A copy, another adapter and a second LoRA on the merged model give what they give without sparse paths."""
     batch = make_batch()
     for setting in ({"backward_rows": 0.999}, SETTINGS["nothing dropped"]):
         plain, model = (fused_by_unsloth(copy.deepcopy(base), checkpointing=True) for _ in range(2))
@@ -390,7 +389,7 @@ def check_benchmark(base: nn.Module) -> None:
 
 
 def calibration_of(model: nn.Module) -> Calibration:
-    """With few levels."""
+    """A calibration with few levels."""
     return calibrate(
         model,
         [make_batch(seed) for seed in range(4)],
@@ -403,7 +402,7 @@ def calibration_of(model: nn.Module) -> Calibration:
 
 
 def compare_calibrations(base: nn.Module, expected: Calibration) -> None:
-    """The same sensitivities and recipe as with the PEFT backend, and a model that is as it was."""
+    """Sensitivities and recipe equal those of the PEFT backend, and the model is unchanged."""
     model = fused_by_unsloth(base, checkpointing=True)
     before = loss_and_gradients(model, make_batch())
     found = calibration_of(model)
