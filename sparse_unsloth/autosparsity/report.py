@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.autosparsity.search import RELATIVE_ERROR, Calibration, Round
-from sparse_unsloth.channels.storage import package_version, save_estimator
+from sparse_unsloth.channels.storage import save_estimator
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.config.sparsity import SparsityConfig
-from sparse_unsloth.utils.environment import environment
+from sparse_unsloth.utils.environment import environment, version_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,6 +214,6 @@ def _signed(value: float) -> str:
 def _machine() -> str:
     found = environment()
     names = ("sparse-unsloth", "torch", "transformers", "trl", "peft", "scipy")
-    packages = ", ".join(f"{name} {package_version(name)}" for name in names)
+    packages = ", ".join(f"{name} {version_of(name) or 'unknown'}" for name in names)
     processor = ", ".join(found["gpus"]) or f"{found['processor']}, {found['torch_threads']} threads"
     return f"{processor}; Python {found['python']}; {packages}."

@@ -34,12 +34,12 @@ from sparse_unsloth.autosparsity.probe import (
 from sparse_unsloth.channels.calibration import CapturedEnergy, energy_captured
 from sparse_unsloth.channels.estimator import Estimator
 from sparse_unsloth.channels.selector import ChannelSelector
-from sparse_unsloth.channels.storage import package_version
 from sparse_unsloth.config.layer_rules import PARTS, LayerSparsity, collect, share, sparse_parts
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
+from sparse_unsloth.utils.environment import version_of
 
 MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)
@@ -202,7 +202,7 @@ def calibrate(
             "levels": levels,
             "config": every.model_dump(mode="json"),
             "backend": state.backend.name,
-            "version": package_version("sparse-unsloth"),
+            "version": version_of("sparse-unsloth") or "unknown",
         }
         key = journal_key(model, layers, samples, settings)
         journal = Journal(None if output_dir is None else Path(output_dir) / JOURNAL_FILE, key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from sparse_unsloth.config.removed import REMOVED
 from sparse_unsloth.config.sparsity import EstimatorConfig
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.utils.environment import version_of
 from sparse_unsloth.utils.tensor_file import DamagedFileError, raw_bytes, read_tensors, read_unchecked, write_tensors
 
 SAMPLED_VALUES = 4096
@@ -62,7 +62,9 @@ def save_estimator(
         "model_name": model_name,
         "model_revision": revision,
         "weight_fingerprints": json.dumps(fingerprints),
-        "versions": json.dumps({name: package_version(name) for name in ("sparse-unsloth", "torch", "safetensors")}),
+        "versions": json.dumps(
+            {name: version_of(name) or "unknown" for name in ("sparse-unsloth", "torch", "safetensors")}
+        ),
     }
     if write:
         write_tensors(Path(path), tensors, metadata)
@@ -248,11 +250,3 @@ def _check_kind_and_rank(path: Path, kind: str, rank: int, config: EstimatorConf
             f"{path} holds factors of rank {rank}, but the configuration asks for {config.rank}. Set estimator.rank: "
             f"{rank}, {cure}."
         )
-
-
-def package_version(package: str) -> str:
-    """The installed version, or ``unknown`` where a checkout is run without being installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

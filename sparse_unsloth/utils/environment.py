@@ -53,7 +53,7 @@ def requirements() -> list[Requirement]:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; empty where it is not installed."""
+    """The version of an installed package; empty where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
