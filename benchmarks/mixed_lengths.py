@@ -30,10 +30,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_again, arm_of, arms_of, what_ran, why_idle
+from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_notes, arm_of, arms_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import methods_of
 from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, processes_of, serve, warm_up
-from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_go_on_with
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_resume
 from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.cli import bench
@@ -171,11 +171,11 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
             documents, steps = int(piece["documents"]), int(piece["steps"])
             batches = make_batches(piece["layout"], documents, steps, model.config.vocab_size)
             if arm is not None:
-                arm_again(arm, model, documents, LONGEST)
+                replan_arm(arm, model, documents, LONGEST)
             try:
                 with budget.piece():
                     found = measure(model, piece, batches)
-                note = "" if arm is None else what_ran(arm, model)
+                note = "" if arm is None else arm_notes(arm, model)
             except torch.OutOfMemoryError:
                 found, note = {}, "out of memory"
             write(piece | found | {"tokens": tokens_of(batches), "note": note})
@@ -187,7 +187,7 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
         arm = arm_of(name) if pieces[name][0]["arm"] else None
         try:
             if arm is not None:
-                if why := why_idle(arm, model):
+                if why := why_unavailable(arm, model):
                     raise NotThere(why)
                 if name not in checked:
                     began = time.perf_counter()
@@ -316,7 +316,7 @@ def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
     from sparse_unsloth.bench.speed import describe, device_name
 
     common = describe(args, device_name())
-    args.run = args.run or run_to_go_on_with(plans_of(args).values(), common, args.date)
+    args.run = args.run or run_to_resume(plans_of(args).values(), common, args.date)
     print(f"run {args.run}", flush=True)
     plans = plans_of(args)
     for plan in plans.values():

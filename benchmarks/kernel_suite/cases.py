@@ -172,43 +172,43 @@ def glu_unit(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     for number, (N, k, r) in enumerate(shapes):
         kind = list(glu.KINDS)[number % len(glu.KINDS)] if N < 100 else "silu"
         stacked = draw(N, 2 * r + 2 * k, scale=0.5)  # as the product in leaves it: slices of one matrix
-        thin, base = stacked[:, : 2 * r], stacked[:, 2 * r :].split(k, dim=1)
+        xA, base = stacked[:, : 2 * r], stacked[:, 2 * r :].split(k, dim=1)
         gradient, loras = draw(N, r + k, scale=0.5), draw(3, I, r, scale=0.1)
-        d_down_thin, d_h = gradient[:, :r], gradient[:, r:]
+        d_down_xA, d_h = gradient[:, :r], gradient[:, r:]
         shape = f"N={N} k={k} r={r}"
         yield Case(
-            "glu_forward", shape, (thin, base, loras),
+            "glu_forward", shape, (xA, base, loras),
             lambda *inputs, kind=kind: _glu_forward(*inputs, kind),
             lambda *inputs, kind=kind: glu.reference_forward(*inputs, kind),
             e * N * (3 * r + 3 * k), 6 * N * I * r,
         )  # fmt: skip
         yield Case(
-            "glu_backward", shape, (thin, base, loras, d_h, d_down_thin),
+            "glu_backward", shape, (xA, base, loras, d_h, d_down_xA),
             lambda *inputs, kind=kind: _glu_backward(*inputs, kind),
             lambda *inputs, kind=kind: _glu_reference_backward(*inputs, kind),
             e * N * (6 * r + 5 * k), 18 * N * I * r,
         )  # fmt: skip
 
 
-def _glu_forward(thin, base, loras, kind) -> tuple[Tensor, Tensor]:
+def _glu_forward(xA, base, loras, kind) -> tuple[Tensor, Tensor]:
     k, r = base[0].shape[1], loras.shape[2]
-    unit = thin.new_empty(len(thin), r + k)
-    glu.glu_forward(thin, base, loras, unit[:, r:], unit[:, :r], kind)
+    unit = xA.new_empty(len(xA), r + k)
+    glu.glu_forward(xA, base, loras, unit[:, r:], unit[:, :r], kind)
     return unit[:, r:], unit[:, :r]
 
 
-def _glu_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tensor, ...]:
+def _glu_backward(xA, base, loras, d_h, d_down_xA, kind) -> tuple[Tensor, ...]:
     """With ``h down_A'``, which a recompute leaves to it."""
     k, r = base[0].shape[1], loras.shape[2]
-    d_stacked, down_thin = thin.new_empty(len(thin), 2 * r + 2 * k), thin.new_empty(len(thin), r)
-    d_thin, d_base = d_stacked[:, : 2 * r], d_stacked[:, 2 * r :].split(k, dim=1)
-    d_loras = glu.glu_backward(thin, base, loras, d_h, d_down_thin, d_base, d_thin, kind, down_thin)
-    return *d_base, d_thin, d_loras.sum(0), down_thin
+    d_stacked, down_xA = xA.new_empty(len(xA), 2 * r + 2 * k), xA.new_empty(len(xA), r)
+    d_xA, d_base = d_stacked[:, : 2 * r], d_stacked[:, 2 * r :].split(k, dim=1)
+    d_loras = glu.glu_backward(xA, base, loras, d_h, d_down_xA, d_base, d_xA, kind, down_xA)
+    return *d_base, d_xA, d_loras.sum(0), down_xA
 
 
-def _glu_reference_backward(thin, base, loras, d_h, d_down_thin, kind) -> tuple[Tensor, ...]:
-    gradients = glu.reference_backward(thin, base, loras, d_h, d_down_thin, kind)
-    return *gradients, glu.reference_forward(thin, base, loras, kind)[1]
+def _glu_reference_backward(xA, base, loras, d_h, d_down_xA, kind) -> tuple[Tensor, ...]:
+    gradients = glu.reference_backward(xA, base, loras, d_h, d_down_xA, kind)
+    return *gradients, glu.reference_forward(xA, base, loras, kind)[1]
 
 
 @kernel
@@ -231,11 +231,11 @@ def projections(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         compact = dense * (lead + width) + context * (lead + kept)
         yield Case(
             f"split_columns {name}", shape, (draw(M, lead), sources, partition.rows, index),
-            lambda thin, sources, rows, index, n=dense, counts=counts: columns.split_columns(
-                thin, sources, rows, n, index, counts
+            lambda xA, sources, rows, index, n=dense, counts=counts: columns.split_columns(
+                xA, sources, rows, n, index, counts
             ),
-            lambda thin, sources, rows, index, n=dense, counts=counts: columns.reference_split(
-                thin, sources, rows, n, index, counts
+            lambda xA, sources, rows, index, n=dense, counts=counts: columns.reference_split(
+                xA, sources, rows, n, index, counts
             ), 2 * e * compact,
         )  # fmt: skip
         matrix, bias = (draw(width, r), draw(width)) if len(widths) > 1 else (draw(r, width).t(), None)
@@ -346,8 +346,8 @@ def estimates(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         kind = "gelu" if name == " bias" else "silu"
         yield Case(
             f"mlp_scores{name}", f"N={N} I={I} rank={rank}", (draw(N, 2 * rank), up, *extras),
-            lambda thin, up, *extras, kind=kind: scores.mlp_scores(thin, up, kind, *extras),
-            lambda thin, up, *extras, kind=kind: scores.reference_mlp_scores(thin, up, kind, *extras),
+            lambda xA, up, *extras, kind=kind: scores.mlp_scores(xA, up, kind, *extras),
+            lambda xA, up, *extras, kind=kind: scores.reference_mlp_scores(xA, up, kind, *extras),
             e * 2 * rank * (N + I) + 4 * I, 4 * N * I * rank,
         )  # fmt: skip
     width = queries + 2 * keys
@@ -355,8 +355,8 @@ def estimates(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         yield Case(
             f"attention_energies{name}", f"N={N} channels={width} rank={rank}",
             (draw(N, 3 * rank), draw(rank, width), gain),
-            lambda thin, up, gain: scores.attention_energies(thin, up, queries, keys, gain),
-            lambda thin, up, gain: scores.reference_attention_energies(thin, up, queries, keys, gain),
+            lambda xA, up, gain: scores.attention_energies(xA, up, queries, keys, gain),
+            lambda xA, up, gain: scores.reference_attention_energies(xA, up, queries, keys, gain),
             e * rank * (3 * N + width) + 4 * width, 2 * N * width * rank,
         )  # fmt: skip
 

@@ -242,10 +242,10 @@ def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor
 @torch.no_grad()
 def contextual_channels(x: Tensor, selection: Selection, context: Tensor, network: Network) -> Tensor:
     """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows."""
-    thin = torch.bmm(x.detach(), selection.down.mT)
-    rank = thin.shape[-1] // 2
-    gates = torch.bmm(thin[..., :rank], selection.up_gate.mT)
-    ups = torch.bmm(thin[..., rank:], selection.up_up.mT)
+    reduced = torch.bmm(x.detach(), selection.down.mT)
+    rank = reduced.shape[-1] // 2
+    gates = torch.bmm(reduced[..., :rank], selection.up_gate.mT)
+    ups = torch.bmm(reduced[..., rank:], selection.up_up.mT)
     hidden = ACTIVATIONS[network.activation](gates) * ups * context
     wide = torch.promote_types(hidden.dtype, torch.float32)
     scores = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=wide) * selection.gain[:, None]

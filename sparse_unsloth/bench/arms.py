@@ -87,7 +87,7 @@ KEPT = (
 """Unsloth's variables that do not change how it trains: an arm is Unsloth's defaults, and its own variables."""
 
 
-def is_taken_out(name: str) -> bool:
+def conflicts_with_arms(name: str) -> bool:
     """Whether a variable of the user's would make another arm of an arm."""
     return name.startswith("UNSLOTH_") and name not in KEPT
 
@@ -115,7 +115,7 @@ def arms_of(names: str) -> dict[str, Arm]:
     return {name: arm_of(name) for name in names.split(",") if name}
 
 
-def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
+def why_not_installed(arm: Arm, folder: Path | None = None) -> str | None:
     """Why the Unsloth that is installed does not have the arm; None where it does. Unsloth is not imported.
 
     Args:
@@ -133,7 +133,7 @@ def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
     return None
 
 
-def why_idle(arm: Arm, model: nn.Module) -> str | None:
+def why_unavailable(arm: Arm, model: nn.Module) -> str | None:
     """Why the arm is none on this loaded model: CUDA graphs are those of compiled layers."""
     if GRAPHS in arm.env and not compiled_layers(model):
         return f"not there: Unsloth compiles no layer here (torch {version_of('torch')}), so {GRAPHS} does nothing"
@@ -145,7 +145,7 @@ def compiled_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(type(module).forward, "_unsloth_block_compiled", False)]
 
 
-def arm_again(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
+def replan_arm(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
     """Lets ``checkpoint_skip_layers="auto"`` plan anew in the next two steps, for another size of micro-batch.
 
     Unsloth plans once for a model, and for the size that its trainer tells it, of ``documents`` rows of ``longest``
@@ -165,7 +165,7 @@ def arm_again(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
     _utils._size_auto_checkpoint_skip_for_trainer(SimpleNamespace(model=model, args=sizes))
 
 
-def what_ran(arm: Arm, model: nn.Module) -> str:
+def arm_notes(arm: Arm, model: nn.Module) -> str:
     """What Unsloth made of the arm, for the table's notes; after the timing."""
     found = []
     if arm.layout == PADDED:

@@ -167,15 +167,15 @@ def check_graphs(model: nn.Module) -> str:
     run as it is.
     """
     state = get_state(model)
-    found = _check_replays(model, small_batch, as_recorded=state.row_sparse)
+    found = _check_replays(model, small_batch, uncaptured=state.row_sparse)
     if state.graphs.documents:
         found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
     return found
 
 
-def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
+def _check_replays(model: nn.Module, make: MakeBatch, uncaptured: bool) -> str:
     graphs = get_state(model).graphs
-    expected, noise = _as_recorded(model, make) if as_recorded else (None, 0.0)
+    expected, noise = _uncaptured_steps(model, make) if uncaptured else (None, 0.0)
     began = graphs.serial
     before = [loss_and_gradients(model, seed, make) for seed in range(SEEN_BEFORE)]
     if graphs.serial != began:
@@ -213,7 +213,7 @@ class Immediate:
         """It is made anew each time."""
 
 
-def _as_recorded(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
+def _uncaptured_steps(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
     """The steps of `check_graphs` by the functions that graphs record, not recorded; all recordings are forgotten.
 
     And how far apart gradients are when that is done twice: some kernels add in no fixed order.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from sparse_unsloth.bench.arms import arm_of, is_taken_out
+from sparse_unsloth.bench.arms import arm_of, conflicts_with_arms
 from sparse_unsloth.bench.methods import backend_of
 
 MARK = "@bench "
@@ -48,11 +48,13 @@ class Process:
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
         """The child's: ours, for arms without what would make another arm of it."""
-        return {name: text for name, text in ours.items() if name not in self.taken_out(ours)} | dict(self.env)
+        return {name: text for name, text in ours.items() if name not in self.conflicting_variables(ours)} | dict(
+            self.env
+        )
 
-    def taken_out(self, ours: Mapping[str, str]) -> list[str]:
+    def conflicting_variables(self, ours: Mapping[str, str]) -> list[str]:
         """The variables that arms run without."""
-        return [name for name in ours if self.arms and is_taken_out(name)]
+        return [name for name in ours if self.arms and conflicts_with_arms(name)]
 
 
 def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
@@ -111,7 +113,7 @@ class Parent:
         words = [*command, *process.words()]
         if self.deadline is not None:
             words += ["--deadline", str(self.deadline)]
-        if taken := process.taken_out(self._environment):
+        if taken := process.conflicting_variables(self._environment):
             print(f"without {', '.join(taken)}: arms are Unsloth's defaults", flush=True)
         error, last = None, ""
         self._child = subprocess.Popen(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_absent
+from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_not_installed
 from sparse_unsloth.bench.methods import BASELINE, backend_of
 from sparse_unsloth.bench.models import load_arm, load_model
 from sparse_unsloth.bench.processes import Parent, Process
@@ -102,7 +102,7 @@ class Plan:
         return {self._key(row) for row in rows if row["run"] == self.run}
 
 
-def run_to_go_on_with(plans: Iterable[Plan], common: Mapping[str, str], date: str) -> str:
+def run_to_resume(plans: Iterable[Plan], common: Mapping[str, str], date: str) -> str:
     """The newest run in the tables, if it is of this machine and code and lacks some of the plans; else a new one.
 
     Args:
@@ -140,7 +140,7 @@ def fill(plans: Mapping[str, Plan], processes: Iterable[Process], command: Seque
     """
     for process in processes:
         for name, piece in _left(plans, process):
-            if piece["arm"] and (why := why_absent(arm_of(piece["arm"]))):
+            if piece["arm"] and (why := why_not_installed(arm_of(piece["arm"]))):
                 plans[name].write(piece | {"note": why})
         names = [piece["arm"] or piece["method"] for _, piece in _left(plans, process)]
         if not names:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, Arm, arm_again, arm_of, what_ran, why_idle
+from sparse_unsloth.bench.arms import FLAT, Arm, arm_notes, arm_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import sparsity_of
 from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
 from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
@@ -187,7 +187,7 @@ class Run:
     def _take_turn(self, name: str, pieces: list[dict], number: int, plain: PlainSteps | None, folder: Path) -> None:
         """Of one arm or method, at all its shapes."""
         last, arm = number == self.args.rounds - 1, arm_of(name) if pieces[0]["arm"] else None
-        if arm is not None and (why := why_idle(arm, self.model)):
+        if arm is not None and (why := why_unavailable(arm, self.model)):
             self._fail(name, pieces, why)
             return
         file = folder / f"{name}.safetensors" if self.args.rounds > 1 else None
@@ -211,7 +211,7 @@ class Run:
         """Of one step: printed, and its sums written beside the table."""
         from sparse_unsloth.bench.profiling import IDLE, profile
 
-        stepper = self._recorded_stepper(laid_out(self.args.shapes[shape], layout), self._fresh_graphs())
+        stepper = self._stepper_with_graphs(in_layout(self.args.shapes[shape], layout), self._fresh_graphs())
         found = profile(stepper, self.model.config.num_hidden_layers)
         print(f"-- {name} {shape}: {found.text}", flush=True)
         launches = sum(count for _, count in found.kinds.values())
@@ -230,7 +230,7 @@ class Run:
             graphs.clear()
         return graphs
 
-    def _recorded_stepper(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
+    def _stepper_with_graphs(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
         """Steps of ``shape``, after those that ``graphs`` need until every further one is a replay."""
         stepper = Stepper(self.model, shape)
         for _ in range(0 if graphs is None else SEEN_BEFORE + 1):
@@ -244,8 +244,8 @@ class Run:
         shape, key, began = self.args.shapes[shape_name], (name, layout, shape_name), time.perf_counter()
         with frozen_heap():
             if arm is not None:
-                arm_again(arm, self.model, shape.batch, shape.length)
-            stepper = self._recorded_stepper(laid_out(shape, layout), graphs)
+                replan_arm(arm, self.model, shape.batch, shape.length)
+            stepper = self._stepper_with_graphs(in_layout(shape, layout), graphs)
             warm_up(stepper, self.args.warmup if arm is None else max(self.args.warmup, WARM_ARM))
             self.warmups[key] += time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
@@ -254,7 +254,7 @@ class Run:
         peak = (torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())) / 2**30
         self.times[name][layout, shape_name] += times
         self.peaks[key] = max(self.peaks[key], peak)
-        self.notes[key] = "" if arm is None else what_ran(arm, self.model)
+        self.notes[key] = "" if arm is None else arm_notes(arm, self.model)
         middle, low, high = quantiles(times)
         rate = shape.tokens / middle * 1000
         print(
@@ -343,7 +343,7 @@ def frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def laid_out(shape: Shape, layout: str) -> Shape:
+def in_layout(shape: Shape, layout: str) -> Shape:
     """The shape, its sequences one behind the other in one row where the layout is flat."""
     return replace(shape, packed=shape.tokens) if layout == FLAT else shape
 

@@ -13,7 +13,7 @@ from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, PADDED, arms_of
 from sparse_unsloth.bench.methods import METHODS, methods_of
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.bench.processes import Parent, own_command, processes_of, serve
-from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_go_on_with
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_resume
 from sparse_unsloth.bench.shapes import HOST, SHAPES, shapes_of
 from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_in_child, model_shape, rows_of_run
 from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     device = device_name()
     whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
-    run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
+    run = first.run or run_to_resume([whole], describe(first, device), first.date)
     print(f"run {run}", flush=True)
     complete = True
     with Parent(first.seconds).listening() as parent:

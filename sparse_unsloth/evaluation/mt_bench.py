@@ -163,9 +163,9 @@ def score(
     """
     rated = {(row["question_id"], row["turn"]): float(row["score"]) for row in judgements}
     rated = {key: value for key, value in rated.items() if value != FAILED}
-    strangers = [question for question, _ in rated if question not in categories]
-    if strangers:
-        raise EvaluationError(f"question {strangers[0]} is judged and not among the questions.")
+    unknown = [question for question, _ in rated if question not in categories]
+    if unknown:
+        raise EvaluationError(f"question {unknown[0]} is judged and not among the questions.")
     if not rated:
         raise EvaluationError("the judgements hold no rating.")
     groups = defaultdict(list)

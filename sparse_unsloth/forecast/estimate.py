@@ -13,7 +13,7 @@ from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
 from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import can_record, lengthened
+from sparse_unsloth.forecast.graphs import can_capture, padded_to_bucket
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
 from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
@@ -65,11 +65,11 @@ def estimate(
     def step(plan: Plan, removal: bool) -> Step:
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
-    def step_recorded(plan: Plan) -> Step:
-        longer = [lengthened(batch, tokens.layout) for batch in batches]
-        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, recorded=True)
+    def step_with_graphs(plan: Plan) -> Step:
+        longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
+        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
-    recordable = fitted is not None and can_record(recipe, model, backend, tokens.layout, batches)
+    capturable = fitted is not None and can_capture(recipe, model, backend, tokens.layout, batches)
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
@@ -80,8 +80,8 @@ def estimate(
         if preset.is_sparse(model.shape.num_layers):
             layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
             kind = replace(plan, layers=layers, backward_rows=preset.backward_rows)
-            graphs = recordable and recipe.sparsity.cuda_graphs
-            other = step_recorded(kind) if graphs else step(kind, removal)
+            graphs = capturable and recipe.sparsity.cuda_graphs
+            other = step_with_graphs(kind) if graphs else step(kind, removal)
             presets[name] = Preset(dense.flops / other.flops, time_ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
     sparse_share = len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0
@@ -106,7 +106,7 @@ def estimate(
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
-        recorded=step_recorded(plan if is_sparse else plan.dense()) if recordable else None,
+        recorded=step_with_graphs(plan if is_sparse else plan.dense()) if capturable else None,
         cuda_graphs=recipe.sparsity.cuda_graphs,
     )
 
@@ -128,14 +128,14 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
     )
 
 
-def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, recorded: bool = False) -> Step:
+def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, with_graphs: bool = False) -> Step:
     """The average micro-batch, times those of an optimiser step; ``recorded`` ones as `cuda_graphs` makes them."""
     flops = sum(work.flops for work in works) * accumulation / len(works)
     if fitted is None:
         return Step(flops, None, host_bound=False)
     model = fitted.step_time
-    milliseconds = sum(map(model.recorded if recorded else model, works)) * accumulation / len(works)
-    host_bound = not recorded and sum(map(model.host, works)) > sum(map(model.device, works))
+    milliseconds = sum(map(model.with_graphs if with_graphs else model, works)) * accumulation / len(works)
+    host_bound = not with_graphs and sum(map(model.host, works)) > sum(map(model.device, works))
     return Step(flops, milliseconds, host_bound)
 
 

@@ -13,7 +13,7 @@ from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 from sparse_unsloth.training.recipe import Recipe
 
 
-def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
+def can_capture(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
     """Whether every layer would be recorded as a whole, its attention included.
 
     Args:
@@ -34,7 +34,7 @@ def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches:
     )
 
 
-def lengthened(batch: MicroBatch, layout: str) -> MicroBatch:
+def padded_to_bucket(batch: MicroBatch, layout: str) -> MicroBatch:
     """``batch`` with rows of a round length, as recorded ones have (`sparse_unsloth.graphs.buckets`)."""
     if layout == PADDED:
         length, rows = max(batch.lengths), len(batch.lengths)

@@ -169,7 +169,7 @@ def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None =
         peaks = [memory_of_row(row, models[row["model"]]) for row in group]
         step_time = fit(steps)
         others = [
-            abs(step_time.recorded(work_of_row(row, models[row["model"]])) / row["median_ms"] - 1)
+            abs(step_time.with_graphs(work_of_row(row, models[row["model"]])) / row["median_ms"] - 1)
             for row in recorded[device, backend, dtype]
         ]
         fitted.append(

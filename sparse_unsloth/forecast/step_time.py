@@ -18,7 +18,7 @@ from sparse_unsloth.forecast.work import Work
 
 SHARPNESS = 8
 """Of the larger of host and device: they overlap, but not wholly."""
-RECORDED_HOST = 4.5
+GRAPHS_HOST = 4.5
 """Milliseconds for each layer that the host needs in a step whose layers are recorded (`cuda_graphs`). Not fitted: 32
 layers took 147 ms at the least where no two micro-batches were alike, and some 100 where all were
 (``benchmarks/results``: ``mixed_lengths.csv``, ``graphs``)."""
@@ -50,9 +50,9 @@ class StepTime:
         """Milliseconds of one micro-batch: forward and backward, the optimiser's update included."""
         return _larger(self.host(work), self.device(work))
 
-    def recorded(self, work: Work) -> float:
+    def with_graphs(self, work: Work) -> float:
         """The same where layers are recorded, and the host launches little."""
-        return _larger(RECORDED_HOST * work.layers, self.device(work))
+        return _larger(GRAPHS_HOST * work.layers, self.device(work))
 
 
 def _larger(host: float, device: float) -> float:

@@ -97,7 +97,7 @@ def quickstart(
     folder, console = Path(output_dir), Console()
     check_output(folder, "output-dir")
     for name in (DENSE, SPARSE, EQUAL):
-        _refuse_strangers(_run_folder(folder, name))
+        _refuse_unknown_files(_run_folder(folder, name))
     overrides = [] if steps is None else ["--max_steps", str(steps)]
     overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
@@ -140,13 +140,13 @@ def _run_folder(folder: Path, name: str) -> Path:
     return folder / name.replace(", ", "-").replace(" ", "-")
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_unknown_files(folder: Path) -> None:
     """Raises DataError where a run's folder, which is emptied, holds what no quickstart wrote."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strangers = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
-    if strangers:
+    unknown = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
+    if unknown:
         raise DataError(
-            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(strangers)[:5])}, which is of no "
+            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(unknown)[:5])}, which is of no "
             "quickstart. Give another --output-dir."
         )
 

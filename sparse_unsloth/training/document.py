@@ -71,7 +71,7 @@ class Document:
                 self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
             self.places[key.value] = place
         self.problems += [
-            problem for _, block in (root.value if root is not None else ()) for problem in _twice(name, block)
+            problem for _, block in (root.value if root is not None else ()) for problem in _duplicate_keys(name, block)
         ]
         self._resolve_sparsity_file(entry)
         if "extends" in self.values:
@@ -140,7 +140,7 @@ def yaml_problem(name: str, error: yaml.YAMLError) -> str:
     )
 
 
-def _twice(name: str, node: yaml.Node) -> list[str]:
+def _duplicate_keys(name: str, node: yaml.Node) -> list[str]:
     """Keys that a block holds twice, of which YAML keeps the last without a word."""
     problems, seen = [], {}
     for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
@@ -150,7 +150,7 @@ def _twice(name: str, node: yaml.Node) -> list[str]:
             if key.value in seen:
                 problems.append(f"{place}: given twice, first as {seen[key.value]}")
             seen[key.value] = place
-        problems += _twice(name, value)
+        problems += _duplicate_keys(name, value)
     return problems
 
 

@@ -167,7 +167,7 @@ def _build(document: Document) -> Recipe:
         except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
             problems.append(f"{document.name}: {' '.join(str(error).split())}")
     problems += _unsupported(document.name, blocks.get("model"))
-    problems += _unheard(document, blocks.get("training"))
+    problems += _ignored_keys(document, blocks.get("training"))
     if problems:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
@@ -192,7 +192,7 @@ def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityCo
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 
 
-def _unheard(document: Document, training: SFTConfig | None) -> list[str]:
+def _ignored_keys(document: Document, training: SFTConfig | None) -> list[str]:
     """What transformers passes over, or refuses only after the model is loaded."""
     if training is None:
         return []

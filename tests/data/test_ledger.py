@@ -249,7 +249,7 @@ def test_what_is_changed_of_conversations_is_said(read):
     assert sample["messages"] == chat(("user", "a\n\nb"), ("assistant", "c\n\nd"))
     facts = ledger.as_dict()["facts"]
     assert "1 of 1 samples: turns of one role in a row are joined" in facts
-    assert "1 of 1 samples: a last turn that nobody answers is cut off" in facts
+    assert "1 of 1 samples: a last turn without an answer is cut off" in facts
 
 
 def test_a_system_column_beside_a_system_turn_is_said(read):

@@ -131,7 +131,7 @@ def test_prompts_that_fill_max_length_are_an_error(training, capsys, changes):
     code, metrics = training(questions([(90, 3)] * 6), max_length=64, **changes)
     assert (code, metrics) == (2, None)
     said = capsys.readouterr().err
-    assert "none of 6 samples bears loss. Either the prompts alone fill max_length (64)" in said
+    assert "none of 6 samples has a loss token. Either the prompts alone fill max_length (64)" in said
     assert main(["estimate", str(training.recipe)]) == 2
     assert said.strip().splitlines()[-1] == capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -149,7 +149,7 @@ def test_answers_that_are_cut_away_are_counted(training, caplog, changes):
     assert cut + kept == 7
     assert 2 <= cut <= 3
     said = [record.getMessage() for record in caplog.records]
-    sentence = f"{cut} of 7 samples are left out: within max_length none of their tokens bears loss. Raise max_length"
+    sentence = f"{cut} of 7 samples are left out: they have no loss token within max_length. Raise max_length"
     assert sum(sentence in line for line in said) == 1
     assert any("1 of 9 samples left out: 1 without an answer" in line for line in said)
 

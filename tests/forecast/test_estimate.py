@@ -12,7 +12,7 @@ from sparse_unsloth.cli.arguments import parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
-from sparse_unsloth.forecast import graphs as recorded
+from sparse_unsloth.forecast import graphs
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.report import as_dict, report
 from sparse_unsloth.forecast.tokens import MicroBatch
@@ -284,18 +284,18 @@ def test_predicted_times_on_a_gpu(recipe):
     assert "the host's launches take longer" in text, "a model this small is bound by the host"
 
 
-RECORDED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
+CAPTURED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
 
 
 def test_recorded_steps_do_not_wait_for_the_host(recipe):
-    plain = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity="rows"))
+    plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="rows"))
     assert plain.recorded.milliseconds < plain.sparse_exact.milliseconds
     assert plain.graphs_speedup == pytest.approx(plain.sparse_exact.milliseconds / plain.recorded.milliseconds)
     assert plain.sparse_as_trained is plain.sparse_exact
     assert f"`cuda_graphs: true` is expected to make a step {plain.graphs_speedup:.2f}x" in advise(plain)
-    asked = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"backward_rows": 0.25, "cuda_graphs": True}))
+    asked = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity={"backward_rows": 0.25, "cuda_graphs": True}))
     assert asked.sparse_as_trained is asked.recorded
-    assert asked.dense_as_trained is asked.dense_exact, "dense phases are not recorded"
+    assert asked.dense_as_trained is asked.dense_exact, "dense phases are not captured"
     assert asked.speedup == pytest.approx(plain.speedup * plain.graphs_speedup)
     assert asked.presets["rows"].speedup == pytest.approx(asked.speedup)
     assert "cuda_graphs" not in advise(asked)
@@ -303,7 +303,7 @@ def test_recorded_steps_do_not_wait_for_the_host(recipe):
 
 def test_dense_training_is_recorded_too(recipe, capsys):
     plain, asked = (
-        estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
+        estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
         for graphs in (False, True)
     )
     assert "with nothing left out" in advise(plain)
@@ -323,9 +323,9 @@ def test_dense_training_is_recorded_too(recipe, capsys):
         {"padding_free": True},
     ],
 )
-def test_steps_that_are_not_recorded_as_a_whole(recipe, changes, monkeypatch):
-    monkeypatch.setattr(recorded, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
-    asked = {**RECORDED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
+def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes, monkeypatch):
+    monkeypatch.setattr(graphs, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
+    asked = {**CAPTURED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
     assert estimate(of_gpu(recipe, rows=LONG, **asked)).recorded is not None
     result = estimate(of_gpu(recipe, rows=LONG, **{**asked, **changes}))
     assert result.recorded is None
@@ -334,12 +334,12 @@ def test_steps_that_are_not_recorded_as_a_whole(recipe, changes, monkeypatch):
 
 def test_recorded_rows_have_round_lengths():
     batch = MicroBatch(40, 200, 10, 40, (125, 125))
-    padded = recorded.lengthened(batch, "padded")
+    padded = graphs.padded_to_bucket(batch, "padded")
     assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
-    assert recorded.lengthened(padded, "padded") == padded
-    flat = recorded.lengthened(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
+    assert graphs.padded_to_bucket(padded, "padded") == padded
+    flat = graphs.padded_to_bucket(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
     assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
-    assert recorded.lengthened(flat, "packed") == flat
+    assert graphs.padded_to_bucket(flat, "packed") == flat
 
 
 def test_command_prints_text_and_json(recipe, capsys):
@@ -396,7 +396,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        (questions([(30, 1)] * 5), {"max_length": 16}, "none of 5 samples bears loss"),
+        (questions([(30, 1)] * 5), {"max_length": 16}, "none of 5 samples has a loss token"),
         (
             [{"messages": [{"role": "user", "content": "one"}]}] * 5,
             {"assistant_only_loss": True},
