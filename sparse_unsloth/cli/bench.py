@@ -1,4 +1,4 @@
-"""``sparse-unsloth bench``."""
+"""Runs the command ``sparse-unsloth bench``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ where it stopped. With --rounds above 1 the methods take turns, so that a drift 
 row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
 unsloth is transformers' own.
 
-What stands behind --then is a further run of the same date, which keeps the options before it but for those that it
+The words after --then are a further run of the same date, which keeps the options before it except those that it
 gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
 """
 
@@ -52,7 +52,7 @@ THEN, FIRST = "--then", "first"
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How long, which run, its table; and the words of a child."""
+    """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
     parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
@@ -88,10 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with ``arms``, ``methods``, ``layouts`` and ``shapes`` resolved.
+    """Parses the arguments and resolves ``arms``, ``methods``, ``layouts`` and ``shapes``.
 
     Raises:
-        ConfigError: an unknown arm, method, layout or shape, a count below 1, or a table of another kind to append to.
+        ConfigError: an arm, method, layout or shape is unknown, a count is below 1, or the table to append to has
+            other columns.
     """
     args = build_parser().parse_args(argv)
     if args.model is None and not args.table:
@@ -113,7 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
-    """The runs of a command line, parted by ``--then``; each has its ``words``, and all have one date.
+    """Parses the runs of a command line, separated by ``--then``; each has its ``words``, and all have one date.
 
     Raises:
         ConfigError: as `parse`.
@@ -132,11 +133,11 @@ def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; 1 if an arm or a method could not be timed, or not yet.
+    """Runs the benchmark; returns 1 if an arm or a method has no time yet, or cannot be timed.
 
     Raises:
-        ConfigError: see `parse`; or a table is asked for of a run that is not there.
-        BackendError: no CUDA GPU.
+        ConfigError: see `parse`; or the run whose table is requested does not exist.
+        BackendError: there is no CUDA GPU.
     """
     runs = parse_runs(argv)
     first = runs[0]

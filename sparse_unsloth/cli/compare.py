@@ -1,4 +1,4 @@
-"""``sparse-unsloth compare``."""
+"""Runs the command ``sparse-unsloth compare``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sub-command ``sparse-unsloth evaluate``."""
+"""Runs the command ``sparse-unsloth evaluate``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SUITES = ("humaneval", "humaneval-plus", "mt-bench", "commonsense", "arithmetic"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the words behind ``evaluate``."""
+    """Makes the parser of the words after ``evaluate``."""
     parser = command_parser("evaluate", DESCRIPTION, EPILOG)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run, adapter or model folder, or a hub name")
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="SUITE")
@@ -68,10 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Evaluates what ``words`` ask for, and prints the scores.
+    """Evaluates the sources of a command line, and prints the scores.
 
     Raises:
-        SparsityError: wrong words, or see the suites.
+        SparsityError: the arguments are invalid, or see the suites.
     """
     arguments = build_parser().parse_args(words)
     if arguments.output_dir and len(arguments.runs) > 1:
@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def evaluate(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One source on one suite; the suites' libraries are imported here, by the one that needs them."""
+    """Evaluates one source on one suite, and imports the libraries of that suite only."""
     folder = source.folder / arguments.suite
     common = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
     options = {name: value for name, value in common.items() if value is not None}

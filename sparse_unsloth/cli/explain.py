@@ -1,4 +1,4 @@
-"""``sparse-unsloth explain``: its words, and what they lead to."""
+"""Runs the command ``sparse-unsloth explain``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Explains the run that ``words`` name.
+    """Explains the run of a command line.
 
     Raises:
         ConfigError: the folder has no records.

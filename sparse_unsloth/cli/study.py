@@ -1,4 +1,4 @@
-"""The words after ``sparse-unsloth study``."""
+"""Runs the command ``sparse-unsloth study``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     """Runs one study and returns 0.
 
     Raises:
-        StudyError: it cannot be made as asked.
+        StudyError: the study cannot run with these options, files or packages.
     """
     arguments = build_parser().parse_args(words)
     outdir = Path(arguments.outdir or f"runs/study-{arguments.study}")

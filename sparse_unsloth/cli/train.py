@@ -1,4 +1,4 @@
-"""``sparse-unsloth train``."""
+"""Runs the command ``sparse-unsloth train``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ stays as it is. model_name_or_path may be an adapter, a checkpoint or a run's fo
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; it leaves ``--key value`` words to `parse_overrides`."""
+    """Makes the parser; it leaves ``--key value`` words to `parse_overrides`."""
     parser = command_parser("train", DESCRIPTION, EPILOG, usage="RECIPE [--key value ...]")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Trains the recipe that ``words`` name.
+    """Trains the recipe of a command line.
 
     Raises:
         SparsityError: see `run`.

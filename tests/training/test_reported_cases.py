@@ -176,7 +176,7 @@ def test_completion_only_needs_completions(training, capsys):
     """huggingface/trl#1507, huggingface/open-r1#648: the loss is on every token where there are none."""
     rows = [{"messages": turns(("user", "one"), ("assistant", "two"))}] * 4
     assert training(rows, completion_only_loss=True) == (2, None)
-    assert "have no completion (messages), so every token would bear loss" in capsys.readouterr().err
+    assert "have no completion (messages), so every token would be a loss token" in capsys.readouterr().err
 
 
 def test_a_training_without_a_batch_is_refused(training, capsys):
