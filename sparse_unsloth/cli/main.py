@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:
-    """Removes a bare ``--debug``; returns the other words and whether it was there (TRL's key ``debug`` has a value)."""
+    """Removes a bare ``--debug``; returns the other words, and whether it was there (TRL has a key of that name)."""
     kept, found = [], False
     for index, word in enumerate(words):
         following = words[index + 1 : index + 2]
