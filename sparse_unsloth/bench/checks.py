@@ -169,7 +169,7 @@ def check_graphs(model: nn.Module) -> str:
     state = get_state(model)
     found = _check_replays(model, small_batch, uncaptured=state.row_sparse)
     if state.graphs.documents:
-        found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
+        found += f"; packed, {_check_replays(model, packed_batch, uncaptured=True)}"
     return found
 
 

@@ -1,1 +1,1 @@
-"""``sparse-unsloth evaluate``: what a trained adapter can do, judged by libraries that others judge theirs by."""
+"""Evaluates trained adapters with public libraries: the commands ``sparse-unsloth evaluate`` and ``compare``."""

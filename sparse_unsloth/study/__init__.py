@@ -1,1 +1,1 @@
-"""Studies of low rank: of matrices (``toy``), a model's weights (``spectra``), trained adapters (``prune``)."""
+"""Studies low-rank approximations of matrices (``toy``), model weights (``spectra``) and adapters (``prune``)."""
