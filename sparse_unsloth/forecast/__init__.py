@@ -1,1 +1,1 @@
-"""What a training will cost and gain, said before it begins: the command ``sparse-unsloth estimate``."""
+"""Predicts cost and gain of a training before it begins: the command ``sparse-unsloth estimate``."""

@@ -1,4 +1,4 @@
-"""The estimate of one training: tokens, FLOPs, time, memory and advice, from a checked recipe and nothing run."""
+"""Estimates tokens, FLOPs, time and memory of a training from its recipe, without running a step."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
 
 SAMPLES = 1000
-"""Samples that are looked at unless told otherwise."""
+"""The default number of samples to read."""
 
 
 def estimate(
     recipe: Recipe, samples: int | None = SAMPLES, device: str | None = None, speed_table: str | Path | None = None
 ) -> Estimate:
-    """Estimates the training that ``recipe`` describes. Reads the model's configuration and tokenizer, not its weights.
+    """Estimates the training of ``recipe``. Reads the model's configuration and tokenizer, not its weights.
 
     Args:
-        recipe: as `load_recipe` gives it.
-        samples: how many to look at, drawn by the recipe's seed; None for all.
+        recipe: a recipe of `load_recipe`.
+        samples: the number of samples to read, drawn by the recipe's seed; None for all.
         device: a part of the name of a measured GPU; None takes the newest measurements.
-        speed_table: rows of `sparse-unsloth bench` to fit instead of the package's own.
+        speed_table: a table of `sparse-unsloth bench` to fit instead of the package's.
 
     Raises:
-        SparsityError: model or data are out of reach, do not fit the recipe, or nothing bears loss.
+        SparsityError: model or data cannot be loaded or do not fit the recipe, or there is no loss token.
     """
     if recipe.model.lora_task_type == SEQ_CLS:
         raise ConfigError("estimate counts the tokens of text recipes; a classifier (SEQ_CLS) it cannot estimate yet.")
@@ -129,7 +129,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
 
 
 def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, with_graphs: bool = False) -> Step:
-    """The average micro-batch, times those of an optimiser step; ``recorded`` ones as `cuda_graphs` makes them."""
+    """Scales the average micro-batch to an optimiser step; ``with_graphs``: with the host time of `cuda_graphs`."""
     flops = sum(work.flops for work in works) * accumulation / len(works)
     if fitted is None:
         return Step(flops, None, host_bound=False)
@@ -164,7 +164,7 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
 
 
 def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], row_sparse: bool) -> Memory:
-    """``row_sparse``: every step's backward pass goes through few rows, where a micro-batch has context rows."""
+    """Predicts the peak; ``row_sparse``: every step's backward pass leaves out rows of each micro-batch."""
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
     through = {}
     if row_sparse and all(batch.context for batch in batches):
