@@ -1,1 +1,1 @@
-"""The benchmark of training steps, ``sparse-unsloth bench``: dense and sparse methods side by side."""
+"""Measures training steps, dense and sparse: the command ``sparse-unsloth bench``."""

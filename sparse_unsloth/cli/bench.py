@@ -24,17 +24,17 @@ DESCRIPTION = """\
 Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
 
 One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
-fresh random tokens. Each arm of Unsloth runs in a process of its own (arms with the same variables and arguments share
-one), our methods in another, so that each sees the machine as a user's process does. Each is checked (what does not
-compute what it should is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows go into the
-table as soon as they are there, or when the job is told to stop (SIGTERM); an arm that fails, or that this Unsloth does
-not have, gets a row that says why. At the end every row of the run gets its ratios: to Unsloth's defaults (stock), and
-to the best arm at that shape.
+fresh random tokens. Each arm of Unsloth runs in a separate process (arms with the same variables and arguments share
+one), our methods in another, so that each sees the machine as a user's process does. Each is checked (a method with
+wrong results is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows are written to the
+table as soon as they are measured, or when the job is stopped (SIGTERM); an arm that fails, or that this Unsloth does
+not have, gets a row with the reason. At the end every row of the run gets its ratios: to Unsloth's defaults (stock),
+and to the best arm at that shape.
 
-With --seconds the job ends in time; called again with the same --out on the same machine within two hours, it goes on
-where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a
+--seconds limits the time; called again with the same --out on the same machine within two hours, the job resumes
+where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks affects all; a
 row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
-unsloth is transformers' own.
+unsloth is transformers' checkpointing.
 
 The words after --then are a further run of the same date, which keeps the options before it except those that it
 gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
@@ -54,8 +54,8 @@ THEN, FIRST = "--then", "first"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
-    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
+    parser.add_argument("--seconds", type=float, help="time limit of the job; call again to resume")
+    parser.add_argument("--run", default="", help="the run to resume, or whose table to print")
     parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

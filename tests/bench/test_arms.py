@@ -215,7 +215,7 @@ def test_what_compiled_layers_did_is_read_off_the_unsloth_that_is_installed(inst
     monkeypatch.setattr(DemoDecoderLayer, "forward", lambda self, hidden_states: None)
     DemoDecoderLayer.forward._unsloth_block_compiled = True
     assert arm_notes(arm_of("block-graphs"), model).endswith(
-        ", CUDA graphs not seen into: this Unsloth keeps them elsewhere"
+        ", CUDA graphs not counted: this Unsloth keeps them elsewhere"
     )
 
 
