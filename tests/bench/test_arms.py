@@ -1,4 +1,4 @@
-"""Unsloth's own arms: what each sets, which share a process, what ran of them."""
+"""Tests Unsloth's arms: what each sets, which share a process, and the notes on what ran."""
 
 import argparse
 import ast

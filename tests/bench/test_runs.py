@@ -1,4 +1,4 @@
-"""A bench of several arms and methods: what fails, goes on, is left out; and what a child times."""
+"""Tests a bench of several arms and methods: failures, resumption, omissions, and what a child times."""
 
 import gc
 import importlib.util

@@ -1,4 +1,4 @@
-"""Arms on micro-batches of all lengths: shared processes, failures, warming up."""
+"""Tests arms on micro-batches of all lengths: shared processes, failures, warming up."""
 
 import gc
 import importlib.util

@@ -1,4 +1,4 @@
-"""What `sparse-unsloth estimate` says: tokens by hand, FLOPs by PyTorch's counter, advice and errors."""
+"""Tests `sparse-unsloth estimate`: tokens by hand, FLOPs by PyTorch's counter, advice and errors."""
 
 import json
 from dataclasses import replace
@@ -164,7 +164,7 @@ def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpo
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")
     sparsity = ALWAYS if is_sparse else "dense"
     if is_sparse == "rows":
-        # TRL's default loss, and the other one without the exact removal.
+        # TRL's default loss, and the other one without skipping unused rows.
         sparsity = {"preset": "rows", "exact_removal": not changes}
     source = recipe(sparsity=sparsity, gradient_checkpointing=checkpointing, **changes)
     expected = estimate(load_recipe(source))
@@ -287,7 +287,7 @@ def test_predicted_times_on_a_gpu(recipe):
 CAPTURED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
 
 
-def test_recorded_steps_do_not_wait_for_the_host(recipe):
+def test_captured_steps_do_not_wait_for_the_host(recipe):
     plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="rows"))
     assert plain.recorded.milliseconds < plain.sparse_exact.milliseconds
     assert plain.graphs_speedup == pytest.approx(plain.sparse_exact.milliseconds / plain.recorded.milliseconds)
@@ -301,7 +301,7 @@ def test_recorded_steps_do_not_wait_for_the_host(recipe):
     assert "cuda_graphs" not in advise(asked)
 
 
-def test_dense_training_is_recorded_too(recipe, capsys):
+def test_dense_training_is_captured_too(recipe, capsys):
     plain, asked = (
         estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
         for graphs in (False, True)
@@ -332,7 +332,7 @@ def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes, monkeypatch):
     assert "The times are those without cuda_graphs" in advise(result)
 
 
-def test_recorded_rows_have_round_lengths():
+def test_captured_rows_are_padded_to_buckets():
     batch = MicroBatch(40, 200, 10, 40, (125, 125))
     padded = graphs.padded_to_bucket(batch, "padded")
     assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)

@@ -1,4 +1,4 @@
-"""The model of step times: that it finds known coefficients, takes the right rows, and is what the package stores."""
+"""Tests that the model of step times finds known coefficients, takes the right rows, and is stored in the package."""
 
 import csv
 import json
@@ -82,8 +82,8 @@ def test_errors_are_of_rows_that_the_fit_did_not_see():
     assert fitted.errors.step_worst == pytest.approx(0.5, abs=0.05)
 
 
-def test_recorded_steps():
-    """The host needs a time of its own; the fit does not see them, and the newest of each shape counts."""
+def test_steps_with_graphs():
+    """They have their own host time, the fit does not see them, and the newest of each shape counts."""
     work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
     assert TRUE.device(work) <= TRUE.with_graphs(work) < 1.01 * TRUE.device(work)
     assert TRUE.with_graphs(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * GRAPHS_HOST, rel=0.01)
@@ -100,7 +100,7 @@ def test_recorded_steps():
 
 
 @pytest.mark.parametrize(("layout", "count"), [("padded", 16), ("flat", 24)])
-def test_recorded_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
+def test_captured_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
     """``mixed_lengths.csv``, within a tenth; `GRAPHS_HOST` was read off its shortest step."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     from mixed_lengths import make_batches

@@ -1,6 +1,6 @@
-"""Cases that users of Unsloth, TRL, PEFT, transformers, LLaMA-Factory and axolotl reported, rebuilt small.
+"""Tests small versions of cases that users of Unsloth, TRL, PEFT, transformers, LLaMA-Factory and axolotl reported.
 
-Each names its report: what was trained, saved or judged was something else than they thought, without a word.
+Each names its report: something else than intended was trained, saved or evaluated, without a message.
 """
 
 import json
