@@ -27,7 +27,7 @@ DESCRIPTION = """\
 Measures on a few dozen samples of your data what sparsity costs in each layer, and chooses the sparsity of each for a
 FLOP budget or a bound on the loss. Writes sparsity.yaml (for a recipe's `sparsity:`), the estimator, and a report.
 
-RECIPE is a YAML file or the name of a shipped one; its layer rules play no part, the rest of its sparsity block does.
+RECIPE is a YAML file or the name of a shipped one; its layer rules are ignored, the rest of its sparsity block is used.
 MODEL and DATASET are what a recipe has as model_name_or_path and dataset_name. Any key of a recipe can be set by
 --key value. A second start with the same model, data and settings goes on from what was measured."""
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     bound.add_argument(
         "--budget",
         type=float,
-        help="FLOPs of context tokens' products with frozen weights, as a share of the dense ones (default: 0.5)",
+        help="FLOPs of context tokens' frozen-weight matmuls, as a share of the dense ones (default: 0.5)",
     )
     bound.add_argument("--max-loss", type=float, help="instead: increase of the answer loss allowed, in nats")
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):

@@ -10,9 +10,9 @@ from sparse_unsloth.cli.arguments import command_parser, parse, recipe_source
 from sparse_unsloth.errors import ConfigError
 
 DESCRIPTION = """\
-Says, before any training, what sparsity will gain: the context share of the data under this template and loss setting,
-tokens, FLOPs and time of a step, dense and sparse, peak memory, and what follows. It reads the model's configuration
-and tokenizer, never its weights, and needs no GPU.
+Predicts the gain of sparsity before any training: the context share of the data under this template and loss setting,
+tokens, FLOPs and time of a step, dense and sparse, peak memory, and advice. It reads the model's configuration and
+tokenizer, never its weights, and needs no GPU.
 
 RECIPE is a YAML file or the name of a shipped one. MODEL and DATASET are what a recipe has as model_name_or_path and
 dataset_name: hub names, folders, files. Any key of a recipe can be set by --key value."""

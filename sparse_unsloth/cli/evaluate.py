@@ -31,8 +31,8 @@ examples:
   sparse-unsloth evaluate runs/csr170k --suite commonsense --data boolq=boolq_test.json --batch-size 32
   sparse-unsloth evaluate runs/wizardlm --suite mt-bench --questions question.jsonl --export merged
 
-Code that a model wrote is run with --execute-code only: in a process of its own, with limits on time and memory, and
-without network where the system allows that. It is no prison; use a container for code that may be hostile."""
+Code that a model wrote is run with --execute-code only: in a separate process, with limits on time and memory, and
+without network where the system allows that. It is not a security boundary; use a container for hostile code."""
 
 SUITES = ("humaneval", "humaneval-plus", "mt-bench", "commonsense", "arithmetic", "glue", "arc-agi")
 
@@ -44,13 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="SUITE")
     parser.add_argument("--base", action="store_true", help="the base model of each run, without its adapter")
     parser.add_argument("--output-dir", help="where results go, instead of the run folder; for one RUN")
-    parser.add_argument("--limit", type=positive, help="the first so many items only")
-    parser.add_argument("--batch-size", type=positive, help="prompts at a time (default: the suite's own)")
-    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's own)")
+    parser.add_argument("--limit", type=positive, help="the number of items, from the first")
+    parser.add_argument("--batch-size", type=positive, help="prompts per batch (default: the suite's)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's)")
     code = parser.add_argument_group("humaneval")
     code.add_argument("--execute-code", action="store_true", help="run what the model wrote, to score it")
     code.add_argument("--problems", help="a file in HumanEval's (or EvalPlus') format instead of the package's")
-    text = "ask by the recipe's template, or give the bare function to go on with (default: instruct)"
+    text = "prompt with the recipe's template, or with the bare function (default: instruct)"
     code.add_argument("--style", choices=("instruct", "complete"), default="instruct", help=text)
     chat = parser.add_argument_group("mt-bench")
     chat.add_argument("--questions", help="FastChat's question.jsonl (fastchat/llm_judge/data/mt_bench)")

@@ -18,13 +18,13 @@ SUBCOMMANDS = {
     "keys": "list the keys of a recipe",
     "doctor": "report versions, GPU, backend and kernels, and what is missing",
     "quickstart": "train a small model dense and sparse on the CPU, and compare",
-    "estimate": "say before training what sparsity will gain: tokens, FLOPs, time, memory",
+    "estimate": "predict the speed-up before training: tokens, FLOPs, time, memory",
     "calibrate": "measure on your data what sparsity costs in each layer, and choose it",
-    "explain": "say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
+    "explain": "explain what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
     "bench": "time training steps on the GPU, dense and sparse",
-    "evaluate": "judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
-    "compare": "compare runs and seeds: loss, scores, tokens a second, memory, with paired tests",
-    "study": "study low rank: toy matrices, a model's spectra, pruned adapters",
+    "evaluate": "evaluate runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
+    "compare": "compare runs and seeds: loss, scores, tokens per second, memory, with paired tests",
+    "study": "study low-rank approximations: toy matrices, a model's spectra, pruned adapters",
 }
 """The help of each command; the module of that name in this package has its parser and its ``main``."""
 

@@ -11,7 +11,7 @@ DESCRIPTION = """\
 Trains a recipe and writes a run folder: recipe.yaml (resolved, can be run again), adapter/, checkpoints,
 metrics.json and environment.json.
 
-RECIPE is a YAML file, or the name of a shipped one (`sparse-unsloth recipes`). Its keys are TRL's own (SFTConfig and
+RECIPE is a YAML file, or the name of a shipped one (`sparse-unsloth recipes`). Its keys are TRL's (SFTConfig and
 ModelConfig, all under their usual names), dataset_* keys, `backend` (auto, unsloth, peft) and a `sparsity` block.
 `sparse-unsloth keys` lists them all. Any key can be overridden here; dots reach into blocks.
 
@@ -25,8 +25,8 @@ examples:
   sparse-unsloth train my.yaml --lora_target_modules q_proj v_proj --packing
   sparse-unsloth train my.yaml --resume_from_checkpoint
 
-Unknown keys and wrong types are errors, all of them reported at once (exit code 2). A finished run that is resumed
-stays as it is. model_name_or_path may be an adapter, a checkpoint or a run's folder: training goes on from that."""
+Unknown keys and wrong types are errors, all reported together (exit code 2). A finished run that is resumed does not
+change. model_name_or_path may be an adapter, a checkpoint or a run's folder: training continues from it."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -263,7 +263,7 @@ def test_advice_where_it_is_not(recipe):
         (LONG, {}, "Presets on this data"),
         (LONG, {}, "For quality take `sparsity: rows` first"),
         (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on all three tasks"),
-        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true costs only attention's part"),
+        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true costs only a recompute of attention's part"),
         (LONG, {"sparsity": {"backward_rows": 0.05}}, "Fewer than 10% of the context rows did worse"),
         (SHORT, {"sparsity": "rows"}, "Not worth it: it gains"),
         (LONG, {"sparsity": {"backward_rows": 0.2, "start_step": 50}}, "the whole training will be dense"),
