@@ -20,9 +20,9 @@ RESULTS = Path(__file__).parent / "results" / "speed.csv"
 
 def rows_to_fit(table: Path) -> list[dict]:
     """Reads all rows without those of ``backward_rows`` methods, and the steps with CUDA graphs beside the table."""
-    recorded = [row for name in ("speed.csv", "dense.csv") for row in read_rows(table.parent / "graphs" / name)]
+    with_graphs = [row for name in ("speed.csv", "dense.csv") for row in read_rows(table.parent / "graphs" / name)]
     return [row for row in read_rows(table) if not row["method"].startswith("rows-")] + [
-        row for row in recorded if row["method"].endswith("-graphs")
+        row for row in with_graphs if row["method"].endswith("-graphs")
     ]
 
 

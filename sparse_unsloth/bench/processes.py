@@ -64,8 +64,8 @@ def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
         arm = arm_of(name)
         alike[tuple(sorted(arm.env.items())), tuple(sorted(arm.lora.items()))].append(name)
     of_arms = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
-    backends = {backend: [one for one in methods if backend_of(one) == backend] for backend in ("unsloth", "peft")}
-    ours = [Process((), tuple(own)) for own in backends.values() if own]
+    by_backend = [tuple(name for name in methods if backend_of(name) == backend) for backend in ("unsloth", "peft")]
+    ours = [Process((), chosen) for chosen in by_backend if chosen]
     return [*of_arms[:1], *ours, *of_arms[1:]]
 
 

@@ -47,7 +47,7 @@ def float32_step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dic
             output = _layer(x, layer, projections, rope, eps)
             loras = [lora for projection in projections for lora in (projection.lora.A, projection.lora.B)]
             gradient, *found = torch.autograd.grad(output, [x, *loras], gradient)
-            parameters = [p for own in layer.projections().values() for p in _lora(own)]
+            parameters = [p for projection in layer.projections().values() for p in _lora(projection)]
             gradients |= {names[id(p)]: g.cpu() for p, g in zip(parameters, found, strict=True)}
     return loss.item(), gradients
 
@@ -72,10 +72,11 @@ def _read(layer: DecoderLayer) -> list[Projection]:
     """Reads the projections with float32 weights: gate, up, down, q, k, v, o."""
     found = []
     for module in layer.projections().values():
-        own = read_projection(module)
-        bias = None if own.base.bias is None else own.base.bias.detach().float()
-        A, B = (_as_bf16(lora).requires_grad_() for lora in (own.lora.A, own.lora.B))
-        found.append(Projection(BaseWeight(_dense(own.base), None, bias), type(own.lora)(A, B, own.lora.scale)))
+        projection = read_projection(module)
+        base, lora = projection.base, projection.lora
+        bias = None if base.bias is None else base.bias.detach().float()
+        A, B = (_as_bf16(matrix).requires_grad_() for matrix in (lora.A, lora.B))
+        found.append(Projection(BaseWeight(_dense(base), None, bias), type(lora)(A, B, lora.scale)))
     return found
 
 

@@ -186,12 +186,12 @@ def printed_table(path: Path, kind: Kind, run: str = "") -> str:
         raise ConfigError(f"{path} has no run {run}".rstrip())
     parts = []
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        first = own[0]
+        of_model = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        first = of_model[0]
         heading = (
             f"Run {run}: {first['device']}, {model} in {dtype}, Unsloth {first['unsloth']}, torch {first['torch']}"
         )
-        parts.append(f"{heading}, commit {first['commit']}\n\n{table_of_run(own, kind)}")
+        parts.append(f"{heading}, commit {first['commit']}\n\n{table_of_run(of_model, kind)}")
     return "\n\n".join(parts)
 
 

@@ -169,16 +169,16 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for number in range(self.args.rounds):
-                    for name, own in pieces.items():
+                    for name, remaining in pieces.items():
                         if name in self.failed:
                             continue
                         try:
-                            self._take_turn(name, own, number, plain, Path(folder))
+                            self._take_turn(name, remaining, number, plain, Path(folder))
                         except Exception as error:
                             if not isinstance(error, SparsityError):
                                 traceback.print_exc()
                             self.times.pop(name, None)
-                            self._fail(name, own, f"NOT TIMED: {first_line(error)}")
+                            self._fail(name, remaining, f"NOT TIMED: {first_line(error)}")
             finally:
                 for name in list(self.times):
                     self._write(name, pieces[name])

@@ -150,9 +150,9 @@ def with_ratios(rows: Iterable[dict], kind: Kind) -> list[dict]:
         times = {row["arm"]: kind.milliseconds(row) for row in group if row["arm"]}
         best = min(times, key=times.__getitem__, default="")
         for row in group:
-            own = kind.milliseconds(row)
+            milliseconds = kind.milliseconds(row)
             over = {
-                column: f"{times[arm] / own:.3f}" if arm in times else ""
+                column: f"{times[arm] / milliseconds:.3f}" if arm in times else ""
                 for column, arm in (("over_stock", STOCK), ("over_best_arm", best))
             }
             ratios[id(row)] = over | {"best_arm": best}

@@ -70,7 +70,7 @@ def try_training() -> list[Finding]:
         words["unsloth"] = ["--dtypes", "4bit", "--checkpointing", "unsloth"]
     with tempfile.TemporaryDirectory() as name:
         folder, running, deadline = Path(name), {}, time.time() + TRIAL_SECONDS
-        for backend, own in words.items():
+        for backend, options in words.items():
             place = folder / backend
             place.mkdir()  # Unsloth writes its compiled modules into the working directory
             command = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", backend, "--families", "llama"]
@@ -78,7 +78,7 @@ def try_training() -> list[Finding]:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             with (place / "log").open("w") as log:
                 running[backend] = subprocess.Popen(
-                    [*command, *own], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    [*command, *options], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
         for backend, process in running.items():
             try:

@@ -120,7 +120,7 @@ def _trl_form(
     """Reads rows in TRL's own form; most rows need no change."""
     from datasets import List, Value
 
-    own = [names.get(name, name) for name in form]
+    found = [names.get(name, name) for name in form]
     if form == (TOKENS,):
         _no_changes(arguments, TOKENS)
         used = {"tokens": [name for name in columns if name in (TOKENS, *OF_TOKENS)]}
@@ -129,26 +129,26 @@ def _trl_form(
             used, columns, fits, dict.fromkeys(used["tokens"], List(Value("int64"))),
         )  # fmt: skip
     # TRL looks at the first row to tell conversations from texts.
-    chat = form in CHATS or (form == PAIR and any(is_conversation(parsed_turns(first.get(name))) for name in own))
+    chat = form in CHATS or (form == PAIR and any(is_conversation(parsed_turns(first.get(name))) for name in found))
     strict = form in CONVERSATIONS
     _no_changes(arguments, " and ".join(form), system=strict)
-    used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], own, strict=True)}
-    system, tools = (_first_of(wanted, names, own) if chat else None for wanted in (SYSTEM_COLUMNS, (TOOLS,)))
+    used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], found, strict=True)}
+    system, tools = (_first_of(wanted, names, found) if chat else None for wanted in (SYSTEM_COLUMNS, (TOOLS,)))
     options = TEMPLATE_OPTIONS if chat and TEMPLATE_OPTIONS in columns else None
     used |= {role: [name] for role, name in (("system", system), (TOOLS, tools), ("options", options)) if name}
     target = ("messages",) if strict else form
-    gone = {old for old, new in zip([*own, tools], [*target, TOOLS], strict=True) if old != new} | {system}
+    gone = {old for old, new in zip([*found, tools], [*target, TOOLS], strict=True) if old != new} | {system}
     gone |= set(TRL_READS).intersection(columns).difference(*used.values())
     gone -= {None}
 
     def read(row: dict[str, Any]) -> Outcome:
         try:
-            values = [row[name] for name in own]
+            values = [row[name] for name in found]
             note = None
             if form == PAIR and chat:
                 prompt, completion = map(parsed_turns, values)
                 made = [
-                    turns_of(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, own[:1]),
+                    turns_of(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, found[:1]),
                     turns_of(completion, "completion", True)
                     if isinstance(completion, list)
                     else _answer(completion, ()),
