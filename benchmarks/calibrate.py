@@ -1,11 +1,11 @@
-"""Time and memory of `calibrate` on a model of full size, such as a random-weight Llama-3-8B in 4 bits.
+"""Measures time and memory of `calibrate` on a model of full size, such as a random-weight Llama-3-8B in 4 bits.
 
     python benchmarks/calibrate.py --model DIR --out OUT [--load-in-4bit] [--seconds 560]
 
-Random weights and tokens: seconds and bytes are those of any model of that size, losses mean nothing. Counts and levels
-are the command's own (32 samples for the estimator, 96 to measure recipes on, 16 of them for single parts, 96 held
-out). Ends after --seconds, loading included; a second start with the same arguments goes on from what OUT/calibration
-holds, and adds its time to what OUT/times.json says.
+Weights and tokens are random: seconds and bytes are those of any model of that size, losses mean nothing. Counts and
+levels are the command's (32 samples for the estimator, 96 to measure recipes on, 16 of them for single parts, 96 held
+out). The script ends after --seconds, loading included. A second start with the same arguments resumes from
+OUT/calibration, and adds its time to OUT/times.json.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/fit_step_times.py [benchmarks/results/speed.csv]
 
-Run it after rows were appended: a test fails while the stored figures are not those of the table. The fit is
-of dense steps and those that leave out channels; steps of ``rows-25`` and the like (`backward_rows`) are left out.
-Recorded steps (`cuda_graphs`, in the folder ``graphs`` beside the table) say how far predictions of such steps miss.
+Run it after rows were appended: a test fails while the stored figures are not those of the table. The fit is of dense
+steps and steps with channel sparsity, without steps of ``rows-25`` and the like (`backward_rows`). Steps with
+`cuda_graphs`, in the folder ``graphs`` beside the table, measure the error of predictions of such steps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ RESULTS = Path(__file__).parent / "results" / "speed.csv"
 
 
 def rows_to_fit(table: Path) -> list[dict]:
-    """All rows but those of ``backward_rows`` methods, and the recorded steps beside the table."""
-    recorded = [row for name in ("speed.csv", "dense.csv") for row in read_rows(table.parent / "graphs" / name)]
+    """Reads all rows without those of ``backward_rows`` methods, and the steps with CUDA graphs beside the table."""
+    with_graphs = [row for name in ("speed.csv", "dense.csv") for row in read_rows(table.parent / "graphs" / name)]
     return [row for row in read_rows(table) if not row["method"].startswith("rows-")] + [
-        row for row in recorded if row["method"].endswith("-graphs")
+        row for row in with_graphs if row["method"].endswith("-graphs")
     ]
 
 

@@ -1,16 +1,16 @@
-"""Long sequences: speed, peak memory and the longest that fits, dense Unsloth beside ours in the same process.
+"""Measures speed, peak memory and the longest sequence that fits, of dense Unsloth and of our methods, in one process.
 
     python benchmarks/long_sequence.py --model /tmp/llama8b --out runs/long --seconds 400
     python benchmarks/long_sequence.py --model /tmp/llama8b --out runs/long --seconds 140 --tiled
     python benchmarks/long_sequence.py --draw runs/long/long_sequence.csv
 
-A *cell* is a layout (``single``: one document, 1024 of its tokens bear loss; ``packed``: documents of 4096 tokens, 512
-of them with loss, packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host;
-``budget``: as few layers as ``memory_budget`` allows, not for dense; ``none``), a method and a length. Cells come
-in order of interest, dense and sparse side by side; each is written as soon as it is timed. A cell that is in the table
-is not timed again, so a run that the seconds ended goes on where it stopped. Out of memory ends that method's row of
-lengths. ``longest`` doubles the packed tokens until a step does not fit on the GPU (or its inputs on the host), then
-halves the gap to an eighth; its row holds the longest that did, and its second step there.
+A *cell* is a layout (``single``: one document with 1024 labels; ``packed``: documents of 4096 tokens with 512 labels,
+packed as TRL does), a mode of checkpointing (``unsloth``: every layer, inputs on the host; ``budget``: as few layers as
+``memory_budget`` allows, not for dense; ``none``), a method and a length. Cells come in order of interest, dense and
+sparse side by side; each is written as soon as it is timed. A cell in the table is not timed again, so an interrupted
+run resumes where it stopped. Out of memory ends the lengths of that method. ``longest`` doubles the packed tokens until
+a step does not fit on the GPU (or its inputs on the host), then halves the gap to an eighth; its row holds the longest
+that fits, and the second step at that length.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Cell:
 
     @property
     def row(self) -> tuple:
-        """All lengths of it."""
+        """Returns the key of all its lengths."""
         return self.layout, self.checkpointing, self.method
 
     @property
     def key(self) -> tuple:
-        """As `key_of` tells it from a row of the table."""
+        """Returns the key that `key_of` reads from a row of the table."""
         return *self.row, None if self.layout == "longest" else self.tokens
 
 
 def plan(lengths: list[int], methods: list[str], layouts: list[str], modes: list[str]) -> list[Cell]:
-    """The cells in order of interest: first what most users run."""
+    """Returns the cells in order of interest: first what most users run."""
     cells = []
     order = [("single", "unsloth"), ("packed", "unsloth"), ("longest", "unsloth"), ("packed", "budget")]
     order += [("packed", "none"), ("longest", "none"), ("longest", "budget"), ("single", "budget"), ("single", "none")]
@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 class Run:
-    """One loaded model, the cells that are left of the plan, and the table."""
+    """A loaded model, the remaining cells of the plan, and the table."""
 
     def __init__(self, args: argparse.Namespace, began: float):
         import torch
@@ -108,7 +108,7 @@ class Run:
         self.checked: set[str] = set()
 
     def go(self) -> bool:
-        """Whether the whole plan is done now."""
+        """Times the remaining cells; returns whether the whole plan is done."""
         from sparse_unsloth.errors import SparsityError
 
         args = self.args
@@ -147,12 +147,12 @@ class Run:
         return False
 
     def end(self, cell: Cell, why: str) -> None:
-        """No longer sequences of this row."""
+        """Leaves out longer sequences of this row."""
         self.ended.add(cell.row)
         self.write(cell, outcome=why)
 
     def expected(self, cell: Cell) -> float:
-        """Seconds that a cell will need, from the one before it in its row; a guess for the first."""
+        """Predicts a cell's seconds from the one before it in its row; guesses the first."""
         if cell.layout == "longest":
             return 60
         before = self.took.get(cell.row)
@@ -237,7 +237,7 @@ class Run:
         self.write(cell, (milliseconds,) * 3, peak, f"longest that fits{ended}{self.kept()}", tokens=best)
 
     def release_host(self) -> None:
-        """Gives back what Unsloth's checkpointing keeps pinned for the next step."""
+        """Releases the memory that Unsloth's checkpointing keeps pinned for the next step."""
         if self.args.cpu:
             return
         from unsloth_zoo import gradient_checkpointing
@@ -248,7 +248,7 @@ class Run:
         gradient_checkpointing._empty_host_cache()
 
     def too_much_for_host(self, cell: Cell, tokens: int) -> bool:
-        """Whether the inputs that checkpointing keeps there would not fit."""
+        """Whether the layers' inputs would not fit into the host's memory."""
         return cell.checkpointing != "none" and not self.args.cpu and host_bytes(self.model, tokens) > free_host_bytes()
 
     def one_step(self, cell: Cell, tokens: int) -> tuple[float, float]:
@@ -275,7 +275,7 @@ class Run:
         return self.torch.cuda.max_memory_allocated() / 2**30 if self.torch.cuda.is_available() else 0.0
 
     def kept(self) -> str:
-        """How many layers the memory budget kept without checkpointing in the last forward."""
+        """Returns the number of layers without checkpointing in the last forward, under the memory budget."""
         from sparse_unsloth import get_state
 
         state = get_state(self.model)
@@ -299,7 +299,7 @@ class Run:
 
 
 def load(args: argparse.Namespace):
-    """The model of `sparse_unsloth.bench.models.load_model`, with room for the longest row, tiled MLPs if asked for."""
+    """Loads the model of `sparse_unsloth.bench.models.load_model` for the longest row, with tiled MLPs if requested."""
     from sparse_unsloth.bench.models import load_model
 
     model = load_model(args, "peft" if args.cpu else "unsloth", max(2048, *args.lengths))
@@ -315,7 +315,7 @@ def load(args: argparse.Namespace):
 
 
 def set_checkpointing(model, on: bool, cpu: bool) -> None:
-    """Of all layers, as the backend keeps it."""
+    """Sets checkpointing of all layers, in the backend's way."""
     from sparse_unsloth import FastSparseLanguageModel
 
     FastSparseLanguageModel.for_training(
@@ -328,14 +328,14 @@ def set_checkpointing(model, on: bool, cpu: bool) -> None:
 
 
 def host_bytes(model, tokens: int) -> int:
-    """What Unsloth's checkpointing puts on the host: every layer's input, which PyTorch pins by powers of two."""
+    """Returns the host's bytes of Unsloth's checkpointing: every layer's input, pinned in powers of two."""
     config = model.config.get_text_config()
     one = tokens * config.hidden_size * 2
     return (1 << (one - 1).bit_length()) * config.num_hidden_layers
 
 
 def free_host_bytes() -> float:
-    """Four fifths of the memory that the host has to give, what is pinned for an earlier step included."""
+    """Returns four fifths of the host's available memory, with the memory pinned for an earlier step."""
     import torch
 
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -354,7 +354,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a table; none where there is no file."""
+    """Reads the rows of a table; none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -366,7 +366,7 @@ def read(path: Path) -> list[dict]:
 
 
 def key_of(row: dict) -> tuple:
-    """The cell of a row; the longest sequence that fits has a length of its own, so it counts as the plan's."""
+    """Returns the cell of a row; the longest sequence that fits has any length, and counts as the plan's."""
     tokens = row["tokens"] if row["layout"] != "longest" else None
     return row["layout"], row["checkpointing"], row["method"], tokens
 

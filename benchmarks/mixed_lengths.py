@@ -1,20 +1,20 @@
-"""Steps on micro-batches as data give them: every one of another length.
+"""Times steps on micro-batches that all differ in length, as in real data.
 
     python benchmarks/mixed_lengths.py --model /tmp/llama8b --out runs/mixed --seconds 540
     python benchmarks/mixed_lengths.py --out runs/mixed --table
 
 `sparse-unsloth bench` repeats one shape. Here each micro-batch has ``--documents`` documents of random tokens, prompts
-of 250 tokens in the median and answers of 120 (log-normal, sigma 0.6 and 0.7), padded or laid one behind the other
-(flat: padding-free, what Unsloth does by itself). Unsloth's own arms run in processes of their own, our methods in
-another, as in the bench, and are compared with stock Unsloth and with the best arm. Every method goes through the same
-micro-batches four times, as the same sizes come again in a long training: recordings are made in the third round and
-used in the fourth, whose time counts. An arm goes through them once to warm up, padded twice (layers are compiled, CUDA
-graphs captured), and then until a round is about as quick as the quickest. Tokens are those of the documents. Each is
-checked first; rows are appended to ``mixed_lengths.csv``.
+of 250 tokens in the median and answers of 120 (log-normal, sigma 0.6 and 0.7), padded or concatenated (flat:
+padding-free, Unsloth's default). Unsloth's arms run in separate processes, our methods in another, as in the bench, and
+are compared with stock Unsloth and with the best arm. Every method runs the same micro-batches four times, because
+sizes recur in a long training: graphs are captured in the third round and replayed in the fourth, whose time counts. An
+arm runs them once to warm up, padded twice (layers are compiled, CUDA graphs captured), and then until a round is about
+as quick as the quickest. Tokens are those of the documents. Each is checked first; rows are appended to
+``mixed_lengths.csv``.
 
 With ``--shapes`` the same processes time these shapes of the bench too, before the micro-batches, into ``speed.csv``
-beside: a model is loaded once for both. With ``--seconds`` the job ends in time; called again on the same machine
-within two hours it goes on where it stopped.
+beside it: a model is loaded once for both. ``--seconds`` limits the time; called again on the same machine within two
+hours the job resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_again, arm_of, arms_of, what_ran, why_idle
+from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_notes, arm_of, arms_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import methods_of
 from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, processes_of, serve, warm_up
-from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_go_on_with
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_resume
 from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.cli import bench
@@ -56,7 +56,7 @@ LONGEST = 2048
 
 
 def make_batches(layout: str, documents: int, steps: int, vocab_size: int, seed: int = 0) -> list[dict]:
-    """Micro-batches on the CPU, as a collator hands them over; ``layout`` "padded" or "flat"."""
+    """Makes micro-batches on the CPU, as a collator does; ``layout`` is "padded" or "flat"."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -89,10 +89,10 @@ def make_batches(layout: str, documents: int, steps: int, vocab_size: int, seed:
 
 
 def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]:
-    """Seconds, and how many forwards were recorded or replayed."""
+    """Runs a round; returns its seconds, and the number of captured or replayed forwards."""
     import torch
 
-    recorded, last = 0, None if graphs is None else graphs.forward
+    replayed, last = 0, None if graphs is None else graphs.forward
     torch.cuda.synchronize()
     began = time.perf_counter()
     for batch in batches:
@@ -102,13 +102,13 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if graphs is not None and graphs.forward is not last:
-            recorded, last = recorded + 1, graphs.forward
+            replayed, last = replayed + 1, graphs.forward
     torch.cuda.synchronize()
-    return time.perf_counter() - began, recorded
+    return time.perf_counter() - began, replayed
 
 
 def measure(model, piece: dict, batches: list[dict]) -> dict:
-    """The figures of an arm, or of a method that is attached, in the columns of the table."""
+    """Measures an arm, or an attached method; returns the columns of the table."""
     import torch
 
     from sparse_unsloth import get_state
@@ -122,11 +122,11 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    recorded = []
+    replayed = []
 
     def step() -> float:
         seconds, count = round_of(model, batches, optimiser, graphs)
-        recorded.append(count)
+        replayed.append(count)
         return seconds
 
     with frozen_heap():
@@ -139,7 +139,7 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
     free, total = torch.cuda.mem_get_info()
     return {
         "recording_s": round(rounds[-2] - rounds[-1], 3), "round_s": round(rounds[-1], 3),
-        "recorded_share": round(recorded[-1] / len(batches), 3),
+        "recorded_share": round(replayed[-1] / len(batches), 3),
         "kinds": 0 if graphs is None else len(graphs.captured_keys),
         "peak_gib": round(peak / 2**30, 3), "used_gib": round((total - free) / 2**30, 3),
         "warmup_s": round(sum(rounds[:-1]), 1),
@@ -147,12 +147,12 @@ def measure(model, piece: dict, batches: list[dict]) -> dict:
 
 
 def tokens_of(batches: list[dict]) -> int:
-    """Of the documents, without padding."""
+    """Counts the tokens of the documents, without padding."""
     return sum(int(batch.get("packed_seq_lengths", batch.get("attention_mask")).sum()) for batch in batches)
 
 
 def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Budget, checked: set[str]) -> None:
-    """Every piece that is left on this model; what cannot be timed is written with the reason.
+    """Times every remaining piece on this model; a piece that cannot be timed is written with the reason.
 
     Args:
         checked: arms and methods that were checked in this process.
@@ -171,11 +171,11 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
             documents, steps = int(piece["documents"]), int(piece["steps"])
             batches = make_batches(piece["layout"], documents, steps, model.config.vocab_size)
             if arm is not None:
-                arm_again(arm, model, documents, LONGEST)
+                replan_arm(arm, model, documents, LONGEST)
             try:
                 with budget.piece():
                     found = measure(model, piece, batches)
-                note = "" if arm is None else what_ran(arm, model)
+                note = "" if arm is None else arm_notes(arm, model)
             except torch.OutOfMemoryError:
                 found, note = {}, "out of memory"
             write(piece | found | {"tokens": tokens_of(batches), "note": note})
@@ -187,7 +187,7 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
         arm = arm_of(name) if pieces[name][0]["arm"] else None
         try:
             if arm is not None:
-                if why := why_idle(arm, model):
+                if why := why_unavailable(arm, model):
                     raise NotThere(why)
                 if name not in checked:
                     began = time.perf_counter()
@@ -208,30 +208,30 @@ def time_all(model, left: list[dict], write: Callable[[dict], None], budget: Bud
 
 
 class NotThere(Exception):
-    """The arm is none on this model."""
+    """The arm does nothing on this model."""
 
 
 def fail(pieces: list[dict], why: str, write: Callable[[dict], None]) -> None:
-    """Rows without a time, and why."""
+    """Writes rows without a time, with the reason."""
     for piece in pieces:
         print(f"{piece['arm'] or piece['method']}: {why}", flush=True)
         write(piece | {"note": why})
 
 
 def say(name: str, piece: dict, found: dict, tokens: int, note: str) -> None:
-    """One line."""
+    """Prints the figures in one line."""
     milliseconds = 1000 * found["round_s"] / int(piece["steps"])
     print(
         f"{piece['documents']:>3} {piece['layout']:7} {name:17} {milliseconds:7.1f} ms a step, "
-        f"{tokens / found['round_s']:6.0f} tokens/s, {found['recorded_share']:.0%} replayed of {found['kinds']} kinds, "
-        f"recorded in {found['recording_s']:.1f} s, warmed up in {found['warmup_s']:.1f} s, "
+        f"{tokens / found['round_s']:6.0f} tokens/s, {found['recorded_share']:.0%} replayed, {found['kinds']} sizes "
+        f"captured in {found['recording_s']:.1f} s, warmed up in {found['warmup_s']:.1f} s, "
         f"peak {found['peak_gib']:.2f} GiB, in use {found['used_gib']:.2f}  {note}".rstrip(),
         flush=True,
     )
 
 
 def plans_of(args: argparse.Namespace) -> dict[str, Plan]:
-    """Of both tables, by the name that rows of children carry; shapes come first, see `measure_in_child`."""
+    """Returns the plans of both tables, by the name in children's rows; shapes come first, see `measure_in_child`."""
     from sparse_unsloth.bench.speed import cases_of
 
     cases = [{"documents": count, "steps": str(args.steps)} for count in args.documents]
@@ -244,9 +244,9 @@ def plans_of(args: argparse.Namespace) -> dict[str, Plan]:
 
 
 def measure_in_child(args: argparse.Namespace) -> None:
-    """Loads the model of this process, and times what the tables lack of its arms or methods.
+    """Loads the model of this process, and times its arms or methods that the tables lack.
 
-    Shapes come first: Unsloth gives CUDA graphs up for good once it has met more than 8 shapes.
+    Shapes come first: Unsloth disables its CUDA graphs permanently after more than 8 shapes.
     """
     from sparse_unsloth.bench import speed
 
@@ -266,7 +266,7 @@ def measure_in_child(args: argparse.Namespace) -> None:
 
 
 def is_of(piece: dict, args: argparse.Namespace) -> bool:
-    """Whether a child with these words times it."""
+    """Whether a child with these words times the piece."""
     return piece["arm"] in args.arms if piece["arm"] else piece["method"] in args.methods
 
 
@@ -299,7 +299,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """1 if something has no time, or not yet."""
+    """Runs the benchmark; returns 1 if something has no time yet, or cannot be timed."""
     args = parse(argv)
     if args.child:
         return serve(partial(measure_in_child, args))
@@ -312,11 +312,11 @@ def main(argv: list[str]) -> int:
 
 
 def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
-    """Times everything in children; whether all of it has a time now. Sets ``args.run``."""
+    """Times everything in children; returns whether all of it has a time. Sets ``args.run``."""
     from sparse_unsloth.bench.speed import describe, device_name
 
     common = describe(args, device_name())
-    args.run = args.run or run_to_go_on_with(plans_of(args).values(), common, args.date)
+    args.run = args.run or run_to_resume(plans_of(args).values(), common, args.date)
     print(f"run {args.run}", flush=True)
     plans = plans_of(args)
     for plan in plans.values():

@@ -1,12 +1,12 @@
-"""Training steps on several GPUs of one host: data parallel against one GPU at the same batch a GPU, and FSDP2.
+"""Times training steps on several GPUs of one host: data parallel against one GPU at the same batch per GPU, and FSDP2.
 
     python benchmarks/multi_gpu.py --model /tmp/llama8b --small /tmp/llama8 --out runs/multi-gpu --seconds 440
 
 ``ddp``: Unsloth, 4-bit, one whole model on each GPU (torchrun). In one launch rank 0 is timed alone, the other GPUs
 idle, then all together; efficiency is the time alone over the time together. ``fsdp2`` and ``fsdp2-4bit``: the PEFT
 backend with ``recipes/accelerate/fsdp2.yaml`` on a smaller model, in 16 and in 4 bits, dense phase and sparse phase.
-Rows go to ``multi_gpu.csv`` in the output folder as they come; what the seconds do not allow is left out and said.
-``--cpu`` rehearses all of it with gloo (PEFT backend only; tiny models and shapes).
+Rows are written to ``multi_gpu.csv`` in the output folder as they are measured; cells beyond the seconds are left out
+and named. ``--cpu`` rehearses everything with gloo (PEFT backend only; tiny models and shapes).
 
     python benchmarks/multi_gpu.py --draw benchmarks/results/multi_gpu.csv      # the table beside it
 """
@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
-    """Each engine in a launch of its own, as long as the seconds last."""
+    """Launches each engine separately, within the time limit."""
     args.out.mkdir(parents=True, exist_ok=True)
     deadline, failed = time.time() + args.seconds, 0
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8")}
@@ -86,7 +86,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 class Worker:
-    """What every rank does: the same cells in the same order, rank 0 deciding when to stop and writing the rows."""
+    """The work of every rank: the same cells in the same order; rank 0 decides when to stop and writes the rows."""
 
     def __init__(self, args: argparse.Namespace):
         import torch
@@ -145,7 +145,7 @@ class Worker:
 
 
 def work_ddp(args: argparse.Namespace) -> None:
-    """Rank 0 alone, then all ranks through DDP; dense and sparse on the same loaded model."""
+    """Times rank 0 alone, then all ranks through DDP; dense and sparse on the same loaded model."""
     if not args.cpu:
         import unsloth  # noqa: F401  # first, as it asks
     import torch
@@ -204,7 +204,7 @@ def check_equal_parameters(model, rank: int) -> None:
 
 
 def work_fsdp2(args: argparse.Namespace) -> None:
-    """The PEFT backend under FSDP2, a dense and a sparse phase of one schedule."""
+    """Times the PEFT backend under FSDP2, in a dense and a sparse phase of one schedule."""
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator, DistributedType, PartialState
@@ -279,7 +279,7 @@ def work_fsdp2(args: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> str:
-    """Markdown of a table of rows: the newest of each cell, efficiency and speed-up beside it."""
+    """Formats rows in Markdown: the newest row of each cell, with efficiency and speed-up."""
     with path.open(newline="", encoding="utf-8") as file:
         names = ("device", "model", "dtype", "engine", "method", "shape")
         rows = {(*(row[name] for name in names), int(row["gpus"])): row for row in csv.DictReader(file)}

@@ -1,6 +1,6 @@
-"""Draws the table of ``long_sequence.py``: ``long_sequence.md`` and ``.png`` beside the CSV, from its newest rows.
+"""Draws the table of ``long_sequence.py`` (its ``--draw``): ``long_sequence.md`` and ``.png``, from the newest rows.
 
-What ``long_sequence-notes.md`` beside it says, if there is one, stands before the table.
+The text of ``long_sequence-notes.md`` beside the CSV, if there is one, precedes the table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ COLORS = {DENSE: "C0", "sparse-o2": "C1", "rows-25": "C2"}
 
 
 def newest(rows: list[dict]) -> dict[tuple, dict]:
-    """The last row of each cell, by (tiled, layout, checkpointing, method, tokens)."""
+    """Selects the last row of each cell, by (tiled, layout, checkpointing, method, tokens)."""
     cells: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         tokens = 0 if row["layout"] == "longest" else row["tokens"]
@@ -21,7 +21,7 @@ def newest(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def baseline(cells: dict[tuple, dict], key: tuple) -> dict | None:
-    """Dense Unsloth at the same layout and length; a budget is compared with dense checkpointed as Unsloth does."""
+    """Finds dense Unsloth at the same layout and length; ``budget`` is compared with Unsloth's checkpointing."""
     tiled, layout, mode, _, tokens = key
     row = cells.get((tiled, layout, "unsloth" if mode == "budget" else mode, DENSE, tokens))
     return row if row is not None and row["median_ms"] else None
@@ -74,7 +74,7 @@ def _cells(row: dict, dense: dict | None) -> tuple[str, ...]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Tokens a second and peak memory over the length, one line for each method and mode."""
+    """Draws tokens per second and peak memory over the length, a line for each method and mode."""
     from matplotlib.figure import Figure
 
     lines: dict[tuple, list[dict]] = {}

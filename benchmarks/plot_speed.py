@@ -2,9 +2,9 @@
 
     python benchmarks/plot_speed.py [benchmarks/results/speed.csv]
 
-Of each device, model, dtype and checkpointing mode the newest run is shown, whole, with the arms of Unsloth that it
-timed: try things out with ``--out`` elsewhere. Where a step was profiled (``--profile``, ``speed-profile.csv``), the
-newest one of each is shown below.
+The page shows the newest run of each device, model, dtype and checkpointing mode, with the arms of Unsloth that it
+timed, so give experiments another ``--out``. The newest profile of each step (``--profile``, ``speed-profile.csv``) is
+shown below.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ PEFT_PAIR = "peft-dense", "peft-sparse-o2"
 
 
 def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]:
-    """Rows of the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`.
+    """Selects the newest run by (device, model, dtype, checkpointing), in the order of `SHAPES` and `METHODS`.
 
-    A shape whose baseline was measured again (``--then``) comes again from there on.
+    A shape whose baseline was measured again (``--then``) is shown again from there on.
     """
     runs: dict[tuple, list[dict]] = {}
     for row in sorted((row for row in rows if not row["arm"]), key=lambda row: row["date"]):
@@ -65,12 +65,12 @@ def newest_runs(rows: list[dict]) -> dict[tuple[str, str, str, str], list[dict]]
 
 
 def _name(row: dict) -> str:
-    """Of a row's run; rows of the time before runs had names have its date."""
+    """Returns the name of a row's run, or its date in older tables."""
     return row["run"] or row["date"]
 
 
 def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str = "speed.png") -> str:
-    """Every run as a heading, a table, and a line of its versions; then where the time of profiled steps goes."""
+    """Formats every run as a heading, a table and a line of its versions; then the profiles."""
     lines = [
         "# Step times",
         "",
@@ -98,7 +98,7 @@ def title(key: tuple[str, str, str, str]) -> str:
 
 
 def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
-    """Grouped bars of the speed-up, one panel for each run; targets are solid lines over their bars, limits dashed."""
+    """Draws bars of the speed-up, a panel for each run; targets are solid lines over their bars, limits dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6 * len(runs)), layout="constrained")
@@ -128,7 +128,7 @@ def draw(runs: dict[tuple, list[dict]], path: Path) -> None:
 
 
 def _where_time_goes(profiles: list[dict]) -> list[str]:
-    """A table for each device, model, dtype, checkpointing and shape, a column for each method's newest profile."""
+    """Formats a table for each device, model, dtype, checkpointing and shape, a column for each method's profile."""
     if not profiles:
         return []
     newest: dict[tuple, dict[str, list[dict]]] = {}
@@ -186,7 +186,7 @@ def _form(value: float | None, form: str, blank: bool = False) -> str:
 
 
 def _peft(run: list[dict]) -> list[str]:
-    """What the PEFT backend gains over dense PEFT."""
+    """Formats the speed-up of the PEFT backend over dense PEFT."""
     dense, sparse = ({row["shape"]: row["median_ms"] for row in run if row["method"] == name} for name in PEFT_PAIR)
     gains = [f"{shape} {dense[shape] / sparse[shape]:.2f}x" for shape in sparse if shape in dense]
     return ["", f"PEFT backend, sparse-o2 over dense PEFT: {', '.join(gains)}."] if gains else []

@@ -1,11 +1,11 @@
-"""What sparse prefill gains: the time that the prompts of a batch take before the first token, dense and sparse.
+"""Times the prefill of a batch of prompts, dense and sparse.
 
     python benchmarks/prefill.py --model /tmp/llama8b --out runs/prefill            # under 90 s on one H100, 4 bits
     python benchmarks/prefill.py --model DIR --backend peft --batch 2 --length 32   # rehearsal on a CPU
 
-Prompts of random tokens, a forward that fills the cache and returns the last logits, as `generate` begins. Dense and
-sparse take turns on the same attached model. A method is timed only after its layers passed the benchmark's equality
-check, and after its prefill reached every sparse part. Each method is a row of OUT/prefill.csv.
+A forward over prompts of random tokens fills the cache and returns the last logits, as at the start of `generate`.
+Dense and sparse alternate on the same attached model. A method is timed only after its layers passed the benchmark's
+equality check, and after its prefill reached every sparse part. Each method is a row of OUT/prefill.csv.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def measure(model, method: str, arguments: argparse.Namespace) -> dict:
 
 
 def flop_limit(model, layer_sparsity, arguments: argparse.Namespace) -> float:
-    """The speed-up that the FLOPs of a forward allow; logits of the last rows on both sides."""
+    """Returns the speed-up that the FLOPs of a forward allow; both sides compute the last logits only."""
     from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 
     shape, batch, length = ModelShape.from_config(model.config), arguments.batch, arguments.length

@@ -1,11 +1,11 @@
-"""Rank-sparse LoRA against dense LoRA: answer loss after training, and time and memory of a step.
+"""Compares rank-sparse LoRA with dense LoRA: answer loss after training, and time and memory of a step.
 
     python benchmarks/rank.py quality --steps 300 --seeds 0 1 2      # r = 256, sparse and dense, against dense r = 64
     python benchmarks/rank.py summary DIR ...                        # of quality, from the --out of several processes
     python benchmarks/rank.py speed --model DIR --dtype 4bit         # r = 1024, sparse and dense, against dense r = 64
 
-Each finished run is a row appended to a CSV file under --out, and is not run again. Processes at the same time need
-folders of their own.
+Each finished run is a row appended to a CSV file under --out, and is not run again. Concurrent processes need separate
+folders.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def variants(arguments: argparse.Namespace) -> dict[str, tuple[int, float | None
 
 
 def run_quality(arguments: argparse.Namespace) -> None:
-    """Rows of one run each: held-out figures as evaluation gives them, by the retained components, and by all."""
+    """Trains; writes a row per run with held-out figures, by the retained components and by all components."""
     began, longest = time.perf_counter(), 0.0
     path = arguments.out / "quality.csv"
     rows: list[dict[str, Any]] = read_csv(path) if path.is_file() else []
@@ -131,7 +131,7 @@ def _train(arguments: argparse.Namespace, rank: int, density: float | None, seed
 
 
 def print_shortfall(rows: list[dict[str, Any]]) -> None:
-    """Answer loss of each variant against the first one's at the same seeds; positive is worse."""
+    """Prints the answer loss of each variant minus the first one's at the same seeds; positive is worse."""
     settings = dict.fromkeys((row["recipe"], row["steps"]) for row in rows)
     for setting in settings:
         of = [row for row in rows if (row["recipe"], row["steps"]) == setting]
@@ -162,7 +162,7 @@ def _shortfall(name: str, losses: dict[str, float], baseline: str, others: dict[
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
-    """Rows of one variant and round: median step time, peak memory, and what the FLOPs would allow."""
+    """Times; writes a row per variant and round: median step time, peak memory, and the FLOP limit."""
     path = arguments.out / "speed.csv"
     rows: list[dict[str, Any]] = read_csv(path) if path.is_file() else []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

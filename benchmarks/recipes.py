@@ -1,14 +1,14 @@
-"""Recipes from end to end on one GPU, without a network: train dense and sparse, evaluate, compare.
+"""Runs recipes from end to end on one GPU, without a network: trains dense and sparse, evaluates, compares.
 
-SmolLM2-135M-Instruct is trained by the recipes codefeedback and wizardlm on local files of their columns, which are
-made here from the Python sources of installed packages: functions to write from their documentation, and functions to
-explain. Then HumanEval is generated and scored, and the runs are compared. It is the pipeline that is shown, and what
-sparsity changes in it; a model of this size and so few steps say nothing about 8B models.
+SmolLM2-135M-Instruct is trained by the recipes codefeedback and wizardlm on local files of their columns. The script
+makes these from the Python sources of installed packages: functions to write from their documentation, and functions to
+explain. Then HumanEval is generated and scored, and the runs are compared. This tests the pipeline, and the effect of
+sparsity in it; a model of this size and so few steps say nothing about 8B models.
 
     python benchmarks/recipes.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --work DIR --out OUT --seconds 480
 
-Seed 0 of all four trainings comes first, then further seeds while time is left. What is done already in ``--work`` is
-not done again. ``--out`` gets the comparisons, the completions' scores and every run's figures.
+Seed 0 of all four trainings comes first, then further seeds while time is left. Finished work in ``--work`` is not
+repeated. ``--out`` gets the comparisons, the completions' scores and every run's figures.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def make_data(folder: Path) -> None:
 
 
 def convert(gguf: Path, model: Path) -> None:
-    """The checkpoint of the GGUF file, once; by a process that has not imported Unsloth."""
+    """Converts the GGUF file to a checkpoint once, in a process that has not imported Unsloth."""
     if (model / "config.json").is_file():
         return
     partial = model.with_name(f"{model.name}.partial")
@@ -109,7 +109,7 @@ def convert(gguf: Path, model: Path) -> None:
 
 
 def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """One run through the recipe, unless it is done; returns its folder."""
+    """Trains one run of the recipe, unless it is finished; returns its folder."""
     from sparse_unsloth.training.recipe import load_recipe
     from sparse_unsloth.training.run import run
 
@@ -132,7 +132,7 @@ def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Pat
     try:
         found = run(recipe).metrics
     except Exception:
-        # Time on the machine is short: a run that was trained and not evaluated is used as far as it goes.
+        # GPU time is short: a run that was trained and not evaluated is used too.
         if not metrics.is_file():
             raise
         traceback.print_exc()
@@ -147,13 +147,13 @@ def train(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> Pat
 
 
 def command(*words: str | Path) -> None:
-    """``sparse-unsloth ...`` in a process of its own: evaluation must not see what Unsloth changed in this one."""
+    """Runs ``sparse-unsloth ...`` in a new process, which Unsloth has not patched."""
     print(f"== sparse-unsloth {' '.join(map(str, words))}", flush=True)
     subprocess.run([sys.executable, "-m", "sparse_unsloth.cli", *map(str, words)], check=True)
 
 
 def gather(folders: dict[str, list[Path]], out: Path) -> None:
-    """Figures and completions of every run in one archive; adapters stay behind."""
+    """Packs figures and completions of every run into one archive, without the adapters."""
     kept = {"metrics.json", "recipe.yaml", "environment.json", "results.json", "generated_completions.jsonl"}
     with tarfile.open(out / "runs.tar.gz", "w:gz") as archive:
         for folder in (folder for group in folders.values() for folder in group):

@@ -1,1 +1,1 @@
-"""Each kernel of kernels/ against its PyTorch reference and its floor."""
+"""Compares each kernel of kernels/ with its PyTorch reference and its floor."""

@@ -1,4 +1,4 @@
-"""Each kernel of kernels/ against its PyTorch reference and its floor.
+"""Compares each kernel of kernels/ with its PyTorch reference and its floor.
 
     python -m benchmarks.kernel_suite --out FOLDER [--seconds 120] [--only WORD]
     TRITON_INTERPRET=1 python -m benchmarks.kernel_suite --tiny      (a rehearsal without a GPU; its times mean nothing)
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def milliseconds(function: Callable[[], object], device: str) -> float:
-    """The median on a GPU, its caches emptied before each run; one run under the interpreter."""
+    """Returns the median on a GPU, with empty caches before each run; under the interpreter one run's time."""
     if device == "cuda":
         return do_bench(function, warmup=10, rep=50, return_mode="median")
     began = time.perf_counter()
@@ -47,7 +47,7 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 
 
 def ceilings(draw: Draw, elements: int, side: int) -> tuple[float, float, float]:
-    """Bytes and FLOPs in a millisecond that this machine reaches, by a copy and a matrix product, and a launch's ms."""
+    """Measures bytes and FLOPs per millisecond, by a copy and a matrix product, and the milliseconds of a launch."""
     source, factor = draw(elements), draw(side, side)
     target, small = torch.empty_like(source), draw(1)
     copied = 2 * source.nbytes / milliseconds(lambda: target.copy_(source), draw.device)
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if every case was checked and timed, 1 if one is wrong or the time was up."""
+    """Runs the suite; returns 0 if every case was checked and timed, 1 if one is wrong or the time was up."""
     args = parse(argv)
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, str]:
-    """The columns that all rows of a run share."""
+    """Returns the columns that all rows of a run share."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_of(Path(__file__).parent),

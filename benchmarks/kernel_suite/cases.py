@@ -1,4 +1,4 @@
-"""Every launcher of kernels/ with inputs of given sizes.
+"""Defines cases of every launcher of kernels/ with inputs of given sizes.
 
 `python -m benchmarks.kernel_suite` times these cases, `tests/gpu/sanitize.py` runs them at odd sizes under a memory
 checker. To add a kernel, write a function that yields a `Case` for each of its shapes, and decorate it with `kernel`.
@@ -54,7 +54,7 @@ class Sizes:
 
 
 LLAMA_3_8B = Sizes(4096, 14336, 8, 4, 128, 2048, 6144, 0, (144, 3584, 7168), 256, (16, 64), 8, 1024)
-"""At the wizardlm shape: four sequences of 2048 tokens, the last 512 of each bear loss."""
+"""At the wizardlm shape: four sequences of 2048 tokens, of which the last 512 have labels."""
 TINY = Sizes(64, 160, 2, 2, 16, 12, 24, 3, (16,), 8, (4,), 4, 12)
 ODD = Sizes(74, 131, 3, 2, 10, 17, 67, 3, (1, 17), 6, (5, 17), 3, 21)
 EVEN = Sizes(128, 192, 2, 2, 32, 32, 64, 16, (32,), 16, (16,), 8, 32)
@@ -93,7 +93,7 @@ def kernel(function: Callable[[Sizes, Draw], Iterator[Case]]) -> Callable[[Sizes
 
 
 def cases(sizes: Sizes, draw: Draw, word: str = "") -> Iterator[Case]:
-    """Those whose kernel's name contains ``word``; the inputs of one are drawn when it is asked for."""
+    """Yields the cases whose kernel's name contains ``word``; inputs are drawn when a case is requested."""
     for function in KERNELS:
         yield from (case for case in function(sizes, draw) if word in case.kernel)
 
@@ -300,8 +300,8 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     natural = Order(None, 0, M)
     weight, eps, full = draw(H), 1e-5, e * M * H
     for name, added, normed in (
-        ("before attention", None, role), ("before a dense part", None, natural), ("behind attention", role, role),
-        ("behind a dense part", natural, role), ("before a dense part, added", role, natural),
+        ("before attention", None, role), ("before a dense part", None, natural), ("after attention", role, role),
+        ("after a dense part", natural, role), ("before a dense part, added", role, natural),
     ):  # fmt: skip
         values = None if added is None else draw(added.size, H)
         yield Case(

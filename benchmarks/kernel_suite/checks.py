@@ -1,4 +1,4 @@
-"""The check of a kernel's outputs against plain PyTorch, and memory in which its mistakes show."""
+"""Checks a kernel's outputs against plain PyTorch, in memory that reveals wrong accesses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POISON = {
     torch.float16: (torch.int16, 0x7E13),
     torch.bfloat16: (torch.int16, 0x7FD3),
 }
-"""NaNs with a mark of their own, as bits: what a kernel computes has another one."""
+"""NaNs with a particular payload, as bits: a kernel's computed NaN has another one."""
 POISON_INTEGER = {torch.uint8: 249}
 """-7 where there is a sign: no index, and near enough that who reads it finds poison."""
 MARGIN = 4096
@@ -51,7 +51,7 @@ class Case:
 
 
 class WrongOutput(AssertionError):
-    """A kernel's output that is not its reference's."""
+    """A kernel's output differs from its reference's."""
 
 
 def check(case: Case, inputs: tuple | None = None, memory: Guard | Bare | None = None) -> tuple[float, float]:
@@ -64,11 +64,11 @@ def check(case: Case, inputs: tuple | None = None, memory: Guard | Bare | None =
     PyTorch in the dtype of the inputs, or as far as one rounding explains. Integers must be equal.
 
     Args:
-        inputs: those for the kernel, where they lie elsewhere than the case's own.
-        memory: what poisons, and is asked afterwards whether anything wrote beyond its tensors.
+        inputs: the kernel's inputs, where they are copies of the case's.
+        memory: poisons tensors, and detects writes beyond them afterwards.
 
     Raises:
-        WrongOutput: an output differs, holds a NaN, or something was written that is no output.
+        WrongOutput: an output differs or holds a NaN, or memory beside the outputs was written.
     """
     inputs = case.inputs if inputs is None else inputs
     memory = Guard(margin=0) if memory is None else memory
@@ -96,7 +96,7 @@ def check(case: Case, inputs: tuple | None = None, memory: Guard | Bare | None =
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
-    """The tensors of nested results, in their order."""
+    """Yields the tensors of nested results, in their order."""
     if isinstance(result, Tensor):
         return (result,)
     return tuple(tensor for part in result for tensor in _tensors(part))
@@ -118,7 +118,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in it changed; quantisation states keep the dtypes that their format fixes."""
+    """Changes every tensor in ``value``; quantisation states keep the dtypes that their format fixes."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
@@ -140,10 +140,10 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class Guard:
-    """Fresh tensors full of NaN, each in the midst of ``margin`` more poisoned elements, and whether those are intact.
+    """Allocates tensors full of NaN between margins of ``margin`` poisoned elements, and checks the margins.
 
-    What a kernel leaves unwritten shows in its output, what it reads beyond a tensor does too, and what it writes there
-    is found by `check`. With a margin of 0 tensors are as PyTorch allocates them.
+    Elements that a kernel leaves unwritten, or reads beyond a tensor, show as NaN in its output; `check` finds writes
+    beyond a tensor. With a margin of 0 tensors are as PyTorch allocates them.
     """
 
     def __init__(self, margin: int = MARGIN):
@@ -152,7 +152,7 @@ class Guard:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Has `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return such tensors."""
+        """Inside, `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return such tensors."""
 
         def replaced(function: Callable) -> Callable:
             return lambda *args, **options: self._fresh(function(*args, **options))
@@ -166,17 +166,17 @@ class Guard:
             yield
 
     def hold(self, tensor: Tensor, device: str) -> Tensor:
-        """A copy of an input on ``device``, strides and all, that must not be written."""
+        """Copies an input to ``device``, with its strides; it must not be written."""
         held = self._fresh(tensor.new_empty_strided(tensor.shape, tensor.stride(), device=device))
         held.copy_(tensor)
         self._kept[-1] = (*self._kept[-1][:3], tensor)
         return held
 
     def check(self, name: str) -> None:
-        """Lets go of the tensors so far.
+        """Checks and releases the tensors so far.
 
         Raises:
-            WrongOutput: something around one of them, or an input, was written.
+            WrongOutput: a margin of a tensor, or an input, was written.
         """
         kept, self._kept = self._kept, []
         for number, (buffer, poison, tensor, original) in enumerate(kept):
@@ -206,9 +206,9 @@ class Bare:
 
     @staticmethod
     def hold(tensor: Tensor, device: str) -> Tensor:
-        """A copy of an input on ``device``, strides and all."""
+        """Copies an input to ``device``, with its strides."""
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
     @staticmethod
     def check(name: str) -> None:
-        """Nothing to see here."""
+        """Does nothing: the external checker reports."""

@@ -1,1 +1,1 @@
-"""Paired training runs of one small model, several seeds in lockstep: what sparsity costs in quality, at equal cost."""
+"""Measures what sparsity costs in quality at equal cost, by paired trainings of a small model."""

@@ -1,4 +1,4 @@
-"""What sparsity costs in quality, at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
+"""Measures what sparsity costs in quality at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
 
     python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks
     python -m benchmarks.quality pilot --seconds 200         # step times, and how near its plateau dense training is
@@ -6,9 +6,9 @@
     python -m benchmarks.quality recount                     # no GPU: costs anew, after a change of the cost model
     python -m benchmarks.quality report                      # quality.md and quality.png from quality.csv
 
-`run` appends each finished setting to quality.csv under --out and skips what is there; stop it whenever you like. It
-begins no setting that would not end within --seconds. Several processes may share a folder --out, with settings of
-their own each: `gpu.sh` does so.
+`run` appends each finished setting to quality.csv under --out and skips finished ones; it may be stopped at any time.
+It begins no setting that would not end within --seconds. Several processes with different settings may share a folder
+--out: `gpu.sh` does so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def pilot(arguments: argparse.Namespace) -> None:
-    """Step times of dense and sparse steps, then dense at two lengths and the two ways to be sparse."""
+    """Times dense and sparse steps, then trains dense at two lengths and with both kinds of sparsity."""
     from benchmarks.quality.settings import SETTINGS
 
     began, model = time.perf_counter(), load_model(arguments.model)
@@ -171,7 +171,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def update(arguments: argparse.Namespace) -> None:
-    """For rows that were written before their task's dense trainings."""
+    """Computes the comparisons of rows that were written before their task's dense trainings."""
     from benchmarks.quality.table import read_rows, with_equivalents, write_rows
 
     path = arguments.out / "quality.csv"
@@ -179,7 +179,7 @@ def update(arguments: argparse.Namespace) -> None:
 
 
 def recount(arguments: argparse.Namespace) -> None:
-    """Both costs of every row, and what follows from them."""
+    """Computes both costs of every row again, and the figures that depend on them."""
     from benchmarks.quality.settings import SETTINGS
     from benchmarks.quality.table import read_rows, with_equivalents, write_rows
 
@@ -234,7 +234,7 @@ def settings_of(arguments: argparse.Namespace):
 
 
 def keep_settings(arguments: argparse.Namespace, task: str) -> None:
-    """Notes what the task's rows were trained with, and refuses to add rows trained otherwise."""
+    """Stores the settings of the task's rows, and refuses to add rows with other settings."""
     path = arguments.out / "quality-settings.json"
     own = asdict(settings_of(arguments))
     with locked(arguments.out):
@@ -246,7 +246,7 @@ def keep_settings(arguments: argparse.Namespace, task: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder's files to ourselves, among processes that ask in this way; makes the folder."""
+    """Locks the folder among processes of this benchmark, and makes it if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -257,7 +257,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def load_model(name: str) -> torch.nn.Module:
-    """The model in fp32, on the GPU if there is one."""
+    """Loads the model in fp32, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
     from sparse_unsloth.data.smollm2 import resolve_model
@@ -296,7 +296,7 @@ def show(name: str, outcome) -> None:
 
 
 def details(outcome) -> dict:
-    """What the long table has no columns for."""
+    """Returns the details that the long table has no columns for."""
     points = [
         sum(outcome.losses[i : i + 20]) / len(outcome.losses[i : i + 20]) for i in range(0, len(outcome.losses), 20)
     ]

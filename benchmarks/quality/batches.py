@@ -1,4 +1,4 @@
-"""Batches of a fixed shape with little padding: sequences are grouped by length, alike at every step and seed.
+"""Makes batches of a fixed shape with little padding: sequences are grouped by length, equally at every step and seed.
 
 The items of a seed are sorted by length and cut into as many strata as a batch has places; each batch takes one item of
 every stratum. So a place is padded to its stratum's longest item and no further, no step differs in shape (one CUDA
@@ -25,7 +25,7 @@ MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequences that lie one behind the other: ``(count, padded length)`` of each group."""
+    """Concatenated sequences: ``(count, padded length)`` of each group."""
 
     groups: tuple[tuple[int, int], ...]
 
@@ -34,13 +34,13 @@ class Layout:
         return sum(count * length for count, length in self.groups)
 
     def positions(self) -> Tensor:
-        """int64 ``[rows]``: the place of each row in its sequence."""
+        """Returns the position of each row in its sequence, int64 ``[rows]``."""
         return torch.cat([torch.arange(length).repeat(count) for count, length in self.groups])
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Real tokens of one batch and seed by role, and the lengths of its sequences."""
+    """The numbers of tokens of one batch and seed by role, and the lengths of its sequences."""
 
     dense: int
     context: int
@@ -149,10 +149,10 @@ class Batches:
 def training_batches(
     items: Sequence[Items], size: int, steps: int, seeds: Sequence[int], device: torch.device | str
 ) -> Batches:
-    """``steps`` batches of ``size`` items a seed, epoch after epoch, in an order of the seed's own.
+    """Makes ``steps`` batches of ``size`` items per seed, epoch after epoch, in an order that the seed decides.
 
     Args:
-        items: of each seed, as many of each; what ``size`` does not divide is left out.
+        items: of each seed, in equal numbers; a remainder that does not fill a batch is left out.
     """
     strata = len(items[0]) // size
     order = np.empty((len(items), steps, size), dtype=np.int64)
@@ -169,7 +169,7 @@ def training_batches(
 def evaluation_batches(
     items: Items, size: int, seeds: int, device: torch.device | str
 ) -> tuple[list[Batches], np.ndarray]:
-    """Batches of ``size`` held-out items, the same for all seeds, each of one length.
+    """Makes batches of ``size`` held-out items, the same for all seeds, each of one length.
 
     Returns:
         The batches, and the items in their order, int64 ``[items]``.
@@ -184,7 +184,7 @@ def evaluation_batches(
 
 
 def _layout(longest: np.ndarray) -> Layout:
-    """Places of falling length in `GROUPS` groups, each as long as its longest."""
+    """Groups places of decreasing length into `GROUPS` groups, each as long as its longest place."""
     groups: dict[int, int] = {}
     for place in np.array_split(longest, min(GROUPS, len(longest))):
         length = -(-int(place.max()) // MULTIPLE) * MULTIPLE

@@ -1,11 +1,11 @@
-"""What a training costs, in units of the dense training of the same task and seed: by FLOPs, and by measured time.
+"""Computes what a training costs relative to dense training of the same task and seed: by FLOPs and by measured time.
 
 FLOPs are counted by `sparse_unsloth.costs.flops` for real tokens only (padding left out), with gradient checkpointing,
-as Unsloth trains (before 2026-11-27 without it): frozen products, LoRA, attention core, logits of loss-bearing rows,
+as Unsloth trains (before 2026-11-27 without it): frozen-weight matmuls, LoRA, attention core, logits of loss positions,
 channel scores and calibration passes. Where only part of a LoRA branch is computed, or of an answer token,
 nothing is deducted. Dense and sparse runs both skip unused rows (docs/how-it-works.md, section 5).
 
-Time is what the project's kernels take: the sparse step's share of the dense step's time in ``speed.csv``, measured on
+Time is that of the project's kernels: the sparse step's share of the dense step's time in ``speed.csv``, measured on
 Llama-3-8B, never the time of this benchmark's masks.
 """
 
@@ -40,7 +40,7 @@ SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
 def training_flops(
     shape: ModelShape, plans: Sequence[StepPlan], counts: Sequence[Counts], lora_rank: int, factor_rank: int
 ) -> list[int]:
-    """FLOPs of each step of one seed.
+    """Counts the FLOPs of each step of one seed.
 
     Args:
         plans, counts: of each step.
@@ -57,7 +57,7 @@ def training_flops(
 
 
 def _plan_flops(shape: ModelShape, plan: StepPlan, lora_rank: int, factor_rank: int) -> tuple[int, int, int]:
-    """FLOPs of all layers for one dense row, one context row, and what a row that bears loss adds."""
+    """Counts the FLOPs of all layers for a dense row and a context row, and the additional ones of a loss position."""
     layers, inner = shape.num_layers, shape.intermediate_size
     found = []
     for layer in range(layers):
@@ -87,7 +87,7 @@ class _Row:
 
 @cache
 def _row_flops(row: _Row, role: str) -> int:
-    """Of one row of ``role`` ("dense", "context"), or what a row that bears loss adds in the last layer ("loss")."""
+    """Counts one row of ``role`` ("dense", "context"), or what a loss position adds in the last layer ("loss")."""
     options = {
         "lora_rank": row.lora_rank,
         "seq_lengths": (),
@@ -97,7 +97,7 @@ def _row_flops(row: _Row, role: str) -> int:
     }
     none = [(0.0, 0.0)]
     if row.last:
-        # Behind keys and values only rows with loss are computed, densely.
+        # After keys and values only loss positions are computed, densely.
         if role == "loss":
             whole, rest = (
                 step_flops(row.shape, none, TrainingStep(1, 0, last_layer_tokens=tokens, **options)).total
@@ -120,12 +120,12 @@ def _head(shape: ModelShape, rows: int) -> int:
 
 
 def _core(shape: ModelShape, pairs: int) -> int:
-    """Attention's products: two forward, two again, five backward, whatever is left out."""
+    """Counts attention's products: two forward, two in the recompute, five backward, with any sparsity."""
     return shape.num_layers * (2 + 2 + 5) * 2 * pairs * shape.num_heads * shape.head_dim
 
 
 def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -> int:
-    """Of the dense forward over some batches, as a calibration pass runs it."""
+    """Counts the FLOPs of the dense forward over some batches, as a calibration pass runs it."""
     counts = list(counts)
     tokens = sum(count.dense + count.context for count in counts)
     lengths = [length for count in counts for length in count.lengths]
@@ -134,7 +134,7 @@ def forward_flops(shape: ModelShape, counts: Iterable[Counts], lora_rank: int) -
 
 
 class StepTimes:
-    """A sparse step's share of the dense step's time, from a table of measured steps.
+    """Predicts a sparse step's share of the dense step's time, from a table of measured steps.
 
     Rows of older code are left out (`usable_rows`), and steps without Unsloth's checkpointing. Where the method was
     measured (half, or a quarter, of the MLP channels; backward through chosen rows), its shares are interpolated over
@@ -163,13 +163,13 @@ class StepTimes:
             raise ValueError(f"{path} has no sparse step of llama8b in 4 bit beside its dense one; measure some first")
 
     def share(self, flops: float, context: float, method: str | None = None) -> float:
-        """Of a step that needs ``flops`` of the dense step's, at a context share; ``method`` as measured."""
+        """Returns the time share of a step with the share ``flops`` of the dense FLOPs, at a context share."""
         if method in self._shares:
             return _interpolated(self._shares[method], context)
         return 1 - (1 - flops) * _interpolated(self._realised, context)
 
     def source(self, method: str | None) -> str:
-        """How `share` knows."""
+        """Names the source of `share`."""
         return "measured" if method in self._shares else "scaled"
 
 
@@ -179,7 +179,7 @@ def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
 
 
 def measured_method(setting: Setting) -> str | None:
-    """The method of speed.csv whose sparse step is that of ``setting``."""
+    """Returns the method of speed.csv whose sparse step is that of ``setting``."""
     shares = set(setting.mlp.values())
     if setting.kind == "rows":
         return ROW_METHODS.get(round(1 - min(shares), 6))
@@ -194,7 +194,7 @@ def costs(
     times: StepTimes,
     context: float,
 ) -> tuple[float, float]:
-    """``(FLOPs, time)`` of a run over those of the dense run.
+    """Returns ``(FLOPs, time)`` of a run over those of the dense run.
 
     Args:
         flops: of each step; ``dense_flops`` of each step of the whole dense run, which has the same batches.

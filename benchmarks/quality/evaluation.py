@@ -1,4 +1,4 @@
-"""Teacher-forced figures of every seed on the held-out items."""
+"""Evaluates every seed on the held-out items with teacher forcing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.quality.network import Mode, answer_logits
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one seed: mean negative log-likelihood of answer tokens (nats), share of them that are the most likely one,
-    share of answers whose every token is; and the first and last of them by part of the task.
+    """Figures of one seed: mean negative log-likelihood of answer tokens (nats), share of tokens that are most likely,
+    share of answers in which every token is; and the first and last figure by part of the task.
     """
 
     answer_nll: float
@@ -27,7 +27,7 @@ class Figures:
 
 @torch.no_grad()
 def evaluate(lockstep: Lockstep, batches: Sequence[Batches], parts: Sequence[int], mode: Mode) -> list[Figures]:
-    """Every seed's figures under ``mode``'s forward.
+    """Computes every seed's figures with the forward of ``mode``.
 
     Args:
         batches: as `evaluation_batches` makes them, one batch each.

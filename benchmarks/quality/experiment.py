@@ -22,12 +22,12 @@ from benchmarks.quality.tasks import Items
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What all settings of a task share.
+    """The settings that all trainings of a task share.
 
     Attributes:
         steps: of the dense run.
         items: training items of each seed; they are repeated after ``items / batch_size`` steps.
-        rate: peak learning rate, after a warm-up over the first ``warmup`` of the steps, then linear to 0.
+        rate: peak learning rate, after a warm-up over the share ``warmup`` of the steps; then linear to 0.
     """
 
     steps: int
@@ -40,7 +40,7 @@ class TrainingSettings:
     lora_alpha: int = 32
 
     def rates(self, steps: int) -> list[float]:
-        """The learning rate of each of ``steps`` steps, as transformers' linear schedule with warm-up has it."""
+        """Returns the learning rate of each step, by transformers' linear schedule with warm-up."""
         warm = max(1, round(self.warmup * steps))
         return [
             self.rate * (step / warm if step < warm else (steps - step) / max(1, steps - warm)) for step in range(steps)
@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Experiment:
-    """A task, its data on the device, the model, and what calibration found; settings run one after the other.
+    """A task, its data on the device, the model and the calibration; settings run in turn.
 
     Args:
         model: the base model, fp32, on the device.
@@ -101,7 +101,7 @@ class Experiment:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Made when the first sparse setting asks for it; dense ones need none."""
+        """The calibration, computed when the first sparse setting needs it."""
         items = self._calibration_items
         return calibrate(self._model, items, min(SAMPLES, len(items[0])))
 
@@ -154,9 +154,9 @@ class Experiment:
         return training_flops(shape, plans, counts, self.settings.lora_rank, FACTOR_RANK)
 
     def costs(self, setting: Setting, seed: int) -> tuple[float, float]:
-        """``(FLOPs, time)`` of a run over those of the dense one.
+        """Returns ``(FLOPs, time)`` of a run over those of the dense run.
 
-        Calibrating counts too: two passes over the samples that choose channels.
+        The calibration counts too: two passes over its samples.
         """
         shape, rank = self.network.shape, self.settings.lora_rank
         calibration = 0
@@ -172,7 +172,7 @@ class Experiment:
 
 @torch.no_grad()
 def choose(sparsity: Sparsity, setting: Setting, calibration: Calibration | None, generator: torch.Generator) -> None:
-    """Writes what decides the channels of ``setting``: the calibrated factors, or random ranks."""
+    """Writes the tensors that decide the channels of ``setting``: the calibrated factors, or random ranks."""
     if calibration is None:
         draw(sparsity, generator)
         return
@@ -182,6 +182,6 @@ def choose(sparsity: Sparsity, setting: Setting, calibration: Calibration | None
 
 @torch.no_grad()
 def draw(sparsity: Sparsity, generator: torch.Generator) -> None:
-    """New random ranks."""
+    """Draws new random ranks."""
     scores = torch.rand(sparsity.ranks.shape, generator=generator, device=sparsity.ranks.device)
     sparsity.ranks.copy_(scores.argsort(dim=-1).argsort(dim=-1))

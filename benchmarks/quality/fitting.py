@@ -1,4 +1,4 @@
-"""Calibration of every seed by the library."""
+"""Calibrates every seed by the library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLES = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the library's calibration says of each layer and seed; fp32 on the device.
+    """The library's calibration of each layer and seed; fp32 on the device.
 
     Attributes:
         down: ``[layers, seeds, 2 rank, hidden_size]``; up_gate, up_up: ``[layers, seeds, intermediate_size, rank]``.
@@ -61,7 +61,7 @@ def calibrate(model: nn.Module, items: Sequence[Items], count: int = SAMPLES) ->
 
 
 def _samples(items: Items, size: int = 8) -> list[dict[str, Tensor]]:
-    """Batches as a collator makes them, padded on the right."""
+    """Makes right-padded batches, as a collator does."""
     batches = []
     for start in range(0, len(items), size):
         lengths, prompts = items.lengths[start : start + size], items.prompts[start : start + size]

@@ -1,4 +1,4 @@
-"""Training of several adapters at once: each step is one captured CUDA graph, or plain calls on the CPU."""
+"""Trains several adapters at once: each step is one captured CUDA graph, or plain calls on the CPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Adapters:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """PEFT's initialisation: A uniform in ``±in^-½``, B zero; a seed gives the same on every device."""
+        """Initialises as PEFT does: A uniform in ``±in^-½``, B zero; a seed gives the same values on every device."""
         for row, seed in enumerate(self.seeds):
             generator = torch.Generator().manual_seed(seed)
             pieces = [
@@ -71,17 +71,17 @@ class Adapters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Writes the leaves anew after a change of the master."""
+        """Copies the master to the leaves."""
         self._work.copy_(self.master)
 
     @torch.no_grad()
     def load(self, row: int, layers: Sequence[Sequence[Tensor]]) -> None:
-        """Takes over A and B of each projection of each layer, for one seed."""
+        """Copies A and B of each projection of each layer, for one seed."""
         self.master[row].copy_(torch.cat([tensor.flatten() for layer in layers for tensor in layer]))
         self.refresh()
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """``[seeds, parameters]`` as the leaves are, in one list."""
+        """Splits ``[seeds, parameters]`` into views of the leaves' shapes, in one list."""
         pieces = flat.split([rows * columns for rows, columns in self._sizes], dim=1)
         return [piece.view(len(self.seeds), *size) for piece, size in zip(pieces, self._sizes, strict=True)]
 
@@ -117,7 +117,7 @@ class Sparsity:
         return Selection(*(tensor[layer] for tensor in self.tensors))
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Lets each layer keep so many channels of lowest rank."""
+        """Sets the number of channels of lowest rank that each layer keeps."""
         self.tensors.keep.copy_(torch.tensor(counts))
         torch.lt(self.ranks, self.tensors.keep[:, None, None], out=self.tensors.channels)
 
@@ -173,7 +173,7 @@ class Lockstep:
         graph.replay()
 
     def gradients(self, batch: Batch, layout: Layout, mode: Mode) -> list[Tensor]:
-        """Of each leaf; the batch's losses are in ``losses`` afterwards."""
+        """Returns the gradient of each leaf; the batch's losses are in ``losses`` afterwards."""
         hidden = self.hidden(batch, layout, mode, self._layer)
         losses = answer_loss(answer_logits(hidden, batch.loss_rows, self.network), batch)
         self.losses.copy_(losses.detach())
@@ -197,7 +197,7 @@ class Lockstep:
         self.adapters.refresh()
 
     def _capture(self, batch: Batch, layout: Layout, mode: Mode) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        """Warms up, captures, and puts adapters and optimiser back as they were."""
+        """Warms up, captures, and restores adapters and optimiser."""
         static = Batch(*(getattr(batch, field.name).clone() for field in fields(Batch)))
         tensors = [self.adapters.master, *(t for state in self._optimiser.state.values() for t in state.values())]
         before = [tensor.clone() for tensor in tensors]

@@ -1,9 +1,9 @@
-"""The model as plain functions, several LoRA adapters in lockstep, with masks instead of gathers.
+"""Computes the model by plain functions, several LoRA adapters in lockstep, with masks instead of gathers.
 
 The masked forward is that of docs/how-it-works.md, section 4.1.
 Tensors have a leading dimension of seeds: ``x [seeds, rows, hidden_size]``, ``A [seeds, rank, in]``. Base weights are
 shared. Everything that differs between settings of sparsity and between steps is a tensor (masks, numbers of
-channels), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are looked at.
+channels), so that few captured CUDA graphs serve all settings; `Mode` says which of these tensors are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Mode(NamedTuple):
-    """Which masks a step looks at.
+    """The masks that a step reads.
 
     Attributes:
         kind: "dense"; "forward", the MLP sparse as in section 4.1; "rows", an exact forward in which only the context
@@ -113,10 +113,10 @@ class Network:
 
 
 def read_network(model: nn.Module, dtype: torch.dtype, lora_scale: float) -> Network:
-    """The weights of a transformers Llama without biases and head norms (SmolLM2 is one), bare or with PEFT's adapters.
+    """Reads the weights of a transformers Llama without biases and head norms, such as SmolLM2, with or without PEFT.
 
     Raises:
-        ValueError: a model of another form.
+        ValueError: the model has another form.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, found = causal.config, find_layers(causal)
@@ -158,7 +158,7 @@ def layer_forward(
     layout: Layout,
     mode: Mode,
 ) -> Tensor:
-    """One decoder layer: ``[seeds, rows, hidden_size]`` fp32 (or wider) to the same.
+    """Computes one decoder layer: ``[seeds, rows, hidden_size]`` fp32 (or wider) to the same.
 
     Args:
         context: bool ``[seeds, rows, 1]``.
@@ -173,13 +173,13 @@ def layer_forward(
 
 
 def sparse_rows(y: Tensor, selection: Selection | None, context: Tensor, network: Network, mode: Mode) -> Tensor:
-    """``y [seeds, rows, hidden_size]``, whose gradient is that of answers and chosen context rows only."""
+    """Returns ``y [seeds, rows, hidden_size]``; its gradient passes through answers and chosen context rows only."""
     share = selection.keep / network.shape.intermediate_size
     return _SparseRows.apply(y, context[..., 0], share, mode.random_rows)
 
 
 class _SparseRows(torch.autograd.Function):
-    """The identity; of the gradient only a share of each seed's context rows goes on: the largest, or random ones."""
+    """The identity; the gradient passes through a share of each seed's context rows: the largest, or random ones."""
 
     @staticmethod
     def forward(ctx, y: Tensor, context: Tensor, share: Tensor, random: bool) -> Tensor:
@@ -242,10 +242,10 @@ def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor
 @torch.no_grad()
 def contextual_channels(x: Tensor, selection: Selection, context: Tensor, network: Network) -> Tensor:
     """bool ``[seeds, 1, intermediate_size]``: the ``keep`` channels of highest score over each seed's context rows."""
-    thin = torch.bmm(x.detach(), selection.down.mT)
-    rank = thin.shape[-1] // 2
-    gates = torch.bmm(thin[..., :rank], selection.up_gate.mT)
-    ups = torch.bmm(thin[..., rank:], selection.up_up.mT)
+    reduced = torch.bmm(x.detach(), selection.down.mT)
+    rank = reduced.shape[-1] // 2
+    gates = torch.bmm(reduced[..., :rank], selection.up_gate.mT)
+    ups = torch.bmm(reduced[..., rank:], selection.up_up.mT)
     hidden = ACTIVATIONS[network.activation](gates) * ups * context
     wide = torch.promote_types(hidden.dtype, torch.float32)
     scores = torch.linalg.vector_norm(hidden, dim=1, keepdim=True, dtype=wide) * selection.gain[:, None]

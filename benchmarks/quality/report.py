@@ -1,4 +1,4 @@
-"""Table and picture of the benchmark, from its CSV file alone."""
+"""Makes the benchmark's table and picture from its CSV file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEADING = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The whole report; a table for each task."""
+    """Formats the report, a table for each task."""
     rows = with_equivalents(rows)
     lines = [INTRODUCTION]
     for task in sorted({row["task"] for row in rows}):
@@ -51,7 +51,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Answer loss against both costs for each task, the dense curve drawn through the dense trainings."""
+    """Draws answer loss over both costs for each task, with the curve of the dense trainings."""
     tasks = sorted({row["task"] for row in rows})
     figure, axes = new_figure(2, len(tasks), share_y=False)
     figure.set_size_inches(13, 5 * len(tasks))

@@ -1,4 +1,4 @@
-"""The settings that are compared, and what each of their steps leaves out."""
+"""Defines the compared settings, and what each of their steps leaves out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SELECTORS = ("prior", "random")
 
 
 class StepPlan(NamedTuple):
-    """One step: which masks it looks at, and how many MLP channels context rows keep in each layer."""
+    """A step: the masks that it reads, and the number of MLP channels that context rows keep in each layer."""
 
     mode: Mode
     keep: tuple[int, ...]
@@ -25,7 +25,7 @@ class Setting:
     """One setting of a comparison.
 
     Attributes:
-        steps: share of the dense run's optimiser steps, with a learning rate schedule of its own.
+        steps: share of the dense run's optimiser steps, with a full learning rate schedule.
         mlp: layer rules, the share of MLP channels left out on context rows; of the kind "rows", the share of context
             rows left out of the backward pass.
         selector: one of `SELECTORS`: "prior", the kind of estimator, or "random" anew at every step.
@@ -46,12 +46,12 @@ class Setting:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its channels are chosen by what a calibration found."""
+        """Whether its channels are selected by the calibrated estimator."""
         return self.mode != DENSE and self.kind != "rows" and self.selector != "random"
 
     @property
     def mode(self) -> Mode:
-        """Of a sparse step."""
+        """The mode of a sparse step."""
         if not self.mlp:
             return DENSE
         random = self.selector == "random"
@@ -59,11 +59,11 @@ class Setting:
         return Mode(kind=self.kind, contextual=not (row_sparse or random), random_rows=row_sparse and random)
 
     def keep(self, layers: int, inner: int) -> tuple[int, ...]:
-        """MLP channels that each layer keeps on context rows."""
+        """Returns the number of MLP channels that each layer keeps on context rows."""
         return tuple(keep_count(inner, share) for share in expand(self.mlp, [0.0] * layers))
 
     def plan(self, steps: int, layers: int, inner: int) -> list[StepPlan]:
-        """Every step of a training of ``steps`` steps; the same for all seeds."""
+        """Returns the plan of every step of a training of ``steps`` steps; the same for all seeds."""
         schedule, full = Schedule(self.start, self.end), StepPlan(self.mode, self.keep(layers, inner))
         dense = StepPlan(DENSE, (inner,) * layers)
         sparse = schedule.sparse_steps(steps) if self.mode != DENSE else ()
@@ -71,12 +71,12 @@ class Setting:
 
 
 def half(share: float, **changes) -> Setting:
-    """A setting that leaves out ``share`` of the MLP channels of every layer but the first."""
+    """Makes a setting that leaves out ``share`` of the MLP channels of every layer but the first."""
     return Setting(mlp={"1-29": share}, **changes)
 
 
 def rows(share: float, **changes) -> Setting:
-    """An exact forward, whose backward pass goes on through ``share`` of the context rows in every layer."""
+    """Makes a setting with an exact forward and a backward pass through ``share`` of the context rows."""
     return Setting(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
 
 
@@ -86,7 +86,7 @@ SETTINGS: dict[str, Setting] = {
     **{name: Setting(steps=share) for name, share in DENSE_SHARES.items()},
     "channels-50": half(0.5),
     "random": half(0.5, selector="random"),
-    # Gradients of context rows are uneven: most of them is in few rows.
+    # Gradients of context rows are uneven: a few rows hold most of the norm.
     "default": rows(0.25),
     "default-75": rows(0.25, steps=0.75),
     "default-50": rows(0.25, steps=0.5),

@@ -1,4 +1,4 @@
-"""The long table of results, the dense curve through it, and paired comparisons at equal cost."""
+"""Reads and writes the long table of results, fits the dense curve, and compares at equal cost in pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows, numbers as numbers (NaN where a field is empty); none where there is no file.
+    """Reads the rows, numbers as numbers (NaN where a field is empty); none where there is no file.
 
     Raises:
         SparsityError: the file has other columns.
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows at the end, under a heading if the file is new."""
+    """Appends rows; a new file gets a heading."""
     append_csv(path, ({name: _text(row[name]) for name in COLUMNS} for row in rows), COLUMNS)
 
 
@@ -67,16 +67,16 @@ class DenseCurve:
         self.losses = np.minimum.accumulate(losses)
 
     def loss(self, share: float) -> float:
-        """At a share of the dense cost; NaN below the shortest training, the best loss beyond the longest."""
+        """Returns the loss at a share of the dense cost; NaN below the shortest training, the best beyond all."""
         if share < self.shares[0]:
             return math.nan
         return float(np.exp(np.interp(np.log(share), np.log(self.shares), np.log(self.losses))))
 
     def share(self, loss: float) -> float:
-        """The least share of dense steps that reaches ``loss``: NaN if the shortest training is better already.
+        """Returns the least share of dense steps that reaches ``loss``; NaN if the shortest training is better.
 
-        Better than every dense training: what its last stretch would need, at most 2; where that stretch gains
-        nothing, 2.
+        For a loss below every dense training the last segment is extrapolated to at most 2; if that segment gains
+        nothing, the result is 2.
         """
         if loss > self.losses[0]:
             return math.nan
@@ -94,7 +94,7 @@ class DenseCurve:
 
 
 def dense_curves(rows: Sequence[Row]) -> dict[tuple[str, int], DenseCurve]:
-    """By task and seed; only those with at least two dense trainings."""
+    """Returns the curves by task and seed with at least two dense trainings."""
     points: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for row in rows:
         if row["config"] in DENSE_SHARES:
@@ -103,7 +103,7 @@ def dense_curves(rows: Sequence[Row]) -> dict[tuple[str, int], DenseCurve]:
 
 
 def with_equivalents(rows: Sequence[Row]) -> list[Row]:
-    """The rows with ``equivalent_dense_steps`` computed anew from the dense rows among them."""
+    """Computes ``equivalent_dense_steps`` of the rows from the dense rows among them."""
     curves = dense_curves(rows)
 
     def equivalent(row: Row) -> float:
@@ -116,13 +116,13 @@ def with_equivalents(rows: Sequence[Row]) -> list[Row]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; NaN stays NaN and does not count."""
+    """Applies Holm's step-down correction; NaN stays NaN and does not count."""
     corrected = iter(paired_tests.holm([p for p in p_values if not math.isnan(p)]))
     return [p if math.isnan(p) else next(corrected) for p in p_values]
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, half width of its 95 % interval, and p (two-sided t-test); NaN for fewer than two."""
+    """Returns mean, half width of its 95 % interval, and p (two-sided t-test); NaN for fewer than two."""
     from scipy import stats
 
     values = np.array(differences, dtype=float)

@@ -1,4 +1,4 @@
-"""The benchmark's tasks, generated and tokenised beforehand into one small file that travels to the GPU machine."""
+"""Generates and tokenises the benchmark's tasks into one small file for the GPU machine."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Items:
     """Tokenised samples, as they are read from the file.
 
     Attributes:
-        tokens: int64 ``[items, longest]``, zeros behind the end.
+        tokens: int64 ``[items, longest]``, zeros after the end.
         lengths: int64 ``[items]``, of prompt and answer together.
         prompts: int64 ``[items]``, of the prompt alone.
         parts: int64 ``[items]``: which of the task's parts.
@@ -81,10 +81,10 @@ class Items:
         return len(self.lengths)
 
     def first(self, count: int) -> Items:
-        """The first ``count`` items.
+        """Returns the first ``count`` items.
 
         Raises:
-            SparsityError: there are not so many.
+            SparsityError: there are fewer.
         """
         if count > len(self):
             raise SparsityError(
@@ -94,7 +94,7 @@ class Items:
 
 
 def worked_steps(expression: str) -> str:
-    """A chain of sums and differences, one operation after the other: ``"42 - 25 - 73"`` to
+    """Solves a chain of sums and differences step by step: ``"42 - 25 - 73"`` becomes
     ``"42 - 25 = 17, 17 - 73 = -56. The answer is -56"``.
     """
     total, rest = re.fullmatch(r"\s*(-?\d+)(.*)", expression).groups()
@@ -160,7 +160,7 @@ def _questions(task: Task, size: int, seed: str, seen: set[str]) -> list[dict[st
 
 
 def _tokenise(tokenizer: Any, task: Task, row: dict[str, str]) -> tuple[list[int], int]:
-    """Tokens of prompt and answer with its end of turn, and how many of them are the prompt's."""
+    """Tokenises prompt and answer with its end of turn; returns the tokens, and the number of prompt tokens."""
     messages = [{"role": "system", "content": task.system_prompt}, {"role": "user", "content": row["question"]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     before, after = (

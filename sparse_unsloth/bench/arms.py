@@ -1,7 +1,7 @@
-"""Unsloth's own arms: the ways to run it that our methods are compared with.
+"""Defines Unsloth's arms: the ways to run Unsloth that our methods are compared with.
 
 Unsloth reads environment variables when it is imported and replaces the forwards of classes, so arms that differ in
-variables or in arguments of ``get_peft_model`` need processes of their own (`sparse_unsloth.bench.processes`).
+variables or in arguments of ``get_peft_model`` need separate processes (`sparse_unsloth.bench.processes`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_unsloth.utils.environment import version_of
 
 STOCK = "stock"
 FLAT, PADDED = "flat", "padded"
-"""How documents of a micro-batch are laid out: in one row without padding, as Unsloth does by itself, or a row each."""
+"""Layouts of a micro-batch's documents: in one sequence without padding, as Unsloth does, or a padded sequence each."""
 GRAPHS, SKIP = "UNSLOTH_BLOCK_CUDAGRAPHS", "checkpoint_skip_layers"
 
 
@@ -35,8 +35,8 @@ class Arm:
         what: one line of help.
         layout: of its micro-batches.
         env: variables of the process that imports Unsloth.
-        lora: arguments of ``get_peft_model`` beside Unsloth's defaults.
-        needs: ``(file, word)``: a file of Unsloth's package must have that word, or the arm is not there.
+        lora: arguments of ``get_peft_model`` besides Unsloth's defaults.
+        needs: ``(file, word)``: a file of Unsloth's package must contain that word for the arm to exist.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Arm:
     needs: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: Arm) -> Arm:
-        """Both at once; padded if one of them is."""
+        """Combines two arms; the result is padded if one of them is."""
         for name in ("env", "lora"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if clash := [key for key in ours if theirs.get(key, ours[key]) != ours[key]]:
@@ -84,19 +84,19 @@ KEPT = (
     "UNSLOTH_OFFLINE",
     "UNSLOTH_USE_MODELSCOPE",
 )
-"""Unsloth's variables that do not change how it trains: an arm is Unsloth's defaults, and its own variables."""
+"""Unsloth's variables that do not change its training: an arm is Unsloth's defaults with the arm's variables."""
 
 
-def is_taken_out(name: str) -> bool:
-    """Whether a variable of the user's would make another arm of an arm."""
+def conflicts_with_arms(name: str) -> bool:
+    """Whether a variable of the user would change the arms."""
     return name.startswith("UNSLOTH_") and name not in KEPT
 
 
 def arm_of(name: str) -> Arm:
-    """The arm of a name; names joined by ``+`` are one arm.
+    """Returns the arm of a name; names joined by ``+`` are one arm.
 
     Raises:
-        ConfigError: there is none of that name, or those that are joined contradict each other.
+        ConfigError: there is no such arm, or joined arms contradict each other.
     """
     parts = name.split("+")
     if unknown := [part for part in parts if part not in ARMS]:
@@ -107,19 +107,19 @@ def arm_of(name: str) -> Arm:
 
 
 def arms_of(names: str) -> dict[str, Arm]:
-    """Arms by name, from names parted by commas; none of an empty text.
+    """Returns arms by name, from names separated by commas; an empty text names none.
 
     Raises:
-        ConfigError: as `arm_of`.
+        ConfigError: see `arm_of`.
     """
     return {name: arm_of(name) for name in names.split(",") if name}
 
 
-def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
-    """Why the Unsloth that is installed does not have the arm; None where it does. Unsloth is not imported.
+def why_not_installed(arm: Arm, folder: Path | None = None) -> str | None:
+    """Returns why the installed Unsloth does not have the arm; None where it does. Does not import Unsloth.
 
     Args:
-        folder: of Unsloth's package, in place of the installed one.
+        folder: of Unsloth's package, instead of the installed one.
     """
     if folder is None:
         found = importlib.util.find_spec("unsloth")
@@ -133,23 +133,23 @@ def why_absent(arm: Arm, folder: Path | None = None) -> str | None:
     return None
 
 
-def why_idle(arm: Arm, model: nn.Module) -> str | None:
-    """Why the arm is none on this loaded model: CUDA graphs are those of compiled layers."""
+def why_unavailable(arm: Arm, model: nn.Module) -> str | None:
+    """Returns why the arm does nothing on this loaded model: CUDA graphs need compiled layers."""
     if GRAPHS in arm.env and not compiled_layers(model):
         return f"not there: Unsloth compiles no layer here (torch {version_of('torch')}), so {GRAPHS} does nothing"
     return None
 
 
 def compiled_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers that Unsloth compiles for padded batches."""
+    """Returns the decoder layers that Unsloth compiles for padded batches."""
     return [module for module in model.modules() if getattr(type(module).forward, "_unsloth_block_compiled", False)]
 
 
-def arm_again(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
-    """Lets ``checkpoint_skip_layers="auto"`` plan anew in the next two steps, for another size of micro-batch.
+def replan_arm(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
+    """Makes ``checkpoint_skip_layers="auto"`` plan again in the next two steps, for another size of micro-batch.
 
-    Unsloth plans once for a model, and for the size that its trainer tells it, of ``documents`` rows of ``longest``
-    tokens: so this calls what its trainer calls. Other arms need nothing.
+    Unsloth plans once per model, for the size that its trainer gives it, ``documents`` sequences of ``longest`` tokens;
+    this makes the trainer's call. Other arms do not plan.
     """
     if arm.lora.get(SKIP) != "auto":
         return
@@ -165,8 +165,8 @@ def arm_again(arm: Arm, model: nn.Module, documents: int, longest: int) -> None:
     _utils._size_auto_checkpoint_skip_for_trainer(SimpleNamespace(model=model, args=sizes))
 
 
-def what_ran(arm: Arm, model: nn.Module) -> str:
-    """What Unsloth made of the arm, for the table's notes; after the timing."""
+def arm_notes(arm: Arm, model: nn.Module) -> str:
+    """Describes after the timing what Unsloth did, for the table's notes."""
     found = []
     if arm.layout == PADDED:
         layers = compiled_layers(model)
@@ -186,9 +186,9 @@ def what_ran(arm: Arm, model: nn.Module) -> str:
 
 
 def _graphs(forward: Callable) -> str:
-    """For how many shapes a compiled layer class has them; Unsloth gives them up when it has met too many."""
+    """Counts the shapes for which a compiled layer class has CUDA graphs; Unsloth disables them after too many."""
     run = inspect.getclosurevars(forward).nonlocals.get("run")
     kept = {} if run is None else inspect.getclosurevars(run).nonlocals
     if not {"graph_shapes", "graphs_off"} <= kept.keys():
-        return "not seen into: this Unsloth keeps them elsewhere"
+        return "not counted: this Unsloth keeps them elsewhere"
     return f"{'given up at' if kept['graphs_off'][0] else 'of'} {len(kept['graph_shapes'])} shapes"

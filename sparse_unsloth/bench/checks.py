@@ -1,4 +1,4 @@
-"""Equality checks on the loaded model: a method that fails is not timed, for a fast wrong step is worth nothing."""
+"""Checks methods on the loaded model for equality with their reference; a method that fails is not timed."""
 
 from __future__ import annotations
 
@@ -28,52 +28,52 @@ from sparse_unsloth.runtime.state import LayerRuntime, get_state
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 TOLERANCE = 0.03
-"""Relative error of a tensor that two orders of bf16 arithmetic may leave."""
+"""The allowed relative error of a tensor between two orders of bf16 arithmetic."""
 FURTHER = 1.25
-"""How much further from float32 than the plain model's all gradients of a step together may be. The ratio of two orders
-of bf16 arithmetic was 1.00 to 1.15 with 16 layers, 256 wide, and 0.94 with 6 layers of Llama-3-8B's sizes."""
+"""The allowed ratio of a step's distance from float32 to the plain model's, over all gradients. Between two orders of
+bf16 arithmetic it was 1.00 to 1.15 with 16 layers, 256 wide, and 0.94 with 6 layers of Llama-3-8B's sizes."""
 FURTHER_KIND = 1.6
-"""The same of the gradients of one matrix in all layers (1.0 to 1.3), so that a fault in one of fourteen shows."""
+"""The same ratio for one kind of matrix in all layers (1.0 to 1.3), so that a fault in one of fourteen kinds shows."""
 PLAIN_TOLERANCE = 0.25
-"""How far off the plain model's own gradients may be: bf16 loses some 4 % in 6 layers of Llama-3-8B's sizes."""
+"""The allowed error of the plain model's gradients: bf16 loses some 4 % in 6 layers of Llama-3-8B's sizes."""
 STEP_TOLERANCE = 0.05
-"""How far two gradients of a step may differ where float32's are not known (families that `reference` lacks)."""
+"""The allowed difference of a step's gradients where float32's are unknown (families that `reference` lacks)."""
 REPLAY_TOLERANCE = 0.01
-"""How far gradients of the same kernels on the same inputs may differ: attention's backward adds in any order."""
+"""The allowed difference of gradients of the same kernels and inputs: attention's backward adds in any order."""
 LOSS_TOLERANCE = 2e-3
 SMALL = Shape(2, 256, 64)
 DOCUMENTS = 192, 320
-"""Tokens of the packed documents of a small row, in either order; as many of each bear loss as in `SMALL`."""
+"""Tokens of the packed documents of a small sequence, in either order; each has the loss tokens of `SMALL`."""
 LAYERS = 2
-"""Layers of each kind that are checked."""
+"""The number of checked layers of each kind."""
 
 
 Step = tuple[float, dict[str, Tensor]]
 """Loss, and gradients by the parameter's name."""
 MakeBatch = Callable[[int, int, torch.device], dict[str, Tensor]]
-"""Of a vocabulary's size, a seed and a device."""
+"""Makes a batch for a size of vocabulary, a seed and a device."""
 
 
 @dataclass(frozen=True)
 class PlainSteps:
-    """One step of the model before anything was attached, in bf16 as it trains and in float32 (None: not known)."""
+    """A step of the model before anything was attached, in bf16 as it trains and in float32 (None: unknown)."""
 
     bf16: Step
     float32: Step | None
 
 
 class CheckFailed(SparsityError):
-    """A method that does not compute what it should."""
+    """A method gives wrong results."""
 
 
 def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
-    """Checks the attached ``model``; returns what was found.
+    """Checks the attached ``model``; returns the errors as text.
 
     Args:
-        plain: `plain_steps` of the model before it was attached; sparse methods do without.
+        plain: `plain_steps` of the model before it was attached; sparse methods do not need it.
 
     Raises:
-        CheckFailed: it differs.
+        CheckFailed: the results differ.
     """
     if method in PLAIN:
         return check_plain(plain)
@@ -92,7 +92,7 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
 
 
 def plain_steps(model: nn.Module, make: MakeBatch | None = None) -> PlainSteps:
-    """Of one small batch, on the model with nothing attached.
+    """Runs a step of one small batch on the model with nothing attached.
 
     Args:
         make: `small_batch` (None), or another layout of its tokens.
@@ -104,7 +104,7 @@ def plain_steps(model: nn.Module, make: MakeBatch | None = None) -> PlainSteps:
 
 
 def check_mlp(runtime: LayerRuntime) -> str:
-    """One layer's sparse MLP against its masked definition, forward and every gradient."""
+    """Compares one layer's sparse MLP with its masked reference, forward and every gradient."""
     layer = runtime.layer
     projections = [read_projection(getattr(layer.mlp, name)) for name in MLP_PROJECTIONS]
     mlp = GatedMlp(*projections, layer.activation)
@@ -121,7 +121,7 @@ def check_mlp(runtime: LayerRuntime) -> str:
 
 
 def check_rows(model: nn.Module, plain: PlainSteps) -> str:
-    """The plain model's loss; its gradients where no row is left out; and one MLP's where some are, against masks."""
+    """Compares the loss with the plain model's, gradients with no row left out too, and one MLP's with masked rows."""
     state = get_state(model)
     config = state.config
     loss, few = loss_and_gradients(model)
@@ -146,7 +146,7 @@ def check_rows(model: nn.Module, plain: PlainSteps) -> str:
                 lambda source, mlp=layer.mlp, choice=choice: [
                     backward_rows(partial(original_forward, mlp), [source], trained(mlp), BackwardRows(choice))
                 ],
-                # Called second: the rows are chosen.
+                # The second call, when the rows are chosen.
                 lambda source, mlp=layer.mlp, choice=choice: [_through(choice.rows, original_forward(mlp, source))],
             )
         )
@@ -154,32 +154,32 @@ def check_rows(model: nn.Module, plain: PlainSteps) -> str:
 
 
 def _through(rows: Tensor, y: Tensor) -> Tensor:
-    """``y [..., width]``, with a gradient in ``rows`` alone."""
+    """Returns ``y [..., width]``, whose gradient is passed on in ``rows`` only."""
     flat = y.flatten(0, -2)
     return flat.detach().index_copy(0, rows, flat.index_select(0, rows)).view(y.shape)
 
 
 def check_graphs(model: nn.Module) -> str:
-    """Steps that are recorded, and replayed on other batches, against the same ones before.
+    """Compares captured steps, and replays on other batches, with the same steps before the capture.
 
-    Layers by rows, and attention within packed documents, run through Unsloth's functions as long as they are not
-    recorded, and round otherwise; layers by rows then choose other rows. So they are compared with what they record,
-    run as it is.
+    Row-sparse layers, and attention within packed documents, run Unsloth's functions until they are captured. These
+    round differently, and row-sparse layers then choose other rows. They are therefore compared with the captured
+    functions, run without capture.
     """
     state = get_state(model)
-    found = _check_replays(model, small_batch, as_recorded=state.row_sparse)
+    found = _check_replays(model, small_batch, uncaptured=state.row_sparse)
     if state.graphs.captures_documents:
-        found += f"; packed, {_check_replays(model, packed_batch, as_recorded=True)}"
+        found += f"; packed, {_check_replays(model, packed_batch, uncaptured=True)}"
     return found
 
 
-def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
+def _check_replays(model: nn.Module, make: MakeBatch, uncaptured: bool) -> str:
     graphs = get_state(model).graphs
-    expected, noise = _as_recorded(model, make) if as_recorded else (None, 0.0)
+    expected, noise = _uncaptured_steps(model, make) if uncaptured else (None, 0.0)
     began = graphs.serial
     before = [loss_and_gradients(model, seed, make) for seed in range(RUNS_BEFORE_CAPTURE)]
     if graphs.serial != began:
-        raise CheckFailed("steps were recorded that come first")
+        raise CheckFailed("the first steps were captured, without a warm-up")
     worst = 0.0
     for number in range(2 * RUNS_BEFORE_CAPTURE):
         loss, gradients = loss_and_gradients(model, number % RUNS_BEFORE_CAPTURE, make)
@@ -189,34 +189,34 @@ def _check_replays(model: nn.Module, make: MakeBatch, as_recorded: bool) -> str:
             raise CheckFailed("other parameters have gradients than without graphs")
         worst = max(worst, _distance(gradients, plain))
     if graphs.serial == began:
-        raise CheckFailed("no layer was recorded")
+        raise CheckFailed("no layer was captured")
     if not worst <= max(REPLAY_TOLERANCE, min(2 * noise, TOLERANCE)):
         raise CheckFailed(
             f"replayed gradients differ by {worst:.3f} of their norm from those without graphs, those by {noise:.3f} "
             "when they are taken twice"
         )
-    twice = f" (not recorded, twice: {noise:.1e})" if noise else ""
-    return f"{2 * RUNS_BEFORE_CAPTURE} steps recorded and replayed: gradients within {worst:.1e}{twice}"
+    twice = f" (without capture, twice: {noise:.1e})" if noise else ""
+    return f"{2 * RUNS_BEFORE_CAPTURE} steps captured and replayed: gradients within {worst:.1e}{twice}"
 
 
 class Immediate:
-    """In place of `GraphCapture`: runs a function whenever a recording of it would be replayed."""
+    """Replaces `GraphCapture`: runs a function whenever its graph would be replayed."""
 
     def capture(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         return list(function()), lambda: list(function())
 
     def forget(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no graph is held."""
 
     @staticmethod
     def kept_state(state: object) -> None:
-        """It is made anew each time."""
+        """Does nothing: every call computes new tensors."""
 
 
-def _as_recorded(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
-    """The steps of `check_graphs` by the functions that graphs record, not recorded; all recordings are forgotten.
+def _uncaptured_steps(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
+    """Runs the steps of `check_graphs` by the captured functions, without capture; all graphs are dropped.
 
-    And how far apart gradients are when that is done twice: some kernels add in no fixed order.
+    Returns the steps, and the distance of the gradients of two such runs: some kernels add in no fixed order.
     """
     graphs = get_state(model).graphs
     graphs.clear()
@@ -234,7 +234,7 @@ def _as_recorded(model: nn.Module, make: MakeBatch) -> tuple[list[Step], float]:
 
 
 def check_attention(runtime: LayerRuntime) -> str:
-    """One layer's sparse Q, K, V and O against their masked definition, likewise."""
+    """Compares one layer's sparse Q, K, V and O with their masked reference, forward and every gradient."""
     layer, attention = runtime.layer, runtime.layer.self_attn
     query, key, value, output = (read_projection(getattr(attention, f"{name}_proj")) for name in "qkvo")
     x, partition = _input(layer.hidden_size, query)
@@ -263,17 +263,17 @@ def check_attention(runtime: LayerRuntime) -> str:
 
 
 def small_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Of shape `SMALL`."""
+    """Makes a batch of the shape `SMALL`."""
     return make_batch(SMALL, vocab_size, seed, device)
 
 
 def flat_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The tokens of `small_batch` in one row, as Unsloth lays them out."""
+    """Makes a batch with the tokens of `small_batch` in one sequence, as Unsloth lays them out."""
     return make_batch(replace(SMALL, packed=SMALL.tokens), vocab_size, seed, device)
 
 
 def packed_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """A row of two documents; as many tokens of each kind whichever comes first, which the ``seed`` decides."""
+    """Makes a sequence of two documents, whose order depends on ``seed``; the counts of token roles do not."""
     lengths = torch.tensor(DOCUMENTS if seed % 2 else DOCUMENTS[::-1], dtype=torch.int32)
     ids = torch.randint(10, vocab_size, (1, sum(DOCUMENTS)), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -284,7 +284,7 @@ def packed_batch(vocab_size: int, seed: int, device: torch.device) -> dict[str, 
 
 
 def loss_and_gradients(model: nn.Module, seed: int = 0, make: MakeBatch = small_batch) -> Step:
-    """Of the small batch of this ``seed``; the gradients of every trained parameter on the CPU."""
+    """Returns the loss of the small batch of this ``seed``, and every trained parameter's gradient on the CPU."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16):
@@ -296,7 +296,7 @@ def loss_and_gradients(model: nn.Module, seed: int = 0, make: MakeBatch = small_
 
 
 def check_plain(plain: PlainSteps) -> str:
-    """The baseline itself: its distance from float32 must be that of rounding."""
+    """Checks the baseline: its distance from float32 must be that of rounding."""
     loss, gradients = plain.bf16
     if plain.float32 is None:
         return f"loss {loss:.5f}; no float32 step of this family to compare with"
@@ -309,10 +309,10 @@ def check_plain(plain: PlainSteps) -> str:
 
 
 def check_model(ours: Step, plain: PlainSteps) -> str:
-    """Loss and gradients of a whole step: as near to float32's as the plain model's in bf16, all together and by kind.
+    """Checks that loss and gradients of a step are as near to float32's as the plain model's, in total and by kind.
 
-    Rounding grows over the layers: with 32 of them two correct steps differ by 10 %, so that how far they are from
-    each other says little.
+    Rounding grows over the layers: with 32 layers two correct steps differ by 10 %, so their distance from each other
+    says little.
     """
     (loss, gradients), (plain_loss, plain_gradients) = ours, plain.bf16
     _check_loss(loss, plain_loss, "the plain model's")
@@ -347,7 +347,7 @@ def _check_further(what: str, error: float, least: float, times: float) -> None:
 
 
 def _by_kind(gradients: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Names by projection and matrix: ``q_proj.lora_A`` and thirteen more."""
+    """Groups names by projection and matrix: ``q_proj.lora_A`` and thirteen more."""
     kinds = defaultdict(list)
     for name in gradients:
         kinds[re.search(r"\w+_proj\.lora_[AB]", name)[0]].append(name)
@@ -355,13 +355,13 @@ def _by_kind(gradients: dict[str, Tensor]) -> dict[str, list[str]]:
 
 
 def _distance(step: dict[str, Tensor], exact: dict[str, Tensor], names: Iterable[str] | None = None) -> float:
-    """The norm of the difference, relative to that of ``exact``."""
+    """Returns the norm of the difference, relative to the norm of ``exact``."""
     names = list(exact) if names is None else names
     return _norm(step[name] - exact[name] for name in names) / max(_norm(exact[name] for name in names), 1e-12)
 
 
 def _input(width: int, projection: Projection) -> tuple[Tensor, TokenPartition]:
-    """Random rows ``[batch, length, width]`` of the small shape, and their roles."""
+    """Draws random rows ``[batch, length, width]`` of the small shape, and their roles."""
     device = projection.base.device
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(SMALL.batch, SMALL.length, width, generator=generator).to(device, torch.bfloat16)
@@ -369,10 +369,10 @@ def _input(width: int, projection: Projection) -> tuple[Tensor, TokenPartition]:
 
 
 def _compare(name: str, projections: list[Projection], x: Tensor, ours: Callable, masked: Callable) -> str:
-    """Outputs, and the gradients of the input and of LoRA, of two functions of ``x``; returns the largest error.
+    """Compares outputs, and gradients of input and LoRA, of two functions of ``x``; returns the largest error.
 
-    Gradients are read where backward leaves them: Unsloth's tiled MLP puts LoRA's there by itself. The input is a view,
-    as a norm's output is: that MLP writes into it, which autograd does not let it do elsewhere.
+    Gradients are read from ``.grad``, because Unsloth's tiled MLP writes LoRA's there. The input is a view, like a
+    norm's output, because that MLP writes into it, which autograd forbids for leaves.
     """
     loras = [tensor for projection in projections for tensor in (projection.lora.A, projection.lora.B)]
     results = []

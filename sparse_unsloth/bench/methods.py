@@ -1,4 +1,4 @@
-"""What is compared: the methods, the sparsity of each, and how fast arithmetic lets it be."""
+"""Defines the compared methods, their sparsity, and their FLOP limits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sparse_unsloth.errors import ConfigError
 
 METHODS = {
     "unsloth-dense": "Unsloth with nothing attached, as the arm padded, in our process",
-    "unsloth-dense-exact": "Unsloth, dense, without work that has no effect",
-    "dense-graphs": "dense, without that work, layers recorded as CUDA graphs",
+    "unsloth-dense-exact": "Unsloth, dense, unused rows skipped",
+    "dense-graphs": "likewise, layers captured in CUDA graphs",
     "sparse-o1": "preset o1, conservative",
     "sparse-o2": "preset o2, aggressive",
-    "sparse-o2-graphs": "preset o2, its layers recorded as CUDA graphs",
+    "sparse-o2-graphs": "preset o2, layers captured in CUDA graphs",
     "sparse-50": "half of the MLP channels, layer 0 and attention dense",
     "sparse-25": "a quarter of the MLP channels, likewise",
     "rows-25": "exact forward, backward through a quarter of the context tokens",
     "rows-10": "through a tenth of them",
-    "rows-25-graphs": "a quarter of them, layers recorded as CUDA graphs",
+    "rows-25-graphs": "a quarter of them, layers captured in CUDA graphs",
     "rows-10-graphs": "a tenth of them, likewise",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
@@ -28,7 +28,7 @@ METHODS = {
 }
 BASELINE = "unsloth-dense"
 PLAIN = ("unsloth-dense", "peft-dense")
-"""Methods that nothing is attached for."""
+"""Methods that attach nothing."""
 EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "nothing-dropped")
 """Methods that must compute what the plain model computes."""
 
@@ -48,10 +48,10 @@ TARGETS |= {(shape, "sparse-o2-graphs"): target for (shape, method), target in T
 
 
 def methods_of(names: str) -> list[str]:
-    """Methods from names parted by commas.
+    """Returns methods from names separated by commas.
 
     Raises:
-        ConfigError: an unknown one.
+        ConfigError: a name is unknown.
     """
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in METHODS]:
@@ -60,15 +60,15 @@ def methods_of(names: str) -> list[str]:
 
 
 def backend_of(method: str) -> str:
-    """ "unsloth" or "peft"."""
+    """Returns "unsloth" or "peft"."""
     return "peft" if method.startswith("peft-") else "unsloth"
 
 
 def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> dict | None:
-    """The configuration of a method; None for a model that nothing is attached to.
+    """Returns the configuration of a method; None for a method that attaches nothing.
 
     Args:
-        estimator: a file that keeps the factors from one attaching to the next.
+        estimator: a file that stores the factors for the next attach.
     """
     common = {"start_step": 0, "end_step": 1.0, "estimator": {"kind": "svd", "rank": 8, "path": estimator}}
     if method in PLAIN:
@@ -91,13 +91,13 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
 def flop_limit(
     shape_name: str, method: str, model: ModelShape, checkpointing: bool = True, base_checkpointing: bool | None = None
 ) -> float:
-    """The speed-up over dense Unsloth that the FLOPs allow: as `TARGETS` states it, else counted.
+    """Returns the speed-up over dense Unsloth that the FLOPs allow: that of `TARGETS`, else counted.
 
     Args:
-        checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: alike.
+        checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: the same.
 
-    Counted with the exact removal (logits of rows that bear loss; the last layer's Q, O and MLP of such rows), which
-    the PEFT backend does not have. Stated limits weigh attention a little less than `step_flops`.
+    Unused rows are skipped (docs/how-it-works.md, section 5), except with the PEFT backend. The limits in `TARGETS`
+    weigh attention a little less than `step_flops`.
     """
     base_checkpointing = checkpointing if base_checkpointing is None else base_checkpointing
     if checkpointing and base_checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
@@ -131,7 +131,7 @@ def flop_limit(
 def _last_layer_flops(
     model: ModelShape, sparsity: tuple[float, float], shape: Shape, rows: float, checkpointing: bool
 ) -> int:
-    """Forward, recompute and backward of what the last layer need not compute on context rows."""
+    """Counts the FLOPs of forward, recompute and backward that the last layer skips on context tokens."""
     widths = {name: inputs * outputs for name, (inputs, outputs) in model.projections(*sparsity).items()}
     queries = widths["q_proj"]
     behind = sum(width for name, width in widths.items() if name[0] not in "qkv")

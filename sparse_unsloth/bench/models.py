@@ -1,4 +1,4 @@
-"""The model that a benchmark trains: through this package, or as a user of Unsloth alone loads it."""
+"""Loads the model that a benchmark trains, through this package or as Unsloth alone loads it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from sparse_unsloth.bench.arms import Arm
 
 CHECKPOINTING = {"unsloth": "unsloth", "True": True, "False": False}
-"""What ``use_gradient_checkpointing`` is given, by the word of the command line."""
+"""The value of ``use_gradient_checkpointing`` for each word of the command line."""
 
 
 def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 2048) -> nn.Module:
-    """The model with adapters that are not zero, nothing attached, ready to train.
+    """Loads the model with adapters that are not zero, nothing attached, ready to train.
 
     Args:
         args: with ``model``, ``dtype`` ("4bit" or "bf16"), ``rank`` and ``checkpointing``.
@@ -45,7 +45,7 @@ def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 204
 
 
 def load_arm(args: argparse.Namespace, arm: Arm, max_seq_length: int) -> nn.Module:
-    """The model of one of Unsloth's arms, likewise; nothing of this package touches it.
+    """Loads the model of one of Unsloth's arms without this package, with adapters that are not zero.
 
     Args:
         args: with ``model``, ``dtype`` and ``rank``.
@@ -67,7 +67,7 @@ def load_arm(args: argparse.Namespace, arm: Arm, max_seq_length: int) -> nn.Modu
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """With adapters that are not zero: zero, ``lora_B`` would hide faults of the gradients of ``lora_A``."""
+    """Makes ``lora_B`` nonzero: zeros would hide faults in the gradients of ``lora_A``."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -1,6 +1,6 @@
-"""Each arm, and our methods together, in a process of its own: what the parent starts, and how a child reports.
+"""Runs each arm, and our methods together, in a separate process, which reports its rows to the parent.
 
-The parent never touches the GPU. A child prints its rows as lines of JSON behind a mark, all other lines are passed on.
+The parent never uses the GPU. A child prints its rows as JSON after a mark; the parent passes on all other lines.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from sparse_unsloth.bench.arms import arm_of, is_taken_out
+from sparse_unsloth.bench.arms import arm_of, conflicts_with_arms
 from sparse_unsloth.bench.methods import backend_of
 
 MARK = "@bench "
 STOPPED = 143
-"""Exit code of a child that had to stop, by a signal or because its time was up."""
+"""Exit code of a child that was stopped by a signal or the time limit."""
 GRACE = 30
-"""Seconds that a stopped child has to write what it measured."""
+"""Seconds in which a stopped child must write its measurements."""
 LOADING = 60
-"""Seconds without which no child is started: it would hardly have loaded the model."""
+"""No child starts with fewer seconds left: it could hardly load the model."""
 STEADY = 1.15
 """A step, or a pass, this much slower than the quickest so far is still warming up."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """What runs on one loaded model: arms with the same variables and arguments, or our methods of one backend."""
+    """The work of one process: arms with the same variables and arguments, or our methods of one backend."""
 
     arms: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -43,39 +43,40 @@ class Process:
     lora: Mapping[str, object] = field(default_factory=dict)
 
     def words(self) -> list[str]:
-        """Of the child's command line, behind the parent's."""
+        """Returns the words of the child's command line after the parent's."""
         return ["--child", "--arms", ",".join(self.arms), "--methods", ",".join(self.methods)]
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
-        """The child's: ours, for arms without what would make another arm of it."""
-        return {name: text for name, text in ours.items() if name not in self.taken_out(ours)} | dict(self.env)
+        """Returns the child's environment: ours, for arms without conflicting variables."""
+        return {name: text for name, text in ours.items() if name not in self.conflicting_variables(ours)} | dict(
+            self.env
+        )
 
-    def taken_out(self, ours: Mapping[str, str]) -> list[str]:
-        """The variables that arms run without."""
-        return [name for name in ours if self.arms and is_taken_out(name)]
+    def conflicting_variables(self, ours: Mapping[str, str]) -> list[str]:
+        """Returns the variables that are removed for arms."""
+        return [name for name in ours if self.arms and conflicts_with_arms(name)]
 
 
 def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
-    """Stock Unsloth's first, then ours, then those of the other arms: if the time runs out, what is compared most is
-    there."""
+    """Orders the processes: stock Unsloth, ours, the other arms, so that the main comparison is complete first."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for name in arms:
         arm = arm_of(name)
         alike[tuple(sorted(arm.env.items())), tuple(sorted(arm.lora.items()))].append(name)
     of_arms = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
-    backends = {backend: [one for one in methods if backend_of(one) == backend] for backend in ("unsloth", "peft")}
-    ours = [Process((), tuple(own)) for own in backends.values() if own]
+    by_backend = [tuple(name for name in methods if backend_of(name) == backend) for backend in ("unsloth", "peft")]
+    ours = [Process((), chosen) for chosen in by_backend if chosen]
     return [*of_arms[:1], *ours, *of_arms[1:]]
 
 
 class Parent:
-    """Runs children one after another until the time is up or the job is told to stop.
+    """Runs children in turn until the time is up or the job is told to stop.
 
     Args:
-        seconds: of everything; None: no limit.
+        seconds: the time limit of all children; None: no limit.
 
     Attributes:
-        stopped: why no further child is started; None as long as there is no reason.
+        stopped: why no further child is started; None while there is no reason.
     """
 
     def __init__(self, seconds: float | None = None):
@@ -86,7 +87,7 @@ class Parent:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Parent]:
-        """SIGTERM stops the child, which writes its rows, and then this process."""
+        """Inside, SIGTERM stops the child, which writes its rows, and then this process."""
         before = signal.signal(signal.SIGTERM, lambda *_: self._stop("told to stop"))
         try:
             yield self
@@ -94,14 +95,14 @@ class Parent:
             signal.signal(signal.SIGTERM, before)
 
     def run(self, process: Process, command: Sequence[str], take: Callable[[dict], None]) -> str | None:
-        """Runs one child, and hands on what it reports while it runs.
+        """Runs one child, and passes its reports on while it runs.
 
         Args:
             command: of the child, without the words of ``process``.
-            take: gets each report with a row.
+            take: called with each report of a row.
 
         Returns:
-            The first line of the error that ended it; None if it ended well, or had to stop: see ``stopped``.
+            The first line of the error that ended it; None if it succeeded or was stopped, see ``stopped``.
         """
         left = None if self.deadline is None else self.deadline - time.time()
         if left is not None and left < LOADING:
@@ -111,7 +112,7 @@ class Parent:
         words = [*command, *process.words()]
         if self.deadline is not None:
             words += ["--deadline", str(self.deadline)]
-        if taken := process.taken_out(self._environment):
+        if taken := process.conflicting_variables(self._environment):
             print(f"without {', '.join(taken)}: arms are Unsloth's defaults", flush=True)
         error, last = None, ""
         self._child = subprocess.Popen(
@@ -128,7 +129,7 @@ class Parent:
             timer.start()
         try:
             for raw in self._child.stdout:
-                # Of a progress bar, which writes over its line, the last state.
+                # The last state of a progress bar, which overwrites its line.
                 line = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
                 if not line.startswith(MARK):
                     if line.strip():
@@ -160,7 +161,7 @@ class Parent:
 
 
 def own_command(words: Sequence[str]) -> list[str]:
-    """The command line that runs ``sparse-unsloth`` with these words, by the same interpreter."""
+    """Returns the command that runs ``sparse-unsloth`` with these words, by the same interpreter."""
     return [sys.executable, "-m", "sparse_unsloth.cli", *words]
 
 
@@ -168,13 +169,13 @@ def own_command(words: Sequence[str]) -> list[str]:
 
 
 def emit(**report: object) -> None:
-    """Tells the parent: ``row=`` a row for its ``table=``, or ``failed=`` why everything that is left fails."""
+    """Reports to the parent: ``row=`` a row of its ``table=``, or ``failed=`` why all remaining work fails."""
     # A progress bar may have left the line open.
     print("\n" + MARK + json.dumps(report), flush=True)
 
 
 def serve(work: Callable[[], None]) -> int:
-    """Runs the child's work; its exit code. What it raises is told to the parent."""
+    """Runs the child's work and returns its exit code; exceptions are reported to the parent."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         work()
@@ -191,14 +192,14 @@ def _leave(*_: object) -> None:
 
 
 class Budget:
-    """Stops a child before a piece of work that would not be done at the deadline."""
+    """Stops a child before a piece of work that would not end by the deadline."""
 
     def __init__(self, deadline: float | None):
         self.deadline, self._last = deadline, 0.0
 
     @contextlib.contextmanager
     def piece(self) -> Iterator[None]:
-        """Raises SystemExit where a piece as long as the one before would end too late."""
+        """Raises SystemExit if a piece as long as the one before would end too late."""
         began = time.time()
         if self.deadline is not None and began + self._last > self.deadline:
             print(f"the time is up: the next piece takes some {self._last:.0f} s", flush=True)
@@ -208,16 +209,16 @@ class Budget:
 
 
 def first_line(error: BaseException) -> str:
-    """What goes into a table's note."""
+    """Returns the error's type and first line, for a table's note."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def warm_up(step: Callable[[], float], least: int, most: int = 12) -> list[float]:
-    """Times of steps until one is about as quick as the quickest: compiling and capturing are over then.
+    """Runs steps until one is about as quick as the quickest, when compiling and capturing are over; returns times.
 
     Args:
-        step: runs one, and returns its time.
+        step: runs one step, and returns its time.
     """
     times: list[float] = []
     while len(times) < least or (times[-1] > STEADY * min(times) and len(times) < most):

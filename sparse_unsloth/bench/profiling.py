@@ -1,4 +1,4 @@
-"""Where the time of one step goes: kernels by kind and by name, launches, the GPU's idle time, and host costs."""
+"""Profiles one step: kernels by kind and by name, launches, the GPU's idle time, and host costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 KERNELS, HOST_COSTS = 30, 15
-"""Lines that are printed of each."""
+"""The number of printed lines of each list."""
 KINDS = (
     ("copies to and from the host", r"Memcpy (HtoD|DtoH)"),
     ("matrix products", r"nvjet|gemm|cutlass|gemv|splitKreduce|cublas"),
@@ -24,19 +24,19 @@ KINDS = (
     ("loss", r"softmax|nll_loss|cross_entropy"),
     ("optimiser", r"multi_tensor|adam"),
 )
-"""Kinds of work, and what its kernels' names contain; the first that fits counts."""
+"""Kinds of work, and words in the names of their kernels; the first match counts."""
 OTHER, IDLE = "sums, casts, gathers, others", "no kernel running"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One step.
+    """The profile of one step.
 
     Attributes:
         step_ms: its time, measured without the profiler.
         kinds: milliseconds and launches by kind; kernels of several streams may overlap.
-        idle_ms: of the step, while no kernel runs: what the host needs longer than the GPU, and waits for copies.
-        text: all of it, and more, to be printed.
+        idle_ms: the time in which no kernel runs, because the GPU waits for the host or for copies.
+        text: everything and more, for printing.
     """
 
     step_ms: float
@@ -46,7 +46,7 @@ class Profile:
 
 
 def profile(step: Callable[[], float], num_layers: int) -> Profile:
-    """Of one more step; ``step`` runs one and returns its milliseconds."""
+    """Profiles another step; ``step`` runs one and returns its milliseconds."""
     milliseconds = sorted(step() for _ in range(3))[1]
     activities = (torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as trace:
@@ -74,7 +74,7 @@ def profile(step: Callable[[], float], num_layers: int) -> Profile:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of ``(start, end)`` intervals: kernels of several streams may overlap."""
+    """Returns the length of the union of ``(start, end)`` intervals: kernels of several streams may overlap."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(end - max(start, reached), 0.0)
@@ -83,12 +83,12 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def kind_of(name: str) -> str:
-    """The kind of work that a kernel of this name does."""
+    """Returns the kind of work of a kernel with this name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def by_kind(events: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
-    """Milliseconds and launches by kind, from ``(name, start, end)`` in microseconds; the longest first."""
+    """Sums milliseconds and launches by kind, from ``(name, start, end)`` in microseconds; the longest first."""
     return _totals((kind_of(name), start, end) for name, start, end in events)
 
 

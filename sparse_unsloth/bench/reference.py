@@ -1,7 +1,7 @@
-"""A training step in float32 and plain PyTorch: what steps in bf16 are measured against.
+"""Computes a training step in float32 and plain PyTorch, the reference of steps in bf16.
 
-It owes nothing to Unsloth, transformers' modules or this package's functions: only the weights are the model's, as bf16
-products see them. One layer at a time is in memory (0.9 GB of a Llama-3-8B), and backward runs it again.
+It uses no code of Unsloth, of transformers' modules or of this package's functions, only the model's weights, rounded
+to bf16. One layer at a time is in memory (0.9 GB of a Llama-3-8B), and the backward pass recomputes it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 from sparse_unsloth.ops.projection import BaseWeight, Projection, read_projection
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` whose layers are computed here."""
+"""Values of ``model_type`` with a reference."""
 
 
 def float32_step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss, and the gradient of every LoRA matrix by its parameter's name, on the CPU.
+    """Returns the loss, and the gradient of every LoRA matrix by its parameter's name, on the CPU.
 
     Args:
         model: with LoRA on all seven projections; of `FAMILIES`.
@@ -47,14 +47,14 @@ def float32_step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dic
             output = _layer(x, layer, projections, rope, eps)
             loras = [lora for projection in projections for lora in (projection.lora.A, projection.lora.B)]
             gradient, *found = torch.autograd.grad(output, [x, *loras], gradient)
-            parameters = [p for own in layer.projections().values() for p in _lora(own)]
+            parameters = [p for projection in layer.projections().values() for p in _lora(projection)]
             gradients |= {names[id(p)]: g.cpu() for p, g in zip(parameters, found, strict=True)}
     return loss.item(), gradients
 
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Products of float32 without TF32."""
+    """Turns TF32 off in float32 products."""
     kept = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -69,13 +69,14 @@ def _lora(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _read(layer: DecoderLayer) -> list[Projection]:
-    """The projections with float32 weights: gate, up, down, q, k, v, o."""
+    """Reads the projections with float32 weights: gate, up, down, q, k, v, o."""
     found = []
     for module in layer.projections().values():
-        own = read_projection(module)
-        bias = None if own.base.bias is None else own.base.bias.detach().float()
-        A, B = (_as_bf16(lora).requires_grad_() for lora in (own.lora.A, own.lora.B))
-        found.append(Projection(BaseWeight(_dense(own.base), None, bias), type(own.lora)(A, B, own.lora.scale)))
+        projection = read_projection(module)
+        base, lora = projection.base, projection.lora
+        bias = None if base.bias is None else base.bias.detach().float()
+        A, B = (_as_bf16(matrix).requires_grad_() for matrix in (lora.A, lora.B))
+        found.append(Projection(BaseWeight(_dense(base), None, bias), type(lora)(A, B, lora.scale)))
     return found
 
 
@@ -85,12 +86,12 @@ def _dense(base: BaseWeight) -> Tensor:
 
 
 def _as_bf16(tensor: Tensor) -> Tensor:
-    """Float32 with bf16's precision."""
+    """Rounds to bf16, and returns float32."""
     return tensor.detach().to(torch.bfloat16).float()
 
 
 def _layer(x: Tensor, layer: DecoderLayer, projections: Sequence[Projection], rope, eps: float) -> Tensor:
-    """``[batch, length, hidden_size]`` to the same."""
+    """Computes one layer: ``[batch, length, hidden_size]`` to the same."""
     gate, up, down, query, key, value, output = projections
     attention, (batch, length, _) = layer.self_attn, x.shape
     normed = _norm(x, layer.module.input_layernorm, eps)
@@ -119,14 +120,14 @@ def _norm(x: Tensor, norm: nn.Module, eps: float) -> Tensor:
 
 
 def _loss(x: Tensor, base: nn.Module, labels: Tensor, eps: float) -> Tensor:
-    """Mean cross entropy of the tokens that labels name, each predicted by the position before it."""
+    """Returns the mean cross entropy of the labelled tokens, each predicted by the position before it."""
     predicting = labels[:, 1:] != -100
     rows = _norm(x[:, :-1][predicting], base.model.norm, eps)
     return F.cross_entropy(rows @ base.lm_head.weight.detach().float().t(), labels[:, 1:][predicting])
 
 
 def _rope(config, head_dim: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[length, 1, head_dim]``."""
+    """Returns cosines and sines ``[length, 1, head_dim]``."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind, factor = parameters.get("rope_type", "default"), 1.0
     if kind == "default":
@@ -142,6 +143,6 @@ def _rope(config, head_dim: int, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """``x [batch, length, heads, head_dim]``, its pairs ``(d, d + head_dim / 2)`` turned."""
+    """Rotates the pairs ``(d, d + head_dim / 2)`` of ``x [batch, length, heads, head_dim]``."""
     first, second = x.chunk(2, dim=-1)
     return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]

@@ -1,4 +1,4 @@
-"""Runs of a benchmark with arms: what is to be timed, what its table has already, and processes that time the rest."""
+"""Plans runs of a benchmark with arms, and times in child processes what the table lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_absent
+from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_not_installed
 from sparse_unsloth.bench.methods import BASELINE, backend_of
 from sparse_unsloth.bench.models import load_arm, load_model
 from sparse_unsloth.bench.processes import Parent, Process
@@ -20,16 +20,16 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.utils.environment import version_of
 
 Piece = Mapping[str, str]
-"""What one row is to time, by the columns that say it; rows of methods have an empty ``arm``."""
+"""The columns that identify the work of one row; rows of methods have an empty ``arm``."""
 SAME_RUN = datetime.timedelta(hours=2)
-"""A call goes on with a run that was begun no longer ago."""
+"""The greatest age of a run that a call resumes."""
 
 
 def layouts_of(names: str) -> list[str]:
-    """Layouts from names parted by commas.
+    """Returns layouts from names separated by commas.
 
     Raises:
-        ConfigError: an unknown one.
+        ConfigError: a name is unknown.
     """
     layouts = list(dict.fromkeys(names.split(",")))
     if unknown := [name for name in layouts if name not in (FLAT, PADDED)]:
@@ -38,7 +38,7 @@ def layouts_of(names: str) -> list[str]:
 
 
 def pieces_of(args: argparse.Namespace, cases: Iterable[Mapping[str, object]]) -> list[dict]:
-    """Arms, and methods in their layouts, each at every case.
+    """Combines arms, and methods in their layouts, with every case.
 
     Args:
         args: with ``model``, ``dtype``, ``arms`` by name, ``methods``, and their ``layouts`` and ``checkpointing``.
@@ -57,12 +57,12 @@ def pieces_of(args: argparse.Namespace, cases: Iterable[Mapping[str, object]]) -
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to put into one table.
+    """The rows that a run adds to one table.
 
     Args:
         path, kind: of the table.
         pieces: one for each row.
-        run: its name.
+        run: the run's name.
         common: columns that all rows share.
     """
 
@@ -73,7 +73,7 @@ class Plan:
     common: dict[str, str] = field(default_factory=dict)
 
     def left(self) -> list[dict]:
-        """The pieces that have no row yet, one that says why there is no time included."""
+        """Returns the pieces without a row; a row that says why there is no time counts."""
         done = self._keys(read_table(self.path, self.kind.columns))
         return [dict(piece) for piece in self.pieces if self._key(piece) not in done]
 
@@ -83,7 +83,7 @@ class Plan:
         return all(self._key(piece) in timed for piece in self.pieces)
 
     def write(self, row: Mapping[str, object]) -> None:
-        """Adds a row, the columns of a piece and what was found, to the table."""
+        """Appends a row to the table: the columns of a piece and the measurements."""
         versions = {"run": self.run, "unsloth": version_of("unsloth"), "torch": version_of("torch")}
         whole = dict.fromkeys(self.kind.columns, "") | self.common | versions | dict(row)
         append_rows(self.path, [{name: whole[name] for name in self.kind.columns}], self.kind.columns)
@@ -102,12 +102,12 @@ class Plan:
         return {self._key(row) for row in rows if row["run"] == self.run}
 
 
-def run_to_go_on_with(plans: Iterable[Plan], common: Mapping[str, str], date: str) -> str:
-    """The newest run in the tables, if it is of this machine and code and lacks some of the plans; else a new one.
+def run_to_resume(plans: Iterable[Plan], common: Mapping[str, str], date: str) -> str:
+    """Returns the newest run in the tables if it is of this machine and code and incomplete; else a new one.
 
     Args:
         common: columns that rows of this call share.
-        date: of this call, which a new run is named after.
+        date: of this call; it names a new run.
     """
     plans, node = list(plans), platform.node()
     rows = [row for plan in plans for row in read_table(plan.path, plan.kind.columns) if row["run"]]
@@ -131,16 +131,16 @@ def _is_recent(begun: str, date: str) -> bool:
 
 
 def fill(plans: Mapping[str, Plan], processes: Iterable[Process], command: Sequence[str], parent: Parent) -> bool:
-    """Runs what is left of the plans; whether all of it has a time then. What cannot be timed has a row that says why.
+    """Runs the rest of the plans; returns whether everything has a time. Pieces without one get a row with the reason.
 
     Args:
         plans: by the name that children give their rows.
-        processes: that time the pieces; those with nothing left are not started.
+        processes: time the pieces; those with nothing left are not started.
         command: of the children.
     """
     for process in processes:
         for name, piece in _left(plans, process):
-            if piece["arm"] and (why := why_absent(arm_of(piece["arm"]))):
+            if piece["arm"] and (why := why_not_installed(arm_of(piece["arm"]))):
                 plans[name].write(piece | {"note": why})
         names = [piece["arm"] or piece["method"] for _, piece in _left(plans, process)]
         if not names:
@@ -150,7 +150,7 @@ def fill(plans: Mapping[str, Plan], processes: Iterable[Process], command: Seque
             arms=tuple(name for name in process.arms if name in names),
             methods=tuple(name for name in process.methods if name in names),
         )
-        print(f"-- {', '.join(dict.fromkeys(names))}: a process of its own", flush=True)
+        print(f"-- {', '.join(dict.fromkeys(names))}: in a new process", flush=True)
         error = parent.run(smaller, command, lambda report: plans[report["table"]].write(report["row"]))
         if error is not None:
             for name, piece in _left(plans, smaller):
@@ -164,7 +164,7 @@ def fill(plans: Mapping[str, Plan], processes: Iterable[Process], command: Seque
 
 
 def _left(plans: Mapping[str, Plan], process: Process) -> list[tuple[str, dict]]:
-    """Of a process, with the plan's name."""
+    """Returns the pieces left for a process, with their plan's name."""
     return [
         (name, piece)
         for name, plan in plans.items()
@@ -174,7 +174,7 @@ def _left(plans: Mapping[str, Plan], process: Process) -> list[tuple[str, dict]]
 
 
 def printed_table(path: Path, kind: Kind, run: str = "") -> str:
-    """The rows of a run, with a heading for each model; of the newest run where none is named.
+    """Formats the rows of a run, the newest by default, with a heading for each model.
 
     Raises:
         ConfigError: the table has no such run.
@@ -186,17 +186,17 @@ def printed_table(path: Path, kind: Kind, run: str = "") -> str:
         raise ConfigError(f"{path} has no run {run}".rstrip())
     parts = []
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        first = own[0]
+        of_model = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        first = of_model[0]
         heading = (
             f"Run {run}: {first['device']}, {model} in {dtype}, Unsloth {first['unsloth']}, torch {first['torch']}"
         )
-        parts.append(f"{heading}, commit {first['commit']}\n\n{table_of_run(own, kind)}")
+        parts.append(f"{heading}, commit {first['commit']}\n\n{table_of_run(of_model, kind)}")
     return "\n\n".join(parts)
 
 
 def load_for(args: argparse.Namespace, max_seq_length: int) -> nn.Module:
-    """The model of a child: of its arms, which need the same variables and arguments, or of its methods."""
+    """Loads the model of a child: of its arms, which need the same variables and arguments, or of its methods."""
     if args.arms:
         return load_arm(args, next(iter(args.arms.values())), max_seq_length)
     return load_model(args, backend_of(args.methods[0]), max_seq_length)

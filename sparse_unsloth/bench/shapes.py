@@ -1,4 +1,4 @@
-"""What a benchmarked step trains on: named shapes, shapes of the user's own, and batches of random tokens."""
+"""Defines the shapes of benchmarked steps, named or custom, and makes batches of random tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sparse_unsloth.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shape:
-    """``batch`` sequences of ``length`` tokens, the last ``outputs`` of each bearing loss.
+    """``batch`` sequences of ``length`` tokens, of which the last ``outputs`` have labels.
 
-    With ``packed`` they come as documents of longer rows, at most so many tokens in each, as TRL packs them.
+    With ``packed`` they are documents of longer sequences of at most ``packed`` tokens, as TRL packs them.
     """
 
     batch: int
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def context_tokens(self) -> int:
-        """Rows that a sparse layer may compute on chosen channels: the last prompt token is dense."""
+        """The number of context tokens; the last prompt token is a loss token."""
         return self.batch * max(self.length - self.outputs - 1, 0)
 
 
@@ -41,20 +41,20 @@ SHAPES = {
     "long16k": Shape(1, 16384, 1024),
 }
 HOST = {"host": Shape(1, 256, 64)}
-"""So few tokens that a step takes as long as the host needs to launch it; asked for by name, not part of "all"."""
+"""Shapes so small that steps are launch-bound; they are not part of "all"."""
 CUSTOM = re.compile(r"custom-(\d+)-(0(?:\.\d+)?)")
 
 
 def custom_name(tokens: int, context_share: float) -> str:
-    """The name of one sequence of ``tokens``, of which ``context_share`` are prompt: ``custom-8192-0.75``."""
+    """Names one sequence of ``tokens``, of which ``context_share`` are prompt: ``custom-8192-0.75``."""
     return f"custom-{tokens}-{context_share:g}"
 
 
 def shape_of(name: str) -> Shape:
-    """The shape of a name, custom ones too.
+    """Returns the shape of a name, which may be custom.
 
     Raises:
-        ConfigError: no such shape, or a custom one without a token to predict.
+        ConfigError: there is no such shape, or a custom one has no token to predict.
     """
     if match := CUSTOM.fullmatch(name):
         tokens, share = int(match[1]), float(match[2])
@@ -70,14 +70,14 @@ def shape_of(name: str) -> Shape:
 
 
 def shapes_of(names: str | None, tokens: int | None = None, context_share: float | None = None) -> dict[str, Shape]:
-    """The shapes that a command line asks for, by name and in its order.
+    """Returns the shapes of a command line, by name and in its order.
 
     Args:
-        names: "all", or names parted by commas; None is "all" unless a custom shape is described.
-        tokens, context_share: one of them, or both, add a custom shape (8192 tokens, 0.75).
+        names: "all", or names separated by commas; None is "all" unless a custom shape is given.
+        tokens, context_share: one of them, or both, add a custom shape (by default 8192 tokens, 0.75).
 
     Raises:
-        ConfigError: as `shape_of`.
+        ConfigError: see `shape_of`.
     """
     custom = tokens is not None or context_share is not None
     if names is None:
@@ -90,7 +90,7 @@ def shapes_of(names: str | None, tokens: int | None = None, context_share: float
 
 
 def make_batch(shape: Shape, vocab_size: int, seed: int, device: str) -> dict[str, torch.Tensor]:
-    """Random tokens, and labels on the outputs of each sequence."""
+    """Makes random tokens, and labels on the outputs of each sequence."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, vocab_size, (shape.batch, shape.length), generator=generator)
     labels = ids.clone()

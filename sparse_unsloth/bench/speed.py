@@ -1,4 +1,4 @@
-"""Times training steps: Unsloth's own arms, and our methods beside them, on the same batches."""
+"""Times training steps of Unsloth's arms and of our methods on the same batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparse_unsloth.bench.arms import FLAT, Arm, arm_again, arm_of, what_ran, why_idle
+from sparse_unsloth.bench.arms import FLAT, Arm, arm_notes, arm_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import sparsity_of
 from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
 from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
 WARM_ARM = 3
-"""Steps that an arm needs at least before it is as it stays: compiled, CUDA graphs captured, layers chosen."""
+"""The least number of warm-up steps of an arm: compiling, capturing CUDA graphs, choosing layers."""
 
 
 def cases_of(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The columns of each shape."""
+    """Returns the columns of each shape."""
     return [{"shape": name, "tokens": str(shape.tokens)} for name, shape in args.shapes.items()]
 
 
 def rows_of_run(args: argparse.Namespace) -> list[dict]:
-    """Timed rows of this run that can be compared with each other: arms, and methods with this checkpointing."""
+    """Returns the timed rows of this run that are comparable: arms, and methods with this checkpointing."""
     wanted = {"run": args.run, "model": Path(args.model).name, "dtype": args.dtype}
     return [
         row
@@ -54,7 +54,7 @@ def rows_of_run(args: argparse.Namespace) -> list[dict]:
 
 
 def model_shape(model: str) -> ModelShape | None:
-    """Of a checkpoint folder; None where its configuration is not there to be read."""
+    """Returns the sizes of a checkpoint folder; None where it has no configuration."""
     from transformers import AutoConfig
 
     try:
@@ -64,10 +64,10 @@ def model_shape(model: str) -> ModelShape | None:
 
 
 def device_name() -> str:
-    """The GPU's name, asked in another process: this one must not take memory of it.
+    """Returns the GPU's name, read in another process: this one must not allocate memory of it.
 
     Raises:
-        BackendError: no CUDA GPU.
+        BackendError: there is no CUDA GPU.
     """
     if not torch.cuda.is_available():
         raise BackendError("the benchmark times steps on a CUDA GPU, and there is none here")
@@ -79,20 +79,20 @@ def device_name() -> str:
 
 
 def measure_in_child(args: argparse.Namespace) -> None:
-    """Loads the model of this process, and times what the table lacks of its arms or methods."""
+    """Loads the model of this process, and times its arms or methods that the table lacks."""
     model = load_for(args, max(2048, *(shape.length for shape in args.shapes.values())))
     left = Plan(args.out, SPEED, pieces_of(args, cases_of(args)), args.run).left()
     Run(args, model, lambda row: emit(table="speed", row=row), Budget(args.deadline)).measure(left)
 
 
 class Stepper:
-    """One training step after another on fresh batches.
+    """Runs training steps on new batches.
 
     Args:
-        model: outermost.
+        model: the outermost module.
         shape: of the batches.
-        forward: what is called in the model's place, a DDP wrapper of it for one.
-        seed: of the batches; each rank has its own.
+        forward: called in place of the model, such as its DDP wrapper.
+        seed: of the batches; ranks have different seeds.
     """
 
     def __init__(self, model: nn.Module, shape: Shape, forward: nn.Module | None = None, seed: int = 0):
@@ -103,7 +103,7 @@ class Stepper:
         self.optimiser = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def __call__(self) -> float:
-        """Milliseconds of the step."""
+        """Runs a step; returns its milliseconds."""
         self.count += 1
         batch = make_batch(self.shape, self.model.config.vocab_size, self.count, self.device)
         clock = _Clock(self.device)
@@ -119,7 +119,7 @@ class Stepper:
 
 
 class _Clock:
-    """Milliseconds since it was made, by events of the GPU; on a CPU (rehearsals) by the clock."""
+    """Measures milliseconds since it was made, by events of the GPU; on a CPU (rehearsals) by the clock."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -139,11 +139,11 @@ class _Clock:
 
 
 class Run:
-    """Measurements of what shares one loaded model: arms of Unsloth, or methods.
+    """Measures the arms of Unsloth, or the methods, that share one loaded model.
 
     Args:
-        write: takes each row, as `plan_of` describes it, with its figures.
-        budget: of the seconds that are left.
+        write: called with each row, as `plan_of` describes it, and its figures.
+        budget: of the remaining seconds.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, write: Callable[[dict], None], budget: Budget):
@@ -155,10 +155,10 @@ class Run:
         self.failed: set[str] = set()
 
     def measure(self, left: list[dict]) -> bool:
-        """Whether all that is left has a time now; rows of what has one, and of what cannot have one, are written.
+        """Times all pieces and writes their rows, with the reason where there is no time; returns whether all have one.
 
         Args:
-            left: of the plan, of this process.
+            left: the remaining pieces of this process.
         """
         from sparse_unsloth.bench.checks import plain_steps
 
@@ -169,25 +169,25 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for number in range(self.args.rounds):
-                    for name, own in pieces.items():
+                    for name, remaining in pieces.items():
                         if name in self.failed:
                             continue
                         try:
-                            self._take_turn(name, own, number, plain, Path(folder))
+                            self._take_turn(name, remaining, number, plain, Path(folder))
                         except Exception as error:
                             if not isinstance(error, SparsityError):
                                 traceback.print_exc()
                             self.times.pop(name, None)
-                            self._fail(name, own, f"NOT TIMED: {first_line(error)}")
+                            self._fail(name, remaining, f"NOT TIMED: {first_line(error)}")
             finally:
                 for name in list(self.times):
                     self._write(name, pieces[name])
         return not self.failed
 
     def _take_turn(self, name: str, pieces: list[dict], number: int, plain: PlainSteps | None, folder: Path) -> None:
-        """Of one arm or method, at all its shapes."""
+        """Times one arm or method at all its shapes."""
         last, arm = number == self.args.rounds - 1, arm_of(name) if pieces[0]["arm"] else None
-        if arm is not None and (why := why_idle(arm, self.model)):
+        if arm is not None and (why := why_unavailable(arm, self.model)):
             self._fail(name, pieces, why)
             return
         file = folder / f"{name}.safetensors" if self.args.rounds > 1 else None
@@ -208,10 +208,10 @@ class Run:
                 self._profile(name, pieces[0]["layout"], shape)
 
     def _profile(self, name: str, layout: str, shape: str) -> None:
-        """Of one step: printed, and its sums written beside the table."""
+        """Profiles one step: prints the profile, and writes its sums beside the table."""
         from sparse_unsloth.bench.profiling import IDLE, profile
 
-        stepper = self._recorded_stepper(laid_out(self.args.shapes[shape], layout), self._fresh_graphs())
+        stepper = self._stepper_with_graphs(in_layout(self.args.shapes[shape], layout), self._fresh_graphs())
         found = profile(stepper, self.model.config.num_hidden_layers)
         print(f"-- {name} {shape}: {found.text}", flush=True)
         launches = sum(count for _, count in found.kinds.values())
@@ -221,7 +221,7 @@ class Run:
         append_rows(profile_path(self.args.out), rows, PROFILE_COLUMNS)
 
     def _fresh_graphs(self) -> GraphCache | None:
-        """The attached model's, without the recordings of other shapes, which would count as memory of this one."""
+        """Returns the attached model's cache, without graphs of other shapes, whose memory would count here."""
         from sparse_unsloth import get_state
 
         state = get_state(self.model)
@@ -230,8 +230,8 @@ class Run:
             graphs.clear()
         return graphs
 
-    def _recorded_stepper(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
-        """Steps of ``shape``, after those that ``graphs`` need until every further one is a replay."""
+    def _stepper_with_graphs(self, shape: Shape, graphs: GraphCache | None) -> Stepper:
+        """Returns a stepper of ``shape`` after the steps that ``graphs`` need until all further ones are replays."""
         stepper = Stepper(self.model, shape)
         for _ in range(0 if graphs is None else RUNS_BEFORE_CAPTURE + 1):
             stepper()
@@ -244,8 +244,8 @@ class Run:
         shape, key, began = self.args.shapes[shape_name], (name, layout, shape_name), time.perf_counter()
         with frozen_heap():
             if arm is not None:
-                arm_again(arm, self.model, shape.batch, shape.length)
-            stepper = self._recorded_stepper(laid_out(shape, layout), graphs)
+                replan_arm(arm, self.model, shape.batch, shape.length)
+            stepper = self._stepper_with_graphs(in_layout(shape, layout), graphs)
             warm_up(stepper, self.args.warmup if arm is None else max(self.args.warmup, WARM_ARM))
             self.warmups[key] += time.perf_counter() - began
             torch.cuda.reset_peak_memory_stats()
@@ -254,7 +254,7 @@ class Run:
         peak = (torch.cuda.max_memory_allocated() + (0 if graphs is None else graphs.memory())) / 2**30
         self.times[name][layout, shape_name] += times
         self.peaks[key] = max(self.peaks[key], peak)
-        self.notes[key] = "" if arm is None else what_ran(arm, self.model)
+        self.notes[key] = "" if arm is None else arm_notes(arm, self.model)
         middle, low, high = quantiles(times)
         rate = shape.tokens / middle * 1000
         print(
@@ -264,7 +264,7 @@ class Run:
         )
 
     def _write(self, name: str, pieces: list[dict]) -> None:
-        """Hands on the rows of an arm or a method, once."""
+        """Writes the rows of an arm or a method, once."""
         for (layout, shape), times in self.times.pop(name, {}).items():
             middle, low, high = quantiles(times)
             piece = next(piece for piece in pieces if (piece["layout"], piece["shape"]) == (layout, shape))
@@ -280,7 +280,7 @@ class Run:
             )
 
     def _fail(self, name: str, pieces: list[dict], why: str) -> None:
-        """Rows that say why they have no time; the next round leaves the arm or method out."""
+        """Writes rows with the reason why there is no time; the next round leaves the arm or method out."""
         self.failed.add(name)
         for piece in pieces:
             print(f"{name}: {piece['layout']} {piece['shape']}: {why}", flush=True)
@@ -289,10 +289,10 @@ class Run:
 
 @contextlib.contextmanager
 def attached(model: nn.Module, method: str, file: Path | None = None, say: bool = True) -> Iterator[None]:
-    """The model with the sparse paths of ``method``, as in training; a method that is plain Unsloth attaches nothing.
+    """Attaches the sparse paths of ``method``, as in training; plain methods attach nothing.
 
     Args:
-        file: keeps the estimator's factors from one time to the next.
+        file: stores the estimator's factors for the next time.
         say: print what became sparse.
     """
     from sparse_unsloth import attach, detach, get_state
@@ -315,17 +315,17 @@ def attached(model: nn.Module, method: str, file: Path | None = None, say: bool 
 
 
 def check_method(model: nn.Module, method: str, plain: PlainSteps) -> str:
-    """`sparse_unsloth.bench.checks.check`, which must not be imported before Unsloth."""
+    """Calls `sparse_unsloth.bench.checks.check`, which must not be imported before Unsloth."""
     from sparse_unsloth.bench.checks import check
 
     return check(model, method, plain)
 
 
 def check_arm(model: nn.Module, arm: Arm) -> str:
-    """The arm's own step of a small batch, as far from float32 as rounding in bf16 takes it.
+    """Checks that the arm's step of a small batch differs from float32 by rounding only.
 
     Raises:
-        CheckFailed: it is further away.
+        CheckFailed: it differs by more.
     """
     from sparse_unsloth.bench.checks import check_plain, flat_batch, plain_steps, small_batch
 
@@ -334,7 +334,7 @@ def check_arm(model: nn.Module, arm: Arm) -> str:
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Python's collections see only what is made inside, as in ``train()`` of Unsloth's trainers (from 2026.10.9)."""
+    """Freezes the heap, so that Python collects only new objects, as in Unsloth's ``train()`` (from 2026.10.9)."""
     gc.collect()
     gc.freeze()
     try:
@@ -343,21 +343,21 @@ def frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def laid_out(shape: Shape, layout: str) -> Shape:
-    """The shape, its sequences one behind the other in one row where the layout is flat."""
+def in_layout(shape: Shape, layout: str) -> Shape:
+    """Returns the shape in a layout: flat puts all sequences into one."""
     return replace(shape, packed=shape.tokens) if layout == FLAT else shape
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
+    """Returns median, 20th and 80th percentile."""
     return tuple(torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist())
 
 
 def describe(args: argparse.Namespace, device: str | None = None) -> dict[str, str]:
-    """The columns that all rows of a run share.
+    """Returns the columns that all rows of a run share.
 
     Args:
-        device: the GPU's name; None: asked, which takes memory of the GPU.
+        device: the GPU's name; None: read it, which allocates memory of the GPU.
     """
     return {
         "date": args.date,

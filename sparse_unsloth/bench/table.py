@@ -1,4 +1,4 @@
-"""The tables of measurements, and what a run says when its rows are compared with Unsloth's arms."""
+"""Reads and writes tables of measurements, and compares rows with Unsloth's arms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = (
 )  # fmt: skip
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_gib")
 SHARED = COLUMNS[:7]
-"""What all rows of a run have in common."""
+"""The columns that all rows of a run share."""
 PROFILE_COLUMNS = (*SHARED, "shape", "method", "kind", "ms", "launches")
 """Of the table of profiles beside it: rows for the kinds of kernels in a step, for its whole time, and for the rest."""
 STEP = "whole step"
@@ -35,10 +35,10 @@ class Kind:
     """A kind of table with arms.
 
     Attributes:
-        columns: all of them.
-        case: those that say what was timed: rows that share them, the run, model and dtype are compared.
-        time: the one that is empty in a row that has no time.
-        milliseconds: of a micro-batch, of a row that has a time.
+        columns: all columns.
+        case: the columns of the timed case: rows that share them, the run, model and dtype are compared.
+        time: the column that is empty in a row without a time.
+        milliseconds: returns the time of a micro-batch from a timed row.
     """
 
     columns: tuple[str, ...]
@@ -51,11 +51,11 @@ SPEED = Kind(COLUMNS, ("shape",), "median_ms", lambda row: float(row["median_ms"
 
 
 def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
-    """Adds rows at the end of the table, which begins with its heading; tables and rows without arms get their columns.
+    """Appends rows to the table, which begins with its heading; older tables without arms get the columns of arms.
 
     Raises:
-        ConfigError: the file there has other columns.
-        ValueError: a row with a column too many or too few.
+        ConfigError: the file has other columns.
+        ValueError: a row has a column too many or too few.
     """
     without = dict.fromkeys(set(columns) - set(_older(columns)), "")
     rows = [without | row for row in rows]
@@ -66,7 +66,7 @@ def append_rows(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUM
 
 
 def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
-    """The whole table anew; the one before stays until this one is written."""
+    """Replaces the table; the old one stays until the new one is written."""
     rows = list(rows)
     _check_columns(rows, columns)
     beside = path.with_name(f"{path.name}.new")
@@ -78,7 +78,7 @@ def write_table(path: Path, rows: Iterable[dict], columns: Sequence[str]) -> Non
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
-    """The rows as text; none where there is no file. Columns that a table without arms lacks are empty.
+    """Reads the rows as text; none where there is no file. Columns that a table without arms lacks are empty.
 
     Raises:
         ConfigError: the file has other columns.
@@ -91,11 +91,11 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
 
 
 def read_rows(path: Path, arms: bool = False) -> list[dict]:
-    """The rows that have a time, with numbers as numbers; none where there is no file.
+    """Reads the rows with a time, with numbers as numbers; none where there is no file.
 
     Args:
-        arms: those of Unsloth's arms and of flat batches too. Without them a row of the arm with padded batches counts
-            as one of the method ``unsloth-dense``, which it is.
+        arms: include rows of Unsloth's arms and of flat batches. Otherwise a row of the arm with padded batches counts
+            as the method ``unsloth-dense``, which is the same.
 
     Raises:
         ConfigError: the file has other columns.
@@ -109,12 +109,12 @@ def read_rows(path: Path, arms: bool = False) -> list[dict]:
 
 
 def profile_path(table: Path) -> Path:
-    """The table of profiles that lies beside a table of times."""
+    """Returns the path of the table of profiles beside a table of times."""
     return table.with_name(f"{table.stem}-profile.csv")
 
 
 def read_profile_rows(path: Path) -> list[dict]:
-    """`read_rows` of a table of profiles."""
+    """Reads the rows of a table of profiles."""
     rows = read_table(path, PROFILE_COLUMNS)
     return [row | {"ms": float(row["ms"]), "launches": int(row["launches"])} for row in rows]
 
@@ -125,7 +125,7 @@ def _check_columns(rows: list[dict], columns: Sequence[str]) -> None:
 
 
 def _heading(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
-    """Of the file: today's columns, or those before the first of `ARM_COLUMNS`, as older tables have them."""
+    """Reads the heading of the file: the present columns, or an older table's, which end before `ARM_COLUMNS`."""
     with path.open(newline="", encoding="utf-8") as file:
         heading = tuple(next(csv.reader(file), ()))
     if heading not in (tuple(columns), _older(columns)):
@@ -134,12 +134,12 @@ def _heading(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def _older(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of tables without arms."""
+    """Returns the columns of tables without arms."""
     return tuple(columns[: columns.index("arm")] if "arm" in columns else columns)
 
 
 def with_ratios(rows: Iterable[dict], kind: Kind) -> list[dict]:
-    """The rows of a table, as `read_table` gives them, with their ratios, as far as their run has timed the arms."""
+    """Fills in the ratios of rows of `read_table`, as far as their run has timed the arms."""
     rows = list(rows)
     groups = defaultdict(list)
     for row in rows:
@@ -150,9 +150,9 @@ def with_ratios(rows: Iterable[dict], kind: Kind) -> list[dict]:
         times = {row["arm"]: kind.milliseconds(row) for row in group if row["arm"]}
         best = min(times, key=times.__getitem__, default="")
         for row in group:
-            own = kind.milliseconds(row)
+            milliseconds = kind.milliseconds(row)
             over = {
-                column: f"{times[arm] / own:.3f}" if arm in times else ""
+                column: f"{times[arm] / milliseconds:.3f}" if arm in times else ""
                 for column, arm in (("over_stock", STOCK), ("over_best_arm", best))
             }
             ratios[id(row)] = over | {"best_arm": best}
@@ -160,10 +160,10 @@ def with_ratios(rows: Iterable[dict], kind: Kind) -> list[dict]:
 
 
 def table_of_run(rows: Iterable[dict], kind: Kind) -> str:
-    """Markdown: every row of a run beside the stock arm and the best one; arms come before methods.
+    """Formats a run in Markdown, every row beside the stock arm and the best one; arms come before methods.
 
     Args:
-        rows: of one run and model, as `with_ratios` gives them.
+        rows: of one run and model, as `with_ratios` returns them.
     """
     heading = (
         *kind.case,
@@ -190,7 +190,7 @@ def table_of_run(rows: Iterable[dict], kind: Kind) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside the dense baseline of its run and shape; None where there is none, or where none is stated.
+    """A row beside the dense baseline of its run and shape; fields are None where they are unknown.
 
     The baseline is Unsloth's stock arm, or the method ``unsloth-dense`` in a run without arms.
     """
@@ -214,19 +214,19 @@ class Comparison:
 
     @property
     def of_limit(self) -> float | None:
-        """The share of the FLOP limit that the speed-up reaches."""
+        """Returns the share of the FLOP limit that the speed-up reaches."""
         return None if self.speedup is None or self.limit is None else self.speedup / self.limit
 
 
 def is_baseline(row: dict) -> bool:
-    """Whether rows without a stock arm beside them are compared with this one."""
+    """Whether this row is the baseline of rows without a stock arm."""
     return row["arm"] == STOCK or (not row["arm"] and row["method"] == BASELINE)
 
 
 def compare(rows: list[dict], model: ModelShape | None) -> list[Comparison]:
-    """The rows of one run against its baseline; ``model`` None: limits are not known, as they never are of arms.
+    """Compares the rows of one run with its baseline; limits need the ``model``, and are unknown for arms.
 
-    Where dense was measured more than once at a shape (``--then``), the row before counts, or else the first.
+    Where dense was measured more than once at a shape (``--then``), the preceding row counts, or else the first.
     """
     stock = {row["shape"]: row for row in rows if row["arm"] == STOCK}
     dense = {row["shape"]: row for row in reversed(rows) if is_baseline(row)}
@@ -248,7 +248,7 @@ def compare(rows: list[dict], model: ModelShape | None) -> list[Comparison]:
 
 
 def report(rows: list[dict], model: ModelShape | None, methods: Collection[str]) -> str:
-    """One line for each row of ``methods`` that has a baseline among the ``rows`` of its run.
+    """Formats one line for each row of ``methods`` that has a baseline among the ``rows`` of its run.
 
     Args:
         rows: with their ratios (`with_ratios`) and numbers as numbers.

@@ -1,12 +1,12 @@
 """Tries every mode of training on small random models, with the libraries and the device that are installed.
 
-`sparse-unsloth doctor` runs it for one family, ``tests/gpu/acceptance.py`` for all. A script, because Unsloth patches
-its process for good:
+`sparse-unsloth doctor` runs it for one family, ``tests/gpu/acceptance.py`` for all. It is a script, because Unsloth
+patches its process permanently:
 
     python -m sparse_unsloth.bench.trial --backend unsloth --families llama,qwen3 --dtypes 4bit --checkpointing unsloth
 
-Each mode is tried twice: with nothing left out it must give the loss and the gradients of the same model before
-anything was attached; as it is used it must train. One JSON object for each trial goes to ``--out``.
+Each mode is tried twice. With nothing left out it must give the loss and the gradients of the same model before
+anything was attached. With its usual sparsity it must train. Each trial is a JSON object in ``--out``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from sparse_unsloth.model.decoder_layer import find_layers
 ALMOST_NOTHING = 1e-9
 """A sparsity, or a share of rows left out, at which every channel and every row is kept."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, OF_EACH_LAYER = 2e-3, 0.03, 0.004
-"""Relative differences that two orders of bf16 arithmetic leave: of the loss; and of all gradients together, the
+"""Allowed relative differences between two orders of bf16 arithmetic: of the loss; and of all gradients together, the
 larger of a constant and so much a layer. Measured on an H200: 0.012 with 4 small layers, 0.105 with the 32 of
 Llama-3-8B, where Unsloth's own layers, compiled and not, are 0.067 apart."""
 LEAST_COSINE = 0.5
-"""Of a gradient through few rows with the whole one; random rows of random models give less."""
+"""The least cosine of a gradient through chosen rows with the dense one; random rows of random models give less."""
 DROP = 0.05
-"""The share of the loss that one step down the gradient takes away, to first order."""
+"""The share by which one step down the gradient lowers the loss, to first order."""
 FAMILIES = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -78,12 +78,13 @@ Step = tuple[float, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One mode of one model: what came of it.
+    """The result of one mode of one model.
 
     Attributes:
-        verdict: "ok"; "refused" where attaching said why; "failed" where something was wrong, or the plain model was.
-        layers, whole, captured: decoder layers, those that ran as a whole, and those in CUDA graphs.
-        detail: reasons, or what was wrong.
+        verdict: "ok"; "refused" where attaching refused with a reason; "failed" where the mode or the plain model is
+            wrong.
+        layers, whole, captured: the numbers of decoder layers, of whole layers, and of captured layers.
+        detail: the reasons or the error.
         gradient_error: relative, of all gradients with nothing left out, against the model before attaching.
         seconds: of the trial.
     """
@@ -106,7 +107,7 @@ class Trial:
 def write_models(
     folder: Path, families: tuple[str, ...] = tuple(FAMILIES), device: torch.device | str = "cpu", **changes: Any
 ) -> None:
-    """One checkpoint of random weights for each family, with a tokenizer of whole words, so that nothing is fetched.
+    """Writes a checkpoint of random weights for each family, with a tokenizer of words, so that nothing is downloaded.
 
     Args:
         folder: gets ``folder / family``.
@@ -150,7 +151,7 @@ def _make_tokenizer():
 
 
 def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str) -> dict[str, Any]:
-    """A micro-batch of `LAYOUTS`, padded on the right, or one row as TRL sends it (under Unsloth with its lengths)."""
+    """Makes a micro-batch of `LAYOUTS`: right-padded, or one sequence as TRL sends it (under Unsloth with lengths)."""
     documents = LAYOUTS[layout]
     lengths = torch.tensor([length for length, _ in documents])
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +175,7 @@ def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str)
 
 
 def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> nn.Module:
-    """The checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached."""
+    """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached."""
     from sparse_unsloth import FastSparseLanguageModel, detach
 
     half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -200,7 +201,7 @@ def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> n
 
 
 def step(model: nn.Module, batch: dict[str, Any]) -> Step:
-    """One forward and backward in bf16 autocast on a GPU, as trainers run them."""
+    """Runs one forward and backward, in bf16 autocast on a GPU, as trainers do."""
     model.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
         loss = model(**batch).loss
@@ -215,9 +216,9 @@ def step(model: nn.Module, batch: dict[str, Any]) -> Step:
 
 
 def plain_step(model: nn.Module, batch: dict[str, Any]) -> tuple[Step, str]:
-    """A step with nothing attached, and what is wrong with it.
+    """Runs a step with nothing attached; returns its problems too.
 
-    Where Unsloth's compiled layers fail by themselves, they run uncompiled from here on, as a user would have to run
+    Where Unsloth's compiled layers fail by themselves, they run uncompiled from then on, as users would have to run
     them (``UNSLOTH_BLOCK_COMPILE=0``).
     """
     try:
@@ -231,11 +232,11 @@ def plain_step(model: nn.Module, batch: dict[str, Any]) -> tuple[Step, str]:
 
 
 class TrialError(Exception):
-    """A mode that does not compute what it should."""
+    """A mode gives wrong results."""
 
 
 def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, trial: Trial) -> Trial:
-    """``trial``, a description of what is tried, with what came of it; the model is as before afterwards.
+    """Tries the mode that ``trial`` describes, and returns it with the result; the model is restored afterwards.
 
     Args:
         plain: a step of the model with nothing attached, on the same batch.
@@ -281,7 +282,7 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
 
 
 def _compare(ours: Step, plain: Step, what: str, depth: int) -> float:
-    """The relative error of all gradients together."""
+    """Returns the relative error of all gradients together."""
     if not math.isclose(ours[0], plain[0], rel_tol=LOSS_TOLERANCE):
         raise TrialError(f"{what} the loss is {ours[0]:.5f} instead of {plain[0]:.5f}")
     apart = sum((ours[1][name] - plain[1][name]).square().sum() for name in plain[1])
@@ -292,7 +293,7 @@ def _compare(ours: Step, plain: Step, what: str, depth: int) -> float:
 
 
 def _check(ours: Step, plain: Step, mode: str, depth: int) -> None:
-    """That a mode as it is used leaves out what it should, and not more."""
+    """Checks that a mode with its usual sparsity leaves out what it should, and not more."""
     if mode.startswith("dense"):
         _compare(ours, plain, "dense,", depth)
         return
@@ -312,7 +313,7 @@ def _check(ours: Step, plain: Step, mode: str, depth: int) -> None:
 
 
 def _check_descent(model: nn.Module, batch: dict[str, Any], ours: Step) -> None:
-    """That a small step down the gradient lowers the loss, so that changed weights are read; undone afterwards."""
+    """Checks that a small step down the gradient lowers the loss, so that changed weights are read; then undoes it."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     rate = DROP * ours[0] / sum(gradient.square().sum() for gradient in ours[1].values())
@@ -331,7 +332,7 @@ def try_all(
     backend: str, families: list[str], dtypes: list[str], checkpointing: list[str], layouts: list[str],
     modes: list[str], models: Path,
 ) -> Iterator[Trial]:  # fmt: skip
-    """The trials of one process, in turn: of each layout first "plain", the model with nothing attached."""
+    """Yields the trials of one process; of each layout first "plain", the model with nothing attached."""
     words = {"unsloth": "unsloth", "True": True, "False": False}
     for family in families:
         for dtype in dtypes:
@@ -363,9 +364,9 @@ def try_all(
 
 
 def compile_untuned() -> None:
-    """Makes `torch.compile` take each kernel's first configuration from here on, where a library asks for tuning.
+    """Makes `torch.compile` take each kernel's first configuration from now on, instead of tuning.
 
-    Unsloth has Gemma 2's attention tuned, for minutes; a trial compares results, not times.
+    Unsloth tunes Gemma 2's attention for minutes; a trial compares results, not times.
     """
     compile_tuned = torch.compile
 
@@ -378,7 +379,7 @@ def compile_untuned() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 where a trial failed."""
+    """Runs the trials; returns 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("unsloth", "peft"), required=True)
     parser.add_argument("--models", type=Path, help="folder with a checkpoint for each family; made where missing")

@@ -1,4 +1,4 @@
-"""``python -m sparse_unsloth.cli``."""
+"""Runs the command line as ``python -m sparse_unsloth.cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the commands share: their parsers, and ``RECIPE``, or ``MODEL DATASET``, then options and keys of a recipe."""
+"""Parses what the commands share: ``RECIPE`` or ``MODEL DATASET``, then options and keys of a recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
-    """The parser of the words behind ``sparse-unsloth COMMAND``; ``usage`` is given without that beginning."""
+    """Makes the parser of the words after ``sparse-unsloth COMMAND``; ``usage`` is given without this prefix."""
     return argparse.ArgumentParser(
         prog=f"sparse-unsloth {command}",
         usage=f"sparse-unsloth {command} {usage}" if usage else None,
@@ -32,12 +32,12 @@ def command_parser(command: str, description: str, epilog: str = "", usage: str 
 
 
 def print_line(text: str) -> None:
-    """On standard error, under the program's name."""
+    """Prints a line with the program's name on standard error."""
     print(f"sparse-unsloth: {text}", file=sys.stderr)
 
 
 def positive(text: str) -> int:
-    """A ``type`` of arguments: a whole number from 1 up."""
+    """Parses an argument that is an integer from 1 up."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
@@ -47,15 +47,15 @@ def positive(text: str) -> int:
 def parse(
     parser: argparse.ArgumentParser, words: Sequence[str], error: type[SparsityError]
 ) -> tuple[list[str], argparse.Namespace, list[str]] | None:
-    """``(names, options of the parser, overrides of the recipe)``, or None where help was asked for and printed.
+    """Parses ``(names, options of the parser, overrides of the recipe)``; None where help was printed.
 
     Args:
-        parser: of the options that are not keys of a recipe; the names come before them.
-        words: of the command line, after the command.
-        error: what to raise.
+        parser: parses the options that are not keys of a recipe; the names precede them.
+        words: the command line after the command.
+        error: the exception to raise.
 
     Raises:
-        SparsityError: of that kind, where there are not one or two names.
+        SparsityError: ``error``, where there are not one or two names.
     """
     if {"-h", "--help"} & set(words):
         parser.print_help()
@@ -71,7 +71,7 @@ def parse(
 
 @contextmanager
 def recipe_source(names: Sequence[str], **keys: str) -> Iterator[str]:
-    """What `load_recipe` takes: the recipe that is named, or a file that names model and data set, with ``keys``."""
+    """Returns the source for `load_recipe`: the named recipe, or a file with model, data set and ``keys``."""
     if len(names) == 1:
         yield names[0]
         return
@@ -83,15 +83,15 @@ def recipe_source(names: Sequence[str], **keys: str) -> Iterator[str]:
 
 
 def load_recipe_to_train(source: str, overrides: Sequence[str], say: bool = False) -> Recipe:
-    """The checked recipe, after the import of Unsloth where that will run: it patches TRL, whose keys a recipe has.
+    """Loads a recipe; imports Unsloth first where it will run, because it patches TRL, whose keys a recipe has.
 
     Args:
-        source, overrides: as `load_recipe` takes them.
-        say: print the backend, and why.
+        source, overrides: see `load_recipe`.
+        say: print the backend, and the reason for it.
 
     Raises:
         RecipeError: see `load_recipe`.
-        BackendError: the backend that is asked for cannot run.
+        BackendError: the requested backend cannot run.
     """
     from sparse_unsloth.backends.choose import explain_backend
     from sparse_unsloth.training.keys import BACKENDS

@@ -1,4 +1,4 @@
-"""``sparse-unsloth bench``."""
+"""Runs the command ``sparse-unsloth bench``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, PADDED, arms_of
 from sparse_unsloth.bench.methods import METHODS, methods_of
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.bench.processes import Parent, own_command, processes_of, serve
-from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_go_on_with
+from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_resume
 from sparse_unsloth.bench.shapes import HOST, SHAPES, shapes_of
 from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_in_child, model_shape, rows_of_run
 from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
@@ -24,19 +24,19 @@ DESCRIPTION = """\
 Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
 
 One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
-fresh random tokens. Each arm of Unsloth runs in a process of its own (arms with the same variables and arguments share
-one), our methods in another, so that each sees the machine as a user's process does. Each is checked (what does not
-compute what it should is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows go into the
-table as soon as they are there, or when the job is told to stop (SIGTERM); an arm that fails, or that this Unsloth does
-not have, gets a row that says why. At the end every row of the run gets its ratios: to Unsloth's defaults (stock), and
-to the best arm at that shape.
+fresh random tokens. Each arm of Unsloth runs in a separate process (arms with the same variables and arguments share
+one), our methods in another, so that each sees the machine as a user's process does. Each is checked (a method with
+wrong results is not timed), warmed up until its steps are steady, and timed with CUDA events. Rows are written to the
+table as soon as they are measured, or when the job is stopped (SIGTERM); an arm that fails, or that this Unsloth does
+not have, gets a row with the reason. At the end every row of the run gets its ratios: to Unsloth's defaults (stock),
+and to the best arm at that shape.
 
-With --seconds the job ends in time; called again with the same --out on the same machine within two hours, it goes on
-where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks meets them all; a
+--seconds limits the time; called again with the same --out on the same machine within two hours, the job resumes
+where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks affects all; a
 row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
-unsloth is transformers' own.
+unsloth is transformers' checkpointing.
 
-What stands behind --then is a further run of the same date, which keeps the options before it but for those that it
+The words after --then are a further run of the same date, which keeps the options before it except those that it
 gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
 """
 
@@ -52,10 +52,10 @@ THEN, FIRST = "--then", "first"
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How long, which run, its table; and the words of a child."""
+    """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=float, help="of everything; call again to go on")
-    parser.add_argument("--run", default="", help="the run to go on with, or whose table to print")
+    parser.add_argument("--seconds", type=float, help="time limit of the job; call again to resume")
+    parser.add_argument("--run", default="", help="the run to resume, or whose table to print")
     parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -88,10 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with ``arms``, ``methods``, ``layouts`` and ``shapes`` resolved.
+    """Parses the arguments and resolves ``arms``, ``methods``, ``layouts`` and ``shapes``.
 
     Raises:
-        ConfigError: an unknown arm, method, layout or shape, a count below 1, or a table of another kind to append to.
+        ConfigError: an arm, method, layout or shape is unknown, a count is below 1, or the table to append to has
+            other columns.
     """
     args = build_parser().parse_args(argv)
     if args.model is None and not args.table:
@@ -113,7 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
-    """The runs of a command line, parted by ``--then``; each has its ``words``, and all have one date.
+    """Parses the runs of a command line, separated by ``--then``; each has its ``words``, and all have one date.
 
     Raises:
         ConfigError: as `parse`.
@@ -132,11 +133,11 @@ def parse_runs(argv: Sequence[str]) -> list[argparse.Namespace]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark; 1 if an arm or a method could not be timed, or not yet.
+    """Runs the benchmark; returns 1 if an arm or a method has no time yet, or cannot be timed.
 
     Raises:
-        ConfigError: see `parse`; or a table is asked for of a run that is not there.
-        BackendError: no CUDA GPU.
+        ConfigError: see `parse`; or the run whose table is requested does not exist.
+        BackendError: there is no CUDA GPU.
     """
     runs = parse_runs(argv)
     first = runs[0]
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     device = device_name()
     whole = Plan(first.out, SPEED, [piece for args in runs for piece in pieces_of(args, cases_of(args))])
-    run = first.run or run_to_go_on_with([whole], describe(first, device), first.date)
+    run = first.run or run_to_resume([whole], describe(first, device), first.date)
     print(f"run {run}", flush=True)
     complete = True
     with Parent(first.seconds).listening() as parent:

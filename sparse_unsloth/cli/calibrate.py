@@ -1,4 +1,4 @@
-"""``sparse-unsloth calibrate``: its words, and the model and data as a training of the same recipe would have them."""
+"""Runs the command ``sparse-unsloth calibrate`` on the model and data of a recipe."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
 
 BATCH = 8
-"""Samples that share one choice of channels, as in the calibration at the start of a training."""
+"""Samples of a micro-batch, which share a channel selection; as in the calibration when training begins."""
 
 DESCRIPTION = """\
 Measures on a few dozen samples of your data what sparsity costs in each layer, and chooses the sparsity of each for a
 FLOP budget or a bound on the loss. Writes sparsity.yaml (for a recipe's `sparsity:`), the estimator, and a report.
 
-RECIPE is a YAML file or the name of a shipped one; its layer rules play no part, the rest of its sparsity block does.
+RECIPE is a YAML file or the name of a shipped one; its layer rules are ignored, the rest of its sparsity block is used.
 MODEL and DATASET are what a recipe has as model_name_or_path and dataset_name. Any key of a recipe can be set by
 --key value. A second start with the same model, data and settings goes on from what was measured."""
 
@@ -39,7 +39,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options that are not keys of a recipe; names come before them, and are not parsed here."""
+    """Makes the parser of the options that are not keys of a recipe; it does not parse the names before them."""
     from sparse_unsloth.autosparsity.search import ATTENTION_LEVELS, MLP_LEVELS
 
     parser = command_parser("calibrate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     bound.add_argument(
         "--budget",
         type=float,
-        help="FLOPs of context tokens' products with frozen weights, as a share of the dense ones (default: 0.5)",
+        help="FLOPs of context tokens' frozen-weight matmuls, as a share of the dense ones (default: 0.5)",
     )
     bound.add_argument("--max-loss", type=float, help="instead: increase of the answer loss allowed, in nats")
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
@@ -67,10 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Calibrates what ``words`` ask for, and prints the outcome.
+    """Calibrates the recipe of a command line, and prints the outcome.
 
     Raises:
-        SparsityError: see `calibrate_recipe`; `CalibrationError` for wrong words.
+        SparsityError: see `calibrate_recipe`; `CalibrationError` for invalid arguments.
     """
     parser = build_parser()
     parsed = parse(parser, words, CalibrationError)
@@ -107,12 +107,12 @@ def main(words: Sequence[str]) -> int:
 def calibrate_recipe(
     recipe: Recipe, output_dir: str | Path, counts: tuple[int, int, int], bounds: Mapping[str, float], **options: Any
 ) -> Calibration:
-    """Calibrates the model of ``recipe`` on the first samples of its data, and writes everything to ``output_dir``.
+    """Calibrates the model of ``recipe`` on the first samples of its data, and writes the results to ``output_dir``.
 
     Args:
-        recipe: its layer rules play no part; the rest of its sparsity block (estimator, schedule, ...) is kept.
+        recipe: its layer rules are ignored; the rest of its sparsity block (estimator, schedule, ...) is kept.
         output_dir: for sparsity.yaml, estimator.safetensors, report and measurements.
-        counts: samples to calibrate the estimator on, to measure losses on, and to hold out.
+        counts: the numbers of samples for the estimator, for measured losses, and held out.
         bounds: ``budget`` or ``max_loss``, or neither.
         options: further ones of `calibrate`.
 
@@ -146,7 +146,7 @@ def calibrate_recipe(
 
 
 def load(recipe: Recipe, counts: tuple[int, int, int]) -> tuple[nn.Module, list, list, list]:
-    """The model with its adapters, dense and not attached, and three lists of batches of different samples."""
+    """Loads the model with adapters, nothing attached, and three lists of batches of different samples."""
     from sparse_unsloth.attachment import detach
     from sparse_unsloth.config.sparsity import SparsityConfig
     from sparse_unsloth.training.run import build_trainer
@@ -167,10 +167,10 @@ def load(recipe: Recipe, counts: tuple[int, int, int]) -> tuple[nn.Module, list,
 
 
 def divide(rows: Sequence[Any], counts: tuple[int, int, int]) -> list[list[Any]]:
-    """``rows`` in groups of ``counts``; in the same proportions where there are fewer.
+    """Divides ``rows`` into groups of ``counts``, or in the same proportions where there are fewer.
 
     Raises:
-        CalibrationError: not even one row for each of the first two groups.
+        CalibrationError: there are fewer than two rows, one for each of the first two groups.
     """
     if len(rows) < 2:
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""``sparse-unsloth compare``."""
+"""Runs the command ``sparse-unsloth compare``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
-Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens a second, seconds,
+Compares trained runs: training and held-out loss, every score of `sparse-unsloth evaluate`, tokens per second, seconds,
 peak memory. Runs of the same recipe that differ only in their seed form a group: mean, standard deviation, and paired
 tests against the first group. Writes comparison.md, comparison.json and comparison.png."""
 
 
 def main(words: Sequence[str]) -> int:
-    """Compares the run folders in ``words``, prints the tables and writes the files.
+    """Compares the run folders of a command line, prints the tables and writes the files.
 
     Raises:
-        CompareError: a folder holds no finished run, or the same run comes twice.
+        CompareError: a folder holds no finished run, or a run occurs twice.
     """
     parser = command_parser("compare", DESCRIPTION)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")

@@ -1,4 +1,4 @@
-"""``sparse-unsloth doctor``: versions against the tested ranges, GPU, backend, kernels; and each mode, tried."""
+"""Runs the command ``sparse-unsloth doctor``: checks versions, GPU, backend and kernels, and tries every mode."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ DESCRIPTION = """\
 Reports versions against the tested ranges, the GPU, which backend and kernels will run and why, and what is missing.
 Exit code 1 if training cannot run here."""
 TRIAL_SECONDS = 115
-"""For the trials of all backends together."""
+"""Time limit of the trials of all backends together."""
 OUTSIDE = "Install an Unsloth of the tested range, or report it with `sparse-unsloth doctor`'s output."
 
 
 def main(words: Sequence[str]) -> int:
-    """Prints every finding; 1 if one of them keeps training from running here."""
+    """Prints every finding; returns 1 if one of them prevents training on this machine."""
     command_parser("doctor", DESCRIPTION).parse_args(words)
     findings = diagnose()
     print("sparse-unsloth: trying each mode on a small random model (under two minutes)", flush=True)
@@ -45,14 +45,15 @@ def main(words: Sequence[str]) -> int:
 
 
 def diagnose() -> list[Finding]:
-    """Every finding; those with status "problem" keep training from running here."""
+    """Returns every finding; those with status "problem" prevent training on this machine."""
     return [*_versions(), _device(), trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
 
 
 def try_training() -> list[Finding]:
-    """Every mode, tried in training steps of a small random model with four layers, by each backend that can run here.
+    """Tries every mode in training steps of a small random model with four layers, with each backend that can run.
 
-    In processes of their own, because Unsloth patches its process for good. On a GPU 4-bit, without padding.
+    Each backend has its own process, because Unsloth patches its process permanently. On a GPU the trials are in 4 bits
+    and without padding.
     """
     cuda = torch.cuda.is_available()
     words = {"peft": ["--dtypes", "4bit" if cuda else "bf16", "--checkpointing", "True"]}
@@ -69,7 +70,7 @@ def try_training() -> list[Finding]:
         words["unsloth"] = ["--dtypes", "4bit", "--checkpointing", "unsloth"]
     with tempfile.TemporaryDirectory() as name:
         folder, running, deadline = Path(name), {}, time.time() + TRIAL_SECONDS
-        for backend, own in words.items():
+        for backend, options in words.items():
             place = folder / backend
             place.mkdir()  # Unsloth writes its compiled modules into the working directory
             command = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", backend, "--families", "llama"]
@@ -77,7 +78,7 @@ def try_training() -> list[Finding]:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             with (place / "log").open("w") as log:
                 running[backend] = subprocess.Popen(
-                    [*command, *own], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    [*command, *options], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
         for backend, process in running.items():
             try:
@@ -92,7 +93,7 @@ def try_training() -> list[Finding]:
 
 
 def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:
-    """What a backend's trials mean; those that are missing are a problem, with the end of what the process printed."""
+    """Judges a backend's trials; missing trials are a problem, reported with the end of the process's output."""
     lines = (place / "out").read_text().splitlines() if (place / "out").is_file() else []
     trials = [Trial(**json.loads(line)) for line in lines]
     findings = [
@@ -108,7 +109,7 @@ def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:
 
 
 def judge_trial(trial: Trial) -> Finding:
-    """One trial as a line of the report: whole layers, one by one, captured, or refused and why."""
+    """Reports one trial in a line: whole layers or parts, captured layers, or the reason of a refusal."""
     name, graphs = f"tried {trial.backend}: {trial.mode}", trial.mode.endswith("graphs")
     if trial.mode == "plain":
         status: Status = "problem" if trial.verdict == "failed" else "note"
@@ -136,7 +137,7 @@ def judge_trial(trial: Trial) -> Finding:
 
 
 def print_report(findings: list[Finding], console=None) -> None:
-    """The findings as a table, then what to do, one line each."""
+    """Prints the findings as a table, then the fixes, one line each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -194,7 +195,7 @@ def _backend() -> Finding:
 
 
 def _unsloth_hooks() -> list[Finding]:
-    """What the Unsloth backend replaces or relies on, each found in the installed sources or not."""
+    """Checks in the installed sources everything that the Unsloth backend replaces or relies on."""
     folder = find_unsloth()
     if folder is None:
         return [Finding("Unsloth's hooks", "Unsloth is not installed")]
@@ -203,7 +204,7 @@ def _unsloth_hooks() -> list[Finding]:
         "backend='peft'.",
         "loss": "This Unsloth has moved its fused loss. Install a version of the tested range, or set "
         "exact_removal: false.",
-        "documents": "This Unsloth has moved it: with cuda_graphs, attention within packed documents is not recorded.",
+        "documents": "This Unsloth has moved it: with cuda_graphs, attention within packed documents is not captured.",
     }
     hooks = read_contract(folder)
     missing = [hook for hook in hooks if not hook.found]

@@ -1,4 +1,4 @@
-"""``sparse-unsloth estimate``: its words, and what they lead to."""
+"""Runs the command ``sparse-unsloth estimate``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sparse_unsloth.cli.arguments import command_parser, parse, recipe_source
 from sparse_unsloth.errors import ConfigError
 
 DESCRIPTION = """\
-Says, before any training, what sparsity will gain: the context share of the data under this template and loss setting,
-tokens, FLOPs and time of a step, dense and sparse, peak memory, and what follows. It reads the model's configuration
-and tokenizer, never its weights, and needs no GPU.
+Predicts the gain of sparsity before any training: the context share of the data under this template and loss setting,
+tokens, FLOPs and time of a step, dense and sparse, peak memory, and advice. It reads the model's configuration and
+tokenizer, never its weights, and needs no GPU.
 
 RECIPE is a YAML file or the name of a shipped one. MODEL and DATASET are what a recipe has as model_name_or_path and
 dataset_name: hub names, folders, files. Any key of a recipe can be set by --key value."""
@@ -26,7 +26,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options that are not keys of a recipe; names come before them, and are not parsed here."""
+    """Makes the parser of the options that are not keys of a recipe; it does not parse the names before them."""
     from sparse_unsloth.forecast.estimate import SAMPLES
 
     parser = command_parser("estimate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
@@ -39,10 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Prints the estimate that ``words`` ask for.
+    """Prints the estimate of a command line.
 
     Raises:
-        SparsityError: see `estimate`; `ConfigError` for wrong words.
+        SparsityError: see `estimate`; `ConfigError` for invalid arguments.
     """
     parser = build_parser()
     parsed = parse(parser, words, ConfigError)
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _recipe(names: list[str], overrides: list[str], preset: str | None):
-    """The checked recipe; with a model and a data set, the preset rows unless another is given."""
+    """Loads the recipe; for a model and a data set the preset is rows unless another one is given."""
     if preset is not None:
         overrides = [*overrides, "--sparsity", preset]
     with recipe_source(names, sparsity="rows") as source:
@@ -69,7 +69,7 @@ def _recipe(names: list[str], overrides: list[str], preset: str | None):
 
 
 def _on_any_machine(source: str, overrides: list[str]):
-    """The recipe as for the machine that will train it: 16-bit keys are refused where there is no GPU."""
+    """Loads a recipe for another machine: TRL would refuse its 16-bit keys where there is no GPU."""
     import torch
 
     from sparse_unsloth.training.recipe import load_recipe, raw_values

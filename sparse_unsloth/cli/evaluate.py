@@ -1,4 +1,4 @@
-"""The sub-command ``sparse-unsloth evaluate``."""
+"""Runs the command ``sparse-unsloth evaluate``."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ examples:
   sparse-unsloth evaluate runs/csr170k --suite commonsense --data boolq=boolq_test.json --batch-size 32
   sparse-unsloth evaluate runs/wizardlm --suite mt-bench --questions question.jsonl --export merged
 
-Code that a model wrote is run with --execute-code only: in a process of its own, with limits on time and memory, and
-without network where the system allows that. It is no prison; use a container for code that may be hostile."""
+Code that a model wrote is run with --execute-code only: in a separate process, with limits on time and memory, and
+without network where the system allows that. It is not a security boundary; use a container for hostile code."""
 
 SUITES = ("humaneval", "humaneval-plus", "mt-bench", "commonsense", "arithmetic", "glue", "arc-agi")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the words behind ``evaluate``."""
+    """Makes the parser of the words after ``evaluate``."""
     parser = command_parser("evaluate", DESCRIPTION, EPILOG)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run, adapter or model folder, or a hub name")
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="SUITE")
     parser.add_argument("--base", action="store_true", help="the base model of each run, without its adapter")
     parser.add_argument("--output-dir", help="where results go, instead of the run folder; for one RUN")
-    parser.add_argument("--limit", type=positive, help="the first so many items only")
-    parser.add_argument("--batch-size", type=positive, help="prompts at a time (default: the suite's own)")
-    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's own)")
+    parser.add_argument("--limit", type=positive, help="the number of items, from the first")
+    parser.add_argument("--batch-size", type=positive, help="prompts per batch (default: the suite's)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's)")
     code = parser.add_argument_group("humaneval")
     code.add_argument("--execute-code", action="store_true", help="run what the model wrote, to score it")
     code.add_argument("--problems", help="a file in HumanEval's (or EvalPlus') format instead of the package's")
-    text = "ask by the recipe's template, or give the bare function to go on with (default: instruct)"
+    text = "prompt with the recipe's template, or with the bare function (default: instruct)"
     code.add_argument("--style", choices=("instruct", "complete"), default="instruct", help=text)
     chat = parser.add_argument_group("mt-bench")
     chat.add_argument("--questions", help="FastChat's question.jsonl (fastchat/llm_judge/data/mt_bench)")
@@ -68,10 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Evaluates what ``words`` ask for, and prints the scores.
+    """Evaluates the sources of a command line, and prints the scores.
 
     Raises:
-        SparsityError: wrong words, or see the suites.
+        SparsityError: the arguments are invalid, or see the suites.
     """
     arguments = build_parser().parse_args(words)
     if arguments.output_dir and len(arguments.runs) > 1:
@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def evaluate(source: Source, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One source on one suite; the suites' libraries are imported here, by the one that needs them."""
+    """Evaluates one source on one suite, and imports the libraries of that suite only."""
     folder = source.folder / arguments.suite
     common = {"limit": arguments.limit, "batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
     options = {name: value for name, value in common.items() if value is not None}

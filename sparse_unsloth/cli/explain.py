@@ -1,4 +1,4 @@
-"""``sparse-unsloth explain``: its words, and what they lead to."""
+"""Runs the command ``sparse-unsloth explain``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
-Says what sparsity did in a training, or does in one that runs: by layer, how many channels are kept from step to step,
-what they capture of the energy that the best ones would, and the FLOPs saved. Writes explain.md and explain.png.
+Explains what sparsity did in a training, finished or running: by layer, the channels kept from step to step, their
+share of the oracle's energy, and the FLOPs saved. Writes explain.md and explain.png.
 
 RUN is the output folder of `sparse-unsloth train`, or of any trainer whose model was attached. `explain_steps` of the
-sparsity block says how often it looks (default: every 50 sparse steps)."""
+sparsity block sets how often channels are sampled (default: every 50 sparse steps)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Explains the run that ``words`` name.
+    """Explains the run of a command line.
 
     Raises:
         ConfigError: the folder has no records.

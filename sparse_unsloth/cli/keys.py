@@ -1,4 +1,4 @@
-"""``sparse-unsloth keys``."""
+"""Runs the command ``sparse-unsloth keys``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparse_unsloth.cli.arguments import command_parser, print_line
 
 
 def main(words: Sequence[str]) -> int:
-    """Lists the keys of a recipe, all of them or those that have to do with a word; 1 if there are none."""
+    """Lists the keys of a recipe, all or those that match a word; returns 1 if there are none."""
     parser = command_parser("keys", "")
     parser.add_argument("word", nargs="?", default="", help="only keys whose name or help contains this")
     arguments = parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""The command ``sparse-unsloth``. Heavy libraries are imported by the command that needs them."""
+"""Dispatches the command line ``sparse-unsloth``; each command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ SUBCOMMANDS = {
     "keys": "list the keys of a recipe",
     "doctor": "report versions, GPU, backend and kernels, and what is missing",
     "quickstart": "train a small model dense and sparse on the CPU, and compare",
-    "estimate": "say before training what sparsity will gain: tokens, FLOPs, time, memory",
+    "estimate": "predict the speed-up before training: tokens, FLOPs, time, memory",
     "calibrate": "measure on your data what sparsity costs in each layer, and choose it",
-    "explain": "say what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
+    "explain": "explain what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
     "bench": "time training steps on the GPU, dense and sparse",
-    "evaluate": "judge runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
-    "compare": "compare runs and seeds: loss, scores, tokens a second, memory, with paired tests",
-    "study": "study low rank: toy matrices, a model's spectra, pruned adapters",
+    "evaluate": "evaluate runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
+    "compare": "compare runs and seeds: loss, scores, tokens per second, memory, with paired tests",
+    "study": "study low-rank approximations: toy matrices, a model's spectra, pruned adapters",
 }
-"""What each does; the module of that name in this package has its parser and its ``main``."""
+"""The help of each command; the module of that name in this package has its parser and its ``main``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 it was asked wrongly.
+    """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 invalid input.
 
-    What the user or his machine can change is said in one line on standard error; ``--debug`` adds the traceback.
+    Errors that the user can fix are one line on standard error; ``--debug`` adds the traceback.
 
     Raises:
-        Exception: what nobody expected while training, with its traceback.
+        Exception: an unexpected error, with its traceback.
     """
     words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words without a bare ``--debug``, and whether there was one; TRL's key of that name takes values."""
+    """Removes a bare ``--debug``; returns the other words, and whether it was there (TRL has a key of that name)."""
     kept, found = [], False
     for index, word in enumerate(words):
         following = words[index + 1 : index + 2]
@@ -75,7 +75,7 @@ def take_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; it leaves the words behind a command to that command."""
+    """Makes the parser of all commands; it leaves the words after a command to that command."""
     from sparse_unsloth import __version__
 
     parser = argparse.ArgumentParser(prog="sparse-unsloth", description=DESCRIPTION, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""``sparse-unsloth quickstart``."""
+"""Runs the command ``sparse-unsloth quickstart``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparse-unsloth recipes``."""
+"""Runs the command ``sparse-unsloth recipes``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sparse_unsloth.cli.arguments import command_parser
 
 
 def main(words: Sequence[str]) -> int:
-    """Lists the shipped recipes, or prints the one that is named.
+    """Lists the shipped recipes, or prints the named one.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is no recipe of that name.
     """
     parser = command_parser("recipes", "")
     parser.add_argument("name", nargs="?", help="print this recipe, to be copied and changed")

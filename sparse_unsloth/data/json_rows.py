@@ -1,5 +1,8 @@
-"""Reads local JSON files with every value as it is written: Arrow's own reading takes dates for times, 5 beside 2.5 for
-5.0, and the text "null" for nothing where a column mixes its kinds."""
+"""Reads local JSON files and keeps every value as it is written.
+
+Arrow's reader changes values in columns of mixed types: dates become times, 5 beside 2.5 becomes 5.0, and the text
+"null" becomes a missing value.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ PEEKED = 100
 
 
 def json_dataset(path: Path) -> tuple[Dataset, frozenset[str]]:
-    """The rows of a JSON or JSON Lines file, and the columns whose values are kept as JSON text: nested and mixed ones.
+    """Reads a JSON or JSON Lines file; returns the rows and the nested and mixed columns, which are kept as JSON text.
 
     Raises:
-        DataError: the file is empty or no JSON, or a row names a column twice.
+        DataError: the file is empty or not JSON, or a row names a column twice.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -49,10 +52,10 @@ def json_dataset(path: Path) -> tuple[Dataset, frozenset[str]]:
 
 
 def stream_rows(lines: Iterable[dict[str, str]], path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a stream of JSON lines; all have the columns of the first hundred.
+    """Yields the rows of a stream of JSON lines, with the columns of the first hundred rows.
 
     Raises:
-        DataError: a later row has another one, which would be lost.
+        DataError: a later row has another column, which would be lost.
     """
     stream = (_row(line["text"], path, number) for number, line in enumerate(lines, start=1) if line["text"].strip())
     first = list(itertools.islice(stream, PEEKED))
@@ -71,7 +74,7 @@ def stream_rows(lines: Iterable[dict[str, str]], path: Path) -> Iterator[dict[st
 
 
 def is_list(path: Path) -> bool:
-    """Whether the file is one JSON list, or one object of many lines, and no JSON Lines."""
+    """Whether the file is one JSON list, or one object of several lines, instead of JSON Lines."""
     with path.open(encoding="utf-8-sig") as file:
         begin = next((line for line in file if line.strip()), "").strip()
     if not begin or begin.startswith("["):
@@ -84,10 +87,10 @@ def is_list(path: Path) -> bool:
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Each row; a text by itself is a row of the column ``text``.
+    """Yields each row; a bare text becomes a row with the column ``text``.
 
     Raises:
-        DataError: no JSON, or a column that a row names twice.
+        DataError: the file is not JSON, or a row names a column twice.
     """
     with path.open(encoding="utf-8-sig") as file:
         if is_list(path):
@@ -145,6 +148,6 @@ def _kind(value: Any) -> str:
 
 
 def _common(kinds: set[str]) -> str:
-    """The kind of a column; "string" also holds JSON text."""
+    """Returns the common type of two columns; "string" also holds JSON text."""
     found = kinds - {"null"}
     return found.pop() if len(found) == 1 and found <= {"bool", "int64"} else "string"

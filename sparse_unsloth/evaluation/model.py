@@ -1,8 +1,8 @@
-"""What is evaluated: a run's adapter over its base model, or any model, loaded by plain transformers and PEFT.
+"""Loads what is evaluated, a run's adapter over its base model or any model, by plain transformers and PEFT.
 
-Nothing of this package takes part in the forward, which is dense: an adapter that was trained sparsely is a standard
-one. Only where its sparsity configuration says ``sparse_prefill`` are prompts of generations sparse, as they were in
-training. TRL and Unsloth are not imported.
+The forward is dense and uses no code of this package, because an adapter of a sparse training is a standard adapter.
+Only where its sparsity configuration sets ``sparse_prefill`` are prompts of generations sparse, as in training. TRL and
+Unsloth are not imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 class EvaluationError(SparsityError):
-    """A model, data or a library that an evaluation needs and that is missing or does not fit."""
+    """A model, data or a library that an evaluation needs is missing or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Source:
     """What to evaluate, before anything is loaded.
 
     Args:
-        name: of the run or the model, as results call it.
+        name: of the run or the model in results.
         model: hub name or folder of the base model.
         adapter: the adapter's folder; None for the base model itself.
         recipe: what the run was trained with; empty for a bare model.
-        folder: where results go, beside the run if there is one.
+        folder: of the results, inside the run if there is one.
     """
 
     name: str
@@ -66,16 +66,16 @@ class Source:
 
 
 def find_source(text: str, base: bool = False, output_dir: str | None = None) -> Source:
-    """What ``text`` names: a run folder, an adapter folder, a model folder or a hub name.
+    """Finds the source that ``text`` names: a run folder, an adapter folder, a model folder or a hub name.
 
     Args:
         text: as given on the command line.
-        base: the base model of the run, without its adapter.
-        output_dir: where results go; by default ``evaluation`` in the run folder, else ``runs/evaluation/<name>``.
+        base: take the base model of the run, without its adapter.
+        output_dir: of the results; by default ``evaluation`` in the run folder, else ``runs/evaluation/<name>``.
 
     Raises:
-        EvaluationError: a run folder without an adapter.
-        DataError: an adapter that is damaged, or whose base model was moved.
+        EvaluationError: a run folder has no adapter.
+        DataError: an adapter is damaged, or its base model was moved.
     """
     folder = Path(text)
     if (folder / RECIPE_FILE).is_file():
@@ -87,7 +87,7 @@ def find_source(text: str, base: bool = False, output_dir: str | None = None) ->
         results = Path(output_dir) if output_dir else folder / ("evaluation-base" if base else "evaluation")
         name = f"{name} (base)" if base else name
         model = recipe["model_name_or_path"]
-        # The run may have gone on from another one's adapter, or its base may have been moved since.
+        # The run may have started from another run's adapter, or its base may have been moved since.
         if (is_lost(model) or find_adapter(model) is not None) and (adapter / ADAPTER_CONFIG).is_file():
             model = base_of(adapter)
         return Source(name, model, None if base else adapter, recipe, results)
@@ -99,16 +99,17 @@ def find_source(text: str, base: bool = False, output_dir: str | None = None) ->
 
 
 def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **options: Any) -> tuple[nn.Module, Any]:
-    """The model, in evaluation mode on the GPU if there is one, and its tokenizer, padding on the left.
+    """Loads the model, in evaluation mode and on the GPU if there is one, and its tokenizer, padding on the left.
 
-    bfloat16 on a GPU that has it, float32 on the CPU. An adapter is merged into the weights, which generates faster;
-    over a 4-bit base it stays an adapter, for merging would round it off, and so it does where prompts are sparse.
+    The dtype is bfloat16 on a GPU that has it, and float32 on the CPU. An adapter is merged into the weights, which
+    makes generation faster. It stays an adapter over a 4-bit base, because merging would round it off, and where
+    prompts are sparse.
 
     Args:
-        source: as `find_source` gives it.
+        source: see `find_source`.
         auto_model: the class that loads it, ``AutoModelForCausalLM`` by default.
-        sparse_prefill: False makes everything dense whatever the adapter's sparsity configuration says.
-        options: further ones of its ``from_pretrained``.
+        sparse_prefill: False makes everything dense, whatever the adapter's sparsity configuration says.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         EvaluationError: model, adapter, tokenizer, or the estimator that sparse prompts need, cannot be loaded.
@@ -167,7 +168,7 @@ def load(source: Source, auto_model: Any = None, sparse_prefill: bool = True, **
 
 
 def _untie(model: nn.Module) -> None:
-    """Gives the head a weight of its own where an adapter lies on it or on the embedding: merged, both would change."""
+    """Unties head and embedding where an adapter is on one of them: merging would change both."""
     both = model.get_input_embeddings(), model.get_output_embeddings()
     embedding, head = (getattr(part, "base_layer", part) for part in both)
     if head is None or both == (embedding, head) or head.weight is not embedding.weight:
@@ -179,7 +180,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def _make_prompts_sparse(model: nn.Module, adapter: Path) -> bool:
-    """Turns sparse prefill on where the adapter's sparsity configuration says so; returns whether it does."""
+    """Turns sparse prefill on if the adapter's sparsity configuration asks for it; returns whether it does."""
     from sparse_unsloth.attachment import CONFIG_NAME, attach, get_state
     from sparse_unsloth.config.sparsity import SparsityConfig
     from sparse_unsloth.runtime.prefill import switch

@@ -1,13 +1,13 @@
-"""MT-Bench: answers and a model folder as FastChat takes them, and the table by category from its judgements.
+"""Evaluates MT-Bench: writes answers and model folders for FastChat, and tables by category from its judgements.
 
-FastChat's judge calls a commercial model, so judging itself is left to it:
+FastChat's judge calls a commercial model, so FastChat does the judging:
 
     sparse-unsloth evaluate RUN --suite mt-bench --questions question.jsonl      writes model_answer/RUN.jsonl
     cp .../model_answer/RUN.jsonl FASTCHAT/fastchat/llm_judge/data/mt_bench/model_answer/
     python gen_judgment.py --model-list RUN                                      in FASTCHAT/fastchat/llm_judge
     sparse-unsloth evaluate RUN --suite mt-bench --questions question.jsonl --judgements .../gpt-4_single.jsonl
 
-With ``--export`` FastChat's own ``gen_model_answer.py --model-path FOLDER`` can answer too, by its own template.
+With ``--export`` FastChat's ``gen_model_answer.py --model-path FOLDER`` can answer too, with its template.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
-"""By category, as FastChat samples; others 0.7."""
+"""Temperatures by category, as in FastChat; 0.7 for others."""
 WHERE = "it is in FastChat's repository, fastchat/llm_judge/data/mt_bench/question.jsonl, and in no package"
 FAILED = -1
-"""The score of an answer that the judge gave no rating for."""
+"""The score of an answer without a rating."""
 
 
 def evaluate_mt_bench(
@@ -47,21 +47,22 @@ def evaluate_mt_bench(
     batch_size: int = 16,
     max_new_tokens: int = 1024,
 ) -> dict[str, Any]:
-    """Answers the questions, exports the model, reads judgements: whichever is asked for.
+    """Answers the questions, exports the model and reads judgements, as requested.
 
     Args:
-        source, folder: what to evaluate, and where files go.
+        source, folder: what to evaluate, and the folder of its files.
         questions: FastChat's ``question.jsonl``; needed for answers and for categories.
         judgements: FastChat's ``..._single.jsonl``.
         export: "adapter" or "merged": write a model folder that FastChat loads.
-        limit: the first so many questions.
+        limit: the number of questions, from the first.
         batch_size, max_new_tokens: of generation.
 
     Returns:
-        As `save_results`; with judgements the mean score, and each turn's and category's. Items are a question's turns.
+        See `save_results`; with judgements the mean score, and those of turns and categories. Items are a question's
+        turns.
 
     Raises:
-        EvaluationError: no questions, files of another form, or a run that the judgements do not know.
+        EvaluationError: questions are missing, a file has another format, or the judgements do not name the run.
     """
     if export is not None:
         print(f"sparse-unsloth: FastChat loads {export_model(source, folder / 'model', export == 'merged')}")
@@ -82,10 +83,10 @@ def evaluate_mt_bench(
 
 
 def read_questions(path: str) -> list[dict[str, Any]]:
-    """FastChat's questions.
+    """Reads FastChat's questions.
 
     Raises:
-        EvaluationError: no such file, or lines of another form.
+        EvaluationError: there is no such file, or its lines have another format.
     """
     if not Path(path).is_file():
         raise EvaluationError(f"mt-bench: there is no file {path}; {WHERE}.")
@@ -98,9 +99,9 @@ def read_questions(path: str) -> list[dict[str, Any]]:
 def answer(
     source: Source, folder: Path, questions: list[dict[str, Any]], name: str, batch_size: int, max_new_tokens: int
 ) -> Path:
-    """Writes ``model_answer/<name>.jsonl``; questions that an interrupted evaluation answered are kept.
+    """Writes ``model_answer/<name>.jsonl``; answers of an interrupted evaluation are kept.
 
-    The first turns are answered before the second ones, which see the first answers.
+    All first turns are answered before the second turns, whose prompts contain the first answers.
     """
     settings = {"model": source.model, "adapter": source.adapter, "template": source.template}
     path = folder / "model_answer" / f"{name}.jsonl"
@@ -150,22 +151,22 @@ def answer(
 def score(
     judgements: Iterable[Mapping[str, Any]], categories: Mapping[Any, str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean scores, overall, by turn and by category, as FastChat's ``show_result.py`` averages them; and each item's.
+    """Averages scores overall, by turn and by category, as FastChat's ``show_result.py`` does; returns items too.
 
-    Answers that the judge gave no rating for do not count. A question judged again counts by its last judgement.
+    Answers without a rating do not count. If a question was judged again, its last judgement counts.
 
     Args:
         judgements: of one model.
         categories: by question id.
 
     Raises:
-        EvaluationError: a question of no category, or nothing judged.
+        EvaluationError: a question has no category, or nothing was judged.
     """
     rated = {(row["question_id"], row["turn"]): float(row["score"]) for row in judgements}
     rated = {key: value for key, value in rated.items() if value != FAILED}
-    strangers = [question for question, _ in rated if question not in categories]
-    if strangers:
-        raise EvaluationError(f"question {strangers[0]} is judged and not among the questions.")
+    unknown = [question for question, _ in rated if question not in categories]
+    if unknown:
+        raise EvaluationError(f"question {unknown[0]} is judged and not among the questions.")
     if not rated:
         raise EvaluationError("the judgements hold no rating.")
     groups = defaultdict(list)
@@ -179,10 +180,10 @@ def score(
 
 
 def export_model(source: Source, folder: Path, merged: bool) -> Path:
-    """A folder for FastChat's ``--model-path``: the adapter as it is, or base and adapter merged.
+    """Writes a folder for FastChat's ``--model-path``: the adapter, or base and adapter merged.
 
     Raises:
-        EvaluationError: FastChat would not load it, and why; or the base is in 4 bits and cannot be merged.
+        EvaluationError: FastChat could not load the folder, or the base is in 4 bits and cannot be merged.
     """
     if source.adapter is None and not merged:
         raise EvaluationError(f"{source.name}: is no adapter; give its own folder to FastChat.")

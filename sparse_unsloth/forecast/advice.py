@@ -1,4 +1,4 @@
-"""What follows from an estimate, in plain sentences: what to expect, whether it is worth it, what would help."""
+"""Gives advice on an estimate: what to expect, whether sparsity is worth it, what would help."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS_FIRST = (
 
 
 def advice(estimate: Estimate) -> list[str]:
-    """Sentences in the order of their weight; the first says what to expect."""
+    """Returns sentences in the order of their weight; the first says what to expect."""
     return [*_expectation(estimate), *_hints(estimate)]
 
 
@@ -35,7 +35,7 @@ def _expectation(estimate: Estimate) -> Iterator[str]:
     share = estimate.tokens.context_share
     if estimate.tokens.context == 0:
         yield (
-            "No token is context: every token bears loss, or predicts one that does, so nothing can be sparse. Give "
+            "No token is context: every token is a loss token, so nothing can be sparse. Give "
             "prompt and completion columns (completion_only_loss), or messages with assistant_only_loss: true."
         )
         return
@@ -67,7 +67,7 @@ def _worth(estimate: Estimate) -> Iterator[str]:
     if gain < WORTH_IT:
         instead = "train densely (sparsity: dense)"
         if free is not None and estimate.exact_removal and free > WORTH_SAYING:
-            instead += f", which the exact removal makes {free:.2f}x as fast as it would be, with the same results"
+            instead += f", which skipping unused rows makes {free:.2f}x as fast, with the same results"
         what = f"gains only some {gain - 1:.0%} here" if gain > WORTH_SAYING else "gains no time here"
         cost = "it" if estimate.row_sparse else "sparsity costs quality, and it"
         yield f"Not worth it: {cost} {what}. Rather {instead}."
@@ -92,19 +92,19 @@ def _hints(estimate: Estimate) -> Iterator[str]:
         yield (
             "Only prompt tokens can be sparse: instructions, examples, documents or tool descriptions gain where they "
             "stand in the prompt (or in a user or system turn), not in the answer. If all turns of a conversation "
-            "are answers to train on, that is as it should be."
+            "are answers to train on, nothing needs to change."
         )
     padding = tokens.share("padding")
     if padding > MUCH_PADDING:
         yield (
             f"{padding:.0%} of the rows that a dense step computes are padding: packing: true, or the Unsloth backend "
-            "(padding-free by itself), does without them, at no cost."
+            "(padding-free by default), avoids them at no cost."
         )
     yield from _host(estimate)
     if estimate.row_sparse and not estimate.checkpointing:
         yield (
-            "The backward pass computes its rows of O and MLP once more in any case, so gradient_checkpointing: true "
-            "costs only attention's part of the forward again, and keeps far less."
+            "The backward pass recomputes its rows of O and MLP in any case, so gradient_checkpointing: true "
+            "costs only a recompute of attention's part, and stores far less."
         )
     if estimate.sparse is not None and not estimate.dense_layer_0:
         yield (
@@ -120,7 +120,7 @@ def _hints(estimate: Estimate) -> Iterator[str]:
     if tokens.dropped:
         yield without_loss(tokens.dropped, tokens.samples)
     if tokens.without_loss:
-        yield f"{tokens.without_loss} of {tokens.samples} samples bear no loss: they cost time and teach nothing."
+        yield f"{tokens.without_loss} of {tokens.samples} samples have no loss token: they cost time and train nothing."
 
 
 def _host(estimate: Estimate) -> Iterator[str]:
@@ -161,6 +161,6 @@ def _best_preset(estimate: Estimate) -> str:
 
 
 def _range(estimate: Estimate, speedup: float) -> str:
-    """The speed-up within the usual error of predictions, where that is known."""
+    """Formats the range of the speed-up within the median error of predictions, where it is known."""
     error = estimate.fitted.errors.speedup_median
     return "" if error is None else f" ({speedup / (1 + error):.2f}x to {speedup * (1 + error):.2f}x)"

@@ -1,4 +1,4 @@
-"""The estimate of one training: tokens, FLOPs, time, memory and advice, from a checked recipe and nothing run."""
+"""Estimates tokens, FLOPs, time and memory of a training from its recipe, without running a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
 from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import can_record, lengthened
+from sparse_unsloth.forecast.graphs import can_capture, padded_to_bucket
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
 from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
 
 SAMPLES = 1000
-"""Samples that are looked at unless told otherwise."""
+"""The default number of samples to read."""
 
 
 def estimate(
     recipe: Recipe, samples: int | None = SAMPLES, device: str | None = None, speed_table: str | Path | None = None
 ) -> Estimate:
-    """Estimates the training that ``recipe`` describes. Reads the model's configuration and tokenizer, not its weights.
+    """Estimates the training of ``recipe``. Reads the model's configuration and tokenizer, not its weights.
 
     Args:
-        recipe: as `load_recipe` gives it.
-        samples: how many to look at, drawn by the recipe's seed; None for all.
+        recipe: a recipe of `load_recipe`.
+        samples: the number of samples to read, drawn by the recipe's seed; None for all.
         device: a part of the name of a measured GPU; None takes the newest measurements.
-        speed_table: rows of `sparse-unsloth bench` to fit instead of the package's own.
+        speed_table: a table of `sparse-unsloth bench` to fit instead of the package's.
 
     Raises:
-        SparsityError: model or data are out of reach, do not fit the recipe, or nothing bears loss.
+        SparsityError: model or data cannot be loaded or do not fit the recipe, or there is no loss token.
     """
     if recipe.model.lora_task_type == SEQ_CLS:
         raise ConfigError("estimate counts the tokens of text recipes; a classifier (SEQ_CLS) it cannot estimate yet.")
@@ -65,11 +65,11 @@ def estimate(
     def step(plan: Plan, removal: bool) -> Step:
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
-    def step_recorded(plan: Plan) -> Step:
-        longer = [lengthened(batch, tokens.layout) for batch in batches]
-        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, recorded=True)
+    def step_with_graphs(plan: Plan) -> Step:
+        longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
+        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
-    recordable = fitted is not None and can_record(recipe, model, backend, tokens.layout, batches)
+    capturable = fitted is not None and can_capture(recipe, model, backend, tokens.layout, batches)
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
@@ -80,8 +80,8 @@ def estimate(
         if preset.is_sparse(model.shape.num_layers):
             layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
             kind = replace(plan, layers=layers, backward_rows=preset.backward_rows)
-            graphs = recordable and recipe.sparsity.cuda_graphs
-            other = step_recorded(kind) if graphs else step(kind, removal)
+            graphs = capturable and recipe.sparsity.cuda_graphs
+            other = step_with_graphs(kind) if graphs else step(kind, removal)
             presets[name] = Preset(dense.flops / other.flops, time_ratio(dense, other))
     count = _optimiser_steps(recipe, tokens)
     sparse_share = len(recipe.sparsity.schedule.sparse_steps(count)) / count if is_sparse else 0.0
@@ -106,7 +106,7 @@ def estimate(
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
-        recorded=step_recorded(plan if is_sparse else plan.dense()) if recordable else None,
+        recorded=step_with_graphs(plan if is_sparse else plan.dense()) if capturable else None,
         cuda_graphs=recipe.sparsity.cuda_graphs,
     )
 
@@ -128,14 +128,14 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
     )
 
 
-def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, recorded: bool = False) -> Step:
-    """The average micro-batch, times those of an optimiser step; ``recorded`` ones as `cuda_graphs` makes them."""
+def _step(works: Sequence[Work], accumulation: int, fitted: Fitted | None, with_graphs: bool = False) -> Step:
+    """Scales the average micro-batch to an optimiser step; ``with_graphs``: with the host time of `cuda_graphs`."""
     flops = sum(work.flops for work in works) * accumulation / len(works)
     if fitted is None:
         return Step(flops, None, host_bound=False)
     model = fitted.step_time
-    milliseconds = sum(map(model.recorded if recorded else model, works)) * accumulation / len(works)
-    host_bound = not recorded and sum(map(model.host, works)) > sum(map(model.device, works))
+    milliseconds = sum(map(model.with_graphs if with_graphs else model, works)) * accumulation / len(works)
+    host_bound = not with_graphs and sum(map(model.host, works)) > sum(map(model.device, works))
     return Step(flops, milliseconds, host_bound)
 
 
@@ -164,7 +164,7 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
 
 
 def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], row_sparse: bool) -> Memory:
-    """``row_sparse``: every step's backward pass goes through few rows, where a micro-batch has context rows."""
+    """Predicts the peak; ``row_sparse``: every step's backward pass leaves out rows of each micro-batch."""
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
     through = {}
     if row_sparse and all(batch.context for batch in batches):

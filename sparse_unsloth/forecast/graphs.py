@@ -1,4 +1,4 @@
-"""What `cuda_graphs` would make of a training: whether its steps are recorded, and what is computed in them."""
+"""Predicts whether `cuda_graphs` captures a training's steps, and the padded sizes of captured micro-batches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 from sparse_unsloth.training.recipe import Recipe
 
 
-def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
-    """Whether every layer would be recorded as a whole, its attention included.
+def can_capture(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
+    """Whether every layer would be captured as a whole, with its attention.
 
     Args:
         layout: see `TokenStatistics`.
@@ -34,8 +34,8 @@ def can_record(recipe: Recipe, model: Model, backend: str, layout: str, batches:
     )
 
 
-def lengthened(batch: MicroBatch, layout: str) -> MicroBatch:
-    """``batch`` with rows of a round length, as recorded ones have (`sparse_unsloth.graphs.buckets`)."""
+def padded_to_bucket(batch: MicroBatch, layout: str) -> MicroBatch:
+    """Pads ``batch`` to a length bucket, as captured batches are (`sparse_unsloth.graphs.buckets`)."""
     if layout == PADDED:
         length, rows = max(batch.lengths), len(batch.lengths)
         longer = round_up(length, LENGTHS)

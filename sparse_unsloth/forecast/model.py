@@ -1,4 +1,4 @@
-"""What a model is without its weights: its configuration, built on the meta device, with the recipe's adapters."""
+"""Reads a model without its weights: builds its configuration on the meta device, with the recipe's adapters."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Families that Unsloth runs on its fast path, by ``model_type``."""
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Those whose layers are Unsloth's Llama layer."""
+"""Families whose layers are Unsloth's Llama layer."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as far as its training's cost is concerned.
+    """The properties of a model that decide the cost of its training.
 
     Attributes:
-        name: as the recipe names it; ``model_type`` is transformers' name of its family.
+        name: the recipe's name of it; ``model_type`` is transformers' name of its family.
         shape: its sizes.
         linear: frozen parameters of the decoder layers' linear modules, which 4-bit loading quantises.
         other: all other frozen parameters: embeddings, norms, head (a tied head counts once).
-        adapter: trained parameters.
+        adapter: the number of trained parameters.
         lora_targets: which of the seven projections have an adapter.
         layers: ``(mlp, self_attn)`` sparsity of each layer under the recipe.
         in_4bit: whether the base weights are loaded in 4 bits.
-        weight_bytes: of a parameter that is not in 4 bits.
+        weight_bytes: bytes of a parameter that is not in 4 bits.
         eager_attention: whether attention is computed without a fused kernel.
     """
 
@@ -54,10 +54,10 @@ class Model:
 
 
 def read_model(recipe: Recipe) -> tuple[Model, Any]:
-    """The model of ``recipe`` and its tokenizer.
+    """Reads the model of ``recipe`` and its tokenizer.
 
     Raises:
-        DataError: configuration or tokenizer cannot be had.
+        DataError: configuration or tokenizer cannot be loaded.
         AttachError: the model has no layers with a sparse path, or the recipe's adapters have none.
         ConfigError: the recipe names layers or modules that the model does not have.
     """
@@ -131,10 +131,10 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
 
 
 def backend_of(recipe: Recipe, model_type: str, on_cpu: bool) -> tuple[str, str]:
-    """``(backend, reason)`` of the machine that will train: "auto" means Unsloth where a GPU could run it.
+    """Returns ``(backend, reason)`` for the machine that will train: "auto" is Unsloth where a GPU could run it.
 
     Raises:
-        AttachError: Unsloth is asked for, and has no fast path for this family.
+        AttachError: the recipe asks for Unsloth, which has no fast path for this family.
     """
     fast = model_type in UNSLOTH_FAMILIES
     if recipe.backend == "unsloth" and not fast:

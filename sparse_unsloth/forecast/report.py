@@ -1,4 +1,4 @@
-"""An estimate as text, one block for each question, and as plain data."""
+"""Formats an estimate as text and as plain data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WIDTH = 110
 
 
 def report(estimate: Estimate) -> str:
-    """The whole text."""
+    """Returns the text, one block for each question."""
     blocks = (_what, _tokens, _steps, _memory, _advice)
     return "\n\n".join("\n".join(block(estimate)) for block in blocks)
 
 
 def as_dict(estimate: Estimate) -> dict[str, Any]:
-    """Plain data, advice included."""
+    """Returns plain data, with the advice."""
     tokens = estimate.tokens
     of_tokens = asdict(tokens) | {
         "context_share": tokens.context_share,
@@ -60,7 +60,7 @@ def _tokens(estimate: Estimate) -> Iterator[str]:
         )
     shares = ", ".join(
         f"{name} {tokens.share(role):.1%}"
-        for role, name in (("context", "context"), ("dense", "answers"), ("padding", "padding"))
+        for role, name in (("context", "context"), ("dense", "loss tokens"), ("padding", "padding"))
     )
     yield f"  rows of a micro-batch {tokens.rows:6.0f} on average: {shares}"
 
@@ -70,9 +70,9 @@ def _steps(estimate: Estimate) -> Iterator[str]:
     yield f"  {'':32} {'10^12 FLOPs':>12} {'ms':>9} {'times dense':>12}"
     lines = {
         "dense": estimate.dense,
-        "dense, exact removal": estimate.dense_exact,
+        "dense, unused rows skipped": estimate.dense_exact,
         "sparse": estimate.sparse,
-        "sparse, exact removal": estimate.sparse_exact,
+        "sparse, unused rows skipped": estimate.sparse_exact,
         f"{'sparse' if estimate.sparse else 'dense'}, with cuda_graphs": estimate.recorded,
     }
     for name, step in lines.items():
@@ -84,20 +84,20 @@ def _steps(estimate: Estimate) -> Iterator[str]:
     fitted, errors = estimate.fitted, estimate.fitted.errors
     yield (
         f"  Predicted for {fitted.device}, {fitted.dtype}, from {fitted.rows} measured steps of Llama-3-8B sizes "
-        f"({fitted.newest[:10]}): on steps that the"
+        f"({fitted.newest[:10]}). On steps that the"
     )
     yield (
-        f"  fit did not see it errs by {errors.step_median:.0%} in time, at worst {errors.step_worst:.0%}"
+        f"  fit did not see the error is {errors.step_median:.0%} in time, at worst {errors.step_worst:.0%}"
         + (
             ""
             if errors.speedup_median is None
-            else f"; by {errors.speedup_median:.0%} in the speed-up, at worst {errors.speedup_worst:.0%}"
+            else f"; {errors.speedup_median:.0%} in the speed-up, at worst {errors.speedup_worst:.0%}"
         )
         + "."
     )
     if estimate.recorded is not None and errors.recorded_median is not None:
         yield (
-            f"  Steps with cuda_graphs it has not seen either: {errors.recorded_median:.0%}, at worst "
+            f"  On steps with cuda_graphs, which the fit did not see, it is {errors.recorded_median:.0%}, at worst "
             f"{errors.recorded_worst:.0%}."
         )
     yield from _doubts(estimate)
@@ -110,7 +110,7 @@ def _steps(estimate: Estimate) -> Iterator[str]:
 
 
 def _doubts(estimate: Estimate) -> Iterator[str]:
-    """Where the measured steps are not of this kind."""
+    """Warns where the measured steps differ in dtype or size."""
     fitted, dtype = estimate.fitted, "4bit" if estimate.model.in_4bit else "bf16"
     if fitted.dtype != dtype:
         yield f"  Steps in {dtype} were not measured; those in {fitted.dtype} stand in for them."

@@ -1,4 +1,4 @@
-"""An estimate as plain data."""
+"""Defines an estimate as plain data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from sparse_unsloth.forecast.tokens import TokenStatistics
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step, on one GPU, of the average micro-batch.
+    """One optimiser step on one GPU, of average micro-batches.
 
-    ``milliseconds`` is None where no step like it was measured; ``host_bound`` says that launching takes longer than
-    computing.
+    ``milliseconds`` is None where no comparable step was measured. ``host_bound``: the step is launch-bound.
     """
 
     flops: float
@@ -25,7 +24,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Preset:
-    """What another sparsity would give: sparse steps against dense ones, both as the backend runs them."""
+    """The gain of another preset: sparse steps against dense steps, both as the backend runs them."""
 
     flops_ratio: float
     speedup: float | None
@@ -33,25 +32,25 @@ class Preset:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that `sparse-unsloth estimate` says.
+    """The result of `sparse-unsloth estimate`.
 
     Attributes:
-        model, dataset, backend, backend_reason: what would be trained, and by what.
+        model, dataset, backend, backend_reason: what would be trained, and by which backend.
         tokens: of the data set.
         sequences, accumulation: samples of a micro-batch, and micro-batches of an optimiser step on one GPU.
-        dense: a step of the backend as it is; ``dense_exact`` with the exact removal (Unsloth backend, else None).
+        dense: a dense step of the backend; ``dense_exact`` skips unused rows (Unsloth backend, else None).
         sparse, sparse_exact: a sparse step, likewise; None for a recipe without sparsity.
-        exact_removal: whether the training would use the exact removal.
-        optimiser_steps, sparse_share: of the whole training, and how much of it is sparse.
+        exact_removal: whether the training would skip unused rows.
+        optimiser_steps, sparse_share: the training's number of steps, and the share of sparse ones.
         presets: the shipped presets on this model and data.
-        fitted: the measurements behind the times; None where there are none.
+        fitted: the fit that predicts the times; None where nothing was measured.
         memory: the predicted peak.
-        dense_layer_0: whether the MLP of layer 0 is dense, as it should be.
-        backward_rows: share of the context rows that the backward pass goes through, as the recipe says.
+        dense_layer_0: whether the MLP of layer 0 is dense, as recommended.
+        backward_rows: the recipe's share of context tokens that the backward pass goes through.
         checkpointing: whether the layers run forward twice.
-        recorded: the step that this training is made of, sparse or dense, with `cuda_graphs`; None where not all of it
-            would be recorded, or nothing like it was measured.
-        cuda_graphs: whether the recipe asks for that.
+        recorded: a step of this training, sparse or dense, with `cuda_graphs`; None where a layer would not be
+            captured, or no comparable step was measured.
+        cuda_graphs: whether the recipe turns CUDA graphs on.
     """
 
     model: Model
@@ -79,12 +78,12 @@ class Estimate:
 
     @property
     def row_sparse(self) -> bool:
-        """Whether the recipe's backward pass leaves out rows, instead of channels."""
+        """Whether the recipe uses row sparsity, instead of channel sparsity."""
         return self.backward_rows < 1
 
     @property
     def dense_as_trained(self) -> Step:
-        """A dense step of this training: with the exact removal where it is on, recorded where nothing is sparse."""
+        """A dense step of this training: unused rows skipped if the recipe does so, captured if nothing is sparse."""
         if self.cuda_graphs and self.recorded and not self.sparse:
             return self.recorded
         return self.dense_exact if self.exact_removal and self.dense_exact else self.dense
@@ -98,7 +97,7 @@ class Estimate:
 
     @property
     def graphs_speedup(self) -> float | None:
-        """Predicted: what `cuda_graphs` makes of a step of this training."""
+        """The predicted speed-up by `cuda_graphs` of a step of this training."""
         if self.recorded is None:
             return None
         without = replace(self, cuda_graphs=False)
@@ -106,17 +105,17 @@ class Estimate:
 
     @property
     def flops_ratio(self) -> float | None:
-        """FLOPs of the backend's own dense step over those of a sparse one: the limit of the speed-up."""
+        """FLOPs of the backend's dense step over those of a sparse step: the limit of the speed-up."""
         return None if self.sparse_as_trained is None else self.dense.flops / self.sparse_as_trained.flops
 
     @property
     def speedup(self) -> float | None:
-        """Predicted: a sparse step against the backend's own dense step."""
+        """The predicted speed-up of a sparse step over the backend's dense step."""
         return None if self.sparse_as_trained is None else time_ratio(self.dense, self.sparse_as_trained)
 
     @property
     def whole_speedup(self) -> float | None:
-        """Predicted for the whole training, dense phases included; its set-up (calibration) is not."""
+        """The predicted speed-up of the whole training, with dense phases, without set-up (calibration)."""
         if self.speedup is None:
             return None
         sparse, other = self.sparse_as_trained.milliseconds, self.dense_as_trained.milliseconds
@@ -124,10 +123,10 @@ class Estimate:
 
     @property
     def free_speedup(self) -> float | None:
-        """Predicted for dense training with the exact removal, which changes no result."""
+        """The predicted speed-up of dense training by skipping unused rows, which changes no result."""
         return None if self.dense_exact is None else time_ratio(self.dense, self.dense_exact)
 
 
 def time_ratio(slow: Step, fast: Step) -> float | None:
-    """How many times as long ``slow`` takes; None where no step like it was measured."""
+    """Returns the ratio of the times of ``slow`` and ``fast``; None where no comparable step was measured."""
     return None if slow.milliseconds is None else slow.milliseconds / fast.milliseconds

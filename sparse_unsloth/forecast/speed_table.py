@@ -1,4 +1,4 @@
-"""From the table of measured steps (``benchmarks/results/speed.csv``) to fitted step times, stored in the package."""
+"""Fits step times to the table of measured steps (``benchmarks/results/speed.csv``) and stores them in the package."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_wor
 
 STORED = Path(__file__).with_name("step_times.json")
 MODELS = {"llama8b": LLAMA_3_8B}
-"""Sizes of measured models by the name of the checkpoint's folder."""
+"""Sizes of measured models, by the name of the checkpoint's folder."""
 NOT_OURS = ("unsloth-dense", "peft-dense")
 """Methods whose time does not depend on the code of this package."""
 GRAPHED = tuple(method for method in METHODS if method.endswith("-graphs"))
-"""Methods whose steps are recorded."""
+"""Methods with CUDA graphs."""
 LEFT_OUT = ("nothing-dropped", *GRAPHED)
-"""Methods that nobody trains with, and those that a `Plan` does not describe."""
+"""Methods that are not used for training, and those that a `Plan` does not describe."""
 SAME_CODE = datetime.timedelta(days=1)
 """Rows of our own methods that are older than the newest one by more than this were measured on older code."""
 FEWEST = 4
-"""Rows that a fit needs, dense and sparse ones among them."""
+"""The least number of rows for a fit, dense and sparse ones among them."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of predictions by a fit to all other rows, relative to what was measured (0.05 is 5 %).
+    """Errors of predictions by a fit to all other rows, relative to the measurement (0.05 is 5 %).
 
     ``step`` is of step times, ``speedup`` of speed-ups over the dense baseline at the same shape; None without one.
-    ``memory`` is of the peak that `peak_memory` states, which is not fitted to anything, and ``recorded`` of the times
-    of steps with `cuda_graphs`, which the fit does not see either; None where none were measured.
+    ``memory`` is of the peak that `peak_memory` predicts, which is not fitted. ``recorded`` is of steps with
+    `cuda_graphs`, which the fit does not see; None where none were measured.
     """
 
     step_median: float
@@ -57,16 +57,16 @@ class Errors:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Step times of one GPU, backend and dtype, and where they come from.
+    """Fitted step times of one GPU, backend and dtype, and their source.
 
     Attributes:
         device: the GPU's name.
         backend: "unsloth" or "peft".
         dtype: "4bit" or "bf16", of the base weights.
         step_time: the fitted model.
-        errors: how well it predicts rows that it was not fitted to.
-        rows: how many it was fitted to; ``newest`` the date of the newest run, ``commits`` the code that was measured.
-        smallest, largest: FLOPs of the measured steps; beyond them it extrapolates.
+        errors: of predictions for rows that it was not fitted to.
+        rows: the number of fitted rows; ``newest`` the date of the newest run, ``commits`` the measured code.
+        smallest, largest: FLOPs of the measured steps; predictions beyond them extrapolate.
     """
 
     device: str
@@ -82,7 +82,7 @@ class Fitted:
 
 
 def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
-    """The newest row of each device, model, dtype, checkpointing, method and shape, without those of older code."""
+    """Selects the newest row of each device, model, dtype, checkpointing, method and shape, without older code."""
     newest = _newest(row for row in rows if row["method"] in METHODS and row["method"] not in LEFT_OUT)
     ours = [_date(row) for row in newest if row["method"] not in NOT_OURS]
     limit = max(ours) - SAME_CODE if ours else None
@@ -90,20 +90,20 @@ def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def _newest(rows: Iterable[Mapping]) -> list[dict]:
-    """Of each device, model, dtype, checkpointing, method and shape."""
+    """Selects the newest row of each device, model, dtype, checkpointing, method and shape."""
     names = ("device", "model", "dtype", "checkpointing", "method", "shape")
     by_name = {tuple(row[name] for name in names): dict(row) for row in sorted(rows, key=_date)}
     return list(by_name.values())
 
 
 def work_of_row(row: Mapping, model: ModelShape) -> Work:
-    """What the measured step had to compute."""
+    """Returns the work of the measured step."""
     plan, batch, removal = plan_of_row(row, model)
     return batch_work(plan, batch, removal)
 
 
 def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool]:
-    """The measured model and method, its batch, and whether the exact removal was on."""
+    """Returns the measured model and method, its batch, and whether unused rows were skipped."""
     shape, method = shape_of(row["shape"]), row["method"]
     sparsity = SparsityConfig.from_any(sparsity_of(method, model.num_layers))
     backend = backend_of(method)
@@ -123,7 +123,7 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
 
 
 def memory_of_row(row: Mapping, model: ModelShape) -> float:
-    """The peak in GiB that `peak_memory` states for the measured step, for a model without a tied head."""
+    """Predicts the peak of the measured step in GiB by `peak_memory`, for a model without a tied head."""
     plan, batch, removal = plan_of_row(row, model)
     projections = model.projections().values()
     checkpointing = {"False": "off", "True": "on"}.get(row["checkpointing"], "unsloth")
@@ -147,11 +147,11 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
 
 
 def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None = None) -> list[Fitted]:
-    """A fit for each device, backend and dtype that was measured dense and sparse.
+    """Fits each device, backend and dtype that was measured dense and sparse.
 
     Args:
-        rows: of the table, as `sparse_unsloth.bench.table.read_rows` gives them.
-        models: sizes by the name of the model; `MODELS` by default. Rows of other models are not used.
+        rows: of the table, as `sparse_unsloth.bench.table.read_rows` returns them.
+        models: sizes by the name of the model; `MODELS` by default. Rows of other models are ignored.
     """
     models = MODELS if models is None else models
     known = [row for row in rows if row["model"] in models]
@@ -169,7 +169,7 @@ def fit_table(rows: Iterable[Mapping], models: Mapping[str, ModelShape] | None =
         peaks = [memory_of_row(row, models[row["model"]]) for row in group]
         step_time = fit(steps)
         others = [
-            abs(step_time.recorded(work_of_row(row, models[row["model"]])) / row["median_ms"] - 1)
+            abs(step_time.with_graphs(work_of_row(row, models[row["model"]])) / row["median_ms"] - 1)
             for row in recorded[device, backend, dtype]
         ]
         fitted.append(
@@ -198,12 +198,12 @@ def _group(row: Mapping) -> tuple[str, str, str]:
 
 
 def save(fitted: list[Fitted], path: Path = STORED) -> None:
-    """Writes the fits where `load` finds them."""
+    """Writes the fits to the file that `load` reads."""
     path.write_text(json.dumps([asdict(one) for one in fitted], indent=2) + "\n", encoding="utf-8")
 
 
 def load(path: Path = STORED) -> list[Fitted]:
-    """The fits that come with the package."""
+    """Reads the fits of the package."""
     return [
         Fitted(
             **one
@@ -218,13 +218,13 @@ def load(path: Path = STORED) -> list[Fitted]:
 
 
 def choose(fitted: list[Fitted], backend: str, dtype: str, device: str | None = None) -> Fitted | None:
-    """The fit for a training: of ``device`` if that is given, else the newest one; None where nothing was measured.
+    """Chooses the fit for a training: that of ``device`` if given, else the newest; None where nothing was measured.
 
     Args:
         device: a part of the GPU's name, in any case ("h200").
 
     Raises:
-        ConfigError: no GPU of that name was measured.
+        ConfigError: no GPU with that name was measured.
     """
     if device is not None:
         known = sorted({one.device for one in fitted})

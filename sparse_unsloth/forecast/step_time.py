@@ -1,11 +1,11 @@
-"""How long a step takes: a model of six numbers, fitted to the table of measured steps.
+"""Predicts step times by a model of six numbers that is fitted to measured steps.
 
     time = larger of host and device        (rounded off where the two meet)
     device = a * products + b * attention + c * rows + d * sparse rows
     host = e * layers + f * sparse parts
 
-`Work` says what the six factors are. All six are positive, and are found by least squares on the logarithm of the time,
-so on relative errors. A weak pull to rough values of a data-centre GPU decides what the rows leave open.
+`Work` defines the six factors. All numbers are positive, and are found by least squares on the logarithm of the time,
+that is, on relative errors. A weak pull to rough values of a data-centre GPU decides what the rows leave open.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import astuple, dataclass
 from sparse_unsloth.forecast.work import Work
 
 SHARPNESS = 8
-"""Of the larger of host and device: they overlap, but not wholly."""
-RECORDED_HOST = 4.5
-"""Milliseconds for each layer that the host needs in a step whose layers are recorded (`cuda_graphs`). Not fitted: 32
-layers took 147 ms at the least where no two micro-batches were alike, and some 100 where all were
+"""Sharpness of the smooth maximum of host and device time, which do not overlap completely."""
+GRAPHS_HOST = 4.5
+"""Host milliseconds per layer in a step with `cuda_graphs`. Not fitted: 32 layers took 147 ms at least
+where all micro-batches differed, and some 100 ms where all were equal
 (``benchmarks/results``: ``mixed_lengths.csv``, ``graphs``)."""
 PULL = 0.03
 """Weight of the pull, as a relative error of one step for a coefficient off by a factor of e."""
@@ -28,7 +28,7 @@ PULL = 0.03
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds for each 10^12 FLOPs, for each 10^9 elements, and for each layer or sparse part on the host."""
+    """Milliseconds per 10^12 FLOPs, per 10^9 elements, and per layer or sparse part on the host."""
 
     products: float
     attention: float
@@ -38,21 +38,21 @@ class StepTime:
     host_sparse_part: float
 
     def device(self, work: Work) -> float:
-        """Milliseconds that the GPU computes."""
+        """Returns the GPU's time in milliseconds."""
         tera = self.products * work.products + self.attention * work.attention
         return tera / 1e12 + (self.rows * work.rows + self.sparse_rows * work.sparse_rows) / 1e9
 
     def host(self, work: Work) -> float:
-        """Milliseconds that the host needs to launch it."""
+        """Returns the host's launch time in milliseconds."""
         return self.host_layer * work.layers + self.host_sparse_part * work.sparse_parts
 
     def __call__(self, work: Work) -> float:
-        """Milliseconds of one micro-batch: forward and backward, the optimiser's update included."""
+        """Returns milliseconds of one micro-batch: forward, backward and the optimiser's update."""
         return _larger(self.host(work), self.device(work))
 
-    def recorded(self, work: Work) -> float:
-        """The same where layers are recorded, and the host launches little."""
-        return _larger(RECORDED_HOST * work.layers, self.device(work))
+    def with_graphs(self, work: Work) -> float:
+        """Returns milliseconds of one micro-batch with captured layers, which the host launches faster."""
+        return _larger(GRAPHS_HOST * work.layers, self.device(work))
 
 
 def _larger(host: float, device: float) -> float:
@@ -67,10 +67,10 @@ STARTS = (0.1, 1.0, 5.0)
 
 
 def fit(steps: Sequence[tuple[Work, float]]) -> StepTime:
-    """The coefficients that explain measured steps best.
+    """Fits the coefficients to measured steps.
 
     Args:
-        steps: work, and milliseconds; at least one.
+        steps: pairs of work and milliseconds; at least one.
     """
     import numpy
     from scipy.optimize import least_squares
@@ -89,5 +89,5 @@ def fit(steps: Sequence[tuple[Work, float]]) -> StepTime:
 
 
 def leave_one_out(steps: Sequence[tuple[Work, float]]) -> list[float]:
-    """What each step would be predicted to take, in milliseconds, by a fit to all others."""
+    """Predicts each step, in milliseconds, by a fit to all others."""
     return [fit([*steps[:index], *steps[index + 1 :]])(work) for index, (work, _) in enumerate(steps)]

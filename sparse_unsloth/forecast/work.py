@@ -1,4 +1,4 @@
-"""How much there is to compute in one micro-batch: FLOPs, and what else its time depends on."""
+"""Counts the work of one micro-batch: FLOPs, and the other quantities that its time depends on."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from sparse_unsloth.exact.loss import ROW_MULTIPLE
 from sparse_unsloth.forecast.tokens import MicroBatch
 
 TRL_ROWS = 256
-"""TRL's chunked loss computes logits in multiples of so many rows."""
+"""TRL's chunked loss computes logits in multiples of this number of rows."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and how it is trained, as far as costs depend on it.
+    """The properties of a model and its training that decide the costs.
 
     Attributes:
         shape: of the model.
         layers: ``(mlp, self_attn)`` sparsity of each layer.
         backend: "unsloth" or "peft".
         checkpointing: whether the layers run forward twice.
-        chunked_loss: TRL's loss over rows with loss only, whose logits are computed twice (PEFT backend).
+        chunked_loss: TRL's loss over loss tokens only, whose logits are computed twice (PEFT backend).
         lora_rank, lora_targets: of the adapters.
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         backward_rows: see `SparsityConfig.backward_rows`.
-        whole_layers: for it one function takes the place of O and MLP (Unsloth's Llama layers); else they are hooked
-            one by one.
+        whole_layers: whether `backward_rows` replaces O and MLP by one function (Unsloth's Llama layers), instead of
+            hooking them separately.
     """
 
     shape: ModelShape
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def row_sparse(self) -> bool:
-        """Whether the backward pass leaves out rows, instead of channels."""
+        """Whether the training uses row sparsity, instead of channel sparsity."""
         return self.backward_rows < 1
 
     @property
@@ -60,22 +60,22 @@ class Plan:
 
     @property
     def sparse_parts(self) -> int:
-        """MLPs and attentions that choose channels."""
+        """The number of MLPs and attentions with channel sparsity."""
         return sum((mlp > 0) + (attention > 0) for mlp, attention in self.layers)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the time of one micro-batch depends on.
+    """The quantities that decide the time of one micro-batch.
 
     Attributes:
         products: FLOPs of all matrix products outside the attention core.
         attention: FLOPs of the attention core.
-        rows: rows times layers times hidden size: what norms, residuals and the like must pass over. Of a backward pass
-            through few rows less, in proportion to the products.
-        sparse_rows: context rows times sparse parts times hidden size:
-            gathering, scoring, scattering. Of a backward pass through few rows these rows times layers.
-        layers, sparse_parts: how many of each the host has to launch.
+        rows: rows times layers times hidden size, the work of norms, residuals and the like; with row sparsity reduced
+            in proportion to the products.
+        sparse_rows: context rows times sparse parts times hidden size, the work of gathering, scoring and scattering;
+            with row sparsity the rows of the backward pass times layers times hidden size.
+        layers, sparse_parts: the numbers that the host launches.
     """
 
     products: int
@@ -91,11 +91,11 @@ class Work:
 
 
 def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
-    """FLOPs of one micro-batch; without a context row it is dense.
+    """Counts the FLOPs of one micro-batch; without context tokens it is dense.
 
     Args:
-        removal: leave out what no loss depends on: where enough rows bear none (Unsloth backend only) logits, and the
-            last layer behind its keys and values; of a backward pass through few rows the MLP's recompute.
+        removal: skip unused rows (docs/how-it-works.md, section 5): logits and the last layer after its keys and
+            values, if enough rows are unused (Unsloth backend only), and the MLP's recompute with row sparsity.
     """
     sparse = plan.is_sparse and batch.context > 0
     fully_recomputed = () if plan.whole_layers else ("o_proj",)
@@ -131,14 +131,14 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
 
 
 def logit_rows(plan: Plan, batch: MicroBatch, removal: bool) -> int:
-    """Rows whose logits are computed; arguments as `batch_flops`."""
+    """Counts the rows whose logits are computed; see `batch_flops`."""
     if removal and plan.backend == "unsloth":
         return min(batch.rows, _up(max(batch.dense, batch.loss), ROW_MULTIPLE))
     return min(batch.rows, _up(batch.loss, TRL_ROWS)) if plan.chunked_loss else batch.rows
 
 
 def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
-    """What the time of one micro-batch depends on; arguments as `batch_flops`."""
+    """Returns the work of one micro-batch; see `batch_flops`."""
     flops = batch_flops(plan, batch, removal)
     core, hidden, layers = flops.parts.attention_core, plan.shape.hidden_size, plan.shape.num_layers
     products, rows = flops.total - core, batch.rows * layers * hidden
@@ -153,7 +153,7 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
 
 
 def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:
-    """Rows that the backward pass of O and MLP goes through; all, with padding, where it leaves out none."""
+    """Counts the rows that the backward pass of O and MLP goes through; all, with padding, if none is left out."""
     if not (plan.row_sparse and batch.context):
         return batch.rows
     return batch.dense + math.ceil(plan.backward_rows * batch.context)

@@ -1,4 +1,4 @@
-"""The quickstart's figures as a table in the terminal, Markdown, JSON and a picture."""
+"""Reports the quickstart's figures as a table in the terminal, Markdown, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMOOTHING = 5
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table's heading and its rows, as text."""
+    """Returns the table's heading and rows as text."""
     runs, before = results["runs"], results["before"]
     dense_flops = runs["dense"]["flops"]
 
@@ -42,7 +42,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What a reader needs to judge the table, one sentence or two each."""
+    """Returns notes that explain the table, in one or two sentences each."""
     lines = []
     if results["sparse_step_speedup"] is not None:
         pairs = sum(results["runs"]["sparse"]["step_is_sparse"])
@@ -67,7 +67,7 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def terminal_table(results: dict[str, Any]):
-    """The table and its notes, for ``rich``."""
+    """Returns the table and its notes for ``rich``."""
     from rich.console import Group
     from rich.table import Table
 
@@ -81,7 +81,7 @@ def terminal_table(results: dict[str, Any]):
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, its notes and the picture, as `results.md`."""
+    """Returns the text of `results.md`: table, notes and picture."""
     heading, body = rows(results)
     lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(heading) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in body]
@@ -98,7 +98,7 @@ def save_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Loss over the FLOPs spent, and seconds of each step."""
+    """Draws the loss over the FLOPs spent, and the seconds of each step."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -146,7 +146,7 @@ def _cumulated(values: list[int], start: int) -> list[float]:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Running means over the last few steps."""
+    """Returns running means over the last steps."""
     windows = [values[max(0, end - SMOOTHING) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
 

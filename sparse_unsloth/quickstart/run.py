@@ -1,4 +1,4 @@
-"""The quickstart: one small model, trained dense, sparse, and dense again at the sparse run's cost; all on the CPU."""
+"""Runs the quickstart: trains a small model dense, sparse, and dense at the sparse run's cost, on the CPU."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from sparse_unsloth.utils.environment import environment
 from sparse_unsloth.utils.faults import SetUp, check_output
 
 RECIPE = "quickstart"
-# TRL 1.14 computes the logits of whole chunks of this many rows, and once more in backward.
+# TRL 1.14 computes logits in chunks of this many rows, and again in the backward pass.
 HEAD_CHUNK = 256
-# Samples that calibration collates together.
+# Samples of a batch of the calibration.
 CALIBRATION_BATCH = 8
 OWN_FILES = ("adapter", "recipe.yaml", "checkpoint-*", "explain*", "estimator.safetensors", "README.md", "runs")
-"""What a run of the quickstart leaves in its folder."""
+"""The files that a run of the quickstart writes to its folder."""
 DENSE, SPARSE, EQUAL = "dense", "sparse", "dense, equal cost"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a micro-batch costs: rows by role, and its padded shape."""
+    """The sizes that decide a micro-batch's cost: tokens by role, and the padded shape."""
 
     dense: int
     context: int
@@ -55,7 +55,7 @@ class Batch:
 
 @dataclass
 class BatchLog:
-    """Keeps every training batch's labels and mask, and works out roles afterwards, outside the timed steps."""
+    """Keeps every training batch's labels and mask; roles are computed later, outside the timed steps."""
 
     seen: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
@@ -72,17 +72,17 @@ class BatchLog:
         return found
 
     def digest(self, count: int) -> str:
-        """Of the first ``count`` batches, to compare runs by."""
+        """Digests the first ``count`` batches, to compare runs."""
         return _digest([labels for labels, _ in self.seen[:count]])
 
 
 def quickstart(
     output_dir: str | Path = "runs/quickstart", steps: int | None = None, test_size: int | None = None
 ) -> dict:
-    """Trains the three runs, evaluates them, prints and saves table, picture and figures in ``output_dir``.
+    """Trains and evaluates the three runs; prints the table and saves table, picture and figures in ``output_dir``.
 
     Args:
-        output_dir: its results of an earlier quickstart are replaced.
+        output_dir: results of an earlier quickstart in it are replaced.
         steps: optimiser steps of the dense and the sparse run, instead of the recipe's.
         test_size: held-out samples, instead of the recipe's.
 
@@ -97,7 +97,7 @@ def quickstart(
     folder, console = Path(output_dir), Console()
     check_output(folder, "output-dir")
     for name in (DENSE, SPARSE, EQUAL):
-        _refuse_strangers(_run_folder(folder, name))
+        _refuse_unknown_files(_run_folder(folder, name))
     overrides = [] if steps is None else ["--max_steps", str(steps)]
     overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
@@ -112,7 +112,7 @@ def quickstart(
             if name == EQUAL:
                 flops = results["runs"][DENSE]["flops_by_step"]
                 chosen += ["--max_steps", str(equal_cost_steps(flops, results["runs"][SPARSE]["flops"]))]
-            # A recipe's training arguments reset state that trainers share, so it waits for the run before it.
+            # Loading a recipe resets state that trainers share, so each is loaded after the run before it.
             recipe = load_recipe(RECIPE, chosen)
             if name == SPARSE:
                 results["sparsity"] = recipe.sparsity.model_dump(mode="json")
@@ -127,7 +127,7 @@ def quickstart(
 
 
 def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
-    """Dense steps, taken from the start, whose FLOPs come nearest to ``budget``; at least one."""
+    """Returns the number of first dense steps whose FLOPs come nearest to ``budget``; at least one."""
     spent, steps = 0, 0
     for step, flops in enumerate(dense_flops, start=1):
         if abs(spent + flops - budget) > abs(spent - budget):
@@ -140,13 +140,13 @@ def _run_folder(folder: Path, name: str) -> Path:
     return folder / name.replace(", ", "-").replace(" ", "-")
 
 
-def _refuse_strangers(folder: Path) -> None:
-    """Raises DataError where a run's folder, which is emptied, holds what no quickstart wrote."""
+def _refuse_unknown_files(folder: Path) -> None:
+    """Raises DataError where a run's folder, which would be emptied, holds files of no quickstart."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strangers = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
-    if strangers:
+    unknown = [name for name in names if not any(fnmatch.fnmatch(name, own) for own in OWN_FILES)]
+    if unknown:
         raise DataError(
-            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(strangers)[:5])}, which is of no "
+            f"output-dir: {folder} would be emptied, and holds {', '.join(sorted(unknown)[:5])}, which is of no "
             "quickstart. Give another --output-dir."
         )
 
@@ -203,8 +203,9 @@ def _run(
 
 
 def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
-    """FLOPs of each optimiser step as computed: dense steps compute padding too, sparse MLPs leave it out, and so does
-    a backward pass through few rows."""
+    """Counts the FLOPs of each optimiser step as it is computed.
+
+    Dense steps compute padding too; channel-sparse MLPs, and a backward pass through chosen rows, leave it out."""
     config, steps = trainer.model.config, len(batches)
     shape = ModelShape.from_config(config)
     layers = recipe.sparsity.layer_sparsity(shape.num_layers)
@@ -261,7 +262,7 @@ def _scoring_rank(estimator: Any) -> int:
 
 
 def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:
-    """Of the pass over the calibration samples; making factors from it is in the measured set-up time only."""
+    """Counts the FLOPs of the calibration pass; building the factors counts in the measured set-up time only."""
     state = get_state(trainer.model)
     if state is None or state.estimator is None or state.estimator.kind == "svd":
         return 0
@@ -271,17 +272,17 @@ def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:
     padded = [max(group) for group in groups for _ in group]
     dense = [(0.0, 0.0)] * shape.num_layers
     forward = step_flops(shape, dense, TrainingStep(sum(padded), 0, padded, recipe.model.lora_r, head_tokens=0)).forward
-    # The energies need gate and up once more.
+    # The energies need a second computation of gate and up.
     return forward.total + forward.mlp_base * 2 // 3
 
 
 @torch.no_grad()
 def evaluate(trainer: SFTTrainer) -> dict[str, float]:
-    """Teacher-forced figures on the held-out samples, by the dense forward.
+    """Evaluates the held-out samples with teacher forcing and the dense forward.
 
-    ``answer_loss`` is the mean negative log-likelihood, in nats, of the answers' tokens (with the end of turn),
-    ``token_accuracy`` the share of them that are the most likely one, ``exact_match`` the share of answers whose every
-    token is; that is what greedy decoding would get right.
+    ``answer_loss`` is the mean negative log-likelihood, in nats, of the answers' tokens (with the end of turn).
+    ``token_accuracy`` is the share of these tokens that are the most likely ones. ``exact_match`` is the share of
+    answers in which every token is: the answers that greedy decoding would produce.
     """
     model = trainer.model
     was_training = model.training
@@ -318,7 +319,7 @@ def _describe(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
 
 
 def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]:
-    """What only shows between runs: the same start and data, and the same batch's time and FLOPs dense and sparse."""
+    """Compares runs: whether start and data are the same, and a batch's time and FLOPs, dense and sparse."""
     dense, sparse = runs[DENSE], runs[SPARSE]
     steps = [step for step, is_sparse in enumerate(sparse["step_is_sparse"]) if is_sparse]
     seconds = [dense["step_seconds"][step] / sparse["step_seconds"][step] for step in steps]
@@ -340,7 +341,7 @@ def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]
 
 
 class _Advance(TrainerCallback):
-    """Moves the bar between steps, from the training's own thread: a thread that redraws would disturb the timing."""
+    """Advances the bar between steps, in the training's thread: a thread that redraws would disturb the timing."""
 
     def __init__(self, progress: Progress, task: int):
         self._progress, self._task = progress, task
@@ -356,7 +357,7 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _quiet():
-    """Without the libraries' own bars, which would break up ours."""
+    """Hides the libraries' progress bars, which would interrupt ours."""
     import datasets
     from transformers.utils import logging as transformers_logging
 

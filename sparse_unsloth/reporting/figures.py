@@ -1,4 +1,4 @@
-"""Figures, drawn without a display."""
+"""Draws figures without a display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def new_figure(columns: int, rows: int = 1, share_y: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure of ``rows`` times ``columns`` panels with a light grid, and its axes row by row."""
+    """Makes a figure of ``rows`` times ``columns`` panels with a light grid; returns it and its axes, row by row."""
     figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten().tolist()
     for axis in axes:

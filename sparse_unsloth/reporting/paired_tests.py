@@ -1,4 +1,4 @@
-"""Paired comparisons: two methods on the same trials, so that what differs between trials cancels."""
+"""Compares methods on the same trials, so that differences between trials cancel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TESTS = ("t", "wilcoxon")
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], test: str = "t") -> dict[str, float]:
-    """Whether ``first - second``, pair by pair, differs from zero (two-sided).
+    """Tests whether ``first - second``, pair by pair, differs from zero (two-sided).
 
     Args:
         first, second: values of the same trials in the same order, at least two.
@@ -62,12 +62,12 @@ def compare_paired(first: Sequence[float], second: Sequence[float], test: str = 
 def compare_methods(
     rows: Sequence[Row], keys: Sequence[str], pairing: str, value: str, test: str = "t"
 ) -> list[dict[str, Any]]:
-    """Every pair of methods (column ``method``) within each combination of ``keys``, paired by the column ``pairing``.
+    """Compares every pair of methods (column ``method``) within each combination of ``keys``, paired by ``pairing``.
 
-    ``p_holm`` is the p-value corrected for all comparisons that are returned (Holm's step-down method).
+    ``p_holm`` is the p-value corrected for all returned comparisons (Holm's step-down method).
 
     Raises:
-        StudyError: as `compare_paired`.
+        StudyError: see `compare_paired`.
     """
     table = []
     for key, members in groups(rows, keys).items():
@@ -88,14 +88,14 @@ def compare_methods(
 
 
 def _rank_biserial(differences: Sequence[float], rankdata) -> float:
-    """(sum of positive ranks - sum of negative ranks) / sum of all; zeros count for both sides alike."""
+    """Returns (sum of positive ranks - sum of negative ranks) / sum of all; zeros count half for each side."""
     ranks = rankdata([abs(value) for value in differences])
     signed = sum(rank * ((value > 0) - (value < 0)) for rank, value in zip(ranks, differences, strict=True))
     return float(signed / sum(ranks))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number by Holm's step-down method, in the same order."""
+    """Corrects p-values for their number by Holm's step-down method; keeps their order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for position, index in enumerate(order):

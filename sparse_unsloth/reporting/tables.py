@@ -1,4 +1,4 @@
-"""Rows of figures: CSV files, and their aggregates."""
+"""Reads, writes and aggregates tables of figures in CSV files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Row = Mapping[str, Any]
 
 
 class StudyError(SparsityError):
-    """A study that cannot be made as asked: options, files or packages."""
+    """A study that cannot run with the given options, files or packages."""
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes ``rows``, all with the keys of the first one, under a header line.
+    """Writes ``rows``, which have the same keys, under a header line.
 
     Raises:
-        ValueError: no rows, or one with other keys.
+        ValueError: there are no rows, or their keys differ.
     """
     if not rows:
         raise ValueError(f"{path}: there are no rows to write")
@@ -33,7 +33,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def append_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
-    """Adds rows at the end of a file, under a header line if the file is new."""
+    """Appends rows to a file; a new file gets a header line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -44,13 +44,13 @@ def append_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that `write_csv` wrote, every value as text."""
+    """Reads the rows of a file of `write_csv`; every value is text."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def groups(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
-    """Rows by their values at ``keys``, in the order in which they first appear."""
+    """Groups rows by their values at ``keys``, in the order of first appearance."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -58,9 +58,9 @@ def groups(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
 
 
 def aggregate(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each combination of ``keys``: how many rows it has, and each value's mean and standard deviation.
+    """Returns a row for each combination of ``keys``: the number of rows, and mean and deviation of each value.
 
-    The standard deviation is that of a sample (n - 1), and 0 for a single row.
+    The standard deviation is the sample's (n - 1), and 0 for a single row.
     """
     table = []
     for key, members in groups(rows, keys).items():

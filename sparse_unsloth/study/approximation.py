@@ -1,4 +1,4 @@
-"""Ways to stand in for a matrix with fewer numbers, and what each of them loses."""
+"""Approximates a matrix with fewer numbers, and measures the loss of each method."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Decomposition:
 
     @property
     def energy(self) -> Tensor:
-        """The share of the squared Frobenius norm in each singular direction: ``[p]``."""
+        """Returns the share of the squared Frobenius norm in each singular direction, ``[p]``."""
         squares = self.values.double().square()
         return squares / squares.sum()
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What an approximation loses, relative to the matrix's own norm, how many numbers it stores, and its cost."""
+    """An approximation's loss relative to the matrix's norm, the numbers that it stores, and its cost."""
 
     frobenius: float
     spectral: float
@@ -45,9 +45,9 @@ class Loss:
 
 
 def low_rank_loss(method: str, known: Decomposition, rank: int, generator: torch.Generator) -> Loss:
-    """The loss of an approximation of ``rank`` (1 to ``min(n, m)``).
+    """Measures the loss of an approximation of ``rank`` (1 to ``min(n, m)``).
 
-    - ``svd_topk``: the ``rank`` largest singular directions, the best there is;
+    - ``svd_topk``: the ``rank`` largest singular directions, the optimum;
     - ``random_subspace``: as many singular directions, drawn at random;
     - ``random_factors``: the product of two Gaussian factors, times the scalar that fits best;
     - ``leverage_columns``: the projection on as many columns, drawn without replacement by their leverage in the top
@@ -81,7 +81,7 @@ def low_rank_loss(method: str, known: Decomposition, rank: int, generator: torch
 
 
 def magnitude_loss(method: str, known: Decomposition, keep_ratio: float) -> Loss:
-    """The loss of keeping a share of the entries, rows or columns, the largest ones (L2), and zeroing the others.
+    """Measures the loss of keeping the largest share (L2) of entries, rows or columns and zeroing the others.
 
     Raises:
         ValueError: an unknown method.
@@ -103,7 +103,7 @@ def magnitude_loss(method: str, known: Decomposition, keep_ratio: float) -> Loss
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value, by block power iteration from a fixed start: never above it, within about 0.1 %."""
+    """Estimates the largest singular value from below, within about 0.1 %, by block power iteration."""
     multiply: Callable[[Tensor], Tensor] = lambda block: matrix.t() @ (matrix @ block)  # noqa: E731
     generator = torch.Generator().manual_seed(0)
     block = _normal((matrix.shape[1], min(_BLOCK, matrix.shape[1])), matrix, generator)

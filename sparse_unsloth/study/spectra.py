@@ -1,4 +1,4 @@
-"""``study spectra``: how fast the singular values of a model's weights fall, and what each stand-in loses."""
+"""Runs ``study spectra``: measures how fast a model's singular values decay, and the loss of approximations."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def spectra(
     calibration_samples: int = 32,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Analyses the stored linear layers of ``model`` one after the other, and writes CSV files and a picture.
+    """Analyses the stored linear layers of ``model`` in turn, and writes CSV files and a picture.
 
     Args:
-        ranks: whose energy is listed (those within a matrix's rank).
+        ranks: the ranks whose energy is listed, as far as they are within a matrix's rank.
         keep_ratio: rank over full rank, or share of entries, rows or columns kept, in (0, 1].
-        max_layers: linear layers at most, spread evenly over the model; None: all.
-        max_elements: larger matrices are passed over, and named in ``spectra_skipped.txt``; None: none.
+        max_layers: the maximum number of linear layers, spread evenly over the model; None: all.
+        max_elements: larger matrices are skipped, and named in ``spectra_skipped.txt``; None: none.
         calibration_text: texts to whiten by; None: no whitened spectra.
         device: where matrices are factorised.
 
@@ -47,7 +47,7 @@ def spectra(
         The rows of ``spectra_layers.csv``.
 
     Raises:
-        StudyError: a value out of range, no readable checkpoint, or nothing left to analyse.
+        StudyError: a value is out of range, the checkpoint cannot be read, or no layer is left.
     """
     if not 0 < keep_ratio <= 1 or min(ranks, default=0) < 1 or (max_layers or 1) < 1:
         raise StudyError(
@@ -105,7 +105,7 @@ def _analyse(
     values: list[dict[str, Any]],
     losses: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One row about one matrix; adds its singular values and its losses to the long tables."""
+    """Returns the row of one matrix; adds its singular values and losses to the long tables."""
     began = time.perf_counter()
     known = Decomposition.of(weight)
     svd_seconds = time.perf_counter() - began
@@ -123,7 +123,7 @@ def _analyse(
         "rows": weight.shape[0],
         "columns": weight.shape[1],
         "largest": known.values[0].item(),
-        # The rank that a flat spectrum of the same energy and largest value would have.
+        # The rank of a flat spectrum with the same energy and largest value.
         "stable_rank": (1 / known.energy[0]).item(),
         "rank_of_90_percent": int((cumulated < 0.9).sum()) + 1,
         "svd_seconds": svd_seconds,

@@ -1,4 +1,4 @@
-"""``study toy``: random and power-law matrices, approximated in five ways."""
+"""Runs ``study toy``: approximates random and power-law matrices in five ways."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_unsloth.study.approximation import LOW_RANK, Decomposition, low_rank
 
 KINDS = ("random", "power_law")
 EXPONENT = 1.0
-"""Of the power law: the i-th singular value is ``i ** -EXPONENT``."""
+"""The exponent of the power law: the i-th singular value is ``i ** -EXPONENT``."""
 
 
 def toy(
@@ -33,7 +33,7 @@ def toy(
         The aggregated rows.
 
     Raises:
-        StudyError: sizes that do not fit.
+        StudyError: sizes or ranks are out of range.
     """
     if min(n, m, trials - 1) < 1 or not ranks or not all(1 <= rank <= min(n, m) for rank in ranks):
         raise StudyError(
@@ -59,7 +59,7 @@ def toy(
 
 
 def make_matrix(kind: str, n: int, m: int, generator: torch.Generator) -> Tensor:
-    """``[n, m]``, float64: "random" has independent normal entries, "power_law" singular values ``i ** -EXPONENT``."""
+    """Makes ``[n, m]`` in float64: "random" has normal entries, "power_law" the singular values ``i ** -EXPONENT``."""
     gaussian = torch.randn(n, m, generator=generator, dtype=torch.float64)
     if kind == "random":
         return gaussian

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a model's linear layers: what whitened spectra weigh the weights by."""
+"""Measures second moments of the inputs of a model's linear layers, and whitens weights by them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_TOKENS = 512
 
 
 def read_texts(path: Path, count: int) -> list[str]:
-    """The first ``count`` texts of a .jsonl file (key "text") or of a .txt file (a text a line).
+    """Reads the first ``count`` texts of a .jsonl file (key "text") or of a .txt file (a text per line).
 
     Raises:
-        StudyError: no such file, a line without a text, or no text at all.
+        StudyError: there is no such file, a line has no text, or the file has no text.
     """
     if not path.is_file():
         raise StudyError(f"calibration text: there is no file {path}.")
@@ -35,13 +35,13 @@ def read_texts(path: Path, count: int) -> list[str]:
 
 @torch.no_grad()
 def input_moments(folder: Path, names: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
-    """``X' X / N`` (fp32 ``[in, in]``) of the inputs ``X [N, in]`` of the named layers over ``texts``.
+    """Computes ``X' X / N`` (fp32 ``[in, in]``) of the inputs ``X [N, in]`` of the named layers over ``texts``.
 
-    The whole model is loaded; each text is a batch of its own, cut at `MAX_TOKENS` tokens. Layers with the same input
-    size each keep a matrix: limit the layers of a large model.
+    The whole model is loaded. Each text is one batch, cut at `MAX_TOKENS` tokens. Every layer keeps a matrix, so limit
+    the layers of a large model.
 
     Raises:
-        StudyError: the model has no such module of type ``nn.Linear`` (``lm_head`` that is tied, say, is not stored).
+        StudyError: the model has no ``nn.Linear`` of that name (a tied ``lm_head`` is not stored, for one).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +73,7 @@ def input_moments(folder: Path, names: Sequence[str], texts: Sequence[str]) -> d
 
 
 def whiten(weight: Tensor, moment: Tensor) -> Tensor:
-    """``W S^½`` with ``S = moment``: its Frobenius norm is that of the layer's output, per token."""
+    """Returns ``W S^½`` with ``S = moment``: its Frobenius norm is that of the layer's output, per token."""
     variances, directions = torch.linalg.eigh(moment.double())
     root = (directions * variances.clamp_min(0).sqrt()) @ directions.t()
     return weight @ root.to(weight)

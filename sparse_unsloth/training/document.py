@@ -1,4 +1,4 @@
-"""Reads a recipe's file, with the recipes that it extends, and remembers where each key stands."""
+"""Reads a recipe's file and the recipes that it extends, and keeps the place of each key."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def shipped_recipes() -> dict[str, Traversable]:
-    """The recipes that come with the package, by name."""
+    """Returns the recipes of the package by name."""
     folder = importlib.resources.files("sparse_unsloth") / "recipes"
     found = {Path(entry.name).stem: entry for entry in folder.iterdir() if entry.name.endswith(SUFFIXES)}
     return dict(sorted(found.items()))
 
 
 def find_recipe(source: str) -> Traversable:
-    """The file of a recipe: a path, or the name of a shipped one.
+    """Finds the file of a recipe, given its path or the name of a shipped recipe.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no such recipe.
     """
     if source.endswith(SUFFIXES) or "/" in source:
         path = Path(source)
@@ -48,7 +48,7 @@ def find_recipe(source: str) -> Traversable:
 
 
 class Document:
-    """A recipe's values, those of the recipe that it extends included, and where each of its keys stands."""
+    """A recipe's values, with those of the recipe that it extends, and the place of each key in its file."""
 
     def __init__(self, entry: Traversable, extended_by: tuple[str, ...] = ()):
         self.name = name = entry.name
@@ -71,17 +71,17 @@ class Document:
                 self.problems.append(f"{place}: given twice, first as {self.places[key.value]}")
             self.places[key.value] = place
         self.problems += [
-            problem for _, block in (root.value if root is not None else ()) for problem in _twice(name, block)
+            problem for _, block in (root.value if root is not None else ()) for problem in _duplicate_keys(name, block)
         ]
         self._resolve_sparsity_file(entry)
         if "extends" in self.values:
             self._extend(entry, (*extended_by, name))
 
     def _extend(self, entry: Traversable, chain: tuple[str, ...]) -> None:
-        """Puts the keys of the recipe named by ``extends`` under this one's; blocks are replaced as a whole.
+        """Adds the missing keys from the recipe named by ``extends``; blocks are replaced as a whole.
 
         Raises:
-            RecipeError: there is none, it cannot be read, or it extends this one in turn.
+            RecipeError: that recipe does not exist, cannot be read, or extends this one in turn.
         """
         source, place = self.values.pop("extends"), self.places.pop("extends")
         if not isinstance(source, str):
@@ -104,7 +104,7 @@ class Document:
             and isinstance(entry, Path)
             and (entry.parent / sparsity.partition("#")[0]).is_file()
         ):
-            # A file named in a recipe is looked for beside the recipe first.
+            # A file named in a recipe is searched beside the recipe first.
             self.values["sparsity"] = str(entry.parent / sparsity)
 
     def override(self, path: tuple[str, ...], value: Any) -> None:
@@ -131,7 +131,7 @@ class Document:
 
 
 def yaml_problem(name: str, error: yaml.YAMLError) -> str:
-    """One line: file, line and column, and what is wrong there."""
+    """Formats a YAML error as one line: file, line, column, and the problem."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
     said = [getattr(error, "context", None), getattr(error, "problem", None)]
@@ -140,8 +140,8 @@ def yaml_problem(name: str, error: yaml.YAMLError) -> str:
     )
 
 
-def _twice(name: str, node: yaml.Node) -> list[str]:
-    """Keys that a block holds twice, of which YAML keeps the last without a word."""
+def _duplicate_keys(name: str, node: yaml.Node) -> list[str]:
+    """Finds keys that occur twice in a block; YAML silently keeps the last one."""
     problems, seen = [], {}
     for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
         key, value = entry if isinstance(entry, tuple) else (None, entry)
@@ -150,11 +150,11 @@ def _twice(name: str, node: yaml.Node) -> list[str]:
             if key.value in seen:
                 problems.append(f"{place}: given twice, first as {seen[key.value]}")
             seen[key.value] = place
-        problems += _twice(name, value)
+        problems += _duplicate_keys(name, value)
     return problems
 
 
 def problem_lines(error: ConfigError, place: str) -> list[str]:
-    """A configuration error's problems, each with the place of the block."""
+    """Splits a configuration error into its problems, each with the place of the block."""
     first, *others = str(error).split("\n")
     return [f"{place}: {line.strip()}" for line in others or [first.removeprefix("sparsity configuration: ")]]

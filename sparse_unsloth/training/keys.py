@@ -1,4 +1,4 @@
-"""The keys that a recipe may hold: their types, ranges and defaults."""
+"""Defines the keys that a recipe may hold: types, ranges and defaults."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.errors import RecipeError
 from sparse_unsloth.training.overrides import Words
 
-# Where sparse training needs another default than TRL's: adapters, no dropout on them, the checkpoint's own dtype.
+# Defaults that differ from TRL's: adapters, without dropout, in the checkpoint's dtype.
 MODEL_DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "dtype": "auto"}
 BACKENDS = ("auto", "unsloth", "peft")
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
-# What each value of the key `peft` sets.
+# The keys that each value of `peft` sets.
 PEFT_METHODS = {
     "lora": {"load_in_4bit": False, "use_dora": False},
     "qlora": {"load_in_4bit": True, "use_dora": False},
     "dora": {"load_in_4bit": False, "use_dora": True},
 }
 DEVICES = ("device", "devices", "gpu", "gpus", "cuda", "cpu", "device_map", "no_cuda", "gpu_ids")
-"""Keys that users try, and that no block has."""
+"""Keys that users try although no block has them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Key:
 
 
 def recipe_keys() -> dict[str, Key]:
-    """Every key that a recipe may hold, by name; importing TRL takes seconds, so it is done here, at the first call."""
+    """Returns every key that a recipe may hold, by name; imports TRL, which takes seconds."""
     keys = {"backend": Key("backend", Literal[BACKENDS], "auto", "What runs the model.", "sparse_unsloth")}
     keys["sparsity"] = Key(
         "sparsity", Any, None, "A preset (rows, o1, o2, dense), a file, or a block of SparsityConfig.", "sparse_unsloth"
@@ -86,14 +86,14 @@ def recipe_keys() -> dict[str, Key]:
 
 @functools.cache
 def key_blocks() -> dict[str, type]:
-    """The dataclasses whose fields are keys."""
+    """Returns the dataclasses whose fields are keys."""
     from trl import ModelConfig, SFTConfig
 
     return {"data": DataArguments, "model": ModelConfig, "training": SFTConfig}
 
 
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
-    """The end of a message that names what was most likely meant; empty where nothing comes near."""
+    """Ends a message with the valid name nearest to ``given``; empty if none is near."""
     near = difflib.get_close_matches(given, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -126,7 +126,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
     "warmup_ratio": _SHARE,
 }  # fmt: skip
-"""What values the libraries take without a word, or refuse late and badly: the test, and how it reads."""
+"""Valid ranges of values that the libraries accept silently or refuse late: the test, and its wording."""
 
 
 def check_range(key: str, value: Any) -> None:
@@ -139,10 +139,10 @@ def check_range(key: str, value: Any) -> None:
 
 
 def typed(key: Key, value: Any) -> Any:
-    """``value`` in the key's type. Command-line words are tried as YAML first, then as a text.
+    """Converts ``value`` to the key's type. Command-line words are tried as YAML first, then as text.
 
     Raises:
-        RecipeError: it has none of the key's types.
+        RecipeError: the value has none of the key's types.
     """
     candidates = [value]
     if isinstance(value, Words):
@@ -161,7 +161,7 @@ def typed(key: Key, value: Any) -> Any:
             result = adapter.validate_python(candidate)
         except ValidationError:
             continue
-        # TRL's own parser gives these fields plain texts too.
+        # TRL's parser gives these fields plain texts too.
         return result.value if isinstance(result, enum.Enum) else result
     last = value.value if isinstance(value, Words) else value
     given = reprlib.repr(last)
@@ -170,7 +170,7 @@ def typed(key: Key, value: Any) -> Any:
 
 
 def _enums_only(kind: Any) -> Any:
-    """``SomeEnum | str`` accepts any text, which fails later and worse; the enum alone accepts its own values."""
+    """Replaces ``SomeEnum | str``, which accepts any text, by the enum, which accepts its values only."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         parts = typing.get_args(kind)
         if any(isinstance(part, type) and issubclass(part, enum.Enum) for part in parts):
@@ -189,19 +189,19 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _takes_bool(kind: Any) -> bool:
-    """Whether a bool is meant: pydantic also reads it as a number."""
+    """Whether the type takes a bool, which pydantic would also read as a number."""
     parts = typing.get_args(kind)
     return kind is bool or any(isinstance(part, bool) or _takes_bool(part) for part in parts)
 
 
 def _takes_only_lists(kind: Any) -> bool:
-    """Whether a list of texts is meant, and no text."""
+    """Whether the type takes a list of texts, and no single text."""
     parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     return list[str] in parts and str not in parts
 
 
 def describe(kind: Any) -> str:
-    """A type as a reader of YAML would put it."""
+    """Names a type in the words of YAML."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         parts = [describe(part) for part in typing.get_args(kind)]
         return " or ".join(dict.fromkeys(sorted(parts, key=lambda part: part == "null")))
@@ -215,7 +215,7 @@ def describe(kind: Any) -> str:
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:
-    """The end of a message about a key that no recipe has: what to give instead."""
+    """Ends a message about an unknown key with the key to use instead."""
     names = {name: name for name in keys}
     names |= {name: f"sparsity.estimator.{name}" for name in EstimatorConfig.model_fields if name not in names}
     names |= {name: f"sparsity.{name}" for name in SparsityConfig.model_fields if name not in names}

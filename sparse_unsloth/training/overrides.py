@@ -1,4 +1,4 @@
-"""Reads ``--key value`` words of a command line."""
+"""Parses ``--key value`` words of a command line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparse_unsloth.errors import RecipeError
 
 
 def parse_overrides(words: Iterable[str]) -> list[tuple[tuple[str, ...], Any]]:
-    """``--key value ...`` into pairs of a key's path and its raw value (a text, a list of texts, or True).
+    """Parses ``--key value ...`` into pairs of a key's path and its raw value (a text, a list of texts, or True).
 
     Raises:
-        RecipeError: a value that no key comes before.
+        RecipeError: a value precedes the first key.
     """
     pairs: list[tuple[tuple[str, ...], list[str]]] = []
     for word in words:
@@ -30,18 +30,18 @@ def parse_overrides(words: Iterable[str]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 class Words:
-    """A command-line value, not yet known to be a text or YAML."""
+    """A command-line value that may be plain text or YAML."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def parsed(self) -> Any:
-        """As YAML reads it."""
+        """The value as YAML reads it."""
         return parsed(self.value)
 
 
 def parsed(value: Any) -> Any:
-    """A text, or each text of a list, as YAML reads it; other values, and what is no YAML, as they are."""
+    """Parses a text, or each text of a list, as YAML; other values, and invalid YAML, are returned unchanged."""
     if isinstance(value, list):
         return [parsed(item) for item in value]
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Recipes: TRL's own flat YAML and a ``sparsity:`` block, checked key by key, all problems reported together."""
+"""Loads and checks recipes: TRL's flat YAML with a ``sparsity:`` block; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTING_OPTIONS = (
     "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers", "offload",
 )  # fmt: skip
-# A secret, and what belongs to one start of a run only.
+# A secret, and a key of one start of a run only.
 UNSAVED = ("hub_token", "resume_from_checkpoint")
 
 
@@ -50,10 +50,10 @@ class Recipe:
     Args:
         name: the file's stem.
         given: the keys that the file and the command line set, as plain data.
-        training, model, data: the typed blocks that they fill.
-        sparsity: what is sparse, and when.
+        training, model, data: the typed blocks made of them.
+        sparsity: the sparsity configuration.
         backend: ``"auto"``, ``"unsloth"`` or ``"peft"``.
-        rank: which rank components of the adapter are computed; None: all of them.
+        rank: the rank-sparse LoRA configuration; None: every rank component is computed.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Recipe:
         return self.training.eval_strategy != "no" or self.training.do_eval
 
     def resolved(self) -> dict[str, Any]:
-        """Its keys as plain data, the sparsity spelled out in full."""
+        """Returns its keys as plain data, with every field of the sparsity configuration."""
         resolved = {key: value for key, value in self.given.items() if key not in UNSAVED}
         resolved |= {"backend": self.backend, "output_dir": self.training.output_dir}
         resolved["sparsity"] = self.sparsity.model_dump(mode="json")
@@ -85,15 +85,16 @@ class Recipe:
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe file, or one that is shipped, and puts command-line values over it.
+    """Reads a recipe file or a shipped recipe; command-line values override its keys.
 
     Args:
         source: a path, or the name of a shipped recipe.
         overrides: command-line words, ``["--learning_rate", "1e-4", "--sparsity.mlp", '{"1-29": 0.5}']``. Several words
-            after one key make a list, none is ``true``, and dots reach into blocks.
+            after a key make a list, no word means ``true``, and dots reach into blocks.
 
     Raises:
-        RecipeError: no such recipe, unknown keys, values of a wrong type: every problem with the line where it stands.
+        RecipeError: the recipe does not exist, a key is unknown or a value has a wrong type. Every problem is named
+            with its line.
     """
     document = Document(find_recipe(str(source)))
     for path, value in parse_overrides(overrides):
@@ -102,7 +103,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def raw_backend(source: str | Path, overrides: Iterable[str] = ()) -> Any:
-    """The ``backend`` that a recipe asks for, before anything is checked: Unsloth must be imported before TRL is.
+    """Reads a recipe's ``backend`` before the recipe is checked, because Unsloth must be imported before TRL.
 
     "auto" is "peft" where ``use_cpu`` is set, and for sequence classification.
 
@@ -116,7 +117,7 @@ def raw_backend(source: str | Path, overrides: Iterable[str] = ()) -> Any:
 
 
 def raw_values(source: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What a recipe's file and the command line set, before anything is checked; no values inside blocks.
+    """Returns the values of a recipe's file and command line before they are checked, without those inside blocks.
 
     Raises:
         RecipeError: as `raw_backend`.
@@ -167,7 +168,7 @@ def _build(document: Document) -> Recipe:
         except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
             problems.append(f"{document.name}: {' '.join(str(error).split())}")
     problems += _unsupported(document.name, blocks.get("model"))
-    problems += _unheard(document, blocks.get("training"))
+    problems += _ignored_keys(document, blocks.get("training"))
     if problems:
         heading = f"{document.name}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError("\n  ".join([heading, *problems]))
@@ -175,7 +176,7 @@ def _build(document: Document) -> Recipe:
 
 
 def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityConfig | None) -> SparsityConfig | None:
-    """Sets what the key ``peft`` stands for; DoRA's baseline is dense."""
+    """Sets the keys that ``peft`` stands for; DoRA is trained densely."""
     method = values.pop("peft", None)
     if method is None:
         return sparsity
@@ -192,8 +193,8 @@ def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityCo
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 
 
-def _unheard(document: Document, training: SFTConfig | None) -> list[str]:
-    """What transformers passes over, or refuses only after the model is loaded."""
+def _ignored_keys(document: Document, training: SFTConfig | None) -> list[str]:
+    """Finds settings that transformers ignores, or refuses only after the model is loaded."""
     if training is None:
         return []
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -258,9 +259,9 @@ def _unsupported(name: str, model: ModelConfig | None) -> list[str]:
 
 
 def _adopt_adapter(document: Document, values: dict[str, Any]) -> None:
-    """Where the model is an adapter's folder: what that adapter is, in place of the keys' defaults.
+    """Takes the defaults of keys from the adapter, where the model is an adapter's folder.
 
-    Such keys stay out of the saved recipe; the adapter says them again.
+    These keys are not saved with the recipe, because the adapter holds them.
     """
     name = values.get("model_name_or_path")
     if not isinstance(name, str):
@@ -295,5 +296,5 @@ def _same_setting(asked: Any, found: Any) -> bool:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as YAML can hold them."""
+    """Converts values to types of YAML."""
     return json.loads(json.dumps(values, default=str))

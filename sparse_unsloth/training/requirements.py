@@ -18,7 +18,7 @@ Status = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report: what was looked at, what was found, and what to do about it (empty: nothing)."""
+    """One line of the doctor's report: what was examined, what was found, and the fix (empty: none needed)."""
 
     name: str
     found: str
@@ -28,10 +28,10 @@ class Finding:
 
 
 def check_can_train(use_cpu: bool = False) -> None:
-    """Refuses combinations of versions and hardware that fail inside TRL with an error that nobody understands.
+    """Refuses combinations of versions and hardware that would fail inside TRL with an obscure error.
 
     Args:
-        use_cpu: the training is told to leave the GPU alone.
+        use_cpu: whether the training is told not to use the GPU.
 
     Raises:
         BackendError: TRL's trainer needs a GPU and there is none.
@@ -42,7 +42,7 @@ def check_can_train(use_cpu: bool = False) -> None:
 
 
 def trl_without_gpu(use_cpu: bool = False) -> Finding:
-    """Whether TRL's trainer runs on this machine."""
+    """Tests whether TRL's trainer runs on this machine."""
     version = version_of("trl")
     gpu = not use_cpu and (torch.cuda.is_available() or torch.xpu.is_available())
     if version and Version(version) >= TRL_NEEDS_GPU and not gpu:

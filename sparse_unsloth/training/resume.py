@@ -1,4 +1,4 @@
-"""Looks at a run's folder: whether the run is finished, and what a run that is resumed goes on from."""
+"""Examines a run's folder: whether the run is finished, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ UNIMPORTANT = (
     "push_to", "log_", "logging_", "save_", "eval_", "do_", "per_device_eval", "metric_for", "greater_is", "load_best",
     "dataloader_", "dataset_num_proc", "extends", "include_", "use_cpu", "debug", "skip_memory",
 )  # fmt: skip
-"""What keys begin with that decide nothing of what a step of the training computes."""
+"""Prefixes of keys that do not change what a training step computes."""
 
 
 def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
-    """Looks at the run's folder: ``(checkpoint to resume from, metrics of a run that is finished)``, each or None.
+    """Returns ``(checkpoint to resume from, metrics of a finished run)`` of the run's folder; each may be None.
 
-    Settings that the resumed run had otherwise are named. Called on one process.
+    Settings that differ from those of the resumed run are logged. Called on one process.
 
     Raises:
-        SparsityError: the folder holds another run, cannot be written to, has nothing to resume from, or the checkpoint
-            does not fit.
+        SparsityError: the folder holds another run, cannot be written to or has no checkpoint to resume from, or the
+            checkpoint does not fit.
     """
     asked, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
     check_output(folder, "output_dir")
@@ -71,14 +71,14 @@ def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
                 "with it: --resume_from_checkpoint true."
             )
     if not resumes:
-        # Left by a run that ended before its first checkpoint, perhaps on other data.
+        # A run that ended before its first checkpoint left these, perhaps on other data.
         (folder / ESTIMATOR_FILE).unlink(missing_ok=True)
         return None, None
     began = (folder if in_folder else checkpoint.parent) / RECIPE_FILE
     changes = changed_settings(began, recipe) if began.is_file() else {}
     if in_folder and finished is not None:
         steps = recipe.training.max_steps
-        # How many steps epochs make, only the data tell: `run` looks again.
+        # The number of steps of an epoch depends on the data: `run` checks again.
         longer = (changes or not began.is_file()) and (finished["steps"] < steps or steps < 0)
         if not longer and is_complete(recipe, finished):
             return None, finished
@@ -101,9 +101,9 @@ def begin(recipe: Recipe) -> tuple[str | None, dict[str, Any] | None]:
 
 
 def changed_settings(file: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """What ``recipe`` sets otherwise than the run's ``recipe.yaml``: ``{key: (was, is)}``, blocks by their parts.
+    """Compares ``recipe`` with the run's ``recipe.yaml``; returns ``{key: (was, is)}``, with the keys inside blocks.
 
-    Keys that change nothing of what is trained (`UNIMPORTANT`) are left out.
+    Keys that do not change the training (`UNIMPORTANT`) are left out.
     """
     keys = recipe_keys()
     old, new = raw_values(file), recipe.resolved()
@@ -121,10 +121,10 @@ def changed_settings(file: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _name_changes(changes: dict[str, tuple[Any, Any]], checkpoint: str | Path) -> None:
-    """Warns of settings that the run began without.
+    """Warns of settings that changed since the run began.
 
     Raises:
-        RecipeError: the checkpoint's adapter does not fit them.
+        RecipeError: the checkpoint's adapter does not fit the new settings.
     """
     said = {key: f"{key}: {was!r} before, {now!r} now" for key, (was, now) in changes.items()}
     misfits = [text for key, text in said.items() if key in SETTINGS or key in ("rank", "peft")]
@@ -143,7 +143,7 @@ def _name_changes(changes: dict[str, tuple[Any, Any]], checkpoint: str | Path) -
 
 
 def resume_state(checkpoint: str, data: str | None, planned: int) -> dict[str, Any] | None:
-    """What `StepTimer.state` stored in the checkpoint; other data or another number of processes is named."""
+    """Reads what `StepTimer.state` stored in the checkpoint; changed data or process counts are logged."""
     state = read_state(checkpoint)
     stored = state.get("stateful_callbacks", {}).get(StepTimer.__name__, {}).get("attributes")
     if stored is None:
@@ -179,7 +179,7 @@ def resume_state(checkpoint: str, data: str | None, planned: int) -> dict[str, A
 
 
 def finished_metrics(folder: Path) -> dict[str, Any] | None:
-    """What a run wrote when it had ended; None where none has.
+    """Reads the metrics of a finished run; None where the run is not finished.
 
     Raises:
         RecipeError: the file is damaged.
@@ -197,17 +197,17 @@ def finished_metrics(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(recipe: Recipe, metrics: dict[str, Any]) -> bool:
-    """Whether a run that wrote ``metrics`` has its adapter, and the evaluation that came after it if it was to."""
+    """Whether a run with these ``metrics`` has its adapter, and its evaluation if the recipe asks for one."""
     folder = Path(recipe.training.output_dir)
     evaluated = "evaluation" in metrics or not recipe.evaluates or not stored_checkpoints(folder)
     return evaluated and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
 
 
 def data_digest(data: Any) -> str | None:
-    """Of the samples' token ids and their order; None where they cannot be read that way (streams, say)."""
+    """Digests the samples' token ids and their order; None where they cannot be read again, as in streams."""
     if "input_ids" not in (getattr(data, "column_names", None) or ()) or not isinstance(data, Dataset):
         return None
-    # Apart, so that it does not matter into which pieces Arrow has cut the column.
+    # Row by row, so that the digest does not depend on Arrow's chunks of the column.
     lengths, values = hashlib.sha256(), hashlib.sha256()
     for table in data.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
         for chunk in table["input_ids"].chunks:

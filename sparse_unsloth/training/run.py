@@ -60,9 +60,9 @@ BNB_KEYS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_stora
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind in memory; `metrics` is also written to the run folder.
+    """The result of a run; `metrics` is also written to the run folder.
 
-    ``trained`` is False where the run was finished before: nothing was done then.
+    ``trained`` is False where the run was finished before, so that nothing was done.
     """
 
     folder: Path
@@ -71,14 +71,15 @@ class RunResult:
 
 
 def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResult:
-    """Trains what ``recipe`` describes and writes recipe, adapter, metrics and environment into its ``output_dir``.
+    """Trains ``recipe`` and writes recipe, adapter, metrics and environment to its ``output_dir``.
 
-    Nothing is written before the first step. A run that is resumed and was finished before stays as it is. Losses and
-    times in the metrics are those of the whole run, whatever interrupted it.
-    Where channels were looked at (``explain_steps``), what `sparse-unsloth explain` says is written there too.
+    Nothing is written before the first step. A finished run that is resumed does not change. Losses and times in the
+    metrics are those of the whole run, including the parts before interruptions. Where channel choices were sampled
+    (``explain_steps``), the report of `sparse-unsloth explain` is written too.
 
     Raises:
-        SparsityError: this machine cannot train it, the folder holds another run, or model or data are out of reach.
+        SparsityError: this machine cannot train the recipe, the folder holds another run, or model or data cannot be
+            loaded.
     """
     if recipe.model.lora_task_type != SEQ_CLS:
         check_can_train(recipe.training.use_cpu)
@@ -127,7 +128,7 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
             if (folder / RECORDS_FILE).is_file():
                 write_explanation(folder)
         if trainer.eval_dataset is not None:
-            # Afterwards: should it fail, the training and its figures are safe.
+            # Last, so that training and figures are saved should it fail.
             metrics["evaluation"] = trainer.evaluate()
             if trainer.is_world_process_zero():
                 _write_json(folder / METRICS_FILE, metrics)
@@ -135,7 +136,7 @@ def run(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = ()) -> RunResul
 
 
 def _begin_folder(recipe: Recipe, folder: Path, planned: int | None) -> None:
-    """Writes what a run's folder has from its first step on; figures of a shorter run, now trained longer, are kept."""
+    """Writes the files that a run's folder has from the first step; figures of a shorter, finished run are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     done = finished_metrics(folder)
     if None not in (done, planned) and done["steps"] < planned:
@@ -156,12 +157,12 @@ def _nothing_to_do(folder: Path, metrics: dict[str, Any]) -> RunResult:
 def build_trainer(
     recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), checkpoint: str | None = None
 ) -> tuple[Trainer, StepTimer]:
-    """The trainer of ``recipe`` with its model attached, data loaded and steps timed.
+    """Builds the trainer of ``recipe``: model attached, data loaded, steps timed.
 
     Args:
         recipe: what to train; TRL's ``SFTTrainer`` trains text, transformers' ``Trainer`` a classifier (SEQ_CLS).
-        callbacks: beside the timer.
-        checkpoint: the one that will be resumed from; the estimator that lies beside it is used again.
+        callbacks: added to the timer.
+        checkpoint: the checkpoint to resume from; the estimator beside it is reused.
 
     Raises:
         SparsityError: see `run`.
@@ -245,10 +246,10 @@ def _build_classifier(
 
 
 def _check_plan(recipe: Recipe, trainer: Trainer, ledger: Ledger) -> None:
-    """Refuses a training without a step; warns of samples that nothing uses, and of a learning rate never reached.
+    """Refuses a training without a step; warns of unused samples, and of a learning rate that is never reached.
 
     Raises:
-        DataError: there is no full batch, and only full ones are trained.
+        DataError: there is no full batch, and only full batches are trained.
     """
     training, data = trainer.args, trainer.train_dataset
     held_out = ledger.split(TRAINING).set_aside.get(HELD_OUT)
@@ -281,14 +282,14 @@ def _check_plan(recipe: Recipe, trainer: Trainer, ledger: Ledger) -> None:
 
 
 def _load(recipe: Recipe, backend: str, checkpoint: str | None, **options: Any) -> tuple[nn.Module, Any]:
-    """The recipe's model and tokenizer; an adapter, with its base, comes with the recipe's sparsity.
+    """Loads the recipe's model and tokenizer; an adapter is loaded with its base and gets the recipe's sparsity.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: model or tokenizer cannot be loaded.
     """
     training, arguments = recipe.training, recipe.model
     options = {**(training.model_init_kwargs or {}), **options}
-    # TRL would apply them to a model name; here the model comes loaded.
+    # TRL applies these to a model's name only, and this model is loaded already.
     training.model_init_kwargs = None
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
@@ -331,7 +332,7 @@ def _not_loaded(recipe: Recipe, reason: str) -> DataError:
 
 
 def _adapt(recipe: Recipe, model: nn.Module, checkpoint: str | None) -> tuple[nn.Module, StepTimer]:
-    """The model with its adapters and sparse paths, and what times its steps; an adapter that it came with is kept."""
+    """Returns the model with adapters and sparse paths, and the timer of its steps; an existing adapter is kept."""
     arguments = recipe.model
     if not hasattr(model, "peft_config"):
         targets = named_targets(arguments.lora_target_modules) or TARGET_MODULES
@@ -370,10 +371,10 @@ def _planned_steps(trainer: Trainer) -> int:
 
 
 def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
-    """Only tokens without loss are sparse: a loss on every token would train densely without a word.
+    """Refuses data in which every token is a loss token: the training would silently be dense.
 
     Raises:
-        DataError: what shall bear no loss cannot be told from the rest.
+        DataError: context tokens cannot be told from loss tokens.
     """
     training, sparsity = recipe.training, recipe.sparsity
     asked = sparsity.row_sparse or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
@@ -382,7 +383,7 @@ def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
     if training.completion_only_loss and not masked:
         raise DataError(
             f"completion_only_loss: the samples of {recipe.data.dataset_name} have no completion "
-            f"({', '.join(columns)}), so every token would bear loss. Give prompt and completion, or "
+            f"({', '.join(columns)}), so every token would be a loss token. Give prompt and completion, or "
             "assistant_only_loss: true for conversations; or leave it out."
         )
     if asked and sparsity.dense_tokens == "output" and not masked:
@@ -393,7 +394,7 @@ def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
 
 
 def _with_estimator_path(recipe: Recipe, checkpoint: str | None) -> SparsityConfig:
-    """Estimator factors are kept in the run folder, so that a resumed run uses those that it began with."""
+    """Stores estimator factors in the run folder, so that a resumed run uses the same ones."""
     estimator = recipe.sparsity.estimator
     if estimator.path is not None:
         return recipe.sparsity

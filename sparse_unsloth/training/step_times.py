@@ -1,4 +1,4 @@
-"""Times the optimiser steps of a run, whatever interrupted it, and measures its peak memory."""
+"""Times the optimiser steps of a run across interruptions, and measures its peak memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ except ImportError:  # Windows
 
 @dataclass
 class StepTimes:
-    """Seconds of each optimiser step of a run, and whether it was sparse.
+    """Seconds of each optimiser step of a run, and whether the step was sparse.
 
-    ``starts`` are the steps at which its parts began: the first one, and each that followed an interruption.
+    ``starts`` are the steps at which the parts of the run began: the first step, and each step after an interruption.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -34,29 +34,29 @@ class StepTimes:
     starts: list[int] = field(default_factory=list)
 
     def warm(self) -> list[tuple[float, bool]]:
-        """Without the first step of each part, which warms up."""
+        """Returns the steps without the first of each part, which warms up."""
         pairs = zip(self.seconds, self.sparse, strict=True)
         return [pair for index, pair in enumerate(pairs) if index not in self.starts]
 
     def median(self, sparse: bool) -> float | None:
-        """Of the sparse or of the dense steps, the warm ones; None if there were none."""
+        """Returns the median of the warm sparse, or dense, steps; None if there are none."""
         chosen = [seconds for seconds, was in self.warm() if was is sparse]
         return statistics.median(chosen) if chosen else None
 
 
 class StepTimer(TrainerCallback, ExportableState):
-    """Times optimiser steps: forward, backward, update; not the loading of data, nor logging, saving and evaluation.
+    """Times optimiser steps: forward, backward and update, without loading data, logging, saving and evaluation.
 
-    It also keeps what transformers' Trainer begins anew when it is resumed, and takes it along in the checkpoints, so
-    that times and losses are of the whole run: without interruptions, and without steps that were lost with them.
+    It also keeps in the checkpoints what transformers' Trainer resets when it resumes, so that times and losses are
+    those of the whole run, without interruptions and without steps that were lost in them.
 
     Args:
         sparsity: decides which steps count as sparse.
-        num_layers: of the model, for the layer rules.
+        num_layers: the model's number of layers, for the layer rules.
 
     Attributes:
         begins: called once, before the first step.
-        data: the digest of the training data (`data_digest`), to be stored.
+        data: the digest of the training data (`data_digest`), stored in checkpoints.
     """
 
     def __init__(self, sparsity: SparsityConfig, num_layers: int):
@@ -73,22 +73,22 @@ class StepTimer(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Of the whole training up to now."""
+        """Seconds of the whole training so far."""
         return self._before.get("train_seconds", 0.0) + time.perf_counter() - self._created
 
     def start(self, trainer: Trainer | None = None, before: dict[str, Any] | None = None) -> None:
-        """Called just before ``trainer.train()``: what passes until the first step is set-up, calibration included.
+        """Starts the clock just before ``trainer.train()``: the time to the first step is set-up, with calibration.
 
         Args:
-            trainer: the one that will train, for its losses.
-            before: what `state` stored in the checkpoint that it will resume from.
+            trainer: the trainer, for its losses.
+            before: what `state` stored in the checkpoint to resume from.
         """
         self._created, self._first, self._trainer, self._before = time.perf_counter(), True, trainer, before or {}
         if before:
             self.times = StepTimes(**before["times"])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores, as plain data."""
+        """Returns what a checkpoint stores, as plain data."""
         stored = {
             "times": asdict(self.times),
             "train_seconds": self.seconds,
@@ -98,7 +98,7 @@ class StepTimer(TrainerCallback, ExportableState):
             "processes": world_size(),
         }
         if self._trainer is not None and hasattr(self._trainer, "_tr_loss"):
-            # Of several processes the first one's share of what was not logged yet stands for all of them.
+            # The first process's loss since the last log line stands for those of all processes.
             stored["loss"] = [
                 self._trainer._total_loss_scalar,
                 self._trainer._tr_loss.item(),
@@ -108,7 +108,7 @@ class StepTimer(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": stored}
 
     def memory(self) -> dict[str, int]:
-        """`peak_memory` of all parts."""
+        """Returns the `peak_memory` over all parts."""
         found, earlier = peak_memory(), self._before.get("memory", {})
         return {name: max(found.get(name, 0), earlier.get(name, 0)) for name in {**earlier, **found}}
 
@@ -123,7 +123,7 @@ class StepTimer(TrainerCallback, ExportableState):
         if self._before.get("tokens") is not None:
             trainer._total_train_tokens = self._before["tokens"]
         if state.global_step >= state.max_steps:
-            # Interrupted after the last step: the trainer would take another one.
+            # Interrupted after the last step: the trainer would run another one.
             trainer._run_epoch = lambda *args, **kwargs: None
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -160,15 +160,15 @@ class StepTimer(TrainerCallback, ExportableState):
 
 
 def throughput(trainer: Trainer, times: StepTimes) -> dict[str, float | None]:
-    """Tokens without padding, by the mean length of the data set's samples, and how many a second.
+    """Estimates the tokens without padding, by the mean length of the samples, and tokens per second.
 
     Args:
         trainer: after its training.
-        times: of the optimiser steps; those that warm up do not count for the speed.
+        times: of the optimiser steps; steps that warm up do not count for the speed.
 
     Returns:
         ``{"tokens": ..., "tokens_per_second": ...}``, the latter over forward, backward and update only; None where the
-        samples have no ``input_ids`` to count, or there was one step only.
+        samples have no ``input_ids``, or there was one step only.
     """
     data, state = trainer.train_dataset, trainer.state
     if not times.seconds or "input_ids" not in (getattr(data, "column_names", None) or ()):
@@ -183,8 +183,8 @@ def throughput(trainer: Trainer, times: StepTimes) -> dict[str, float | None]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: ``gpu_allocated`` and ``gpu_reserved`` of the fullest GPU of this process since `run` began to train, and
-    ``host``, the most that the process ever had resident."""
+    """Returns peaks in bytes: ``gpu_allocated`` and ``gpu_reserved`` of this process's fullest GPU since the last
+    `forget_peak_memory`, and ``host``, the largest resident set of the process."""
     found = {}
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
@@ -198,14 +198,14 @@ def peak_memory() -> dict[str, int]:
 
 
 def forget_peak_memory() -> None:
-    """`peak_memory` of GPUs counts from here on."""
+    """Resets the peaks of GPU memory."""
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
 
 
 def now() -> float:
-    """The clock, after what runs on the accelerator has come to an end."""
+    """Returns the time in seconds, after waiting for the accelerator."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Unsloth's own arms: what each sets, which share a process, what ran of them."""
+"""Tests Unsloth's arms: what each sets, which share a process, and the notes on what ran."""
 
 import argparse
 import ast
@@ -17,12 +17,12 @@ from sparse_unsloth.bench.arms import (
     ARMS,
     DEFAULT_ARMS,
     PADDED,
-    arm_again,
+    arm_notes,
     arm_of,
     arms_of,
-    what_ran,
-    why_absent,
-    why_idle,
+    replan_arm,
+    why_not_installed,
+    why_unavailable,
 )
 from sparse_unsloth.bench.processes import processes_of
 from sparse_unsloth.errors import ConfigError
@@ -85,7 +85,7 @@ def test_an_arm_that_this_unsloth_lacks_is_named(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "llama.py").write_text("def get_peft_model(model, r=16): ...")
     monkeypatch.setattr(arms, "version_of", lambda package: "2026.10.6")
-    assert {name: why_absent(arm_of(name), tmp_path) for name in ARMS} == {
+    assert {name: why_not_installed(arm_of(name), tmp_path) for name in ARMS} == {
         "stock": None,
         "padded": None,
         "block-graphs": "not there: Unsloth 2026.10.6 has no UNSLOTH_BLOCK_CUDAGRAPHS",
@@ -94,7 +94,7 @@ def test_an_arm_that_this_unsloth_lacks_is_named(tmp_path, monkeypatch):
         "no-checkpointing": None,
     }
     monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
-    assert why_absent(arm_of("stock")) == "not there: Unsloth is not installed"
+    assert why_not_installed(arm_of("stock")) == "not there: Unsloth is not installed"
 
 
 def test_graphs_without_compiled_layers_are_no_arm(monkeypatch):
@@ -103,10 +103,12 @@ def test_graphs_without_compiled_layers_are_no_arm(monkeypatch):
             return x
 
     model = torch.nn.Sequential(Layer())
-    assert why_idle(arm_of("padded"), model) is None
-    assert why_idle(arm_of("block-graphs"), model).startswith("not there: Unsloth compiles no layer here (torch ")
+    assert why_unavailable(arm_of("padded"), model) is None
+    assert why_unavailable(arm_of("block-graphs"), model).startswith(
+        "not there: Unsloth compiles no layer here (torch "
+    )
     monkeypatch.setattr(Layer.forward, "_unsloth_block_compiled", True, raising=False)
-    assert why_idle(arm_of("block-graphs"), model) is None
+    assert why_unavailable(arm_of("block-graphs"), model) is None
 
 
 def test_an_arm_is_loaded_by_unsloth_alone(monkeypatch):
@@ -156,7 +158,7 @@ def installed(monkeypatch):
     Importing all of Unsloth takes half a minute.
     """
     found = importlib.util.find_spec("unsloth")
-    if found is None or why_absent(arm_of("block-graphs+skip-max")):
+    if found is None or why_not_installed(arm_of("block-graphs+skip-max")):
         pytest.skip("this Unsloth does not have these arms, or is not installed")
     folder = Path(found.origin).parent / "models"
     spec = importlib.util.spec_from_file_location("unsloth.models._block_compile", folder / "_block_compile.py")
@@ -196,24 +198,24 @@ def test_what_compiled_layers_did_is_read_off_the_unsloth_that_is_installed(inst
     monkeypatch.setattr(DemoDecoderLayer, "forward", DemoDecoderLayer.forward)  # and back afterwards
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(DemoDecoderLayer() for _ in range(3))
-    assert why_idle(arm_of("block-graphs"), model) is not None
-    assert what_ran(arm_of("padded"), model) == "no layer compiled"
+    assert why_unavailable(arm_of("block-graphs"), model) is not None
+    assert arm_notes(arm_of("padded"), model) == "no layer compiled"
     blocks = installed.blocks
     blocks._wrap(DemoDecoderLayer, dict(blocks._COMPILE_OPTIONS) | {"triton.cudagraphs": True})
-    assert why_idle(arm_of("block-graphs"), model) is None
+    assert why_unavailable(arm_of("block-graphs"), model) is None
     for layer, mode in zip(model.layers, (blocks._FULL, blocks._SPLIT, blocks._OFF), strict=True):
         layer.__dict__.update(_unsloth_block_checked=3, _unsloth_block_mode=mode)
-    assert what_ran(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs of 0 shapes"
+    assert arm_notes(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs of 0 shapes"
     inner = inspect.getclosurevars(inspect.getclosurevars(DemoDecoderLayer.forward).nonlocals["run"]).nonlocals
     inner["graph_shapes"].update({(1, length, 4) for length in range(9)})
     inner["graphs_off"][0] = True
-    assert what_ran(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs given up at 9 shapes"
-    assert what_ran(arm_of("padded"), model) == "2 of 3 layers compiled"
-    assert what_ran(arm_of("stock"), model) == ""
+    assert arm_notes(arm_of("block-graphs"), model) == "2 of 3 layers compiled, CUDA graphs given up at 9 shapes"
+    assert arm_notes(arm_of("padded"), model) == "2 of 3 layers compiled"
+    assert arm_notes(arm_of("stock"), model) == ""
     monkeypatch.setattr(DemoDecoderLayer, "forward", lambda self, hidden_states: None)
     DemoDecoderLayer.forward._unsloth_block_compiled = True
-    assert what_ran(arm_of("block-graphs"), model).endswith(
-        ", CUDA graphs not seen into: this Unsloth keeps them elsewhere"
+    assert arm_notes(arm_of("block-graphs"), model).endswith(
+        ", CUDA graphs not counted: this Unsloth keeps them elsewhere"
     )
 
 
@@ -225,15 +227,15 @@ def test_layers_are_kept_and_planned_anew_by_the_unsloth_that_is_installed(insta
     model.layers = torch.nn.ModuleList(Layer() for _ in range(3))
     installed.utils.skip_checkpointing(model, "max")
     assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
-    assert what_ran(arm_of("skip-max"), model) == "3 layers not checkpointed"
-    arm_again(arm_of("skip-max"), model, 4, 2048)
+    assert arm_notes(arm_of("skip-max"), model) == "3 layers not checkpointed"
+    replan_arm(arm_of("skip-max"), model, 4, 2048)
     assert [layer.gradient_checkpointing for layer in model.layers] == [False] * 3
     # On a GPU the next two steps choose; until then every layer is checkpointed again.
     planner = installed.utils._AutoCheckpointSkip(model, list(model.layers), model.layers[-1])
     install = classmethod(lambda cls, model: setattr(model, "_unsloth_auto_skip", planner))
     monkeypatch.setattr(installed.utils._AutoCheckpointSkip, "install", install)
-    arm_again(arm_of("skip-auto"), model, 4, 2048)
+    replan_arm(arm_of("skip-auto"), model, 4, 2048)
     assert [layer.gradient_checkpointing for layer in model.layers] == [True] * 3
     assert (planner.target_batch, planner.target_seq) == (4, 2048)
     assert (installed.offload.FIRST_PASS, installed.offload.LAST_GC_INDEX) == (True, 0)
-    assert what_ran(arm_of("skip-auto"), model) == "0 layers not checkpointed"
+    assert arm_notes(arm_of("skip-auto"), model) == "0 layers not checkpointed"

@@ -1,4 +1,4 @@
-"""The equality checks that come before each timing, and that they find faults."""
+"""Tests that the equality checks before each timing pass on correct methods and find faults."""
 
 import re
 from functools import partial
@@ -171,7 +171,7 @@ ROPE = {family: {"rope_type": "default", "rope_theta": 500.0} for family in FAMI
 
 
 def test_packed_batches_are_of_one_kind():
-    """So that a recording of one is replayed for the other, whose documents lie elsewhere."""
+    """A graph captured for one batch is replayed for the other, whose documents begin elsewhere."""
     batches = [checks.packed_batch(100, seed, torch.device("cpu")) for seed in (0, 1)]
     layout = ("position_ids", "packed_seq_lengths")
     roles = [TokenPartition.from_labels(batch["labels"], **{name: batch[name] for name in layout}) for batch in batches]

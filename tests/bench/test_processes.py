@@ -1,4 +1,4 @@
-"""Arms in processes of their own: their rows, their ends, the time that they have."""
+"""Tests arms in separate processes: their rows, how they end, and their time limit."""
 
 import os
 import signal

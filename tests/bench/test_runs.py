@@ -1,4 +1,4 @@
-"""A bench of several arms and methods: what fails, goes on, is left out; and what a child times."""
+"""Tests a bench of several arms and methods: failures, resumption, omissions, and what a child times."""
 
 import gc
 import importlib.util
@@ -77,7 +77,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "own_command", lambda words: [sys.executable, str(file), *words])
     monkeypatch.setattr(bench, "device_name", lambda: "A GPU")
     monkeypatch.setattr(bench, "model_shape", lambda model: None)
-    monkeypatch.setattr(runs, "why_absent", lambda arm: "not there: old" if arm.lora.get(arms.SKIP) == "auto" else None)
+    monkeypatch.setattr(
+        runs, "why_not_installed", lambda arm: "not there: old" if arm.lora.get(arms.SKIP) == "auto" else None
+    )
     return started
 
 
@@ -147,11 +149,11 @@ def test_what_was_measured_elsewhere_is_another_run(tmp_path, change):
     append_rows(plan.path, [row("stock", layout=FLAT) | change])
     begun = f"{DATE} {NODE}"
     later, too_late = "2026-11-30T07:59:00+00:00", "2026-11-30T08:01:00+00:00"
-    assert runs.run_to_go_on_with([plan], common, later) == (f"{later} {NODE}" if change else begun)
-    assert runs.run_to_go_on_with([plan], common, too_late) == f"{too_late} {NODE}"
+    assert runs.run_to_resume([plan], common, later) == (f"{later} {NODE}" if change else begun)
+    assert runs.run_to_resume([plan], common, too_late) == f"{too_late} {NODE}"
     if not change:  # all of it is there
         append_rows(plan.path, [row(method="rows-25", median_ms="", note="out of memory")])
-        assert runs.run_to_go_on_with([plan], common, later) == f"{later} {NODE}"
+        assert runs.run_to_resume([plan], common, later) == f"{later} {NODE}"
 
 
 def test_arms_are_timed_once_for_further_runs(gpu, tmp_path, capsys):
@@ -215,8 +217,8 @@ def test_a_child_times_what_its_process_has_left(monkeypatch, tmp_path, capsys):
         speed.Stepper, "__call__", lambda self: steps.append(gc.get_freeze_count() > 0 and self.shape) or 7.0
     )
     monkeypatch.setattr(speed.torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(speed, "arm_again", lambda arm, model, *size: events.append(("plan", *size)))
-    monkeypatch.setattr(speed, "what_ran", lambda arm, model: f"ran {arm.layout}")
+    monkeypatch.setattr(speed, "replan_arm", lambda arm, model, *size: events.append(("plan", *size)))
+    monkeypatch.setattr(speed, "arm_notes", lambda arm, model: f"ran {arm.layout}")
 
     def check_arm(model, arm):
         events.append(("check", arm.layout))

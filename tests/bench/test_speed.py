@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: words, shapes, limits, rows, drawing; no time decides a test."""
+"""Tests the benchmark without a GPU: arguments, shapes, limits, rows, drawing; no test depends on time."""
 
 import argparse
 import importlib.util
@@ -212,7 +212,7 @@ def test_drawing_shows_the_newest_run(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_baseline_measured_again_counts_for_what_comes_behind_it(tmp_path):
+def test_a_baseline_measured_again_counts_for_the_rows_after_it(tmp_path):
     table = tmp_path / "speed.csv"
     first = [row("unsloth-dense", ms=60.0), row("sparse-o2", ms=30.0), row("rows-25", ms=40.0)]
     append_rows(table, [*first, row("unsloth-dense", ms=90.0), row("sparse-50", ms=45.0)])
@@ -407,8 +407,8 @@ def test_a_profile_lies_beside_the_table(run, monkeypatch, tmp_path):
     assert text.count("2026-01-02, commit x.") == 1
 
 
-def test_graphs_are_recorded_before_steps_count(run, monkeypatch):
-    """Of each shape anew, for its times and for its profile."""
+def test_graphs_are_captured_before_steps_count(run, monkeypatch):
+    """Graphs are captured for each shape again, for its times and for its profile."""
     steps, counted = [], []
     graphs = argparse.Namespace(memory=lambda: 2**30)
     monkeypatch.setattr(speed.Run, "_time", TRUE_TIME)

@@ -1,4 +1,4 @@
-"""Rows of arms: both ratios, the report, older tables."""
+"""Tests rows of arms: both ratios, the report, older tables."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""The kernels' benchmark rehearsed, every kernel in guarded memory, and that the checks find what they are for."""
+"""Tests the kernels' benchmark, every kernel in guarded memory, and that its checks find planted faults."""
 
 import csv
 import importlib

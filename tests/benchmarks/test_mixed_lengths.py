@@ -1,4 +1,4 @@
-"""Arms on micro-batches of all lengths: shared processes, failures, warming up."""
+"""Tests arms on micro-batches of all lengths: shared processes, failures, warming up."""
 
 import gc
 import importlib.util
@@ -29,7 +29,7 @@ def mixed(monkeypatch):
 
 def test_mixed_lengths_and_shapes_share_processes(mixed, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speed, "device_name", lambda: "A GPU")
-    monkeypatch.setattr(runs, "why_absent", lambda arm: None)
+    monkeypatch.setattr(runs, "why_not_installed", lambda arm: None)
     started = []
 
     def run(self, process, command, take):
@@ -65,8 +65,8 @@ def test_mixed_lengths_and_shapes_share_processes(mixed, monkeypatch, tmp_path, 
 
 def test_micro_batches_of_a_failing_arm_are_rows_too(mixed, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "check_arm", lambda model, arm: "well")
-    monkeypatch.setattr(mixed, "arm_again", lambda *_: None)
-    monkeypatch.setattr(mixed, "what_ran", lambda *_: "32 of 32 layers compiled")
+    monkeypatch.setattr(mixed, "replan_arm", lambda *_: None)
+    monkeypatch.setattr(mixed, "arm_notes", lambda *_: "32 of 32 layers compiled")
     model, rows = make_lora(hidden_size=32, intermediate_size=64), []
 
     def measure(model, piece, batches):

@@ -1,4 +1,4 @@
-"""The quality benchmark's lockstep harness against the library itself, its costs, and its tables."""
+"""Tests the quality benchmark's lockstep harness against the library, its costs, and its tables."""
 
 import dataclasses
 import itertools
@@ -343,7 +343,7 @@ def test_times_are_measured_ones_or_scaled(tmp_path):
 
 
 def test_times_of_chosen_rows_are_taken_by_name_alone(tmp_path):
-    """What their steps save says nothing of channel sparsity; nor do steps without checkpointing of steps with it."""
+    """Their savings do not predict channel sparsity, nor do steps without checkpointing predict steps with it."""
     table = tmp_path / "speed.csv"
     text = SPEED.read_text().splitlines(keepends=True)
     table.write_text("".join(line for line in text if "rows-" not in line and ",False," not in line))

@@ -1,4 +1,4 @@
-"""The scripts of long sequences and of several GPUs, as far as no GPU is needed: plans, batches, tables."""
+"""Tests what needs no GPU in the scripts of long sequences and of several GPUs: plans, batches, tables."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""What `doctor` says, and that training is refused where TRL cannot run."""
+"""Tests the findings of `doctor`, and that training is refused where TRL cannot run."""
 
 import importlib.metadata
 import io
@@ -180,7 +180,7 @@ def test_what_a_trial_means(changes, status, words):
 
 
 def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
-    """Its last words are in the report, and no mode is taken for tried."""
+    """The report has the end of its output, and no mode counts as tried."""
     monkeypatch.setattr(doctor.sys, "executable", "/bin/false")
     findings = doctor.try_training()
     (item,) = [item for item in findings if item.status == "problem"]

@@ -1,4 +1,4 @@
-"""The command line: words, help, lists of recipes and keys, and what the doctor says of this machine."""
+"""Tests the command line: arguments, help, lists of recipes and keys, and the doctor on this machine."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""Mistaken command lines: one message with cause and fix, no traceback, and nothing left behind or overwritten."""
+"""Tests wrong command lines: one message with cause and fix, no traceback, and no files written or overwritten."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ def place(shared, tmp_path, monkeypatch):
 
 
 def refused(words, capsys, place, code=2, program=True):
-    """What is said of the command line on standard error."""
+    """Returns the message about the command line on standard error."""
     words = [place(word) for word in words]
     before = {str(path) for path in Path.cwd().rglob("*")}
     try:

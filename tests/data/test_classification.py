@@ -1,4 +1,4 @@
-"""Sequence classification: roles, exact gradients of the masked forward, labels, metrics."""
+"""Tests sequence classification: roles, exact gradients of the masked forward, labels, metrics."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Data sets in TRL's form, and SmolLM2 out of its PyPI package."""
+"""Tests data sets in TRL's form, and SmolLM2 from its PyPI package."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Nothing of a data set is left out in silence: values, columns and samples are used, or counted with a reason."""
+"""Tests that values, columns and samples of a data set are used, or counted with a reason."""
 
 import json
 import logging
@@ -249,7 +249,7 @@ def test_what_is_changed_of_conversations_is_said(read):
     assert sample["messages"] == chat(("user", "a\n\nb"), ("assistant", "c\n\nd"))
     facts = ledger.as_dict()["facts"]
     assert "1 of 1 samples: turns of one role in a row are joined" in facts
-    assert "1 of 1 samples: a last turn that nobody answers is cut off" in facts
+    assert "1 of 1 samples: a last turn without an answer is cut off" in facts
 
 
 def test_a_system_column_beside_a_system_turn_is_said(read):
@@ -326,7 +326,7 @@ def test_texts_and_tokens_pass_unchanged(read, rows, call, unused):
     assert ledger.split("training").left_out.total() == 1
 
 
-def test_other_pairs_are_still_made_where_every_token_bears_loss(read):
+def test_other_pairs_are_still_made_where_every_token_is_a_loss_token(read):
     call = {"completion_only_loss": False, "text_field": "text"}
     (sample,), _ = read([{"question": "q", "answer": "b"}], call=call)
     assert set(sample) == {"prompt", "completion"}

@@ -1,4 +1,4 @@
-"""Samples too long or without loss: counted as TRL trains them, left out with a reason, or refused."""
+"""Tests that samples too long or without a loss token are counted, left out with a reason, or refused."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_lengths_are_those_of_the_template_that_trl_trains_with(checkpoint, tmp_
 
 
 def test_length_filter_of_two_words_stays(checkpoint):
-    """As it was before it knew TRL's other forms."""
+    """The filter's form before it supported TRL's other forms."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     assert LengthFilter(tokenizer, 4)({"prompt": "one ", "completion": "two three"})
     assert not LengthFilter(tokenizer, 3)({"prompt": "one ", "completion": "two three"})
@@ -127,11 +127,11 @@ def test_length_filter_of_two_words_stays(checkpoint):
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"completion_only_loss": True}])
 def test_prompts_that_fill_max_length_are_an_error(training, capsys, changes):
-    """The sentence of `estimate`."""
+    """The message is that of `estimate`."""
     code, metrics = training(questions([(90, 3)] * 6), max_length=64, **changes)
     assert (code, metrics) == (2, None)
     said = capsys.readouterr().err
-    assert "none of 6 samples bears loss. Either the prompts alone fill max_length (64)" in said
+    assert "none of 6 samples has a loss token. Either the prompts alone fill max_length (64)" in said
     assert main(["estimate", str(training.recipe)]) == 2
     assert said.strip().splitlines()[-1] == capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -149,7 +149,7 @@ def test_answers_that_are_cut_away_are_counted(training, caplog, changes):
     assert cut + kept == 7
     assert 2 <= cut <= 3
     said = [record.getMessage() for record in caplog.records]
-    sentence = f"{cut} of 7 samples are left out: within max_length none of their tokens bears loss. Raise max_length"
+    sentence = f"{cut} of 7 samples are left out: they have no loss token within max_length. Raise max_length"
     assert sum(sentence in line for line in said) == 1
     assert any("1 of 9 samples left out: 1 without an answer" in line for line in said)
 

@@ -1,4 +1,4 @@
-"""Prompt templates and answer filters, and how `load_dataset_for` applies them; ARC-AGI's tasks as text."""
+"""Tests prompt templates, answer filters, their use in `load_dataset_for`, and ARC-AGI's tasks as text."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""`sparse-unsloth compare`: groups by recipe, means and spreads by hand, tests over seeds and over items."""
+"""Tests `sparse-unsloth compare`: groups by recipe, means and spreads by hand, tests over seeds and over items."""
 
 import json
 import statistics

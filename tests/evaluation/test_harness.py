@@ -1,4 +1,4 @@
-"""Suites of lm-eval from end to end on a tiny model, and their errors."""
+"""Tests suites of lm-eval from end to end on a tiny model, and their errors."""
 
 import json
 
@@ -12,7 +12,7 @@ from outputs import results
 
 
 def test_published_protocol_through_lm_eval(trained, tmp_path, monkeypatch):
-    """lm-eval runs for real, offline; only the model's answers are put in its mouth."""
+    """lm-eval runs offline; only the model's answers are replaced."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""HumanEval from end to end on a tiny model, its limits, and EvalPlus on our completions."""
+"""Tests HumanEval from end to end on a tiny model, its limits, and EvalPlus on our completions."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""MT-Bench from end to end on a tiny model, its table by hand, and its errors."""
+"""Tests MT-Bench from end to end on a tiny model, its table by hand, and its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`sparse-unsloth evaluate`: what is evaluated, GLUE and ARC-AGI from end to end, and errors."""
+"""Tests `sparse-unsloth evaluate`: sources, GLUE and ARC-AGI from end to end, and errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What `sparse-unsloth estimate` says: tokens by hand, FLOPs by PyTorch's counter, advice and errors."""
+"""Tests `sparse-unsloth estimate`: tokens by hand, FLOPs by PyTorch's counter, advice and errors."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from sparse_unsloth.cli.arguments import parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
-from sparse_unsloth.forecast import graphs as recorded
+from sparse_unsloth.forecast import graphs
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.report import as_dict, report
 from sparse_unsloth.forecast.tokens import MicroBatch
@@ -164,7 +164,7 @@ def test_flops_of_a_step_against_the_counter(recipe, is_sparse, changes, checkpo
         pytest.skip("sparse layers need an adapter on each projection; a recompute stops before a plain down_proj")
     sparsity = ALWAYS if is_sparse else "dense"
     if is_sparse == "rows":
-        # TRL's default loss, and the other one without the exact removal.
+        # TRL's default loss, and the other one without skipping unused rows.
         sparsity = {"preset": "rows", "exact_removal": not changes}
     source = recipe(sparsity=sparsity, gradient_checkpointing=checkpointing, **changes)
     expected = estimate(load_recipe(source))
@@ -263,7 +263,7 @@ def test_advice_where_it_is_not(recipe):
         (LONG, {}, "Presets on this data"),
         (LONG, {}, "For quality take `sparsity: rows` first"),
         (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on all three tasks"),
-        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true costs only attention's part"),
+        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true costs only a recompute of attention's part"),
         (LONG, {"sparsity": {"backward_rows": 0.05}}, "Fewer than 10% of the context rows did worse"),
         (SHORT, {"sparsity": "rows"}, "Not worth it: it gains"),
         (LONG, {"sparsity": {"backward_rows": 0.2, "start_step": 50}}, "the whole training will be dense"),
@@ -284,26 +284,26 @@ def test_predicted_times_on_a_gpu(recipe):
     assert "the host's launches take longer" in text, "a model this small is bound by the host"
 
 
-RECORDED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
+CAPTURED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
 
 
-def test_recorded_steps_do_not_wait_for_the_host(recipe):
-    plain = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity="rows"))
+def test_captured_steps_do_not_wait_for_the_host(recipe):
+    plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="rows"))
     assert plain.recorded.milliseconds < plain.sparse_exact.milliseconds
     assert plain.graphs_speedup == pytest.approx(plain.sparse_exact.milliseconds / plain.recorded.milliseconds)
     assert plain.sparse_as_trained is plain.sparse_exact
     assert f"`cuda_graphs: true` is expected to make a step {plain.graphs_speedup:.2f}x" in advise(plain)
-    asked = estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"backward_rows": 0.25, "cuda_graphs": True}))
+    asked = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity={"backward_rows": 0.25, "cuda_graphs": True}))
     assert asked.sparse_as_trained is asked.recorded
-    assert asked.dense_as_trained is asked.dense_exact, "dense phases are not recorded"
+    assert asked.dense_as_trained is asked.dense_exact, "dense phases are not captured"
     assert asked.speedup == pytest.approx(plain.speedup * plain.graphs_speedup)
     assert asked.presets["rows"].speedup == pytest.approx(asked.speedup)
     assert "cuda_graphs" not in advise(asked)
 
 
-def test_dense_training_is_recorded_too(recipe, capsys):
+def test_dense_training_is_captured_too(recipe, capsys):
     plain, asked = (
-        estimate(of_gpu(recipe, rows=LONG, **RECORDED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
+        estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity={"preset": "dense", "cuda_graphs": graphs}))
         for graphs in (False, True)
     )
     assert "with nothing left out" in advise(plain)
@@ -323,23 +323,23 @@ def test_dense_training_is_recorded_too(recipe, capsys):
         {"padding_free": True},
     ],
 )
-def test_steps_that_are_not_recorded_as_a_whole(recipe, changes, monkeypatch):
-    monkeypatch.setattr(recorded, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
-    asked = {**RECORDED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
+def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes, monkeypatch):
+    monkeypatch.setattr(graphs, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
+    asked = {**CAPTURED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
     assert estimate(of_gpu(recipe, rows=LONG, **asked)).recorded is not None
     result = estimate(of_gpu(recipe, rows=LONG, **{**asked, **changes}))
     assert result.recorded is None
     assert "The times are those without cuda_graphs" in advise(result)
 
 
-def test_recorded_rows_have_round_lengths():
+def test_captured_rows_are_padded_to_buckets():
     batch = MicroBatch(40, 200, 10, 40, (125, 125))
-    padded = recorded.lengthened(batch, "padded")
+    padded = graphs.padded_to_bucket(batch, "padded")
     assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
-    assert recorded.lengthened(padded, "padded") == padded
-    flat = recorded.lengthened(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
+    assert graphs.padded_to_bucket(padded, "padded") == padded
+    flat = graphs.padded_to_bucket(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
     assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
-    assert recorded.lengthened(flat, "packed") == flat
+    assert graphs.padded_to_bucket(flat, "packed") == flat
 
 
 def test_command_prints_text_and_json(recipe, capsys):
@@ -396,7 +396,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        (questions([(30, 1)] * 5), {"max_length": 16}, "none of 5 samples bears loss"),
+        (questions([(30, 1)] * 5), {"max_length": 16}, "none of 5 samples has a loss token"),
         (
             [{"messages": [{"role": "user", "content": "one"}]}] * 5,
             {"assistant_only_loss": True},

@@ -1,4 +1,4 @@
-"""The model of step times: that it finds known coefficients, takes the right rows, and is what the package stores."""
+"""Tests that the model of step times finds known coefficients, takes the right rows, and is stored in the package."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from sparse_unsloth.bench.shapes import HOST, SHAPES
 from sparse_unsloth.bench.table import append_rows, read_rows
 from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import lengthened
+from sparse_unsloth.forecast.graphs import padded_to_bucket
 from sparse_unsloth.forecast.speed_table import (
     STORED,
     choose,
@@ -25,7 +25,7 @@ from sparse_unsloth.forecast.speed_table import (
     usable_rows,
     work_of_row,
 )
-from sparse_unsloth.forecast.step_time import RECORDED_HOST, StepTime, fit
+from sparse_unsloth.forecast.step_time import GRAPHS_HOST, StepTime, fit
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.forecast.work import Work, batch_work
 from sparse_unsloth.tokens.partition import TokenPartition
@@ -82,15 +82,15 @@ def test_errors_are_of_rows_that_the_fit_did_not_see():
     assert fitted.errors.step_worst == pytest.approx(0.5, abs=0.05)
 
 
-def test_recorded_steps():
-    """The host needs a time of its own; the fit does not see them, and the newest of each shape counts."""
+def test_steps_with_graphs():
+    """They have their own host time, the fit does not see them, and the newest of each shape counts."""
     work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
-    assert TRUE.device(work) <= TRUE.recorded(work) < 1.01 * TRUE.device(work)
-    assert TRUE.recorded(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * RECORDED_HOST, rel=0.01)
+    assert TRUE.device(work) <= TRUE.with_graphs(work) < 1.01 * TRUE.device(work)
+    assert TRUE.with_graphs(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * GRAPHS_HOST, rel=0.01)
     methods = ("dense-graphs", "sparse-o2-graphs", "rows-25-graphs")
     steps = [row(shape, method, 0.0) for shape in ("wizardlm", "custom-1024-0.75") for method in methods]
     for step in steps:
-        step["median_ms"] = TRUE.recorded(work_of_row(step, LLAMA_3_8B)) / 1.25
+        step["median_ms"] = TRUE.with_graphs(work_of_row(step, LLAMA_3_8B)) / 1.25
     older = [step | {"median_ms": 1.0, "date": "2026-11-23T12:00:00+00:00"} for step in steps]
     (plain,), (fitted,) = fit_table(rows()), fit_table([*rows(), *steps, *older])
     assert fitted.step_time == plain.step_time
@@ -100,8 +100,8 @@ def test_recorded_steps():
 
 
 @pytest.mark.parametrize(("layout", "count"), [("padded", 16), ("flat", 24)])
-def test_recorded_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
-    """``mixed_lengths.csv``, within a tenth; `RECORDED_HOST` was read off its shortest step."""
+def test_captured_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
+    """``mixed_lengths.csv``, within a tenth; `GRAPHS_HOST` was read off its shortest step."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     from mixed_lengths import make_batches
 
@@ -116,11 +116,11 @@ def test_recorded_steps_of_all_lengths_are_as_measured(layout, count, monkeypatc
         plan, _, removal = plan_of_row(row("wizardlm", method, 0.0), LLAMA_3_8B)
         works = [
             batch_work(
-                plan, lengthened(micro_batch(batch), "padded" if layout == "padded" else "padding-free"), removal
+                plan, padded_to_bucket(micro_batch(batch), "padded" if layout == "padded" else "padding-free"), removal
             )
             for batch in make_batches(layout, 4, count, LLAMA_3_8B.vocab_size)
         ]
-        errors[method] = sum(map(predict.recorded, works)) / count / milliseconds - 1
+        errors[method] = sum(map(predict.with_graphs, works)) / count / milliseconds - 1
     assert max(map(abs, errors.values())) < 0.1, errors
 
 

@@ -1,4 +1,4 @@
-"""Paired tests and aggregates by hand."""
+"""Tests paired tests and aggregates by hand."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""`study prune` from end to end, offline, and pruned components against independent ways to compute them."""
+"""Tests `study prune` from end to end, offline, and pruned components against independent computations."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""`study spectra` from end to end, offline, and spectra against independent ways to compute them."""
+"""Tests `study spectra` from end to end, offline, and spectra against independent computations."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Approximations against independent ways to compute them, and `study toy` from end to end."""
+"""Tests approximations against independent computations, and `study toy` from end to end."""
 
 import pytest
 import torch

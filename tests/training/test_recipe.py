@@ -1,4 +1,4 @@
-"""What a recipe file and the overrides behind it become, and what is said of wrong ones."""
+"""Tests how recipe files and overrides are read, and the messages about wrong ones."""
 
 import re
 

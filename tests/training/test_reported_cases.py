@@ -1,6 +1,6 @@
-"""Cases that users of Unsloth, TRL, PEFT, transformers, LLaMA-Factory and axolotl reported, rebuilt small.
+"""Tests small versions of cases that users of Unsloth, TRL, PEFT, transformers, LLaMA-Factory and axolotl reported.
 
-Each names its report: what was trained, saved or judged was something else than they thought, without a word.
+Each names its report: something else than intended was trained, saved or evaluated, without a message.
 """
 
 import json
@@ -176,7 +176,7 @@ def test_completion_only_needs_completions(training, capsys):
     """huggingface/trl#1507, huggingface/open-r1#648: the loss is on every token where there are none."""
     rows = [{"messages": turns(("user", "one"), ("assistant", "two"))}] * 4
     assert training(rows, completion_only_loss=True) == (2, None)
-    assert "have no completion (messages), so every token would bear loss" in capsys.readouterr().err
+    assert "have no completion (messages), so every token would be a loss token" in capsys.readouterr().err
 
 
 def test_a_training_without_a_batch_is_refused(training, capsys):

@@ -1,4 +1,4 @@
-"""Runs that are resumed: what a finished one keeps, what metrics are of, and which checkpoints are refused."""
+"""Tests resumed runs: what a finished run keeps, what its metrics cover, and which checkpoints are refused."""
 
 import hashlib
 import json

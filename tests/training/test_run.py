@@ -1,4 +1,4 @@
-"""`sparse-unsloth train` and `quickstart` from end to end on a tiny model."""
+"""Tests `sparse-unsloth train` and `quickstart` from end to end on a tiny model."""
 
 import importlib.metadata
 import json
@@ -144,7 +144,7 @@ def test_resumed_training_ends_where_the_whole_one_does(training, tmp_path, esti
 
 
 def test_a_backward_pass_through_few_rows_trains_and_resumes(training, tmp_path, capsys):
-    """Logged as such, and bit for bit the same after a checkpoint."""
+    """The log names the method, and the result after a checkpoint is bitwise identical."""
     words = ["train", training, "--sparsity", "rows"]
     assert main(words) == 0
     run = tmp_path / "run"
@@ -365,7 +365,7 @@ def test_the_quickstart_counts_a_backward_pass_through_few_rows(training, monkey
     with counter() as counted:
         trainer.model(**batch).loss.backward()
     shape = quickstart.ModelShape.from_config(trainer.model.config)
-    # Its logits are of TRL's chunked loss, computed twice and of rows with loss alone; here once, of every position.
+    # TRL's chunked loss computes logits twice, of loss positions only; here they are computed once, of every position.
     head = 2 * shape.hidden_size * shape.vocab_size
     others = (expected - 3 * head * 5, counted.get_total_flops() - 2 * head * 30)
     # Eager attention computes the whole square, and no flash kernel's scores again.

@@ -1,4 +1,4 @@
-"""Every shipped recipe: it parses, loads rows of its real columns, trains a tiny model for three steps, evaluates."""
+"""Tests that every shipped recipe parses, loads rows of its real columns, trains a tiny model and evaluates it."""
 
 import json
 import re
