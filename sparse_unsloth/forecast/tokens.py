@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import tempfile
 import warnings
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.data.ledger import drop_without_loss, no_loss
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
     from trl import SFTConfig, SFTTrainer
 
     from sparse_unsloth.training.recipe import Recipe
@@ -150,7 +151,7 @@ def read_tokens(
         if padding_free:
             trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
         batches = [
-            _roles(batch, recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
+            _roles(read_batch(batch), recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
             for batch in trainer.get_train_dataloader()
         ]
     packed = recipe.training.packing
@@ -243,18 +244,9 @@ def _documents(prepared: Dataset) -> Iterator[tuple[int, int]]:
             start += length
 
 
-def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) -> MicroBatch:
-    labels, positions = batch["labels"], batch.get("position_ids")
-    roles = TokenPartition.from_labels(
-        labels,
-        batch.get("attention_mask"),
-        positions,
-        dense_tokens=dense_tokens,
-        padding_masked=padding_masked,
-    )
-    rows, columns = labels.shape
-    lengths = [columns] * rows
-    if positions is not None:
-        starts = (positions.flatten() == 0).nonzero().flatten().tolist()
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
-    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
+def _roles(batch: Batch, dense_tokens: str, padding_masked: bool) -> MicroBatch:
+    """The roles of a batch, counted, and its documents' lengths as attention computes them."""
+    roles = TokenPartition.from_batch(batch, dense_tokens, padding_masked)
+    starts = batch.documents.starts.flatten().nonzero().flatten().tolist()
+    lengths = tuple(end - start for start, end in itertools.pairwise([*starts, batch.labels.numel()]))
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), lengths)

@@ -7,16 +7,13 @@ from torch.nn import functional as F
 from sparse_unsloth.bench.checks import Immediate
 from sparse_unsloth.graphs import packed_attention as ours
 from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_recorded
+from sparse_unsloth.tokens.batch import Batch
 
 TOKENS = 12
 
 
-def arguments(*lengths, rows=1):
-    return {"packed_seq_lengths": torch.tensor(lengths), "labels": torch.zeros(rows, TOKENS)}
-
-
 def packing(*lengths, rows=1, tokens=TOKENS):
-    return packing_of(arguments(*lengths, rows=rows), torch.Size((rows, tokens)))
+    return packing_of(Batch(torch.zeros(rows, tokens), packed_seq_lengths=torch.tensor(lengths)))
 
 
 def draw(heads=(4, 2, 2), tokens=TOKENS):
@@ -53,7 +50,7 @@ def test_few_kinds_of_room():
 
 def test_where_recordings_do_not_attend_within_documents(monkeypatch):
     assert packing(6, 6, rows=2) is None
-    assert packing_of({"labels": torch.zeros(1, TOKENS)}, torch.Size((1, TOKENS))) is None
+    assert packing_of(Batch(torch.zeros(1, TOKENS))) is None
     assert packing(2048, 2048, tokens=4096) is None
     assert packing(2000, *[1] * 3, tokens=4096) is not None
     monkeypatch.setattr(ours, "MOST_ROWS", 500)
