@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FastSparseLanguageModel": "language_model",
     "SparsityCallback": "callback",
-    "SparsityConfig": "config",
+    "SparsityConfig": "config.sparsity",
     "attach": "attachment",
     "calibrate": "autosparsity.search",
     "detach": "attachment",

@@ -35,7 +35,7 @@ def loss_is_fused(model: nn.Module, batch: Batch) -> bool:
     labels, inputs = batch.labels, batch.inputs
     if labels is None or inputs is None or labels.shape != inputs.shape[:2] or labels.numel() == 1:
         return False
-    if batch.layout not in ("padded", "packed_seq_lengths"):
+    if batch.is_context_parallel or (batch.layout != "padded" and batch.packed_seq_lengths is None):
         return False
     config = getattr(model, "config", None)
     asked = [getattr(config, name, None) for name in ("output_hidden_states", "output_attentions")]

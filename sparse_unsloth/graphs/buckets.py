@@ -97,14 +97,19 @@ def pad_dense_count(partition: TokenPartition, padding_is_context: bool) -> Toke
 def _can_grow(batch: Batch, shape: torch.Size) -> bool:
     """Whether every tensor of ``batch`` is one that `pad_length` pads, or has no length."""
     packed = batch.packed_seq_lengths
-    per_token = {"input_ids", "labels", "attention_mask"} | ({"position_ids"} if packed is not None else set())
+    per_token = [
+        batch.input_ids,
+        batch.labels,
+        batch.attention_mask,
+        batch.position_ids if packed is not None else None,
+    ]
     for name, value in batch.arguments.items():
         if not isinstance(value, Tensor) or name in SCALARS:
             continue
         if value is packed:
             known = value.dim() == 1 and not value.is_floating_point()
         else:
-            known = name in per_token and value.shape == shape
+            known = any(value is each for each in per_token) and value.shape == shape
         if not known:
             return False
     return packed is None or isinstance(packed, Tensor)
