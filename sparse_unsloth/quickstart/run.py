@@ -25,7 +25,7 @@ from sparse_unsloth.attachment import get_state
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.quickstart.report import save_report, terminal_table
-from sparse_unsloth.tokens.batch import Batch, read_batch
+from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
@@ -44,7 +44,7 @@ DENSE, SPARSE, EQUAL = "dense", "sparse", "dense, equal cost"
 
 
 @dataclass(frozen=True)
-class BatchCost:
+class Batch:
     """What a micro-batch costs: rows by role, and its padded shape."""
 
     dense: int
@@ -58,24 +58,24 @@ class BatchCost:
 class BatchLog:
     """Keeps every training batch's labels and mask, and works out roles afterwards, outside the timed steps."""
 
-    seen: list[Batch] = field(default_factory=list)
+    seen: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def hook(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = read_batch(kwargs)
         if model.training and torch.is_grad_enabled() and batch.labels is not None:
-            self.seen.append(Batch(batch.labels, attention_mask=batch.attention_mask))
+            self.seen.append((batch.labels, batch.attention_mask))
 
-    def batches(self) -> list[BatchCost]:
+    def batches(self) -> list[Batch]:
         found = []
-        for batch in self.seen:
-            parts = TokenPartition.from_batch(batch)
+        for labels, mask in self.seen:
+            parts = TokenPartition.from_labels(labels, mask)
             rows = (len(parts.dense), len(parts.context), len(parts.padding), len(parts.loss))
-            found.append(BatchCost(*rows, parts.shape))
+            found.append(Batch(*rows, parts.shape))
         return found
 
     def digest(self, count: int) -> str:
         """Of the first ``count`` batches, to compare runs by."""
-        return _digest([batch.labels for batch in self.seen[:count]])
+        return _digest([labels for labels, _ in self.seen[:count]])
 
 
 def quickstart(
@@ -204,7 +204,7 @@ def _run(
     }
 
 
-def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[BatchCost]) -> list[int]:
+def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
     """FLOPs of each optimiser step as computed: dense steps compute padding too, sparse MLPs leave it out, and so does
     a backward pass through few rows."""
     config, steps = trainer.model.config, len(batches)
@@ -222,7 +222,7 @@ def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[BatchCost])
 
 
 def _step_flops(
-    recipe: Recipe, shape: ModelShape, layers: list, batch: BatchCost, estimator_rank: int, backward_rows: float
+    recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int, backward_rows: float
 ) -> int:
     size, length = batch.shape
     head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))

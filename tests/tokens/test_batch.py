@@ -149,7 +149,7 @@ EXCEPTIONS = {
 
 
 def readers(package: Path) -> list[str]:
-    """Where a file outside `tokens` names one of `KEYS`, unless to make a batch: ``{key: ...}``, ``batch[key] = ...``."""
+    """Where a file outside `tokens` names one of `KEYS`, unless to make a batch (``{key: 1}``, ``batch[key] = 1``)."""
     found = []
     for file in sorted(package.rglob("*.py")):
         name = file.relative_to(package).as_posix()
