@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, is_sequence_classifier, partition_of
 from sparse_unsloth.utils.distributed import rank
+
+Parts = frozenset[tuple[int, str]]
+"""Parts of layers: ``(layer index, "mlp" or "self_attn")``."""
 
 
 def register_hooks(state: SparsityState) -> None:
@@ -143,24 +146,6 @@ def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
         context.loss_rows.watch(context.partition, output)
 
 
-class Decision(NamedTuple):
-    """What a training forward leaves out.
-
-    Attributes:
-        partition: the roles by which its layers compute.
-        scale: share of the configured sparsity; at 0 every layer is dense.
-        loss_only: the last layer may skip rows that no loss reads.
-        paused: parts that are dense all the same.
-        graphs: its layers may be captured and replayed.
-    """
-
-    partition: TokenPartition
-    scale: float
-    loss_only: bool
-    paused: frozenset[tuple[int, str]]
-    graphs: bool
-
-
 def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> SparseContext | None:
     """The context of a forward that begins, or None where it must be dense; raises as `enter_forward`."""
     if _cannot_be_sparse(state, model):
@@ -177,9 +162,8 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
     graphs = state.graphs is not None and not batch.is_context_parallel
     if not (state.runtimes or loss_only or (state.dense_with_graphs and graphs)):
         return None
-    roles = roles_of(state, batch)
-    decision = _decide(state, batch, roles, loss_only, graphs)
-    return None if decision is None else _context_of(state, batch, decision)
+    decision = _decide(state, batch, roles_of(state, batch), graphs)
+    return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
 
 
 def _cannot_be_sparse(state: SparsityState, model: nn.Module) -> bool:
@@ -220,9 +204,17 @@ def _has_roles(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
 
 
 def _decide(
-    state: SparsityState, batch: Batch, partition: TokenPartition, loss_only: bool, graphs: bool
-) -> Decision | None:
-    """What a training forward with these roles leaves out, counted and planned for; None: nothing."""
+    state: SparsityState, batch: Batch, partition: TokenPartition, graphs: bool
+) -> tuple[TokenPartition, float, Parts] | None:
+    """What a training forward leaves out, counted and planned for; None: nothing.
+
+    Args:
+        partition: the tokens' roles.
+        graphs: layers may be captured and replayed.
+
+    Returns:
+        The roles by which layers compute, the share of the configured sparsity, and parts that are dense all the same.
+    """
     dense_with_graphs = state.dense_with_graphs and graphs
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
@@ -234,7 +226,7 @@ def _decide(
         scale = 0.0
     if state.planner is not None and not batch.is_context_parallel:
         state.planner.plan(partition, scale)
-    paused: frozenset[tuple[int, str]] = frozenset()
+    paused: Parts = frozenset()
     if scale > 0:
         state.context_seen = True
         if state.selector is None and not state.row_sparse:
@@ -248,21 +240,29 @@ def _decide(
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
-    return Decision(partition, scale, loss_only and enough_unused_rows(partition), paused, graphs and scale > 0)
+    return partition, scale, paused
 
 
-def _context_of(state: SparsityState, batch: Batch, decision: Decision) -> SparseContext:
-    """The context by which the layers of this forward compute, with all that looks at it or captures it."""
-    partition, scale, loss_only, paused, graphs = decision
-    context = SparseContext(partition, scale, loss_only, paused)
+def _context_of(
+    state: SparsityState,
+    batch: Batch,
+    partition: TokenPartition,
+    scale: float,
+    paused: Parts,
+    loss_only: bool,
+    graphs: bool,
+) -> SparseContext:
+    """The context by which the layers of this forward compute, with all that checks, observes or captures them."""
+    context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(
                 [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.row_sparse
             )
-        usual = not loss_only and state.config.dense_tokens == "output"
+        usual = not context.loss_only and state.config.dense_tokens == "output"
         if usual and state.loss_rows.wants_next():
             context.loss_rows = state.loss_rows
+    graphs = graphs and scale > 0
     if graphs and state.graphs.documents:
         context.packing = packing_of(batch)
     channel_sparse = scale > 0 and not (state.row_sparse or state.dense_with_graphs)
