@@ -48,7 +48,7 @@ def loss_is_fused(model: nn.Module, batch: Batch) -> bool:
 
 
 def enough_unused_rows(partition: TokenPartition) -> bool:
-    """Whether enough rows bear no loss."""
+    """Whether the loss reads few enough rows for skipping the others to pay."""
     num_rows = partition.shape[0] * partition.shape[1]
     return num_rows - len(partition.loss) >= WORTH_REMOVING * num_rows
 

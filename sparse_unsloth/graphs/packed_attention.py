@@ -65,7 +65,7 @@ def packing_of(batch: Batch) -> Packing | None:
     return Packing(lengths, tokens, room, batch.labels.device)
 
 
-def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, recorder: Any) -> str:
+def why_not_captured(heads: int, kv_heads: int, head_dim: int, like: Tensor, recorder: Any) -> str:
     """Why `packed_attention` cannot be captured here; empty where it can.
 
     A graph of forward and backward is replayed with documents elsewhere, and compared with the masked reference.

@@ -32,6 +32,6 @@ def test_kernel(heads, lengths):
 
 @pytest.mark.parametrize("heads", [(32, 8), (8, 8)])
 def test_recording(heads):
-    assert ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), GraphCapture()) == ""
-    reason = ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda"), GraphCapture())
+    assert ours.why_not_captured(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), GraphCapture()) == ""
+    reason = ours.why_not_captured(*heads, 128, torch.empty(0, device="cuda"), GraphCapture())
     assert "float32" in reason

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparse_unsloth.bench.checks import Immediate
 from sparse_unsloth.graphs import packed_attention as ours
-from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_recorded
+from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_captured
 from sparse_unsloth.tokens.batch import Batch
 
 TOKENS = 12
@@ -81,13 +81,13 @@ def test_gradients_and_scale():
 
 def test_what_is_tried_before_it_is_recorded(monkeypatch):
     given = 4, 2, 8, torch.empty(0), Immediate()
-    assert why_not_recorded(*given) == ""
+    assert why_not_captured(*given) == ""
     right = ours._by_mask
     monkeypatch.setattr(ours, "packed_attention", lambda q, k, v, _: right(q, k, v, torch.tensor(ours.TRIED[0])))
-    assert "differs from the reference" in why_not_recorded(*given)
+    assert "differs from the reference" in why_not_captured(*given)
 
     def fail(*inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
     monkeypatch.setattr(ours, "packed_attention", fail)
-    assert why_not_recorded(*given) == "operation not permitted when stream is capturing"
+    assert why_not_captured(*given) == "operation not permitted when stream is capturing"
