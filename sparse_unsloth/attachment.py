@@ -250,7 +250,7 @@ def _try_documents(state: SparsityState) -> None:
     if not like.is_cuda:
         return
     heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
-    reason = packed_attention.why_not_recorded(*heads, like, state.graphs.recorder)
+    reason = packed_attention.why_not_captured(*heads, like, state.graphs.recorder)
     state.graphs.clear()
     if reason:
         state.graphs.captures_documents = False

@@ -25,13 +25,12 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.runtime.state import SparsityState
+from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.utils.tensor_file import raw_bytes
 
-NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
 MAX_POSITIONS = 1024
 """Of a batch, at most so many loss-bearing positions, evenly spaced: their log-probabilities are kept."""
-LAYOUT = ("attention_mask", "position_ids", "packed_seq_lengths")
 
 
 Recipe = tuple[LayerSparsity, ...]
@@ -91,23 +90,16 @@ def prepare_batches(
         raise CalibrationError("There are no samples to measure losses on; the data set is empty.")
     batches = []
     for number, sample in enumerate(samples):
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample.items()}
-        labels = moved.get("labels")
-        if labels is None:
+        batch = read_batch(sample).to(device)
+        if batch.labels is None:
             raise CalibrationError(
-                f"Sample batch {number} has no labels (its keys: {', '.join(moved) or 'none'}), so it has no loss. "
+                f"Sample batch {number} has no labels (its keys: {', '.join(sample) or 'none'}), so it has no loss. "
                 "Pass batches as the trainer's collator makes them."
             )
-        partition = TokenPartition.from_labels(
-            labels,
-            **{name: moved.get(name) for name in LAYOUT},
-            dense_tokens=config.dense_tokens,
-            padding_masked=padding_masked,
-        )
+        partition = TokenPartition.from_batch(batch, config.dense_tokens, padding_masked)
         if len(partition.loss):
-            inputs = {name: value for name, value in moved.items() if name not in NOT_FOR_FORWARD}
             rows = partition.loss[:: -(-len(partition.loss) // MAX_POSITIONS)]
-            batches.append(ProbeBatch(inputs, partition, rows, labels.flatten()[rows + 1]))
+            batches.append(ProbeBatch(batch.without_labels, partition, rows, batch.labels.flatten()[rows + 1]))
     if not batches:
         raise CalibrationError(
             f"None of the {len(samples)} sample batches has a loss-bearing position, so no loss can be measured: every "

@@ -23,13 +23,13 @@ from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.model.training_flags import training_mode
-from sparse_unsloth.tokens.partition import is_sequence_classifier, partition_of, sequence_starts
+from sparse_unsloth.tokens.batch import Batch, read_batch
+from sparse_unsloth.tokens.partition import partition_of
 from sparse_unsloth.utils.distributed import is_main
 
 INPUT_ROWS = 2048
 """Inputs kept of each layer, evenly spaced: a square root of their second moment. On SmolLM2-135M, 1024 rows give the
 figures of all 2100 of 32 samples, 512 lose 0.01 of the energy at rank 8 (factors alone) or 0.001 (prior)."""
-_NOT_FOR_FORWARD = ("labels", "num_items_in_batch")
 
 
 @dataclass
@@ -189,19 +189,17 @@ class _Runs:
                 "There are no calibration samples. Pass at least one batch as the model receives it, or set "
                 "estimator.calibration_samples above 0."
             )
-        self.batches: list[tuple[dict[str, Any], Tensor]] = []
+        self.batches: list[tuple[Batch, Tensor]] = []
         self._starts: list[Tensor] = []
         for number, sample in enumerate(samples):
-            batch = {name: _moved(value, device) for name, value in dict(sample).items()}
-            if batch.get("labels") is None:
+            batch = read_batch(sample).to(device)
+            if batch.labels is None:
                 raise EstimatorError(
-                    f"Calibration sample {number} has no labels (its keys: {', '.join(batch) or 'none'}), so its "
+                    f"Calibration sample {number} has no labels (its keys: {', '.join(sample) or 'none'}), so its "
                     "tokens have no roles. Pass batches as the trainer's collator makes them."
                 )
-            roles = {name: batch.get(name) for name in ("attention_mask", "position_ids", "packed_seq_lengths")}
             partition = partition_of(model, batch, dense_tokens)
-            tokens = batch["input_ids"] if is_sequence_classifier(model) else batch["labels"]
-            starts = sequence_starts(tokens, **roles).flatten()
+            starts = batch.sequence_starts.flatten()
             rows = partition.context[~starts[partition.context]]
             if len(rows):
                 self.batches.append((batch, rows))
@@ -223,7 +221,7 @@ class _Runs:
         texts: list[tuple[int, Tensor, list[int]]] = []
         for number, ((batch, rows), starts) in enumerate(zip(self.batches, self._starts, strict=True)):
             sequence = starts.cumsum(0)[rows]
-            ids = batch["input_ids"].flatten()[rows]
+            ids = batch.input_ids.flatten()[rows]
             for which in sequence.unique():
                 mine = sequence == which
                 texts.append((number, rows[mine], ids[mine].tolist()))
@@ -279,8 +277,8 @@ class _Runs:
                 "calibrated. Pass the outermost model that holds these layers."
             )
 
-    def _forward(self, batch: dict[str, Any]) -> None:
-        given = {name: value for name, value in batch.items() if name not in _NOT_FOR_FORWARD}
+    def _forward(self, batch: Batch) -> None:
+        given = batch.without_labels
         causal = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         if "logits_to_keep" in inspect.signature(type(causal).forward).parameters:
             given["logits_to_keep"] = 1
@@ -299,10 +297,6 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             setattr(module, name, flag)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _common(texts: list[list[int]], limit: int) -> int:

@@ -17,6 +17,7 @@ from sparse_unsloth.config.layer_rules import keep_count
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
 ORACLE_ROWS = 1024
@@ -78,21 +79,21 @@ class Observer:
         return step is not None and self._due == step and torch.is_grad_enabled()
 
     def open(
-        self, step: int, partition: TokenPartition, starts: Tensor, layers: list[DecoderLayer], sparsity: dict
+        self, step: int, partition: TokenPartition, batch: Batch, layers: list[DecoderLayer], sparsity: dict
     ) -> Observation:
         """Begins to look at a forward.
 
         Args:
             partition: its roles.
-            starts: bool ``[batch, sequence]``, the first tokens of documents: attention sinks, which hold nearly all
-                energy of a layer, and say nothing of the others.
+            batch: tells the first tokens of documents: attention sinks, which hold nearly all energy of a layer, and
+                say nothing of the others.
             layers: all of the model.
             sparsity: by ``(layer index, part)``, of this forward.
         """
         compare = self._last is not None and self._last.step == step - 1
         rows, places, context = None, None, partition.context
         if compare and len(context):
-            places = (~starts.flatten()[context]).nonzero().flatten()
+            places = (~batch.sequence_starts.flatten()[context]).nonzero().flatten()
             places = places[:: max(1, -(-len(places) // ORACLE_ROWS))]
             rows = context[places]
         found = Observation(step, compare, rows, places, _counts(step, partition, layers, sparsity))

@@ -1,7 +1,7 @@
-"""The micro-batches that a recipe will train on, made by TRL itself around a stand-in for the model, and their tokens.
+"""Counts the tokens of the micro-batches that a recipe will train on.
 
-No weights are needed: TRL applies the template, the loss setting, truncation and packing to the data, whatever model it
-is given, so a model of a few thousand numbers does. Batches come from its own data loader, in the order of training.
+TRL makes these micro-batches itself, around a stand-in for the model: it applies template, loss setting, truncation and
+packing to the data whatever the model is, so no weights are needed. They come from its data loader, in training order.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import tempfile
 import warnings
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.data.ledger import drop_without_loss, no_loss
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
     from trl import SFTConfig, SFTTrainer
 
     from sparse_unsloth.training.recipe import Recipe
@@ -34,10 +35,12 @@ PADDED_FAMILIES = ("gemma2", "gpt_oss")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward by role, and the lengths of its sequences as attention computes them, padding included.
+    """Tokens of one forward by role, and the lengths of its documents as attention computes them.
 
-    ``dense``, ``context`` and ``padding`` are all rows; ``loss`` those that bear loss, dense ones as a rule, and
-    ``output`` the output tokens among the dense ones.
+    Attributes:
+        dense, context, padding: loss tokens, context tokens and padding tokens; together all rows.
+        loss: loss positions, a part of the loss tokens as a rule.
+        lengths: of documents; of whole sequences, with padding, where these are padded.
     """
 
     dense: int
@@ -72,19 +75,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the tokens of a data set are, under one template, loss setting and layout.
+    """The tokens of a data set, counted under one template, loss setting and layout.
 
     Attributes:
         layout: "padded", "padding-free" or "packed".
-        dataset_samples, samples: in the data set; looked at.
-        dropped: samples that are left out, because nothing that bears loss is left within ``max_length`` (unpacked
-            layouts only).
-        without_loss: samples that are trained and bear no loss.
+        dataset_samples, samples: samples in the data set, and how many of them were read.
+        dropped: samples that are not trained because ``max_length`` leaves no label in them (unpacked layouts only).
+        without_loss: samples that are trained and have no label.
         truncated: samples as long as ``max_length``, so most likely cut.
         length, output: tokens of a sample, and those of them that have a label.
-        context_share: context rows over all rows that are not padding.
-        context, dense, padding: rows of all micro-batches, by role.
-        micro_batches: how many; ``rows`` of one, on average.
+        context_share: context tokens over all tokens that are not padding.
+        context, dense, padding: context, loss and padding tokens of all micro-batches.
+        micro_batches: how many; ``rows``: tokens of one, on average.
     """
 
     layout: str
@@ -109,25 +111,25 @@ class TokenStatistics:
         return (self.context + self.dense + self.padding) / self.micro_batches
 
     def share(self, role: str) -> float:
-        """Of "context", "dense" or "padding" among all rows that are computed in a dense step."""
+        """The share of "context", "dense" or "padding" among all tokens, padding included."""
         return getattr(self, role) / (self.context + self.dense + self.padding)
 
 
 def read_tokens(
     recipe: Recipe, data: Dataset, tokenizer: Any, backend: str, model_type: str, samples: int | None
 ) -> tuple[list[MicroBatch], TokenStatistics]:
-    """The micro-batches of (a sample of) one epoch, and what they hold.
+    """The micro-batches of one epoch, or of a sample of it, and their statistics.
 
     Args:
         recipe: the training; its data arguments are not read.
-        data: as `load_dataset_for` gives it.
-        tokenizer: of the model.
+        data: from `load_dataset_for`.
+        tokenizer: the model's.
         backend: "unsloth" or "peft"; Unsloth trains padding-free unless told otherwise.
-        model_type: of the model's configuration.
-        samples: at most so many samples, drawn by the recipe's seed; None for all.
+        model_type: from the model's configuration.
+        samples: the most samples to read, drawn by the recipe's seed; None for all.
 
     Raises:
-        DataError: the data set is empty, TRL cannot prepare it, or no sample bears loss.
+        DataError: the data set is empty, TRL cannot prepare it, or no sample has a label.
     """
     total = len(data)
     if total == 0:
@@ -145,12 +147,12 @@ def read_tokens(
         documents = list(_documents(prepared))
         if not any(outputs for _, outputs in documents):
             raise no_loss(recipe.data.dataset_name, looked_at, recipe.training.max_length)
-        # A last batch that is not full would count as much as a full one.
+        # An incomplete last batch would count as much as a complete one.
         trainer.args.dataloader_drop_last = len(prepared) >= recipe.training.per_device_train_batch_size
         if padding_free:
             trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
         batches = [
-            _roles(batch, recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
+            _roles(read_batch(batch), recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
             for batch in trainer.get_train_dataloader()
         ]
     packed = recipe.training.packing
@@ -173,9 +175,9 @@ def read_tokens(
 
 
 def is_padding_free(recipe: Recipe, backend: str, model_type: str) -> bool:
-    """Whether unpacked batches are flattened into one row: under Unsloth by default, elsewhere where it is asked for.
+    """Whether unpacked micro-batches are flattened into one sequence: by default with Unsloth, else on request.
 
-    (TRL packs into padding-free batches too, with its best-fit strategies; that is its own affair.)
+    False with packing, whose layout TRL's strategy decides.
     """
     if recipe.training.packing:
         return False
@@ -186,7 +188,7 @@ def is_padding_free(recipe: Recipe, backend: str, model_type: str) -> bool:
 
 @contextlib.contextmanager
 def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backend: str) -> Iterator[SFTTrainer]:
-    """TRL's trainer over a model of a few numbers, with ``data`` prepared as it would be trained."""
+    """TRL's trainer of a tiny model, with ``data`` prepared as for the real training."""
     import torch
     from jinja2 import TemplateError
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -199,7 +201,7 @@ def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backen
     }  # fmt: skip
     arguments = copy.copy(training)
     if backend == "unsloth" and not training.packing:
-        # There the layout is Unsloth's own affair, and TRL's check of max_length does not run.
+        # Unsloth decides the layout itself there, and TRL's check of max_length does not run.
         changes["padding_free"] = False
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), _quiet():
         for name, value in {**changes, "output_dir": folder}.items():
@@ -218,7 +220,7 @@ def _stand_in_trainer(training: SFTConfig, data: Dataset, tokenizer: Any, backen
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice about a model that will never run."""
+    """Silences warnings about the stand-in model, which never runs."""
     loggers = [logging.getLogger(name) for name in ("trl", "transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -233,7 +235,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _documents(prepared: Dataset) -> Iterator[tuple[int, int]]:
-    """``(tokens, tokens with a label)`` of each sample; packed rows are taken apart where their lengths are known."""
+    """``(tokens, tokens with a label)`` of each sample; packed ones are split where their lengths are known."""
     for row in prepared:
         labels = row["labels"]
         start = 0
@@ -243,18 +245,9 @@ def _documents(prepared: Dataset) -> Iterator[tuple[int, int]]:
             start += length
 
 
-def _roles(batch: dict[str, Tensor], dense_tokens: str, padding_masked: bool) -> MicroBatch:
-    labels, positions = batch["labels"], batch.get("position_ids")
-    roles = TokenPartition.from_labels(
-        labels,
-        batch.get("attention_mask"),
-        positions,
-        dense_tokens=dense_tokens,
-        padding_masked=padding_masked,
-    )
-    rows, columns = labels.shape
-    lengths = [columns] * rows
-    if positions is not None:
-        starts = (positions.flatten() == 0).nonzero().flatten().tolist()
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], labels.numel()], strict=True)]
-    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), tuple(lengths))
+def _roles(batch: Batch, dense_tokens: str, padding_masked: bool) -> MicroBatch:
+    """The roles of a batch, counted, and its documents' lengths as attention computes them."""
+    roles = TokenPartition.from_batch(batch, dense_tokens, padding_masked)
+    starts = batch.documents.starts.flatten().nonzero().flatten().tolist()
+    lengths = tuple(end - start for start, end in itertools.pairwise([*starts, batch.labels.numel()]))
+    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), lengths)

@@ -1,28 +1,25 @@
-"""Micro-batches of few sizes for `SparsityConfig.cuda_graphs`: tokens that nobody reads fill them up.
+"""Pads micro-batches to length buckets so that CUDA graphs can be reused (docs/how-it-works.md, section 9.3).
 
-A recording holds for one size, and sequences of real data give hardly any size twice. So rows are lengthened behind
-their last token, by an eighth at most: padding, or, where documents are packed, a document of its own. Causal attention
-keeps both from all other tokens, and neither bears loss, so loss and gradients of dense layers are the same.
+Sequences grow by an eighth at most: by padding, or by one more document where documents are packed. Causal attention
+hides the new tokens from all others, and they have no labels, so loss and gradients of dense layers stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
 LENGTHS = 8
-"""How many lengths there are between a power of two and the next."""
+"""Length buckets between a power of two and the next."""
 LEAST_STEP = 16
-"""Between two sizes."""
+"""Tokens between two buckets, at least."""
 COUNTS = 16, 128
-"""Counts of dense rows: a step is a 16th of all rows, at most so many, and at most half of what is counted."""
+"""Counts of loss tokens: a step is a 16th of all tokens, at most 128, and at most half of what is counted."""
 ROOM_STEP = 4
-"""Between two counts of documents; a place that stays empty costs a little."""
+"""Between two counts of documents; an unused place costs little."""
 SCALARS = ("num_items_in_batch", "n_items")
 
 
@@ -32,14 +29,14 @@ def round_up(size: int, levels: int) -> int:
 
 
 def round_count(count: int, rows: int) -> int:
-    """The next of few counts of dense rows among so many ``rows``; see `COUNTS`."""
+    """The next of few counts of loss tokens among ``rows`` tokens; see `COUNTS`."""
     parts, most = COUNTS
     half = (1 << max(count, 1).bit_length() >> 1) // 2
     return _next(count, max(LEAST_STEP, min(rows // parts, most, half)))
 
 
 def round_room(documents: int) -> int:
-    """The next of few counts of documents in a row: for how many a recording has room."""
+    """The next of few counts of documents: for so many a captured attention has room."""
     return _next(documents, max(ROOM_STEP, (1 << documents.bit_length() >> 1) // 4))
 
 
@@ -47,43 +44,45 @@ def _next(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def pad_length(arguments: Mapping[str, Any], limit: int | None = None) -> dict[str, Any]:
-    """A forward's ``arguments`` with rows of a round length, or as they are where one is not known to allow it.
+def pad_length(batch: Batch, limit: int | None = None) -> Batch:
+    """``batch``, padded to a length bucket where every tensor of it is known to allow that; else unchanged.
 
     Args:
-        arguments: ``input_ids`` and ``labels`` ``[batch, length]``, as they come from a collator; packed documents are
-            one row with ``packed_seq_lengths``. What is added repeats the first tokens.
-        limit: the longest row that the model takes, if it is not packed.
+        batch: with ``input_ids`` and ``labels`` ``[batch, length]``; packed documents are one sequence with
+            ``packed_seq_lengths``. The first tokens are repeated as padding.
+        limit: the longest sequence that the model takes, if it is not packed.
     """
-    ids, packed = arguments.get("input_ids"), arguments.get("packed_seq_lengths")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not _is_known(arguments, ids.shape):
-        return dict(arguments)
-    batch, length = ids.shape
+    ids, packed = batch.input_ids, batch.packed_seq_lengths
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not _can_grow(batch, ids.shape):
+        return batch
+    rows, length = ids.shape
     longer = round_up(length, LENGTHS)
     if packed is None and limit is not None:
         longer = max(min(longer, limit), length)
     extra = longer - length
-    if not extra or extra > length or (packed is not None and batch > 1):
-        return dict(arguments)
-    result = {**arguments, "input_ids": torch.cat((ids, ids[:, :extra]), dim=1)}
-    for name, filler in (("labels", IGNORE_INDEX), ("attention_mask", 0)):
-        if (values := result.get(name)) is not None:
-            result[name] = torch.cat((values, values.new_full((batch, extra), filler)), dim=1)
+    if not extra or extra > length or (packed is not None and rows > 1):
+        return batch
+
+    def grown(values: Tensor | None, filler: int) -> Tensor | None:
+        return None if values is None else torch.cat((values, values.new_full((rows, extra), filler)), dim=1)
+
+    changes = {"input_ids": torch.cat((ids, ids[:, :extra]), dim=1), "labels": grown(batch.labels, IGNORE_INDEX)}
+    changes["attention_mask"] = grown(batch.attention_mask, 0)
     if packed is not None:
-        rest = longer - packed.sum(dtype=packed.dtype)  # with what a collator put behind the last document
-        result["packed_seq_lengths"] = torch.cat((packed, rest[None]))
-        if (positions := result.get("position_ids")) is not None:
+        rest = longer - packed.sum(dtype=packed.dtype)  # with a collator's padding after the last document
+        changes["packed_seq_lengths"] = torch.cat((packed, rest[None]))
+        if (positions := batch.position_ids) is not None:
             more = torch.arange(extra, dtype=positions.dtype, device=positions.device)
-            result["position_ids"] = torch.cat((positions, more[None]), dim=1)
-    return result
+            changes["position_ids"] = torch.cat((positions, more[None]), dim=1)
+    return batch.changed(**{name: values for name, values in changes.items() if values is not None})
 
 
 def pad_dense_count(partition: TokenPartition, padding_is_context: bool) -> TokenPartition:
-    """``partition``, with some context rows among the dense ones so that few counts of them come; no host sync.
+    """``partition``, with some context tokens among the loss tokens so that few counts occur; no host sync.
 
     Args:
-        padding_is_context: for `backward_rows`: so many more rows are chosen, but none of these before others, for they
-            have no gradient.
+        padding_is_context: for row sparsity: more rows are chosen then, but no padding before other rows, because it
+            has no gradient.
     """
     context, padding = partition.context, partition.padding
     if padding_is_context and len(padding):
@@ -95,17 +94,22 @@ def pad_dense_count(partition: TokenPartition, padding_is_context: bool) -> Toke
     return TokenPartition(partition.shape, dense, context, padding, partition.loss)
 
 
-def _is_known(arguments: Mapping[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor among ``arguments`` is one that `pad_length` lengthens, or has no length."""
-    packed = arguments.get("packed_seq_lengths")
-    rows = {"input_ids", "labels", "attention_mask"} | ({"position_ids"} if packed is not None else set())
-    for name, value in arguments.items():
+def _can_grow(batch: Batch, shape: torch.Size) -> bool:
+    """Whether every tensor of ``batch`` is one that `pad_length` pads, or has no length."""
+    packed = batch.packed_seq_lengths
+    per_token = [
+        batch.input_ids,
+        batch.labels,
+        batch.attention_mask,
+        batch.position_ids if packed is not None else None,
+    ]
+    for name, value in batch.arguments.items():
         if not isinstance(value, Tensor) or name in SCALARS:
             continue
-        if name == "packed_seq_lengths":
+        if value is packed:
             known = value.dim() == 1 and not value.is_floating_point()
         else:
-            known = name in rows and value.shape == shape
+            known = any(value is each for each in per_token) and value.shape == shape
         if not known:
             return False
     return packed is None or isinstance(packed, Tensor)

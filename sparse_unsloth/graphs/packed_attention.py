@@ -1,7 +1,7 @@
-"""Causal attention within documents that lie one behind the other in a row, as a recording can hold it.
+"""Computes causal attention within packed documents so that it can be captured (docs/how-it-works.md, section 9.4).
 
-Unsloth's own dispatch asks the host for the documents' lengths, and launches by them. Here a tensor says where they
-begin, and what is launched depends on the row's length and on how many documents there is room for.
+Unsloth's own dispatch reads the documents' lengths on the host, and launches by them. Here a tensor on the device says
+where documents begin, and what is launched depends on the sequence's length and the room for documents alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,26 +18,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_unsloth.graphs.buckets import round_room
+from sparse_unsloth.tokens.batch import Batch
 
 LONGEST_MEAN = 1024
-"""Tokens of a document on average, up to which one launch for all is the faster way, as Unsloth has it."""
+"""Mean tokens of a document up to which one launch for all is faster; Unsloth has the same limit."""
 MOST_ROWS, KERNEL_TILE = 2**18, 128
-"""The kernel's backward counts the elements of so many rows, rounded up for each document, in 32 bits."""
+"""The kernel's backward counts elements in 32 bits: of 2^18 tokens at most, each document rounded up to a tile."""
 DTYPES = (torch.bfloat16, torch.float16)
 TRIED = (0, 40, 64, 64, 64), (0, 7, 30, 50, 64)
-"""Where documents begin in two rows that are tried."""
+"""Where documents begin in the two sequences that are tried."""
 TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The documents of one row.
+    """The documents of one packed sequence.
 
     Attributes:
-        lengths: ``[documents]``, integers; what they leave of the row is a document of its own.
-        tokens: of the row.
-        room: how many documents recordings of this kind take.
-        device: of the row.
+        lengths: ``[documents]``, integers; the tokens after them are one more document.
+        tokens: of the sequence.
+        room: how many documents a graph of this batch signature takes.
+        device: of the sequence.
     """
 
     lengths: Tensor
@@ -47,31 +48,31 @@ class Packing:
 
     @functools.cached_property
     def offsets(self) -> Tensor:
-        """``[room + 1]``, int32: where documents begin; the rest are empty ones."""
+        """``[room + 1]``, int32: where documents begin; unused places are empty documents."""
         sums = self.lengths.cumsum(0, dtype=torch.int32).clamp_max(self.tokens)
         first, rest = sums.new_zeros(1), sums.new_full((self.room - len(sums),), self.tokens)
         return torch.cat((first, sums, rest)).to(self.device, non_blocking=True)
 
 
-def packing_of(arguments: Mapping[str, Any], shape: torch.Size) -> Packing | None:
-    """Of a forward's ``arguments``, whose rows have this ``shape``; None where no documents, or too long ones, come."""
-    lengths, (batch, tokens) = arguments.get("packed_seq_lengths"), shape
-    if not isinstance(lengths, Tensor) or lengths.dim() != 1 or batch != 1 or not len(lengths):
+def packing_of(batch: Batch) -> Packing | None:
+    """The documents of ``batch``; None where their lengths are not given, or they are too long."""
+    lengths, (rows, tokens) = batch.packed_seq_lengths, batch.labels.shape
+    if not isinstance(lengths, Tensor) or lengths.dim() != 1 or rows != 1 or not len(lengths):
         return None
     room = round_room(len(lengths) + 1)
     if tokens > LONGEST_MEAN * len(lengths) or tokens + KERNEL_TILE * room > MOST_ROWS:
         return None
-    return Packing(lengths, tokens, room, arguments["labels"].device)
+    return Packing(lengths, tokens, room, batch.labels.device)
 
 
-def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, recorder: Any) -> str:
-    """Why `packed_attention` cannot be recorded here; empty where it can, which is tried.
+def why_not_captured(heads: int, kv_heads: int, head_dim: int, like: Tensor, recorder: Any) -> str:
+    """Why `packed_attention` cannot be captured here; empty where it can.
 
-    A recording of forward and backward is replayed with documents elsewhere, and compared with the reference.
+    A graph of forward and backward is replayed with documents elsewhere, and compared with the masked reference.
 
     Args:
-        like: of the dtype and on the device of the layers.
-        recorder: as `graphs.recorder.GraphCapture`.
+        like: a tensor of the layers' dtype and device.
+        recorder: a `graphs.recorder.GraphCapture`, or what stands for it.
     """
     if like.is_cuda and not (like.dtype in DTYPES and _has_kernel()):
         return f"PyTorch {torch.__version__} has no kernel for it in {str(like.dtype).removeprefix('torch.')}"
@@ -91,11 +92,11 @@ def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
     try:
         run()  # what is loaded at first use is loaded now
-        _, again = recorder.record(run)
+        _, replay = recorder.record(run)
         for offsets in layouts:
             place.copy_(offsets)
             expected = run(_by_mask, [values.float() for values in inputs], offsets)
-            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(again(), expected, strict=True)]
+            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(replay(), expected, strict=True)]
             if not max(errors) <= TOLERANCE:
                 return f"a replay differs from the reference by {max(errors):.2g} (allowed {TOLERANCE})"
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -104,7 +105,7 @@ def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float | None = None) -> Tensor:
-    """The output ``[1, tokens, heads, head_dim]``.
+    """Causal attention within documents: ``[1, tokens, heads, head_dim]``.
 
     Args:
         query: ``[1, heads, tokens, head_dim]``.
@@ -133,7 +134,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale
 
 
 def _by_mask(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float | None = None) -> Tensor:
-    """The reference: a mask of all pairs."""
+    """The masked reference: a mask of all pairs of tokens."""
     places = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
     document = torch.searchsorted(offsets[1:].contiguous(), places, right=True)
     mask = (document[:, None] == document) & (places[:, None] >= places)
@@ -144,7 +145,7 @@ def _by_mask(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: 
 
 @functools.cache
 def _has_kernel() -> bool:
-    """torch has it since 2.11: earlier ones know no causal window."""
+    """Whether torch has variable-length attention with a causal window; it does since 2.11."""
     if torch.version.hip is not None or importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn

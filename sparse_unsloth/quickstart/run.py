@@ -25,6 +25,7 @@ from sparse_unsloth.attachment import get_state
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import DataError
 from sparse_unsloth.quickstart.report import save_report, terminal_table
+from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
@@ -60,8 +61,9 @@ class BatchLog:
     seen: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def hook(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None:
-            self.seen.append((kwargs["labels"], kwargs.get("attention_mask")))
+        batch = read_batch(kwargs)
+        if model.training and torch.is_grad_enabled() and batch.labels is not None:
+            self.seen.append((batch.labels, batch.attention_mask))
 
     def batches(self) -> list[Batch]:
         found = []
@@ -288,10 +290,10 @@ def evaluate(trainer: SFTTrainer) -> dict[str, float]:
     was_training = model.training
     model.eval()
     loss, correct, tokens, exact, answers = 0.0, 0, 0, 0, 0
-    for batch in trainer.get_eval_dataloader():
-        labels = batch["labels"][:, 1:]
+    for batch in map(read_batch, trainer.get_eval_dataloader()):
+        labels = batch.labels[:, 1:]
         # Without labels the model returns logits, in TRL's patched forward too.
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
         answer = labels != -100
         chosen = logits[answer].float()
         loss += nn.functional.cross_entropy(chosen, labels[answer], reduction="sum").item()

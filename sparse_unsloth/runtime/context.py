@@ -1,4 +1,4 @@
-"""What travels with one forward."""
+"""Defines what travels with one forward: from the model to its layers, and on to their recomputes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
 CONTEXT_ARGUMENT = "sparse_context"
-"""The keyword argument by which a `SparseContext` travels from the outermost model to each decoder layer."""
+"""The keyword argument that hands a `SparseContext` from the outermost model to each decoder layer."""
 
 
 def runs_twice(where: str) -> AttachError:
-    """What a module or a layer that is called again in one forward is refused with."""
+    """The error for a module or a layer that is called twice in one forward."""
     return AttachError(
         f"{where} runs more than once in one forward (a decoder that loops over its layers, or one module that several "
         "layers share), so its two calls' rows and channels cannot be told apart. It has no sparse path; train it "
@@ -36,9 +36,9 @@ class LayerMemo(MlpMemo):
     """What a layer keeps from one forward to its recompute.
 
     Attributes:
-        rows: those of its backward pass.
-        projections: as the first pass read them, for a layer that runs as a whole.
-        captured: the first pass was recorded or replayed, and so its recompute is.
+        rows: the rows that its backward pass goes through.
+        projections: as the first forward read them, for a whole layer.
+        captured: the first forward was captured or replayed, so its recompute is, too.
     """
 
     rows: RowChoice | None = None
@@ -47,28 +47,28 @@ class LayerMemo(MlpMemo):
 
 
 class SparseContext:
-    """One forward: its partition, its share of the configured sparsity, and the channels that its layers chose.
+    """One forward: its token roles, its share of the configured sparsity, and the channels that its layers selected.
 
-    It travels as a keyword argument, so a recompute under gradient checkpointing sees the object of its own forward and
-    finds there the channels that the first pass chose.
+    It travels as a keyword argument, so that a recompute under gradient checkpointing receives the object of its own
+    forward, and reuses the selections (docs/how-it-works.md, section 8).
 
     Attributes:
-        partition: the roles of the rows.
+        partition: the token roles.
         scale: share of the configured sparsity; at 0 every layer is dense.
-        loss_only: the last layer leaves out the rows without loss.
-        loss_reached: set by the loss that makes this right.
-        probe: the forward that attaching proves the hooks by; it keeps every channel.
-        prefill: a forward outside training whose prompts are sparse all the same (`sparse_unsloth.runtime.prefill`).
-        observation: where this forward is one that `explain` looks at.
-        paused: parts that are dense all the same (`sparse_unsloth.channels.score_watch`).
-        graphs: what records and replays the layers' work in this forward; None: it runs as it is.
-        packing: the documents of its row, where recordings may attend within them.
+        loss_only: the last layer skips rows that the loss does not read.
+        loss_reached: the fused loss ran, which makes ``loss_only`` correct.
+        probe: this is the probe of attaching, which keeps every channel.
+        prefill: a forward outside training with sparse prompts (`sparse_unsloth.runtime.prefill`).
+        observation: where `explain` observes this forward.
+        paused: parts that stay dense because their scores were not finite (`sparse_unsloth.channels.score_watch`).
+        graphs: captures and replays the layers of this forward; None: they run without CUDA graphs.
+        packing: the documents of a packed sequence, where captured attention may keep to them.
         ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole;
-            ``captured``: those whose work is in CUDA graphs.
-        first_backward: of the first sparse forward, what looks whether its backward pass reaches every trained tensor.
-        loss_rows: where this forward is one that it looks at.
-        entered: names of the decoder layers that it came through.
-        recomputed: the layer that was recomputed last: the backward pass, its place, and whether its output is zeros.
+            ``captured``: the layers that are in CUDA graphs.
+        first_backward: in the first sparse forward, checks that its backward pass reaches every trained tensor.
+        loss_rows: where this is a forward whose loss it checks.
+        entered: names of the decoder layers that ran.
+        recomputed: the last recomputed layer: its backward pass, its place, and whether its output was skipped.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class SparseContext:
 
     @functools.cached_property
     def batch_key(self) -> Hashable:
-        """The batch signature: all that decides how much each layer computes, so equal ones launch the same kernels."""
+        """The batch signature: forwards with equal ones launch the same kernels (docs/how-it-works.md, section 9.2)."""
         rows, room = self.partition, self.packing and self.packing.room
         return rows.shape, rows.num_dense, rows.num_context, rows.num_padding, self.scale, self.paused, room
 
@@ -110,7 +110,7 @@ class SparseContext:
         return self._memos[index]
 
     def row_choice(self, index: int, share: float) -> RowChoice:
-        """The one of layer ``index`` in this forward; its parts share it."""
+        """The row choice of layer ``index`` in this forward, which its parts share."""
         memo = self.memo(index)
         if memo.rows is None:
             memo.rows = RowChoice(self.partition, share)
@@ -123,14 +123,14 @@ class SparseContext:
         return self._derived["chosen rows"]
 
     def rows_with_loss(self, sparse: bool) -> TokenPartition:
-        """The partition of the last layer behind its keys and values, where it is sparse or dense."""
+        """The partition of the last layer after its keys and values, where it is sparse or dense."""
         key = f"loss rows, sparse={sparse}"
         if key not in self._derived:
             self._derived[key] = rows_with_loss(self.partition, sparse)
         return self._derived[key]
 
     def every_row_dense(self) -> TokenPartition:
-        """The partition of what the last layer computes densely for all rows."""
+        """The partition of what a layer computes densely for all rows."""
         if "every row" not in self._derived:
             self._derived["every row"] = every_row_dense(self.partition)
         return self._derived["every row"]

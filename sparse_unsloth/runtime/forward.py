@@ -1,9 +1,12 @@
-"""The forward of an attached model: hooks open it, sparse or dense, hand its context to the layers, and close it."""
+"""Opens, accompanies and closes each forward of an attached model, by hooks on the model and on its layers.
+
+A training forward opens in four steps: read its batch, split its tokens by role, decide what is sparse, and make the
+context that travels to the layers (`enter_forward`, `open_forward`).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,20 +25,16 @@ from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs
 from sparse_unsloth.runtime.gradients import FirstBackward
 from sparse_unsloth.runtime.metrics import notice_nonfinite_scores
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
-from sparse_unsloth.tokens.partition import (
-    TokenPartition,
-    every_row_dense,
-    is_context_parallel,
-    is_sequence_classifier,
-    layout_of,
-    partition_of,
-    sequence_starts,
-)
+from sparse_unsloth.tokens.batch import Batch, read_batch
+from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, is_sequence_classifier, partition_of
 from sparse_unsloth.utils.distributed import rank
+
+Parts = frozenset[tuple[int, str]]
+"""Parts of layers: ``(layer index, "mlp" or "self_attn")``."""
 
 
 def register_hooks(state: SparsityState) -> None:
-    """Lets forwards of the model open and close here, and their contexts reach the layers."""
+    """Registers the hooks that open and close the model's forwards, and hand their contexts to the layers."""
     state.handles.append(state.model.register_forward_pre_hook(_enter_model, with_kwargs=True))
     if state.hooked:
         state.handles.append(state.model.register_forward_hook(_leave_model, with_kwargs=True))
@@ -56,9 +55,28 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         return None
     state = model.__dict__["_sparsity_state"]
     state.inside = True
+    return enter_forward(state, model, args, kwargs)
+
+
+def enter_forward(
+    state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments of a forward that begins, with its context; None where it runs unchanged.
+
+    Raises:
+        SparsityError: a training forward with a schedule that nothing drives.
+        EstimatorError: the estimator still waits for calibration samples.
+    """
+    if not (model.training or state.sparse_prefill) or not (
+        state.runtimes or state.last_layer or state.dense_with_graphs
+    ):
+        return None
+    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
+    batch = read_batch({**named, **kwargs})
     if state.graphs is not None and not args:
-        kwargs = pad_to_bucket(state, model, kwargs)
-    context = open_forward(state, model, args, kwargs)
+        batch = pad_to_bucket(state, model, batch)
+        kwargs = batch.arguments
+    context = open_forward(state, model, batch)
     return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
 
 
@@ -66,7 +84,7 @@ def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     state = model.__dict__["_sparsity_state"]
     state.inside = False
     close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
-    loss = None if model.training or kwargs.get("labels") is None else getattr(output, "loss", None)
+    loss = None if model.training else getattr(output, "loss", None)
     if loss is not None and loss.requires_grad:
         loss.register_hook(partial(_say_evaluated, state))
 
@@ -79,10 +97,10 @@ def _say_evaluated(state: SparsityState, gradient: Any) -> None:
 
 
 def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Takes the context of the forward that comes through; ``place`` and ``name``: in the model's stack.
+    """Takes the forward's context out of a layer's arguments; ``place`` and ``name`` are the layer's in the stack.
 
     Raises:
-        AttachError: the layer ran in this forward already, or recomputes what another one left out.
+        AttachError: the layer ran in this forward already, or its recompute reads an output that was left out.
     """
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
     context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
@@ -102,7 +120,7 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
 
 
 def _check_recompute(context: SparseContext, place: int, name: str, runtime: LayerRuntime | None) -> None:
-    """Raises AttachError where a recompute goes on behind a layer whose MLP left its output out (`exact_removal`)."""
+    """Raises AttachError where a recompute continues after a layer that left its output out (`exact_removal`)."""
     if name not in context.entered or not torch.is_grad_enabled():
         return
     before, this = context.recomputed, torch._C._current_graph_task_id()
@@ -128,73 +146,89 @@ def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
         context.loss_rows.watch(context.partition, output)
 
 
-def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> SparseContext | None:
-    """The context of a forward that begins, or None where it must be dense.
-
-    Raises:
-        SparsityError: a training forward with a schedule that nothing drives.
-        EstimatorError: the estimator still waits for calibration samples.
-    """
-    if not (model.training or state.sparse_prefill) or not (
-        state.runtimes or state.last_layer or state.dense_with_graphs
-    ):
+def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> SparseContext | None:
+    """The context of a forward that begins, or None where it must be dense; raises as `enter_forward`."""
+    if _cannot_be_sparse(state, model):
         return None
-    reason = why_dense(state)
-    if reason:
-        if not model.training:
-            parts = state.expected_parts()
-            state.warn_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
-        elif torch.is_grad_enabled():
-            state.warn_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
-        if state.planner is not None:
-            state.planner.restore()
-        return None
-    if args:
-        kwargs = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     if not model.training:
-        return _open_prefill(state, kwargs)
+        return _open_prefill(state, batch)
     if not in_backward():
         state.look_back() if state.driver is not None else state.verify_step()
-    if kwargs.get("labels") is None:
+    if not _has_roles(state, model, batch):
+        return None
+    if batch.is_context_parallel:
+        _leave_out_for_split_rows(state)
+    loss_only = state.last_layer is not None and loss_is_fused(model, batch)
+    graphs = state.graphs is not None and not batch.is_context_parallel
+    if not (state.runtimes or loss_only or (state.dense_with_graphs and graphs)):
+        return None
+    decision = _decide(state, batch, roles_of(state, batch), graphs)
+    return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
+
+
+def _cannot_be_sparse(state: SparsityState, model: nn.Module) -> bool:
+    """Whether the adapters are in a state that has no sparse path; says so."""
+    reason = why_dense(state)
+    if not reason:
+        return False
+    if not model.training:
+        parts = state.expected_parts()
+        state.warn_once(f"sparse_prefill: {len(parts)} parts ran dense ({state.name_parts(parts)}). {reason}")
+    elif torch.is_grad_enabled():
+        state.warn_once(f"{reason} Meanwhile nothing is left out: the model runs as it does without sparse paths.")
+    if state.planner is not None:
+        state.planner.restore()
+    return True
+
+
+def _has_roles(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
+    """Whether a training forward has labels, without which its tokens have no roles; says what is missing."""
+    if batch.labels is None:
         if state.planner is not None:
             state.planner.restore()
         if state.runtimes or state.dense_with_graphs:
-            ran = "nothing of it is recorded" if state.dense_with_graphs else "it ran dense"
+            ran = "nothing of it is captured" if state.dense_with_graphs else "it ran dense"
             state.warn_once(
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
                 f"take them away), so its tokens have no roles and {ran}."
             )
-        return None
-    if kwargs["labels"].is_meta:
-        return None
+        return False
+    if batch.labels.is_meta:
+        return False
     if not state.gradients_seen and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
         state.warn_once(
             "A training forward came, and no tensor of the model is trained. A saved adapter is loaded for training by "
             "FastSparseLanguageModel.from_pretrained, or PeftModel.from_pretrained(..., is_trainable=True)."
         )
-    split = is_context_parallel(kwargs)
-    if split:
-        _leave_out_for_split_rows(state)
-    graphs, planner = (None, None) if split else (state.graphs, state.planner)
-    dense_with_graphs = state.dense_with_graphs and not split
-    loss_only = state.last_layer is not None and loss_is_fused(model, kwargs)
-    if not (state.runtimes or loss_only or dense_with_graphs):
-        return None
-    partition = roles_of(state, kwargs)
+    return True
+
+
+def _decide(
+    state: SparsityState, batch: Batch, partition: TokenPartition, graphs: bool
+) -> tuple[TokenPartition, float, Parts] | None:
+    """What a training forward leaves out, counted and planned for; None: nothing.
+
+    Args:
+        partition: the tokens' roles.
+        graphs: layers may be captured and replayed.
+
+    Returns:
+        The roles by which layers compute, the share of the configured sparsity, and parts that are dense all the same.
+    """
+    dense_with_graphs = state.dense_with_graphs and graphs
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
-    state.counts.context_tokens += len(partition.context)
-    state.counts.dense_tokens += len(partition.dense)
-    if graphs is not None and not dense_with_graphs:
+    state.counts.context_tokens += partition.num_context
+    state.counts.dense_tokens += partition.num_dense
+    if graphs and not dense_with_graphs:
         partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
-    if planner is not None:
-        planner.plan(partition, scale if len(partition.context) else 0.0)
-    if scale > 0 and not state.context_seen:
-        state.context_seen = bool(len(partition.context))
-    if not len(partition.context):
+    if not partition.num_context:
         scale = 0.0
-    paused: frozenset[tuple[int, str]] = frozenset()
+    if state.planner is not None and not batch.is_context_parallel:
+        state.planner.plan(partition, scale)
+    paused: Parts = frozenset()
     if scale > 0:
+        state.context_seen = True
         if state.selector is None and not state.row_sparse:
             raise _no_estimator(state)
         state.counts.sparse_forwards += 1
@@ -206,6 +240,19 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
+    return partition, scale, paused
+
+
+def _context_of(
+    state: SparsityState,
+    batch: Batch,
+    partition: TokenPartition,
+    scale: float,
+    paused: Parts,
+    loss_only: bool,
+    graphs: bool,
+) -> SparseContext:
+    """The context by which the layers of this forward compute, with all that checks, observes or captures them."""
     context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
     if scale > 0 and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
@@ -215,56 +262,52 @@ def open_forward(state: SparsityState, model: nn.Module, args: tuple, kwargs: di
         usual = not context.loss_only and state.config.dense_tokens == "output"
         if usual and state.loss_rows.should_check():
             context.loss_rows = state.loss_rows
-    if graphs is not None and graphs.captures_documents:
-        context.packing = packing_of(kwargs, partition.shape)
-    if dense_with_graphs:
-        _record(state, context)
-    elif (
-        scale > 0
-        and not state.row_sparse
-        and state.observer.should_observe(state.step)
-        and not is_sequence_classifier(state.model)
-    ):
-        context.observation = _observe(state, partition, kwargs)
-    elif graphs is not None and scale > 0:
-        _record(state, context)
+    graphs = graphs and scale > 0
+    if graphs and state.graphs.captures_documents:
+        context.packing = packing_of(batch)
+    channel_sparse = scale > 0 and not (state.row_sparse or state.dense_with_graphs)
+    if channel_sparse and state.observer.should_observe(state.step) and not is_sequence_classifier(state.model):
+        context.observation = _observe(state, partition, batch)
+    elif graphs:
+        _use_graphs(state, context)
     return context
 
 
 def _leave_out_for_split_rows(state: SparsityState) -> None:
-    """What would differ from rank to rank, or cannot be recorded, while attention talks to the other ranks."""
+    """Leaves out what would differ from rank to rank, or cannot be captured, under context parallelism."""
     if state.planner is not None:
         state.planner.restore()
     wanted = [name for name, used in (("cuda_graphs", state.graphs), ("memory_budget", state.planner)) if used]
     if wanted:
         state.warn_once(
-            f"{' and '.join(wanted)}: rows are split over several GPUs (context parallelism), so every layer is "
-            "checkpointed as it was set, and nothing is recorded."
+            f"{' and '.join(wanted)}: sequences are split over several GPUs (context parallelism), so every layer is "
+            "checkpointed as it was set, and nothing is captured."
         )
 
 
-def _record(state: SparsityState, context: SparseContext) -> None:
+def _use_graphs(state: SparsityState, context: SparseContext) -> None:
+    """Lets the layers of this forward replay their graphs, or be captured, where its batch signature allows it."""
     if state.graphs.recaptures_too_often:
         state.warn_once(
-            "cuda_graphs: weights lie elsewhere in every step (offloading, sharding), so nothing is recorded any more. "
-            "Set cuda_graphs: false, or keep the model on the GPU."
+            "cuda_graphs: weights change their addresses in every step (offloading, sharding), so nothing is captured "
+            "any more. Set cuda_graphs: false, or keep the model on the GPU."
         )
     elif state.graphs.should_replay(context.batch_key):
         context.graphs = state.graphs
         state.graphs.begin_forward(context)
     elif state.graphs.full:
         state.warn_once(
-            f"cuda_graphs: {MAX_KEYS} kinds of micro-batches are recorded (their shapes, and how many of their tokens "
-            "bear loss), and no more will be; others run as without it. Pack to one length, or pad to multiples of a "
-            "large one (pad_to_multiple_of), so that fewer kinds come."
+            f"cuda_graphs: {MAX_KEYS} batch signatures are captured (the shape of a micro-batch, and how many tokens "
+            "have which role), and no more will be; other micro-batches run without graphs. Pack to one length, or pad "
+            "to multiples of a large one (pad_to_multiple_of), so that fewer signatures occur."
         )
 
 
 def close_forward(state: SparsityState, context: SparseContext | None) -> None:
-    """Checks a forward that ended well, and has its scores looked at.
+    """Checks a forward that returned, and whether its channel scores are finite.
 
     Raises:
-        SparsityError: rows were left out for a loss that did not come.
+        SparsityError: the last layer skipped rows, but the forward did not end in the fused loss.
     """
     if context is None:
         return
@@ -277,13 +320,13 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
         state.warn_once(
-            f"{installed} layers can run as a whole, but ran part by part: right, and slower. They need the norms' "
+            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need the norms' "
             "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
             "one active, unmerged adapter."
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(
-            "cuda_graphs: no layer was recorded. It takes gradient checkpointing that is Unsloth's or reentrant, "
+            "cuda_graphs: no layer was captured. Captures need gradient checkpointing that is Unsloth's or reentrant, "
             "exact_removal: true, and one active adapter with LoRA on every projection."
         )
     if context.loss_only and not context.loss_reached:
@@ -296,7 +339,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
 
 
 def _say_bypassed(state: SparsityState) -> None:
-    """Called in a training forward of a hooked layer that nobody opened, and that is not a recompute: warns once."""
+    """Warns once that a training forward reached a hooked layer, but did not begin at the attached model."""
     if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
         state.warn_once(
             f"A training forward reached the decoder layers, but not through the attached {type(state.model).__name__} "
@@ -319,43 +362,29 @@ def _no_estimator(state: SparsityState) -> EstimatorError:
     )
 
 
-def _observe(state: SparsityState, partition: TokenPartition, arguments: Mapping[str, Any]) -> Observation:
-    named = (
-        ("attention_mask",)
-        if is_context_parallel(arguments)
-        else ("attention_mask", "position_ids", "packed_seq_lengths")
-    )
-    starts = sequence_starts(arguments["labels"], **{name: arguments.get(name) for name in named})
+def _observe(state: SparsityState, partition: TokenPartition, batch: Batch) -> Observation:
     sparsity = {
         (index, part): value
         for index, layer in enumerate(state.layer_sparsity)
         for part, value in layer._asdict().items()
     }
-    return state.observer.open(state.step, partition, starts, state.layers, sparsity)
+    return state.observer.open(state.step, partition, batch, state.layers, sparsity)
 
 
-def pad_to_bucket(state: SparsityState, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The ``arguments`` of a forward that may be recorded, in one of few sizes where only the loss will see it."""
+def pad_to_bucket(state: SparsityState, model: nn.Module, batch: Batch) -> Batch:
+    """``batch``, padded to a length bucket where layers may be captured and only the fused loss reads the result."""
     idle = state.driver is not None and state.scale <= 0 and not state.dense_with_graphs
-    if not model.training or idle or not loss_is_fused(model, arguments):
-        return arguments
-    return pad_length(arguments, getattr(model, "max_seq_length", None))
+    if not model.training or idle or not loss_is_fused(model, batch):
+        return batch
+    return pad_length(batch, getattr(model, "max_seq_length", None))
 
 
-def roles_of(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition:
-    """The roles of the rows; a model without sparse layers only needs to know which rows bear loss."""
-    if is_sequence_classifier(state.model):
-        return partition_of(state.model, arguments, state.config.dense_tokens)
-    layout = layout_of(arguments)
-    if not state.runtimes:
-        layout |= {"attention_mask": None, "position_ids": None}
-    return TokenPartition.from_labels(
-        arguments["labels"],
-        **layout,
-        dense_tokens=state.config.dense_tokens,
-        # Unsloth drops the mask in training, and tokens attend to padding on their left.
-        padding_masked=state.backend.name != "unsloth",
-    )
+def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:
+    """The roles of the tokens; a model without sparse layers only needs to know the loss positions."""
+    if not state.runtimes and not is_sequence_classifier(state.model):
+        batch = batch.changed(attention_mask=None, position_ids=None, cu_seq_lens_q=None)
+    # Unsloth drops the mask in training, so that tokens attend to padding on their left.
+    return partition_of(state.model, batch, state.config.dense_tokens, padding_masked=state.backend.name != "unsloth")
 
 
 def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
@@ -375,7 +404,7 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     )
 
 
-def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseContext | None:
+def _open_prefill(state: SparsityState, batch: Batch) -> SparseContext | None:
     """The context of a forward outside training, or None where it is dense.
 
     Sparse are the first forward of a generation that fills a cache (``use_cache=True``, or an empty cache given), a
@@ -383,11 +412,11 @@ def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseC
     """
     if not state.sparse_prefill:
         return None
-    if is_sequence_classifier(state.model) or arguments.get("labels") is not None:
-        partition = partition_of(state.model, arguments, state.config.dense_tokens)
+    if is_sequence_classifier(state.model) or batch.labels is not None:
+        partition = partition_of(state.model, batch, state.config.dense_tokens)
     else:
-        partition = _prompts(state, arguments)
-    if partition is None or not len(partition.context):
+        partition = _prompts(state, batch)
+    if partition is None or not partition.num_context:
         return None
     context = SparseContext(partition, scale=1.0)
     context.prefill = True
@@ -395,7 +424,7 @@ def _open_prefill(state: SparsityState, arguments: Mapping[str, Any]) -> SparseC
 
 
 def _close_prefill(state: SparsityState, context: SparseContext) -> None:
-    """Says it if parts of the model were dense all the same."""
+    """Warns once where parts of the model were dense all the same."""
     missing = state.expected_parts() - context.ran
     if missing:
         state.warn_once(
@@ -404,15 +433,13 @@ def _close_prefill(state: SparsityState, context: SparseContext) -> None:
         )
 
 
-def _prompts(state: SparsityState, arguments: Mapping[str, Any]) -> TokenPartition | None:
-    cache = arguments.get("past_key_values")
-    tokens = arguments.get("input_ids")
-    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+def _prompts(state: SparsityState, batch: Batch) -> TokenPartition | None:
+    """The roles of a generation's prompts; None for a later token, and without a cache to fill."""
+    cache, tokens, mask = batch.arguments.get("past_key_values"), batch.inputs, batch.attention_mask
     if tokens is None or tokens.shape[1] < 2 or _is_filled(cache):
         return None
-    if cache is None and not arguments.get("use_cache"):
+    if cache is None and not batch.arguments.get("use_cache"):
         return None
-    mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
         state.warn_once(
             "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "

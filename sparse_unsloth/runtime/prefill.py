@@ -81,8 +81,7 @@ def _stored_estimator(state: SparsityState):
 def _enter_model(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if model.training or CONTEXT_ARGUMENT in kwargs:
         return None
-    context = forward.open_forward(state, model, args, kwargs)
-    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+    return forward.enter_forward(state, model, args, kwargs)
 
 
 def _leave_model(state: SparsityState, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -11,6 +11,7 @@ from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.data.classification import encode, label_names, load_labelled, metrics_for, model_config, score
 from sparse_unsloth.errors import BackendError, ConfigError, DataError
 from sparse_unsloth.runtime.context import SparseContext
+from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition, partition_of, pooled_positions
 
 import word_models
@@ -115,7 +116,7 @@ def test_calibration_counts_context_rows_without_first_tokens():
 
 def test_embeddings_without_tokens_are_refused():
     with pytest.raises(ConfigError, match="called without input_ids"):
-        partition_of(make_classifier(), {"inputs_embeds": torch.zeros(1, 2, 64), "labels": torch.tensor([1])})
+        partition_of(make_classifier(), Batch(torch.tensor([1]), inputs_embeds=torch.zeros(1, 2, 64)))
 
 
 # -- Data and metrics -------------------------------------------------------------------------------------------------

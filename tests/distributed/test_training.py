@@ -149,4 +149,4 @@ def test_unsloths_context_parallelism(tmp_path):
         for name, (loss, gradients, whole, parts) in json.loads((tmp_path / f"found-{rank}.json").read_text()).items():
             assert max(loss, gradients) < 1e-5, name
             assert parts == ([0, 0] if name.startswith("dense") else whole), name
-    assert "memory_budget: rows are split over several GPUs" in texts[0]
+    assert "memory_budget: sequences are split over several GPUs" in texts[0]

@@ -12,6 +12,7 @@ from sparse_unsloth import attach
 from sparse_unsloth.exact.last_layer import WORTH_REMOVING, enough_unused_rows, loss_is_fused
 from sparse_unsloth.ops.mlp import _GatedMlpRows
 from sparse_unsloth.runtime.context import SparseContext
+from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
@@ -77,13 +78,17 @@ def batch():
     return {"input_ids": LABELS.clamp_min(0), "labels": LABELS, "attention_mask": torch.ones(2, 5)}
 
 
+def is_fused(model, arguments):
+    return loss_is_fused(model, read_batch(arguments))
+
+
 def test_an_ordinary_training_forward_ends_in_the_fused_loss(batch):
     model = Model(nn.Linear(4, 9))
-    assert loss_is_fused(model, batch)
-    assert loss_is_fused(model, {"inputs_embeds": torch.zeros(2, 5, 4), "labels": LABELS})
-    assert loss_is_fused(model, {**batch, "logits_to_keep": 0, "output_hidden_states": False, "use_cache": True})
+    assert is_fused(model, batch)
+    assert is_fused(model, {"inputs_embeds": torch.zeros(2, 5, 4), "labels": LABELS})
+    assert is_fused(model, {**batch, "logits_to_keep": 0, "output_hidden_states": False, "use_cache": True})
     packed = {"position_ids": torch.arange(5).expand(2, 5), "packed_seq_lengths": torch.tensor([5, 5])}
-    assert loss_is_fused(model, {**batch, **packed})
+    assert is_fused(model, {**batch, **packed})
 
 
 @pytest.mark.parametrize(
@@ -100,34 +105,35 @@ def test_an_ordinary_training_forward_ends_in_the_fused_loss(batch):
         {"shift_labels": LABELS},
         {"fused_lm_head": True},
         {"position_ids": torch.arange(5)},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 10])},
     ],
     ids=lambda changes: "-".join(changes),
 )
 def test_forwards_of_which_more_is_read(batch, changes):
-    assert not loss_is_fused(Model(nn.Linear(4, 9)), {**batch, **changes})
+    assert not is_fused(Model(nn.Linear(4, 9)), {**batch, **changes})
 
 
 def test_a_single_token_has_no_loss():
-    assert not loss_is_fused(Model(nn.Linear(4, 9)), {"input_ids": torch.ones(1, 1), "labels": torch.ones(1, 1)})
+    assert not is_fused(Model(nn.Linear(4, 9)), {"input_ids": torch.ones(1, 1), "labels": torch.ones(1, 1)})
 
 
 @pytest.mark.parametrize("name", ["UNSLOTH_RETURN_LOGITS", "UNSLOTH_RETURN_HIDDEN_STATES"])
 def test_whoever_asks_unsloth_for_every_row_gets_it(batch, monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    assert not loss_is_fused(Model(nn.Linear(4, 9)), batch)
+    assert not is_fused(Model(nn.Linear(4, 9)), batch)
 
 
 def test_a_configuration_may_ask_for_hidden_states(batch):
     model = Model(nn.Linear(4, 9))
     model.config.output_hidden_states = True
-    assert not loss_is_fused(model, batch)
+    assert not is_fused(model, batch)
 
 
 def test_heads(batch):
-    assert not loss_is_fused(Model(None), batch)
-    assert not loss_is_fused(Model(FakeQuantised(4, 9)), batch)
+    assert not is_fused(Model(None), batch)
+    assert not is_fused(Model(FakeQuantised(4, 9)), batch)
     wrapped = nn.ModuleDict({"original_module": nn.Linear(4, 9), "modules_to_save": nn.ModuleDict()})
-    assert loss_is_fused(Model(wrapped), batch)
+    assert is_fused(Model(wrapped), batch)
 
 
 @pytest.mark.parametrize(

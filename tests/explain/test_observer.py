@@ -60,7 +60,6 @@ def test_records_say_what_other_ways_say(monkeypatch):
     assert [record["step"] for record in found] == [1, 6]
     assert state.observer.take() == []
     first = found[0]
-    del contexts[0]  # that of the dense run above, which has none
     assert files.parts(found) == ["mlp", "self_attn"]
     for part, layers in (("mlp", {1, 2}), ("self_attn", {2})):
         assert files.values(first, part, "captured").keys() == layers

@@ -5,6 +5,7 @@ import torch
 
 from sparse_unsloth.graphs import packed_attention as ours
 from sparse_unsloth.graphs.recorder import GraphCapture
+from sparse_unsloth.tokens.batch import Batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -17,8 +18,8 @@ def test_kernel(heads, lengths):
         torch.randn(1, count, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for count in (heads[0], heads[1], heads[1])
     ]
-    arguments = {"packed_seq_lengths": torch.tensor(lengths), "labels": torch.zeros(1, 1024, device="cuda")}
-    offsets = ours.packing_of(arguments, torch.Size((1, 1024))).offsets
+    batch = Batch(torch.zeros(1, 1024, device="cuda"), packed_seq_lengths=torch.tensor(lengths))
+    offsets = ours.packing_of(batch).offsets
     outcomes = []
     for attention, dtype in ((ours.packed_attention, torch.bfloat16), (ours._by_mask, torch.float32)):
         leaves = [values.detach().to(dtype).requires_grad_() for values in inputs]
@@ -31,6 +32,6 @@ def test_kernel(heads, lengths):
 
 @pytest.mark.parametrize("heads", [(32, 8), (8, 8)])
 def test_recording(heads):
-    assert ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), GraphCapture()) == ""
-    reason = ours.why_not_recorded(*heads, 128, torch.empty(0, device="cuda"), GraphCapture())
+    assert ours.why_not_captured(*heads, 128, torch.empty(0, device="cuda", dtype=torch.bfloat16), GraphCapture()) == ""
+    reason = ours.why_not_captured(*heads, 128, torch.empty(0, device="cuda"), GraphCapture())
     assert "float32" in reason

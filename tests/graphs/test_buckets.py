@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.graphs.buckets import LENGTHS, pad_dense_count, pad_length, round_count, round_up
+from sparse_unsloth.tokens.batch import LAYOUTS, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
 
@@ -28,6 +29,13 @@ def test_round_count(count, rows, expected):
     assert round_count(count, rows) == expected
 
 
+def padded(arguments, limit=None):
+    """The arguments after `pad_length`; fields and arguments of the batch are the same tensors."""
+    batch = pad_length(read_batch(arguments), limit)
+    assert all(getattr(batch, name) is batch.arguments.get(name) for name in LAYOUTS)
+    return batch.arguments
+
+
 def batch_of(rows, length, **more):
     ids = torch.arange(rows * length).view(rows, length)
     return {"input_ids": ids, "labels": ids.clone(), **more}
@@ -36,24 +44,24 @@ def batch_of(rows, length, **more):
 def test_padded_rows_are_lengthened():
     mask = torch.ones(2, 41, dtype=torch.long)
     batch = batch_of(2, 41, attention_mask=mask, num_items_in_batch=torch.tensor(3), use_cache=False)
-    ours = pad_length(batch)
+    ours = padded(batch)
     assert batch["input_ids"].shape == (2, 41)
     assert torch.equal(ours["input_ids"], torch.cat((batch["input_ids"], batch["input_ids"][:, :7]), dim=1))
     assert torch.equal(ours["labels"][:, :41], batch["labels"])
     assert (ours["labels"][:, 41:] == -100).all()
     assert ours["attention_mask"].sum() == 2 * 41
-    assert pad_length({**batch, "attention_mask": mask.bool()})["attention_mask"].dtype == torch.bool
+    assert padded({**batch, "attention_mask": mask.bool()})["attention_mask"].dtype == torch.bool
     assert {name: ours[name] for name in ("num_items_in_batch", "use_cache")} == {
         name: batch[name] for name in ("num_items_in_batch", "use_cache")
     }
-    assert pad_length(batch_of(2, 41), limit=45)["labels"].shape == (2, 45)
+    assert padded(batch_of(2, 41), limit=45)["labels"].shape == (2, 45)
 
 
 def test_packed_rows_get_one_more_document():
     positions = torch.cat((torch.arange(20), torch.arange(19), torch.zeros(2)))[None].long()
     for dtype in (torch.int32, torch.int64):  # two tokens of a collator's padding stand behind the documents
         lengths = torch.tensor([20, 19], dtype=dtype)
-        ours = pad_length(batch_of(1, 41, packed_seq_lengths=lengths, position_ids=positions), limit=41)
+        ours = padded(batch_of(1, 41, packed_seq_lengths=lengths, position_ids=positions), limit=41)
         assert ours["packed_seq_lengths"].tolist() == [20, 19, 9]
         assert ours["packed_seq_lengths"].dtype == dtype
         assert ours["position_ids"].tolist() == [[*range(20), *range(19), 0, 0, *range(7)]]
@@ -75,7 +83,7 @@ def test_packed_rows_get_one_more_document():
     ids=["round", "position ids", "packed rows", "4-D mask", "unknown tensor", "embeddings", "hardly any token"],
 )
 def test_others_stay_as_they_are(batch):
-    ours = pad_length(batch)
+    ours = padded(batch)
     assert ours.keys() == batch.keys()
     assert all(ours[name] is batch[name] for name in batch)
 

@@ -122,7 +122,7 @@ def test_a_dense_forward_without_labels_is_not_captured(stand_in, recorder, capl
     for _ in range(3):
         model(input_ids=batch["input_ids"])
     assert not recorder.recorded
-    assert caplog.text.count("nothing of it is recorded") == 1
+    assert caplog.text.count("nothing of it is captured") == 1
 
 
 def test_trained_weights_are_read_anew(stand_in, recorder):
@@ -278,7 +278,7 @@ def test_weights_that_keep_moving_end_captures(stand_in, recorder, monkeypatch, 
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     assert recorder.recorded == 2 * recorded
-    assert caplog.text.count("weights lie elsewhere") == 1
+    assert caplog.text.count("weights change their addresses") == 1
 
 
 def test_further_batch_signatures_are_logged_once(stand_in, recorder, monkeypatch, caplog):
@@ -396,7 +396,7 @@ def test_context_parallel_forwards_are_not_captured(stand_in, recorder, caplog):
         assert recorder.recorded == 0
         assert not graphs_of.captured_keys
         detach(model)
-    assert "cuda_graphs: rows are split over several GPUs" in caplog.text
+    assert "cuda_graphs: sequences are split over several GPUs" in caplog.text
 
 
 def test_what_cannot_be_recorded_is_refused(stand_in, monkeypatch):

@@ -6,17 +6,14 @@ from torch.nn import functional as F
 
 from sparse_unsloth.bench.checks import Immediate
 from sparse_unsloth.graphs import packed_attention as ours
-from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_recorded
+from sparse_unsloth.graphs.packed_attention import packed_attention, packing_of, why_not_captured
+from sparse_unsloth.tokens.batch import Batch
 
 TOKENS = 12
 
 
-def arguments(*lengths, rows=1):
-    return {"packed_seq_lengths": torch.tensor(lengths), "labels": torch.zeros(rows, TOKENS)}
-
-
 def packing(*lengths, rows=1, tokens=TOKENS):
-    return packing_of(arguments(*lengths, rows=rows), torch.Size((rows, tokens)))
+    return packing_of(Batch(torch.zeros(rows, tokens), packed_seq_lengths=torch.tensor(lengths)))
 
 
 def draw(heads=(4, 2, 2), tokens=TOKENS):
@@ -53,7 +50,7 @@ def test_few_kinds_of_room():
 
 def test_where_recordings_do_not_attend_within_documents(monkeypatch):
     assert packing(6, 6, rows=2) is None
-    assert packing_of({"labels": torch.zeros(1, TOKENS)}, torch.Size((1, TOKENS))) is None
+    assert packing_of(Batch(torch.zeros(1, TOKENS))) is None
     assert packing(2048, 2048, tokens=4096) is None
     assert packing(2000, *[1] * 3, tokens=4096) is not None
     monkeypatch.setattr(ours, "MOST_ROWS", 500)
@@ -84,13 +81,13 @@ def test_gradients_and_scale():
 
 def test_what_is_tried_before_it_is_recorded(monkeypatch):
     given = 4, 2, 8, torch.empty(0), Immediate()
-    assert why_not_recorded(*given) == ""
+    assert why_not_captured(*given) == ""
     right = ours._by_mask
     monkeypatch.setattr(ours, "packed_attention", lambda q, k, v, _: right(q, k, v, torch.tensor(ours.TRIED[0])))
-    assert "differs from the reference" in why_not_recorded(*given)
+    assert "differs from the reference" in why_not_captured(*given)
 
     def fail(*inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
     monkeypatch.setattr(ours, "packed_attention", fail)
-    assert why_not_recorded(*given) == "operation not permitted when stream is capturing"
+    assert why_not_captured(*given) == "operation not permitted when stream is capturing"

@@ -13,6 +13,7 @@ from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.runtime import checkpoint_planner
 from sparse_unsloth.runtime.forward import roles_of
 from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.batch import read_batch
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 
@@ -53,7 +54,7 @@ def room(monkeypatch):
 
 
 def needs(model, index, batch, scale=1.0):
-    planner, partition = get_state(model).planner, roles_of(get_state(model), batch)
+    planner, partition = get_state(model).planner, roles_of(get_state(model), read_batch(batch))
     rows = batch["labels"].numel()
     others = planner._future_bytes + planner._other_bytes(partition, rows, 3)
     return planner._needs(index, partition, rows, scale), others
