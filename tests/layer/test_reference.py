@@ -1,16 +1,19 @@
 """The reference of the whole layer against the own layer of each family, forward and backward, in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer.probe import difference, find_spec
 from sparse_unsloth.layer.reference import reference_layer
 from sparse_unsloth.layer.spec import read_spec
 from sparse_unsloth.model.decoder_layer import find_layers
 
-from tiny_models import COMMON
+from tiny_models import COMMON, make_base, pack_nf4
 
 ROPE = {
     "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4
@@ -105,3 +108,91 @@ def test_every_layer_is_found_and_equal(family):
         )
         for name, left, right in zip(loras, ours, expected, strict=True):
             assert difference(left, right) < 1e-6, name
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["o_proj", "gate_proj"], ["k_proj", "v_proj", "down_proj"]])
+def test_lora_on_any_projections(targets):
+    model = make("Qwen3", targets=targets)
+    layers, found = calls(model)
+    spec, _ = find_spec(read_spec(layers[1]), *found[1])
+    assert sorted(name.split(".")[1] for name, one in spec.projections.items() if one.lora is not None) == sorted(
+        targets
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_equal_to_rounding(dtype):
+    model = make("Gemma3", dtype)
+    layers, found = calls(model)
+    for layer, call in zip(layers, found, strict=True):
+        _, apart = find_spec(read_spec(layer), *call)
+        assert apart < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_nf4_bases_are_dequantised():
+    model = get_peft_model(
+        pack_nf4(make_base("llama")), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    layers, found = calls(model)
+    spec, apart = find_spec(read_spec(layers[0]), *found[0])
+    assert spec.projections["mlp.gate_proj"].base.quant_state is not None
+    assert apart < 1e-4
+
+
+def change_output(module, args, output):
+    return output + 0.01 * args[0] if isinstance(output, torch.Tensor) else output
+
+
+def clip_queries(module, args, output):
+    return output.clamp(-0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "where", "fault"),
+    [("Llama", "mlp", change_output), ("Qwen3", "self_attn.q_proj", clip_queries), ("Olmo2", "", change_output)],
+)
+def test_a_layer_that_computes_something_else_is_refused(family, where, fault):
+    """What a class does beside its parts (an extra residual, clipped queries) no candidate has."""
+    model = make(family)
+    layers, _ = calls(model)
+    layers[1].module.get_submodule(where).register_forward_hook(fault)
+    layers, found = calls(model)
+    find_spec(read_spec(layers[0]), *found[0])
+    with pytest.raises(AttachError, match=r"DecoderLayer differs from every layer that sparse_unsloth knows"):
+        find_spec(read_spec(layers[1]), *found[1])
+
+
+def test_parts_that_no_specification_has_are_named():
+    model = make("Llama")
+    layer = find_layers(model)[0]
+    layer.self_attn.sinks = torch.nn.Linear(1, 1)
+    with pytest.raises(AttachError, match=r"self_attn has parts that are not of a Llama layer: sinks"):
+        read_spec(layer)
+    del layer.self_attn.sinks
+    layer.mlp.dropout = torch.nn.Dropout(0.1)
+    with pytest.raises(AttachError, match=r"mlp.dropout: dropout of 0.1"):
+        read_spec(layer)
+    layer.mlp.dropout.p = 0.0
+    layer.module.input_layernorm.weight.requires_grad_()
+    with pytest.raises(AttachError, match=r"input_layernorm is trained; freeze it"):
+        read_spec(layer)
+    layer.module.input_layernorm.weight.requires_grad_(False)
+    read_spec(layer)
+
+
+def test_gradients_of_the_reference():
+    """gradcheck of hidden states and of one LoRA branch, through a layer with every form of norm and a window."""
+    model = make("Gemma3")
+    layers, found = calls(model)
+    module, hidden_states, arguments = found[0]
+    spec, _ = find_spec(read_spec(layers[0]), module, hidden_states, arguments)
+    cosines, sines = (angles[:1, :4] for angles in arguments["position_embeddings"])
+    projection = spec.projections["self_attn.k_proj"]
+
+    def function(x, A, B):
+        changed = dataclasses.replace(projection, lora=dataclasses.replace(projection.lora, A=A, B=B))
+        mixed = dataclasses.replace(spec, projections={**spec.projections, "self_attn.k_proj": changed}, window=3)
+        return reference_layer(mixed, x, (cosines, sines))[..., :5]
+
+    inputs = hidden_states[:1, :4], projection.lora.A[:1], projection.lora.B[:, :1]
+    assert torch.autograd.gradcheck(function, [one.detach().clone().requires_grad_() for one in inputs])
