@@ -1,0 +1,66 @@
+"""Proves that a specification describes a layer: tries it against the layer's own forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer.reference import reference_layer
+from sparse_unsloth.layer.spec import LayerSpec, candidates
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative, of the output and of the input's gradient; transformers computes some parts in float32 in any dtype."""
+HALF_TOLERANCE = 0.03
+
+
+def find_spec(
+    spec: LayerSpec, module: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]
+) -> tuple[LayerSpec, float]:
+    """The candidate of ``spec`` that computes what ``module`` does, and by how much they differ (relative).
+
+    Args:
+        spec: as `sparse_unsloth.layer.spec.read_spec` gave it.
+        module: the decoder layer.
+        hidden_states: ``[batch, sequence, hidden_size]``, of several positions.
+        arguments: the other arguments of the layer's forward in a training step of the model.
+
+    Raises:
+        AttachError: no candidate does.
+    """
+    expected = _output_and_gradient(lambda x: first_tensor(module(x, **arguments)), hidden_states)
+    named = {name: arguments.get(name) for name in ("position_embeddings", "attention_mask", "position_ids")}
+    tolerance = TOLERANCE.get(hidden_states.dtype, HALF_TOLERANCE)
+    least = float("inf")
+    for one in candidates(spec):
+        ours = _output_and_gradient(lambda x, one=one: reference_layer(one, x, **named), hidden_states)
+        apart = max(difference(a, b) for a, b in zip(ours, expected, strict=True))
+        if apart <= tolerance:
+            return one, apart
+        least = min(least, apart)
+    raise AttachError(
+        f"The forward of {type(module).__name__} differs from every layer that sparse_unsloth knows (by {least:.2g} at "
+        f"least, relative; {tolerance} is allowed)."
+    )
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected| / |expected|``, of all values together."""
+    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)).item()
+
+
+def first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _output_and_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``function`` gives for ``x``, and the gradient of ``x`` for a fixed gradient of that."""
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = function(x)
+    generator = torch.Generator().manual_seed(0)
+    dy = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    (dx,) = torch.autograd.grad(output, x, dy)
+    return output.detach(), dx
