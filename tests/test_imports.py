@@ -18,7 +18,7 @@ data
 kernels costs rows exact study
 ops
 channels graphs
-explain
+explain layer
 runtime
 backends callback
 attachment

@@ -1,1 +1,1 @@
-"""One decoder layer of the Llama kind: what it is made of, and what it computes."""
+"""One decoder layer of the Llama kind: what it is made of, what it computes, and the proof of both."""
