@@ -91,7 +91,7 @@ def why_not_recorded(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
     try:
         run()  # what is loaded at first use is loaded now
-        _, again = recorder.record(run)
+        _, again = recorder.capture(run)
         for offsets in layouts:
             place.copy_(offsets)
             expected = run(_by_mask, [values.float() for values in inputs], offsets)
