@@ -30,7 +30,7 @@ from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.utils.tensor_file import raw_bytes
 
 MAX_POSITIONS = 1024
-"""Of a batch, at most so many loss-bearing positions, evenly spaced: their log-probabilities are kept."""
+"""Of a batch, at most so many loss positions, evenly spaced: their log-probabilities are kept."""
 
 
 Recipe = tuple[LayerSparsity, ...]
@@ -79,10 +79,10 @@ class ProbeBatch:
 def prepare_batches(
     samples: Sequence[Mapping[str, Any]], device: torch.device, config: SparsityConfig, padding_masked: bool = True
 ) -> list[ProbeBatch]:
-    """The samples that bear loss.
+    """The samples that have loss positions.
 
     Raises:
-        CalibrationError: no samples, one without labels, none with a loss-bearing position, or none with a context
+        CalibrationError: no samples, one without labels, none with a loss position, or none with a context
             token.
     """
     samples = list(samples)
@@ -102,7 +102,7 @@ def prepare_batches(
             batches.append(ProbeBatch(batch.without_labels, partition, rows, batch.labels.flatten()[rows + 1]))
     if not batches:
         raise CalibrationError(
-            f"None of the {len(samples)} sample batches has a loss-bearing position, so no loss can be measured: every "
+            f"None of the {len(samples)} sample batches has a loss position, so no loss can be measured: every "
             "label is -100. Answers may have been cut off by max_length, or the completion column is empty."
         )
     if not any(batch.partition.num_context for batch in batches):

@@ -1,6 +1,6 @@
-"""One dense pass over sample batches: the inputs of each sparse layer, its channel energies.
+"""Runs sample batches once, dense: collects the inputs of each sparse layer and its channel energies.
 
-Only context rows count (DESIGN.md section 2): no padding, prompts as they will be trained. The first token of each
+Only context tokens count (docs/how-it-works.md, section 4.6): no padding, prompts as they will be trained. The first token of each
 sequence is left out, an attention sink that holds up to 99.9 % of a layer's MLP energy.
 """
 

@@ -92,7 +92,7 @@ def why_not_captured(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
     try:
         run()  # what is loaded at first use is loaded now
-        _, replay = recorder.record(run)
+        _, replay = recorder.capture(run)
         for offsets in layouts:
             place.copy_(offsets)
             expected = run(_by_mask, [values.float() for values in inputs], offsets)
