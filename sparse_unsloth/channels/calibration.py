@@ -1,7 +1,7 @@
 """Runs sample batches once, dense: collects the inputs of each sparse layer and its channel energies.
 
 Only context tokens count (docs/how-it-works.md, section 4.6): no padding, prompts as they will be
-trained. The first token of each sequence is left out, an attention sink that holds up to 99.9 % of a layer's MLP energy.
+trained. The first token of each sequence is left out: this attention sink holds up to 99.9 % of a layer's MLP energy.
 """
 
 from __future__ import annotations
