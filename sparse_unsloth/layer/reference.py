@@ -76,7 +76,8 @@ def _attention(
     if position_embeddings is not None:
         q, k = (rotate(one, *position_embeddings, spec.rotation) for one in (q, k))
     if after:
-        q, k = normalise(q, spec.query_norm), normalise(k, spec.key_norm)
+        q = normalise(q.transpose(1, 2), spec.query_norm).transpose(1, 2)
+        k = normalise(k.transpose(1, 2), spec.key_norm).transpose(1, 2)
     if spec.query_scaling is not None:
         beta, positions = spec.query_scaling
         factor = 1 + beta * torch.log1p(torch.floor(position_ids / positions))

@@ -137,7 +137,8 @@ def read_spec(layer: DecoderLayer) -> LayerSpec:
 
 def candidates(spec: LayerSpec) -> Iterator[LayerSpec]:
     """``spec`` in each form that its parts leave open."""
-    orders = (False,) if spec.query_norm is None else (False, True)
+    norm = spec.query_norm
+    orders = (False, True) if norm is not None and norm.weight.shape[-1] == spec.head_dim else (False,)
     for rotation, after in product(get_args(Rotation), orders):
         yield replace(spec, rotation=rotation, norm_after_rotation=after)
 

@@ -222,13 +222,14 @@ def _decide(
     state.counts.dense_tokens += partition.num_dense
     if graphs and not dense_with_graphs:
         partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
+    if scale > 0 and not state.context_seen:
+        state.context_seen = partition.num_context > 0
     if not partition.num_context:
         scale = 0.0
     if state.planner is not None and not batch.is_context_parallel:
         state.planner.plan(partition, scale)
     paused: Parts = frozenset()
     if scale > 0:
-        state.context_seen = True
         if state.selector is None and not state.row_sparse:
             raise _no_estimator(state)
         state.counts.sparse_forwards += 1

@@ -295,7 +295,7 @@ def test_trained_tensors_that_are_not_saved_are_named(tmp_path, caplog):
     model.get_input_embeddings().weight.requires_grad_(True)
     model.save_pretrained(tmp_path / "part")
     (line,) = said(caplog)
-    assert line.startswith("1 trained tensors are no part of the adapter")
+    assert line.startswith("1 trained tensors are not part of the adapter")
     assert "embed_tokens.weight" in line
     caplog.clear()
     biases = lora(tiny_models.make_base("qwen2"), bias="all")
