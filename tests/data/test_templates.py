@@ -291,3 +291,11 @@ def test_arc_through_the_template():
     assert train.column_names == ["prompt", "completion"]
     assert train[0]["prompt"].endswith("Output:\n\n### Response:\n")
     assert json.loads(json.dumps(test[0]["completion"])).isascii()
+
+
+def test_an_empty_answer_is_an_answer():
+    """Only None is an answer that the model is to give."""
+    found = messages([("first", ""), ("second", None)])
+    assert [(turn["role"], turn["content"]) for turn in found] == [
+        ("user", "first"), ("assistant", ""), ("user", "second"),
+    ]  # fmt: skip
