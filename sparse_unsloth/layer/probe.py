@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer.reference import reference_layer
 from sparse_unsloth.layer.spec import LayerSpec, candidates
+from sparse_unsloth.model.decoder_layer import first_tensor
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative, of the output and of the input's gradient; transformers computes some parts in float32 in any dtype."""
@@ -49,10 +50,6 @@ def find_spec(
 def difference(found: Tensor, expected: Tensor) -> float:
     """``|found - expected| / |expected|``, of all values together."""
     return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)).item()
-
-
-def first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _output_and_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_unsloth.errors import AttachError
@@ -116,6 +117,12 @@ def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLaye
 
 def _is_stack(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The hidden states in a decoder layer's output."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _text_decoder(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from sparse_unsloth.config.layer_rules import LayerSparsity
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.adapters import active_parameters
-from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.decoder_layer import DecoderLayer, first_tensor
 from sparse_unsloth.tokens.partition import TokenPartition
 
 CHECK_EVERY = 100
@@ -217,9 +217,3 @@ class LossRows:
         """Whether nothing that mixes tokens follows the last layer: one list of layers, and no MTP module."""
         heads = any(MULTI_TOKEN.search(name) for name, _ in model.named_modules())
         return len({name.rpartition(".")[0] for name in stack}) == 1 and not heads
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The hidden states in a decoder layer's output."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
