@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_unsloth.layer.spec import LayerSpec, Norm, Rotation, normalise
+from sparse_unsloth.layer.spec import LayerSpec, Rotation
 from sparse_unsloth.model.activations import ACTIVATIONS
+from sparse_unsloth.ops.norms import Norm, normalise
 from sparse_unsloth.ops.projection import Projection
 
 

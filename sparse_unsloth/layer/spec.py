@@ -13,10 +13,11 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.ops.norms import Norm, normalise
 from sparse_unsloth.ops.projection import Projection, check_adapters, check_frozen, read_projection
 
 Rotation = Literal["halves", "pairs", "interleaved", "none"]
@@ -30,24 +31,6 @@ LAYER_PARTS = {
 HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 MLP_PARTS = {*MLP_PROJECTIONS, "act_fn"}
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """``(x - mean) / sqrt(mean((x - mean)^2) + eps) * (offset + weight) + bias`` over the last axis.
-
-    Attributes:
-        weight: ``[width]``, or ``[heads, width]`` where each head has its own; None for ones.
-        offset: 1 where a weight of zero means one (Gemma), else 0.
-        centred: whether the mean is taken off first; an RMS norm takes none.
-        bias: as ``weight``, or None.
-    """
-
-    weight: Tensor | None
-    eps: float
-    offset: float = 0.0
-    centred: bool = False
-    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,21 +148,6 @@ def read_norm(module: nn.Module, name: str) -> Norm:
             if torch.allclose(normalise(x, norm), found, rtol=tolerance, atol=tolerance):
                 return norm
     raise AttachError(f"{name} ({type(module).__name__}) is no RMS norm and no layer norm.")
-
-
-def normalise(x: Tensor, norm: Norm | None) -> Tensor:
-    """``x [..., width]`` by ``norm``, computed in at least float32, in ``x``'s dtype."""
-    if norm is None:
-        return x
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    if norm.centred:
-        values = values - values.mean(-1, keepdim=True)
-    values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + norm.eps)
-    if norm.weight is not None:
-        values = values * (norm.offset + norm.weight.to(values.dtype))
-    if norm.bias is not None:
-        values = values + norm.bias.to(values.dtype)
-    return values.to(x.dtype)
 
 
 def _parts(module: nn.Module, name: str) -> dict[str, nn.Module]:
