@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import hooks as peft
 from sparse_unsloth.backends.unsloth import hooks as unsloth
@@ -25,6 +26,7 @@ from sparse_unsloth.graphs import packed_attention
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 from sparse_unsloth.model.training_flags import training_mode
+from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import forget_bases
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
@@ -189,14 +191,15 @@ def _skip_unused_rows(state: SparsityState) -> str:
 
 
 def _replace_whole_layers(state: SparsityState) -> None:
-    """Replaces the forward of layers that can run as whole layers, dense ones included."""
-    if state.backend.name != "unsloth" or not (state.runtimes or state.dense_with_graphs):
+    """Replaces the forward of layers that can run as whole layers, dense ones included, where Triton's kernels run."""
+    parameter = next(state.model.parameters())
+    if not (state.runtimes or state.dense_with_graphs) or not (state.config.cuda_graphs or use_kernels(parameter)):
         return
     state.whole_forwards = [
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)
         for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True)
     ]
-    unsloth.install_whole_layers(state.whole_forwards)
+    whole_layer.install(state.whole_forwards)
     state.whole_layers = {
         runtime.layer.index: runtime
         for runtime in state.whole_forwards
@@ -216,7 +219,7 @@ def _keep_proved_layers(state: SparsityState) -> None:
     for runtime in state.whole_forwards:
         if not runtime.not_whole:
             continue
-        unsloth.uninstall_whole_layer(runtime)
+        whole_layer.uninstall(runtime)
         if state.whole_layers.pop(runtime.layer.index, None) is not None and runtime is not state.last_layer:
             state.uncompiled[runtime.layer.index].remove()
 
@@ -225,13 +228,9 @@ def _prepare_graphs(state: SparsityState) -> None:
     """Makes the graph cache for `cuda_graphs`; raises AttachError where no layer can be captured, or without a GPU."""
     if not state.config.cuda_graphs:
         return
-    layers = [*state.whole_forwards] or [*state.runtimes.values()]
-    if not layers:  # a dense model on a backend without whole layers
-        raise AttachError(
-            f"cuda_graphs: no layer of this model can be captured: {peft.NO_GRAPHS}. Set cuda_graphs: false."
-        )
+    layers = state.whole_forwards
     for runtime in layers:
-        runtime.not_captured = state.backend.why_not_captured(runtime)
+        runtime.not_captured = whole_layer.why_not_captured(runtime)
     if all(runtime.not_captured for runtime in layers):
         why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")

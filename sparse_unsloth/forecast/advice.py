@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from sparse_unsloth.data.ledger import most_likely_cut, without_loss
 from sparse_unsloth.forecast.result import Estimate
-from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 
 WORTH_IT = 1.1
 """Speed-up of the whole training from which sparsity may be worth what it costs in quality."""
@@ -129,8 +128,7 @@ def _host(estimate: Estimate) -> Iterator[str]:
     if estimate.cuda_graphs and estimate.recorded is None and estimate.fitted is not None:
         yield (
             "The times are those without cuda_graphs: it is predicted for Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
-            "layers with LoRA on every projection, gradient checkpointing and exact_removal, for padded rows, or "
-            f"documents of up to {LONGEST_MEAN} tokens on average."
+            "layers with LoRA on every projection, gradient checkpointing and exact_removal."
         )
     if not estimate.cuda_graphs and gain is not None and gain > WORTH_IT:
         kept = "the same gradients" if estimate.sparse else "nothing left out"

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from sparse_unsloth.costs.flops import ATTENTION, MLP
 from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model
 from sparse_unsloth.forecast.tokens import PADDED, MicroBatch
 from sparse_unsloth.graphs.buckets import LENGTHS, round_up
-from sparse_unsloth.graphs.packed_attention import LONGEST_MEAN
 from sparse_unsloth.training.recipe import Recipe
 
 
-def can_capture(recipe: Recipe, model: Model, backend: str, layout: str, batches: Sequence[MicroBatch]) -> bool:
-    """Whether every layer would be captured as a whole, with its attention.
-
-    Args:
-        layout: see `TokenStatistics`.
-        batches: micro-batches of the training.
-    """
-    sparsity, documents = recipe.sparsity, [length for batch in batches for length in batch.lengths]
+def can_capture(recipe: Recipe, model: Model, backend: str) -> bool:
+    """Whether every layer would be captured as a whole, with its attention."""
     return (
         backend == "unsloth"
         and not recipe.training.use_cpu
@@ -29,8 +21,7 @@ def can_capture(recipe: Recipe, model: Model, backend: str, layout: str, batches
         and recipe.model.lora_dropout == 0
         and not recipe.model.use_dora
         and recipe.training.gradient_checkpointing
-        and sparsity.exact_removal
-        and (layout == PADDED or sum(documents) <= LONGEST_MEAN * len(documents))
+        and recipe.sparsity.exact_removal
     )
 
 

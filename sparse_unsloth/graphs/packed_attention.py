@@ -20,8 +20,6 @@ from torch.nn import functional as F
 from sparse_unsloth.graphs.buckets import round_room
 from sparse_unsloth.tokens.batch import Batch
 
-LONGEST_MEAN = 1024
-"""Mean tokens of a document up to which one launch for all is faster; Unsloth has the same limit."""
 MOST_ROWS, KERNEL_TILE = 2**18, 128
 """The kernel's backward counts elements in 32 bits: of 2^18 tokens at most, each document rounded up to a tile."""
 DTYPES = (torch.bfloat16, torch.float16)
@@ -55,12 +53,12 @@ class Packing:
 
 
 def packing_of(batch: Batch) -> Packing | None:
-    """The documents of ``batch``; None where their lengths are not given, or they are too long."""
+    """The documents of ``batch``; None where their lengths are not given, or the sequence is too long."""
     lengths, (rows, tokens) = batch.packed_seq_lengths, batch.labels.shape
     if not isinstance(lengths, Tensor) or lengths.dim() != 1 or rows != 1 or not len(lengths):
         return None
     room = round_room(len(lengths) + 1)
-    if tokens > LONGEST_MEAN * len(lengths) or tokens + KERNEL_TILE * room > MOST_ROWS:
+    if tokens + KERNEL_TILE * room > MOST_ROWS:
         return None
     return Packing(lengths, tokens, room, batch.labels.device)
 

@@ -7,10 +7,10 @@ soft cap, scales. What a class hides in its forward (how it rotates queries and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJEC
 from sparse_unsloth.ops.norms import Norm, normalise
 from sparse_unsloth.ops.projection import Projection, check_adapters, check_frozen, read_projection
 
+T = TypeVar("T")
 Rotation = Literal["halves", "pairs", "interleaved", "none"]
 """Which two channels of a head turn together: ``i`` and ``i + n/2`` (halves), or ``2i`` and ``2i + 1``, where the model
 gives each angle twice in a row (pairs) or all angles twice (interleaved); or none does."""
@@ -95,13 +96,13 @@ def read_spec(layer: DecoderLayer) -> LayerSpec:
             f"{layer.name}.self_attn: attention_dropout is not zero. Set it to zero in the configuration."
         )
     norms = {name: read_norm(part, f"{layer.name}.{name}") for name, part in parts.items() if name.endswith("norm")}
-    heads = next(((inside[q], inside[k]) for q, k in HEAD_NORMS if q in inside), (None, None))
     query_norm, key_norm = (
-        None if norm is None else read_norm(norm, f"{layer.name}.self_attn's head norm") for norm in heads
+        None if norm is None else read_norm(norm, f"{layer.name}.self_attn's head norm")
+        for norm in head_norm_modules(attention)
     )
     config = getattr(attention, "config", None)
     return LayerSpec(
-        *_place(norms),
+        *place_norms(norms),
         query_norm=query_norm,
         key_norm=key_norm,
         projections={name: _projection(one, f"{layer.name}.{name}") for name, one in layer.projections().items()},
@@ -116,6 +117,12 @@ def read_spec(layer: DecoderLayer) -> LayerSpec:
         residual_multiplier=float(getattr(module, "residual_multiplier", 1.0)),
         parallel=set(norms) == {"input_layernorm"},
     )
+
+
+def head_norm_modules(attention: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms of queries and keys."""
+    parts = {name: part for name, part in attention.named_children() if not isinstance(part, nn.Identity)}
+    return next(((parts[q], parts[k]) for q, k in HEAD_NORMS if q in parts), (None, None))
 
 
 def candidates(spec: LayerSpec) -> Iterator[LayerSpec]:
@@ -171,7 +178,7 @@ def _refuse_unknown(parts: dict[str, nn.Module], known: set[str], name: str) -> 
         raise AttachError(f"{name} has parts that are not of a Llama layer: {', '.join(unknown)}.")
 
 
-def _place(norms: dict[str, Norm]) -> tuple[Norm | None, Norm | None, Norm | None, Norm | None]:
+def place_norms(norms: Mapping[str, T]) -> tuple[T | None, T | None, T | None, T | None]:
     """N1 to N4 of `LayerSpec`, by the names that transformers uses for each arrangement."""
     first, second = norms.get("input_layernorm"), norms.get("post_attention_layernorm")
     before_mlp, after_mlp = norms.get("pre_feedforward_layernorm"), norms.get("post_feedforward_layernorm")

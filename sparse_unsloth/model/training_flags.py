@@ -1,4 +1,4 @@
-"""Sets training flags temporarily, and tells whether a backward pass is running."""
+"""Sets training flags temporarily, and tells what autograd does now."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 NO_GRAPH_TASK = -1
@@ -30,3 +31,9 @@ def training_mode(model: nn.Module, training: bool = True) -> Iterator[None]:
 def in_backward() -> bool:
     """Whether a backward pass is running; a forward in it is a recompute (gradient checkpointing)."""
     return torch._C._current_graph_task_id() != NO_GRAPH_TASK
+
+
+def in_checkpoint() -> bool:
+    """Whether a function runs, or runs again, inside PyTorch's non-reentrant gradient checkpointing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__

@@ -57,7 +57,7 @@ class _BackwardRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function: Callable[..., Tensor], rows: BackwardRows, num_inputs: int, *tensors: Tensor):
         inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
-        ctx.function, ctx.rows, ctx.autocast = rows.recompute or function, rows, _current_autocast(inputs[0])
+        ctx.function, ctx.rows, ctx.autocast = rows.recompute or function, rows, current_autocast(inputs[0])
         ctx.save_for_backward(*inputs)
         if rows.skip_output:
             return inputs[-1].new_zeros(()).expand(inputs[-1].shape)
@@ -91,7 +91,7 @@ class _BackwardRows(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _current_autocast(like: Tensor) -> Callable[[], AbstractContextManager]:
+def current_autocast(like: Tensor) -> Callable[[], AbstractContextManager]:
     """Makes the autocast context that is active now, for use in backward."""
     device = like.device.type
     if not torch.is_autocast_enabled(device):

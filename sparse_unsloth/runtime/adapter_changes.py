@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer.fast import why_not_fast
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_other_adapters
 from sparse_unsloth.ops.projection import check_adapters, check_frozen
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
@@ -86,7 +87,7 @@ def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
             f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {REATTACH}"
         )
     row_sparse = state.row_sparse and layer.index in state.runtimes
-    whole = id(module) in hooked and not (row_sparse and runtime.not_fusable)
+    whole = id(module) in hooked
     for name, projection in projections.items():
         part, where = getattr(layer, name.partition(".")[0]), f"{layer.name}.{name}"
         ours = whole or not hooked.isdisjoint(map(id, (part, *part.children())))
@@ -100,6 +101,6 @@ def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
             raise AttachError(f"{where}: several adapters are active, and the sparse functions compute one.")
     if row_sparse:
         refuse_dropout(layer)
-    reason = state.backend.why_not_whole(runtime) if whole else ""
+    reason = why_not_fast(layer) if whole else ""
     if reason:
         raise AttachError(f"{layer.name} no longer runs as a whole layer: {reason}. {REATTACH}")

@@ -32,6 +32,19 @@ def runs_twice(where: str) -> AttachError:
 
 
 @dataclass
+class ForwardCounts:
+    """Counts of training forwards with labels and of their loss and context tokens."""
+
+    forwards: int = 0
+    sparse_forwards: int = 0
+    context_tokens: int = 0
+    dense_tokens: int = 0
+    whole_layers: int = 0
+    captured_layers: int = 0
+    """``whole_layers`` and ``captured_layers`` ran as whole layers and in CUDA graphs in the last forward."""
+
+
+@dataclass
 class LayerMemo(MlpMemo):
     """What a layer keeps from one forward to its recompute.
 

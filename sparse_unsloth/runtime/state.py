@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
-from sparse_unsloth.runtime.context import SparseContext, runs_twice
+from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
 from sparse_unsloth.utils.distributed import has_group, is_main, world_size
@@ -42,8 +43,12 @@ class Backend:
     Attributes:
         install, uninstall, is_installed: for the parts of a layer, and for one hooked module.
         check_not_sharded: raises AttachError where the layer's functions would not find whole weights.
-        why_not_captured: why CUDA graphs cannot hold a layer; "" where they can.
-        why_not_whole: why a channel-sparse or dense layer cannot run as a whole layer; "" where it can.
+        prepare_whole_layer, release_whole_layer: before a layer's forward is replaced, and after it is restored; the
+            latter returns the modules that it restored.
+        attend: attention of given Q, K, V in the layer's forward, without the O projection.
+        fixed_tensors: what ``attend`` reads besides; None where it cannot be captured in CUDA graphs.
+        capturable_attention: ``attend`` as a function of these tensors.
+        proves_attention: whether ``attend`` is ours, so that its specification must be proved.
     """
 
     name: str
@@ -51,21 +56,12 @@ class Backend:
     uninstall: Callable[[nn.Module], None]
     is_installed: Callable[[nn.Module], bool]
     check_not_sharded: Callable[[DecoderLayer], None]
-    why_not_captured: Callable[[LayerRuntime], str]
-    why_not_whole: Callable[[LayerRuntime], str]
-
-
-@dataclass
-class ForwardCounts:
-    """Counts of training forwards with labels and of their loss and context tokens."""
-
-    forwards: int = 0
-    sparse_forwards: int = 0
-    context_tokens: int = 0
-    dense_tokens: int = 0
-    whole_layers: int = 0
-    captured_layers: int = 0
-    """``whole_layers`` and ``captured_layers`` ran as whole layers and in CUDA graphs in the last forward."""
+    prepare_whole_layer: Callable[[LayerRuntime], None]
+    release_whole_layer: Callable[[LayerRuntime], list[nn.Module]]
+    attend: Callable[[LayerRuntime, Tensor, Sequence[Tensor], dict[str, Any]], Tensor]
+    fixed_tensors: Callable[[LayerRuntime, Tensor, dict[str, Any]], dict[str, Tensor] | None]
+    capturable_attention: Callable[[LayerRuntime, dict[str, Any], dict[str, Tensor]], Callable[..., Tensor]]
+    proves_attention: bool
 
 
 class SparsityState:
@@ -349,7 +345,7 @@ class LayerRuntime:
         precomputed_qkv: Q, K, V, while a whole layer's forward that computed them runs the attention module.
         skip_output_projection: whether that forward computes the O projection itself.
         not_whole: why the layer runs part by part; "" where it runs as a whole layer.
-        not_fusable: why the functions of `ops.decoder_layer` cannot compute its chosen rows; "" where they can.
+        fast: reads what the fast functions need of it; None where they do not compute such a layer.
         not_captured: why CUDA graphs do not hold it; "" where they do.
     """
 
@@ -360,7 +356,7 @@ class LayerRuntime:
         self.context: SparseContext | None = None
         self.loss_only_parts: tuple[str, ...] = ()
         self.not_whole = ""
-        self.not_fusable = ""
+        self.fast: FastLayer | None = None
         self.not_captured = ""
         self.precomputed_qkv: tuple[Tensor, ...] | None = None
         self.skip_output_projection = False
@@ -472,8 +468,8 @@ class LayerRuntime:
     def skips_unused_output(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer skips the MLP's output, which is unused (`exact_removal`)."""
         rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
-        ran = (self.layer.index, "mlp") in context.ran
-        return rows and ran and self.state.config.exact_removal and self.layer.adds_mlp_output
+        ran, whole = (self.layer.index, "mlp") in context.ran, self.fast is not None and not self.not_whole
+        return rows and ran and self.state.config.exact_removal and (whole or self.layer.adds_mlp_output)
 
     def _select_from_all(self, part: str, hidden_states: Tensor | None, partition: TokenPartition):
         """The selection from the context rows of ``hidden_states``; None without context tokens or in a dense part."""

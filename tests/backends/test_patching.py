@@ -10,7 +10,6 @@ import pytest
 
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends.patching import BLOCK_MODE, plain_forward
-from sparse_unsloth.backends.unsloth import rows_layer
 from sparse_unsloth.backends.unsloth.contract import find_unsloth
 from sparse_unsloth.runtime.metrics import metrics
 
@@ -59,7 +58,6 @@ def compiled(forward):
 @pytest.fixture(params=[gated, lambda forward: compiled(gated(forward))], ids=["gated", "compiled"])
 def wrapped(request, stand_in, monkeypatch):
     monkeypatch.setattr(FastLayer, "forward", request.param(FastLayer.forward))
-    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
     return stand_in
 
 

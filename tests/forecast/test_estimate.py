@@ -320,11 +320,9 @@ def test_dense_training_is_captured_too(recipe, capsys):
         {"lora_target_modules": ["q_proj", "v_proj"]},
         {"sparsity": {**ALWAYS, "exact_removal": False, "cuda_graphs": True}},
         {"sparsity": {"preset": "dense", "cuda_graphs": True}, "use_dora": True},
-        {"padding_free": True},
     ],
 )
-def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes, monkeypatch):
-    monkeypatch.setattr(graphs, "LONGEST_MEAN", 50)  # the documents have some hundred tokens
+def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes):
     asked = {**CAPTURED, "sparsity": {**ALWAYS, "cuda_graphs": True}}
     assert estimate(of_gpu(recipe, rows=LONG, **asked)).recorded is not None
     result = estimate(of_gpu(recipe, rows=LONG, **{**asked, **changes}))

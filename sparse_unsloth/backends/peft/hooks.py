@@ -6,6 +6,7 @@ not apply: without a context (evaluation, generation, dense steps), or with merg
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,14 +16,14 @@ from sparse_unsloth.backends import channel_hooks, row_hooks
 from sparse_unsloth.backends.channel_hooks import select
 from sparse_unsloth.backends.patching import original_forward, replace_forward, restore_forward, runs
 from sparse_unsloth.backends.probes import check, probe_projection
+from sparse_unsloth.backends.whole_layer import layer_forward
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer import attention
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, DecoderLayer
 from sparse_unsloth.ops.linear import sparse_linear
 from sparse_unsloth.ops.projection import read_projection
 from sparse_unsloth.runtime.state import Backend, LayerRuntime
 from sparse_unsloth.utils.distributed import is_flattened
-
-NO_GRAPHS = "the PEFT backend hooks parts of layers, and graphs hold whole ones; backend='unsloth' has them"
 
 
 def install(runtime: LayerRuntime) -> None:
@@ -48,8 +49,8 @@ def install(runtime: LayerRuntime) -> None:
 
 def is_installed(module: nn.Module) -> bool:
     """Whether the forward that `install` put on ``module`` is still there."""
-    ours = channel_hooks.mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward
-    return runs(module, *ours)
+    parts = channel_hooks.mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward
+    return runs(module, layer_forward, *parts)
 
 
 def _projection_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,12 +96,34 @@ def check_not_sharded(layer: DecoderLayer) -> None:
             )
 
 
-def _never_captured(runtime: LayerRuntime) -> str:
-    return NO_GRAPHS
+def _prepare_whole_layer(runtime: LayerRuntime) -> None:
+    """Nothing: our own attention takes Q, K, V."""
 
 
-def _never_whole(runtime: LayerRuntime) -> str:
-    return "the PEFT backend hooks parts of layers"
+def _release_whole_layer(runtime: LayerRuntime) -> list[nn.Module]:
+    return []
+
+
+def _attend(
+    runtime: LayerRuntime, hidden_states: Tensor, projected: Sequence[Tensor], arguments: dict[str, Any]
+) -> Tensor:
+    return attention.attend(runtime.fast.present_spec(), runtime.layer.self_attn, projected, arguments)
+
+
+def _fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+    return attention.fixed_tensors(runtime.fast.spec, runtime.layer.self_attn, arguments)
+
+
+def _capturable_attention(
+    runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]
+) -> Callable[..., Tensor]:
+    """Our attention of Q, K, V and the ``fixed`` tensors."""
+
+    def attend(x: Tensor, projected: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        given = attention.attend_with(dict(zip(fixed, tensors, strict=True)))
+        return _attend(runtime, x, projected, given)
+
+    return attend
 
 
 BACKEND = Backend(
@@ -109,6 +132,10 @@ BACKEND = Backend(
     uninstall=restore_forward,
     is_installed=is_installed,
     check_not_sharded=check_not_sharded,
-    why_not_captured=_never_captured,
-    why_not_whole=_never_whole,
+    prepare_whole_layer=_prepare_whole_layer,
+    release_whole_layer=_release_whole_layer,
+    attend=_attend,
+    fixed_tensors=_fixed_tensors,
+    capturable_attention=_capturable_attention,
+    proves_attention=True,
 )

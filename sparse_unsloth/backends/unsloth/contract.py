@@ -21,12 +21,9 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 
 ATTENTION = "run_attention"
 """The function that Unsloth's attention modules call for attention."""
-NORM = "fast_rms_layernorm"
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 FAST_LORA = "kernels/fast_lora.py"
 LLAMA, MISTRAL = "models/llama.py", "models/mistral.py"
-FORWARD = "LlamaDecoderLayer_fast_forward"
-"""The forward of Llama, Mistral, Qwen2 and Qwen3 layers, which whole layers reproduce."""
 FUSED_FUNCTIONS = (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 ATTENTIONS = {
     "LlamaAttention_fast_forward": LLAMA,
@@ -143,8 +140,6 @@ def read_contract(folder: Path) -> list[Hook]:
         hooks += [Hook(f"{slot} called by {name}", file, "layers", slot in called) for slot in SLOTS]
         if name in CAPTURED:
             hooks.append(Hook(f"{ATTENTION} called by {name}", file, "documents", ATTENTION in called))
-    found = NORM in _called(sources.function(LLAMA, FORWARD))
-    hooks.append(Hook(f"{NORM} called by {FORWARD}", LLAMA, "layers", found))
     hooks.append(Hook("original_apply_qkv", LLAMA, "layers", sources.function(LLAMA, "original_apply_qkv") is not None))
     for name, file in PASS_KWARGS.items():
         function = sources.function(file, name)

@@ -6,24 +6,21 @@ called whenever the masked forward does not apply, so dense layers and dense ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparse_unsloth.backends import channel_hooks, row_hooks
+from sparse_unsloth.backends import channel_hooks, row_hooks, whole_layer
 from sparse_unsloth.backends.channel_hooks import select
 from sparse_unsloth.backends.patching import restore_forward, runs, untraced
 from sparse_unsloth.backends.probes import check
-from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
+from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
 from sparse_unsloth.backends.unsloth.contract import Contract
-from sparse_unsloth.backends.unsloth.layer_plan import SKIPS_UNUSED_ROWS, why_not
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
-from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.linear import SelectedProjection, sparse_linear
 from sparse_unsloth.ops.projection import read_projection
 from sparse_unsloth.runtime.state import Backend, LayerRuntime
@@ -71,40 +68,22 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
     return reasons
 
 
-def install_whole_layers(runtimes: Iterable[LayerRuntime]) -> None:
-    """Replaces the forward of layers that can run as whole layers, after their parts are hooked.
+def prepare_whole_layer(runtime: LayerRuntime) -> None:
+    """Hooks the attention of a layer that will run as a whole, which gets Q, K, V from outside.
 
-    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer cannot.
+    Raises:
+        AttachError: see `install`.
     """
-    contract = Contract()
-    for runtime in runtimes:
-        row_sparse = runtime.state.row_sparse
-        skips_rows = row_sparse and runtime.layer.index not in runtime.state.runtimes
-        reason = rows_layer.why_not if row_sparse else why_not
-        runtime.not_whole = SKIPS_UNUSED_ROWS if skips_rows else reason(runtime)
-        if runtime.not_whole:
-            continue
-        try:
-            if "_sparse_original" not in runtime.layer.self_attn.__dict__:
-                _install(contract, runtime, "self_attn")
-        except AttachError as error:
-            runtime.not_whole = str(error)
-        else:
-            (rows_layer if row_sparse else channels_layer).replace(runtime)
+    if "_sparse_original" not in runtime.layer.self_attn.__dict__:
+        _install(Contract(), runtime, "self_attn")
 
 
-def uninstall_whole_layer(runtime: LayerRuntime) -> None:
-    """Restores a layer's own forward; hooks of its parts stay where the parts are sparse or skip unused rows."""
-    module, attention, state = runtime.layer.module, runtime.layer.self_attn, runtime.state
-    if not runs(module, channels_layer.layer_forward, rows_layer.layer_forward):
-        return
-    removed = [module]
-    uninstall(module)
-    module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
-    if not (state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.loss_only_parts):
-        uninstall(attention)
-        removed.append(attention)
-    state.hooked = [hooked for hooked in state.hooked if not any(hooked is gone for gone in removed)]
+def release_whole_layer(runtime: LayerRuntime) -> list[nn.Module]:
+    """Restores the attention of a layer whose parts neither are sparse nor skip unused rows."""
+    if runtime.state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.loss_only_parts:
+        return []
+    uninstall(runtime.layer.self_attn)
+    return [runtime.layer.self_attn]
 
 
 def check_not_sharded(layer: DecoderLayer) -> None:
@@ -152,17 +131,9 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether the functions that `install` put on ``module`` are still there."""
     if "apply_qkv" not in module.__dict__:
-        whole = channels_layer.layer_forward, rows_layer.layer_forward
-        return runs(module, *whole, channel_hooks.mlp_forward, row_hooks.mlp_forward)
+        return runs(module, whole_layer.layer_forward, channel_hooks.mlp_forward, row_hooks.mlp_forward)
     ours = module.apply_qkv is untraced(_apply_qkv) and module.apply_o is untraced(_apply_o)
     return ours and "_sparse_runtime" in module.__dict__
-
-
-def why_not_captured(runtime: LayerRuntime) -> str:
-    """Why CUDA graphs cannot hold the layer; "" where they can."""
-    if not use_kernels(next(runtime.layer.module.parameters())):
-        return "Triton's kernels do not run here"
-    return runtime.not_whole or (runtime.not_fusable if runtime.state.row_sparse else "")
 
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,6 +178,10 @@ BACKEND = Backend(
     uninstall=uninstall,
     is_installed=is_installed,
     check_not_sharded=check_not_sharded,
-    why_not_captured=why_not_captured,
-    why_not_whole=why_not,
+    prepare_whole_layer=prepare_whole_layer,
+    release_whole_layer=release_whole_layer,
+    attend=attend,
+    fixed_tensors=fixed_tensors,
+    capturable_attention=capturable_attention,
+    proves_attention=False,
 )

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.graphs import packed_attention
 
 from tiny_models import always, loss_and_gradients, make_base, make_batch
 
@@ -63,14 +62,12 @@ def examine() -> dict[str, list]:
     for name, setting in SETTINGS.items():
         layouts = {"padded": make_batch, "packed": packed_batch}
         if name == "channels":
-            layouts |= {"long documents": packed_batch, "xformers": make_batch}
+            layouts["xformers"] = make_batch
         for layout, make in layouts.items():
             with pytest.MonkeyPatch.context() as patch:
                 asked = []
                 if layout == "xformers":
                     load_xformers(patch, asked)
-                if layout == "long documents":
-                    patch.setattr(packed_attention, "LONGEST_MEAN", 1)
                 recorder = Rerun()
                 share_memory(patch, recorder)
                 batches = [make(seed=seed, lengths=lengths) for seed, lengths in enumerate(LENGTHS)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
-from sparse_unsloth.backends.unsloth import rows_layer
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -19,8 +19,8 @@ from whole_layers import fast_forward, make_model, small_batch
 
 
 @pytest.fixture
-def whole(stand_in):
-    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
+def whole(stand_in, monkeypatch):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     return stand_in
 
 
@@ -44,7 +44,7 @@ def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
-    assert all(runs(layer, rows_layer.layer_forward) for layer in decoder_layers(model))
+    assert all(runs(layer, whole_layer.layer_forward) for layer in decoder_layers(model))
     ours = loss_and_gradients(model, batch)
     assert_same(ours, expected)
     assert get_state(model).ran == get_state(model).expected_parts()
@@ -79,8 +79,8 @@ def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
     expected = masked_gradients(model, batch)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = []
-    original = rows_layer.post_attention
-    monkeypatch.setattr(rows_layer, "post_attention", lambda *given: ran.append(given) or original(*given))
+    original = whole_layer.post_attention
+    monkeypatch.setattr(whole_layer, "post_attention", lambda *given: ran.append(given) or original(*given))
     attach(model, every_step(exact_removal=False))
     ran.clear()  # of the probe
     assert_same(loss_and_gradients(model, batch), expected)
@@ -127,7 +127,7 @@ def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):
     attach(model, every_step(exact_removal=False, start_step=5))
     state = get_state(model)
     state.begin_training(object(), 10)
-    monkeypatch.setattr(rows_layer, "backward_rows", lambda *_: pytest.fail("a dense phase left rows out"))
+    monkeypatch.setattr(whole_layer, "backward_rows", lambda *_: pytest.fail("a dense phase left rows out"))
     state.set_step(0)
     assert_same(loss_and_gradients(model, batch), expected)
     detach(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.backends.unsloth import channels_layer
+from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.errors import AttachError
 
 from tiny_models import always, loss_and_gradients, make_lora
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 def spy(monkeypatch):
     """The layers whose function after attention ran, in order."""
     ran = []
-    original = channels_layer.post_attention
+    original = whole_layer.post_attention
     monkeypatch.setattr(
-        channels_layer, "post_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
+        whole_layer, "post_attention", lambda a, residual, plan: ran.append(plan) or original(a, residual, plan)
     )
     return ran
 
@@ -149,7 +149,7 @@ def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkey
 def test_a_layer_whose_attention_takes_other_arguments_runs_part_by_part(stand_in, monkeypatch):
     """An error in the probe of our functions must not stop a training that needs them only for speed."""
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    monkeypatch.setattr(channels_layer, "post_attention", lambda *given: {}["moved"])
+    monkeypatch.setattr(whole_layer, "post_attention", lambda *given: {}["moved"])
     model = make_model(stand_in)
     expected = loss_and_gradients(model, small_batch())
     report = attach(model, {**always(**RULES["nothing dropped"]), "exact_removal": False})

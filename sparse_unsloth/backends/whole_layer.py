@@ -1,0 +1,314 @@
+"""Runs decoder layers as whole layers, in both backends: dense, by channels or by rows, captured in CUDA graphs or not.
+
+The instance's forward is replaced. Two functions compute everything but attention (docs/how-it-works.md, section 7),
+and the backend computes attention between them. Where they do not apply, the layer's own forward runs, with the hooks
+of its parts. The result is the same up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.backends.patching import plain_forward, replace_forward, restore_forward, runs
+from sparse_unsloth.backends.probes import difference
+from sparse_unsloth.config.layer_rules import PARTS
+from sparse_unsloth.errors import AttachError
+from sparse_unsloth.graphs import layer as graphed_layer
+from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
+from sparse_unsloth.graphs.rows import row_sparse_whole_layer
+from sparse_unsloth.layer.checkpoint import checkpointed
+from sparse_unsloth.layer.fast import FastLayer
+from sparse_unsloth.model.decoder_layer import first_tensor
+from sparse_unsloth.model.training_flags import in_backward, in_checkpoint
+from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
+from sparse_unsloth.ops.dispatch import use_kernels
+from sparse_unsloth.ops.norms import Norm
+from sparse_unsloth.ops.projection import Projection
+from sparse_unsloth.ops.stored_rows import post_attention_of_rows
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows
+from sparse_unsloth.runtime.state import LayerRuntime
+
+SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
+NO_KERNELS = "Triton's kernels do not run here"
+CACHED = ("use_cache", "output_attentions")
+"""Arguments with which a layer's own forward runs."""
+
+
+def install(runtimes: Iterable[LayerRuntime]) -> None:
+    """Replaces the forward of layers that can run as whole layers, after their parts are hooked.
+
+    The probe forward proves them afterwards. ``not_whole`` of each runtime says why a layer cannot.
+    """
+    for runtime in runtimes:
+        state = runtime.state
+        if state.row_sparse and runtime.layer.index not in state.runtimes:
+            runtime.not_whole = SKIPS_UNUSED_ROWS
+            continue
+        try:
+            runtime.fast = FastLayer(runtime.layer)
+            state.backend.prepare_whole_layer(runtime)
+        except AttachError as error:
+            runtime.not_whole = str(error)
+        else:
+            replace_forward(runtime.layer.module, layer_forward, runtime)
+
+
+def uninstall(runtime: LayerRuntime) -> None:
+    """Restores a layer's own forward; hooks of its parts stay where the parts are sparse or skip unused rows."""
+    module, state = runtime.layer.module, runtime.state
+    if not runs(module, layer_forward):
+        return
+    restore_forward(module)
+    module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
+    removed = [module, *state.backend.release_whole_layer(runtime)]
+    state.hooked = [one for one in state.hooked if one not in removed]
+
+
+def why_not_captured(runtime: LayerRuntime) -> str:
+    """Why CUDA graphs cannot hold the layer; "" where they can."""
+    return runtime.not_whole if use_kernels(next(runtime.layer.module.parameters())) else NO_KERNELS
+
+
+def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the forward of a decoder layer in training forwards without a cache."""
+    runtime: LayerRuntime = self._sparse_runtime
+    if runtime.context is not None and runtime.context.probe:
+        return _prove(runtime, hidden_states, kwargs)
+    compute = _compute_checkpointed if in_checkpoint() and torch.is_grad_enabled() else _compute
+    output = None if args else compute(runtime, hidden_states, kwargs)
+    if output is None:
+        return plain_forward(self, hidden_states, *args, **kwargs)
+    return (output,) if runtime.fast.returns_tuple else output
+
+
+def _prove(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Any:
+    """Compares the layer as a whole with its own forward in the probe forward, with every channel kept.
+
+    Where it fails or differs, ``runtime.not_whole`` says so, and attaching restores the layer's own forward.
+
+    Returns:
+        The output of the layer's own forward.
+    """
+    context, module = runtime.context, runtime.layer.module
+    output = plain_forward(module, hidden_states, **arguments)
+    runtime.fast.returns_tuple = not isinstance(output, Tensor)
+    reached, loss_only = set(context.ran), context.loss_only
+    context.loss_only = False  # whole layers compute every row
+    try:
+        skips_rows = loss_only and runtime.loss_only_parts
+        expected = plain_forward(module, hidden_states, **arguments) if skips_rows else output
+        runtime.not_whole = _why_different(runtime, hidden_states, arguments, first_tensor(expected))
+    finally:
+        context.loss_only = loss_only
+    if runtime.not_whole:
+        context.ran = reached
+    return output
+
+
+def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any], expected: Tensor) -> str:
+    """How the layer as a whole differs from ``expected``, in a sentence; "" where it does not."""
+    module, context = runtime.layer.module, runtime.context
+    try:
+        if runtime.state.backend.proves_attention:
+            runtime.context = None  # the hooks of its parts compute densely
+            runtime.fast.prove(lambda x, **given: plain_forward(module, x, **given), hidden_states, arguments)
+            runtime.context = context
+        ours = _compute(runtime, hidden_states, arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except AttachError as error:
+        return str(error)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"our functions failed on {type(module).__name__}: {type(error).__name__}: {first[:200]}"
+    finally:
+        runtime.context = context
+    if ours is None:
+        return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
+    error, tolerance = difference(ours, expected)
+    if error <= tolerance:
+        return ""
+    return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
+
+
+def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """`_compute` inside non-reentrant gradient checkpointing (see `sparse_unsloth.layer.checkpoint`)."""
+    norms, projections = runtime.fast.norms(), runtime.fast.projections()
+    if norms is None or projections is None or not _applies(runtime, hidden_states, arguments, norms):
+        return None
+    context, removal = runtime.context, runtime.state.config.exact_removal
+
+    def run(x: Tensor) -> Tensor:
+        before, runtime.context = runtime.context, context
+        try:
+            return _compute(runtime, x, arguments)
+        finally:
+            runtime.context = before
+
+    restores = removal and in_backward() and context.memo(runtime.layer.index).with_gradients is False
+    return checkpointed(hidden_states, None if restores else run, run, lora_tensors_of(projections))
+
+
+def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """The layer's output by the two functions, captured or not; None where its own forward must run."""
+    norms = runtime.fast.norms()
+    if norms is None or not _applies(runtime, hidden_states, arguments, norms):
+        return None
+    context, state, index = runtime.context, runtime.state, runtime.layer.index
+    memo, keep = context.memo(index), torch.is_grad_enabled()
+    recompute = memo.is_recompute()
+    projections = memo.projections if recompute else None
+    if projections is None:
+        projections = runtime.fast.projections()
+        if projections is None:
+            return None
+    memo.projections = None if recompute else projections
+    unused = recompute and state.config.exact_removal
+    plan = _plan(runtime, norms, projections, keep, unused)
+    context.whole.add(index)
+    for part in PARTS:
+        if state.row_sparse or runtime.is_sparse(part):
+            runtime.record_run(part)
+    backend = state.backend
+    if not keep:
+        memo.captured = _can_be_captured(runtime, hidden_states, arguments)
+    if memo.captured:
+        return _captured(runtime, hidden_states, plan, arguments)
+    *projected, residual = pre_attention(hidden_states, plan)
+    attention_output = backend.attend(runtime, hidden_states, projected, arguments)
+    if state.row_sparse:
+        return _after_attention_by_rows(runtime, plan, attention_output, residual)
+    output = post_attention(attention_output, residual, plan)
+    if state.graphs is not None and not unused:
+        _reserve(runtime, state.graphs)
+    return output
+
+
+def _applies(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any], norms: list[Norm | None]) -> bool:
+    """Whether this is a call that the two functions compute."""
+    context, layer = runtime.context, runtime.layer
+    if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
+        return False
+    training = layer.module.training and layer.self_attn.training and layer.mlp.training
+    cached = any(arguments.get(name) is not None for name in ("past_key_value", "past_key_values"))
+    if not training or cached or any(arguments.get(name) for name in CACHED):
+        return False
+    weight = next((norm.weight for norm in norms if norm is not None and norm.weight is not None), None)
+    if not _fits_kernels(hidden_states, weight):
+        return False
+    runtime.check_rows(layer.module, hidden_states)
+    return True
+
+
+def _fits_kernels(hidden_states: Tensor, weight: Tensor | None) -> bool:
+    """Whether the kernels of the two functions can take ``hidden_states`` and a norm's ``weight``."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    same = dtype == hidden_states.dtype and (weight is None or weight.dtype == dtype)
+    return same and hidden_states.is_contiguous() and use_kernels(hidden_states)
+
+
+def _plan(
+    runtime: LayerRuntime, norms: list[Norm | None], projections: list[Projection], keep: bool, unused: bool
+) -> LayerPlan:
+    context, rows = runtime.context, runtime.state.row_sparse
+    attention, mlp = (
+        RowOrder(context.partition, True)
+        if not rows and runtime.is_sparse(part)
+        else RowOrder(context.every_row_dense(), False)
+        for part in ("self_attn", "mlp")
+    )
+    choose = _no_choice if rows else runtime.select_for_context
+    return LayerPlan(
+        *norms,
+        residual_multiplier=runtime.fast.spec.residual_multiplier,
+        attention=attention,
+        mlp=mlp,
+        projections=projections,
+        activation=runtime.layer.activation,
+        choose_attention=partial(choose, "self_attn"),
+        choose_mlp=partial(choose, "mlp"),
+        output_unused=unused,
+        keep=keep,
+    )
+
+
+def _no_choice(part: str, rows: Tensor | None) -> NoReturn:
+    raise AssertionError("a dense part chooses no channels")
+
+
+def _after_attention_by_rows(
+    runtime: LayerRuntime, plan: LayerPlan, attention_output: Tensor, residual: Tensor
+) -> Tensor:
+    """The layer's output; backward goes through the chosen rows (docs/how-it-works.md, section 3.1).
+
+    A recompute stores nothing, and computes the chosen rows in backward. Otherwise every intermediate is stored.
+    """
+    if not plan.keep:
+        return post_attention(attention_output, residual, plan)
+    context = runtime.context
+    choice = context.row_choice(runtime.layer.index, runtime.state.config.backward_rows)
+    chosen = RowOrder(context.chosen_rows(choice), False)
+    if not plan.output_unused:
+        return post_attention_of_rows(attention_output, residual, plan, choice, chosen)
+    few = replace(plan, attention=chosen, mlp=chosen, keep=False)
+    rows = BackwardRows(choice, residual_index=1, skip_output=True)
+    loras = lora_tensors_of(plan.projections[3:])
+    return backward_rows(lambda *given: post_attention(*given, few), [attention_output, residual], loras, rows)
+
+
+def _can_be_captured(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether this first forward under gradient checkpointing is captured or replayed, and so its recompute."""
+    context, index = runtime.context, runtime.layer.index
+    if context.graphs is None or not runtime.state.config.exact_removal:
+        return False
+    selects = not runtime.state.row_sparse and any(map(runtime.is_sparse, PARTS))
+    if selects and (index, context.batch_key) not in context.graphs.reserved:
+        return False
+    return runtime.state.backend.fixed_tensors(runtime, hidden_states, arguments) is not None
+
+
+def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any]) -> Tensor:
+    """The layer's output from CUDA graphs of the whole layer."""
+    context, state, index = runtime.context, runtime.state, runtime.layer.index
+    context.graphs.check_forward(context)
+    context.captured.add(index)
+    fixed = state.backend.fixed_tensors(runtime, hidden_states, arguments)
+    attention = state.backend.capturable_attention(runtime, arguments, fixed)
+    share = state.config.backward_rows if state.row_sparse else None
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in fixed.items())
+    which = context.batch_key, share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
+    capture = _open_capture(context.graphs, index, plan.projections, which)
+    if state.row_sparse:
+        choice = context.row_choice(index, share)
+        rows = context.partition, share, context.chosen_rows(choice)
+        return row_sparse_whole_layer(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
+    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
+    for part, chosen in capture.selections.items():
+        context.selections[index, part] = chosen
+    return output
+
+
+def _open_capture(graphs: GraphCache, index: int, projections: Iterable[Projection], which: Hashable) -> LayerCapture:
+    """The capture of one pass ``which`` through a layer; its graphs hold while these weights keep their addresses."""
+    loras = [projection.lora for projection in projections]
+    tensors = [tensor for lora in loras if lora is not None for tensor in (lora.A, lora.B)]
+    tensors += [projection.base.weight for projection in projections]
+    return graphs.open(index, which, tensors, tuple(None if lora is None else lora.scale for lora in loras))
+
+
+def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
+    """Allocates memory for the layer's channel selections, if the next forward of this batch signature is captured."""
+    context, index = runtime.context, runtime.layer.index
+    if (index, context.batch_key) in graphs.reserved or not graphs.captures_next(context.batch_key):
+        return
+    for part in PARTS:
+        if runtime.is_sparse(part):
+            graphed_layer.reserve(graphs, index, part, context.selections[index, part])
+    graphs.reserved.add((index, context.batch_key))

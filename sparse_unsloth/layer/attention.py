@@ -1,0 +1,86 @@
+"""Computes a described layer's attention, from Q, K, V to the input of O, by transformers' attention interface.
+
+The interface is the one that the model's own attention module calls (SDPA, FlashAttention, flex, eager), with the same
+mask and arguments. What depends on the batch alone is in a few tensors, so that the rest can be captured in CUDA graphs
+(`fixed_tensors`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.layer.spec import LayerSpec
+from sparse_unsloth.ops.head_rotary import HeadForm, prepare_heads
+
+COSINES, SINES, MASK, POSITIONS = "cosines", "sines", "attention_mask", "position_ids"
+"""The names of fixed tensors."""
+TAKEN = ("position_embeddings", MASK, "past_key_value", "past_key_values")
+"""Arguments of an attention module that its call of the interface does not pass on by name."""
+CAPTURABLE = ("sdpa", "eager")
+"""Implementations of the interface that launch the same kernels for tensors of the same shape."""
+
+
+def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], arguments: Mapping[str, Any]) -> Tensor:
+    """Attention's output ``[batch, sequence, num_heads * head_dim]``.
+
+    Args:
+        spec: of the layer, proved.
+        module: the attention module, whose configuration names the implementation.
+        projected: Q, K and V, ``[batch, sequence, heads * head_dim]``.
+        arguments: the keyword arguments of the layer's forward.
+    """
+    query, key, value = projected
+    cosines, sines = arguments.get("position_embeddings") or (None, None)
+    query, key = prepare_heads(query, key, cosines, sines, head_form(spec))
+    if spec.query_scaling is not None:
+        beta, positions = spec.query_scaling
+        factor = 1 + beta * torch.log1p(torch.floor(arguments[POSITIONS] / positions))
+        query = query * factor[..., None, None].to(query.dtype)
+    value = value.unflatten(-1, (-1, spec.head_dim))
+    others = {name: argument for name, argument in arguments.items() if name not in TAKEN}
+    output, *_ = _interface(module)(
+        module,
+        *(one.transpose(1, 2) for one in (query, key, value)),
+        arguments.get(MASK),
+        **{**others, "dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": spec.softcap},
+    )
+    return output.flatten(-2)
+
+
+def head_form(spec: LayerSpec) -> HeadForm:
+    """How ``spec`` treats the heads of Q and K before attention."""
+    return HeadForm(spec.head_dim, spec.rotation, spec.query_norm, spec.key_norm, spec.norm_after_rotation)
+
+
+def fixed_tensors(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors that `attend` reads besides Q, K, V, for a CUDA graph; None where it cannot be captured."""
+    if module.config._attn_implementation not in CAPTURABLE:
+        return None
+    found = {}
+    if spec.rotation != "none":
+        found[COSINES], found[SINES] = arguments["position_embeddings"]
+    if spec.query_scaling is not None:
+        found[POSITIONS] = arguments[POSITIONS]
+    mask = arguments.get(MASK)
+    if mask is not None:
+        found[MASK] = mask
+    return found if all(isinstance(tensor, Tensor) for tensor in found.values()) else None
+
+
+def attend_with(fixed: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `attend` that give these fixed tensors, and nothing else."""
+    embeddings = (fixed[COSINES], fixed[SINES]) if COSINES in fixed else None
+    return {"position_embeddings": embeddings, MASK: fixed.get(MASK), POSITIONS: fixed.get(POSITIONS)}
+
+
+def _interface(module: nn.Module) -> Callable[..., Any]:
+    """The function that the attention module calls."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

@@ -1,0 +1,125 @@
+"""Whole layers of many families in the PEFT backend, through Triton's interpreter, and what has no such form."""
+
+import pytest
+import torch
+
+from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import whole_layer
+from sparse_unsloth.backends.patching import runs
+
+from family_models import make_family
+from masked_models import every_step, masked_gradients
+from recorded_layers import Rerun, share_memory
+from tiny_models import always, loss_and_gradients
+from unsloth_stand_in import assert_same, decoder_layers
+from whole_layers import SMALL, small_batch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; the acceptance run covers it"
+)
+TWO = {**SMALL, "num_hidden_layers": 2}
+NOTHING = {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}, "exact_removal": False}
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {},
+    "Ministral3": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma": {},
+    "Gemma2": {},
+    "Gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "Granite": {},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Olmo2": {},
+    "Exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+
+
+def make(family, checkpointing=False, targets=None):
+    model = make_family(family, torch.float32, targets, **TWO, **FAMILIES.get(family, {}))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    return model.train()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_proved_and_exact(family):
+    """With every channel kept: the loss and all gradients of the model before attaching."""
+    model, batch = make(family), small_batch()
+    expected = loss_and_gradients(model, batch)
+    report = attach(model, {**always(), **NOTHING})
+    assert (report.whole_layers, report.not_whole) == (2, ())
+    assert all(runs(layer, whole_layer.layer_forward) for layer in decoder_layers(model))
+    assert_same(loss_and_gradients(model, batch), expected)
+    detach(model)
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [("Llama", False), ("Llama", True), ("Gemma2", False), ("Gemma2", "reentrant"), ("Granite", True)],
+)
+def test_rows_are_chosen_as_masks_say(family, checkpointing):
+    """Stored without gradient checkpointing, recomputed with it."""
+    model, batch = make(family, checkpointing), small_batch()
+    expected = masked_gradients(model, batch)
+    report = attach(model, every_step(exact_removal=False))
+    assert report.whole_layers == 2
+    assert_same(loss_and_gradients(model, batch), expected)
+    assert get_state(model).ran == get_state(model).expected_parts()
+
+
+def test_lora_on_some_projections():
+    model, batch = make("Qwen3", targets=["q_proj", "v_proj", "down_proj"]), small_batch()
+    expected = loss_and_gradients(model, batch)
+    assert attach(model, {**always(), **NOTHING}).whole_layers == 2
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("Cohere", "its attention and MLP are computed side by side"), ("StableLm", "it has layer norms")],
+)
+def test_layers_of_another_form_run_part_by_part(family, why):
+    model, batch = make(family), small_batch()
+    expected = loss_and_gradients(model, batch)
+    report = attach(model, {**always(), **NOTHING})
+    assert report.whole_layers == 0
+    assert [reason.partition(": ")[2].startswith(why) for reason, _ in report.not_whole] == [True] * 2
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_layer_that_computes_something_else_is_named(monkeypatch):
+    model, batch = make("Llama"), small_batch()
+    layer = type(decoder_layers(model)[0])
+    original = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, x, **given: 1.1 * original(self, x, **given))
+    expected = loss_and_gradients(model, batch)
+    report = attach(model, {**always(), **NOTHING})
+    assert report.not_whole[0][0].startswith("The forward of ")
+    assert report.whole_layers == 0
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+@pytest.mark.parametrize("checkpointing", ["reentrant", True])
+@pytest.mark.parametrize("rules", ["dense", "rows"])
+def test_layers_are_captured(monkeypatch, family, checkpointing, rules):
+    """Replays give the gradients of the uncaptured layer, also with two masks and two rotary embeddings."""
+    recorder = Rerun()
+    share_memory(monkeypatch, recorder)
+    model, batch = make(family, checkpointing), small_batch()
+    setting = every_step() if rules == "rows" else {"preset": "dense"}
+    expected = masked_gradients(model, batch) if rules == "rows" else loss_and_gradients(model, batch)
+    attach(model, {**setting, "cuda_graphs": True})
+    for step in range(3):
+        assert_same(loss_and_gradients(model, batch), expected)
+        assert (recorder.recorded > 0) == (step > 0)
+    assert recorder.replayed == recorder.recorded == 6
