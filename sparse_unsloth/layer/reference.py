@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_unsloth.layer.spec import LayerSpec, Rotation
+from sparse_unsloth.layer.spec import LayerSpec
 from sparse_unsloth.model.activations import ACTIVATIONS
-from sparse_unsloth.ops.norms import Norm, normalise
+from sparse_unsloth.ops.head_rotary import reference_heads
+from sparse_unsloth.ops.norms import normalise
 from sparse_unsloth.ops.projection import Projection
 
 
@@ -45,23 +46,6 @@ def project(x: Tensor, projection: Projection) -> Tensor:
     return y if lora is None else y + lora.scale * F.linear(F.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary embedding of ``x [batch, heads, sequence, head_dim]``; channels beyond the cosines' stay."""
-    if rotation == "none":
-        return x
-    width = cosines.shape[-1]
-    if rotation == "interleaved":
-        cosines, sines = (angles[..., : width // 2].repeat_interleave(2, dim=-1) for angles in (cosines, sines))
-    turned, rest = x[..., :width].to(torch.promote_types(x.dtype, cosines.dtype)), x[..., width:]
-    if rotation == "halves":
-        first, second = turned.chunk(2, dim=-1)
-        other = torch.cat((-second, first), dim=-1)
-    else:
-        other = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    turned = turned * cosines[:, None] + other * sines[:, None]
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
-
-
 def _attention(
     spec: LayerSpec,
     x: Tensor,
@@ -70,15 +54,9 @@ def _attention(
     position_ids: Tensor | None,
 ) -> Tensor:
     q, k, v = (project(x, spec.projections[f"self_attn.{name}_proj"]) for name in "qkv")
-    after = spec.norm_after_rotation
-    q = _heads(q, None if after else spec.query_norm, spec.head_dim)
-    k = _heads(k, None if after else spec.key_norm, spec.head_dim)
-    v = _heads(v, None, spec.head_dim)
-    if position_embeddings is not None:
-        q, k = (rotate(one, *position_embeddings, spec.rotation) for one in (q, k))
-    if after:
-        q = normalise(q.transpose(1, 2), spec.query_norm).transpose(1, 2)
-        k = normalise(k.transpose(1, 2), spec.key_norm).transpose(1, 2)
+    angles = (None, None) if position_embeddings is None else position_embeddings
+    heads = *reference_heads(q, k, *angles, spec.head_form), v.unflatten(-1, (-1, spec.head_dim))
+    q, k, v = (one.transpose(1, 2) for one in heads)
     if spec.query_scaling is not None:
         beta, positions = spec.query_scaling
         factor = 1 + beta * torch.log1p(torch.floor(position_ids / positions))
@@ -93,15 +71,6 @@ def _attention(
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return project((weights @ v).transpose(1, 2).flatten(-2), spec.projections["self_attn.o_proj"])
-
-
-def _heads(x: Tensor, norm: Norm | None, head_dim: int) -> Tensor:
-    """``x [batch, sequence, heads * head_dim]`` as ``[batch, heads, sequence, head_dim]``, normalised."""
-    whole = norm is not None and norm.weight is not None and norm.weight.shape[-1] == x.shape[-1] != head_dim
-    if whole:
-        x = normalise(x, norm)
-    x = x.unflatten(-1, (-1, head_dim))
-    return (x if whole else normalise(x, norm)).transpose(1, 2)
 
 
 def _mlp(spec: LayerSpec, x: Tensor) -> Tensor:

@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.ops.head_rotary import HeadForm, Rotation
 from sparse_unsloth.ops.norms import Norm, normalise
 from sparse_unsloth.ops.projection import Projection, check_adapters, check_frozen, read_projection
 
 T = TypeVar("T")
-Rotation = Literal["halves", "pairs", "interleaved", "none"]
-"""Which two channels of a head turn together: ``i`` and ``i + n/2`` (halves), or ``2i`` and ``2i + 1``, where the model
-gives each angle twice in a row (pairs) or all angles twice (interleaved); or none does."""
 
 LAYER_PARTS = {
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
@@ -44,7 +42,7 @@ class LayerSpec:
         attention_norm, attention_output_norm, mlp_norm, mlp_output_norm: N1 to N4; None where there is none.
         query_norm, key_norm: of each head, or of all heads together where the weight is as wide as the projection.
         projections: ``{"self_attn.q_proj": ..., "mlp.down_proj": ...}``, with LoRA or without.
-        rotation: see `Rotation`; cosines and sines are the model's own.
+        rotation: see `sparse_unsloth.ops.head_rotary.Rotation`; cosines and sines are the model's own.
         norm_after_rotation: whether the head norms come after the rotary embedding.
         query_scaling: ``(beta, n)``: a query at position p is scaled by ``1 + beta log(1 + floor(p / n))``.
         scaling: of the scores ``Q K'``.
@@ -72,6 +70,11 @@ class LayerSpec:
     window: int | None = None
     residual_multiplier: float = 1.0
     parallel: bool = False
+
+    @property
+    def head_form(self) -> HeadForm:
+        """What becomes of queries and keys before attention; `query_scaling` apart."""
+        return HeadForm(self.head_dim, self.rotation, self.query_norm, self.key_norm, self.norm_after_rotation)
 
 
 def read_spec(layer: DecoderLayer) -> LayerSpec:

@@ -9,6 +9,7 @@ without ``TRITON_INTERPRET``. It prints a line per kernel; an exception is a fai
 from __future__ import annotations
 
 import importlib
+from itertools import product
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
+from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, rotary, scores, select
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -79,6 +80,16 @@ def compile_norms() -> None:
         norms.norm_backward(draw(40, 64), order, draw(40, 64), torch.rand(40), draw(64), draw(40, 64), order)
 
 
+def compile_rotary() -> None:
+    norms_of_heads = (None, None), ((draw(96), 1e-6, 0.0), (draw(96), 1e-6, 1.0)), ((None, 1e-6, 0.0), None)
+    for rotation, pair in product(("halves", "pairs", "interleaved", "none"), norms_of_heads):
+        angles = (None, None) if rotation == "none" else (torch.randn(20, 64), torch.randn(20, 64))
+        query, key = draw(40, 6 * 96), draw(40, 2 * 96)
+        rotary.rotary_forward(query, key, *angles, rotation, 96, *pair)
+        kept = (None, None) if pair == (None, None) else (query, key)
+        rotary.rotary_backward(query, key, *kept, *angles, rotation, 96, *pair)
+
+
 def compile_dequantize() -> None:
     for kind, nested in (("nf4", True), ("fp4", False)):
         packed, state = quantize_4bit(torch.randn(64, 128), quant_type=kind, compress_statistics=nested)
@@ -114,7 +125,7 @@ def compile_selection() -> None:
 
 
 def main() -> None:
-    for module in ("columns", "dequantize", "gated", "glu", "lora", "norms", "scores", "select"):
+    for module in ("columns", "dequantize", "gated", "glu", "lora", "norms", "rotary", "scores", "select"):
         importlib.import_module(f"sparse_unsloth.kernels.{module}").launch = compile_instead
     for kind in glu.KINDS:
         compile_glu(kind)
@@ -122,6 +133,7 @@ def main() -> None:
         gated.gated_backward(draw(8, 64), draw(8, 64), draw(8, 64), kind)
     compile_columns()
     compile_norms()
+    compile_rotary()
     compile_dequantize()
     compile_lora()
     compile_selection()
