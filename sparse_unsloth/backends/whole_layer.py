@@ -80,8 +80,8 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.context is not None and runtime.context.probe:
         return _prove(runtime, hidden_states, kwargs)
-    compute = _compute_checkpointed if in_checkpoint() and torch.is_grad_enabled() else _compute
-    output = None if args else compute(runtime, hidden_states, kwargs)
+    by_itself = runtime.state.config.exact_removal and torch.is_grad_enabled() and in_checkpoint()
+    output = None if args else (_compute_checkpointed if by_itself else _compute)(runtime, hidden_states, kwargs)
     if output is None:
         return plain_forward(self, hidden_states, *args, **kwargs)
     return (output,) if runtime.fast.returns_tuple else output
@@ -142,7 +142,7 @@ def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, argument
     norms, projections = runtime.fast.norms(), runtime.fast.projections()
     if norms is None or projections is None or not _applies(runtime, hidden_states, arguments, norms):
         return None
-    context, removal = runtime.context, runtime.state.config.exact_removal
+    context = runtime.context
 
     def run(x: Tensor) -> Tensor:
         before, runtime.context = runtime.context, context
@@ -151,7 +151,7 @@ def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, argument
         finally:
             runtime.context = before
 
-    restores = removal and in_backward() and context.memo(runtime.layer.index).with_gradients is False
+    restores = in_backward() and context.memo(runtime.layer.index).with_gradients is False
     return checkpointed(hidden_states, None if restores else run, run, lora_tensors_of(projections))
 
 
