@@ -129,8 +129,10 @@ def _plan(
             context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)
         )
     plan = LayerPlan(
-        input_norm=norm_of(module.input_layernorm),
-        output_norm=norm_of(module.post_attention_layernorm),
+        attention_norm=norm_of(module.input_layernorm),
+        attention_output_norm=None,
+        mlp_norm=norm_of(module.post_attention_layernorm),
+        mlp_output_norm=None,
         attention=attention,
         mlp=mlp,
         projections=projections,

@@ -14,8 +14,9 @@ from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
 from sparse_unsloth.model.decoder_layer import DecoderLayer
-from sparse_unsloth.ops.decoder_layer import LayerPlan, Norm, RowOrder
+from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder
 from sparse_unsloth.ops.dispatch import use_kernels
+from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection, read_projection
 from sparse_unsloth.runtime.state import LayerRuntime
 from sparse_unsloth.tokens.partition import TokenPartition
@@ -103,9 +104,11 @@ def plan_of_rows(
     if projections is None:
         return None
     every = RowOrder(partition, False)
-    norms = norm_of(module.input_layernorm), norm_of(module.post_attention_layernorm)
     return LayerPlan(
-        *norms,
+        norm_of(module.input_layernorm),
+        None,
+        norm_of(module.post_attention_layernorm),
+        None,
         every,
         every,
         projections,
