@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.kernel_suite.checks import Case
 from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
 from sparse_unsloth.kernels.norms import Order
+from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.tokens.partition import TokenPartition
 
 
@@ -298,19 +299,20 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     partition = draw.partition(sizes.dense, sizes.context, sizes.padding)
     role = Order(partition.place, sizes.dense, sizes.dense + sizes.context)
     natural = Order(None, 0, M)
-    weight, eps, full = draw(H), 1e-5, e * M * H
+    norm, offset, full = Norm(draw(H), 1e-5), Norm(draw(H), 1e-6, 1.0), e * M * H
     for name, added, normed in (
         ("before attention", None, role), ("before a dense part", None, natural), ("after attention", role, role),
         ("after a dense part", natural, role), ("before a dense part, added", role, natural),
     ):  # fmt: skip
         values = None if added is None else draw(added.size, H)
         yield Case(
-            "add_norm", f"{M}x{H} {name}", (draw(M, H), values, added, weight, normed),
-            lambda stream, values, added, weight, normed: norms.add_norm(stream, values, added, weight, eps, normed),
-            lambda stream, values, added, weight, normed: norms.reference_add_norm(
-                stream, values, added, weight, eps, normed
-            ), full * (2 if added is None else 4),
+            "add_norm", f"{M}x{H} {name}", (draw(M, H), values, added, norm, normed),
+            norms.add_norm, norms.reference_add_norm, full * (2 if added is None else 4),
         )  # fmt: skip
+    yield Case(
+        "add_norm", f"{M}x{H} after a normalised part", (draw(M, H), draw(role.size, H), role, norm, natural, offset),
+        lambda *inputs: norms.add_norm(*inputs[:-1], added_norm=inputs[-1]), norms.reference_add_norm, full * 4,
+    )  # fmt: skip
     for name, order in (("by role", role), ("in order", natural)):
         yield Case(
             "add_rows", f"{M}x{H} {name}", (draw(M, H), draw(order.size, H), order), norms.add_rows,
@@ -318,11 +320,18 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         )  # fmt: skip
     for name, order, again in (("", role, None), (" natural", natural, None), (" twice", role, role)):
         stream = draw(M, H)
-        scale = (stream.float().square().mean(1) + eps).rsqrt()
+        scale = (stream.float().square().mean(1) + norm.eps).rsqrt()
         yield Case(
-            "norm_backward", f"{M}x{H}{name}", (draw(order.size, H), order, stream, scale, weight, draw(M, H), again),
+            "norm_backward", f"{M}x{H}{name}", (draw(order.size, H), order, stream, scale, norm, draw(M, H), again),
             norms.norm_backward, norms.reference_norm_backward, full * (4 if again is None else 5),
         )  # fmt: skip
+    values = draw(role.size, H)
+    yield Case(
+        "norm_backward", f"{M}x{H} of a normalised part",
+        (draw(M, H), natural, stream, scale, norm, draw(M, H), role, values, offset),
+        lambda *inputs: norms.norm_backward(*inputs[:-2], added=inputs[-2], added_norm=inputs[-1]),
+        norms.reference_norm_backward, full * 6,
+    )  # fmt: skip
 
 
 @kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from sparse_unsloth.kernels.norms import Order
+from sparse_unsloth.ops.norms import Norm
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 """Relative error that one rounding to the dtype, or another order of fp32 sums, explains."""
@@ -125,6 +126,8 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(change_tensors(part, change) for part in value)
     if isinstance(value, Order):
         return Order(change_tensors(value.place, change), value.num_dense, value.size)
+    if isinstance(value, Norm):
+        return replace(value, weight=change_tensors(value.weight, change))
     if isinstance(value, QuantState):
         state = copy.copy(value)
         state.__dict__.pop("_sparse_arguments", None)

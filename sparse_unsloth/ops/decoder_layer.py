@@ -16,22 +16,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, norm_backward
+from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, added_backward, norm_backward
 from sparse_unsloth.ops.fused_linear import FusedOutputProjection, FusedQKV
 from sparse_unsloth.ops.fused_mlp import FusedMlp, channel_order
-from sparse_unsloth.ops.linear import as_loras, lora_tensors
+from sparse_unsloth.ops.linear import as_loras, lora_scale
+from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.tokens.partition import TokenPartition
 
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm with a frozen weight ``[hidden_size]``."""
-
-    weight: Tensor
-    eps: float
+RANK_WITHOUT_LORA = 16
+"""Of the zeros that stand for the LoRA matrices of projections of which none has LoRA: rows stay aligned."""
 
 
 class RowOrder:
@@ -58,21 +55,25 @@ class RowOrder:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one call of a layer computes.
+    """What one call of a layer computes: ``h = x + r N2(attention(N1(x)))``, ``y = h + r N4(mlp(N3(h)))``.
 
     Args:
-        input_norm, output_norm: before attention and before the MLP.
+        attention_norm, attention_output_norm, mlp_norm, mlp_output_norm: N1 to N4, RMS norms without bias; None where
+            there is none.
         attention, mlp: the order of each part's rows.
-        projections: q, k, v, o, gate, up, down. All have LoRA; q, k, v share one rank, and gate, up, down share one.
+        projections: q, k, v, o, gate, up, down, with LoRA or without; the MLP's have no bias.
         activation: of the MLP, a key of `ACTIVATIONS`.
         choose_attention, choose_mlp: select a part's channels from its normalised context rows ``[n, hidden_size]``;
             called only if the part is sparse.
         output_unused: whether this is a recompute whose output is unused; its backward comes next.
         keep: whether backward follows, so that forward saves its intermediates.
+        residual_multiplier: r.
     """
 
-    input_norm: Norm
-    output_norm: Norm
+    attention_norm: Norm | None
+    attention_output_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp_output_norm: Norm | None
     attention: RowOrder
     mlp: RowOrder
     projections: Sequence[Projection]
@@ -81,6 +82,7 @@ class LayerPlan:
     choose_mlp: Callable[[Tensor], MlpSelection]
     output_unused: bool
     keep: bool
+    residual_multiplier: float = 1.0
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The selected channels of q, k, v, o; empty in a dense part. None as ``normed``: selected before."""
@@ -90,10 +92,13 @@ class LayerPlan:
         return selection.q, selection.k, selection.v, selection.o
 
     def with_loras(self, loras: Sequence[Tensor]) -> LayerPlan:
-        """The same plan with other LoRA matrices: A and B of each projection in turn."""
+        """The same plan with other LoRA matrices, in the order of `lora_tensors_of`."""
+        others = iter(loras)
         projections = [
-            replace(projection, lora=replace(projection.lora, A=A, B=B))
-            for projection, A, B in zip(self.projections, loras[::2], loras[1::2], strict=True)
+            projection
+            if projection.lora is None
+            else replace(projection, lora=replace(projection.lora, A=next(others), B=next(others)))
+            for projection in self.projections
         ]
         return replace(self, projections=projections)
 
@@ -106,10 +111,25 @@ class LayerPlan:
         order = channel_order(selection.channels, size) if selection.order is None else selection.order
         return selection.channels, order
 
+    def natural_gradient(self, d_total: Tensor, d_part: Tensor) -> Tensor | None:
+        """The gradient of attention's output in natural order, if `norm_backward` computed it.
+
+        Args:
+            d_total, d_part: its results, the gradients of the sum and of the sorted output.
+        """
+        if not self.attention.sparse:
+            return d_part
+        return d_total if self.attention_output_norm is None and self.residual_multiplier == 1 else None
+
+    @property
+    def adds_mlp_output(self) -> bool:
+        """Whether the MLP's output is added to the residual stream as it is."""
+        return self.mlp_output_norm is None and self.residual_multiplier == 1
+
 
 def pre_attention(hidden_states: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(Q, K, V, residual)`` of ``hidden_states [..., hidden_size]``; the residual is ``hidden_states``."""
-    return _PreAttention.apply(hidden_states, plan, *lora_tensors_of(plan.projections[:3]))
+    return _PreAttention.apply(hidden_states, plan, *padded_loras(plan.projections[:3]))
 
 
 def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
@@ -119,21 +139,16 @@ def post_attention(attention_output: Tensor, residual: Tensor, plan: LayerPlan) 
         attention_output: ``[..., heads * head_dim]``, before o_proj.
         residual: as returned by `pre_attention`.
     """
-    return _PostAttention.apply(attention_output, residual, plan, *lora_tensors_of(plan.projections[3:]))
+    return _PostAttention.apply(attention_output, residual, plan, *after_attention_loras(plan))
 
 
 class _PreAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, plan: LayerPlan, *loras: Tensor):
-        x, norm, rows = hidden_states.flatten(0, -2), plan.input_norm, plan.attention
+        x = hidden_states.flatten(0, -2)
         with without_autocast(x):
-            _, normed, scale = add_norm(x, None, None, norm.weight, norm.eps, rows.order)
-            projections = plan.projections[:3]
-            fused = FusedQKV(
-                rows.partition, [projection.base for projection in projections], loras,
-                [projection.lora.scale for projection in projections], plan.attention_indices(normed)[:3], x.dtype,
-                plan.output_unused,
-            )  # fmt: skip
+            _, normed, scale = add_norm(x, None, None, plan.attention_norm, plan.attention.order)
+            fused = fused_qkv(plan, loras, plan.attention_indices(normed)[:3], x.dtype)
             outputs, xA = fused.forward(normed)
         ctx.plan, ctx.fused = plan, fused
         ctx.save_for_backward(hidden_states, normed, scale, xA, *loras)
@@ -147,8 +162,9 @@ class _PreAttention(torch.autograd.Function):
         *gradients, d_residual = (dy.flatten(0, -2) for dy in gradients)
         with without_autocast(x):
             d_normed, lora_gradients = ctx.fused.backward(gradients, normed, xA)
-            order, weight = plan.attention.order, plan.input_norm.weight
-            dx, _ = norm_backward(d_normed, order, x, scale, weight, d_residual.contiguous())
+            dx, _ = norm_backward(
+                d_normed, plan.attention.order, x, scale, plan.attention_norm, d_residual.contiguous()
+            )
         return dx.view(hidden_states.shape), None, *as_loras(lora_gradients, loras)
 
 
@@ -156,41 +172,113 @@ class _PostAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, *loras: Tensor):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
-        output = plan.projections[3]
-        norm, rows = plan.output_norm, plan.mlp
         with without_autocast(a):
-            o = FusedOutputProjection(
-                plan.attention.partition, output.base, loras[:2], output.lora.scale, plan.attention_indices(None)[3],
-                a.dtype, plan.output_unused,
-            )  # fmt: skip
-            y, xA = o.forward(a)
-            total, normed, scale = add_norm(stream, y, plan.attention.order, norm.weight, norm.eps, rows.order)
-            del y
-            mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
-            if plan.output_unused:
-                saved, result = (), stream.new_zeros(()).expand(stream.shape)
-            else:
-                y, saved = mlp.forward(normed, plan.keep)
-                result = add_rows(total, y, rows.order)
-        ctx.plan, ctx.o, ctx.mlp, ctx.num_loras = plan, o, mlp, len(loras)
-        ctx.save_for_backward(attention_output, xA, total, normed, scale, *loras, *saved)
+            result, parts, saved = after_attention(a, stream, plan, loras)
+        ctx.plan, ctx.parts, ctx.shape, ctx.num_loras = plan, parts, attention_output.shape, len(loras)
+        ctx.save_for_backward(*loras, *saved)
         return result.view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        attention_output, xA, total, normed, scale, *rest = ctx.saved_tensors
-        loras, saved, plan = rest[: ctx.num_loras], rest[ctx.num_loras :], ctx.plan
-        a, dy = attention_output.flatten(0, -2), gradient.flatten(0, -2).contiguous()
-        with without_autocast(a):
-            d_normed, mlp_gradients = ctx.mlp.backward(plan.mlp.sort(dy), normed, saved)
-            d_total, d_sorted = norm_backward(
-                d_normed, plan.mlp.order, total, scale, plan.output_norm.weight, dy, plan.attention.order
-            )
-            del d_normed
-            da, o_gradients = ctx.o.backward(d_total, d_sorted, a, xA)
-        lora_gradients = as_loras([*o_gradients, *mlp_gradients], loras)
-        return da.view(attention_output.shape), d_total.view(gradient.shape), None, *lora_gradients
+        tensors = ctx.saved_tensors
+        loras, saved = tensors[: ctx.num_loras], tensors[ctx.num_loras :]
+        dy = gradient.flatten(0, -2).contiguous()
+        with without_autocast(dy):
+            da, d_stream, lora_gradients = after_attention_backward(dy, ctx.plan, ctx.parts, saved)
+        return da.view(ctx.shape), d_stream.view(gradient.shape), None, *as_loras(lora_gradients, loras)
+
+
+def after_attention(
+    a: Tensor, stream: Tensor, plan: LayerPlan, loras: Sequence[Tensor]
+) -> tuple[Tensor, tuple[FusedOutputProjection, FusedMlp], list[Tensor | None]]:
+    """`post_attention` of rows, without autograd: the output, and what `after_attention_backward` takes.
+
+    Args:
+        a: ``[M, heads * head_dim]``; ``stream [M, hidden_size]``.
+        loras: the result of `after_attention_loras`.
+
+    Returns:
+        The output ``[M, hidden_size]`` (zeros if it is unused), the two parts, and the tensors to save.
+    """
+    o = output_projection(plan, loras[:2], plan.attention_indices(None)[3], a.dtype)
+    y, xA = o.forward(a)
+    norm, order = plan.attention_output_norm, plan.attention.order
+    total, normed, scale = add_norm(
+        stream, y, order, plan.mlp_norm, plan.mlp.order, None, norm, plan.residual_multiplier
+    )
+    saved = [a, xA, None if norm is None else y, total, normed, scale]
+    del y
+    mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
+    if plan.output_unused:
+        return stream.new_zeros(()).expand(stream.shape), (o, mlp), saved
+    y, kept = mlp.forward(normed, plan.keep)
+    result = add_rows(total, y, plan.mlp.order, plan.mlp_output_norm, plan.residual_multiplier)
+    if plan.keep:
+        saved += kept if plan.mlp_output_norm is None else (*kept, y)
+    return result, (o, mlp), saved
+
+
+def after_attention_backward(
+    dy: Tensor, plan: LayerPlan, parts: tuple[FusedOutputProjection, FusedMlp], saved: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of `after_attention`'s ``a`` and ``stream``, and of the LoRA matrices.
+
+    Args:
+        dy: ``[M, hidden_size]``, contiguous.
+    """
+    (o, mlp), (a, xA, y, total, normed, scale, *kept) = parts, saved
+    d_normed, mlp_gradients = mlp_backward(dy, plan, mlp, normed, kept)
+    d_total, d_part = norm_backward(
+        d_normed, plan.mlp.order, total, scale, plan.mlp_norm, dy, plan.attention.order,
+        added=y, added_norm=plan.attention_output_norm, multiplier=plan.residual_multiplier,
+    )  # fmt: skip
+    del d_normed
+    da, o_gradients = o.backward(plan.natural_gradient(d_total, d_part), d_part, a, xA)
+    return da, d_total, [*o_gradients, *mlp_gradients]
+
+
+def mlp_backward(
+    dy: Tensor, plan: LayerPlan, mlp: FusedMlp, normed: Tensor, kept: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of ``normed``, which `after_attention` gave the MLP, and of its LoRA matrices.
+
+    The output norm's gradient needs the MLP's output: where nothing was kept, the MLP is computed here.
+
+    Args:
+        dy: ``[M, hidden_size]``, of the layer's output, contiguous.
+        kept: `FusedMlp.forward`'s intermediates, and its output where there is an output norm; or nothing.
+    """
+    norm, y = plan.mlp_output_norm, None
+    if norm is not None:
+        if kept:
+            *kept, y = kept
+        else:
+            y, kept = mlp.forward(normed, True)
+    if plan.adds_mlp_output:
+        dy = plan.mlp.sort(dy)
+    else:
+        dy = added_backward(dy, plan.mlp.order, y, norm, plan.residual_multiplier)
+    return mlp.backward(dy, normed, kept)
+
+
+def fused_qkv(plan: LayerPlan, loras: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype) -> FusedQKV:
+    """Q, K and V of ``plan`` with the channels ``indices``, and ``loras`` from `padded_loras`."""
+    projections = plan.projections[:3]
+    return FusedQKV(
+        plan.attention.partition, [projection.base for projection in projections], loras,
+        [lora_scale(projection) for projection in projections], indices, dtype, plan.output_unused,
+    )  # fmt: skip
+
+
+def output_projection(
+    plan: LayerPlan, loras: Sequence[Tensor], index: Tensor, dtype: torch.dtype
+) -> FusedOutputProjection:
+    """O of ``plan`` with the channels ``index``."""
+    projection = plan.projections[3]
+    return FusedOutputProjection(
+        plan.attention.partition, projection.base, loras, lora_scale(projection), index, dtype, plan.output_unused
+    )
 
 
 def fused_mlp(
@@ -200,14 +288,41 @@ def fused_mlp(
     partition, projections = plan.mlp.partition, plan.projections[4:]
     return FusedMlp(
         partition.num_dense, partition.num_context, [projection.base for projection in projections], loras,
-        tuple(projection.lora.scale for projection in projections), plan.activation, channels, order,
-        dtype,
+        tuple(lora_scale(projection) for projection in projections), plan.activation, channels, order, dtype,
     )  # fmt: skip
 
 
 def lora_tensors_of(projections: Sequence[Projection]) -> list[Tensor]:
-    """A and B of each projection in turn."""
-    return [tensor for projection in projections for tensor in lora_tensors(projection)]
+    """A and B of each projection that has LoRA, in turn."""
+    return [
+        tensor for projection in projections if (lora := projection.lora) is not None for tensor in (lora.A, lora.B)
+    ]
+
+
+def padded_loras(projections: Sequence[Projection]) -> list[Tensor]:
+    """A and B of each projection in turn, all of one rank: with zeros where ranks differ or there is no LoRA.
+
+    Gradients go to the real matrices alone. Those of one rank are returned as they are.
+    """
+    tensors = lora_tensors_of(projections)
+    ranks = [A.shape[0] for A in tensors[::2]]
+    if len(ranks) == len(projections) and len(set(ranks)) == 1:
+        return tensors
+    rank, padded = max(ranks, default=RANK_WITHOUT_LORA), []
+    for projection in projections:
+        (height, width), lora = projection.base.shape, projection.lora
+        if lora is None:
+            like = tensors[0] if tensors else torch.empty(0, device=projection.base.device)
+            padded += [like.new_zeros((rank, width)), like.new_zeros((height, rank))]
+        else:
+            missing = rank - lora.A.shape[0]
+            padded += [F.pad(lora.A, (0, 0, 0, missing)), F.pad(lora.B, (0, missing))] if missing else [lora.A, lora.B]
+    return padded
+
+
+def after_attention_loras(plan: LayerPlan) -> list[Tensor]:
+    """A and B of o, gate, up and down: `padded_loras` of O, and of the MLP."""
+    return padded_loras(plan.projections[3:4]) + padded_loras(plan.projections[4:])
 
 
 class without_autocast:

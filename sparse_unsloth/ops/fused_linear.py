@@ -154,20 +154,23 @@ class FusedOutputProjection:
                 self._stack(index).matmul_transposed(part, out=y[rows])
         return y if bias is None else y.add_(bias.detach().to(y.dtype)), xA
 
-    def backward(self, dy: Tensor, sorted_dy: Tensor, x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, dy: Tensor | None, sorted_dy: Tensor, x: Tensor, xA: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``dx [M, in_features]`` and the LoRA gradients ``[dA, dB]``.
 
         Args:
-            dy: ``[M, out_features]`` in natural order; ``sorted_dy [n, out_features]``: the same sorted by role.
+            dy: ``[M, out_features]`` in natural order, if the caller has it.
+            sorted_dy: ``[n, out_features]``: the same sorted by role.
         """
         partition, products = self.partition, []
         xA_width, width = xA.shape[1], x.shape[1]
         for rows, index in _rows_of_roles(partition, self.index):
             columns = xA_width + (width if index is None else len(index))
             exist = rows.stop > rows.start
-            products.append(self._stack(index).matmul(sorted_dy[rows]) if exist else dy.new_empty((0, columns)))
+            products.append(self._stack(index).matmul(sorted_dy[rows]) if exist else xA.new_empty((0, columns)))
         (dx,), d_xA = join_columns(self.A.t(), *products, partition.place, self.index, [width], [len(self.index)])
         dA = product_fp32(d_xA.t(), x)
+        if dy is None:  # xA is narrow, so its rows are sorted
+            dy, xA = sorted_dy, xA.index_select(0, partition.rows)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), xA)]
 
     def _stack(self, index: Tensor | None) -> WeightStack:

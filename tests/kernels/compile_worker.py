@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, rotary, scores, select
+from sparse_unsloth.ops.norms import Norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -73,11 +74,18 @@ def compile_columns() -> None:
 
 def compile_norms() -> None:
     natural, sorted_rows = norms.Order(None, 0, 40), norms.Order(torch.arange(40), 10, 40)
+    plain, offset, weightless = Norm(draw(64), 1e-5), Norm(draw(64), 1e-5, 1.0), Norm(None, 1e-5)
     for order in (natural, sorted_rows):
-        norms.add_norm(draw(40, 64), None, None, draw(64), 1e-5, order)
-        norms.add_norm(draw(40, 64), draw(40, 64), order, draw(64), 1e-5, order)
+        norms.add_norm(draw(40, 64), None, None, plain, order)
         norms.add_rows(draw(40, 64), draw(40, 64), order)
-        norms.norm_backward(draw(40, 64), order, draw(40, 64), torch.rand(40), draw(64), draw(40, 64), order)
+        norms.added_backward(draw(40, 64), order, draw(40, 64), offset, 0.5)
+        forms = ((plain, None, 1.0), (offset, offset, 1.0), (weightless, weightless, 0.5), (None, plain, 1.0))
+        for norm, added_norm, multiplier in forms:
+            norms.add_norm(draw(40, 64), draw(40, 64), order, norm, order, None, added_norm, multiplier)
+            norms.norm_backward(
+                draw(40, 64), order, draw(40, 64), None if norm is None else torch.rand(40), norm, draw(40, 64), order,
+                added=draw(40, 64), added_norm=added_norm, multiplier=multiplier,
+            )  # fmt: skip
 
 
 def compile_rotary() -> None:

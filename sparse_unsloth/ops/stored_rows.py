@@ -1,0 +1,84 @@
+"""Computes what follows attention for every row, and takes its backward pass through chosen rows without a recompute.
+
+Defined in docs/how-it-works.md, section 3.1. The gradients are those of `rows.backward.backward_rows` over
+`ops.decoder_layer.post_attention`, which computes O, gate and up again for the n chosen rows of width H: here forward
+stores what they gave, which saves ``2 n H (heads * head_dim + 2 I)`` FLOPs of frozen products a layer.
+
+Bytes stored a layer and row, e bytes an element: ``e (heads * head_dim + 2 H + 2 I + 4 r)``, and ``e H`` for each
+output norm (Llama-3-8B in bf16: 82 KB). Without ``plan.keep``, the MLP's ``e (2 I + 3 r)`` are computed again instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_unsloth.ops.decoder_layer import (
+    LayerPlan,
+    RowOrder,
+    after_attention,
+    after_attention_backward,
+    after_attention_loras,
+    fused_mlp,
+    output_projection,
+    without_autocast,
+)
+from sparse_unsloth.ops.linear import as_loras
+from sparse_unsloth.rows.choice import RowChoice
+
+
+def post_attention_of_rows(
+    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder
+) -> Tensor:
+    """`post_attention`, differentiated through the rows of ``choice`` only; launches the same kernels each time.
+
+    Other rows pass the gradient on by the residual stream alone.
+
+    Args:
+        attention_output: ``[..., heads * head_dim]``, before o_proj; ``residual [..., hidden_size]``. Flattened, their
+            rows are those of the choice's partition.
+        plan: computes every row densely; with ``keep``, as backward follows.
+        choice: selects the rows in backward, by the gradient of the output.
+        chosen: the natural order of the chosen rows alone, see `RowChoice.as_partition`.
+    """
+    return _StoredRows.apply(attention_output, residual, plan, choice, chosen, *after_attention_loras(plan))
+
+
+class _StoredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder, *loras
+    ):
+        a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
+        with without_autocast(a):
+            result, _, saved = after_attention(a, stream, plan, loras)
+        ctx.plan, ctx.choice, ctx.shape = replace(plan, attention=chosen, mlp=chosen), choice, attention_output.shape
+        ctx.num_loras = len(loras)
+        ctx.save_for_backward(*loras, *saved)
+        return result.view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        tensors, plan, dy = ctx.saved_tensors, ctx.plan, gradient.flatten(0, -2)
+        loras, saved = tensors[: ctx.num_loras], tensors[ctx.num_loras :]
+        rows = ctx.choice.select(dy)
+        with without_autocast(dy):
+            selected_dy, *saved = gather([dy, *saved], rows)
+            a, *_, normed, _ = saved[:6]
+            o = output_projection(plan, loras[:2], plan.attention_indices(None)[3], a.dtype)
+            mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)
+            da, d_stream, lora_gradients = after_attention_backward(selected_dy, plan, (o, mlp), saved)
+            d_attention = da.new_zeros((len(dy), da.shape[1])).index_copy_(0, rows, da)
+            d_residual = dy.clone().index_copy_(0, rows, d_stream)
+        d_inputs = d_attention.view(ctx.shape), d_residual.view(gradient.shape)
+        return *d_inputs, None, None, None, *as_loras(lora_gradients, loras)
+
+
+def gather(tensors: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """The ``rows`` of each tensor."""
+    return [None if tensor is None else tensor.index_select(0, rows) for tensor in tensors]
