@@ -24,7 +24,7 @@ from torch import Tensor
 from sparse_unsloth.kernels.launch import launch
 
 TILE = 1024, 4096
-"""Fewest and most elements of a program's tile; in between it takes as many heads as there are keys."""
+"""Fewest and most elements of a program's tile; in between it has as many heads as the keys have."""
 HeadNorm = tuple[Tensor | None, float, float]
 """``(weight [head_dim] or None, eps, offset)`` of an RMS norm of each head, as in `sparse_unsloth.ops.norms.Norm`."""
 NO_NORM = None, None, 0.0
@@ -78,11 +78,10 @@ def _normalise(x, root, weight, like, o_channel, OFFSET: tl.constexpr, HEAD_DIM:
 
 @triton.jit
 def _forward(
-    x, output, weight, eps, stride, num_heads, block, cosines, sines, positions,
+    x, output, weight, eps, stride, num_heads, row, block, cosines, sines, positions,
     ROTATION: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     o_head = block * HEADS + tl.arange(0, HEADS)
     o_channel = tl.arange(0, DIM)
     m_head = (o_head < num_heads)[:, None]
@@ -133,27 +132,28 @@ def rotary_forward_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    block = tl.program_id(1)
     query_blocks = tl.cdiv(num_heads, HEADS)
+    blocks = query_blocks + tl.cdiv(num_kv_heads, HEADS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     if block < query_blocks:
         _forward(
-            query, query_output, query_weight, query_eps, query_stride, num_heads, block, cosines, sines, positions,
-            ROTATION, QUERY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
+            query, query_output, query_weight, query_eps, query_stride, num_heads, row, block, cosines, sines,
+            positions, ROTATION, QUERY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
         )  # fmt: skip
     else:
         _forward(
-            key, key_output, key_weight, key_eps, key_stride, num_kv_heads, block - query_blocks, cosines, sines,
+            key, key_output, key_weight, key_eps, key_stride, num_kv_heads, row, block - query_blocks, cosines, sines,
             positions, ROTATION, KEY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    gradient, x, output, weight, eps, stride, num_heads, block, cosines, sines, positions,
+    gradient, x, output, weight, eps, stride, num_heads, row, block, cosines, sines, positions,
     ROTATION: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     o_head = block * HEADS + tl.arange(0, HEADS)
     o_channel = tl.arange(0, DIM)
     m_head = (o_head < num_heads)[:, None]
@@ -209,17 +209,19 @@ def rotary_backward_kernel(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    block = tl.program_id(1)
     query_blocks = tl.cdiv(num_heads, HEADS)
+    blocks = query_blocks + tl.cdiv(num_kv_heads, HEADS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     if block < query_blocks:
         _backward(
-            d_query, query, query_output, query_weight, query_eps, query_stride, num_heads, block, cosines, sines,
+            d_query, query, query_output, query_weight, query_eps, query_stride, num_heads, row, block, cosines, sines,
             positions, ROTATION, QUERY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
         )  # fmt: skip
     else:
         _backward(
-            d_key, key, key_output, key_weight, key_eps, key_stride, num_kv_heads, block - query_blocks, cosines, sines,
-            positions, ROTATION, KEY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
+            d_key, key, key_output, key_weight, key_eps, key_stride, num_kv_heads, row, block - query_blocks, cosines,
+            sines, positions, ROTATION, KEY_OFFSET, HEAD_DIM, WIDTH, HEADS, DIM,
         )  # fmt: skip
 
 
@@ -275,9 +277,7 @@ def rotary_backward(
     return outputs
 
 
-def _plan(
-    outputs, strides, cosines, sines, rotation, head_dim, query_norm, key_norm
-) -> tuple[tuple, dict, tuple[int, int]]:
+def _plan(outputs, strides, cosines, sines, rotation, head_dim, query_norm, key_norm) -> tuple[tuple, dict, tuple[int]]:
     """``(the arguments from the outputs on, constants, grid)`` of either kernel."""
     weights, epsilons, offsets = zip(query_norm or NO_NORM, key_norm or NO_NORM, strict=True)
     positions, width = (1, 0) if cosines is None else cosines.shape
@@ -289,4 +289,4 @@ def _plan(
         "HEAD_DIM": head_dim, "WIDTH": width, "HEADS": tile, "DIM": dim,
     }  # fmt: skip
     arguments = *outputs, cosines, sines, *weights, *epsilons, *strides, heads, kv_heads, positions
-    return arguments, constants, (outputs[0].shape[0], -(-heads // tile) - (-kv_heads // tile))
+    return arguments, constants, (outputs[0].shape[0] * (-(-heads // tile) - (-kv_heads // tile)),)

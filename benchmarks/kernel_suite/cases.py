@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from benchmarks.kernel_suite.checks import Case
-from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, scores, select
+from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.kernels.norms import Order
+from sparse_unsloth.ops.head_rotary import HeadForm, reference_heads
 from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -389,3 +391,48 @@ def selection(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         lambda *energies: select.reference_attention_channels(*energies, *layout),
         4 * (queries + 2 * size) + 8 * 2 * keys * (1 + sizes.groups),
     )  # fmt: skip
+
+
+@kernel
+def head_rotary(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    """Queries and keys side by side in one tensor, several sequences at the same positions."""
+    M, D, (q, k, _), e = sizes.rows, sizes.head_dim, sizes.widths, draw.dtype.itemsize
+    positions = M // next(parts for parts in (4, 3, 1) if M % parts == 0)
+    eps, offsets = 1e-5, (0.0, 1.0)
+    forms = [("halves", False, D), ("halves", True, D), ("pairs", True, D)]
+    if M < 1000:
+        forms += [("halves", True, D // 4 * 2), ("interleaved", True, D // 4 * 2), ("none", True, 0)]
+    for rotation, normed, width in forms:
+        query, key = draw(M, q + k + 8)[:, : q + k].split((q, k), dim=1)
+        angles = [draw(positions, width, dtype=torch.float32) for _ in range(2)] if width else [None, None]
+        weights = [draw(D), draw(D)] if normed else [None, None]
+
+        def run(function, *inputs, rotation=rotation, normed=normed):
+            *tensors, query_weight, key_weight = inputs
+            pair = ((query_weight, eps, offsets[0]), (key_weight, eps, offsets[1])) if normed else (None, None)
+            return function(*tensors, rotation, D, *pair)
+
+        name, shape = f"{rotation}{' norms' if normed else ''}", f"{M}x{q}+{k} heads of {D}, {width} turn"
+        moved, read = e * M * (q + k), 8 * positions * width
+        inputs = (query, key, *angles, *weights)
+        yield Case(
+            f"rotary_forward {name}", shape, inputs, partial(run, rotary.rotary_forward),
+            partial(run, _reference_heads), 2 * moved + read,
+        )  # fmt: skip
+        yield Case(
+            f"rotary_backward {name}", shape, (draw(M, q), draw(M, k), *inputs), partial(run, rotary.rotary_backward),
+            partial(run, _reference_heads_backward), (3 if normed else 2) * moved + read,
+        )  # fmt: skip
+
+
+def _reference_heads(query, key, cosines, sines, rotation, head_dim, *norms) -> tuple[Tensor, ...]:
+    positions = len(query) if cosines is None else len(cosines)
+    form = HeadForm(head_dim, rotation, *(norm and Norm(*norm) for norm in norms))
+    angles = (None if one is None else one[None] for one in (cosines, sines))
+    outputs = reference_heads(*(x.unflatten(0, (-1, positions)) for x in (query, key)), *angles, form)
+    return tuple(y.flatten(0, 1).flatten(1) for y in outputs)
+
+
+def _reference_heads_backward(d_query, d_key, query, key, *rest) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (query, key)]
+    return torch.autograd.grad(_reference_heads(*leaves, *rest), leaves, (d_query, d_key))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_unsloth.kernels.rotary import HeadNorm, rotary_backward, rotary_forward
+from sparse_unsloth.ops.decoder_layer import without_autocast
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.norms import Norm, normalise
 
@@ -55,7 +56,8 @@ def prepare_heads(
         cosines = sines = None
     if use_kernels(query) and _kernels_take(query, cosines, form):
         return _PrepareHeads.apply(query, key, cosines, sines, form)
-    query, key = reference_heads(query, key, cosines, sines, form)
+    with without_autocast(query):
+        query, key = reference_heads(query, key, cosines, sines, form)
     return query.contiguous(), key.contiguous()
 
 

@@ -38,8 +38,11 @@ def widen(norm):
     return norm and Norm(None if norm.weight is None else norm.weight.double(), norm.eps, norm.offset)
 
 
-@pytest.mark.parametrize("tile", [(64, 64), rotary.TILE], ids=["two-heads", "all-heads"])
-@pytest.mark.parametrize("each", [True, False], ids=["position-per-token", "position-per-sequence"])
+@pytest.mark.parametrize(
+    ("each", "tile"),
+    [(True, (64, 64)), (False, rotary.TILE)],
+    ids=["position-per-token-two-heads", "position-per-sequence-all-heads"],
+)
 @pytest.mark.parametrize(("rotation", "width", "norms", "dtype"), CASES)
 def test_kernels_equal_reference(rotation, width, norms, dtype, each, tile, monkeypatch):
     """Queries and keys lie side by side in a wider tensor; angles of a pair's channels differ, as no model's do."""
