@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import time
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_unsloth.bench.arms import Arm
 
@@ -73,3 +75,33 @@ def _ready(model: nn.Module) -> nn.Module:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+@contextlib.contextmanager
+def reentrant_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside, transformers' gradient checkpointing is reentrant where ``wanted``, as CUDA graphs need it.
+
+    Models without checkpointing, and those that Unsloth checkpoints, stay as they are.
+    """
+    if not wanted or not _is_of_peft(model) or not model.get_base_model().is_gradient_checkpointing:
+        yield
+        return
+    name = "_gradient_checkpointing_func"
+    before = {module: module.__dict__[name] for module in model.modules() if name in module.__dict__}
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    try:
+        yield
+    finally:
+        for module, function in before.items():
+            module.__dict__[name] = function
+
+
+def as_collated(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the batch as the model's trainer collates it: only Unsloth's gives the lengths of documents."""
+    if not _is_of_peft(model):
+        return batch
+    return {name: value for name, value in batch.items() if name != "packed_seq_lengths"}
+
+
+def _is_of_peft(model: nn.Module) -> bool:
+    return model.__dict__.get("_sparse_backend") == "peft"
