@@ -17,18 +17,21 @@ CHECKPOINTING = {"unsloth": "unsloth", "True": True, "False": False}
 """The value of ``use_gradient_checkpointing`` for each word of the command line."""
 
 
-def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 2048) -> nn.Module:
+def load_model(
+    args: argparse.Namespace, backend: str, max_seq_length: int = 2048, checkpointing: bool | str | None = None
+) -> nn.Module:
     """Loads the model with adapters that are not zero, nothing attached, ready to train.
 
     Args:
         args: with ``model``, ``dtype`` ("4bit" or "bf16"), ``rank`` and ``checkpointing``.
         backend: "unsloth" or "peft".
+        checkpointing: instead of that of ``args``.
     """
     if backend == "unsloth":
         importlib.import_module("unsloth")  # first, as it asks
     from sparse_unsloth import FastSparseLanguageModel, detach
 
-    checkpointing = CHECKPOINTING[args.checkpointing]
+    checkpointing = CHECKPOINTING[args.checkpointing] if checkpointing is None else checkpointing
     began = time.perf_counter()
     model, _ = FastSparseLanguageModel.from_pretrained(
         args.model,
@@ -47,15 +50,22 @@ def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 204
 
 
 def load_arm(args: argparse.Namespace, arm: Arm, max_seq_length: int) -> nn.Module:
-    """Loads the model of one of Unsloth's arms without this package, with adapters that are not zero.
+    """Loads the model of an arm, with adapters that are not zero; Unsloth's arms without this package.
 
     Args:
         args: with ``model``, ``dtype`` and ``rank``.
     """
+    checkpointing = {"use_gradient_checkpointing": arm.lora.get("use_gradient_checkpointing", "unsloth")}
+    if arm.backend == "peft":
+        model = load_model(args, "peft", max_seq_length, *checkpointing.values())
+        if arm.liger:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(model, None)
+        return model
     from unsloth import FastLanguageModel
 
     began = time.perf_counter()
-    checkpointing = {"use_gradient_checkpointing": arm.lora.get("use_gradient_checkpointing", "unsloth")}
     model, _ = FastLanguageModel.from_pretrained(
         args.model,
         max_seq_length=max_seq_length,
