@@ -5,12 +5,12 @@
 
 `sparse-unsloth bench` repeats one shape. Here each micro-batch has ``--documents`` documents of random tokens, prompts
 of 250 tokens in the median and answers of 120 (log-normal, sigma 0.6 and 0.7), padded or concatenated (flat:
-padding-free, Unsloth's default). Unsloth's arms run in separate processes, our methods in another, as in the bench, and
-are compared with stock Unsloth and with the best arm. Every method runs the same micro-batches four times, because
-sizes recur in a long training: graphs are captured in the third round and replayed in the fourth, whose time counts. An
-arm runs them once to warm up, padded twice (layers are compiled, CUDA graphs captured), and then until a round is about
-as quick as the quickest. Tokens are those of the documents. Each is checked first; rows are appended to
-``mixed_lengths.csv``.
+padding-free, Unsloth's default). Arms run in separate processes, our methods in another, as in the bench (``--backend
+peft``: of PEFT without Unsloth), and are compared with stock Unsloth and with the best arm. Every method runs the same
+micro-batches four times, because sizes recur in a long training: graphs are captured in the third round and replayed in
+the fourth, whose time counts. An arm runs them once to warm up, padded twice (layers are compiled, CUDA graphs
+captured), and then until a round is about as quick as the quickest. Tokens are those of the documents. Each is checked
+first; rows are appended to ``mixed_lengths.csv``.
 
 With ``--shapes`` the same processes time these shapes of the bench too, before the micro-batches, into ``speed.csv``
 beside it: a model is loaded once for both. ``--seconds`` limits the time; called again on the same machine within two
@@ -30,8 +30,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sparse_unsloth.bench.arms import DEFAULT_ARMS, PADDED, arm_notes, arm_of, arms_of, replan_arm, why_unavailable
-from sparse_unsloth.bench.methods import methods_of
+from sparse_unsloth.bench.arms import PADDED, arm_notes, arm_of, replan_arm, why_unavailable
+from sparse_unsloth.bench.models import as_collated
 from sparse_unsloth.bench.processes import Budget, Parent, emit, first_line, processes_of, serve, warm_up
 from sparse_unsloth.bench.runs import Plan, fill, layouts_of, load_for, pieces_of, printed_table, run_to_resume
 from sparse_unsloth.bench.shapes import shapes_of
@@ -41,7 +41,7 @@ from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "layout", "method", "documents", "steps", "tokens",
-    "recording_s", "round_s", "recorded_share", "kinds", "peak_gib", "used_gib", *ARM_COLUMNS,
+    "recording_s", "round_s", "recorded_share", "kinds", "peak_gib", "used_gib", *ARM_COLUMNS, "checkpointing",
 )  # fmt: skip
 MIXED = Kind(COLUMNS, ("documents", "steps"), "round_s", lambda row: 1000 * float(row["round_s"]) / int(row["steps"]))
 METHODS = "dense-graphs,rows-25,rows-25-graphs,sparse-o2-graphs"
@@ -97,7 +97,8 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
     began = time.perf_counter()
     for batch in batches:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(**{name: values.cuda(non_blocking=True) for name, values in batch.items()}).loss
+            moved = {name: values.cuda(non_blocking=True) for name, values in as_collated(model, batch).items()}
+            loss = model(**moved).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -256,7 +257,14 @@ def measure_in_child(args: argparse.Namespace) -> None:
     checked = set()
     if left.get("speed"):
         words = ["--model", args.model, "--dtype", args.dtype, "--shapes", ",".join(args.shapes), *SHAPE_STEPS]
-        words += ["--arms", ",".join(args.arms), "--methods", ",".join(args.methods)]
+        words += [
+            "--checkpointing",
+            args.checkpointing,
+            "--arms",
+            ",".join(args.arms),
+            "--methods",
+            ",".join(args.methods),
+        ]
         run = speed.Run(
             bench.parse([*words, "--out", str(plans["speed"].path)]), model, partial(_emit, "speed"), budget
         )
@@ -279,7 +287,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, default=Path("runs/mixed"))
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit")
-    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
+    bench.add_arm_options(parser)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--layouts", default="flat,padded", help="of the methods; default: %(default)s")
     parser.add_argument("--documents", default="4,16", help="in each micro-batch; default: %(default)s")
@@ -289,12 +297,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.model is None and not args.table:
         parser.error("--model is needed, a checkpoint folder or hub name")
-    args.arms = arms_of(args.arms)
-    args.methods = methods_of(args.methods) if args.methods else []
+    bench.resolve_arms_and_methods(args)
     args.layouts = layouts_of(args.layouts)
     args.documents = args.documents.split(",")
     args.shapes = shapes_of(args.shapes) if args.shapes else {}
-    args.rank, args.checkpointing = 16, "unsloth"
+    args.rank = 16
     return args
 
 

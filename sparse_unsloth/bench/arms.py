@@ -1,7 +1,8 @@
-"""Defines Unsloth's arms: the ways to run Unsloth that our methods are compared with.
+"""Defines the arms: the ways to run Unsloth, or PEFT without it, that our methods are compared with.
 
-Unsloth reads environment variables when it is imported and replaces the forwards of classes, so arms that differ in
-variables or in arguments of ``get_peft_model`` need separate processes (`sparse_unsloth.bench.processes`).
+Unsloth reads environment variables when it is imported and replaces the forwards of classes, as Liger does, so arms
+that differ in variables, kernels or arguments of ``get_peft_model`` need separate processes
+(`sparse_unsloth.bench.processes`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import nn
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.utils.environment import version_of
 
-STOCK = "stock"
+STOCK, LIGER = "stock", "liger"
+BASELINES = STOCK, LIGER
+"""Arms that speed-ups of a run refer to: the first that the run has."""
 FLAT, PADDED = "flat", "padded"
 """Layouts of a micro-batch's documents: in one sequence without padding, as Unsloth does, or a padded sequence each."""
 GRAPHS, SKIP = "UNSLOTH_BLOCK_CUDAGRAPHS", "checkpoint_skip_layers"
@@ -29,10 +32,12 @@ GRAPHS, SKIP = "UNSLOTH_BLOCK_CUDAGRAPHS", "checkpoint_skip_layers"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run Unsloth.
+    """One way to run Unsloth, or PEFT.
 
     Attributes:
         what: one line of help.
+        backend: "unsloth" or "peft".
+        liger: with Liger's kernels, as transformers' ``use_liger_kernel`` applies them.
         layout: of its micro-batches.
         env: variables of the process that imports Unsloth.
         lora: arguments of ``get_peft_model`` besides Unsloth's defaults.
@@ -41,20 +46,25 @@ class Arm:
 
     what: str
     layout: str = FLAT
+    backend: str = "unsloth"
+    liger: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
     lora: Mapping[str, object] = field(default_factory=dict)
     needs: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: Arm) -> Arm:
-        """Combines two arms; the result is padded if one of them is."""
+        """Combines two arms; the result is padded, of PEFT, or with Liger's kernels, if one of them is."""
         for name in ("env", "lora"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if clash := [key for key in ours if theirs.get(key, ours[key]) != ours[key]]:
                 raise ConfigError(f"arms that set {', '.join(clash)} to different values do not go together")
         layout = PADDED if PADDED in (self.layout, other.layout) else FLAT
         needs = tuple(dict.fromkeys(self.needs + other.needs))
-        what = f"{self.what}; {other.what}"
-        return Arm(what, layout, {**self.env, **other.env}, {**self.lora, **other.lora}, needs)
+        backend = "peft" if "peft" in (self.backend, other.backend) else "unsloth"
+        if backend == "peft" and needs:
+            raise ConfigError("arms of PEFT without Unsloth do not go together with what Unsloth alone can do")
+        what, liger = f"{self.what}; {other.what}", self.liger or other.liger
+        return Arm(what, layout, backend, liger, {**self.env, **other.env}, {**self.lora, **other.lora}, needs)
 
 
 _SKIPS = (("models/llama.py", SKIP),)
@@ -74,8 +84,17 @@ ARMS = {
     "no-checkpointing": Arm(
         "get_peft_model(use_gradient_checkpointing=False)", lora={"use_gradient_checkpointing": False}
     ),
+    LIGER: Arm(
+        "transformers and PEFT with Liger's kernels, without Unsloth, padded batches", PADDED, "peft", liger=True
+    ),
+    "peft": Arm("likewise without Liger's kernels", PADDED, "peft"),
 }
-DEFAULT_ARMS = ",".join((*ARMS, "padded+no-checkpointing"))
+OF_PEFT = tuple(name for name, arm in ARMS.items() if arm.backend == "peft")
+DEFAULT_ARMS = {
+    "unsloth": ",".join((*(name for name in ARMS if name not in OF_PEFT), "padded+no-checkpointing")),
+    "peft": ",".join(OF_PEFT),
+}
+"""By backend."""
 KEPT = (
     "UNSLOTH_COMPILE_LOCATION",
     "UNSLOTH_COMPILE_USE_TEMP",
@@ -116,11 +135,14 @@ def arms_of(names: str) -> dict[str, Arm]:
 
 
 def why_not_installed(arm: Arm, folder: Path | None = None) -> str | None:
-    """Returns why the installed Unsloth does not have the arm; None where it does. Does not import Unsloth.
+    """Returns why what is installed does not have the arm; None where it does. Does not import Unsloth.
 
     Args:
         folder: of Unsloth's package, instead of the installed one.
     """
+    if arm.backend == "peft":
+        missing = arm.liger and importlib.util.find_spec("liger_kernel") is None
+        return "not there: liger-kernel is not installed (pip install liger-kernel)" if missing else None
     if folder is None:
         found = importlib.util.find_spec("unsloth")
         if found is None:
@@ -134,7 +156,12 @@ def why_not_installed(arm: Arm, folder: Path | None = None) -> str | None:
 
 
 def why_unavailable(arm: Arm, model: nn.Module) -> str | None:
-    """Returns why the arm does nothing on this loaded model: CUDA graphs need compiled layers."""
+    """Returns why the arm does nothing on this loaded model: CUDA graphs need compiled layers, Liger a known family."""
+    if arm.liger:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
+
+        kind = model.config.model_type
+        return None if kind in families else f"not there: Liger {version_of('liger-kernel')} has no kernels for {kind}"
     if GRAPHS in arm.env and not compiled_layers(model):
         return f"not there: Unsloth compiles no layer here (torch {version_of('torch')}), so {GRAPHS} does nothing"
     return None
@@ -167,6 +194,8 @@ def replan_arm(arm: Arm, model: nn.Module, documents: int, longest: int) -> None
 
 def arm_notes(arm: Arm, model: nn.Module) -> str:
     """Describes after the timing what Unsloth did, for the table's notes."""
+    if arm.backend == "peft":
+        return f"attention {model.config._attn_implementation}"
     found = []
     if arm.layout == PADDED:
         layers = compiled_layers(model)

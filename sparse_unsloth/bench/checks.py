@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import original_forward
 from sparse_unsloth.backends.row_hooks import trained
-from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN
+from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN, without_backend
+from sparse_unsloth.bench.models import as_collated
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
 from sparse_unsloth.errors import SparsityError
@@ -84,7 +85,7 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
         runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
         found += [function(runtime) for runtime in runtimes[:LAYERS]]
-    if method in EQUAL_TO_PLAIN:
+    if without_backend(method) in EQUAL_TO_PLAIN:
         found.append(check_model(loss_and_gradients(model), plain))
     if not found:
         raise CheckFailed(f"nothing of {method} was checked: it makes no layer sparse")
@@ -288,7 +289,7 @@ def loss_and_gradients(model: nn.Module, seed: int = 0, make: MakeBatch = small_
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     with torch.autocast(device.type, torch.bfloat16):
-        loss = model(**make(model.config.vocab_size, seed, device)).loss
+        loss = model(**as_collated(model, make(model.config.vocab_size, seed, device))).loss
     loss.backward()
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Defines the compared methods, their sparsity, and their FLOP limits."""
+"""Defines the compared methods, their backend and sparsity, and their FLOP limits."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ METHODS = {
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
 }
+DENSE = "dense"
+"""Names the methods ``*-dense-exact`` on a command line, by its backend."""
 BASELINE = "unsloth-dense"
 PLAIN = ("unsloth-dense", "peft-dense")
 """Methods that attach nothing."""
-EQUAL_TO_PLAIN = ("unsloth-dense-exact", "dense-graphs", "nothing-dropped")
-"""Methods that must compute what the plain model computes."""
+EQUAL_TO_PLAIN = ("dense-exact", "dense-graphs", "nothing-dropped")
+"""Methods that must compute what the plain model computes, without their backend."""
+OURS = ("dense-exact", *(name for name in METHODS if not name.startswith(("unsloth-", "peft-"))))
+"""Methods that attach something, without their backend: through the PEFT backend their names begin with ``peft-``."""
 
 LLAMA_3_8B = ModelShape(4096, 14336, 32, 32, 8, 128, 128256)
 TARGETS = {
@@ -47,21 +51,38 @@ TARGETS |= {(shape, "sparse-o2-graphs"): target for (shape, method), target in T
 """``(target, FLOP limit)`` of the speed-up over dense Unsloth on Llama-3-8B, as the project states them."""
 
 
-def methods_of(names: str) -> list[str]:
+def methods_of(names: str, backend: str = "unsloth") -> list[str]:
     """Returns methods from names separated by commas.
+
+    Args:
+        backend: of names that tell none; ``dense`` is ``unsloth-dense-exact`` or ``peft-dense-exact``.
 
     Raises:
         ConfigError: a name is unknown.
     """
-    chosen = names.split(",")
-    if unknown := [name for name in chosen if name not in METHODS]:
-        raise ConfigError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}")
+    chosen = [_with_backend(name, backend) for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in METHODS and name not in map("peft-{}".format, OURS)]:
+        raise ConfigError(
+            f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}, {DENSE}, and peft- before "
+            f"{', '.join(OURS)}"
+        )
     return list(dict.fromkeys(chosen))
+
+
+def _with_backend(name: str, backend: str) -> str:
+    if name == DENSE:
+        return f"{backend}-dense-exact"
+    return f"peft-{name}" if backend == "peft" and not name.startswith(("unsloth-", "peft-")) else name
 
 
 def backend_of(method: str) -> str:
     """Returns "unsloth" or "peft"."""
     return "peft" if method.startswith("peft-") else "unsloth"
+
+
+def without_backend(method: str) -> str:
+    """Returns the method's name in `OURS`, or "dense" for one that attaches nothing."""
+    return method.removeprefix("unsloth-").removeprefix("peft-")
 
 
 def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> dict | None:
@@ -73,7 +94,8 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
     common = {"start_step": 0, "end_step": 1.0, "estimator": {"kind": "svd", "rank": 8, "path": estimator}}
     if method in PLAIN:
         return None
-    if method == "unsloth-dense-exact":
+    method = without_backend(method)
+    if method == "dense-exact":
         return {"preset": "dense"}
     if method == "dense-graphs":
         return {"preset": "dense", "cuda_graphs": True}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import time
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_unsloth.bench.arms import Arm
 
@@ -15,18 +17,21 @@ CHECKPOINTING = {"unsloth": "unsloth", "True": True, "False": False}
 """The value of ``use_gradient_checkpointing`` for each word of the command line."""
 
 
-def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 2048) -> nn.Module:
+def load_model(
+    args: argparse.Namespace, backend: str, max_seq_length: int = 2048, checkpointing: bool | str | None = None
+) -> nn.Module:
     """Loads the model with adapters that are not zero, nothing attached, ready to train.
 
     Args:
         args: with ``model``, ``dtype`` ("4bit" or "bf16"), ``rank`` and ``checkpointing``.
         backend: "unsloth" or "peft".
+        checkpointing: instead of that of ``args``.
     """
     if backend == "unsloth":
         importlib.import_module("unsloth")  # first, as it asks
     from sparse_unsloth import FastSparseLanguageModel, detach
 
-    checkpointing = CHECKPOINTING[args.checkpointing]
+    checkpointing = CHECKPOINTING[args.checkpointing] if checkpointing is None else checkpointing
     began = time.perf_counter()
     model, _ = FastSparseLanguageModel.from_pretrained(
         args.model,
@@ -45,15 +50,22 @@ def load_model(args: argparse.Namespace, backend: str, max_seq_length: int = 204
 
 
 def load_arm(args: argparse.Namespace, arm: Arm, max_seq_length: int) -> nn.Module:
-    """Loads the model of one of Unsloth's arms without this package, with adapters that are not zero.
+    """Loads the model of an arm, with adapters that are not zero; Unsloth's arms without this package.
 
     Args:
         args: with ``model``, ``dtype`` and ``rank``.
     """
+    checkpointing = {"use_gradient_checkpointing": arm.lora.get("use_gradient_checkpointing", "unsloth")}
+    if arm.backend == "peft":
+        model = load_model(args, "peft", max_seq_length, *checkpointing.values())
+        if arm.liger:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(model, None)
+        return model
     from unsloth import FastLanguageModel
 
     began = time.perf_counter()
-    checkpointing = {"use_gradient_checkpointing": arm.lora.get("use_gradient_checkpointing", "unsloth")}
     model, _ = FastLanguageModel.from_pretrained(
         args.model,
         max_seq_length=max_seq_length,
@@ -73,3 +85,33 @@ def _ready(model: nn.Module) -> nn.Module:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+@contextlib.contextmanager
+def reentrant_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside, transformers' gradient checkpointing is reentrant where ``wanted``, as CUDA graphs need it.
+
+    Models without checkpointing, and those that Unsloth checkpoints, stay as they are.
+    """
+    if not wanted or not _is_of_peft(model) or not model.get_base_model().is_gradient_checkpointing:
+        yield
+        return
+    name = "_gradient_checkpointing_func"
+    before = {module: module.__dict__[name] for module in model.modules() if name in module.__dict__}
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    try:
+        yield
+    finally:
+        for module, function in before.items():
+            module.__dict__[name] = function
+
+
+def as_collated(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the batch as the model's trainer collates it: only Unsloth's gives the lengths of documents."""
+    if not _is_of_peft(model):
+        return batch
+    return {name: value for name, value in batch.items() if name != "packed_seq_lengths"}
+
+
+def _is_of_peft(model: nn.Module) -> bool:
+    return model.__dict__.get("_sparse_backend") == "peft"

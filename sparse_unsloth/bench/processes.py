@@ -35,12 +35,11 @@ STEADY = 1.15
 
 @dataclass(frozen=True)
 class Process:
-    """The work of one process: arms with the same variables and arguments, or our methods of one backend."""
+    """The work of one process: arms that can share it, or our methods of one backend."""
 
     arms: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    lora: Mapping[str, object] = field(default_factory=dict)
 
     def words(self) -> list[str]:
         """Returns the words of the child's command line after the parent's."""
@@ -58,12 +57,16 @@ class Process:
 
 
 def processes_of(arms: Sequence[str], methods: Sequence[str]) -> list[Process]:
-    """Orders the processes: stock Unsloth, ours, the other arms, so that the main comparison is complete first."""
+    """Orders the processes: the first arm, ours, the other arms, so that the main comparison is complete first.
+
+    Arms share a process if they differ in their layout alone.
+    """
     alike: dict[tuple, list[str]] = defaultdict(list)
     for name in arms:
         arm = arm_of(name)
-        alike[tuple(sorted(arm.env.items())), tuple(sorted(arm.lora.items()))].append(name)
-    of_arms = [Process(tuple(names), (), dict(env), dict(lora)) for (env, lora), names in alike.items()]
+        env, lora = (tuple(sorted(given.items())) for given in (arm.env, arm.lora))
+        alike[arm.backend, arm.liger, env, lora].append(name)
+    of_arms = [Process(tuple(names), (), dict(env)) for (_, _, env, _), names in alike.items()]
     by_backend = [tuple(name for name in methods if backend_of(name) == backend) for backend in ("unsloth", "peft")]
     ours = [Process((), chosen) for chosen in by_backend if chosen]
     return [*of_arms[:1], *ours, *of_arms[1:]]

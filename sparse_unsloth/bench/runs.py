@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from sparse_unsloth.bench.arms import FLAT, PADDED, arm_of, why_not_installed
-from sparse_unsloth.bench.methods import BASELINE, backend_of
+from sparse_unsloth.bench.methods import backend_of
 from sparse_unsloth.bench.models import load_arm, load_model
 from sparse_unsloth.bench.processes import Parent, Process
 from sparse_unsloth.bench.table import Kind, append_rows, read_table, table_of_run, with_ratios, write_table
@@ -46,8 +46,8 @@ def pieces_of(args: argparse.Namespace, cases: Iterable[Mapping[str, object]]) -
     """
     found = []
     for name, arm in args.arms.items():
-        checkpointing = str(arm.lora.get("use_gradient_checkpointing", "unsloth"))
-        found.append({"arm": name, "method": BASELINE, "layout": arm.layout, "checkpointing": checkpointing})
+        method, checkpointing = f"{arm.backend}-dense", str(arm.lora.get("use_gradient_checkpointing", "unsloth"))
+        found.append({"arm": name, "method": method, "layout": arm.layout, "checkpointing": checkpointing})
     for method in args.methods:
         for layout in args.layouts:
             found.append({"arm": "", "method": method, "layout": layout, "checkpointing": args.checkpointing})

@@ -1,4 +1,4 @@
-"""Times training steps of Unsloth's arms and of our methods on the same batches."""
+"""Times training steps of arms and of our methods on the same batches."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from sparse_unsloth.bench.arms import FLAT, Arm, arm_notes, arm_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import sparsity_of
+from sparse_unsloth.bench.models import as_collated, reentrant_checkpointing
 from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
 from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
 from sparse_unsloth.bench.shapes import Shape, make_batch
@@ -33,7 +34,7 @@ from sparse_unsloth.utils.environment import commit_of, version_of
 if TYPE_CHECKING:
     from sparse_unsloth.bench.checks import PlainSteps
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "bitsandbytes", "liger-kernel")
 WARM_ARM = 3
 """The least number of warm-up steps of an arm: compiling, capturing CUDA graphs, choosing layers."""
 
@@ -106,6 +107,7 @@ class Stepper:
         """Runs a step; returns its milliseconds."""
         self.count += 1
         batch = make_batch(self.shape, self.model.config.vocab_size, self.count, self.device)
+        batch = as_collated(self.model, batch)
         clock = _Clock(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.forward(**batch).loss
@@ -139,7 +141,7 @@ class _Clock:
 
 
 class Run:
-    """Measures the arms of Unsloth, or the methods, that share one loaded model.
+    """Measures the arms, or the methods, that share one loaded model.
 
     Args:
         write: called with each row, as `plan_of` describes it, and its figures.
@@ -302,16 +304,17 @@ def attached(model: nn.Module, method: str, file: Path | None = None, say: bool 
         yield
         return
     began = time.perf_counter()
-    found = attach(model, sparsity)
-    if say:
-        print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
-    try:
-        state = get_state(model)
-        state.begin_training(driver="benchmark", max_steps=1_000_000)
-        state.set_step(0)
-        yield
-    finally:
-        detach(model)
+    with reentrant_checkpointing(model, sparsity.get("cuda_graphs", False)):
+        found = attach(model, sparsity)
+        if say:
+            print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
+        try:
+            state = get_state(model)
+            state.begin_training(driver="benchmark", max_steps=1_000_000)
+            state.set_step(0)
+            yield
+        finally:
+            detach(model)
 
 
 def check_method(model: nn.Module, method: str, plain: PlainSteps) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, STOCK
+from sparse_unsloth.bench.arms import BASELINES, FLAT, PADDED, STOCK
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_limit
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import ConfigError
@@ -125,10 +125,10 @@ def _check_columns(rows: list[dict], columns: Sequence[str]) -> None:
 
 
 def _heading(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
-    """Reads the heading of the file: the present columns, or an older table's, which end before `ARM_COLUMNS`."""
+    """Reads the heading of the file: the present columns, or an older table's, which are the first of them."""
     with path.open(newline="", encoding="utf-8") as file:
         heading = tuple(next(csv.reader(file), ()))
-    if heading not in (tuple(columns), _older(columns)):
+    if heading != tuple(columns[: max(len(heading), len(_older(columns)))]):
         raise ConfigError(f"{path} has other columns than this table; write to another file")
     return heading
 
@@ -192,7 +192,7 @@ def table_of_run(rows: Iterable[dict], kind: Kind) -> str:
 class Comparison:
     """A row beside the dense baseline of its run and shape; fields are None where they are unknown.
 
-    The baseline is Unsloth's stock arm, or the method ``unsloth-dense`` in a run without arms.
+    The baseline is the first of `BASELINES` that the run has, or the method ``unsloth-dense`` in a run without arms.
     """
 
     row: dict
@@ -228,14 +228,14 @@ def compare(rows: list[dict], model: ModelShape | None) -> list[Comparison]:
 
     Where dense was measured more than once at a shape (``--then``), the preceding row counts, or else the first.
     """
-    stock = {row["shape"]: row for row in rows if row["arm"] == STOCK}
+    arms = {row["shape"]: row for arm in reversed(BASELINES) for row in rows if row["arm"] == arm}
     dense = {row["shape"]: row for row in reversed(rows) if is_baseline(row)}
     comparisons = []
     for row in rows:
         shape, method = row["shape"], row["method"]
         if is_baseline(row):
             dense[shape] = row
-        base = stock.get(shape, dense.get(shape))
+        base = arms.get(shape, dense.get(shape))
         target = limit = None
         if not row["arm"]:
             checkpointing = row["checkpointing"] != "False"

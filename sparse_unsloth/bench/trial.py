@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import Uncompiled
+from sparse_unsloth.bench.families import FAMILIES, families_of, write_models
+from sparse_unsloth.bench.models import CHECKPOINTING, reentrant_checkpointing
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import find_layers
@@ -41,19 +43,6 @@ LEAST_COSINE = 0.5
 """The least cosine of a gradient through chosen rows with the dense one; random rows of random models give less."""
 DROP = 0.05
 """The share by which one step down the gradient lowers the loss, to first order."""
-FAMILIES = {
-    "llama": ("Llama", {}),
-    "mistral": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 64}),
-    "gemma": ("Gemma", {"head_dim": 64}),
-    "gemma2": ("Gemma2", {"head_dim": 64}),
-}
-"""The families of Unsloth's fast path: the name of transformers' classes, and what their configuration needs."""
-SIZES = {
-    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048,
-}  # fmt: skip
 LAYOUTS = {
     "padded": ((200, 150), (256, 200), (131, 100), (256, 255)),
     "padding-free": ((200, 150), (256, 200), (131, 100), (256, 255)),
@@ -71,6 +60,9 @@ MODES = {
 }
 MODES |= {f"{mode} graphs": tuple({**one, "cuda_graphs": True} for one in pair) for mode, pair in MODES.items()}
 """By mode: the configuration with nothing left out, and the one that is used."""
+
+TRIED = "families", "dtypes", "checkpointing", "layouts", "modes"
+"""The options whose values are combined."""
 
 Step = tuple[float, dict[str, Tensor]]
 """Loss, and gradients by the parameter's name."""
@@ -104,52 +96,6 @@ class Trial:
     seconds: float = 0.0
 
 
-def write_models(
-    folder: Path, families: tuple[str, ...] = tuple(FAMILIES), device: torch.device | str = "cpu", **changes: Any
-) -> None:
-    """Writes a checkpoint of random weights for each family, with a tokenizer of words, so that nothing is downloaded.
-
-    Args:
-        folder: gets ``folder / family``.
-        device: where the weights are drawn.
-        **changes: of `SIZES`.
-    """
-    import transformers
-
-    for family in families:
-        name, extra = FAMILIES[family]
-        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
-        config = getattr(transformers, f"{name}Config")(**{**SIZES, **tokens, **extra, **changes})
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(device):
-                model = getattr(transformers, f"{name}ForCausalLM")(config)
-        finally:
-            torch.set_default_dtype(before)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("bias"):
-                    parameter.normal_(0, 0.1)
-        model.save_pretrained(folder / family)
-        _make_tokenizer().save_pretrained(folder / family)
-
-
-def _make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, SIZES["vocab_size"])}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return fast
-
-
 def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str) -> dict[str, Any]:
     """Makes a micro-batch of `LAYOUTS`: right-padded, or one sequence as TRL sends it (under Unsloth with lengths)."""
     documents = LAYOUTS[layout]
@@ -175,10 +121,15 @@ def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str)
 
 
 def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> nn.Module:
-    """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached."""
+    """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached.
+
+    Args:
+        folder: of the checkpoint, named after its family.
+    """
     from sparse_unsloth import FastSparseLanguageModel, detach
 
     half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    attention = FAMILIES[folder.name].attention if backend == "peft" else ""
     model, _ = FastSparseLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=1024,
@@ -186,6 +137,7 @@ def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> n
         load_in_4bit=dtype == "4bit",
         backend=backend,
         use_gradient_checkpointing=checkpointing,
+        **({"attn_implementation": attention} if attention else {}),
     )
     model = FastSparseLanguageModel.get_peft_model(
         model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
@@ -333,13 +285,12 @@ def try_all(
     modes: list[str], models: Path,
 ) -> Iterator[Trial]:  # fmt: skip
     """Yields the trials of one process; of each layout first "plain", the model with nothing attached."""
-    words = {"unsloth": "unsloth", "True": True, "False": False}
     for family in families:
         for dtype in dtypes:
             for word in checkpointing:
                 described, began = Trial(backend, family, dtype, word, "", "plain"), time.perf_counter()
                 try:
-                    model = load(backend, models / family, dtype, words[word])
+                    model = load(backend, models / family, dtype, CHECKPOINTING[word])
                 except Exception as error:
                     yield replace(described, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
                     continue
@@ -355,7 +306,9 @@ def try_all(
                         continue
                     yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
                     for mode in modes:
-                        yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
+                        with reentrant_checkpointing(model, mode.endswith("graphs")):
+                            trial = try_mode(model, batch, mode, plain, replace(described, mode=mode))
+                        yield trial
                     began = time.perf_counter()
                 del model
                 gc.collect()
@@ -378,25 +331,32 @@ def compile_untuned() -> None:
     torch.compile = compile
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the trials; returns 1 if one failed, else 0."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the arguments; ``families`` and what each is tried with are lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("unsloth", "peft"), required=True)
     parser.add_argument("--models", type=Path, help="folder with a checkpoint for each family; made where missing")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
-    for name, values in (
-        ("families", FAMILIES), ("dtypes", ("bf16", "4bit")), ("checkpointing", ("unsloth", "True", "False")),
-        ("layouts", LAYOUTS), ("modes", MODES),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", default=",".join(values), help=f"default: {','.join(values)}")
+    parser.add_argument("--families", help="default: all that the backend is tried with")
+    parser.add_argument("--checkpointing", help="default: True,False; before them unsloth with the Unsloth backend")
+    for name, values in (("dtypes", ("bf16", "4bit")), ("layouts", LAYOUTS), ("modes", MODES)):
+        parser.add_argument(f"--{name}", default=",".join(values), help="default: %(default)s")
     args = parser.parse_args(arguments)
-    families = args.families.split(",")
-    missing = tuple(family for family in families if not (args.models / family / "config.json").is_file())
-    write_models(args.models, missing)
-    chosen = [getattr(args, name).split(",") for name in ("dtypes", "checkpointing", "layouts", "modes")]
+    args.families = args.families or ",".join(families_of(args.backend))
+    args.checkpointing = args.checkpointing or ("unsloth," if args.backend == "unsloth" else "") + "True,False"
+    for name in TRIED:
+        setattr(args, name, getattr(args, name).split(","))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the trials; returns 1 if one failed, else 0."""
+    args = parse(arguments)
+    missing = [family for family in args.families if not (args.models / family / "config.json").is_file()]
+    write_models(args.models, missing, args.backend)
     failed = False
     with args.out.open("a") as lines:
-        for trial in try_all(args.backend, families, *chosen, args.models):
+        for trial in try_all(args.backend, *(getattr(args, name) for name in TRIED), args.models):
             failed |= trial.verdict == "failed"
             lines.write(json.dumps(asdict(trial)) + "\n")
             lines.flush()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sparse_unsloth.bench.arms import ARMS, DEFAULT_ARMS, PADDED, arms_of
-from sparse_unsloth.bench.methods import METHODS, methods_of
+from sparse_unsloth.bench.methods import DENSE, METHODS, OURS, methods_of
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.bench.processes import Parent, own_command, processes_of, serve
 from sparse_unsloth.bench.runs import Plan, fill, layouts_of, pieces_of, printed_table, run_to_resume
@@ -21,7 +21,7 @@ from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.errors import ConfigError
 
 DESCRIPTION = """\
-Times training steps: Unsloth's own arms, and our methods beside them, on the same batches.
+Times training steps: arms, which are Unsloth or PEFT without us, and our methods beside them, on the same batches.
 
 One step is forward, backward and a fused AdamW step over the LoRA weights, in bf16 autocast as trainers run it, on
 fresh random tokens. Each arm of Unsloth runs in a separate process (arms with the same variables and arguments share
@@ -33,20 +33,23 @@ and to the best arm at that shape.
 
 --seconds limits the time; called again with the same --out on the same machine within two hours, the job resumes
 where it stopped. With --rounds above 1 the methods take turns, so that a drift of the GPU's clocks affects all; a
-row is the median of all rounds. Methods peft-* run in a process that never imports Unsloth; for them --checkpointing
-unsloth is transformers' checkpointing.
+row is the median of all rounds. With --backend peft the methods are ours through the PEFT backend, and the arms are
+PEFT with and without Liger's kernels; both backends fit in one run (methods peft-*). Methods and arms of PEFT run in
+processes that never import Unsloth; for them --checkpointing unsloth is transformers' checkpointing.
 
 The words after --then are a further run of the same date, which keeps the options before it except those that it
-gives. Arms are as Unsloth has them, whatever --checkpointing says, and are timed once for each dtype.
+gives. Arms are as they are listed below, whatever --checkpointing says, and are timed once for each dtype.
 """
 
 EPILOG = f"""\
 shapes: {", ".join(SHAPES)} (these are "all"), {", ".join(HOST)}, custom-TOKENS-SHARE
-arms of Unsloth (joined by + they are one arm):
+arms (joined by + they are one arm):
 """ + "\n".join(
     [f"  {name:20} {arm.what}" for name, arm in ARMS.items()]
     + ["methods:"]
     + [f"  {name:20} {what}" for name, what in METHODS.items()]
+    + [f"  {DENSE:20} unsloth-dense-exact or peft-dense-exact, by --backend"]
+    + [f"  peft-NAME            through the PEFT backend; NAME is {', '.join(OURS)}"]
 )
 THEN, FIRST = "--then", "first"
 
@@ -62,11 +65,29 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
 
 
+def add_arm_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `resolve_arms_and_methods` reads, but for ``--methods``."""
+    parser.add_argument("--backend", choices=list(DEFAULT_ARMS), default="unsloth", help="of the methods")
+    defaults = "; ".join(f"with --backend {backend} {names}" for backend, names in DEFAULT_ARMS.items())
+    parser.add_argument("--arms", help=f'"" for none; default: {defaults}')
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth", help="of the methods")
+
+
+def resolve_arms_and_methods(args: argparse.Namespace) -> None:
+    """Replaces the names of arms and methods in ``args``.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    args.arms = arms_of(DEFAULT_ARMS[args.backend] if args.arms is None else args.arms)
+    args.methods = methods_of(args.methods, args.backend) if args.methods else []
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("bench", DESCRIPTION, EPILOG, "--model MODEL [options] [--then further options] ...")
     parser.add_argument("--model", help="checkpoint folder or hub name")
     parser.add_argument("--dtype", choices=("4bit", "bf16"), default="4bit", help="of the base weights")
-    parser.add_argument("--arms", default=DEFAULT_ARMS, help='of Unsloth, "" for none; default: %(default)s')
+    add_arm_options(parser)
     parser.add_argument(
         "--methods", default="dense-graphs,rows-25,rows-25-graphs,sparse-o2", help="default: %(default)s"
     )
@@ -75,7 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
     parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
     parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
-    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="unsloth", help="of the methods")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
@@ -97,8 +117,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.model is None and not args.table:
         raise ConfigError("bench needs --model, a checkpoint folder or hub name")
-    args.arms = arms_of(args.arms)
-    args.methods = methods_of(args.methods) if args.methods else []
+    resolve_arms_and_methods(args)
     args.layouts = layouts_of(args.layouts)
     args.shapes = shapes_of(args.shapes, args.tokens, args.context_share)
     if args.profile == FIRST:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_unsloth import get_state
 from sparse_unsloth.bench import arms, models
 from sparse_unsloth.bench.arms import (
     ARMS,
@@ -25,13 +26,15 @@ from sparse_unsloth.bench.arms import (
     why_unavailable,
 )
 from sparse_unsloth.bench.processes import processes_of
+from sparse_unsloth.bench.runs import pieces_of
+from sparse_unsloth.cli import bench
 from sparse_unsloth.errors import ConfigError
 
-from tiny_models import make_lora
+from tiny_models import make_lora, save_checkpoint
 
 
 def test_each_arm_sets_what_unsloth_reads():
-    found = arms_of(DEFAULT_ARMS)
+    found = arms_of(DEFAULT_ARMS["unsloth"])
     assert list(found) == [
         "stock", "padded", "block-graphs", "skip-max", "skip-auto", "no-checkpointing", "padded+no-checkpointing"
     ]  # fmt: skip
@@ -59,11 +62,67 @@ def test_arms_are_joined():
         arms_of("stock,quick")
     with pytest.raises(ConfigError, match="checkpoint_skip_layers to different values do not go together"):
         arm_of("skip-max+skip-auto")
+    joined = arm_of("liger+no-checkpointing")
+    assert (joined.backend, joined.liger, joined.lora) == ("peft", True, {"use_gradient_checkpointing": False})
+    with pytest.raises(ConfigError, match="do not go together with what Unsloth alone can do"):
+        arm_of("peft+skip-max")
+
+
+def test_arms_of_peft_have_processes_and_rows_of_their_own():
+    args = bench.parse(["--model", "m", "--backend", "peft", "--shapes", "host", "--methods", "dense,rows-25"])
+    found = processes_of([*args.arms, "liger+no-checkpointing"], args.methods)
+    assert [(one.arms, one.methods) for one in found] == [
+        (("liger",), ()),
+        ((), ("peft-dense-exact", "peft-rows-25")),
+        (("peft",), ()),
+        (("liger+no-checkpointing",), ()),
+    ]
+    rows = [(row["arm"], row["method"], row["layout"]) for row in pieces_of(args, [{}])]
+    assert rows == [
+        ("liger", "peft-dense", PADDED), ("peft", "peft-dense", PADDED), ("", "peft-dense-exact", PADDED),
+        ("", "peft-rows-25", PADDED),
+    ]  # fmt: skip
+
+
+def test_an_arm_of_peft_is_loaded_without_unsloth(monkeypatch, tmp_path):
+    from transformers.integrations import liger
+
+    monkeypatch.setitem(sys.modules, "unsloth", None)  # importing it fails
+    patched = []
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda model, config: patched.append(model))
+    checkpoint = save_checkpoint(tmp_path)
+    args = argparse.Namespace(model=checkpoint, dtype="bf16", rank=4, checkpointing="False")
+    for name, checkpointing in (("peft", True), ("liger", True), ("liger+no-checkpointing", False)):
+        model = models.load_arm(args, arm_of(name), 64)
+        assert model.get_base_model().is_gradient_checkpointing == checkpointing
+        assert get_state(model) is None
+        assert arm_notes(arm_of(name), model) == "attention sdpa"
+        assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_" in name)
+        assert patched == ([] if name == "peft" else [model])
+        patched.clear()
+
+
+def test_graphs_of_peft_run_with_reentrant_checkpointing(tmp_path):
+    args = argparse.Namespace(model=save_checkpoint(tmp_path), dtype="bf16", rank=4, checkpointing="True")
+    model = models.load_model(args, "peft", 64)
+    layer = model.get_base_model().model.layers[0]
+
+    def is_reentrant():
+        return layer._gradient_checkpointing_func.keywords["use_reentrant"]
+
+    with models.reentrant_checkpointing(model):
+        assert is_reentrant()
+    with models.reentrant_checkpointing(model, wanted=False):
+        assert not is_reentrant()
+    assert not is_reentrant()
+    model.gradient_checkpointing_disable()
+    with models.reentrant_checkpointing(model):
+        assert not model.get_base_model().is_gradient_checkpointing
 
 
 def test_arms_that_need_the_same_share_a_process():
     methods = ["rows-25", "peft-dense", "dense-graphs"]
-    found = processes_of([*arms_of(DEFAULT_ARMS)], methods)
+    found = processes_of([*arms_of(DEFAULT_ARMS["unsloth"])], methods)
     assert [(one.arms, one.methods) for one in found] == [
         (("stock", "padded"), ()),
         ((), ("rows-25", "dense-graphs")),
@@ -85,6 +144,7 @@ def test_an_arm_that_this_unsloth_lacks_is_named(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "llama.py").write_text("def get_peft_model(model, r=16): ...")
     monkeypatch.setattr(arms, "version_of", lambda package: "2026.10.6")
+    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
     assert {name: why_not_installed(arm_of(name), tmp_path) for name in ARMS} == {
         "stock": None,
         "padded": None,
@@ -92,8 +152,9 @@ def test_an_arm_that_this_unsloth_lacks_is_named(tmp_path, monkeypatch):
         "skip-max": "not there: Unsloth 2026.10.6 has no checkpoint_skip_layers",
         "skip-auto": "not there: Unsloth 2026.10.6 has no checkpoint_skip_layers",
         "no-checkpointing": None,
+        "liger": "not there: liger-kernel is not installed (pip install liger-kernel)",
+        "peft": None,
     }
-    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
     assert why_not_installed(arm_of("stock")) == "not there: Unsloth is not installed"
 
 

@@ -2,31 +2,38 @@
 
     python tests/gpu/acceptance.py --out benchmarks/results/acceptance        (or: make test-gpu)
 
-The six families of Unsloth's fast path as small random models, in 16 and 4 bits, with each kind of gradient
-checkpointing, padded, padding-free and packed, and one pass of a random Llama-3-8B; dense, rows and channels, with and
-without CUDA graphs (`sparse_unsloth.bench.trial`). Each family runs in a process of its own, several at a time. The
-table and all trials go to ``OUT/unsloth-VERSION.md`` and ``.jsonl``.
+The six families of Unsloth's fast path, and twice as many with the PEFT backend, as small random models, in 16 and 4
+bits, with each kind of gradient checkpointing, padded, padding-free and packed, and one pass of a random Llama-3-8B;
+dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`). Each family runs in a process of
+its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md`` and ``.jsonl``, with ``--backend
+peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sparse_unsloth.bench.trial import FAMILIES, LAYOUTS, MODES, Trial, write_models
+from sparse_unsloth.bench.families import families_of, write_models
+from sparse_unsloth.bench.trial import MODES, TRIED, Trial, parse
+from sparse_unsloth.utils.environment import version_of
 
-CAPTURED = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers run as a whole and are captured, but for the last one, which leaves out rows without loss."""
+PROMISED = ("llama", "mistral", "qwen2", "qwen3")
+"""Families of Unsloth's fast path whose layers run whole and are captured, but for the last one, which skips unused
+rows."""
+PROMISED_PEFT = families_of("peft")
+"""Families whose layers run whole and are captured, likewise, with the PEFT backend."""
 LARGE = "llama 8B"
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -34,26 +41,31 @@ LLAMA_3_8B = {
 }  # fmt: skip
 SECONDS = 460
 """For all processes together."""
+AT_ONCE = 14
+"""Processes that run at a time."""
 
 
-def processes(folder: Path, large: bool) -> dict[str, list[str]]:
-    """The command of each process, by what it tries."""
-    small = {
-        f"{family} {dtype}": ["--families", family, "--models", str(folder / "models"), "--dtypes", dtype]
-        for family in FAMILIES
-        for dtype in ("bf16", "4bit")
-    }
-    if large:
-        small[LARGE] = [
-            "--families", "llama", "--models", str(folder / "large"), "--dtypes", "4bit", "--checkpointing", "unsloth",
-            "--layouts", "padded,padding-free",
-        ]  # fmt: skip
-    head = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", "unsloth", "--out"]
-    commands = {name: [*head, str(folder / f"{name}.jsonl"), *words] for name, words in small.items()}
-    head[4] = "peft"
-    peft = ["--families", "llama,gemma2", "--models", str(folder / "models"), "--checkpointing", "True,False"]
-    commands["PEFT"] = [*head, str(folder / "PEFT.jsonl"), *peft, "--modes", "dense,rows,channels"]
-    return commands
+def processes(folder: Path, backends: Sequence[str], large: bool) -> dict[str, list[str]]:
+    """The arguments of each process's trials, by what it tries, in the order of their start: the longest first."""
+    words = {}
+    if "unsloth" in backends:
+        families = sorted(families_of("unsloth"), key=lambda family: family != "gemma2")
+        words = {
+            f"{family} {dtype}": ["--backend", "unsloth", "--families", family, "--dtypes", dtype]
+            for family in families
+            for dtype in ("bf16", "4bit")
+        }
+        if large:
+            words[LARGE] = [
+                "--backend", "unsloth", "--families", "llama", "--dtypes", "4bit", "--checkpointing", "unsloth",
+                "--layouts", "padded,padding-free",
+            ]  # fmt: skip
+    if "peft" in backends:
+        words |= {f"PEFT {family}": ["--backend", "peft", "--families", family] for family in families_of("peft")}
+    for name, given in words.items():
+        models = folder / ("large" if name == LARGE else given[1])
+        given += ["--models", str(models), "--out", str(folder / f"{name}.jsonl")]
+    return words
 
 
 def why_failed(name: str, trial: Trial) -> str:
@@ -63,11 +75,11 @@ def why_failed(name: str, trial: Trial) -> str:
     """
     if trial.verdict == "failed":
         return trial.detail
-    promised = name == LARGE or trial.family in CAPTURED
+    promised = name == LARGE or trial.family in (PROMISED_PEFT if trial.backend == "peft" else PROMISED)
     graphs = trial.mode.endswith("graphs")
     if trial.verdict == "refused":
         return "" if graphs and not promised and "can be captured" in trial.detail else trial.detail
-    if trial.backend == "unsloth" and promised and (graphs or trial.mode in ("rows", "channels")):
+    if promised and (graphs or trial.mode in ("rows", "channels")):
         if trial.whole < trial.layers - 1:
             return f"{trial.whole} of {trial.layers} layers run as a whole: {trial.detail}"
         if graphs and trial.checkpointing != "False" and trial.captured < trial.layers - 1:
@@ -114,22 +126,61 @@ def table(outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list
     return "\n".join(lines) + "\n", len(failures)
 
 
-def count_trials(command: list[str]) -> int:
-    """How many trials a command makes, if all of its plain models run."""
-    given = dict(zip(command[3::2], command[4::2], strict=True))
-    counts = {"--families": "", "--dtypes": "bf16,4bit", "--checkpointing": "unsloth,True,False"}
-    counts |= {"--layouts": ",".join(LAYOUTS), "--modes": ",".join(MODES)}
-    total = 1
-    for name, default in counts.items():
-        total *= len(given.get(name, default).split(",")) + (name == "--modes")  # and the plain model
-    return total
+def count_trials(words: list[str]) -> int:
+    """How many trials a process makes, if all of its plain models run."""
+    args = parse(words)
+    return math.prod(len(getattr(args, name)) + (name == "modes") for name in TRIED)  # and the plain model
+
+
+def start(name: str, words: list[str], folder: Path) -> subprocess.Popen:
+    """Starts a process in a folder of its own: Unsloth writes its compiled modules into the working directory."""
+    if name == LARGE and not (folder / "large" / "llama" / "config.json").is_file():
+        write_models(folder / "large", ("llama",), device="cuda", **LLAMA_3_8B)
+        torch.cuda.empty_cache()
+    place = folder / f"run {name}"
+    place.mkdir()
+    source = str(Path(__file__).parents[2])
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sparse_unsloth.bench.trial", *words]
+    with (folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def run_all(words: dict[str, list[str]], folder: Path, deadline: float) -> dict[str, int | None]:
+    """Runs all processes, `AT_ONCE` at a time; returns their exit codes by name, None where the time was up.
+
+    Args:
+        deadline: of `time.time`.
+    """
+    waiting, running, codes, began = list(words), {}, {}, time.time()
+    while waiting or running:
+        late = time.time() > deadline
+        for name, process in list(running.items()):
+            if process.poll() is not None or late:
+                codes[name] = process.poll()
+                process.kill()
+                process.wait()
+                del running[name]
+                print(f"{name}: exit code {codes[name]} after {time.time() - began:.0f} s", flush=True)
+        if late:
+            return codes | dict.fromkeys(waiting)
+        for name in waiting[: AT_ONCE - len(running)]:
+            running[name] = start(name, words[name], folder)
+            waiting.remove(name)
+        time.sleep(0.2)
+    return codes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/acceptance"))
+    parser.add_argument("--backend", choices=("unsloth", "peft", "both"), default="both")
     parser.add_argument("--no-large", action="store_true", help="without the pass of 8B, which takes 20 GB of disk")
-    parser.add_argument("--only", default="", help="processes, parted by commas: 'llama 4bit', PEFT, 'llama 8B', ...")
+    parser.add_argument("--only", default="", help="processes, parted by commas: 'llama 4bit', 'PEFT llama', ...")
     parser.add_argument("--large-model", type=Path, help="folder with a checkpoint llama/; made where missing")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
     args = parser.parse_args()
@@ -137,65 +188,48 @@ def main() -> int:
         print("acceptance: needs an NVIDIA GPU, and PyTorch sees none", file=sys.stderr)
         return 1
     began = time.time()
+    backends = ("unsloth", "peft") if args.backend == "both" else (args.backend,)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.large_model:
             (folder / "large").symlink_to(args.large_model.resolve())
-        commands = processes(folder, large=not args.no_large)
+        words = processes(folder, backends, large=not args.no_large)
         if args.only:
-            commands = {name: commands[name] for name in args.only.split(",")}
-        write_models(folder / "models")
-        running = {}
-        for one in sorted(commands, key=lambda name: name == LARGE):  # its checkpoint is made while the others load
-            if one == LARGE and not (folder / "large" / "llama" / "config.json").is_file():
-                write_models(folder / "large", ("llama",), "cuda", **LLAMA_3_8B)
-                torch.cuda.empty_cache()
-            place = folder / f"run {one}"
-            place.mkdir()  # Unsloth writes its compiled modules into the working directory
-            source = str(Path(__file__).parents[2])
-            environment = {
-                **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                "UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
-                "TORCHINDUCTOR_COMPILE_THREADS": "4",
-            }  # fmt: skip
-            log = (folder / f"{one}.log").open("w")
-            running[one] = subprocess.Popen(
-                commands[one], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        outcomes, ends = {}, {}
-        for one, process in running.items():
-            try:
-                process.wait(timeout=max(1.0, args.seconds - (time.time() - began)))
-            except subprocess.TimeoutExpired:
-                process.kill()
-            ends[one] = round(time.time() - began)
-            lines = folder / f"{one}.jsonl"
+            words = {name: words[name] for name in args.only.split(",")}
+        for backend in backends:
+            write_models(folder / backend, families_of(backend), backend)
+        codes, outcomes = run_all(words, folder, began + args.seconds), {}
+        for name in words:
+            lines = folder / f"{name}.jsonl"
             text = lines.read_text().splitlines() if lines.is_file() else []
-            outcomes[one] = [Trial(**json.loads(line)) for line in text]
-            if not text or process.returncode not in (0, 1):
-                print(f"--- {one}: exit code {process.returncode}\n{(folder / f'{one}.log').read_text()[-4000:]}")
+            outcomes[name] = [Trial(**json.loads(line)) for line in text]
+            log = folder / f"{name}.log"
+            if log.is_file() and (not text or codes[name] not in (0, 1)):
+                print(f"--- {name}: exit code {codes[name]}\n{log.read_text()[-4000:]}")
     versions = {
-        name: importlib.metadata.version(name)
+        name: version_of(name)
         for name in ("unsloth", "unsloth_zoo", "torch", "triton", "transformers", "trl", "peft", "bitsandbytes")
     }
+    of, title = backends[0], {"unsloth": "Unsloth", "peft": "PEFT"}[backends[0]]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     head = [
-        f"# Acceptance with Unsloth {versions['unsloth']}",
+        f"# Acceptance with {title} {versions[of]}",
         "",
-        f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"{round(time.time() - began)} s. Made by `python tests/gpu/acceptance.py`.",
+        f"{torch.cuda.get_device_name()}; {found}; {round(time.time() - began)} s. "
+        f"Made by `{' '.join(['python', *sys.argv])}`.",
         "",
         "In each cell: trials that passed (dtypes x checkpointing x layouts), layers as a whole and in CUDA graphs, "
         "and the largest relative error of all gradients with nothing left out against the same model before "
         "attaching.",
     ]
-    text, failures = table(outcomes, {name: count_trials(commands[name]) for name in outcomes}, head)
+    text, failures = table(outcomes, {name: count_trials(words[name]) for name in outcomes}, head)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"unsloth-{versions['unsloth']}"
+    path = args.out / f"{of}-{versions[of]}"
     path.with_name(path.name + ".md").write_text(text)
     with path.with_name(path.name + ".jsonl").open("w") as lines:
         for name, trials in outcomes.items():
             lines.writelines(json.dumps({"process": name, **vars(trial)}) + "\n" for trial in trials)
-    print(text, "seconds:", ends, flush=True)
+    print(text, flush=True)
     return int(failures > 0)
 
 

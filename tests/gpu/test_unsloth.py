@@ -22,9 +22,9 @@ RUNS = (("peft", "llama"), ("unsloth", "llama,mistral,qwen2,qwen3,gemma"), ("uns
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    from sparse_unsloth.bench.trial import write_models
+    from sparse_unsloth.bench.families import families_of, write_models
 
-    write_models(folder)
+    write_models(folder, families_of("unsloth"))
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
