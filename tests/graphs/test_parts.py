@@ -7,9 +7,9 @@ import torch
 
 from sparse_unsloth.graphs import parts
 from sparse_unsloth.graphs.recorder import GraphCache
-from sparse_unsloth.ops.decoder_layer import lora_tensors_of
+from sparse_unsloth.ops.decoder_layer import RowOrder, lora_tensors_of
 
-from planned_layers import assert_close, compute, make_layer, outcome
+from planned_layers import assert_close, compute, make_layer, outcome, roles
 from recorded_layers import Rerun, share_memory
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +35,10 @@ def test_replays_equal_the_functions(form, ranks, sparse, monkeypatch):
     layer, recorder = make_layer(form, ranks, sparse), Rerun()
     share_memory(monkeypatch, recorder)
     graphs = GraphCache(recorder)
-    for step in range(2):
+    for step, text in enumerate(("ccdpcdc dccpdcc", "dcccpdc cdccpdc")):
+        if sparse:
+            rows = RowOrder(roles(text), True)
+            layer = layer.with_plan(attention=rows, mlp=rows)
         expected = outcome(layer, compute)
         with torch.no_grad():
             plan = layer.with_plan(keep=False).plan
