@@ -13,7 +13,16 @@ import torch
 
 from sparse_unsloth import get_state
 from sparse_unsloth.bench import checks, processes, profiling, runs, speed
-from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, TARGETS, flop_limit, methods_of, sparsity_of
+from sparse_unsloth.bench.methods import (
+    LLAMA_3_8B,
+    METHODS,
+    OURS,
+    TARGETS,
+    backend_of,
+    flop_limit,
+    methods_of,
+    sparsity_of,
+)
 from sparse_unsloth.bench.shapes import SHAPES, Shape, custom_name, make_batch, shapes_of
 from sparse_unsloth.bench.table import (
     COLUMNS,
@@ -101,6 +110,19 @@ def test_batches_have_the_context_rows_that_the_limits_count(shape):
     assert not torch.equal(first["input_ids"], other["input_ids"])
     assert (first["labels"] != -100).sum() == shape.batch * shape.outputs
     assert len(TokenPartition.from_labels(first["labels"]).context) == shape.context_tokens
+
+
+def test_methods_through_the_peft_backend():
+    assert methods_of("dense,rows-25,peft-dense", "peft") == ["peft-dense-exact", "peft-rows-25", "peft-dense"]
+    assert methods_of("dense,rows-25,peft-dense") == ["unsloth-dense-exact", "rows-25", "peft-dense"]
+    assert methods_of("unsloth-dense,nothing-dropped", "peft") == ["unsloth-dense", "peft-nothing-dropped"]
+    for method in OURS:
+        ours = f"peft-{method}"
+        assert backend_of(ours) == "peft"
+        assert sparsity_of(ours, 32) == sparsity_of(method, 32) is not None
+    assert sparsity_of("peft-dense-exact", 32) == sparsity_of("unsloth-dense-exact", 32)
+    with pytest.raises(ConfigError, match="there is no method peft-rows-26"):
+        methods_of("rows-26", "peft")
 
 
 def test_every_method_has_a_sparsity_that_is_one():

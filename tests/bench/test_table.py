@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from sparse_unsloth.bench.arms import FLAT, PADDED, STOCK
+from sparse_unsloth.bench.arms import FLAT, LIGER, PADDED, STOCK
 from sparse_unsloth.bench.methods import LLAMA_3_8B
 from sparse_unsloth.bench.table import (
     COLUMNS,
@@ -16,6 +16,7 @@ from sparse_unsloth.bench.table import (
     table_of_run,
     with_ratios,
 )
+from sparse_unsloth.errors import ConfigError
 
 NODE = "host-7"
 DATE = "2026-11-30T06:00:00+00:00"
@@ -71,6 +72,28 @@ def test_the_report_names_stock_and_the_best_arm(tmp_path):
     assert line.count("\n") == 0
     # What fits step times sees the padded arm as the dense method that it is, and no other arm.
     assert [(one["method"], one["median_ms"]) for one in read_rows(table)] == [("unsloth-dense", 200), ("rows-25", 100)]
+
+
+def test_peft_with_liger_is_the_baseline_without_stock():
+    rows = [
+        row("peft", "peft-dense", ms=400.0),
+        row(LIGER, "peft-dense", ms=300.0),
+        row(method="peft-rows-25", ms=100.0),
+    ]
+    rows = [one | {"median_ms": float(one["median_ms"]), "peak_gib": 8.0, "tokens": 8192} for one in rows]
+    assert "3.00x the speed of liger, " in report(rows, LLAMA_3_8B, ["peft-rows-25"])
+    stock = row(STOCK, ms=150.0) | {"median_ms": 150.0, "peak_gib": 8.0, "tokens": 8192}
+    assert "1.50x the speed of stock, " in report([*rows, stock], LLAMA_3_8B, ["peft-rows-25"])
+
+
+def test_a_table_gets_columns_that_were_added_at_its_end(tmp_path):
+    table = tmp_path / "speed.csv"
+    append_rows(table, [row(method="rows-10")])
+    more = (*COLUMNS, "further")
+    append_rows(table, [row() | {"further": "x"}], more)
+    assert [one["further"] for one in read_table(table, more)] == ["", "x"]
+    with pytest.raises(ConfigError, match="other columns"):
+        read_table(table, COLUMNS)
 
 
 def test_the_limit_is_that_of_the_baseline():
