@@ -134,10 +134,12 @@ def test_other_forms_run_in_plain_pytorch(form, launches):
 
 def test_float64_and_no_form_run_in_plain_pytorch(launches):
     query, key, cosines, sines = make_inputs()
+    query, key = torch.cat((query, key), -1).split((HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM), -1)
     plain, none = HeadForm(HEAD_DIM), HeadForm(HEAD_DIM, "none")
     for *angles, form in ((cosines, sines, plain), (None, None, plain), (cosines, sines, none)):
         ours = prepare_heads(query, key, *angles, form)
         assert [(y.shape[-2:], y.dtype) for y in ours] == [((n, HEAD_DIM), torch.float64) for n in (HEADS, KV_HEADS)]
+        assert all(y.is_contiguous() for y in ours)
     assert torch.equal(ours[0].flatten(-2), query)
     assert not launches
 
