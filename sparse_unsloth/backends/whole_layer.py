@@ -36,8 +36,7 @@ from sparse_unsloth.runtime.state import LayerRuntime
 
 SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
 NO_KERNELS = "Triton's kernels do not run here"
-CACHED = ("use_cache", "output_attentions")
-"""Arguments with which a layer's own forward runs."""
+CACHES = ("past_key_value", "past_key_values")
 
 
 def install(runtimes: Iterable[LayerRuntime]) -> None:
@@ -115,7 +114,7 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
     """How the layer as a whole differs from ``expected``, in a sentence; "" where it does not."""
     module, context = runtime.layer.module, runtime.context
     try:
-        if runtime.state.backend.proves_attention:
+        if runtime.state.backend.attention_is_ours:
             runtime.context = None  # the hooks of its parts compute densely
             runtime.fast.prove(lambda x, **given: plain_forward(module, x, **given), hidden_states, arguments)
             runtime.context = context
@@ -196,8 +195,9 @@ def _applies(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
     if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
         return False
     training = layer.module.training and layer.self_attn.training and layer.mlp.training
-    cached = any(arguments.get(name) is not None for name in ("past_key_value", "past_key_values"))
-    if not training or cached or any(arguments.get(name) for name in CACHED):
+    own = runtime.state.backend.attention_is_ours  # which fills a cache as the layer's own attention does
+    cached = any(arguments.get(name) is not None and not own for name in CACHES)
+    if not training or cached or arguments.get("output_attentions") or (arguments.get("use_cache") and not own):
         return False
     weight = next((norm.weight for norm in norms if norm is not None and norm.weight is not None), None)
     if not _fits_kernels(hidden_states, weight):

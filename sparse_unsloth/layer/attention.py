@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.layer.spec import LayerSpec
-from sparse_unsloth.ops.head_rotary import HeadForm, prepare_heads
+from sparse_unsloth.ops.head_rotary import prepare_heads
 
 COSINES, SINES, MASK, POSITIONS = "cosines", "sines", "attention_mask", "position_ids"
 """The names of fixed tensors."""
@@ -36,30 +36,31 @@ def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], argu
     """
     query, key, value = projected
     cosines, sines = arguments.get("position_embeddings") or (None, None)
-    query, key = prepare_heads(query, key, cosines, sines, head_form(spec))
+    query, key = prepare_heads(query, key, cosines, sines, spec.head_form)
     if spec.query_scaling is not None:
         beta, positions = spec.query_scaling
         factor = 1 + beta * torch.log1p(torch.floor(arguments[POSITIONS] / positions))
         query = query * factor[..., None, None].to(query.dtype)
     value = value.unflatten(-1, (-1, spec.head_dim))
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    cache = arguments.get("past_key_values")
+    if cache is not None:  # nothing reads it in training, but a model whose use_cache is on fills it
+        key, value = cache.update(key, value, module.layer_idx)
     others = {name: argument for name, argument in arguments.items() if name not in TAKEN}
     output, *_ = _interface(module)(
         module,
-        *(one.transpose(1, 2) for one in (query, key, value)),
+        query,
+        key,
+        value,
         arguments.get(MASK),
         **{**others, "dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": spec.softcap},
     )
     return output.flatten(-2)
 
 
-def head_form(spec: LayerSpec) -> HeadForm:
-    """How ``spec`` treats the heads of Q and K before attention."""
-    return HeadForm(spec.head_dim, spec.rotation, spec.query_norm, spec.key_norm, spec.norm_after_rotation)
-
-
 def fixed_tensors(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The tensors that `attend` reads besides Q, K, V, for a CUDA graph; None where it cannot be captured."""
-    if module.config._attn_implementation not in CAPTURABLE:
+    if module.config._attn_implementation not in CAPTURABLE or arguments.get("past_key_values") is not None:
         return None
     found = {}
     if spec.rotation != "none":

@@ -48,7 +48,7 @@ class Backend:
         attend: attention of given Q, K, V in the layer's forward, without the O projection.
         fixed_tensors: what ``attend`` reads besides; None where it cannot be captured in CUDA graphs.
         capturable_attention: ``attend`` as a function of these tensors.
-        proves_attention: whether ``attend`` is ours, so that its specification must be proved.
+        attention_is_ours: whether ``attend`` is ours, so that its specification must be proved.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Backend:
     attend: Callable[[LayerRuntime, Tensor, Sequence[Tensor], dict[str, Any]], Tensor]
     fixed_tensors: Callable[[LayerRuntime, Tensor, dict[str, Any]], dict[str, Tensor] | None]
     capturable_attention: Callable[[LayerRuntime, dict[str, Any], dict[str, Tensor]], Callable[..., Tensor]]
-    proves_attention: bool
+    attention_is_ours: bool
 
 
 class SparsityState:

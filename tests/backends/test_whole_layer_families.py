@@ -9,7 +9,7 @@ from sparse_unsloth.backends.patching import runs
 
 from family_models import make_family
 from masked_models import every_step, masked_gradients
-from recorded_layers import Rerun, share_memory
+from recorded_layers import Rerun, share_memory, step_as_recorded
 from tiny_models import always, loss_and_gradients
 from unsloth_stand_in import assert_same, decoder_layers
 from whole_layers import SMALL, small_batch
@@ -41,7 +41,7 @@ def kernels(monkeypatch):
 
 
 def make(family, checkpointing=False, targets=None):
-    model = make_family(family, torch.float32, targets, **TWO, **FAMILIES.get(family, {}))
+    model = make_family(family, torch.float32, targets, **{**TWO, **FAMILIES.get(family, {})})
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -69,7 +69,7 @@ def test_families_are_proved_and_exact(family):
 def test_rows_are_chosen_as_masks_say(family, checkpointing):
     """Stored without gradient checkpointing, recomputed with it."""
     model, batch = make(family, checkpointing), small_batch()
-    expected = masked_gradients(model, batch)
+    expected = masked_gradients(model, batch, whole=True)
     report = attach(model, every_step(exact_removal=False))
     assert report.whole_layers == 2
     assert_same(loss_and_gradients(model, batch), expected)
@@ -117,7 +117,7 @@ def test_layers_are_captured(monkeypatch, family, checkpointing, rules):
     share_memory(monkeypatch, recorder)
     model, batch = make(family, checkpointing), small_batch()
     setting = every_step() if rules == "rows" else {"preset": "dense"}
-    expected = masked_gradients(model, batch) if rules == "rows" else loss_and_gradients(model, batch)
+    expected = step_as_recorded(model, batch, {**setting, "cuda_graphs": True})
     attach(model, {**setting, "cuda_graphs": True})
     for step in range(3):
         assert_same(loss_and_gradients(model, batch), expected)

@@ -137,5 +137,5 @@ BACKEND = Backend(
     attend=_attend,
     fixed_tensors=_fixed_tensors,
     capturable_attention=_capturable_attention,
-    proves_attention=True,
+    attention_is_ours=True,
 )

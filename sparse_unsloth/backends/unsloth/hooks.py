@@ -183,5 +183,5 @@ BACKEND = Backend(
     attend=attend,
     fixed_tensors=fixed_tensors,
     capturable_attention=capturable_attention,
-    proves_attention=False,
+    attention_is_ours=False,
 )
