@@ -1,7 +1,7 @@
 """Captures row-sparse layers in CUDA graphs (docs/how-it-works.md, sections 3.1 and 9.1).
 
-Forward computes every row. The recompute ends with attention. The captured backward selects rows by the incoming
-gradient, computes what follows attention again for these rows, and takes gradients through them.
+Forward computes every row. The recompute, if there is one, ends with attention. The captured backward selects rows by
+the incoming gradient, computes what follows attention again for these rows, and takes gradients through them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_unsloth.graphs.layer import Attention, first_forward, flatten_gradients, recompute, split_gradients
+from sparse_unsloth.graphs.layer import Attention, flatten_gradients, run_captured, split_gradients
 from sparse_unsloth.graphs.recorder import LayerCapture
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.rows.backward import BackwardRows, backward_rows
@@ -42,18 +42,15 @@ def row_sparse_whole_layer(
     """
     all_rows, chosen_rows = (RowOrder(capture.static_partition(rows), False) for rows in (plan.mlp.partition, chosen))
     roles = capture.static_partition(partition)
-    static = replace(plan, attention=all_rows, mlp=all_rows)
+    static = replace(plan, attention=all_rows, mlp=all_rows, keep=False)
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         trained = static.with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
-        if not plan.output_unused:
-            return post_attention(attention_output, residual, trained)
         return _through_chosen_rows(attention_output, residual, trained, chosen_rows, RowChoice(roles, share))
 
-    loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.output_unused else first_forward)(capture, compute, hidden_states, tensors, loras)
+    return run_captured(plan, capture, compute, hidden_states, tensors)
 
 
 def row_sparse_post_attention(
@@ -110,11 +107,16 @@ class _RowSparsePostAttention(torch.autograd.Function):
 def _through_chosen_rows(
     attention_output: Tensor, residual: Tensor, plan: LayerPlan, chosen_rows: RowOrder, choice: RowChoice
 ) -> Tensor:
-    """Zeros, whose backward goes through the chosen rows and the LoRA matrices of ``plan``."""
+    """What follows attention, for all rows (zeros in a recompute); backward goes through the chosen rows alone."""
     chosen_plan = replace(plan, attention=chosen_rows, mlp=chosen_rows, output_unused=True, keep=False)
     return backward_rows(
-        lambda rows, stream: post_attention(rows, stream, chosen_plan),
+        lambda rows, stream: post_attention(rows, stream, plan),
         [attention_output, residual],
         lora_tensors_of(plan.projections[3:]),
-        BackwardRows(choice, residual_index=1, skip_output=True),
+        BackwardRows(
+            choice,
+            lambda rows, stream: post_attention(rows, stream, chosen_plan),
+            residual_index=1,
+            skip_output=plan.output_unused,
+        ),
     )

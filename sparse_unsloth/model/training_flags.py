@@ -1,4 +1,4 @@
-"""Sets training flags temporarily, and tells whether a backward pass is running."""
+"""Sets training flags temporarily, and tells whether a backward pass is running and what a forward saves for it."""
 
 from __future__ import annotations
 
@@ -30,3 +30,12 @@ def training_mode(model: nn.Module, training: bool = True) -> Iterator[None]:
 def in_backward() -> bool:
     """Whether a backward pass is running; a forward in it is a recompute (gradient checkpointing)."""
     return torch._C._current_graph_task_id() != NO_GRAPH_TASK
+
+
+def keeps_saved_tensors() -> bool:
+    """Whether what this forward saves stays where it is until its backward.
+
+    Non-reentrant checkpointing and offloading replace it, by hooks. PyTorch before 2.8 does not tell: False.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return torch.is_grad_enabled() and not in_backward() and top is not None and top(True) is None

@@ -42,13 +42,12 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
     planned = _plan(runtime, hidden_states, kwargs)
     if planned is None:
         return None
-    plan, capture = planned
+    plan, capture, fixed = planned
     runtime.context.whole.add(runtime.layer.index)
     for part in PARTS:
         if runtime.is_sparse(part):
             runtime.record_run(part)
-    fixed = None if capture is None else fixed_tensors(runtime, hidden_states, kwargs)
-    if fixed is not None:
+    if capture is not None and fixed is not None:
         return _captured(runtime, hidden_states, plan, capture, kwargs, fixed)
     before, after = pre_attention, post_attention
     if capture is not None:
@@ -91,8 +90,11 @@ def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:
 
 def _plan(
     runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
-) -> tuple[LayerPlan, LayerCapture | None] | None:
-    """The plan of this call, and its capture, if there is one; None where the layer's own forward must run."""
+) -> tuple[LayerPlan, LayerCapture | None, dict[str, Tensor] | None] | None:
+    """The plan of this call, its capture, if there is one, and the result of `fixed_tensors` for it.
+
+    None where the layer's own forward must run.
+    """
     context, layer = runtime.context, runtime.layer
     module = layer.module
     if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
@@ -118,16 +120,15 @@ def _plan(
         for part in ("self_attn", "mlp")
     )
     output_unused = recompute and runtime.state.config.exact_removal
-    if not torch.is_grad_enabled():  # a recompute is captured if its first forward was
+    if not recompute:  # a recompute is captured if its first forward was
         ready = context.graphs is not None and (layer.index, context.batch_key) in context.graphs.reserved
         memo.captured = ready and runtime.state.config.exact_removal
+    keep = torch.is_grad_enabled() and not recompute
+    fixed = fixed_tensors(runtime, hidden_states, arguments) if memo.captured else None
     capture = None
-    if memo.captured:
-        context.graphs.check_forward(context)
-        context.captured.add(layer.index)
-        capture = open_capture(
-            context.graphs, layer, projections, (context.batch_key, attention.sparse, mlp.sparse, output_unused)
-        )
+    if memo.captured and (fixed is not None or not keep):  # around attention nothing can be kept
+        which = attention.sparse, mlp.sparse, output_unused
+        capture = open_capture(context, layer, projections, which, keep)
     plan = LayerPlan(
         input_norm=norm_of(module.input_layernorm),
         output_norm=norm_of(module.post_attention_layernorm),
@@ -140,4 +141,4 @@ def _plan(
         output_unused=output_unused,
         keep=torch.is_grad_enabled(),
     )
-    return plan, capture
+    return plan, capture, fixed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -12,11 +12,12 @@ from sparse_unsloth.backends.patching import plain_forward
 from sparse_unsloth.backends.probes import check, difference
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
+from sparse_unsloth.graphs.recorder import LayerCapture
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.decoder_layer import LayerPlan, Norm, RowOrder
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import Projection, read_projection
+from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.runtime.state import LayerRuntime
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -81,11 +82,30 @@ def why_different(compute: Callable[[], Tensor | None], expected: Tensor, module
 
 
 def open_capture(
-    graphs: GraphCache, layer: DecoderLayer, projections: list[Projection], which: Hashable
-) -> LayerCapture:
-    """The capture of one pass ``which`` through ``layer``; its graphs hold while these weights keep their addresses."""
+    context: SparseContext, layer: DecoderLayer, projections: list[Projection], which: tuple, keep: bool
+) -> LayerCapture | None:
+    """The capture of one pass ``which`` through ``layer``; its graphs hold while these weights keep their addresses.
+
+    Args:
+        keep: whether this is a first forward with gradients, whose intermediates are kept until backward.
+
+    Returns:
+        None where it runs without capture (`GraphCache.open_kept`).
+
+    Raises:
+        SparsityError: see `GraphCache.check_forward`.
+    """
+    graphs, key = context.graphs, context.batch_key
     tensors = [t for projection in projections for t in (projection.lora.A, projection.lora.B, projection.base.weight)]
-    return graphs.open(layer.index, which, tensors, tuple(projection.lora.scale for projection in projections))
+    scales = tuple(projection.lora.scale for projection in projections)
+    if keep:
+        capture = graphs.open_kept(layer.index, key, which, tensors, scales)
+    else:
+        graphs.check_forward(context)
+        capture = graphs.open(layer.index, (key, *which), tensors, scales)
+    if capture is not None:
+        context.captured.add(layer.index)
+    return capture
 
 
 def plan_of_rows(

@@ -115,22 +115,23 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, kwargs: dict[str, Any
 def _captured(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """The layer's output from CUDA graphs of our functions; None where this forward is not captured."""
     context, layer, config = runtime.context, runtime.layer, runtime.state.config
-    memo, recompute = context.memo(layer.index), torch.is_grad_enabled()
-    if context.graphs is None or runtime.not_fusable or not config.exact_removal or (recompute and not memo.captured):
+    memo, share = context.memo(layer.index), config.backward_rows
+    if context.graphs is None or runtime.not_fusable or not config.exact_removal:
         return None
+    recompute = torch.is_grad_enabled() and memo.captured  # a recompute is captured if its first forward was
+    keep = torch.is_grad_enabled() and not recompute
+    fixed = fixed_tensors(runtime, hidden_states, arguments)
     plan = plan_of_rows(layer, hidden_states, context.every_row_dense())
-    if plan is None:
+    if plan is None or (keep and fixed is None):  # around attention nothing can be kept
         return None
-    memo.captured = True  # a recompute is captured if its first forward was
-    context.graphs.check_forward(context)
-    context.captured.add(layer.index)
+    capture = open_capture(context, layer, list(plan.projections), (share, recompute), keep)
+    if capture is None:
+        return None
+    memo.captured = not keep
     for part in ("mlp", "self_attn"):
         runtime.record_run(part)
-    share = config.backward_rows
-    capture = open_capture(context.graphs, layer, list(plan.projections), (context.batch_key, share, recompute))
-    plan = dataclasses.replace(plan, output_unused=recompute)
+    plan = dataclasses.replace(plan, output_unused=recompute, keep=keep)
     rows = context.partition, share, context.chosen_rows(context.row_choice(layer.index, share))
-    fixed = fixed_tensors(runtime, hidden_states, arguments)
     if fixed is not None:
         attention = capturable_attention(runtime, arguments, fixed)
         return row_sparse_whole_layer(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
