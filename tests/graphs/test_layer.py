@@ -302,11 +302,14 @@ def test_unsloths_own_layers(tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     whole = ["backward", "layer", "recompute"]
     parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
+    kept = ["backward", "forward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
         "channels, xformers": [whole, 1],
         "rows, padded": [whole, 1], "rows, packed": [whole, 1],
         "dense, padded": [whole, 1], "dense, packed": [whole, 1],
+        "channels, without checkpointing": [kept, 1], "rows, without checkpointing": [kept, 1],
+        "dense, without checkpointing": [kept, 1],
     }  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def share_memory(monkeypatch, recorder):
 
     def poisoning(original):
         def open_and_poison(self, *args):
+            recorder = self.recorder
             recorder.poison()
             recorder.within_pass.clear()
             for name, buffer in self._buffers.items():
@@ -151,7 +152,7 @@ def share_memory(monkeypatch, recorder):
             recorder.blocks[self._replay]()
 
     def begin(self, forward):
-        recorder.within_forward.clear()
+        self.recorder.within_forward.clear()
         begin_forward(self, forward)
 
     for name in ("open", "open_kept"):
