@@ -7,7 +7,7 @@ of its parts. The result is the same up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.stored_rows import post_attention_of_rows
 from sparse_unsloth.rows.backward import BackwardRows, backward_rows
+from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.runtime.state import LayerRuntime
 
 SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
@@ -168,23 +169,24 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
         if projections is None:
             return None
     memo.projections = None if recompute else projections
-    unused = recompute and state.config.exact_removal
-    plan = _plan(runtime, norms, projections, keep, unused)
+    plan = _plan(runtime, norms, projections, keep, recompute and state.config.exact_removal)
     context.whole.add(index)
     for part in PARTS:
         if state.row_sparse or runtime.is_sparse(part):
             runtime.record_run(part)
-    backend = state.backend
-    if not keep:
-        memo.captured = _can_be_captured(runtime, hidden_states, arguments)
+    if not recompute:  # a recompute is captured if its first forward was
+        memo.captured = _can_be_captured(runtime)
     if memo.captured:
-        return _captured(runtime, hidden_states, plan, arguments)
+        output = _captured(runtime, hidden_states, plan, arguments)
+        memo.captured = output is not None
+        if memo.captured:
+            return output
     *projected, residual = pre_attention(hidden_states, plan)
-    attention_output = backend.attend(runtime, hidden_states, projected, arguments)
+    attention_output = state.backend.attend(runtime, hidden_states, projected, arguments)
     if state.row_sparse:
         return _after_attention_by_rows(runtime, plan, attention_output, residual)
     output = post_attention(attention_output, residual, plan)
-    if state.graphs is not None and not unused:
+    if state.graphs is not None and not plan.output_unused:
         _reserve(runtime, state.graphs)
     return output
 
@@ -263,44 +265,58 @@ def _after_attention_by_rows(
     return backward_rows(lambda *given: post_attention(*given, few), [attention_output, residual], loras, rows)
 
 
-def _can_be_captured(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether this first forward under gradient checkpointing is captured or replayed, and so its recompute."""
+def _can_be_captured(runtime: LayerRuntime) -> bool:
+    """Whether this first forward of the layer is captured or replayed, as far as the model's forward tells."""
     context, index = runtime.context, runtime.layer.index
     if context.graphs is None or not runtime.state.config.exact_removal:
         return False
     selects = not runtime.state.row_sparse and any(map(runtime.is_sparse, PARTS))
-    if selects and (index, context.batch_key) not in context.graphs.reserved:
-        return False
-    return runtime.state.backend.fixed_tensors(runtime, hidden_states, arguments) is not None
+    return not selects or (index, context.batch_key) in context.graphs.reserved
 
 
-def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any]) -> Tensor:
-    """The layer's output from CUDA graphs of the whole layer."""
+def _captured(
+    runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any]
+) -> Tensor | None:
+    """The layer's output from CUDA graphs of the whole layer; None where this call is not captured."""
     context, state, index = runtime.context, runtime.state, runtime.layer.index
-    context.graphs.check_forward(context)
-    context.captured.add(index)
     fixed = state.backend.fixed_tensors(runtime, hidden_states, arguments)
-    attention = state.backend.capturable_attention(runtime, arguments, fixed)
+    if fixed is None:
+        return None
     share = state.config.backward_rows if state.row_sparse else None
-    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in fixed.items())
-    which = context.batch_key, share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
-    capture = _open_capture(context.graphs, index, plan.projections, which)
+    kind = getattr(runtime.layer.self_attn, "layer_type", ""), runtime.fast.spec.window  # each has its own tensors
+    named = {f"{name}, {kind}": tensor for name, tensor in fixed.items()}
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
+    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
+    capture = _open_capture(context, index, plan, which)
+    if capture is None:
+        return None
+    context.captured.add(index)
+    attention = state.backend.capturable_attention(runtime, arguments, fixed)
     if state.row_sparse:
-        choice = context.row_choice(index, share)
-        rows = context.partition, share, context.chosen_rows(choice)
-        return row_sparse_whole_layer(hidden_states, plan, capture, attention, list(fixed.values()), *rows)
-    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, list(fixed.values()))
+        rows = context.partition, share, context.chosen_rows(context.row_choice(index, share))
+        return row_sparse_whole_layer(hidden_states, plan, capture, attention, named, *rows)
+    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, named)
     for part, chosen in capture.selections.items():
         context.selections[index, part] = chosen
     return output
 
 
-def _open_capture(graphs: GraphCache, index: int, projections: Iterable[Projection], which: Hashable) -> LayerCapture:
-    """The capture of one pass ``which`` through a layer; its graphs hold while these weights keep their addresses."""
-    loras = [projection.lora for projection in projections]
-    tensors = [tensor for lora in loras if lora is not None for tensor in (lora.A, lora.B)]
-    tensors += [projection.base.weight for projection in projections]
-    return graphs.open(index, which, tensors, tuple(None if lora is None else lora.scale for lora in loras))
+def _open_capture(context: SparseContext, index: int, plan: LayerPlan, which: tuple) -> LayerCapture | None:
+    """The capture of one pass ``which`` through a layer; its graphs hold while these weights keep their addresses.
+
+    Returns:
+        None where a forward that keeps its intermediates runs without capture (`GraphCache.open_kept`).
+
+    Raises:
+        SparsityError: see `GraphCache.check_forward`.
+    """
+    loras = [projection.lora for projection in plan.projections]
+    tensors = [*lora_tensors_of(plan.projections), *(projection.base.weight for projection in plan.projections)]
+    scales = tuple(None if lora is None else lora.scale for lora in loras)
+    if plan.keep and not plan.output_unused:
+        return context.graphs.open_kept(index, context.batch_key, which, tensors, scales)
+    context.graphs.check_forward(context)
+    return context.graphs.open(index, (context.batch_key, *which), tensors, scales)
 
 
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:

@@ -203,7 +203,9 @@ def _check_replays(model: nn.Module, make: MakeBatch, uncaptured: bool) -> str:
 class Immediate:
     """Replaces `GraphCapture`: runs a function whenever its graph would be replayed."""
 
-    def capture(self, function: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    def capture(
+        self, function: Callable[[], Iterable[Tensor]], kept: bool = False
+    ) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
         return list(function()), lambda: list(function())
 
     def forget(self) -> None:

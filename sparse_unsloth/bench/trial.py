@@ -215,7 +215,7 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
         graphs, captured = get_state(model).graphs, report.captured_layers
         if graphs is not None and graphs.unused:
             captured = 0
-            reasons.append("nothing was captured: graphs need gradient checkpointing")
+            reasons.append("nothing was captured")
         trial = replace(
             trial,
             layers=len(report.layers),

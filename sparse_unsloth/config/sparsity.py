@@ -175,9 +175,10 @@ class SparsityConfig(_Config):
     unchanged."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
-    micro-batches, few loss tokens. It needs Unsloth's Llama-like layers and gradient checkpointing. Sequences are
-    right-padded to length buckets, by an eighth at most from 128 tokens on, and some context tokens stay dense. Dense
-    training is captured too, also without prompts; forwards without labels run without graphs."""
+    micro-batches, few loss tokens. It needs Unsloth's Llama-like layers, and Unsloth's or reentrant gradient
+    checkpointing or none. Sequences are right-padded to length buckets, by an eighth at most from 128 tokens on, and
+    some context tokens stay dense. Dense training is captured too, also without prompts; forwards without labels run
+    without graphs."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

@@ -1,20 +1,23 @@
-"""Captures a whole decoder layer in three CUDA graphs: first forward, recompute, backward.
+"""Captures a whole decoder layer in CUDA graphs: first forward, recompute and backward, or forward and backward.
 
-See docs/how-it-works.md, section 9.1. Captured are the functions of `sparse_unsloth.ops.decoder_layer`, attention, and
-autograd's backward through them. Channel selection is captured as well and writes to fixed addresses. The layer's
-output and LoRA gradients are copied out.
+The three are for a layer under gradient checkpointing, the two for one without: see docs/how-it-works.md, section 9.1,
+and `sparse_unsloth.graphs.recorder` for what makes it safe to keep a forward's intermediates until its backward.
+Captured are the functions of `sparse_unsloth.ops.decoder_layer`, attention, and autograd's backward through them.
+Channel selection is captured as well and writes to fixed addresses. The layer's output and LoRA gradients are copied
+out.
 
-Attention must depend only on a few tensors of constant shape; for other attention see `sparse_unsloth.graphs.parts`.
+Attention must depend only on a few tensors of constant shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
@@ -28,14 +31,15 @@ Compute = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def whole_layer(
-    hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, attention: Attention, tensors: Sequence[Tensor]
+    hidden_states: Tensor, plan: LayerPlan, capture: LayerCapture, attention: Attention, tensors: Mapping[str, Tensor]
 ) -> Tensor:
     """The layer's output ``[batch, sequence, hidden_size]``; zeros in a recompute, where it is unused.
 
     Args:
-        capture: captures or replays this pass.
+        plan: with ``keep`` and without ``output_unused`` this is a forward without checkpointing.
+        capture: captures or replays this pass; a `KeptCapture` in a forward without checkpointing.
         attention: launches the same kernels in every pass with this batch signature.
-        tensors: attention's last argument; layers share one copy of them.
+        tensors: attention's last argument, by name; layers share one copy of those with the same name.
     """
     static = replace(
         plan,
@@ -54,8 +58,16 @@ def whole_layer(
         *projected, residual = pre_attention(x, trained)
         return post_attention(attention(x, projected, tensors), residual, trained)
 
-    loras = lora_tensors_of(plan.projections)
-    return (recompute if plan.output_unused else first_forward)(capture, compute, hidden_states, tensors, loras)
+    return run_captured(plan, capture, compute, hidden_states, tensors)
+
+
+def run_captured(
+    plan: LayerPlan, capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """``compute`` in the graphs of this pass: `recompute`, `forward_keeping` or `first_forward`."""
+    run = recompute if plan.output_unused else forward_keeping if plan.keep else first_forward
+    shared = [capture.constant(f"of attention, {name}", tensor, shared=True) for name, tensor in tensors.items()]
+    return run(capture, compute, hidden_states, shared, lora_tensors_of(plan.projections))
 
 
 def first_forward(
@@ -66,9 +78,7 @@ def first_forward(
     def run(x: Tensor, *tensors: Tensor):
         return (compute(x, loras, tensors),), None
 
-    (output,) = capture.call(
-        "layer", run, (capture.stage_input("hidden states", hidden_states), *_shared(capture, tensors))
-    )
+    (output,) = capture.call("layer", run, (capture.stage_input("hidden states", hidden_states), *tensors))
     capture.finish()
     return output.clone()
 
@@ -77,28 +87,46 @@ def recompute(
     capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
 ) -> Tensor:
     """``compute`` with gradients and its backward, in two graphs; returns zeros, as the output is unused."""
-    return _Recompute.apply(hidden_states, capture, compute, _shared(capture, tensors), *loras)
+    return _WithBackward.apply(hidden_states, capture, compute, list(tensors), True, *loras)
 
 
-def _shared(capture: LayerCapture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [capture.constant(f"of attention, {number}", tensor, shared=True) for number, tensor in enumerate(tensors)]
+def forward_keeping(
+    capture: LayerCapture, compute: Compute, hidden_states: Tensor, tensors: Sequence[Tensor], loras: Sequence[Tensor]
+) -> Tensor:
+    """``compute`` with gradients and its backward, in two graphs; the first one's intermediates live until the second.
+
+    Args:
+        capture: a `KeptCapture`, as other layers' forwards and backwards run in between.
+        tensors: as in `whole_layer`; they do not change until backward.
+    """
+    return _WithBackward.apply(hidden_states, capture, compute, list(tensors), False, *loras)
 
 
-class _Recompute(torch.autograd.Function):
+class _WithBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_states: Tensor, capture: LayerCapture, compute: Compute, tensors: list[Tensor], *loras: Tensor
+        ctx,
+        hidden_states: Tensor,
+        capture: LayerCapture,
+        compute: Compute,
+        tensors: list[Tensor],
+        output_unused: bool,
+        *loras: Tensor,
     ):
         def run(x: Tensor, *tensors: Tensor):
+            if not output_unused:  # the next layer's input will overwrite the buffer, and backward reads this one
+                x = x.clone()
             with torch.enable_grad():
                 # New leaves: with the parameters autograd would make their stream wait for the capturing one.
                 sources = [tensor.detach().requires_grad_() for tensor in (x, *loras)]
                 output = compute(sources[0], sources[1:], tensors)
-            return (), (sources, output)
+            # Without the output itself, whose memory is free once it is copied.
+            return () if output_unused else (output.detach(),), (sources, get_gradient_edge(output))
 
-        capture.call("recompute", run, (capture.stage_input("hidden states", hidden_states), *tensors))
-        ctx.capture, ctx.loras = capture, loras
-        return hidden_states.new_zeros(()).expand(hidden_states.shape)
+        ctx.capture, ctx.loras, ctx.call = capture, loras, "recompute" if output_unused else "forward"
+        inputs = capture.stage_input("hidden states", hidden_states), *tensors
+        outputs = capture.call(ctx.call, run, inputs)
+        return outputs[0].clone() if outputs else hidden_states.new_zeros(()).expand(hidden_states.shape)
 
     @staticmethod
     @once_differentiable
@@ -110,10 +138,10 @@ class _Recompute(torch.autograd.Function):
             dx, *found = torch.autograd.grad(output, sources, gradient)
             return (dx, flatten_gradients(found, loras)), None
 
-        dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after="recompute")
+        dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after=ctx.call)
         capture.finish()
         # The address where the layer before reads it; nothing overwrites it until then.
-        return capture.stage_input("gradient", dx), None, None, None, *split_gradients(found, loras)
+        return capture.stage_input("gradient", dx), None, None, None, None, *split_gradients(found, loras)
 
 
 def reserve(graphs: GraphCache, layer: int, part: str, selection: MlpSelection | AttentionSelection) -> None:

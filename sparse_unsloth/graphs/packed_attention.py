@@ -70,7 +70,7 @@ def why_not_captured(heads: int, kv_heads: int, head_dim: int, like: Tensor, rec
 
     Args:
         like: a tensor of the layers' dtype and device.
-        recorder: a `graphs.recorder.GraphCapture`, or what stands for it.
+        recorder: a `graphs.capture.GraphCapture`, or what stands for it.
     """
     if like.is_cuda and not (like.dtype in DTYPES and _has_kernel()):
         return f"PyTorch {torch.__version__} has no kernel for it in {str(like.dtype).removeprefix('torch.')}"

@@ -1,20 +1,27 @@
 """Captures layers in CUDA graphs and replays them (docs/how-it-works.md, section 9.1).
 
-A `LayerCapture` is one pass through one layer: its first forward under gradient checkpointing, or its recompute with
-the backward after it. The first pass captures each of its calls; later passes copy their inputs to the captured
-addresses and replay.
+A `LayerCapture` is one pass through one layer: its first forward under gradient checkpointing, its recompute with the
+backward after it, or, without checkpointing, a forward that keeps its intermediates until its own backward
+(`KeptCapture`). The first pass captures each of its calls; later passes copy their inputs to the captured addresses and
+replay.
 
-All graphs of a model share one memory pool. While a pass is captured, its intermediates are kept alive, so that its
-calls do not overwrite each other. Afterwards they are released, and the next layer's capture uses the same memory.
-Hence three rules. A pass is captured completely or not at all. Outputs of its calls are valid until another pass begins
-(`LayerCapture.call` raises an error if that is too early). Whoever needs them longer copies them.
+The graphs of passes that keep nothing share one memory pool. While a pass is captured, its intermediates are kept
+alive, so that its calls do not overwrite each other. Afterwards they are released, and the next layer's capture uses
+the same memory. Hence three rules. A pass is captured completely or not at all. Outputs of its calls are valid until
+another pass begins (`LayerCapture.call` raises an error if that is too early). Whoever needs them longer copies them.
+
+The graphs of kept passes share a second pool, which no other graph writes to. There a forward's intermediates are alive
+from its capture to the capture of its backward, so that nothing captured in between overwrites them, and nothing that
+replays in between does if it was captured then. Hence three more rules. All kept passes of a batch signature are
+captured in one forward and the backward after it (`KeptPasses`), or none is. A later forward replays any of them, in
+the same order; where it needs another one, or one whose weights moved, that layer runs without capture, and the next
+forward of the signature captures all of them anew. Batch signatures share the memory, so that a backward is refused
+once another forward began.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -22,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unsloth.errors import BackendError, SparsityError
+from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.graphs.capture import GraphCapture
+from sparse_unsloth.model.training_flags import keeps_saved_tensors
 from sparse_unsloth.tokens.partition import TokenPartition
 
 RUNS_BEFORE_CAPTURE = 2
@@ -35,88 +44,6 @@ MAX_COUNTED_KEYS = 256
 """Recent batch signatures whose forwards are counted."""
 
 Call = Callable[..., "tuple[Sequence[Tensor], Any]"]
-
-
-class GraphCapture:
-    """Captures what functions launch as CUDA graphs with one memory pool.
-
-    Raises:
-        BackendError: there is no CUDA GPU.
-    """
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise BackendError("cuda_graphs needs an NVIDIA GPU, and PyTorch sees none. Set cuda_graphs: false.")
-        self.pool = torch.cuda.graph_pool_handle()
-        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._streams: dict[int, torch.cuda.Stream] = {}
-
-    def capture(self, function: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
-        """Captures ``function`` and replays it once; returns its outputs, and a function that replays and returns them.
-
-        As long as the first outputs are referenced, later captures do not use their memory. Outputs of a replay do not
-        protect their memory.
-        """
-        current = torch.cuda.current_stream()
-        stream = self._streams.get(current.device_index)
-        if stream is None:
-            stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
-        if not self._alive:  # PyTorch releases a pool with its last graph
-            self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # Other threads may use the GPU meanwhile: data loaders that pin memory, and autograd.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                outputs = list(function())
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # the function's own error is more useful
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        self._alive.add(graph)
-        current.wait_stream(stream)
-        graph.replay()
-        views = [_unowned_view(output) for output in outputs]
-
-        def replay() -> list[Tensor]:
-            graph.replay()
-            return views
-
-        return outputs, replay
-
-    def memory(self) -> int:
-        """Bytes that the pool holds, in use or free."""
-        segments = torch.cuda.memory_snapshot()
-        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(self.pool))
-
-    def forget(self) -> None:
-        """Waits for the GPU and abandons the pool; later captures have a new one."""
-        torch.cuda.synchronize()
-        self.pool, self._alive = torch.cuda.graph_pool_handle(), weakref.WeakSet()
-
-    @staticmethod
-    def kept_state(state: Any) -> Any:
-        """The part of a call's ``state`` that replays need once the pass is captured: none."""
-        return None
-
-
-class _Memory:
-    """An address and a size, as ``torch.as_tensor`` takes them."""
-
-    def __init__(self, address: int, size: int):
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
-
-
-def _unowned_view(tensor: Tensor) -> Tensor:
-    """A tensor of the same memory that does not own it: the graphs do."""
-    if not tensor.numel():
-        return tensor.new_empty(tensor.shape)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = _Memory(tensor.data_ptr(), extent * tensor.element_size())
-    flat = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
-    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 class GraphCache:
@@ -151,7 +78,9 @@ class GraphCache:
         self._began = self.serial
         self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
-        self._captures: dict[Hashable, tuple[tuple, dict[str, _CapturedCall], dict[str, Any]]] = {}
+        self._captures: dict[Hashable, _Pass] = {}
+        self._kept: dict[Hashable, KeptPasses] = {}
+        self._keeping: KeptPasses | None = None
         self._buffers: dict[Hashable, Tensor] = {}
         self._storages: dict[Hashable, list[Tensor]] = {}
         self._buffer_places: set[tuple] = set()
@@ -195,7 +124,8 @@ class GraphCache:
     @property
     def recaptures_too_often(self) -> bool:
         """Whether weights move so often that captures take more time than they save."""
-        return self._moved > MAX_RECAPTURES * len(self._captures)
+        passes = len(self._captures) + sum(len(kept.passes) for kept in self._kept.values())
+        return self._moved > MAX_RECAPTURES * passes
 
     def memory(self) -> int:
         """GPU memory of all graphs in bytes, without the buffers of their inputs."""
@@ -217,6 +147,34 @@ class GraphCache:
         if known is None or known[0] != signature or not all(call.complete for call in known[1].values()):
             known = self._captures[layer, which] = signature, {}, {}
         return LayerCapture(self, layer, *known[1:])
+
+    def open_kept(
+        self, layer: int, batch_key: Hashable, which: Hashable, tensors: Sequence[Tensor], constants: tuple
+    ) -> KeptCapture | None:
+        """Begins a forward of a layer whose intermediates are kept until its backward; arguments as in `open`.
+
+        Returns:
+            None where the layer must run without capture: in a replayed forward its pass is missing or its weights
+            moved (`KeptPasses`), or saved tensors are replaced (`keeps_saved_tensors`).
+        """
+        if not keeps_saved_tensors():
+            return None
+        signature = (which, *constants, *(tensor.data_ptr() for tensor in tensors))
+        kept = self._keeping
+        if kept is None:  # the first of this forward, so that nothing that was kept is needed
+            kept = self._kept.get(batch_key)
+            if kept is None or not kept.holds(layer, signature):
+                self._moved += 0 if kept is None else len(kept.passes)
+                kept = self._kept[batch_key] = KeptPasses(self._began)
+            self._keeping = kept
+        if kept.began == self._began:
+            kept.passes[layer] = signature, {}, {}
+            kept.unfinished += 1
+        elif not kept.holds(layer, signature):
+            kept.outdated = True
+            return None
+        self.serial += 1
+        return KeptCapture(self, layer, kept)
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer for inputs of calls: the same memory for equal arguments, in all layers, also for smaller shapes."""
@@ -243,6 +201,10 @@ class GraphCache:
     def begin_forward(self, forward: object) -> None:
         """Begins a ``forward`` of the model whose layers are captured or replayed."""
         self.forward, self._began = forward, self.serial
+        before, self._keeping = self._keeping, None
+        if before is not None and (before.unfinished or before.outdated):
+            self._moved += len(before.passes)
+            self._kept = {key: kept for key, kept in self._kept.items() if kept is not before}
 
     @property
     def unused(self) -> bool:
@@ -250,7 +212,7 @@ class GraphCache:
         return self.serial == self._began
 
     def check_forward(self, forward: object) -> None:
-        """Checks that the selections of ``forward`` are still there at its recompute.
+        """Checks that the selections and kept intermediates of ``forward`` are still there at its backward.
 
         Raises:
             SparsityError: another forward overwrote them.
@@ -258,7 +220,7 @@ class GraphCache:
         if self.forward is not forward:
             raise SparsityError(
                 "cuda_graphs: another forward of the model came before the backward of this one and overwrote its "
-                "channel selections. Call backward after each forward, or set cuda_graphs: false."
+                "channel selections and intermediates. Call backward after each forward, or set cuda_graphs: false."
             )
 
     def reserve(self, layer: int, name: str, like: Tensor) -> None:
@@ -319,6 +281,7 @@ class LayerCapture:
     def __init__(self, graphs: GraphCache, layer: int, calls: dict[str, _CapturedCall], selections: dict[str, Any]):
         self.graphs, self.layer, self._calls, self.selections = graphs, layer, calls, selections
         self._serial = graphs.serial
+        self._kept: KeptPasses | None = None
 
     def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
         """``[rows, width of like]``: see `GraphCache.buffer`."""
@@ -353,17 +316,12 @@ class LayerCapture:
             SparsityError: another pass began before.
         """
         graphs = self.graphs
-        if graphs.serial != self._serial:
-            raise SparsityError(
-                "cuda_graphs: the backward of a layer did not follow its recompute directly, so the intermediates of "
-                "the recompute are overwritten. Train with Unsloth's or reentrant gradient checkpointing and one "
-                "backward at a time, or set cuda_graphs: false."
-            )
+        self._check_intermediates()
         static = [graphs.stage_input((name, number), values) for number, values in enumerate(inputs)]
         call = self._calls.get(name)
         if call is None:
             state = () if after is None else (self._calls[after],)
-            call = self._calls[name] = _CapturedCall(graphs.recorder, function, static, state)
+            call = self._calls[name] = _CapturedCall(graphs.recorder, function, static, state, self._kept is not None)
             return [output.detach() for output in call.first]
         return call.replay(static)
 
@@ -373,11 +331,80 @@ class LayerCapture:
             if not call.complete:
                 call.release(self.graphs.recorder)
 
+    def _check_intermediates(self) -> None:
+        if self.graphs.serial != self._serial:
+            raise SparsityError(
+                "cuda_graphs: the backward of a layer did not follow its recompute directly, so the intermediates of "
+                "the recompute are overwritten. Train with Unsloth's or reentrant gradient checkpointing and one "
+                "backward at a time, or set cuda_graphs: false."
+            )
+
+
+class KeptPasses:
+    """The captures of a batch signature's passes that keep their intermediates, all of one forward and its backward.
+
+    Args:
+        began: the pass after which that forward began (`GraphCache.serial`).
+
+    Attributes:
+        passes: by layer.
+        unfinished: how many of them have no captured backward yet.
+        outdated: a later forward needed another pass.
+    """
+
+    def __init__(self, began: int):
+        self.began = began
+        self.passes: dict[int, _Pass] = {}
+        self.unfinished = 0
+        self.outdated = False
+
+    def holds(self, layer: int, signature: tuple) -> bool:
+        """Whether the pass of ``layer`` is among them, with these weights at these addresses."""
+        return layer in self.passes and self.passes[layer][0] == signature
+
+
+class KeptCapture(LayerCapture):
+    """A forward through one layer that keeps its intermediates, and its backward after those of the layers after it.
+
+    Outputs of its calls are valid until another pass begins.
+    """
+
+    def __init__(self, graphs: GraphCache, layer: int, kept: KeptPasses):
+        super().__init__(graphs, layer, *kept.passes[layer][1:])
+        self._kept, self._forward = kept, graphs.forward
+        self._ended = False
+
+    def call(self, name: str, function: Call, inputs: Sequence[Tensor], after: str | None = None) -> list[Tensor]:
+        """See `LayerCapture.call`.
+
+        Raises:
+            SparsityError: another forward began before, or its backward ran before.
+        """
+        outputs = super().call(name, function, inputs, after)
+        self._calls[name].first = []  # the caller copies them at once
+        return outputs
+
+    def finish(self) -> None:
+        """Ends the pass after its backward."""
+        self._kept.unfinished -= not all(call.complete for call in self._calls.values())
+        super().finish()
+        self._ended = True
+
+    def _check_intermediates(self) -> None:
+        self.graphs.check_forward(self._forward)
+        if self._ended:
+            raise SparsityError(
+                "cuda_graphs: a second backward came through a captured layer (retain_graph=True), whose intermediates "
+                "were overwritten after the first one. Run the forward again, or set cuda_graphs: false."
+            )
+
 
 class _CapturedCall:
     """The CUDA graph of one call."""
 
-    def __init__(self, recorder: Any, function: Call, inputs: Sequence[Tensor], earlier: tuple[_CapturedCall, ...]):
+    def __init__(
+        self, recorder: Any, function: Call, inputs: Sequence[Tensor], earlier: tuple[_CapturedCall, ...], kept: bool
+    ):
         self.state: Any = None
         self.complete = False
         self._addresses = _addresses(inputs)
@@ -386,7 +413,7 @@ class _CapturedCall:
             outputs, self.state = function(*(call.state for call in earlier), *inputs)
             return outputs
 
-        self.first, self._replay = recorder.capture(run)
+        self.first, self._replay = recorder.capture(run, kept)
 
     def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs after a replay."""
@@ -397,6 +424,10 @@ class _CapturedCall:
     def release(self, recorder: Any) -> None:
         """Releases the memory that only the capture needed."""
         self.first, self.state, self.complete = [], recorder.kept_state(self.state), True
+
+
+_Pass = tuple[tuple, dict[str, _CapturedCall], dict[str, Any]]
+"""What a captured pass depends on, its calls by name, and the channel selections that they make."""
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

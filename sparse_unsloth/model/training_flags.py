@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +34,21 @@ def in_backward() -> bool:
 
 
 def in_checkpoint() -> bool:
-    """Whether a function runs, or runs again, inside PyTorch's non-reentrant gradient checkpointing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    """Whether a function runs, or runs again, inside non-reentrant checkpointing; PyTorch before 2.8 tells False."""
+    hooks = _saving_hooks()
     return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+
+
+def keeps_saved_tensors() -> bool:
+    """Whether what this forward saves stays where it is until its backward.
+
+    Non-reentrant checkpointing and offloading replace it, by hooks. PyTorch before 2.8 does not tell: False.
+    """
+    known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    return known and torch.is_grad_enabled() and not in_backward() and _saving_hooks() is None
+
+
+def _saving_hooks() -> tuple[Callable, Callable] | None:
+    """What packs and unpacks saved tensors now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)

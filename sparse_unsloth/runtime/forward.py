@@ -290,8 +290,9 @@ def _use_graphs(state: SparsityState, context: SparseContext) -> None:
     """Lets the layers of this forward replay their graphs, or be captured, where its batch signature allows it."""
     if state.graphs.recaptures_too_often:
         state.warn_once(
-            "cuda_graphs: weights change their addresses in every step (offloading, sharding), so nothing is captured "
-            "any more. Set cuda_graphs: false, or keep the model on the GPU."
+            "cuda_graphs: weights change their addresses in every step (offloading, sharding), or forwards come "
+            "without a backward through all layers, so nothing is captured any more. Set cuda_graphs: false, or keep "
+            "the model on the GPU."
         )
     elif state.graphs.should_replay(context.batch_key):
         context.graphs = state.graphs
@@ -327,8 +328,10 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(
-            "cuda_graphs: no layer was captured. Captures need gradient checkpointing that is Unsloth's or reentrant, "
-            "exact_removal: true, and one active adapter with LoRA on every projection."
+            "cuda_graphs: no layer was captured. Captures need gradient checkpointing that is Unsloth's or reentrant; "
+            "or none, no offloaded activations, attention that is captured too (no long packed documents, no sliding "
+            "window), and PyTorch 2.8. They need exact_removal: true, and one active adapter with LoRA on every "
+            "projection."
         )
     if context.loss_only and not context.loss_reached:
         raise SparsityError(

@@ -10,14 +10,20 @@ import torch
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.bench.checks import Immediate
-from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE, GraphCapture
+from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.graphs.capture import GraphCapture
+from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 
 from recorded_layers import FORMS, LAYERS, RULES, attach_with, checkpointed, step_as_recorded
 from tiny_models import loss_and_gradients, make_batch
-from unsloth_stand_in import StandIn
+from unsloth_stand_in import StandIn, decoder_layers
+from whole_layers import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 LENGTHS = ((160, 40), (130, 25))
+OTHER_LENGTHS = ((90, 30), (70, 60))
+DEPTH = 4
+"""Layers where nothing is checkpointed, so that several keep their intermediates at a time."""
 OTHER_ROWS = 0.05
 """How far gradients may be apart where bf16 rounds otherwise, so that other rows are chosen; measured: 0.013."""
 
@@ -37,8 +43,8 @@ def form(request, monkeypatch):
     return request.param
 
 
-def batch_of(seed):
-    return {name: values.cuda() for name, values in make_batch(seed=seed, lengths=LENGTHS).items()}
+def batch_of(seed, lengths=LENGTHS):
+    return {name: values.cuda() for name, values in make_batch(seed=seed, lengths=lengths).items()}
 
 
 def error(ours, expected):
@@ -126,3 +132,80 @@ def test_trained_weights_are_read_anew(stand_in):
     detach(model)
     assert error(after[1], step_as_recorded(model, batch)[1]) <= 0.01
     assert error(after[1], before[1]) > 0.05
+
+
+def kept_layers(stand_in, checkpointing=False):
+    return make_model(stand_in, checkpointing, num_hidden_layers=DEPTH).to("cuda", torch.bfloat16)
+
+
+def set_checkpointing(model, *flags):
+    for layer, flag in zip(decoder_layers(model), flags, strict=True):
+        layer.gradient_checkpointing = flag
+
+
+@pytest.mark.parametrize("rules", ["both", "dense", "rows"])
+def test_replays_without_checkpointing(stand_in, rules):
+    """Two batch signatures alternate, so that each overwrites what the other one kept."""
+    model = kept_layers(stand_in)
+    batches = [batch_of(seed, lengths) for seed in (1, 2) for lengths in (LENGTHS, OTHER_LENGTHS)]
+    expected = [step_as_recorded(model, batch, rules) for batch in batches]
+    if rules == "rows":
+        plain, expected = expected, not_recorded(model, batches)
+        for (_, gradients), (_, ours) in zip(plain, expected, strict=True):
+            assert error(ours, gradients) <= OTHER_ROWS
+    attach_with(model, rules, True)
+    graphs = get_state(model).graphs
+    for step in range(6 * len(batches)):
+        number = step % len(batches)
+        if step < 2 * RUNS_BEFORE_CAPTURE:
+            loss_and_gradients(model, batches[number])
+            continue
+        found = assert_same_step(model, batches[number], expected[number])
+        print(f"{rules}, step {step}: gradients {found:.1e} apart")
+        if step == 4 * RUNS_BEFORE_CAPTURE:
+            held, pool = torch.cuda.memory_allocated(), graphs.memory()
+    assert graphs.serial == (6 * len(batches) - 2 * RUNS_BEFORE_CAPTURE) * DEPTH
+    assert [len(kept.passes) for kept in graphs._kept.values()] == [DEPTH, DEPTH]
+    assert 0 < graphs.memory() == pool
+    assert torch.cuda.memory_allocated() <= held + 2**20
+    graphs.clear()
+    assert torch.cuda.memory_allocated() < held
+
+
+@pytest.mark.parametrize("rules", ["both", "dense"])
+def test_checkpointed_layers_beside_kept_ones(stand_in, rules):
+    """Also where other layers are kept than before, and where a weight moved."""
+    model = kept_layers(stand_in, "reentrant")
+    batches = [batch_of(seed) for seed in (1, 2)]
+    expected = [step_as_recorded(model, batch, rules) for batch in batches]
+    attach_with(model, rules, True)
+    for flags in ((True, False, True, False), (True, False, False, False), (True, True, False, True), (False,) * DEPTH):
+        set_checkpointing(model, *flags)
+        for step in range(6):
+            found = assert_same_step(model, batches[step % 2], expected[step % 2])
+            print(f"{rules}, {flags}, step {step}: gradients {found:.1e} apart")
+    (kept,) = get_state(model).graphs._kept.values()
+    assert len(kept.passes) == DEPTH
+    module = decoder_layers(model)[2].mlp.down_proj.lora_B["default"]
+    module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+    ours = [loss_and_gradients(model, batches[step % 2]) for step in range(6)]
+    detach(model)
+    after = [step_as_recorded(model, batch, rules) for batch in batches]
+    for step, (_, gradients) in enumerate(ours):
+        assert error(gradients, after[step % 2][1]) <= 0.01
+    assert error(after[0][1], expected[0][1]) > 0.01
+
+
+def test_overwritten_intermediates_are_refused(stand_in):
+    model, batch = kept_layers(stand_in), batch_of(1)
+    expected = step_as_recorded(model, batch)
+    attach_with(model, "both", True)
+    for _ in range(RUNS_BEFORE_CAPTURE):
+        loss_and_gradients(model, batch)
+    for _ in range(3):
+        first, second = model(**batch).loss, model(**batch).loss
+        second.backward()
+        with pytest.raises(SparsityError, match="Call backward after each forward"):
+            first.backward()
+        model(**batch)  # without backward
+        assert_same_step(model, batch, expected)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.graphs import packed_attention as ours
-from sparse_unsloth.graphs.recorder import GraphCapture
+from sparse_unsloth.graphs.capture import GraphCapture
 from sparse_unsloth.tokens.batch import Batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -26,37 +26,20 @@ from sparse_unsloth.tokens.partition import TokenPartition
 from recorded_layers import (
     FORMS,
     LAYERS,
-    Rerun,
     attach_with,
     checkpointed,
     other_rows,
-    share_memory,
     small_steps,
     step_as_recorded,
 )
 from tiny_models import loss_and_gradients, make_batch, make_lora
 from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
-from unsloth_stand_in import StandIn, assert_same, packed_batch
+from unsloth_stand_in import assert_same, packed_batch
 from whole_layers import make_model, small_batch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
 )
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    recorder = Rerun()
-    share_memory(monkeypatch, recorder)
-    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    return recorder
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    stand_in = StandIn(monkeypatch)
-    setattr(stand_in.llama, rows_layer.NORM, lambda norm, x: norm(x))
-    return stand_in
 
 
 @pytest.fixture(params=FORMS)
@@ -218,16 +201,6 @@ def test_another_forward_before_backward_is_refused(stand_in, recorder):
     assert_same(loss_and_gradients(model, batch), expected)
 
 
-def test_without_checkpointing_layers_are_not_captured(stand_in, recorder, caplog):
-    model, batch = make_model(stand_in), small_batch()
-    expected = step_as_recorded(model, batch)
-    attach_with(model, "both", True)
-    for _ in range(3):
-        assert_same(loss_and_gradients(model, batch), expected)
-    assert not recorder.recorded
-    assert caplog.text.count("Captures need gradient checkpointing") == 1
-
-
 def test_batch_signatures_that_come_once_are_not_captured(recorder):
     ours = GraphCache(recorder)
     assert not any(ours.should_replay(("once", number)) for number in range(1000))
@@ -329,11 +302,14 @@ def test_unsloths_own_layers(tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     whole = ["backward", "layer", "recompute"]
     parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
+    kept = ["backward", "forward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
         "channels, xformers": [whole, 1],
         "rows, padded": [whole, 1], "rows, packed": [whole, 1],
         "dense, padded": [whole, 1], "dense, packed": [whole, 1],
+        "channels, without checkpointing": [kept, 1], "rows, without checkpointing": [kept, 1],
+        "dense, without checkpointing": [kept, 1],
     }  # fmt: skip
 
 

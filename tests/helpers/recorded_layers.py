@@ -1,5 +1,9 @@
 """Whole layers that are recorded by a stand-in, which runs their functions again."""
 
+import gc
+import itertools
+import weakref
+
 import torch
 
 from sparse_unsloth import attach, detach, get_state
@@ -23,34 +27,89 @@ RULES = {
 }
 
 
+class Pool:
+    """The memory that kept passes share, in blocks: what a graph writes to one overwrites what lay there."""
+
+    def __init__(self):
+        self.taken = set()
+        self.contents = {}
+        self.outside = set()
+
+    def allocate(self):
+        """The first free block, as what was released is used again at once."""
+        block = next(number for number in itertools.count() if number not in self.taken)
+        self.taken.add(block)
+        return block
+
+    def write(self, block, tensors):
+        for tensor in self.contents.get(block, ()):
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in self.outside:
+                tensor.data.fill_(torch.nan)
+        self.contents[block] = tensors
+
+
 class Rerun:
-    """Runs a recorded function again, and writes what it returns to where the first outputs lay."""
+    """Runs a recorded function again, and writes what it returns to where the first outputs lay.
+
+    A call of a kept pass takes two blocks of a `Pool` when it is recorded: for what autograd saves in it, until the
+    pass is released or forgotten, and for all else, until the recording ends. It writes to both in each replay.
+    """
 
     def __init__(self):
         self.recorded = 0
         self.replayed = 0
         self.places = []
         self.within_pass = set()
+        self.within_forward = set()
+        self.pool = Pool()
+        self.blocks = weakref.WeakKeyDictionary()
 
-    def note(self, what):
-        """A pass that is replayed in part does not hold what recording the rest would have to leave alone."""
-        self.within_pass.add(what)
-        assert len(self.within_pass) == 1
+    def note(self, what, kept):
+        """A pass that is replayed in part does not hold what recording the rest would have to leave alone.
 
-    def capture(self, function):
+        Neither do the kept passes of a forward.
+        """
+        noted = self.within_forward if kept else self.within_pass
+        noted.add(what)
+        assert len(noted) == 1
+
+    def capture(self, function, kept=False):
         self.recorded += 1
-        self.note("recorded")
-        first = [output.clone() for output in function()]
+        self.note("recorded", kept)
+        if kept:
+            gc.collect()  # of passes that were forgotten: CUDA graphs hold no reference to themselves
+        blocks = [self.pool.allocate() for _ in range(2 * kept)]
+
+        def run():
+            if not kept:
+                return function()
+            saved = []
+
+            def pack(tensor):
+                saved.append(tensor.detach())
+                return saved[-1]
+
+            for block in blocks:
+                self.pool.write(block, ())
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = function()
+            self.pool.write(blocks[0], saved)
+            return outputs
+
+        first = [output.clone() for output in run()]
         places = [output.clone() for output in first]
         self.places += places
 
         def again():
             self.replayed += 1
-            self.note("replayed")
-            for place, output in zip(places, function(), strict=True):
+            self.note("replayed", kept)
+            for place, output in zip(places, run(), strict=True):
                 place.copy_(output)
             return places
 
+        if kept:
+            self.pool.taken.remove(blocks[1])
+            self.blocks[again] = weakref.finalize(again, self.pool.taken.remove, blocks[0])
         return first, again
 
     def poison(self):
@@ -70,18 +129,36 @@ def share_memory(monkeypatch, recorder):
     monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
     monkeypatch.setattr(graphs, "RUNS_BEFORE_CAPTURE", 1)  # the interpreter takes seconds for a step
     monkeypatch.setattr(buckets, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
-    original = GraphCache.open
+    release, begin_forward = graphs._CapturedCall.release, GraphCache.begin_forward
 
-    def open_and_poison(self, *args):
-        recorder.poison()
-        recorder.within_pass.clear()
-        for name, buffer in self._buffers.items():
-            # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
-            if isinstance(name[0], str | tuple) and name[0] != "gradient":
-                buffer.fill_(torch.nan)
-        return original(self, *args)
+    def poisoning(original):
+        def open_and_poison(self, *args):
+            recorder = self.recorder
+            recorder.poison()
+            recorder.within_pass.clear()
+            for name, buffer in self._buffers.items():
+                recorder.pool.outside.add(buffer.untyped_storage().data_ptr())
+                # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
+                if isinstance(name[0], str | tuple) and name[0] != "gradient":
+                    buffer.fill_(torch.nan)
+            recorder.pool.outside.update(weight.untyped_storage().data_ptr() for weight in args[-2])
+            return original(self, *args)
 
-    monkeypatch.setattr(GraphCache, "open", open_and_poison)
+        return open_and_poison
+
+    def release_blocks(self, recorder):
+        release(self, recorder)
+        if self._replay in recorder.blocks:
+            recorder.blocks[self._replay]()
+
+    def begin(self, forward):
+        self.recorder.within_forward.clear()
+        begin_forward(self, forward)
+
+    for name in ("open", "open_kept"):
+        monkeypatch.setattr(GraphCache, name, poisoning(getattr(GraphCache, name)))
+    monkeypatch.setattr(graphs._CapturedCall, "release", release_blocks)
+    monkeypatch.setattr(GraphCache, "begin_forward", begin)
 
 
 def checkpointed(stand_in):

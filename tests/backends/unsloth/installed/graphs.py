@@ -19,6 +19,7 @@ from tiny_models import always, loss_and_gradients, make_base, make_batch
 
 LENGTHS = ((7, 3), (5, 2)), ((4, 2), (8, 3))
 """Of two batches: as many tokens of each kind, in other places."""
+KEPT = "without checkpointing"
 SETTINGS = {
     "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
     "rows": {"backward_rows": 0.25},
@@ -58,14 +59,15 @@ def examine() -> dict[str, list]:
     from unsloth_stand_in import assert_same, packed_batch
 
     replace_gpu_kernels()
-    model, found = fused_by_unsloth(copy.deepcopy(base), checkpointing=True), {}
+    models, found = [fused_by_unsloth(copy.deepcopy(base), checkpointing) for checkpointing in (True, False)], {}
     for name, setting in SETTINGS.items():
         layouts = {"padded": make_batch, "packed": packed_batch}
         if name == "channels":
             layouts["xformers"] = make_batch
+        layouts[KEPT] = make_batch if name == "channels" else packed_batch
         for layout, make in layouts.items():
             with pytest.MonkeyPatch.context() as patch:
-                asked = []
+                model, asked = models[layout == KEPT], []
                 if layout == "xformers":
                     load_xformers(patch, asked)
                 recorder = Rerun()
@@ -78,8 +80,10 @@ def examine() -> dict[str, list]:
                     assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
                 if layout == "xformers":
                     assert len(asked) == 2, "the first layer, which is dense, forward and again"
-                captures = get_state(model).graphs._captures.values()
-                calls = sorted({call for _, calls, _ in captures for call in calls})
+                graphs = get_state(model).graphs
+                passes = [*graphs._captures.values()]
+                passes += [one for kept in graphs._kept.values() for one in kept.passes.values()]
+                calls = sorted({call for _, calls, _ in passes for call in calls})
                 found[f"{name}, {layout}"] = [calls, recorder.replayed // max(recorder.recorded, 1)]
                 detach(model)
     return found

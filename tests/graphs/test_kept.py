@@ -1,0 +1,235 @@
+"""Layers without gradient checkpointing, captured in two graphs each: forward and backward (`KeptPasses`).
+
+`Rerun` shares memory as CUDA graphs do: what a pass keeps is NaN once something is captured or replayed that was not
+captured between its forward and its backward. Real graphs are tested in tests/gpu/test_graphs.py.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from sparse_unsloth import detach, get_state
+from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
+from sparse_unsloth.runtime.metrics import metrics
+
+from recorded_layers import LAYERS, attach_with, checkpointed, other_rows, small_steps, step_as_recorded
+from tiny_models import loss_and_gradients, make_batch
+from unsloth_stand_in import assert_same, decoder_layers
+from whole_layers import make_model, small_batch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it"
+)
+CALLS = 2
+"""Of a kept layer: forward and backward."""
+
+
+def kept(stand_in):
+    return make_model(stand_in, num_hidden_layers=LAYERS)
+
+
+def set_checkpointing(model, *flags):
+    for layer, flag in zip(decoder_layers(model), flags, strict=True):
+        layer.gradient_checkpointing = flag
+
+
+@pytest.mark.parametrize("rules", ["both", "dense", "rows"])
+def test_replays_give_the_same_gradients(stand_in, recorder, rules):
+    model = kept(stand_in)
+    batch = make_batch(lengths=((12, 3), (9, 4))) if rules == "rows" else small_batch()
+    batches = [batch, other_rows(batch)]
+    expected = [step_as_recorded(model, batch, rules) for batch in batches]
+    state = attach_with(model, rules, True)
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        assert recorder.recorded == (LAYERS * CALLS if step else 0)
+    assert recorder.replayed == 2 * recorder.recorded
+    assert metrics(state)["sparsity/captured_layers"] == LAYERS
+    assert state.ran == state.expected_parts()
+    if rules == "both":  # only the layer's own graphs write to its scores, which are read later
+        chosen = state.graphs.forward.selections
+        assert chosen.keys() == state.expected_parts()
+        owned = {address for address, *_ in state.graphs._buffer_places}
+        assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
+
+
+def test_batch_signatures_alternate(stand_in, recorder):
+    model = kept(stand_in)
+    batches = [small_batch(), make_batch(lengths=((9, 3), (3, 2)))]
+    expected = [step_as_recorded(model, batch) for batch in batches]
+    state = attach_with(model, "both", True)
+    for step in range(7):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+    assert len(state.graphs.captured_keys) == 2
+    assert (recorder.recorded, recorder.replayed) == (2 * LAYERS * CALLS, 3 * LAYERS * CALLS)
+
+
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+def test_checkpointed_layers_beside_kept_ones(stand_in, recorder, flags):
+    model = checkpointed(stand_in)
+    batches, expected = [small_batch(), other_rows(small_batch())], small_steps(stand_in)
+    attach_with(model, "both", True)
+    set_checkpointing(model, *flags)
+    for step in range(4):
+        assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        assert recorder.recorded == (CALLS + 3 if step else 0)
+    assert recorder.replayed == 2 * recorder.recorded
+
+
+def test_other_layers_are_kept(stand_in, recorder):
+    """As `memory_budget` changes its mind: fewer layers replay what they have, and one more lets all be captured."""
+    model, batch = checkpointed(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    recorded = []
+    for flags in ((True, False), (True, False), (False, False), (False, True), (True, False), (False, False)):
+        set_checkpointing(model, *flags)
+        assert_same(loss_and_gradients(model, batch), expected)
+        recorded.append(recorder.recorded)
+    assert recorded == [0, 5, 5 + 4, 9 + 3, 12, 12]
+
+
+@pytest.mark.parametrize("which", range(LAYERS))
+def test_a_moved_weight_lets_all_be_captured_anew(stand_in, recorder, which):
+    """At once if it is the first kept layer's, whose memory nothing uses yet; else in the next forward."""
+    model, batch = kept(stand_in), small_batch()
+    state = attach_with(model, "both", True)
+    for _ in range(3):
+        loss_and_gradients(model, batch)
+    assert recorder.recorded == LAYERS * CALLS
+    module = decoder_layers(model)[which].mlp.down_proj.lora_B["default"]
+    module.weight = torch.nn.Parameter(1.5 * module.weight.detach())
+    held, outcomes, captured = [], [], []
+    for _ in range(3):
+        held.append(recorder.recorded)
+        outcomes.append(loss_and_gradients(model, batch))
+        captured.append(metrics(state)["sparsity/captured_layers"])
+    twice = 2 * LAYERS * CALLS
+    assert [*held, recorder.recorded] == [LAYERS * CALLS] * (1 + which) + [twice] * (3 - which)
+    assert captured == [LAYERS - which, LAYERS, LAYERS]
+    detach(model)
+    plain = step_as_recorded(model, batch)
+    for outcome in outcomes:
+        assert_same(outcome, plain)
+
+
+def test_backwards_whose_intermediates_are_overwritten_are_refused(stand_in, recorder):
+    model, batch = kept(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    loss_and_gradients(model, batch)
+    for _ in range(2):  # captured, then replayed
+        first, second = model(**batch).loss, model(**batch).loss
+        model.zero_grad()
+        second.backward()
+        with pytest.raises(SparsityError, match="Call backward after each forward"):
+            first.backward()
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(SparsityError, match="second backward"):
+            loss.backward()
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_forward_without_backward(stand_in, recorder):
+    """It is captured in vain, or replays in vain; both do not break the next one."""
+    model, batch = kept(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    loss_and_gradients(model, batch)
+    model(**batch)
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+        assert recorder.recorded == LAYERS + LAYERS * CALLS
+        model(**batch)
+        with torch.no_grad():
+            model(**batch)
+        recorder.recorded = LAYERS + LAYERS * CALLS  # not those of the forward without gradients
+
+
+@pytest.mark.parametrize("which", [2, 4])
+def test_a_capture_that_fails_is_repeated_with_all_others(stand_in, recorder, monkeypatch, which):
+    model, batch = kept(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    loss_and_gradients(model, batch)
+    original, calls = recorder.capture, []
+
+    def fail(function, kept):
+        calls.append(function)
+        if len(calls) == which:
+            raise torch.OutOfMemoryError("planted")
+        return original(function, kept)
+
+    monkeypatch.setattr(recorder, "capture", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        loss_and_gradients(model, batch)
+    monkeypatch.setattr(recorder, "capture", original)
+    recorder.recorded = 0
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+        assert recorder.recorded == LAYERS * CALLS
+
+
+def test_saved_tensors_that_hooks_replace_are_not_captured(stand_in, recorder, caplog):
+    """Non-reentrant checkpointing recomputes them, offloading moves them to the host."""
+    model, batch = make_model(stand_in, True, num_hidden_layers=LAYERS), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    for _ in range(3):
+        assert_same(loss_and_gradients(model, batch), expected)
+    model.gradient_checkpointing_disable()
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert not recorder.recorded
+    assert caplog.text.count("no layer was captured") == 1
+    assert_same(loss_and_gradients(model, batch), expected)
+    assert recorder.recorded == LAYERS * CALLS
+
+
+def test_captures_that_are_never_replayed_end(stand_in, recorder, monkeypatch, caplog):
+    model, batch = kept(stand_in), small_batch()
+    attach_with(model, "dense", True)
+    for _ in range(8):
+        model(**batch)
+    assert recorder.recorded == 6 * LAYERS  # the first forward runs without capture, the last one again
+    assert caplog.text.count("forwards come without a backward") == 1
+
+
+def test_copies_capture_anew(stand_in, recorder):
+    model, batch = kept(stand_in), small_batch()
+    expected, _ = small_steps(stand_in)
+    attach_with(model, "both", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    copied = copy.deepcopy(model)
+    assert not get_state(copied).graphs._kept
+    for ours in (copied, copied, model):
+        assert_same(loss_and_gradients(ours, batch), expected)
+    assert pickle.loads(pickle.dumps(get_state(model).graphs)) is None  # no GPU here
+
+
+def test_the_stand_in_notices_a_layer_that_is_captured_alone(stand_in, recorder, monkeypatch):
+    """Without the rule of `KeptPasses` the gradients of other layers are overwritten."""
+    model, batch = kept(stand_in), small_batch()
+    state = attach_with(model, "dense", True)
+    for _ in range(2):
+        loss_and_gradients(model, batch)
+    (passes,) = state.graphs._kept.values()
+    monkeypatch.setattr(recorder, "note", lambda *given: None)
+
+    def open_alone(self, layer, *given):
+        if layer == 1:
+            passes.passes[layer] = (), {}, {}
+            passes.unfinished += 1
+        self.serial += 1
+        return KeptCapture(self, layer, passes)
+
+    monkeypatch.setattr(GraphCache, "open_kept", open_alone)
+    _, gradients = loss_and_gradients(model, batch)
+    assert any(values.isnan().any() for name, values in gradients.items() if "layers.0" in name)
+    assert isinstance(passes, KeptPasses)
