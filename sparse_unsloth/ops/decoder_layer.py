@@ -243,7 +243,8 @@ def mlp_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of ``normed``, which `after_attention` gave the MLP, and of its LoRA matrices.
 
-    The output norm's gradient needs the MLP's output: where nothing was kept, the MLP is computed here.
+    An output norm's gradient needs the MLP's output: where nothing was kept, the MLP is computed here, for all rows at
+    once (`CHUNK` does not bound its intermediates then).
 
     Args:
         dy: ``[M, hidden_size]``, of the layer's output, contiguous.
