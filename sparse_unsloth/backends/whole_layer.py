@@ -8,7 +8,6 @@ of its parts. The result is the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -30,8 +29,7 @@ from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_o
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection
-from sparse_unsloth.ops.stored_rows import post_attention_of_rows
-from sparse_unsloth.rows.backward import BackwardRows, backward_rows
+from sparse_unsloth.ops.stored_rows import post_attention_by_rows
 from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.runtime.state import LayerRuntime
 
@@ -184,7 +182,9 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
     *projected, residual = pre_attention(hidden_states, plan)
     attention_output = state.backend.attend(runtime, hidden_states, projected, arguments)
     if state.row_sparse:
-        return _after_attention_by_rows(runtime, plan, attention_output, residual)
+        choice = context.row_choice(index, state.config.backward_rows)
+        chosen = RowOrder(context.chosen_rows(choice), False)
+        return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
     output = post_attention(attention_output, residual, plan)
     if state.graphs is not None and not plan.output_unused:
         _reserve(runtime, state.graphs)
@@ -243,26 +243,6 @@ def _plan(
 
 def _no_choice(part: str, rows: Tensor | None) -> NoReturn:
     raise AssertionError("a dense part chooses no channels")
-
-
-def _after_attention_by_rows(
-    runtime: LayerRuntime, plan: LayerPlan, attention_output: Tensor, residual: Tensor
-) -> Tensor:
-    """The layer's output; backward goes through the chosen rows (docs/how-it-works.md, section 3.1).
-
-    A recompute stores nothing, and computes the chosen rows in backward. Otherwise every intermediate is stored.
-    """
-    if not plan.keep:
-        return post_attention(attention_output, residual, plan)
-    context = runtime.context
-    choice = context.row_choice(runtime.layer.index, runtime.state.config.backward_rows)
-    chosen = RowOrder(context.chosen_rows(choice), False)
-    if not plan.output_unused:
-        return post_attention_of_rows(attention_output, residual, plan, choice, chosen)
-    few = replace(plan, attention=chosen, mlp=chosen, keep=False)
-    rows = BackwardRows(choice, residual_index=1, skip_output=True)
-    loras = lora_tensors_of(plan.projections[3:])
-    return backward_rows(lambda *given: post_attention(*given, few), [attention_output, residual], loras, rows)
 
 
 def _can_be_captured(runtime: LayerRuntime) -> bool:

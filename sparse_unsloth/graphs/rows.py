@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparse_unsloth.graphs.layer import Attention, run_captured
 from sparse_unsloth.graphs.recorder import LayerCapture
-from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
-from sparse_unsloth.rows.backward import BackwardRows, backward_rows
+from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, pre_attention
+from sparse_unsloth.ops.stored_rows import post_attention_by_rows
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -46,23 +46,6 @@ def row_sparse_whole_layer(
         trained = static.with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
-        if not plan.keep:
-            return post_attention(attention_output, residual, trained)
-        return _through_chosen_rows(attention_output, residual, trained, chosen_rows, RowChoice(roles, share))
+        return post_attention_by_rows(attention_output, residual, trained, RowChoice(roles, share), chosen_rows)
 
     return run_captured(plan, capture, compute, hidden_states, tensors)
-
-
-def _through_chosen_rows(
-    attention_output: Tensor, residual: Tensor, plan: LayerPlan, chosen_rows: RowOrder, choice: RowChoice
-) -> Tensor:
-    """What follows attention, for all rows (zeros in a recompute); backward goes through the chosen rows alone."""
-    if not plan.output_unused:
-        return post_attention_of_rows(attention_output, residual, plan, choice, chosen_rows)
-    chosen_plan = replace(plan, attention=chosen_rows, mlp=chosen_rows, keep=False)
-    return backward_rows(
-        lambda rows, stream: post_attention(rows, stream, chosen_plan),
-        [attention_output, residual],
-        lora_tensors_of(plan.projections[3:]),
-        BackwardRows(choice, residual_index=1, skip_output=True),
-    )

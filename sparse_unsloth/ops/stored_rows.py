@@ -24,11 +24,35 @@ from sparse_unsloth.ops.decoder_layer import (
     after_attention_backward,
     after_attention_loras,
     fused_mlp,
+    lora_tensors_of,
     output_projection,
+    post_attention,
     without_autocast,
 )
 from sparse_unsloth.ops.linear import as_loras
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows
 from sparse_unsloth.rows.choice import RowChoice
+
+
+def post_attention_by_rows(
+    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder
+) -> Tensor:
+    """The layer's output, whose backward goes through the rows of ``choice``; arguments of `post_attention_of_rows`.
+
+    A recompute, whose output is unused, stores nothing and computes the chosen rows in backward. Otherwise every
+    intermediate is stored. Without ``plan.keep`` no backward follows.
+    """
+    if not plan.keep:
+        return post_attention(attention_output, residual, plan)
+    if not plan.output_unused:
+        return post_attention_of_rows(attention_output, residual, plan, choice, chosen)
+    chosen_plan = replace(plan, attention=chosen, mlp=chosen, keep=False)
+    return backward_rows(
+        lambda rows, stream: post_attention(rows, stream, chosen_plan),
+        [attention_output, residual],
+        lora_tensors_of(plan.projections[3:]),
+        BackwardRows(choice, residual_index=1, skip_output=True),
+    )
 
 
 def post_attention_of_rows(
