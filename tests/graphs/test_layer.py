@@ -16,7 +16,6 @@ import torch
 
 from sparse_unsloth import detach
 from sparse_unsloth.backends.unsloth import attention as unsloth_attention
-from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.graphs import recorder as graphs
 from sparse_unsloth.graphs.recorder import GraphCache
@@ -24,7 +23,7 @@ from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.tokens.partition import TokenPartition
 
 from recorded_layers import (
-    FORMS,
+    CALLS,
     LAYERS,
     attach_with,
     checkpointed,
@@ -42,33 +41,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    if request.param == "parts":
-        for module in (channels_layer, rows_layer):
-            monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
-    return request.param
-
-
-@pytest.mark.parametrize(
-    ("form", "rules"), [("whole", "both"), ("parts", "both"), ("whole", "no dense rows")], indirect=["form"]
-)
-def test_replays_give_the_same_gradients(stand_in, recorder, form, rules):
+@pytest.mark.parametrize("rules", ["both", "no dense rows"])
+def test_replays_give_the_same_gradients(stand_in, recorder, rules):
     model = checkpointed(stand_in)
     batches, expected = [small_batch(), other_rows(small_batch())], small_steps(stand_in, rules)
     state = attach_with(model, rules, True)
     for step in range(3):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
+        assert recorder.recorded == (LAYERS * CALLS if step else 0)
     assert recorder.replayed == recorder.recorded
-    if form == "whole":  # only the layer's own graphs write to its scores, which are read later
-        chosen = state.graphs.forward.selections
-        assert chosen.keys() == state.expected_parts()
-        owned = {address for address, *_ in state.graphs._buffer_places}
-        assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
+    # Only the layer's own graphs write to its scores, which are read later.
+    chosen = state.graphs.forward.selections
+    assert chosen.keys() == state.expected_parts()
+    owned = {address for address, *_ in state.graphs._buffer_places}
+    assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
 
 
-def test_each_replay_selects_rows(stand_in, recorder, form):
+def test_each_replay_selects_rows(stand_in, recorder):
     model = checkpointed(stand_in)
     batch = make_batch(lengths=((12, 3), (9, 4)))
     batches = [batch, other_rows(batch)]
@@ -76,13 +65,12 @@ def test_each_replay_selects_rows(stand_in, recorder, form):
     state = attach_with(model, "rows", True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        # In parts: QKV, O and MLP in forward; then QKV in the recompute, and the backward after and before attention.
-        assert recorder.recorded == (LAYERS * {"whole": 3, "parts": 6}[form] if step else 0)
+        assert recorder.recorded == (LAYERS * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert state.ran == state.expected_parts()
 
 
-def test_dense_layers_are_captured(stand_in, recorder, form):
+def test_dense_layers_are_captured(stand_in, recorder):
     """One capture serves all micro-batches of a shape, whichever tokens are padding or prompt, also without prompts."""
     model = checkpointed(stand_in)
     batch = small_batch()
@@ -92,7 +80,7 @@ def test_dense_layers_are_captured(stand_in, recorder, form):
     assert not state.runtimes
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
-        assert recorder.recorded == (LAYERS * FORMS[form] if step else 0)
+        assert recorder.recorded == (LAYERS * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert metrics(state)["sparsity/captured_layers"] == LAYERS
     detach(model)
@@ -275,7 +263,7 @@ def test_batches_of_many_lengths_are_captured_once(stand_in, recorder, make):
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 3]), expected[step % 3])
     assert len(state.graphs.captured_keys) == 1
-    assert recorder.recorded in (LAYERS * count for count in FORMS.values())
+    assert recorder.recorded == LAYERS * CALLS
     assert recorder.replayed == 2 * recorder.recorded
 
 
@@ -293,7 +281,7 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
 
 
 def test_unsloths_own_layers(tmp_path):
-    """Captured whole if attention is plain or within short documents, in parts if documents are long."""
+    """Captured whole, padded and within packed documents."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
     environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
@@ -301,11 +289,9 @@ def test_unsloths_own_layers(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     whole = ["backward", "layer", "recompute"]
-    parts = ["mlp", "mlp backward", "o", "o backward", "qkv", "qkv backward"]
     kept = ["backward", "forward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
-        "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, long documents": [parts, 1],
-        "channels, xformers": [whole, 1],
+        "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, xformers": [whole, 1],
         "rows, padded": [whole, 1], "rows, packed": [whole, 1],
         "dense, padded": [whole, 1], "dense, packed": [whole, 1],
         "channels, without checkpointing": [kept, 1], "rows, without checkpointing": [kept, 1],
