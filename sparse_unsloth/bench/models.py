@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import time
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,25 +83,6 @@ def _ready(model: nn.Module) -> nn.Module:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     return model.train()
-
-
-@contextlib.contextmanager
-def reentrant_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Inside, transformers' gradient checkpointing is reentrant where ``wanted``, as CUDA graphs need it.
-
-    Models without checkpointing, and those that Unsloth checkpoints, stay as they are.
-    """
-    if not wanted or not _is_of_peft(model) or not model.get_base_model().is_gradient_checkpointing:
-        yield
-        return
-    name = "_gradient_checkpointing_func"
-    before = {module: module.__dict__[name] for module in model.modules() if name in module.__dict__}
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    try:
-        yield
-    finally:
-        for module, function in before.items():
-            module.__dict__[name] = function
 
 
 def as_collated(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from sparse_unsloth.bench.arms import FLAT, Arm, arm_notes, arm_of, replan_arm, why_unavailable
 from sparse_unsloth.bench.methods import sparsity_of
-from sparse_unsloth.bench.models import as_collated, reentrant_checkpointing
+from sparse_unsloth.bench.models import as_collated
 from sparse_unsloth.bench.processes import Budget, emit, first_line, warm_up
 from sparse_unsloth.bench.runs import Plan, load_for, pieces_of
 from sparse_unsloth.bench.shapes import Shape, make_batch
@@ -304,17 +304,16 @@ def attached(model: nn.Module, method: str, file: Path | None = None, say: bool 
         yield
         return
     began = time.perf_counter()
-    with reentrant_checkpointing(model, sparsity.get("cuda_graphs", False)):
-        found = attach(model, sparsity)
-        if say:
-            print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
-        try:
-            state = get_state(model)
-            state.begin_training(driver="benchmark", max_steps=1_000_000)
-            state.set_step(0)
-            yield
-        finally:
-            detach(model)
+    found = attach(model, sparsity)
+    if say:
+        print(f"{found}\n  attached in {time.perf_counter() - began:.1f} s", flush=True)
+    try:
+        state = get_state(model)
+        state.begin_training(driver="benchmark", max_steps=1_000_000)
+        state.set_step(0)
+        yield
+    finally:
+        detach(model)
 
 
 def check_method(model: nn.Module, method: str, plain: PlainSteps) -> str:

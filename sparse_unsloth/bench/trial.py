@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import Uncompiled
 from sparse_unsloth.bench.families import FAMILIES, families_of, write_models
-from sparse_unsloth.bench.models import CHECKPOINTING, reentrant_checkpointing
+from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import find_layers
@@ -306,9 +306,7 @@ def try_all(
                         continue
                     yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
                     for mode in modes:
-                        with reentrant_checkpointing(model, mode.endswith("graphs")):
-                            trial = try_mode(model, batch, mode, plain, replace(described, mode=mode))
-                        yield trial
+                        yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
                     began = time.perf_counter()
                 del model
                 gc.collect()

@@ -117,7 +117,7 @@ def judge_trial(trial: Trial) -> Finding:
     if trial.verdict == "failed":
         return Finding(name, "wrong", "", "problem", f"{trial.detail} Do not train in this mode here; report it.")
     if trial.verdict == "refused":
-        expected = trial.backend == "peft" and graphs
+        expected = trial.backend == "peft" and graphs and not torch.cuda.is_available()
         return Finding(
             name, f"refused: {trial.detail}", "", "ok" if expected else "problem", "" if expected else OUTSIDE
         )
@@ -128,7 +128,7 @@ def judge_trial(trial: Trial) -> Finding:
         found += f", {trial.captured} captured"
     least = trial.layers - 1  # the last one leaves out rows without loss instead
     slow = (
-        trial.backend == "unsloth"
+        (trial.backend == "unsloth" or torch.cuda.is_available())
         and trial.mode != "dense"
         and min(trial.whole, trial.captured if graphs else least) < least
     )

@@ -102,24 +102,6 @@ def test_an_arm_of_peft_is_loaded_without_unsloth(monkeypatch, tmp_path):
         patched.clear()
 
 
-def test_graphs_of_peft_run_with_reentrant_checkpointing(tmp_path):
-    args = argparse.Namespace(model=save_checkpoint(tmp_path), dtype="bf16", rank=4, checkpointing="True")
-    model = models.load_model(args, "peft", 64)
-    layer = model.get_base_model().model.layers[0]
-
-    def is_reentrant():
-        return layer._gradient_checkpointing_func.keywords["use_reentrant"]
-
-    with models.reentrant_checkpointing(model):
-        assert is_reentrant()
-    with models.reentrant_checkpointing(model, wanted=False):
-        assert not is_reentrant()
-    assert not is_reentrant()
-    model.gradient_checkpointing_disable()
-    with models.reentrant_checkpointing(model):
-        assert not model.get_base_model().is_gradient_checkpointing
-
-
 def test_arms_that_need_the_same_share_a_process():
     methods = ["rows-25", "peft-dense", "dense-graphs"]
     found = processes_of([*arms_of(DEFAULT_ARMS["unsloth"])], methods)
