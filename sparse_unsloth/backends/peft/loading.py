@@ -214,17 +214,13 @@ def for_inference(model: nn.Module) -> nn.Module:
 
 
 def _prepare(model: nn.Module, use_gradient_checkpointing: bool | str) -> None:
-    """Freezes the base and turns gradient checkpointing on; "unsloth" means plain checkpointing here."""
-    from peft import prepare_model_for_kbit_training
+    """Freezes the base and turns gradient checkpointing on; "unsloth" means plain checkpointing here.
 
+    Norms and embeddings of a 4-bit base keep their dtype, as with Unsloth; PEFT's own preparation casts them to
+    float32, and with them the residual stream, which whole layers do not take.
+    """
     model.requires_grad_(False)
-    if getattr(model, "is_loaded_in_4bit", False):
-        prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=bool(use_gradient_checkpointing),
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-    elif use_gradient_checkpointing:
+    if use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
 
