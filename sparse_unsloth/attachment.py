@@ -245,9 +245,11 @@ def _prepare_graphs(state: SparsityState) -> None:
 def _try_documents(state: SparsityState) -> None:
     """Tests whether attention within packed documents can be captured; warns where it cannot on a GPU."""
     layer = state.layers[0]
-    like = layer.module.input_layernorm.weight.detach()
-    if not like.is_cuda:
+    weights = (one for name, one in layer.module.named_parameters() if name.endswith("norm.weight"))
+    like = next(weights, None)
+    if like is None or not like.is_cuda:
         return
+    like = like.detach()
     heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
     reason = packed_attention.why_not_captured(*heads, like, state.graphs.recorder)
     state.graphs.clear()

@@ -10,7 +10,7 @@ from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.tokens.partition import TokenPartition
+from sparse_unsloth.ops import stored_rows
 
 from masked_models import every_step, masked_gradients
 from tiny_models import always, loss_and_gradients, make_batch
@@ -24,24 +24,12 @@ def whole(stand_in, monkeypatch):
     return stand_in
 
 
-def count_calls(model):
-    """The numbers of rows that each layer's MLP and O projection compute, in order."""
-    rows = {"mlp": [], "o": []}
-    for layer in decoder_layers(model):
-        down, o = layer.mlp.down_proj, layer.self_attn.o_proj
-        down.register_forward_hook(
-            lambda module, args, output: rows["mlp"].append(args[0].numel() // args[0].shape[-1])
-        )
-        o.register_forward_hook(lambda module, args, output: rows["o"].append(args[0].numel() // args[0].shape[-1]))
-    return rows
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
 def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     model = make_model(whole, checkpointing)
     # Many context tokens: some rows are chosen below a layer that drops them, and need its residual stream.
-    batch = (packed_batch if packed else make_batch)(lengths=((30, 4), (25, 6), (40, 2)))
+    batch = (packed_batch if packed else make_batch)(lengths=((12, 2), (9, 3)))
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
     assert all(runs(layer, whole_layer.layer_forward) for layer in decoder_layers(model))
@@ -60,32 +48,28 @@ def test_parts_train_as_masks_say(stand_in):
     assert_same(loss_and_gradients(model, batch), expected)
 
 
-def test_a_recompute_computes_nothing_behind_attention(whole):
-    model, batch = make_model(whole, "reentrant"), small_batch()
+@pytest.mark.parametrize("checkpointing", [False, "reentrant"])
+def test_rows_are_stored_or_computed_again(whole, monkeypatch, checkpointing):
+    """Without a recompute every intermediate is stored; in a recompute backward computes the chosen rows alone."""
+    model, batch = make_model(whole, checkpointing), small_batch()
     expected = masked_gradients(model, batch)
     attach(model, every_step(exact_removal=False))
     get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
-    rows = count_calls(model)
-    assert_same(loss_and_gradients(model, batch), expected)
-    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"], padding_masked=False)
-    few = len(partition.dense) + -(-len(partition.context) // 4)
-    assert rows["o"] == [batch["labels"].numel()] * 3 + [few] * 3
-    assert rows["mlp"] in ([], rows["o"])  # the stand-in's fused MLP may not call its modules
-
-
-@pytest.mark.parametrize("checkpointing", [False, "reentrant"])
-def test_the_kernels_compute_the_chosen_rows(whole, monkeypatch, checkpointing):
-    model, batch = make_model(whole, checkpointing), small_batch()
-    expected = masked_gradients(model, batch)
-    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = []
-    original = whole_layer.post_attention
-    monkeypatch.setattr(whole_layer, "post_attention", lambda *given: ran.append(given) or original(*given))
-    attach(model, every_step(exact_removal=False))
-    ran.clear()  # of the probe
+    for name in ("post_attention", "post_attention_of_rows"):
+        original = getattr(stored_rows, name)
+        monkeypatch.setattr(
+            stored_rows,
+            name,
+            lambda *given, name=name, original=original: ran.append((name, given)) or original(*given),
+        )
     assert_same(loss_and_gradients(model, batch), expected)
-    assert len(ran) == 3
-    assert all(rows.shape == stream.shape and plan.output_unused for rows, stream, plan in ran)
+    count = batch["labels"].numel()
+    calls = [(name, given[0].flatten(0, -2).shape[0] == count, given[2].output_unused) for name, given in ran]
+    if checkpointing:
+        assert calls == [("post_attention", True, False)] * 3 + [("post_attention", False, True)] * 3
+    else:
+        assert calls == [("post_attention_of_rows", True, False)] * 3
 
 
 def put_rows_in_front(model):

@@ -56,6 +56,14 @@ def test_other_dtypes_are_equal_to_rounding(dtype):
         assert apart < (1e-5 if dtype == torch.float32 else 0.02)
 
 
+def test_few_positions_in_half_precision_tell_whether_there_is_a_rotation():
+    """Four positions turn queries by little more than bf16 rounds; attaching probes with four tokens."""
+    model = make_family("SmolLM3", torch.bfloat16)
+    layers, found = calls(model, length=4)
+    specs = [find_spec(read_spec(layer), *call)[0] for layer, call in zip(layers, found, strict=True)]
+    assert [spec.rotation for spec in specs] == ["halves", "none", "halves"]
+
+
 def test_nf4_bases_are_dequantised():
     model = get_peft_model(
         pack_nf4(make_base("llama")), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
