@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparse_unsloth import detach, get_state
+from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
 from sparse_unsloth.runtime.metrics import metrics
@@ -28,8 +29,8 @@ CALLS = 2
 """Of a kept layer: forward and backward."""
 
 
-def kept(stand_in):
-    return make_model(stand_in, num_hidden_layers=LAYERS)
+def kept(stand_in, layers=LAYERS):
+    return make_model(stand_in, num_hidden_layers=layers)
 
 
 def set_checkpointing(model, *flags):
@@ -39,16 +40,17 @@ def set_checkpointing(model, *flags):
 
 @pytest.mark.parametrize("rules", ["both", "dense", "rows"])
 def test_replays_give_the_same_gradients(stand_in, recorder, rules):
-    model = kept(stand_in)
+    layers = 3 if rules == "dense" else LAYERS  # of the input's gradient, that of the middle one shows
+    model = kept(stand_in, layers)
     batch = make_batch(lengths=((12, 3), (9, 4))) if rules == "rows" else small_batch()
     batches = [batch, other_rows(batch)]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
     state = attach_with(model, rules, True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        assert recorder.recorded == (LAYERS * CALLS if step else 0)
+        assert recorder.recorded == (layers * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
-    assert metrics(state)["sparsity/captured_layers"] == LAYERS
+    assert metrics(state)["sparsity/captured_layers"] == layers
     assert state.ran == state.expected_parts()
     if rules == "both":  # only the layer's own graphs write to its scores, which are read later
         chosen = state.graphs.forward.selections
@@ -203,6 +205,20 @@ def test_saved_tensors_that_hooks_replace_are_not_captured(stand_in, recorder, c
     assert caplog.text.count("no layer was captured") == 1
     assert_same(loss_and_gradients(model, batch), expected)
     assert recorder.recorded == LAYERS * CALLS
+
+
+@pytest.mark.parametrize("rules", ["dense", "rows"])
+def test_layers_around_attention_that_is_not_captured(stand_in, recorder, monkeypatch, rules):
+    """What the graphs before and after it return cannot be kept, so nothing is captured."""
+    for module in (channels_layer, rows_layer):
+        monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
+    model, batch = kept(stand_in), small_batch()
+    expected = step_as_recorded(model, batch, rules)
+    state = attach_with(model, rules, True)
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert not recorder.recorded
+    assert state.graphs.unused
 
 
 def test_captures_that_are_never_replayed_end(stand_in, recorder, monkeypatch, caplog):
