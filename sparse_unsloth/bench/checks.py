@@ -211,6 +211,10 @@ class Immediate:
     def forget(self) -> None:
         """Does nothing: no graph is held."""
 
+    def memory(self, kept_alone: bool = False) -> int:
+        """No bytes, as no graph is held."""
+        return 0
+
     @staticmethod
     def kept_state(state: object) -> None:
         """Does nothing: every call computes new tensors."""

@@ -69,9 +69,10 @@ class GraphCapture:
 
         return outputs, replay
 
-    def memory(self) -> int:
-        """Bytes that the pools hold, in use or free."""
-        segments, pools = torch.cuda.memory_snapshot(), {tuple(pool) for pool in self._pools.values()}
+    def memory(self, kept_alone: bool = False) -> int:
+        """Bytes that the pools hold, in use or free; ``kept_alone``: that of kept passes."""
+        pools = {tuple(pool) for kept, pool in self._pools.items() if kept or not kept_alone}
+        segments = torch.cuda.memory_snapshot()
         return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) in pools)
 
     def forget(self) -> None:

@@ -57,6 +57,7 @@ class GraphCache:
         reserved: layers, with batch signatures, whose buffers for selections are reserved.
         forward: the last forward whose layers were captured or replayed.
         serial: counts passes.
+        kept_memory: bytes that the kept passes' pool held when they were last captured; other forwards cannot use them.
         captures_documents: whether attention within packed documents is captured.
     """
 
@@ -75,6 +76,7 @@ class GraphCache:
         self.forward: object = None
         self.prepared: set[Hashable] = set()
         self.reserved: set[Hashable] = set()
+        self.kept_memory = 0
         self._began = self.serial
         self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()
@@ -386,9 +388,12 @@ class KeptCapture(LayerCapture):
 
     def finish(self) -> None:
         """Ends the pass after its backward."""
-        self._kept.unfinished -= not all(call.complete for call in self._calls.values())
+        captured = not all(call.complete for call in self._calls.values())
         super().finish()
         self._ended = True
+        self._kept.unfinished -= captured
+        if captured and not self._kept.unfinished:
+            self.graphs.kept_memory = self.graphs.recorder.memory(kept_alone=True)
 
     def _check_intermediates(self) -> None:
         self.graphs.check_forward(self._forward)

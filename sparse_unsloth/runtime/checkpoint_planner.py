@@ -75,12 +75,13 @@ class CheckpointPlanner:
         adapters = getattr(model, "peft_config", {})
         self._lora_rank = max((getattr(adapter, "r", 0) for adapter in adapters.values()), default=0)
 
-    def plan(self, partition: TokenPartition, scale: float) -> None:
+    def plan(self, partition: TokenPartition, scale: float, held: int = 0) -> None:
         """Sets the flags for one forward.
 
         Args:
             partition: the token roles of its rows.
             scale: the schedule's factor on the configured sparsity.
+            held: bytes that are not allocated, and that this forward cannot use (`GraphCache.kept_memory`).
         """
         if not torch.is_grad_enabled():
             return
@@ -90,7 +91,8 @@ class CheckpointPlanner:
         kept: set[int] = set()
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
-            room = budget - allocated(device) - self._future_bytes - self._other_bytes(partition, rows, len(here))
+            room = budget - held - allocated(device) - self._future_bytes
+            room -= self._other_bytes(partition, rows, len(here))
             # The cheapest first; of equal ones the last, whose memory is freed first.
             for index in sorted(here, key=lambda index: (needs[index], -index)):
                 room -= needs[index]

@@ -227,7 +227,7 @@ def _decide(
     if not partition.num_context:
         scale = 0.0
     if state.planner is not None and not batch.is_context_parallel:
-        state.planner.plan(partition, scale)
+        state.planner.plan(partition, scale, state.graphs.kept_memory if state.graphs is not None else 0)
     paused: Parts = frozenset()
     if scale > 0:
         if state.selector is None and not state.row_sparse:
@@ -297,6 +297,8 @@ def _use_graphs(state: SparsityState, context: SparseContext) -> None:
     elif state.graphs.should_replay(context.batch_key):
         context.graphs = state.graphs
         state.graphs.begin_forward(context)
+        if state.planner is not None and state.graphs.kept_memory:  # which this forward uses
+            state.planner.plan(context.partition, context.scale)
     elif state.graphs.full:
         state.warn_once(
             f"cuda_graphs: {MAX_KEYS} batch signatures are captured (the shape of a micro-batch, and how many tokens "

@@ -169,7 +169,8 @@ def test_checkpointed_layers_beside_kept_ones(stand_in, rules):
     batches = [batch_of(seed) for seed in (1, 2)]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
     attach_with(model, rules, True)
-    for flags in ((True, False, True, False), (True, False, False, False), (True, True, False, True), (False,) * DEPTH):
+    every = (True,) * DEPTH, (True, False, True, False), (True, False, False, False), (True, True, False, True)
+    for flags in (*every, (False,) * DEPTH):
         set_checkpointing(model, *flags)
         for step in range(6):
             found = assert_same_step(model, batches[step % 2], expected[step % 2])

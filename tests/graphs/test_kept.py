@@ -6,11 +6,13 @@ captured between its forward and its backward. Real graphs are tested in tests/g
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparse_unsloth import detach, get_state
+from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
 from sparse_unsloth.runtime.metrics import metrics
@@ -27,8 +29,8 @@ CALLS = 2
 """Of a kept layer: forward and backward."""
 
 
-def kept(stand_in):
-    return make_model(stand_in, num_hidden_layers=LAYERS)
+def kept(stand_in, layers=LAYERS):
+    return make_model(stand_in, num_hidden_layers=layers)
 
 
 def set_checkpointing(model, *flags):
@@ -38,16 +40,17 @@ def set_checkpointing(model, *flags):
 
 @pytest.mark.parametrize("rules", ["both", "dense", "rows"])
 def test_replays_give_the_same_gradients(stand_in, recorder, rules):
-    model = kept(stand_in)
+    layers = 3 if rules == "dense" else LAYERS  # of the input's gradient, that of the middle one shows
+    model = kept(stand_in, layers)
     batch = make_batch(lengths=((12, 3), (9, 4))) if rules == "rows" else small_batch()
     batches = [batch, other_rows(batch)]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
     state = attach_with(model, rules, True)
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        assert recorder.recorded == (LAYERS * CALLS if step else 0)
+        assert recorder.recorded == (layers * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
-    assert metrics(state)["sparsity/captured_layers"] == LAYERS
+    assert metrics(state)["sparsity/captured_layers"] == layers
     assert state.ran == state.expected_parts()
     if rules == "both":  # only the layer's own graphs write to its scores, which are read later
         chosen = state.graphs.forward.selections
@@ -58,7 +61,7 @@ def test_replays_give_the_same_gradients(stand_in, recorder, rules):
 
 def test_batch_signatures_alternate(stand_in, recorder):
     model = kept(stand_in)
-    batches = [small_batch(), make_batch(lengths=((9, 3), (3, 2)))]
+    batches = [small_batch(), make_batch(lengths=((3, 2), (2, 2)))]
     expected = [step_as_recorded(model, batch) for batch in batches]
     state = attach_with(model, "both", True)
     for step in range(7):
@@ -92,12 +95,25 @@ def test_other_layers_are_kept(stand_in, recorder):
     assert recorded == [0, 5, 5 + 4, 9 + 3, 12, 12]
 
 
+def test_memory_that_is_held_is_planned_for(stand_in, recorder):
+    """`memory_budget` must not count on what the pool holds, except in a forward that uses it."""
+    model, batch = kept(stand_in), small_batch()
+    state, planned = attach_with(model, "dense", True), []
+    plan = SimpleNamespace(plan=lambda rows, scale, held=0: planned.append(held), restore=lambda: None, num_kept=LAYERS)
+    state.planner = plan
+    for _ in range(3):
+        loss_and_gradients(model, batch)
+    assert planned == [0, 0, recorder.memory(), 0]
+    state.graphs.clear()
+    assert not state.graphs.kept_memory
+
+
 @pytest.mark.parametrize("which", range(LAYERS))
 def test_a_moved_weight_lets_all_be_captured_anew(stand_in, recorder, which):
     """At once if it is the first kept layer's, whose memory nothing uses yet; else in the next forward."""
     model, batch = kept(stand_in), small_batch()
-    state = attach_with(model, "both", True)
-    for _ in range(3):
+    state = attach_with(model, "dense", True)
+    for _ in range(2):
         loss_and_gradients(model, batch)
     assert recorder.recorded == LAYERS * CALLS
     module = decoder_layers(model)[which].mlp.down_proj.lora_B["default"]
@@ -111,15 +127,15 @@ def test_a_moved_weight_lets_all_be_captured_anew(stand_in, recorder, which):
     assert [*held, recorder.recorded] == [LAYERS * CALLS] * (1 + which) + [twice] * (3 - which)
     assert captured == [LAYERS - which, LAYERS, LAYERS]
     detach(model)
-    plain = step_as_recorded(model, batch)
+    plain = step_as_recorded(model, batch, "dense")
     for outcome in outcomes:
         assert_same(outcome, plain)
 
 
 def test_backwards_whose_intermediates_are_overwritten_are_refused(stand_in, recorder):
     model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in)
-    attach_with(model, "both", True)
+    expected, _ = small_steps(stand_in, "dense")
+    attach_with(model, "dense", True)
     loss_and_gradients(model, batch)
     for _ in range(2):  # captured, then replayed
         first, second = model(**batch).loss, model(**batch).loss
@@ -138,8 +154,8 @@ def test_backwards_whose_intermediates_are_overwritten_are_refused(stand_in, rec
 def test_a_forward_without_backward(stand_in, recorder):
     """It is captured in vain, or replays in vain; both do not break the next one."""
     model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in)
-    attach_with(model, "both", True)
+    expected, _ = small_steps(stand_in, "dense")
+    attach_with(model, "dense", True)
     loss_and_gradients(model, batch)
     model(**batch)
     for _ in range(2):
@@ -154,8 +170,8 @@ def test_a_forward_without_backward(stand_in, recorder):
 @pytest.mark.parametrize("which", [2, 4])
 def test_a_capture_that_fails_is_repeated_with_all_others(stand_in, recorder, monkeypatch, which):
     model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in)
-    attach_with(model, "both", True)
+    expected, _ = small_steps(stand_in, "dense")
+    attach_with(model, "dense", True)
     loss_and_gradients(model, batch)
     original, calls = recorder.capture, []
 
@@ -191,6 +207,20 @@ def test_saved_tensors_that_hooks_replace_are_not_captured(stand_in, recorder, c
     assert recorder.recorded == LAYERS * CALLS
 
 
+@pytest.mark.parametrize("rules", ["dense", "rows"])
+def test_layers_around_attention_that_is_not_captured(stand_in, recorder, monkeypatch, rules):
+    """What the graphs before and after it return cannot be kept, so nothing is captured."""
+    for module in (channels_layer, rows_layer):
+        monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
+    model, batch = kept(stand_in), small_batch()
+    expected = step_as_recorded(model, batch, rules)
+    state = attach_with(model, rules, True)
+    for _ in range(2):
+        assert_same(loss_and_gradients(model, batch), expected)
+    assert not recorder.recorded
+    assert state.graphs.unused
+
+
 def test_captures_that_are_never_replayed_end(stand_in, recorder, monkeypatch, caplog):
     model, batch = kept(stand_in), small_batch()
     attach_with(model, "dense", True)
@@ -202,15 +232,15 @@ def test_captures_that_are_never_replayed_end(stand_in, recorder, monkeypatch, c
 
 def test_copies_capture_anew(stand_in, recorder):
     model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in)
-    attach_with(model, "both", True)
+    expected, _ = small_steps(stand_in, "dense")
+    attach_with(model, "dense", True)
     for _ in range(2):
         loss_and_gradients(model, batch)
     copied = copy.deepcopy(model)
     assert not get_state(copied).graphs._kept
     for ours in (copied, copied, model):
         assert_same(loss_and_gradients(ours, batch), expected)
-    assert pickle.loads(pickle.dumps(get_state(model).graphs)) is None  # no GPU here
+    assert not pickle.loads(pickle.dumps(get_state(model).graphs))._kept
 
 
 def test_the_stand_in_notices_a_layer_that_is_captured_alone(stand_in, recorder, monkeypatch):

@@ -149,11 +149,11 @@ def test_a_pass_that_fails_is_captured_again(stand_in, recorder, monkeypatch, wh
     loss_and_gradients(model, batch)
     original, calls = recorder.capture, []
 
-    def fail(function):
-        calls.append(function)
+    def fail(*call):
+        calls.append(call)
         if len(calls) == which:
             raise torch.OutOfMemoryError("planted")
-        return original(function)
+        return original(*call)
 
     monkeypatch.setattr(recorder, "capture", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):

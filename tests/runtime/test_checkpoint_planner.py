@@ -109,6 +109,18 @@ def test_longer_micro_batches_keep_fewer(room):
     assert flags(model) == [True] * 3
 
 
+def test_memory_that_is_held_is_left_alone(room):
+    model, _ = attached()
+    batch = make_batch()
+    sparse, rest = needs(model, 2, batch)
+    room(rest + 2 * sparse + 1)
+    loss_and_gradients(model, batch)
+    planner, partition = get_state(model).planner, roles_of(get_state(model), read_batch(batch))
+    for held, kept in ((0, 2), (int(sparse), 1), (int(3 * sparse), 0)):
+        planner.plan(partition, 1.0, held)
+        assert planner.num_kept == kept
+
+
 def test_forwards_without_labels_or_gradients_keep_nothing_more(room):
     model, _ = attached()
     room(GIB)
