@@ -111,7 +111,7 @@ def test_evaluation_and_dense_phases_run_the_layer_itself(whole, monkeypatch):
     attach(model, every_step(exact_removal=False, start_step=5))
     state = get_state(model)
     state.begin_training(object(), 10)
-    monkeypatch.setattr(whole_layer, "backward_rows", lambda *_: pytest.fail("a dense phase left rows out"))
+    monkeypatch.setattr(whole_layer, "post_attention_by_rows", lambda *_: pytest.fail("a dense phase left rows out"))
     state.set_step(0)
     assert_same(loss_and_gradients(model, batch), expected)
     detach(model)
