@@ -256,8 +256,8 @@ def _try_documents(state: SparsityState) -> None:
     if reason:
         state.graphs.captures_documents = False
         logger.warning(
-            "cuda_graphs: attention within packed documents cannot be captured (%s). In packed and padding-free "
-            "batches it runs between the CUDA graphs of what is before and after attention.",
+            "cuda_graphs: attention within packed documents cannot be captured (%s). Packed and padding-free batches "
+            "run without CUDA graphs.",
             reason,
         )
 

@@ -1,4 +1,4 @@
-"""Hooks the MLP and the O projection of a layer for row sparsity, in both backends.
+"""Hooks the MLP and the O projection of a layer for row sparsity, in both backends, where it runs part by part.
 
 Each runs the model's own forward, and its backward goes through chosen rows (docs/how-it-works.md, sections 3.1
 and 3.3).

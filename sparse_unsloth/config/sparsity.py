@@ -167,18 +167,18 @@ class SparsityConfig(_Config):
     `mlp` and `self_attn`. The default schedule is then the whole training."""
     exact_removal: Switch = True
     """Whether unused rows and outputs are skipped: under Unsloth rows outside the loss in logits, loss and the last
-    layer after its keys and values, in dense training too; and the output of a sparse MLP when gradient checkpointing
-    recomputes it. Same loss, same gradients."""
+    layer after its keys and values, in dense training too; and the output of an MLP that is sparse or in a whole
+    layer, when gradient checkpointing recomputes it. Same loss, same gradients."""
     memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
     """Peak memory of training on a GPU: up to 1 a share of the GPU's memory, above that GiB. Gradient checkpointing is
     turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
     unchanged."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
-    micro-batches, few loss tokens. It needs Unsloth's Llama-like layers, and Unsloth's or reentrant gradient
-    checkpointing or none. Sequences are right-padded to length buckets, by an eighth at most from 128 tokens on, and
-    some context tokens stay dense. Dense training is captured too, also without prompts; forwards without labels run
-    without graphs."""
+    micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA
+    GPU and `exact_removal`; any gradient checkpointing or none. Sequences are right-padded to length buckets, by an
+    eighth at most from 128 tokens on, and some context tokens stay dense. Dense training is captured too, also without
+    prompts; forwards without labels run without graphs."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75

@@ -1,1 +1,1 @@
-"""One decoder layer of the Llama kind: what it is made of, what it computes, and the proof of both."""
+"""One decoder layer of the Llama kind: its specification, its definition, the proof of both, and its fast form."""

@@ -4,7 +4,8 @@ Defined in docs/how-it-works.md, section 3.1. Forward saves the inputs only. Bac
 output, selects rows (`sparse_unsloth.rows.choice`), computes the function for these rows again and differentiates it.
 Other rows add nothing to the parameters' gradients, and their input gradient is zero, except in a residual stream.
 
-The function is the model's own code, and no weight is read here: any quantisation, adapter, activation and bias works.
+No weight is read here: any quantisation, adapter, activation and bias works that the function computes. It is the
+model's own code, or that of a whole layer after attention (`sparse_unsloth.ops.stored_rows`).
 """
 
 from __future__ import annotations

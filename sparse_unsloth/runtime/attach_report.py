@@ -81,10 +81,8 @@ class AttachReport:
     def speed_lines(self) -> list[str]:
         """How the layers run: as whole layers, captured in CUDA graphs, or part by part, with the reasons."""
         lines = []
-        if self.backend == "peft" and self.num_sparse:
-            lines.append(
-                "  layers run part by part: the PEFT backend hooks parts; backend='unsloth' runs them as a whole"
-            )
+        if self.backend == "peft" and self.num_sparse and not (self.whole_layers or self.not_whole):
+            lines.append("  layers run part by part: Triton's kernels do not run here")
         if self.whole_layers or self.not_whole:
             lines.append(f"  {self.whole_layers} of {len(self.layers)} layers run as a whole")
         lines += [f"  {count} of {len(self.layers)} part by part: {reason}" for reason, count in self.not_whole]

@@ -330,10 +330,10 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(
-            "cuda_graphs: no layer was captured. Captures need gradient checkpointing that is Unsloth's or reentrant; "
-            "or none, no offloaded activations, attention that is captured too (no long packed documents, no sliding "
-            "window), and PyTorch 2.8. They need exact_removal: true, and one active adapter with LoRA on every "
-            "projection."
+            "cuda_graphs: no layer was captured. Captures need exact_removal: true, one active, unmerged adapter, and "
+            "attention that is captured too: under Unsloth no sliding window shorter than the sequence, with PEFT "
+            "attn_implementation sdpa or eager, and no cache (use_cache=False). Without gradient checkpointing they "
+            "need PyTorch 2.8 and no offloaded activations, with the non-reentrant one PyTorch 2.8."
         )
     if context.loss_only and not context.loss_reached:
         raise SparsityError(

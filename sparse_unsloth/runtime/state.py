@@ -78,7 +78,7 @@ class SparsityState:
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: dense layers that run as whole layers, by index.
         uncompiled: keeps hooked layers out of Unsloth's compiled regions, by index.
-        whole_forwards: all layers, where the backend tries to run them as whole layers; each holds the outcome.
+        whole_forwards: all layers, where they may run as whole layers; each holds the outcome.
         last_layer: the last layer, where it skips unused rows; else None.
         sparse_prefill, prefill_handles: whether prompts are sparse outside training, and the hooks for it.
         adapter_folder: where the adapter was loaded from; None for a new one.
