@@ -243,7 +243,9 @@ def _prepare_graphs(state: SparsityState) -> None:
 
 
 def _try_documents(state: SparsityState) -> None:
-    """Tests whether attention within packed documents can be captured; warns where it cannot on a GPU."""
+    """Tests whether Unsloth's attention within packed documents can be captured; warns where it cannot on a GPU."""
+    if state.backend.attention_is_ours:  # documents are in its mask
+        return
     layer = state.layers[0]
     weights = (one for name, one in layer.module.named_parameters() if name.endswith("norm.weight"))
     like = next(weights, None)

@@ -136,12 +136,12 @@ class _WithBackward(torch.autograd.Function):
         def run(state, gradient: Tensor):
             sources, output = state
             dx, *found = torch.autograd.grad(output, sources, gradient)
-            return (dx, flatten_gradients(found, loras)), None
+            return (dx, _flatten_gradients(found, loras, dx)), None
 
         dx, found = capture.call("backward", run, (capture.stage_input("gradient", gradient),), after=ctx.call)
         capture.finish()
         # The address where the layer before reads it; nothing overwrites it until then.
-        return capture.stage_input("gradient", dx), None, None, None, None, *split_gradients(found, loras)
+        return capture.stage_input("gradient", dx), None, None, None, None, *_split_gradients(found, loras)
 
 
 def reserve(graphs: GraphCache, layer: int, part: str, selection: MlpSelection | AttentionSelection) -> None:
@@ -176,12 +176,12 @@ def _tensors(selection: MlpSelection | AttentionSelection) -> Iterator[tuple[str
             yield field.name, value
 
 
-def flatten_gradients(gradients: Sequence[Tensor], loras: Sequence[Tensor]) -> Tensor:
-    """LoRA gradients in the dtype of their matrices, concatenated."""
-    return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)])
+def _flatten_gradients(gradients: Sequence[Tensor], loras: Sequence[Tensor], like: Tensor) -> Tensor:
+    """LoRA gradients in the dtype of their matrices, concatenated; empty, as ``like``, without LoRA."""
+    return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)]) if loras else like.new_empty(0)
 
 
-def split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of `flatten_gradients` by matrix, in new memory."""
+def _split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of `_flatten_gradients` by matrix, in new memory."""
     found = gradients.clone().split([lora.numel() for lora in loras])
     return [part.view(lora.shape) for part, lora in zip(found, loras, strict=True)]

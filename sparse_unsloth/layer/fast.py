@@ -44,7 +44,7 @@ class FastLayer:
         Raises:
             AttachError: see `find_spec`.
         """
-        self.spec, _ = find_spec(self.spec, forward, hidden_states, dict(arguments))
+        self.spec, _ = find_spec(self.spec, forward, hidden_states, arguments)
 
     def norms(self) -> list[Norm | None] | None:
         """N1 to N4 of `LayerSpec` with their present weights, which FSDP replaces; None if one is trained now."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer.reference import reference_layer
@@ -18,22 +19,22 @@ HALF_TOLERANCE = 0.03
 
 
 def find_spec(
-    spec: LayerSpec, module: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]
+    spec: LayerSpec, forward: Callable[..., Any], hidden_states: Tensor, arguments: Mapping[str, Any]
 ) -> tuple[LayerSpec, float]:
-    """The candidate of ``spec`` that computes what ``module`` does, and by how much they differ (relative).
+    """The candidate of ``spec`` that computes what ``forward`` does, and by how much they differ (relative).
 
     In half precision that is the nearest one: at few positions a rotation changes hardly more than rounding does.
 
     Args:
         spec: as `sparse_unsloth.layer.spec.read_spec` gave it.
-        module: the decoder layer.
+        forward: of the decoder layer.
         hidden_states: ``[batch, sequence, hidden_size]``, of several positions.
         arguments: the other arguments of the layer's forward in a training step of the model.
 
     Raises:
         AttachError: no candidate does.
     """
-    expected = _output_and_gradient(lambda x: first_tensor(module(x, **arguments)), hidden_states)
+    expected = _output_and_gradient(lambda x: first_tensor(forward(x, **arguments)), hidden_states)
     named = {name: arguments.get(name) for name in ("position_embeddings", "attention_mask", "position_ids")}
     tolerance = TOLERANCE.get(hidden_states.dtype, HALF_TOLERANCE)
     least, nearest = float("inf"), spec
@@ -47,7 +48,7 @@ def find_spec(
     if least <= tolerance:
         return nearest, least
     raise AttachError(
-        f"The forward of {type(module).__name__} differs from every layer that sparse_unsloth knows (by {least:.2g} at "
+        f"its forward differs from every layer that sparse_unsloth knows (by {least:.2g} at "
         f"least, relative; {tolerance} is allowed)."
     )
 

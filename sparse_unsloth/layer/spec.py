@@ -130,10 +130,10 @@ def head_norm_modules(attention: nn.Module) -> tuple[nn.Module | None, nn.Module
 
 def candidates(spec: LayerSpec) -> Iterator[LayerSpec]:
     """``spec`` in each form that its parts leave open."""
-    norm = spec.query_norm
+    norm, caps = spec.query_norm, {spec.softcap, None}  # PyTorch's attention ignores a soft cap
     orders = (False, True) if norm is not None and norm.weight.shape[-1] == spec.head_dim else (False,)
-    for rotation, after in product(get_args(Rotation), orders):
-        yield replace(spec, rotation=rotation, norm_after_rotation=after)
+    for cap, rotation, after in product(sorted(caps, key=lambda cap: cap is None), get_args(Rotation), orders):
+        yield replace(spec, softcap=cap, rotation=rotation, norm_after_rotation=after)
 
 
 def read_norm(module: nn.Module, name: str) -> Norm:

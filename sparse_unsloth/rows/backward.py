@@ -27,14 +27,12 @@ class BackwardRows:
 
     Args:
         choice: the rows.
-        recompute: called in backward in place of the function. It has the same gradients; its output is unused.
         select_rows: whether this backward selects the rows. Otherwise rows that were selected before are used, if any.
         residual_index: index of the input that is a residual stream: the output contains it unchanged, in every row.
         skip_output: forward computes nothing and returns zeros of the last input's shape (in a recompute).
     """
 
     choice: RowChoice
-    recompute: Callable[..., Tensor] | None = None
     select_rows: bool = True
     residual_index: int | None = None
     skip_output: bool = False
@@ -58,7 +56,7 @@ class _BackwardRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function: Callable[..., Tensor], rows: BackwardRows, num_inputs: int, *tensors: Tensor):
         inputs, ctx.parameters = tensors[:num_inputs], tensors[num_inputs:]
-        ctx.function, ctx.rows, ctx.autocast = rows.recompute or function, rows, current_autocast(inputs[0])
+        ctx.function, ctx.rows, ctx.autocast = function, rows, current_autocast(inputs[0])
         ctx.save_for_backward(*inputs)
         if rows.skip_output:
             return inputs[-1].new_zeros(()).expand(inputs[-1].shape)

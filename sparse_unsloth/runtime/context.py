@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
+
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.packed_attention import Packing
@@ -76,6 +78,7 @@ class SparseContext:
         paused: parts that stay dense because their scores were not finite (`sparse_unsloth.channels.score_watch`).
         graphs: captures and replays the layers of this forward; None: they run without CUDA graphs.
         packing: the documents of a packed sequence, where captured attention may keep to them.
+        padded: the batch's shape and length before, where it was padded to a length bucket.
         ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole;
             ``captured``: the layers that are in CUDA graphs.
         first_backward: in the first sparse forward, checks that its backward pass reaches every trained tensor.
@@ -101,6 +104,7 @@ class SparseContext:
         self.observation: Observation | None = None
         self.graphs: GraphCache | None = None
         self.packing: Packing | None = None
+        self.padded: tuple[torch.Size, int] | None = None
         self.first_backward: FirstBackward | None = None
         self.loss_rows: LossRows | None = None
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}

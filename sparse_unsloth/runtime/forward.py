@@ -72,18 +72,28 @@ def enter_forward(
     ):
         return None
     named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
-    batch = read_batch({**named, **kwargs})
+    given = batch = read_batch({**named, **kwargs})
     if state.graphs is not None and not args:
-        batch = pad_to_bucket(state, model, batch)
+        batch = pad_to_bucket(state, model, given)
         kwargs = batch.arguments
     context = open_forward(state, model, batch)
-    return None if context is None else (args, {**kwargs, CONTEXT_ARGUMENT: context})
+    if context is None:
+        return None
+    if batch is not given:
+        context.padded = batch.labels.shape, given.labels.shape[1]
+    return args, {**kwargs, CONTEXT_ARGUMENT: context}
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     state = model.__dict__["_sparsity_state"]
     state.inside = False
-    close_forward(state, kwargs.get(CONTEXT_ARGUMENT))
+    context = kwargs.get(CONTEXT_ARGUMENT)
+    close_forward(state, context)
+    if context is not None and context.padded is not None and hasattr(output, "items"):
+        shape, length = context.padded
+        for name, value in list(output.items()):  # logits of the length bucket's padding
+            if isinstance(value, Tensor) and value.shape[:2] == shape:
+                output[name] = value[:, :length]
     loss = None if model.training else getattr(output, "loss", None)
     if loss is not None and loss.requires_grad:
         loss.register_hook(partial(_say_evaluated, state))

@@ -103,7 +103,7 @@ def test_a_layer_that_computes_something_else_is_named(monkeypatch):
     monkeypatch.setattr(layer, "forward", lambda self, x, **given: 1.1 * original(self, x, **given))
     expected = loss_and_gradients(model, batch)
     report = attach(model, {**always(), **NOTHING})
-    assert report.not_whole[0][0].startswith("The forward of ")
+    assert report.not_whole[0][0].startswith("its forward differs from every layer")
     assert report.whole_layers == 0
     assert_same(loss_and_gradients(model, batch), expected)
 

@@ -95,7 +95,7 @@ def test_a_layer_that_computes_something_else_is_refused(family, where, fault):
     layers[1].module.get_submodule(where).register_forward_hook(fault)
     layers, found = calls(model)
     find_spec(read_spec(layers[0]), *found[0])
-    with pytest.raises(AttachError, match=r"DecoderLayer differs from every layer that sparse_unsloth knows"):
+    with pytest.raises(AttachError, match=r"its forward differs from every layer that sparse_unsloth knows"):
         find_spec(read_spec(layers[1]), *found[1])
 
 
