@@ -46,6 +46,7 @@ def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], argu
     cache = arguments.get("past_key_values")
     if cache is not None:  # nothing reads it in training, but a model whose use_cache is on fills it
         key, value = cache.update(key, value, module.layer_idx)
+    softcap = getattr(module, "attn_logit_softcapping", None)  # as the module gives it; some functions ignore it
     others = {name: argument for name, argument in arguments.items() if name not in TAKEN}
     output, *_ = _interface(module)(
         module,
@@ -53,7 +54,7 @@ def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], argu
         key,
         value,
         arguments.get(MASK),
-        **{**others, "dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": spec.softcap},
+        **{**others, "dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": softcap},
     )
     return output.flatten(-2)
 

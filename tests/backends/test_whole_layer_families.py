@@ -40,8 +40,8 @@ def kernels(monkeypatch):
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
 
 
-def make(family, checkpointing=False, targets=None):
-    model = make_family(family, torch.float32, targets, **{**TWO, **FAMILIES.get(family, {})})
+def make(family, checkpointing=False, targets=None, **changes):
+    model = make_family(family, torch.float32, targets, **{**TWO, **FAMILIES.get(family, {}), **changes})
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -123,3 +123,29 @@ def test_layers_are_captured(monkeypatch, family, checkpointing, rules):
         assert_same(loss_and_gradients(model, batch), expected)
         assert (recorder.recorded > 0) == (step > 0)
     assert recorder.replayed == recorder.recorded == 6
+
+
+def test_a_soft_cap_that_the_attention_function_ignores():
+    """transformers' SDPA does; the layer is the same all the same."""
+    model = make("Gemma2", attn_logit_softcapping=0.25)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "sdpa"
+    batch = small_batch()
+    expected = loss_and_gradients(model, batch)
+    assert attach(model, {**always(), **NOTHING}).whole_layers == 2
+    assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_logits_have_the_length_of_the_batch(monkeypatch):
+    """Batches are padded to length buckets for capture; metrics compare logits with labels."""
+    share_memory(monkeypatch, Rerun())
+    model, batch = make("Llama"), {name: values[:, :7] for name, values in small_batch().items()}
+    expected = model(**batch)
+    attach(model, {"preset": "dense", "cuda_graphs": True})
+    for _ in range(2):
+        output = model(**batch)
+        assert output.logits.shape[:2] == batch["labels"].shape
+        torch.testing.assert_close(output.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.loss, expected.loss)
+    assert get_state(model).graphs.forward.padded is not None
