@@ -149,8 +149,11 @@ def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, argument
         finally:
             runtime.context = before
 
+    def parameters() -> list[Tensor]:
+        return lora_tensors_of(runtime.fast.projections())
+
     restores = in_backward() and context.memo(runtime.layer.index).with_gradients is False
-    return checkpointed(hidden_states, None if restores else run, run, lora_tensors_of(projections))
+    return checkpointed(hidden_states, None if restores else run, run, parameters)
 
 
 def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
@@ -161,8 +164,8 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
     context, state, index = runtime.context, runtime.state, runtime.layer.index
     memo, keep = context.memo(index), torch.is_grad_enabled()
     recompute = memo.is_recompute()
-    projections = memo.projections if recompute else None
-    if projections is None:
+    projections = memo.projections if recompute and not state.backend.attention_is_ours else None
+    if projections is None:  # FSDP may have replaced them
         projections = runtime.fast.projections()
         if projections is None:
             return None

@@ -94,7 +94,7 @@ def read_spec(layer: DecoderLayer) -> LayerSpec:
         raise AttachError(
             f"{layer.name}.self_attn: q_proj gives more than queries (a gate), which is no plain attention."
         )
-    if getattr(attention, "attention_dropout", 0.0) > 0 and module.training:
+    if getattr(attention, "attention_dropout", 0.0) > 0:
         raise AttachError(
             f"{layer.name}.self_attn: attention_dropout is not zero. Set it to zero in the configuration."
         )

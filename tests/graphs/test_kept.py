@@ -5,6 +5,7 @@ captured between its forward and its backward. Real graphs are tested in tests/g
 """
 
 import copy
+import dataclasses
 import pickle
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from sparse_unsloth import detach, get_state
-from sparse_unsloth.backends.unsloth import channels_layer, rows_layer
+from sparse_unsloth.backends.unsloth import hooks
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
 from sparse_unsloth.runtime.metrics import metrics
@@ -191,14 +192,11 @@ def test_a_capture_that_fails_is_repeated_with_all_others(stand_in, recorder, mo
         assert recorder.recorded == LAYERS * CALLS
 
 
-def test_saved_tensors_that_hooks_replace_are_not_captured(stand_in, recorder, caplog):
-    """Non-reentrant checkpointing recomputes them, offloading moves them to the host."""
-    model, batch = make_model(stand_in, True, num_hidden_layers=LAYERS), small_batch()
+def test_saved_tensors_that_are_offloaded_are_not_captured(stand_in, recorder, caplog):
+    model, batch = make_model(stand_in, num_hidden_layers=LAYERS), small_batch()
     expected, _ = small_steps(stand_in)
     attach_with(model, "both", True)
-    for _ in range(3):
-        assert_same(loss_and_gradients(model, batch), expected)
-    model.gradient_checkpointing_disable()
+    loss_and_gradients(model, batch)
     with torch.autograd.graph.save_on_cpu():
         assert_same(loss_and_gradients(model, batch), expected)
     assert not recorder.recorded
@@ -208,10 +206,8 @@ def test_saved_tensors_that_hooks_replace_are_not_captured(stand_in, recorder, c
 
 
 @pytest.mark.parametrize("rules", ["dense", "rows"])
-def test_layers_around_attention_that_is_not_captured(stand_in, recorder, monkeypatch, rules):
-    """What the graphs before and after it return cannot be kept, so nothing is captured."""
-    for module in (channels_layer, rows_layer):
-        monkeypatch.setattr(module, "fixed_tensors", lambda *given: None)
+def test_layers_whose_attention_cannot_be_captured(stand_in, recorder, monkeypatch, rules):
+    monkeypatch.setattr(hooks, "BACKEND", dataclasses.replace(hooks.BACKEND, fixed_tensors=lambda *given: None))
     model, batch = kept(stand_in), small_batch()
     expected = step_as_recorded(model, batch, rules)
     state = attach_with(model, rules, True)
