@@ -140,13 +140,17 @@ def test_newest_rows_count_and_older_code_does_not():
         row("math10k", "unsloth-dense", 700.0, **old),
         row("wizardlm", "sparse-o2", 300.0),
         row("wizardlm", "unsloth-dense", 600.0),
+        row("wizardlm", "peft-sparse-50", 350.0),
         row("wizardlm", "nothing-dropped", 650.0),
+        row("wizardlm", "peft-nothing-dropped", 650.0),
+        row("wizardlm", "peft-dense-graphs", 250.0),
         row("wizardlm", "hooks-dense", 650.0),  # a method that is gone
     ]
     used = {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(table)}
     assert used == {
         ("wizardlm", "sparse-o2"): 300.0,
         ("wizardlm", "unsloth-dense"): 600.0,
+        ("wizardlm", "peft-sparse-50"): 350.0,
         ("math10k", "unsloth-dense"): 700.0,
     }
     assert used == {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(reversed(table))}
