@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparse_unsloth.bench.methods import without_backend
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.forecast.speed_table import STORED, fit_table, save
 
@@ -21,7 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "speed.csv"
 def rows_to_fit(table: Path) -> list[dict]:
     """Reads all rows without those of ``backward_rows`` methods, and the steps with CUDA graphs beside the table."""
     with_graphs = [row for name in ("speed.csv", "dense.csv") for row in read_rows(table.parent / "graphs" / name)]
-    return [row for row in read_rows(table) if not row["method"].startswith("rows-")] + [
+    return [row for row in read_rows(table) if not without_backend(row["method"]).startswith("rows-")] + [
         row for row in with_graphs if row["method"].endswith("-graphs")
     ]
 

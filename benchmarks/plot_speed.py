@@ -77,7 +77,8 @@ def markdown(runs: dict[tuple, list[dict]], profiles: list[dict], picture: str =
         "Forward, backward and AdamW; median, with the 20th and 80th percentile. Speed-up and memory are against dense",
         "Unsloth at the same shape in the same run: its stock arm where arms were timed; *best arm* is the speed-up",
         "over the best of them. *Of limit*: speed-up over the speed-up that the FLOPs allow. PEFT methods use",
-        "transformers' checkpointing where Unsloth's is named. Made by `benchmarks/plot_speed.py`.",
+        "transformers' checkpointing where Unsloth's is named. Limits are of the present code; until 2026-11-27 rows-*",
+        "without checkpointing computed the chosen rows twice. Made by `benchmarks/plot_speed.py`.",
         "",
         f"![Speed-up over dense Unsloth]({picture})",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sparse_unsloth.bench.shapes import Shape, shape_of
+from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError
@@ -118,44 +118,26 @@ def flop_limit(
     Args:
         checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: the same.
 
-    Unused rows are skipped (docs/how-it-works.md, section 5), except with the PEFT backend. The limits in `TARGETS`
-    weigh attention a little less than `step_flops`.
+    Unused rows are skipped (docs/how-it-works.md, section 5), with the PEFT backend those of 5.3 alone. The limits in
+    `TARGETS` weigh attention a little less than `step_flops`.
     """
     base_checkpointing = checkpointing if base_checkpointing is None else base_checkpointing
     if checkpointing and base_checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:
         return TARGETS[shape_name, method][1]
     shape = shape_of(shape_name)
     config = SparsityConfig.from_any(sparsity_of(method, model.num_layers) or "dense")
-    layers = config.layer_sparsity(model.num_layers)
-    removal = backend_of(method) == "unsloth" and method != BASELINE
-    dense, ours = (
-        step_flops(
-            model,
-            sparsity,
-            TrainingStep(
-                shape.tokens - shape.context_tokens,
-                shape.context_tokens,
-                [shape.length] * shape.batch,
-                lora_rank=16,
-                backward_rows=config.backward_rows if removed else 1.0,
-                checkpointing=again,
-                head_tokens=shape.batch * shape.outputs if removed else None,
-            ),
-        ).total
-        for sparsity, removed, again in (
-            ([(0.0, 0.0)] * model.num_layers, False, base_checkpointing),
-            (layers, removal, checkpointing),
-        )
+    loss = shape.batch * shape.outputs if backend_of(method) == "unsloth" and method != BASELINE else None
+
+    def flops(layers: list[tuple[float, float]], checkpointing: bool, **others: float | None) -> int:
+        rows = shape.tokens - shape.context_tokens, shape.context_tokens
+        lengths = [shape.length] * shape.batch
+        step = TrainingStep(*rows, lengths, lora_rank=16, checkpointing=checkpointing, **others)
+        return step_flops(model, layers, step).total
+
+    return flops([(0.0, 0.0)] * model.num_layers, base_checkpointing) / flops(
+        config.layer_sparsity(model.num_layers),
+        checkpointing,
+        backward_rows=config.backward_rows,
+        head_tokens=loss,
+        last_layer_tokens=loss,
     )
-    return dense / (ours - removal * _last_layer_flops(model, layers[-1], shape, config.backward_rows, checkpointing))
-
-
-def _last_layer_flops(
-    model: ModelShape, sparsity: tuple[float, float], shape: Shape, rows: float, checkpointing: bool
-) -> int:
-    """Counts the FLOPs of forward, recompute and backward that the last layer skips on context tokens."""
-    widths = {name: inputs * outputs for name, (inputs, outputs) in model.projections(*sparsity).items()}
-    queries = widths["q_proj"]
-    behind = sum(width for name, width in widths.items() if name[0] not in "qkv")
-    again = checkpointing or rows < 1
-    return round(2 * shape.context_tokens * ((2 + checkpointing) * queries + (1 + (1 + again) * rows) * behind))

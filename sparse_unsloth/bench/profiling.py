@@ -20,7 +20,7 @@ KINDS = (
     ("dequantisation", r"_whole_kernel|dequant"),
     ("choice of channels", r"low_rank_kernel|mlp_scores|attention_energy|top_order|attention_channels"),
     ("LoRA matrices", r"pack_mlp|pack_linear|mlp_gradients"),
-    ("rotary embedding", r"rope"),
+    ("rotary embedding", r"rope|rotary"),
     ("loss", r"softmax|nll_loss|cross_entropy"),
     ("optimiser", r"multi_tensor|adam"),
 )

@@ -152,11 +152,9 @@ class TrainingStep:
             on all rows, and so do the queries if attention is sparse. None: all rows.
         padding_tokens: further rows, which dense parts compute and sparse parts skip. (`seq_lengths` includes them;
             `head_tokens` decides about their logits.)
-        backward_rows: share of the context tokens that backward goes through. Below 1 the O projection and the MLP
-            compute these and the loss tokens again for backward, with checkpointing instead of all rows; padding is
-            skipped.
-        fully_recomputed: projections that, with `backward_rows` and checkpointing, are also recomputed for all rows: O
-            where it and the MLP are hooked separately (PEFT backend), and both if unused rows are not skipped.
+        backward_rows: share of the context tokens that backward goes through, in the O projection and the MLP; loss
+            tokens are added, padding is skipped.
+        whole_layers, skips_output: decide what `backward_rows` computes again; see `recomputes_rows`.
 
     Raises:
         ConfigError: an unknown projection or kind of attention.
@@ -177,7 +175,8 @@ class TrainingStep:
     last_layer_tokens: int | None = None
     padding_tokens: int = 0
     backward_rows: float = 1.0
-    fully_recomputed: Collection[str] = ()
+    whole_layers: bool = True
+    skips_output: bool = True
 
     def __post_init__(self) -> None:
         if self.attention not in ("fused", "eager"):
@@ -208,6 +207,7 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
 
     forward, recompute, backward = Counter(), Counter(), Counter()
     row_sparse = step.backward_rows < 1
+    rows_again = recomputes_rows(step.whole_layers, step.checkpointing and step.skips_output)
     for layer, (mlp, self_attn) in enumerate(layer_sparsity):
         selected = shape.projections(mlp, self_attn)
         skips = layer == shape.num_layers - 1 and step.last_layer_tokens is not None
@@ -228,10 +228,12 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
             share = 1.0
             if row_sparse and name not in ATTENTION[:3] and rows:
                 share = (dense_rows - padding_rows + ceil(step.backward_rows * context_rows)) / rows
-            if step.checkpointing or share < 1:
-                times = share + (step.checkpointing and share < 1 and name in step.fully_recomputed)
-                recompute[part] += round(times * base)
-                recompute["lora"] += round(times * (lora_a + lora_b))
+            times = step.checkpointing
+            if share < 1:
+                skipped = step.skips_output and (step.whole_layers or name in MLP)
+                times = share * rows_again + (step.checkpointing and not skipped)
+            recompute[part] += round(times * base)
+            recompute["lora"] += round(times * (lora_a + lora_b))
             backward[part] += round(share * base) * (input_gradient + step.trainable_base)
             backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product
@@ -251,6 +253,18 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
         recompute=Parts(**recompute),
         backward=Parts(**backward) + Parts(head=logits * (1 + step.trainable_base)),
     )
+
+
+def recomputes_rows(whole_layers: bool, skips_output: bool) -> bool:
+    """Whether a row-sparse layer's backward computes O and MLP of the chosen rows again; else forward stored them.
+
+    Args:
+        whole_layers: whether the layer runs as a whole layer (docs/how-it-works.md, section 7). Else O and the MLP are
+            hooked separately and store their inputs alone, and O is recomputed for all rows under checkpointing.
+        skips_output: whether gradient checkpointing recomputes the layer without the output that nothing uses
+            (`exact_removal`).
+    """
+    return skips_output or not whole_layers
 
 
 def _skips_unused_rows(self_attn: float) -> tuple[str, ...]:

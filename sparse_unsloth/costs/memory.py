@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.flops import ModelShape, recomputes_rows
 
 GIB = 2**30
 BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -20,9 +20,9 @@ ASSUMPTIONS = (
     "activations in 16 bits: a layer keeps 2 x intermediate + 7 x hidden numbers a row for its backward, which itself "
     "needs intermediate + 6 x hidden more, in one layer at a time; checkpointing keeps only each layer's input "
     "(Unsloth's on the host), and one layer's numbers",
-    "backward_rows: of O and MLP a layer keeps their inputs alone (under Unsloth 2 x hidden + 2 x queries + 2 x keys "
-    "numbers a row in all, else 2 x hidden more), and its backward makes the others of the chosen rows; without it "
-    "wherever a step or a micro-batch is dense",
+    "backward_rows: a layer keeps what a dense one keeps; where its backward computes chosen rows of O and MLP again "
+    "(with gradient checkpointing, or on a CPU) 4 x hidden + 2 x queries + 2 x keys numbers a row; counted as dense "
+    "wherever a step or a micro-batch is",
     "logits: Unsloth's fused loss takes up to 4 GiB for a chunk of them (16 bytes each); TRL's chunked loss next to "
     "nothing; plain transformers' loss holds all of them",
     "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
@@ -64,6 +64,7 @@ def peak_memory(
     sparse_parts: int = 0,
     backward_rows: int | None = None,
     whole_layers: bool = True,
+    skips_output: bool = True,
 ) -> Memory:
     """The peak of a step that is dense in some layer, or of one that is row-sparse in every layer.
 
@@ -77,16 +78,16 @@ def peak_memory(
         logits: bytes of the loss and its gradient, `fused_logits` or `plain_logits`; 0 if negligible.
         estimator_rank, sparse_parts: each sparse part has factors in float32 of this rank.
         backward_rows: the number of ``rows`` that the backward of O and MLP goes through; None for dense training.
-        whole_layers: see `row_layer_activations`.
+        whole_layers, skips_output: with ``backward_rows``; see `recomputes_rows`.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     row = rows * activation_bytes
-    if backward_rows is None:
-        kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
-        working = backward_working_set(shape, rows, in_4bit, activation_bytes)
-    else:
-        kept = row_layer_activations(shape, rows, whole_layers, activation_bytes)
+    kept = layer_activations(shape, rows, rows, activation_bytes=activation_bytes)
+    working = backward_working_set(shape, rows, in_4bit, activation_bytes)
+    if backward_rows is not None:
         working = row_working_set(shape, rows, backward_rows, in_4bit, activation_bytes)
+        if recomputes_rows(whole_layers, skips_output and checkpointing != "off"):
+            kept = row_layer_activations(shape, rows, activation_bytes)
     stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
     if checkpointing != "off":
         working += kept
@@ -119,22 +120,18 @@ def layer_activations(
     return activation_bytes * (inner + 7 * rows * shape.hidden_size)
 
 
-def row_layer_activations(shape: ModelShape, rows: int, whole_layers: bool, activation_bytes: int = 2) -> float:
-    """As `layer_activations` for a row-sparse layer: its input, the normed one, queries, keys, values, attention's
-    output.
-
-    Args:
-        whole_layers: whether one function computes O and MLP (Unsloth). Otherwise the MLP and the norm before it keep
-            their own inputs.
+def row_layer_activations(shape: ModelShape, rows: int, activation_bytes: int = 2) -> float:
+    """As `layer_activations` for a row-sparse layer that `recomputes_rows`: the inputs of attention and its norm,
+    queries, keys, values, attention's output, the inputs of the MLP and its norm (these two not in a whole layer).
     """
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return activation_bytes * rows * ((2 if whole_layers else 4) * shape.hidden_size + 2 * queries + 2 * keys)
+    return activation_bytes * rows * (4 * shape.hidden_size + 2 * queries + 2 * keys)
 
 
 def row_working_set(
     shape: ModelShape, rows: int, backward_rows: int, in_4bit: bool, activation_bytes: int = 2
 ) -> float:
-    """As `backward_working_set`, with what O and MLP compute again for ``backward_rows`` rows."""
+    """As `backward_working_set`, with what O and MLP compute again for ``backward_rows`` rows, or gather of them."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     numbers = backward_rows * (3 * inner + 6 * hidden) + rows * 6 * hidden + (hidden * inner if in_4bit else 0)
     return activation_bytes * numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparse_unsloth.data.ledger import most_likely_cut, without_loss
+from sparse_unsloth.forecast.model import WHOLE_LAYERS
 from sparse_unsloth.forecast.result import Estimate
 
 WORTH_IT = 1.1
@@ -102,8 +103,8 @@ def _hints(estimate: Estimate) -> Iterator[str]:
     yield from _host(estimate)
     if estimate.row_sparse and not estimate.checkpointing:
         yield (
-            "The backward pass recomputes its rows of O and MLP in any case, so gradient_checkpointing: true "
-            "costs only a recompute of attention's part, and stores far less."
+            "gradient_checkpointing: true stores far less, and costs less here than in dense training: with "
+            "exact_removal its recompute leaves out the MLP of the rows that the backward pass leaves out."
         )
     if estimate.sparse is not None and not estimate.dense_layer_0:
         yield (
@@ -127,8 +128,8 @@ def _host(estimate: Estimate) -> Iterator[str]:
     gain = estimate.graphs_speedup
     if estimate.cuda_graphs and estimate.recorded is None and estimate.fitted is not None:
         yield (
-            "The times are those without cuda_graphs: it is predicted for Unsloth's Llama, Mistral, Qwen2 and Qwen3 "
-            "layers with LoRA on every projection, gradient checkpointing and exact_removal."
+            "The times are those without cuda_graphs: it is predicted with exact_removal and PyTorch's attention, "
+            f"without DoRA, and for layers of {', '.join(WHOLE_LAYERS[estimate.backend])}."
         )
     if not estimate.cuda_graphs and gain is not None and gain > WORTH_IT:
         kept = "the same gradients" if estimate.sparse else "nothing left out"

@@ -13,12 +13,13 @@ from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
 from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import can_capture, padded_to_bucket
-from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model, backend_of, read_model
+from sparse_unsloth.forecast.graphs import padded_to_bucket
+from sparse_unsloth.forecast.model import Model, backend_of, has_whole_layers, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
 from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
 from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
+from sparse_unsloth.layer.attention import CAPTURABLE
 from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ def estimate(
         longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
         return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
-    capturable = fitted is not None and can_capture(recipe, model, backend, tokens.layout, batches)
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
+    attention = recipe.model.attn_implementation in (None, *CAPTURABLE)
+    capturable = fitted is not None and plan.whole_layers and removal and attention
     is_sparse = plan.is_sparse
     presets = {}
     for name in PRESETS:
@@ -124,7 +126,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         estimator_rank=sparsity.estimator.rank if sparsity.criterion == "estimator" else 0,
         eager_attention=model.eager_attention,
         backward_rows=sparsity.backward_rows,
-        whole_layers=backend == "unsloth" and model.model_type in LLAMA_LAYERS,
+        whole_layers=has_whole_layers(recipe, model.model_type, backend),
     )
 
 
@@ -190,5 +192,6 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         whole_layers=plan.whole_layers,
+        skips_output=recipe.sparsity.exact_removal,
         **through,
     )

@@ -1,28 +1,11 @@
-"""Predicts whether `cuda_graphs` captures a training's steps, and the padded sizes of captured micro-batches."""
+"""Predicts the padded sizes of micro-batches whose layers are captured in CUDA graphs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sparse_unsloth.costs.flops import ATTENTION, MLP
-from sparse_unsloth.forecast.model import LLAMA_LAYERS, Model
 from sparse_unsloth.forecast.tokens import PADDED, MicroBatch
 from sparse_unsloth.graphs.buckets import LENGTHS, round_up
-from sparse_unsloth.training.recipe import Recipe
-
-
-def can_capture(recipe: Recipe, model: Model, backend: str) -> bool:
-    """Whether every layer would be captured as a whole, with its attention."""
-    return (
-        backend == "unsloth"
-        and not recipe.training.use_cpu
-        and model.model_type in LLAMA_LAYERS
-        and set(model.lora_targets) >= {*ATTENTION, *MLP}
-        and recipe.model.lora_dropout == 0
-        and not recipe.model.use_dora
-        and recipe.training.gradient_checkpointing
-        and recipe.sparsity.exact_removal
-    )
 
 
 def padded_to_bucket(batch: MicroBatch, layout: str) -> MicroBatch:

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 UNSLOTH_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 """Families that Unsloth runs on its fast path, by ``model_type``."""
 LLAMA_LAYERS = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers are Unsloth's Llama layer."""
+"""Families whose layers run as whole layers with either backend."""
+WHOLE_LAYERS = {
+    "unsloth": LLAMA_LAYERS,
+    "peft": (
+        *LLAMA_LAYERS, "ministral3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "olmo2", "exaone4",
+    ),
+}  # fmt: skip
+"""Families whose layers run as whole layers on a GPU, by backend (docs/how-it-works.md, section 7)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,12 @@ def backend_of(recipe: Recipe, model_type: str, on_cpu: bool) -> tuple[str, str]
     if on_cpu:
         return "peft", "use_cpu"
     return ("unsloth", "as on a CUDA GPU") if fast else ("peft", f"{model_type} is not on Unsloth's fast path")
+
+
+def has_whole_layers(recipe: Recipe, model_type: str, backend: str) -> bool:
+    """Whether the decoder layers run as whole layers."""
+    plain_lora = recipe.model.lora_dropout == 0 and not recipe.model.use_dora
+    return not recipe.training.use_cpu and plain_lora and model_type in WHOLE_LAYERS[backend]
 
 
 def _configuration(recipe: Recipe) -> tuple[Any, Any]:

@@ -28,8 +28,7 @@ class Plan:
         lora_rank, lora_targets: of the adapters.
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         backward_rows: see `SparsityConfig.backward_rows`.
-        whole_layers: whether `backward_rows` replaces O and MLP by one function (Unsloth's Llama layers), instead of
-            hooking them separately.
+        whole_layers: see `recomputes_rows`.
     """
 
     shape: ModelShape
@@ -95,13 +94,10 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
 
     Args:
         removal: skip unused rows (docs/how-it-works.md, section 5): logits and the last layer after its keys and
-            values, if enough rows are unused (Unsloth backend only), and the MLP's recompute with row sparsity.
+            values, if enough rows are unused (Unsloth backend only), and with row sparsity the output of a recompute.
     """
     sparse = plan.is_sparse and batch.context > 0
-    fully_recomputed = () if plan.whole_layers else ("o_proj",)
-    if not removal:
-        fully_recomputed = ("o_proj", *MLP)
-    removal = removal and plan.backend == "unsloth"
+    skips_output, removal = removal, removal and plan.backend == "unsloth"
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
         last_layer = batch.loss
@@ -121,7 +117,8 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
             attention="eager" if plan.eager_attention else "fused",
             estimator_rank=plan.estimator_rank,
             backward_rows=plan.backward_rows if sparse else 1.0,
-            fully_recomputed=fully_recomputed,
+            whole_layers=plan.whole_layers,
+            skips_output=skips_output,
         ),
     )
     if plan.chunked_loss and plan.backend == "peft":

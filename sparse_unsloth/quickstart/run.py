@@ -238,7 +238,7 @@ def _step_flops(
             context_tokens=batch.context if apart else 0,
             padding_tokens=batch.padding if row_sparse else 0,
             backward_rows=backward_rows,
-            fully_recomputed=("o_proj",),
+            whole_layers=False,
             seq_lengths=[length] * size,
             head_tokens=head_tokens,
             estimator_rank=estimator_rank,

@@ -8,7 +8,7 @@ transformers and Unsloth read. Loss and gradients stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class CheckpointPlanner:
         model: the outermost model.
         layers, layer_sparsity: its decoder layers, and the sparsity of each.
         budget: `SparsityConfig.memory_budget`.
-        row_layers: the row-sparse layers by index, and whether each runs as a whole layer.
+        hooked_rows: indices of the row-sparse layers that do not run as whole layers: they store inputs alone.
         fused_loss: the loss is Unsloth's, which stores few logits; ``loss_only``: it computes loss positions alone.
 
     Attributes:
@@ -57,13 +57,13 @@ class CheckpointPlanner:
         layer_sparsity: Sequence[LayerSparsity],
         budget: float,
         *,
-        row_layers: Mapping[int, bool],
+        hooked_rows: Collection[int],
         fused_loss: bool,
         loss_only: bool,
     ):
         self.num_kept = 0
         self._model, self._layers, self._sparsity = model, layers, layer_sparsity
-        self._row_layers, self._fused_loss, self._loss_only = row_layers, fused_loss, loss_only
+        self._hooked_rows, self._fused_loss, self._loss_only = hooked_rows, fused_loss, loss_only
         self._shape = ModelShape.from_config(model.config)
         self._flags: dict[int, object] = {}
         self._devices = [next(layer.module.parameters()).device for layer in layers]
@@ -126,8 +126,8 @@ class CheckpointPlanner:
 
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
         """Bytes that one layer needs without checkpointing, beyond what it needs with it."""
-        if scale > 0 and index in self._row_layers:
-            kept = row_layer_activations(self._shape, rows, self._row_layers[index], self._activation_bytes)
+        if scale > 0 and index in self._hooked_rows:
+            kept = row_layer_activations(self._shape, rows, self._activation_bytes)
             return MARGIN * kept - self._input_bytes(rows)
         layer, sparsity = self._layers[index], self._sparsity[index].mlp * scale
         dense_rows = partition.num_dense if sparsity else rows

@@ -154,7 +154,7 @@ def test_counted_limits_are_near_the_stated_ones(monkeypatch):
 
 
 def test_limits_without_checkpointing():
-    """Nothing runs twice, but the chosen rows of O and the MLP, whose activations are not kept."""
+    """Nothing runs twice."""
     for shape in SHAPES:
         dense, rows_25, rows_10 = (
             [flop_limit(shape, method, LLAMA_3_8B, checkpointing) for checkpointing in (True, False)]
@@ -166,6 +166,34 @@ def test_limits_without_checkpointing():
     shown = compare([row("unsloth-dense", checkpointing="False"), row("sparse-o2", checkpointing="False")], LLAMA_3_8B)
     assert shown[1].target is None
     assert shown[1].limit == flop_limit("wizardlm", "sparse-o2", LLAMA_3_8B, checkpointing=False) != 2.41
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_limits_of_rows_with_peft_are_counted_by_hand(checkpointing):
+    """wizardlm, rows-25: of 8192 rows 4 x 513 lose nothing, and ceil(4 x 1535 / 4) are chosen; every logit is computed.
+
+    A projection ``[in, out]`` costs a row ``in out + 16 (in + out)`` multiplications forward, in the recompute as many,
+    and backward once the former and twice the latter. Of O and the MLP backward and recompute take chosen rows alone.
+    Without checkpointing the first layer's input needs no gradient. Attention has two products forward, two in the
+    recompute, five backward, each of half of the scores.
+    """
+    rows, chosen, hidden, inner, keys = 8192, 4 * 513 + 1535, 4096, 14336, 1024
+    qkv = [(hidden, hidden), (hidden, keys), (hidden, keys)]
+    others = [(hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+
+    def once(projections, lora):
+        return sum(a * b + lora * 16 * (a + b) for a, b in projections)
+
+    def step(through):
+        layer = rows * once(qkv + others, 1) + rows * once(qkv, 2) + through * once(others, 2)
+        layer += checkpointing * (rows * once(qkv, 1) + through * once(others, 1))
+        layer += (7 + 2 * checkpointing) * 4 * 2048 * 2049 // 2 * hidden
+        first = 0 if checkpointing else rows * sum(a * b + 16 * a for a, b in qkv)
+        return 32 * layer - first + 2 * rows * hidden * 128256
+
+    counted = flop_limit("wizardlm", "peft-rows-25", LLAMA_3_8B, checkpointing)
+    assert counted == pytest.approx(step(rows) / step(chosen), rel=1e-6)
+    assert counted < flop_limit("wizardlm", "rows-25", LLAMA_3_8B, checkpointing)
 
 
 def test_ratios():

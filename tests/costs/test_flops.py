@@ -1,11 +1,14 @@
 """FLOPs against PyTorch's counter: of a dense PEFT Llama, and of sparse matmuls that are gathered explicitly."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from sparse_unsloth import attach, get_state
 from sparse_unsloth.config.layer_rules import keep_count
 from sparse_unsloth.costs.flops import (
     ATTENTION,
@@ -31,19 +34,19 @@ def count(function) -> tuple[int, object]:
     return counter.get_total_flops(), result
 
 
-def peft_llama(targets=(*ATTENTION, *MLP)):
+def peft_llama(targets=(*ATTENTION, *MLP), layers=SHAPE.num_layers):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     config = transformers.LlamaConfig(
         hidden_size=SHAPE.hidden_size,
         intermediate_size=SHAPE.intermediate_size,
-        num_hidden_layers=SHAPE.num_layers,
+        num_hidden_layers=layers,
         num_attention_heads=SHAPE.num_heads,
         num_key_value_heads=SHAPE.num_kv_heads,
         head_dim=SHAPE.head_dim,
         vocab_size=SHAPE.vocab_size,
         attn_implementation="eager",
     )
-    assert ModelShape.from_config(config) == SHAPE
+    assert ModelShape.from_config(config) == replace(SHAPE, num_layers=layers)
     lora = peft.LoraConfig(r=RANK, target_modules=list(targets), task_type="CAUSAL_LM")
     return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).train()
 
@@ -354,6 +357,50 @@ def test_padding_is_left_out_of_sparse_parts_only():
     assert parts(mlps, padding_tokens=10).mlp_base == parts(mlps).mlp_base
     assert parts(mlps, padding_tokens=10).attention_projections == parts(mlps, context=40).attention_projections
     assert parts(DENSE, padding_tokens=10) == parts(DENSE, context=40)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, with those that write to a given tensor, which PyTorch's counter leaves out."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) in ("mm", "addmm", "addmm_", "bmm"):
+            left, right = args[name.startswith("addmm") :][:2]
+            self.total += 2 * left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
+@pytest.mark.parametrize(("checkpointing", "removal"), [(False, True), (True, True), (True, False)])
+def test_whole_layers_whose_backward_goes_through_few_rows(monkeypatch, checkpointing, removal):
+    """Through Triton's interpreter. The counts lie between those without and with LoRA, half of which is in kernels."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    model = peft_llama(layers=2)
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert attach(model, {"backward_rows": 0.25, "exact_removal": removal}).whole_layers == 2
+    get_state(model).begin_training("test", 1)
+    get_state(model).set_step(0)
+    ids = torch.randint(SHAPE.vocab_size, (1, SEQUENCE))
+    labels = ids.clone()
+    labels[:, :16] = -100
+    with Products() as counted:
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    low, high = (
+        step_flops(
+            replace(SHAPE, num_layers=2),
+            DENSE[:2],
+            TrainingStep(
+                5, 15, [SEQUENCE], rank, checkpointing=checkpointing, attention="eager", input_requires_grad=True,
+                backward_rows=0.25, skips_output=removal,
+            ),
+        ).total
+        for rank in (0, RANK)
+    )  # fmt: skip
+    assert low < counted.total < high
+    assert high < 1.15 * low
 
 
 def test_published_recipe_on_llama_3_8b():

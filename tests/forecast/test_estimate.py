@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 from sparse_unsloth.cli import main
@@ -14,7 +15,9 @@ from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
 from sparse_unsloth.forecast import graphs
 from sparse_unsloth.forecast.estimate import estimate
+from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
+from sparse_unsloth.forecast.speed_table import load
 from sparse_unsloth.forecast.tokens import MicroBatch
 from sparse_unsloth.training.recipe import load_recipe
 
@@ -60,8 +63,8 @@ def recipe(checkpoint, tmp_path):
 
 
 def of_gpu(recipe, **changes):
-    """The same as it would be estimated for a GPU with Unsloth."""
-    made = load_recipe(recipe(backend="unsloth", **changes))
+    """The same as it would be estimated for a GPU, with Unsloth if ``changes`` name no other backend."""
+    made = load_recipe(recipe(**{"backend": "unsloth", **changes}))
     made.training.use_cpu = False
     return made
 
@@ -212,9 +215,14 @@ def test_rows_of_a_backward_pass(recipe):
     assert quarter.presets["rows"].flops_ratio == pytest.approx(quarter.flops_ratio)
     assert list(quarter.presets) == ["rows", "o1", "o2"]
     assert few.memory.peak < quarter.memory.peak < every.memory.peak
-    scheduled = estimate(of_gpu(recipe, rows=rows, max_length=128, sparsity={"backward_rows": 0.25, "end_step": 0.5}))
-    assert scheduled.sparse_share == 0.5
-    assert scheduled.memory.peak > quarter.memory.peak, "a dense phase keeps everything"
+    dense = estimate(of_gpu(recipe, rows=rows, max_length=128, sparsity="dense"))
+    assert quarter.memory.kept_activations == dense.memory.kept_activations, "nothing is computed twice"
+    changes = {"rows": rows, "max_length": 128, "gradient_checkpointing": True}
+    quarter, scheduled = (
+        estimate(of_gpu(recipe, **changes, sparsity={"backward_rows": 0.25, "end_step": end})) for end in (1.0, 0.5)
+    )
+    assert (quarter.sparse_share, scheduled.sparse_share) == (1.0, 0.5)
+    assert scheduled.memory.peak > quarter.memory.peak, "a dense phase recomputes everything"
 
 
 def test_padding_is_left_out_of_a_backward_pass_through_few_rows():
@@ -263,7 +271,7 @@ def test_advice_where_it_is_not(recipe):
         (LONG, {}, "Presets on this data"),
         (LONG, {}, "For quality take `sparsity: rows` first"),
         (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on all three tasks"),
-        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true costs only a recompute of attention's part"),
+        (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true stores far less, and costs less here"),
         (LONG, {"sparsity": {"backward_rows": 0.05}}, "Fewer than 10% of the context rows did worse"),
         (SHORT, {"sparsity": "rows"}, "Not worth it: it gains"),
         (LONG, {"sparsity": {"backward_rows": 0.2, "start_step": 50}}, "the whole training will be dense"),
@@ -281,7 +289,10 @@ def test_predicted_times_on_a_gpu(recipe):
     assert low <= result.whole_speedup <= high
     text = advise(result)
     assert "expect about" in text
-    assert "the host's launches take longer" in text, "a model this small is bound by the host"
+    assert "The GPU waits for its host: `cuda_graphs: true`" in text, "a model this small is bound by the host"
+    uncaptured = {"preset": "o2", "exact_removal": False}
+    text = advise(estimate(of_gpu(recipe, rows=LONG, max_length=128, sparsity=uncaptured, load_in_4bit=True)))
+    assert "the host's launches take longer" in text
 
 
 CAPTURED = {"max_length": 128, "load_in_4bit": True, "gradient_checkpointing": True, "padding_free": False}
@@ -317,9 +328,36 @@ def test_dense_training_is_captured_too(recipe, capsys):
     "changes",
     [
         {"gradient_checkpointing": False},
-        {"lora_target_modules": ["q_proj", "v_proj"]},
+        {"lora_target_modules": ["q_proj", "v_proj"], "sparsity": {"preset": "dense", "cuda_graphs": True}},
+        {"backend": "peft"},
+        {"backend": "peft", "gradient_checkpointing": False, "sparsity": {"backward_rows": 0.25, "cuda_graphs": True}},
+        {"padding_free": True},
+    ],
+)
+def test_steps_that_are_captured(recipe, changes, monkeypatch):
+    """As if the measured steps had been of both backends."""
+    fits = [replace(one, backend=backend) for one in load() for backend in ("unsloth", "peft")]
+    monkeypatch.setattr("sparse_unsloth.forecast.estimate.load", lambda: fits)
+    result = estimate(of_gpu(recipe, rows=LONG, **{**CAPTURED, "sparsity": {**ALWAYS, "cuda_graphs": True}, **changes}))
+    assert (result.sparse_as_trained or result.dense_as_trained) is result.recorded is not None
+    assert "cuda_graphs" not in advise(result)
+
+
+def test_families_with_whole_layers(recipe):
+    """On a GPU, by transformers' names; on a CPU there are none."""
+    assert set(WHOLE_LAYERS["peft"]) <= set(transformers.CONFIG_MAPPING)
+    of_each = {"llama": ["unsloth", "peft"], "gemma2": ["peft"], "gemma3_text": ["peft"], "cohere": []}
+    for family, backends in of_each.items():
+        assert [backend for backend in WHOLE_LAYERS if has_whole_layers(of_gpu(recipe), family, backend)] == backends
+        assert not any(has_whole_layers(load_recipe(recipe()), family, backend) for backend in WHOLE_LAYERS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"sparsity": {**ALWAYS, "exact_removal": False, "cuda_graphs": True}},
         {"sparsity": {"preset": "dense", "cuda_graphs": True}, "use_dora": True},
+        {"attn_implementation": "flash_attention_2"},
     ],
 )
 def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes):

@@ -15,7 +15,7 @@ from sparse_unsloth.runtime.forward import roles_of
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.tokens.batch import read_batch
 
-from tiny_models import always, loss_and_gradients, make_batch, make_lora
+from tiny_models import always, loss_and_gradients, make_base, make_batch, make_lora
 
 BUDGET = 2.0
 SPARSE = always(mlp={"1-2": 0.9}, self_attn={})
@@ -213,13 +213,45 @@ def test_what_a_backward_pass_through_few_rows_keeps(family):
         output = model(**batch)
     assert counted["after"] - counted["before"] == 200 * 64 * 4, "the MLP's input"
     shape = ModelShape.from_config(model.config)
-    every = row_layer_activations(shape, 200, whole_layers=False, activation_bytes=4)
+    every = row_layer_activations(shape, 200, activation_bytes=4)
     assert every == 200 * 4 * (4 * 64 + 2 * 64 + 2 * 32)
     assert every < 0.75 * layer_activations(shape, 200, 200, activation_bytes=4)
     del output
 
 
-def test_layers_whose_backward_goes_through_few_rows_need_less(room):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
+def test_what_a_whole_layer_keeps_of_a_backward_pass_through_few_rows(monkeypatch):
+    """As much as a dense layer. Besides, V is a view of Q, K, V (64 + 32 columns) and the MLP keeps ``xA`` (2 x 4)."""
+    monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
+    base = make_base(use_cache=False, num_hidden_layers=2)
+    base.config._attn_implementation = "sdpa"
+    model, batch, sizes = make_lora(base=base), make_batch(lengths=((20, 10), (20, 10))), {}
+    assert attach(model, {"backward_rows": 0.25, "memory_budget": BUDGET}).whole_layers == 2
+    bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in bases and tensor.numel() >= 60 * 16:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layer, counted = layers_of(model)[1], {}
+    layer.register_forward_pre_hook(lambda *_: counted.update(before=sum(sizes.values())))
+    layer.register_forward_hook(lambda *_: counted.update(after=sum(sizes.values())))
+    get_state(model).begin_training("test", max_steps=1)
+    get_state(model).set_step(0)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**batch)
+    rows, shape = 60 * 4, ModelShape.from_config(model.config)
+    predicted = layer_activations(shape, 60, 60, activation_bytes=4)
+    assert predicted == rows * (2 * 128 + 7 * 64)
+    assert predicted <= counted["after"] - counted["before"] <= predicted + rows * (64 + 32 + 2 * 4)
+    needed, _ = needs(model, 1, batch)
+    assert needed == pytest.approx(checkpoint_planner.MARGIN * predicted - rows * 64)
+    del output
+
+
+def test_hooked_layers_whose_backward_goes_through_few_rows_need_less(room):
     model, _ = attached(mlp={}, backward_rows=0.25)
     batch = make_batch()
     few, rest = needs(model, 1, batch)
