@@ -115,8 +115,8 @@ def test_parts_that_no_specification_has_are_named():
         read_spec(layer)
     layer.module.input_layernorm.weight.requires_grad_(False)
     layer.self_attn.attention_dropout = 0.1
+    model.eval()
     with pytest.raises(AttachError, match=r"attention_dropout is not zero"):
-        model.eval()
         read_spec(layer)
     layer.self_attn.attention_dropout = 0.0
     read_spec(layer)
