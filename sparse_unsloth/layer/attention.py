@@ -41,6 +41,8 @@ def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], argu
         beta, positions = spec.query_scaling
         factor = 1 + beta * torch.log1p(torch.floor(arguments[POSITIONS] / positions))
         query = query * factor[..., None, None].to(query.dtype)
+    if torch.is_grad_enabled():  # what is saved of it would keep the memory that it shares with Q and K
+        value = value.contiguous()
     value = value.unflatten(-1, (-1, spec.head_dim))
     query, key, value = (one.transpose(1, 2) for one in (query, key, value))
     cache = arguments.get("past_key_values")
