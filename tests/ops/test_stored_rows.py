@@ -36,18 +36,17 @@ def stored(layer, partition, share):
 
 
 def recomputed(layer, partition, share):
-    """The same with `backward_rows`, as Unsloth's row-sparse layers use it."""
+    """The same with `backward_rows`, which computes the chosen rows again."""
     choice = RowChoice(partition, share)
     chosen = RowOrder(choice.as_partition(), False)
     rows_plan = replace(layer.plan, attention=chosen, mlp=chosen, output_unused=True, keep=False)
 
     def compute(a, x):
-        return backward_rows(
-            lambda *rows: post_attention(*rows, layer.plan),
-            [a, x],
-            lora_tensors_of(layer.plan.projections[3:]),
-            BackwardRows(choice, lambda *rows: post_attention(*rows, rows_plan), residual_index=1),
-        )
+        def function(rows, stream):
+            return post_attention(rows, stream, layer.plan if rows is a else rows_plan)
+
+        loras = lora_tensors_of(layer.plan.projections[3:])
+        return backward_rows(function, [a, x], loras, BackwardRows(choice, residual_index=1))
 
     return outcome(layer, compute), choice.rows
 

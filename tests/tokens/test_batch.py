@@ -136,9 +136,11 @@ def test_a_batch_is_read_once_in_a_forward(config, positional, monkeypatch):
 KEYS = {*LAYOUTS, "attention_mask", "labels", "seq_lengths"}
 EXCEPTIONS = {
     "backends/unsloth/attention.py": "hands a layer's arguments on to Unsloth's attention",
+    "layer/attention.py": "hands a layer's arguments on to transformers' attention",
     "layer/probe.py": "hands a layer's arguments on to its reference",
     "exact/loss.py": "shift_labels is a flag of Unsloth's fused loss",
     "bench/checks.py": "makes its own batches",
+    "bench/models.py": "makes its own batches",
     "bench/reference.py": "an independent reference, for batches that bench makes",
     "data/columns.py": "columns of a data set",
     "data/ledger.py": "columns of a data set",
