@@ -34,6 +34,7 @@ from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.runtime.state import LayerRuntime
 
 SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
+WRAPPED = "something wraps its forward (accelerate's hooks of a model on several devices, say)"
 NO_KERNELS = "Triton's kernels do not run here"
 CACHES = ("past_key_value", "past_key_values")
 
@@ -47,6 +48,9 @@ def install(runtimes: Iterable[LayerRuntime]) -> None:
         state = runtime.state
         if state.row_sparse and runtime.layer.index not in state.runtimes:
             runtime.not_whole = SKIPS_UNUSED_ROWS
+            continue
+        if "forward" in runtime.layer.module.__dict__:
+            runtime.not_whole = WRAPPED
             continue
         try:
             runtime.fast = FastLayer(runtime.layer)

@@ -1,5 +1,7 @@
 """Whole layers of many families in the PEFT backend, through Triton's interpreter, and what has no such form."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -94,6 +96,19 @@ def test_layers_of_another_form_run_part_by_part(family, why):
     assert report.whole_layers == 0
     assert [reason.partition(": ")[2].startswith(why) for reason, _ in report.not_whole] == [True] * 2
     assert_same(loss_and_gradients(model, batch), expected)
+
+
+def test_a_wrapped_layer_keeps_its_wrapper():
+    """accelerate's hooks move the inputs of a layer that lies on another device."""
+    model, batch, calls = make("Llama"), small_batch(), []
+    for layer in decoder_layers(model):
+        layer.forward = partial(lambda plain, *args, **kwargs: calls.append(1) or plain(*args, **kwargs), layer.forward)
+    expected = loss_and_gradients(model, batch)
+    report = attach(model, {**always(), **NOTHING})
+    assert report.not_whole == ((whole_layer.WRAPPED, 2),)
+    calls.clear()
+    assert_same(loss_and_gradients(model, batch), expected)
+    assert len(calls) == 2
 
 
 def test_a_layer_that_computes_something_else_is_named(monkeypatch):
