@@ -34,6 +34,8 @@ PROMISED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 rows."""
 PROMISED_PEFT = families_of("peft")
 """Families whose layers run whole and are captured, likewise, with the PEFT backend."""
+PEFT_LAYOUTS = ("--layouts", "padded,packed")
+"""To PEFT a padding-free batch is a packed one: position ids alone tell its documents."""
 LARGE = "llama 8B"
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -61,7 +63,10 @@ def processes(folder: Path, backends: Sequence[str], large: bool) -> dict[str, l
                 "--layouts", "padded,padding-free",
             ]  # fmt: skip
     if "peft" in backends:
-        words |= {f"PEFT {family}": ["--backend", "peft", "--families", family] for family in families_of("peft")}
+        words |= {
+            f"PEFT {family}": ["--backend", "peft", "--families", family, *PEFT_LAYOUTS]
+            for family in families_of("peft")
+        }
     for name, given in words.items():
         models = folder / ("large" if name == LARGE else given[1])
         given += ["--models", str(models), "--out", str(folder / f"{name}.jsonl")]
@@ -71,7 +76,7 @@ def processes(folder: Path, backends: Sequence[str], large: bool) -> dict[str, l
 def why_failed(name: str, trial: Trial) -> str:
     """What is wrong with a trial, "" for nothing.
 
-    Graphs may be refused for families whose layers do not run as a whole, and capture nothing without checkpointing.
+    Graphs may be refused for families whose layers do not run as a whole.
     """
     if trial.verdict == "failed":
         return trial.detail
@@ -82,7 +87,7 @@ def why_failed(name: str, trial: Trial) -> str:
     if promised and (graphs or trial.mode in ("rows", "channels")):
         if trial.whole < trial.layers - 1:
             return f"{trial.whole} of {trial.layers} layers run as a whole: {trial.detail}"
-        if graphs and trial.checkpointing != "False" and trial.captured < trial.layers - 1:
+        if graphs and trial.captured < trial.layers - 1:
             return f"{trial.captured} of {trial.layers} layers captured: {trial.detail}"
     return ""
 
