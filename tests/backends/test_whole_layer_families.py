@@ -20,19 +20,21 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles for the GPU here; the acceptance run covers it"
 )
 TWO = {**SMALL, "num_hidden_layers": 2}
+ONE = {"num_hidden_layers": 1}
+"""For families whose layers are all of one kind: the interpreter takes seconds for a layer."""
 NOTHING = {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}, "exact_removal": False}
 FAMILIES = {
     "Llama": {},
-    "Mistral": {},
-    "Ministral3": {},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma": {},
+    "Mistral": ONE,
+    "Ministral3": ONE,
+    "Qwen2": ONE,
+    "Qwen3": ONE,
+    "Gemma": ONE,
     "Gemma2": {},
     "Gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
-    "Granite": {},
+    "Granite": ONE,
     "SmolLM3": {"no_rope_layers": [1, 0]},
-    "Olmo2": {},
+    "Olmo2": ONE,
     "Exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
 }
 
@@ -56,7 +58,7 @@ def test_families_are_proved_and_exact(family):
     model, batch = make(family), small_batch()
     expected = loss_and_gradients(model, batch)
     report = attach(model, {**always(), **NOTHING})
-    assert (report.whole_layers, report.not_whole) == (2, ())
+    assert (report.whole_layers, report.not_whole) == (len(decoder_layers(model)), ())
     assert all(runs(layer, whole_layer.layer_forward) for layer in decoder_layers(model))
     assert_same(loss_and_gradients(model, batch), expected)
     detach(model)
@@ -73,7 +75,7 @@ def test_rows_are_chosen_as_masks_say(family, checkpointing):
     model, batch = make(family, checkpointing), small_batch()
     expected = masked_gradients(model, batch, whole=True)
     report = attach(model, every_step(exact_removal=False))
-    assert report.whole_layers == 2
+    assert report.whole_layers == len(decoder_layers(model))
     assert_same(loss_and_gradients(model, batch), expected)
     assert get_state(model).ran == get_state(model).expected_parts()
 
@@ -81,7 +83,7 @@ def test_rows_are_chosen_as_masks_say(family, checkpointing):
 def test_lora_on_some_projections():
     model, batch = make("Qwen3", targets=["q_proj", "v_proj", "down_proj"]), small_batch()
     expected = loss_and_gradients(model, batch)
-    assert attach(model, {**always(), **NOTHING}).whole_layers == 2
+    assert attach(model, {**always(), **NOTHING}).whole_layers == 1
     assert_same(loss_and_gradients(model, batch), expected)
 
 
@@ -123,9 +125,10 @@ def test_a_layer_that_computes_something_else_is_named(monkeypatch):
     assert_same(loss_and_gradients(model, batch), expected)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
-@pytest.mark.parametrize("checkpointing", ["reentrant", True])
-@pytest.mark.parametrize("rules", ["dense", "rows"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing", "rules"),
+    [("Gemma3", True, "dense"), ("Gemma3", "reentrant", "rows"), ("Llama", True, "rows")],
+)
 def test_layers_are_captured(monkeypatch, family, checkpointing, rules):
     """Replays give the gradients of the uncaptured layer, also with two masks and two rotary embeddings."""
     recorder = Rerun()

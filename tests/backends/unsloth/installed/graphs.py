@@ -58,14 +58,15 @@ def examine() -> dict[str, list]:
     from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
     from unsloth_stand_in import assert_same, packed_batch
 
+    layouts = {
+        "channels": {"padded": make_batch, "packed": packed_batch, "xformers": make_batch},
+        "rows": {"packed": packed_batch, KEPT: packed_batch},
+        "dense": {"padded": make_batch, KEPT: packed_batch},
+    }
     replace_gpu_kernels()
     models, found = [fused_by_unsloth(copy.deepcopy(base), checkpointing) for checkpointing in (True, False)], {}
     for name, setting in SETTINGS.items():
-        layouts = {"padded": make_batch, "packed": packed_batch}
-        if name == "channels":
-            layouts["xformers"] = make_batch
-        layouts[KEPT] = make_batch if name == "channels" else packed_batch
-        for layout, make in layouts.items():
+        for layout, make in layouts[name].items():
             with pytest.MonkeyPatch.context() as patch:
                 model, asked = models[layout == KEPT], []
                 if layout == "xformers":
