@@ -74,7 +74,7 @@ def test_rows_are_chosen_as_masks_say(family, checkpointing):
     """Stored without gradient checkpointing, recomputed with it."""
     model, batch = make(family, checkpointing), small_batch()
     expected = masked_gradients(model, batch, whole=True)
-    report = attach(model, every_step(exact_removal=False))
+    report = attach(model, every_step())
     assert report.whole_layers == len(decoder_layers(model))
     assert_same(loss_and_gradients(model, batch), expected)
     assert get_state(model).ran == get_state(model).expected_parts()
@@ -126,21 +126,36 @@ def test_a_layer_that_computes_something_else_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing", "rules"),
-    [("Gemma3", True, "dense"), ("Gemma3", "reentrant", "rows"), ("Llama", True, "rows")],
+    ("family", "checkpointing", "rules", "calls"),
+    [
+        ("Gemma3", True, "dense", 3),
+        ("Gemma3", "reentrant", "rows", 3),
+        ("Llama", True, "rows", 3),
+        ("Gemma3", False, "dense", 2),
+    ],
 )
-def test_layers_are_captured(monkeypatch, family, checkpointing, rules):
+def test_layers_are_captured(monkeypatch, family, checkpointing, rules, calls):
     """Replays give the gradients of the uncaptured layer, also with two masks and two rotary embeddings."""
     recorder = Rerun()
     share_memory(monkeypatch, recorder)
     model, batch = make(family, checkpointing), small_batch()
     setting = every_step() if rules == "rows" else {"preset": "dense"}
+    batch["use_cache"] = False
     expected = step_as_recorded(model, batch, {**setting, "cuda_graphs": True})
     attach(model, {**setting, "cuda_graphs": True})
     for step in range(3):
         assert_same(loss_and_gradients(model, batch), expected)
         assert (recorder.recorded > 0) == (step > 0)
-    assert recorder.replayed == recorder.recorded == 6
+    assert recorder.replayed == recorder.recorded == 2 * calls
+
+
+def test_a_cache_is_filled():
+    """As in a model whose use_cache is on: nothing reads it in training, but it comes with the output."""
+    model, batch = make("Llama"), small_batch()
+    attach(model, {**always(), **NOTHING})
+    cache = model(**batch, use_cache=True).past_key_values
+    assert get_state(model).counts.whole_layers == 2
+    assert [cache.get_seq_length(layer) for layer in range(2)] == [batch["labels"].shape[1]] * 2
 
 
 def test_a_soft_cap_that_the_attention_function_ignores():
