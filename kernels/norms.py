@@ -187,7 +187,6 @@ def add_norm(
     added_order: Order | None,
     norm: RmsNorm | None,
     norm_order: Order,
-    normed: Tensor | None = None,
     added_norm: RmsNorm | None = None,
     multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -198,7 +197,6 @@ def add_norm(
         added: ``[n, H]`` by ``added_order``, contiguous, or None: the sum is ``stream`` itself.
         norm: of the sum; None: the sum is sorted only.
         norm_order: the order of the norm's rows.
-        normed: ``[n, H]``, contiguous: written if given, otherwise a new tensor is, or the sum is what it would hold.
         added_norm: of ``added``, or None.
 
     Returns:
@@ -207,9 +205,8 @@ def add_norm(
     M, H = stream.shape
     total = stream if added is None else torch.empty_like(stream)
     scale = None if norm is None else stream.new_empty(M, dtype=torch.float32)
-    sum_is_normed = norm is None and norm_order.place is None and normed is None
-    if normed is None and not sum_is_normed:
-        normed = stream.new_empty((norm_order.size, H))
+    sum_is_normed = norm is None and norm_order.place is None
+    normed = None if sum_is_normed else stream.new_empty((norm_order.size, H))
     if M and not (sum_is_normed and added is None):
         added_place, added_dense = (None, 0) if added is None else (added_order.place, added_order.num_dense)
         arguments = (
@@ -225,7 +222,7 @@ def add_rows(
     stream: Tensor, added: Tensor, order: Order, norm: RmsNorm | None = None, multiplier: float = 1.0
 ) -> Tensor:
     """``stream + multiplier norm(added)`` ``[M, H]``, with ``added [n, H]`` by ``order``; both contiguous."""
-    return add_norm(stream, added, order, None, Order(None, 0, len(stream)), None, norm, multiplier)[0]
+    return add_norm(stream, added, order, None, Order(None, 0, len(stream)), norm, multiplier)[0]
 
 
 def norm_backward(
@@ -236,8 +233,6 @@ def norm_backward(
     norm: RmsNorm | None,
     d_stream: Tensor | None,
     added_order: Order | None = None,
-    output: Tensor | None = None,
-    d_added: Tensor | None = None,
     added: Tensor | None = None,
     added_norm: RmsNorm | None = None,
     multiplier: float = 1.0,
@@ -250,13 +245,10 @@ def norm_backward(
         d_normed: ``[n, H]`` by ``norm_order``, contiguous.
         stream, scale: the sum and the reciprocal root mean squares, from `add_norm`.
         d_stream: ``[M, H]``, contiguous, read only; None: zeros.
-        output, d_added: written if given, otherwise new tensors are.
         added: read with ``added_norm`` only.
     """
-    output = torch.empty_like(stream) if output is None else output
-    if added_order is None or (added_order.place is None and added_norm is None and multiplier == 1):
-        d_added = None
-    elif d_added is None:
+    output, d_added = torch.empty_like(stream), None
+    if added_order is not None and (added_order.place is not None or added_norm is not None or multiplier != 1):
         d_added = stream.new_empty((added_order.size, stream.shape[1]))
     _launch_backward(
         d_normed, norm_order, stream, scale, norm, d_stream, output, d_added, added_order, added, added_norm, multiplier

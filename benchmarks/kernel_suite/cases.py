@@ -313,7 +313,7 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
         )  # fmt: skip
     yield Case(
         "add_norm", f"{M}x{H} after a normalised part", (draw(M, H), draw(role.size, H), role, norm, natural, offset),
-        lambda *inputs: norms.add_norm(*inputs[:-1], added_norm=inputs[-1]), norms.reference_add_norm, full * 4,
+        norms.add_norm, norms.reference_add_norm, full * 4,
     )  # fmt: skip
     for name, order in (("by role", role), ("in order", natural)):
         yield Case(
@@ -331,8 +331,7 @@ def norm_rows(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     yield Case(
         "norm_backward", f"{M}x{H} of a normalised part",
         (draw(M, H), natural, stream, scale, norm, draw(M, H), role, values, offset),
-        lambda *inputs: norms.norm_backward(*inputs[:-2], added=inputs[-2], added_norm=inputs[-1]),
-        norms.reference_norm_backward, full * 6,
+        norms.norm_backward, norms.reference_norm_backward, full * 6,
     )  # fmt: skip
 
 

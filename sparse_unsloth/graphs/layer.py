@@ -66,7 +66,7 @@ def run_captured(
 ) -> Tensor:
     """``compute`` in the graphs of this pass: `recompute`, `forward_keeping` or `first_forward`."""
     run = recompute if plan.output_unused else forward_keeping if plan.keep else first_forward
-    shared = [capture.constant(f"of attention, {name}", tensor, shared=True) for name, tensor in tensors.items()]
+    shared = [capture.constant(f"of attention, {name}", tensor) for name, tensor in tensors.items()]
     return run(capture, compute, hidden_states, shared, lora_tensors_of(plan.projections))
 
 

@@ -190,9 +190,9 @@ class GraphCache:
             self._add_buffer(key, storage[:size].view(shape))
         return self._buffers[key]
 
-    def constant(self, layer: int | None, name: str, values: Tensor) -> Tensor:
-        """A copy of ``values``, which nothing changes, at a fixed address of the layer (None: of all layers)."""
-        key = (layer, name, values.shape, values.dtype, values.device)
+    def constant(self, name: str, values: Tensor) -> Tensor:
+        """A copy of ``values``, which nothing changes, at a fixed address that all layers share."""
+        key = (None, name, values.shape, values.dtype, values.device)
         if key not in self._buffers:
             self._add_buffer(key, torch.empty_like(values, memory_format=torch.contiguous_format))
         if self._sources.get(key) is not values:
@@ -285,13 +285,9 @@ class LayerCapture:
         self._serial = graphs.serial
         self._kept: KeptPasses | None = None
 
-    def buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
-        """``[rows, width of like]``: see `GraphCache.buffer`."""
-        return self.graphs.buffer(name, (rows, like.shape[1]), like.dtype, like.device)
-
-    def constant(self, name: str, values: Tensor, shared: bool = False) -> Tensor:
-        """See `GraphCache.constant`; ``shared`` by all layers."""
-        return self.graphs.constant(None if shared else self.layer, name, values)
+    def constant(self, name: str, values: Tensor) -> Tensor:
+        """See `GraphCache.constant`."""
+        return self.graphs.constant(name, values)
 
     def reserved_buffer(self, name: str, like: Tensor) -> Tensor:
         """See `GraphCache.reserved_buffer`."""

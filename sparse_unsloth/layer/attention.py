@@ -21,6 +21,8 @@ COSINES, SINES, MASK, POSITIONS = "cosines", "sines", "attention_mask", "positio
 """The names of fixed tensors."""
 TAKEN = ("position_embeddings", MASK, "past_key_value", "past_key_values")
 """Arguments of an attention module that its call of the interface does not pass on by name."""
+READ_TOO = ("past_key_values", "is_causal", "position_bias")
+"""Arguments that `attend` reads or passes on, and that no CUDA graph holds."""
 CAPTURABLE = ("sdpa", "eager")
 """Implementations of the interface that launch the same kernels for tensors of the same shape."""
 
@@ -63,7 +65,8 @@ def attend(spec: LayerSpec, module: nn.Module, projected: Sequence[Tensor], argu
 
 def fixed_tensors(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The tensors that `attend` reads besides Q, K, V, for a CUDA graph; None where it cannot be captured."""
-    if module.config._attn_implementation not in CAPTURABLE or arguments.get("past_key_values") is not None:
+    others = any(arguments.get(name) is not None for name in READ_TOO)
+    if others or module.config._attn_implementation not in CAPTURABLE:
         return None
     found = {}
     if spec.rotation != "none":

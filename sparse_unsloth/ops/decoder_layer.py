@@ -204,9 +204,7 @@ def after_attention(
     o = output_projection(plan, loras[:2], plan.attention_indices(None)[3], a.dtype)
     y, xA = o.forward(a)
     norm, order = plan.attention_output_norm, plan.attention.order
-    total, normed, scale = add_norm(
-        stream, y, order, plan.mlp_norm, plan.mlp.order, None, norm, plan.residual_multiplier
-    )
+    total, normed, scale = add_norm(stream, y, order, plan.mlp_norm, plan.mlp.order, norm, plan.residual_multiplier)
     saved = [a, xA, None if norm is None else y, total, normed, scale]
     del y
     mlp = fused_mlp(plan, loras[2:], *plan.mlp_channels(normed), normed.dtype)

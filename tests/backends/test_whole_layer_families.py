@@ -1,6 +1,7 @@
 """Whole layers of many families in the PEFT backend, through Triton's interpreter, and what has no such form."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
+from sparse_unsloth.layer.attention import fixed_tensors
 
 from family_models import make_family
 from masked_models import every_step, masked_gradients
@@ -182,3 +184,14 @@ def test_logits_have_the_length_of_the_batch(monkeypatch):
         torch.testing.assert_close(output.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(output.loss, expected.loss)
     assert get_state(model).graphs.forward.padded is not None
+
+
+@pytest.mark.parametrize("name", ["is_causal", "position_bias", "past_key_values"])
+def test_arguments_that_no_graph_holds_keep_attention_out(name):
+    module, tables = (
+        SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")),
+        (torch.zeros(2), torch.ones(2)),
+    )
+    spec, given = SimpleNamespace(rotation="halves", query_scaling=None), {"position_embeddings": tables}
+    assert fixed_tensors(spec, module, {**given, name: None}).keys() == {"cosines", "sines"}
+    assert fixed_tensors(spec, module, {**given, name: False}) is None

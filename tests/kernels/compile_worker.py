@@ -81,7 +81,7 @@ def compile_norms() -> None:
         norms.added_backward(draw(40, 64), order, draw(40, 64), offset, 0.5)
         forms = ((plain, None, 1.0), (offset, offset, 1.0), (weightless, weightless, 0.5), (None, plain, 1.0))
         for norm, added_norm, multiplier in forms:
-            norms.add_norm(draw(40, 64), draw(40, 64), order, norm, order, None, added_norm, multiplier)
+            norms.add_norm(draw(40, 64), draw(40, 64), order, norm, order, added_norm, multiplier)
             norms.norm_backward(
                 draw(40, 64), order, draw(40, 64), None if norm is None else torch.rand(40), norm, draw(40, 64), order,
                 added=draw(40, 64), added_norm=added_norm, multiplier=multiplier,

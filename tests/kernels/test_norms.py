@@ -105,13 +105,13 @@ def test_forms_of_norms(norm, added_norm, multiplier, normed, added, dtype):
     )
     norm, added_norm = norm_of(norm, weight), norm_of(added_norm, added_weight, 1e-3)
     arguments = stream, values, added_order, norm, order
-    ours = norms.add_norm(*arguments, None, added_norm, multiplier)
+    ours = norms.add_norm(*arguments, added_norm, multiplier)
     assert_same(ours, norms.reference_add_norm(*exactly(*arguments, added_norm), multiplier), dtype)
     total = norms.add_rows(stream, values, added_order, added_norm, multiplier)
     torch.testing.assert_close(total, ours[0], rtol=0, atol=0)
     for d_sum in (d_stream, None):
         arguments = d_normed, order, ours[0], ours[2], norm, d_sum, added_order
-        d_total, d_added = norms.norm_backward(*arguments, None, None, values, added_norm, multiplier)
+        d_total, d_added = norms.norm_backward(*arguments, values, added_norm, multiplier)
         expected = norms.reference_norm_backward(*exactly(*arguments, values, added_norm), multiplier)
         assert_same((d_total, d_added), expected, dtype)
         assert (d_added is d_total) == (added == "natural" and added_norm is None and multiplier == 1)
