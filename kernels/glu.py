@@ -1,7 +1,8 @@
 """Computes the gated unit without ``[N, I]`` intermediates (docs/how-it-works.md, sections 4.1 and 7).
 
 The LoRA branch covers all ``I`` channels, the base product the first ``k``. For context tokens the channels are
-reordered: the ``k`` selected ones come first. For loss tokens ``k`` is ``I``, in natural order. Per row
+reordered: the ``k`` selected ones come first. Where ``k`` is ``I``, `sparse_unsloth.kernels.gated_lora` is faster. Per
+row
 
     e = gate_xA gate_B' (+ gate_base on the first k channels),   g likewise,   h = act(e) * g
 
@@ -38,7 +39,7 @@ ALIGNMENT = 16
 
 
 @triton.jit
-def _low_rank(pointer, stride, o_row, m_row, r, R: tl.constexpr):
+def low_rank(pointer, stride, o_row, m_row, r, R: tl.constexpr):
     """``[rows, R]`` of a matrix with ``r`` columns; further columns are zero."""
     o_r = tl.arange(0, R)
     return tl.load(
@@ -85,15 +86,15 @@ def glu_fwd_kernel(
     o_row = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m_row = o_row < N
     i_split = tl.program_id(1)
-    b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)  # [TILE_N, R]
-    b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
+    b_gate_xA = low_rank(xA, xA_stride, o_row, m_row, r, R)  # [TILE_N, R]
+    b_up_xA = low_rank(xA + r, xA_stride, o_row, m_row, r, R)
     total = tl.zeros([TILE_N, R], dtype=tl.float32)
     start = i_split * channels_per_split
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
         o_channel = i_channel + tl.arange(0, TILE_I)
         m_channel = o_channel < I
-        b_gate = _low_rank(gate_B, r, o_channel, m_channel, r, R)  # [TILE_I, R]
-        b_up = _low_rank(up_B, r, o_channel, m_channel, r, R)
+        b_gate = low_rank(gate_B, r, o_channel, m_channel, r, R)  # [TILE_I, R]
+        b_up = low_rank(up_B, r, o_channel, m_channel, r, R)
         e = tl.dot(b_gate_xA, tl.trans(b_gate), input_precision=PRECISION)  # [TILE_N, TILE_I]
         g = tl.dot(b_up_xA, tl.trans(b_up), input_precision=PRECISION)
         if i_channel < k:
@@ -107,7 +108,7 @@ def glu_fwd_kernel(
                 h,
                 mask=m_row[:, None] & (o_channel[None, :] < k),
             )
-        total += tl.dot(h, _low_rank(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
+        total += tl.dot(h, low_rank(down_A, r, o_channel, m_channel, r, R), input_precision=PRECISION)
     o_r = tl.arange(0, R)
     mask = m_row[:, None] & (o_r[None, :] < r)
     at = partial + (i_split.to(tl.int64) * N + o_row[:, None]) * r + o_r[None, :]
@@ -148,9 +149,9 @@ def glu_bwd_rows_kernel(
     m_row = o_row < N
     i_split = tl.program_id(1)
     dtype = d_gate_base.dtype.element_ty
-    b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)
-    b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
-    b_down_xA = _low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
+    b_gate_xA = low_rank(xA, xA_stride, o_row, m_row, r, R)
+    b_up_xA = low_rank(xA + r, xA_stride, o_row, m_row, r, R)
+    b_down_xA = low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
     d_gate = tl.zeros([TILE_N, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_N, R], dtype=tl.float32)
     total = tl.zeros([TILE_N, R], dtype=tl.float32)
@@ -158,9 +159,9 @@ def glu_bwd_rows_kernel(
     for i_channel in range(start, min(start + channels_per_split, I), TILE_I):
         o_channel = i_channel + tl.arange(0, TILE_I)
         m_channel = o_channel < I
-        b_gate = _low_rank(gate_B, r, o_channel, m_channel, r, R)
-        b_up = _low_rank(up_B, r, o_channel, m_channel, r, R)
-        b_down = _low_rank(down_A, r, o_channel, m_channel, r, R)
+        b_gate = low_rank(gate_B, r, o_channel, m_channel, r, R)
+        b_up = low_rank(up_B, r, o_channel, m_channel, r, R)
+        b_down = low_rank(down_A, r, o_channel, m_channel, r, R)
         e = tl.dot(b_gate_xA, tl.trans(b_gate), input_precision=PRECISION)
         g = tl.dot(b_up_xA, tl.trans(b_up), input_precision=PRECISION)
         dh = tl.dot(b_down_xA, tl.trans(b_down), input_precision=PRECISION)
@@ -248,9 +249,9 @@ def glu_bwd_channels_kernel(
     o_channel = i_channel + tl.arange(0, TILE_I)
     m_channel = o_channel < I
     i_split = tl.program_id(1)
-    b_gate = tl.trans(_low_rank(gate_B, r, o_channel, m_channel, r, R))  # [R, TILE_I]
-    b_up = tl.trans(_low_rank(up_B, r, o_channel, m_channel, r, R))
-    b_down = tl.trans(_low_rank(down_A, r, o_channel, m_channel, r, R))
+    b_gate = tl.trans(low_rank(gate_B, r, o_channel, m_channel, r, R))  # [R, TILE_I]
+    b_up = tl.trans(low_rank(up_B, r, o_channel, m_channel, r, R))
+    b_down = tl.trans(low_rank(down_A, r, o_channel, m_channel, r, R))
     dtype = gate_B.dtype.element_ty
     d_gate = tl.zeros([TILE_I, R], dtype=tl.float32)
     d_up = tl.zeros([TILE_I, R], dtype=tl.float32)
@@ -259,9 +260,9 @@ def glu_bwd_channels_kernel(
     for i_row in range(start, min(start + rows_per_split, N), TILE_N):
         o_row = i_row + tl.arange(0, TILE_N)
         m_row = o_row < N
-        b_gate_xA = _low_rank(xA, xA_stride, o_row, m_row, r, R)
-        b_up_xA = _low_rank(xA + r, xA_stride, o_row, m_row, r, R)
-        b_down_xA = _low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
+        b_gate_xA = low_rank(xA, xA_stride, o_row, m_row, r, R)
+        b_up_xA = low_rank(xA + r, xA_stride, o_row, m_row, r, R)
+        b_down_xA = low_rank(d_down_xA, d_down_xA_stride, o_row, m_row, r, R)
         e = tl.dot(b_gate_xA, b_gate, input_precision=PRECISION)
         g = tl.dot(b_up_xA, b_up, input_precision=PRECISION)
         dh = tl.dot(b_down_xA, b_down, input_precision=PRECISION)

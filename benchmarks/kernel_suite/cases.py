@@ -15,7 +15,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from benchmarks.kernel_suite.checks import Case
-from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, rotary, scores, select
+from sparse_unsloth.kernels import columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.kernels.norms import Order
 from sparse_unsloth.ops.head_rotary import HeadForm, reference_heads
 from sparse_unsloth.ops.norms import Norm
@@ -167,8 +167,40 @@ def gated_unit(sizes: Sizes, draw: Draw) -> Iterator[Case]:
 
 
 @kernel
+def gated_lora_unit(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    """All channels with LoRA. The matmuls that go with it are not timed."""
+    N, I, e, r = sizes.dense, sizes.intermediate, draw.dtype.itemsize, sizes.ranks[0]
+    stacked, loras = draw(N, 2 * r + 2 * I, scale=0.5), draw(3, I, r, scale=0.1)
+    xA, base = stacked[:, : 2 * r], stacked[:, 2 * r :].split(I, dim=1)
+    d_down_xA, d_h = draw(N, r + I, scale=0.5).split([r, I], dim=1)
+    for kind in glu.KINDS if N < 100 else ("silu",):
+        yield Case(
+            f"gated_lora_forward {kind}", f"N={N} r={r}", (xA, base, loras),
+            lambda *inputs, kind=kind: _gated_lora_forward(*inputs, kind),
+            lambda *inputs, kind=kind: gated_lora.reference_forward(*inputs, kind), 3 * e * N * I, 4 * N * I * r,
+        )  # fmt: skip
+        yield Case(
+            f"gated_lora_backward {kind}", f"N={N} r={r}", (xA, base, loras, d_h, d_down_xA),
+            lambda *inputs, kind=kind: _gated_lora_backward(*inputs, kind),
+            lambda *inputs, kind=kind: gated_lora.reference_backward(*inputs, kind), 8 * e * N * I, 6 * N * I * r,
+        )  # fmt: skip
+
+
+def _gated_lora_forward(xA, base, loras, kind) -> Tensor:
+    h = base[0].new_empty(base[0].shape)
+    gated_lora.gated_lora_forward(xA, base, loras, h, kind)
+    return h
+
+
+def _gated_lora_backward(xA, base, loras, d_h, d_down_xA, kind) -> tuple[Tensor, ...]:
+    h, d_base = d_h.clone(), tuple(torch.empty_like(base[0]) for _ in base)  # h takes the place of d_h
+    gated_lora.gated_lora_backward(xA, base, loras, h, d_down_xA, d_base, kind)
+    return h, *d_base
+
+
+@kernel
 def glu_unit(sizes: Sizes, draw: Draw) -> Iterator[Case]:
-    """Context rows with k selected channels, and dense rows, whose k is I."""
+    """Context rows with k selected channels, and with all of them."""
     I, e, r = sizes.intermediate, draw.dtype.itemsize, sizes.ranks[0]
     shapes = [(sizes.context, k, r) for k in sizes.kept]
     shapes += [(sizes.context, sizes.kept[0], rank) for rank in sizes.ranks[1:]] + [(sizes.dense, I, r)]

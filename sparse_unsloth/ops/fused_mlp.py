@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_unsloth.kernels.gated_lora import gated_lora_backward, gated_lora_forward
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
 from sparse_unsloth.ops.projection import BaseWeight
@@ -38,12 +39,14 @@ class _Weights:
         down: ``[r + k, hidden]``: B_down and the channels of W_down, transposed.
         loras: ``[3, P, r]``: B_gate, B_up, scaled A_down transposed, with channels by ``order``.
         order: int64 ``[P]``: the channel at each index of ``loras``.
+        whole: whether these are all channels in natural order.
     """
 
     gate_up: WeightStack
     down: WeightStack
     loras: Tensor
     order: Tensor
+    whole: bool
 
 
 class FusedMlp:
@@ -86,7 +89,12 @@ class FusedMlp:
                 stacked = weights.gate_up.matmul(x[chunk])
                 xA, base = self._views(stacked)
                 unit = stacked.new_empty((len(stacked), weights.down.size))
-                glu_forward(xA, base, weights.loras, unit[:, self.r :], unit[:, : self.r], self.activation)
+                h, down_xA = unit[:, self.r :], unit[:, : self.r]
+                if weights.whole:
+                    gated_lora_forward(xA, base, weights.loras, h, self.activation)
+                    torch.mm(h, weights.loras[2], out=down_xA)
+                else:
+                    glu_forward(xA, base, weights.loras, h, down_xA, self.activation)
                 weights.down.matmul_transposed(unit, out=y[chunk])
             if keep:
                 saved += [stacked, unit[:, : self.r].contiguous()]
@@ -113,7 +121,7 @@ class FusedMlp:
         return dx, self._gradients(*sums, *(partial[context] for context in (True, False)))
 
     def _backward_rows(self, weights: _Weights, dy: Tensor, x: Tensor, kept, dx: Tensor):
-        """Writes ``dx``; returns the result of `glu_backward`, the gradient of A_gate and A_up, and that of B_down."""
+        """Writes ``dx``; returns the gradients of ``weights.loras``, of A_gate and A_up, and of B_down."""
         r = self.r
         d_unit = weights.down.matmul(dy)
         if kept is None:
@@ -123,7 +131,8 @@ class FusedMlp:
             (stacked, down_xA), missing = kept, None
             d_stacked = torch.empty_like(stacked)
         (xA, base), (d_xA, d_base) = self._views(stacked), self._views(d_stacked)
-        d_loras = glu_backward(
+        unit_backward = _whole_backward if weights.whole else glu_backward
+        d_loras = unit_backward(
             xA, base, weights.loras, d_unit[:, r:], d_unit[:, :r], d_base, d_xA, self.activation, missing
         )
         del d_unit
@@ -155,7 +164,7 @@ class FusedMlp:
             gate_up = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
             down = stack_columns(down, self.r, self.dtype, channels, ALIGNMENT)
         loras = pack_mlp(self.loras, self.scales, order, gate_up.lora_rows, down.lora_rows.t())
-        return _Weights(gate_up, down, loras, order)
+        return _Weights(gate_up, down, loras, order, channels is None)
 
     def _views(self, stacked: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """gate and up xA ``[n, 2r]``, and their base products ``[n, k]``, of ``stacked [n, 2r + 2k]``."""
@@ -178,6 +187,28 @@ class FusedMlp:
         else:
             gate_B, up_B, down_A = mlp_gradients(dense, None, _natural(len(loras[1]), dense.device), kept, down_scale)
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
+
+
+def _whole_backward(
+    xA: Tensor,
+    base: tuple[Tensor, Tensor],
+    loras: Tensor,
+    d_h: Tensor,
+    d_down_xA: Tensor,
+    d_base: tuple[Tensor, Tensor],
+    d_xA: Tensor,
+    kind: str,
+    down_xA: Tensor | None,
+) -> Tensor:
+    """`glu_backward` of all channels; overwrites ``d_h``."""
+    parts = [part.clone() for part in xA.chunk(2, dim=1)]  # d_xA may be xA itself
+    gated_lora_backward(xA, base, loras, d_h, d_down_xA, d_base, kind)
+    if down_xA is not None:
+        torch.mm(d_h, loras[2], out=down_xA)
+    for d_part, dy, B in zip(d_xA.chunk(2, dim=1), d_base, loras[:2], strict=True):
+        torch.mm(dy, B, out=d_part)
+    pairs = zip((*d_base, d_h), (*parts, d_down_xA), strict=True)
+    return torch.stack([product_fp32(dy.t(), part) for dy, part in pairs])[None]
 
 
 _orders: dict[tuple[int, torch.device], Tensor] = {}

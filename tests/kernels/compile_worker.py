@@ -8,7 +8,6 @@ without ``TRITON_INTERPRET``. It prints a line per kernel; an exception is a fai
 
 from __future__ import annotations
 
-import importlib
 from itertools import product
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_unsloth.kernels import columns, dequantize, gated, glu, lora, norms, rotary, scores, select
+from sparse_unsloth.kernels import columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.ops.norms import Norm
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -56,6 +55,10 @@ def compile_glu(kind: str, r: int = 16) -> None:
     unit, xA = draw(M, k + r), stacked[:, : 2 * r]
     base = stacked[:, 2 * r : 2 * r + k], stacked[:, 2 * r + k :]
     glu.glu_forward(xA, base, loras, unit[:, r:], unit[:, :r], kind)
+    full, gradient = draw(M, 2 * r + 2 * I), draw(M, r + I)
+    pair = full[:, 2 * r :].split(I, dim=1)
+    gated_lora.gated_lora_forward(full[:, : 2 * r], pair, loras, draw(M, I + r)[:, r:], kind)
+    gated_lora.gated_lora_backward(full[:, : 2 * r], pair, loras, gradient[:, r:], gradient[:, :r], pair, kind)
     for down_xA in (None, draw(M, r)) if kind == "silu" else (draw(M, r),):  # the kind decides nothing else
         glu.glu_backward(xA, base, loras, unit[:, r:], unit[:, :r], base, xA, kind, down_xA)
 
@@ -133,8 +136,8 @@ def compile_selection() -> None:
 
 
 def main() -> None:
-    for module in ("columns", "dequantize", "gated", "glu", "lora", "norms", "rotary", "scores", "select"):
-        importlib.import_module(f"sparse_unsloth.kernels.{module}").launch = compile_instead
+    for module in (columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select):
+        module.launch = compile_instead
     for kind in glu.KINDS:
         compile_glu(kind)
         gated.gated_forward(draw(8, 64), draw(8, 64), kind)
