@@ -409,7 +409,7 @@ def _set_up_process(state: SparsityState) -> None:
 
         torch._dynamo.trace_rules.add(__name__.partition(".")[0])
         _is_set_up = True
-    if state.hooked:
+    if state.hooked or state.config.merge_micro_batches:
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()

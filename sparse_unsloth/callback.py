@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.utils.distributed import is_main
@@ -30,12 +31,15 @@ class SparsityCallback(TrainerCallback):
     `sparse-unsloth explain`. Their means join the next log line, and the values of each layer where the trainer reports
     to an integration. The trainer's ``log_history`` has both.
 
+    Where the configuration asks for it, micro-batches of an optimiser step run as one (`runtime.merging`).
+
     The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint continues it.
     """
 
     def __init__(self):
         self._sparsity: SparsityState | None = None  # the state of the model that this instance drives
         self._trainer_state = None
+        self._merger: MicroBatchMerger | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         sparsity = None if model is None else get_state(model)
@@ -48,6 +52,8 @@ class SparsityCallback(TrainerCallback):
             collate_fn=getattr(train_dataloader, "collate_fn", None),
         )
         self._sparsity, self._trainer_state = sparsity, state
+        self._end_merging()  # of a training that was interrupted
+        self._merger = begin_merging(sparsity, state)
         if state.global_step == 0 and state.is_world_process_zero:
             Path(args.output_dir, RECORDS_FILE).unlink(missing_ok=True)  # of an earlier run
         _warn_if_never_sparse(sparsity, state.max_steps)
@@ -65,6 +71,8 @@ class SparsityCallback(TrainerCallback):
             return
         figures, records = metrics(self._sparsity), self._sparsity.observer.take()
         details = {}
+        if self._merger is not None:
+            figures |= self._merger.take()
         if records:
             figures |= means(records[-1])
             details = by_layer(records[-1])
@@ -81,7 +89,13 @@ class SparsityCallback(TrainerCallback):
             if records and state.is_world_process_zero:
                 append(Path(args.output_dir), records)
             self._sparsity.end_training()
+        self._end_merging()
         self._sparsity = self._trainer_state = None
+
+    def _end_merging(self) -> None:
+        if self._merger is not None:
+            self._merger.remove()
+            self._merger = None
 
     def _drives(self) -> bool:
         return self._sparsity is not None and self._sparsity.driver is self

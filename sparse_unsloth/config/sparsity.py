@@ -70,6 +70,12 @@ def _budget(value: object) -> float | None:
     return float(value)
 
 
+def _merged(value: object) -> bool | int | None:
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value >= 2):
+        return value
+    raise ValueError("must be true (as many as fit), false, null, or an int from 2 up (at most so many)")
+
+
 def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -173,6 +179,13 @@ class SparsityConfig(_Config):
     """Peak memory of training on a GPU: up to 1 a share of the GPU's memory, above that GiB. Gradient checkpointing is
     turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
     unchanged."""
+    merge_micro_batches: Annotated[bool | int | None, BeforeValidator(_merged)] = None
+    """Whether micro-batches of an optimiser step run as one: the same samples, steps, loss and logs, and the same
+    gradients to rounding, with fewer forwards. True: as many as fit into the memory of the GPU (`memory_budget`, where
+    it is given); an int: at most so many, also where no limit is known; None is False for now. It needs
+    `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's trainer, padding-free or
+    packed, or padded to nearly equal lengths; where it cannot be exact, one line says why, and micro-batches run one
+    by one (docs/how-it-works.md, section 5.4)."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA

@@ -85,23 +85,41 @@ class CheckpointPlanner:
         """
         if not torch.is_grad_enabled():
             return
-        managed = self._managed()
-        rows = partition.shape[0] * partition.shape[1]
-        needs = {index: self._needs(index, partition, rows, scale) for index in managed}
+        kept, _ = self._choose(partition, scale, held)
+        for index, flag in self._flags.items():
+            self._layers[index].module.gradient_checkpointing = False if index in kept else flag
+        self.num_kept = len(kept)
+
+    def fits(self, tokens: int, of: int | None = None, held: int = 0) -> bool:
+        """Whether a dense forward of so many tokens fits into the budget; ``held`` as in `plan`.
+
+        Args:
+            of: it must keep as many layers as a forward of so many tokens; None: it may checkpoint all that it can.
+        """
+        kept, fits = self._choose(_every_token_bears_loss(tokens), 0.0, held)
+        if not fits or of is None:
+            return fits
+        return len(kept) >= len(self._choose(_every_token_bears_loss(of), 0.0, held)[0])
+
+    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], bool]:
+        """The layers to keep of those that are checkpointed, and whether the forward fits with none of them kept."""
+        managed, rows = self._managed(), partition.shape[0] * partition.shape[1]
+        needs = {layer.index: self._needs(layer.index, partition, rows, scale) for layer in self._layers}
         kept: set[int] = set()
+        fits = True
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
-            room = budget - held - allocated(device) - self._future_bytes
-            room -= self._other_bytes(partition, rows, len(here))
+            others = [need for index, need in needs.items() if index not in managed and self._devices[index] == device]
+            room = budget - held - allocated(device) - self._future_bytes - sum(others)
+            room -= self._other_bytes(partition, rows, len(here) + len(others))
+            fits = fits and room >= 0
             # The cheapest first; of equal ones the last, whose memory is freed first.
             for index in sorted(here, key=lambda index: (needs[index], -index)):
                 room -= needs[index]
                 if room < 0:
                     break
                 kept.add(index)
-        for index in managed:
-            self._layers[index].module.gradient_checkpointing = False if index in kept else self._flags[index]
-        self.num_kept = len(kept)
+        return kept, fits
 
     def restore(self) -> None:
         """Restores every layer's own flag."""
@@ -161,6 +179,12 @@ class CheckpointPlanner:
     def _norm_dtype(layer: nn.Module) -> torch.dtype:
         """The dtype of a layer's norms, which is that of its residual stream."""
         return next((p.dtype for name, p in layer.named_parameters() if "norm" in name), torch.bfloat16)
+
+
+def _every_token_bears_loss(tokens: int) -> TokenPartition:
+    """The roles of so many tokens, for their counts alone."""
+    rows = torch.empty(tokens, device="meta")
+    return TokenPartition((1, tokens), rows, rows[:0], rows[:0], rows)
 
 
 def allocated(device: torch.device) -> int:

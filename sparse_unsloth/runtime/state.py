@@ -205,7 +205,7 @@ class SparsityState:
                 self.use(obtain_for_all_ranks(*model, self.estimator, train_dataset, collate_fn))
             self.shared = shares
         if self.config.memory_budget is not None and self.planner is None:
-            self.planner = self._plan_checkpoints(self.config.memory_budget)
+            self.planner = self.plan_checkpoints(self.config.memory_budget)
         self.driver, self._max_steps, self._verified = driver, max_steps, False
         self.gradients_seen, self.context_seen = False, None
         self.observer.clear()
@@ -236,7 +236,7 @@ class SparsityState:
             if sparsity > 0 or self.row_sparse
         }
 
-    def _plan_checkpoints(self, budget: float) -> CheckpointPlanner:
+    def plan_checkpoints(self, budget: float) -> CheckpointPlanner:
         hooked = {id(module) for module in self.hooked}
         rows = self.runtimes.values() if self.row_sparse else ()
         return CheckpointPlanner(

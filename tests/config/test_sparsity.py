@@ -94,7 +94,7 @@ REFUSED = [
     (
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
-        "backward_rows, exact_removal, memory_budget, cuda_graphs, "
+        "backward_rows, exact_removal, memory_budget, merge_micro_batches, cuda_graphs, "
         "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),

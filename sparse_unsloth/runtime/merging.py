@@ -1,0 +1,343 @@
+"""Runs micro-batches of an optimiser step as one, in the trainer's own loop (docs/how-it-works.md, section 5.4).
+
+The loop keeps its micro-batches, and calls ``training_step`` for each: steps, schedules, logs, counts of tokens and
+checkpoints stay as they are. Those of a group give a loss of zero, but the last one, which runs all of them joined.
+Two methods of the trainer's instance are replaced while it trains, and no class is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
+from sparse_unsloth.runtime.state import SparsityState
+from sparse_unsloth.tokens.merge import Extent, extents, join, tokens_of
+
+MEMORY_SHARE = 0.85
+"""Of a GPU's memory, where there is no `memory_budget`; the rest is for fragmentation and CUDA's own context."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+"""How far apart two sums of the same losses may be, relative to them, by the dtype of the weights or of autocast."""
+SUPERVISED = {"Trainer": "transformers", "SFTTrainer": "trl", "_UnslothSFTTrainer": "UnslothSFTTrainer"}
+"""Classes whose training step is known, with the first part of their module's name."""
+METHODS = ("get_batch_samples", "training_step")
+COUNTED = ("_metrics", "_total_train_tokens")
+"""What TRL's ``compute_loss`` adds to."""
+DIFFERS, UNKNOWN, SAME = range(3)
+"""Verdicts of the proof."""
+
+
+class MicroBatchMerger:
+    """Replaces two methods of a trainer until `remove`.
+
+    The first group that is merged is proved, by one forward more for each of its micro-batches: without gradients, the
+    joined one has to give the sum of their losses. So a model whose documents see each other, or whose loss is a mean
+    over a micro-batch, trains as it did.
+
+    Args:
+        trainer: a transformers ``Trainer`` that is about to train; `why_not_merged` found nothing.
+        state: of its model, with a training begun.
+    """
+
+    def __init__(self, trainer: Any, state: SparsityState):
+        asked, budget = state.config.merge_micro_batches, state.config.memory_budget
+        self._trainer, self._state = trainer, state
+        self._most = math.inf if asked is True else asked
+        self._planner = state.planner
+        if self._planner is None and _device(state).type == "cuda":
+            self._planner = state.plan_checkpoints(MEMORY_SHARE if budget is None else budget)
+        self._groups: dict[int, list[Mapping[str, Any]]] = {}  # by the id of a micro-batch; empty for all but the last
+        self._proved = False
+        self._ran = self._merged = 0
+        self._originals = {name: getattr(trainer, name) for name in METHODS}
+        for name in METHODS:
+            setattr(trainer, name, getattr(self, name))
+
+    def remove(self) -> None:
+        """Gives the trainer its own methods back."""
+        for name in METHODS:
+            vars(self._trainer).pop(name, None)
+
+    def take(self) -> dict[str, float]:
+        """The mean number of micro-batches in a forward since the last call, as a metric."""
+        ran, merged = self._ran, self._merged
+        self._ran = self._merged = 0
+        return {"sparsity/merged_micro_batches": merged / ran} if ran else {}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        """The trainer's: the micro-batches of an optimiser step, and its divisor. Decides which ones run as one."""
+        batches, num_items = self._originals["get_batch_samples"](*args, **kwargs)
+        self._groups = {}
+        found, reason = extents(batches) if batches and self._most > 1 else ([], "")
+        if num_items is None and not reason:
+            reason = "the trainer does not count the labels of a step, so the loss is a mean over a micro-batch"
+        groups = [[number] for number in range(len(batches))]
+        if found and not reason:
+            groups = self._group(found)
+            if len(groups) == len(found) > 1:
+                reason = self._why_alone(found)
+        if reason:
+            self._say_alone(reason)
+        for group in self._agree(groups):
+            if len(group) > 1:
+                self._groups |= {id(batches[number]): [] for number in group[:-1]}
+                self._groups[id(batches[group[-1]])] = [batches[number] for number in group]
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The trainer's: forward and backward of one micro-batch, of none, or of a group; returns its loss."""
+        group = self._groups.pop(id(inputs), None)
+        if group is not None and not group:
+            return torch.zeros((), device=self._trainer.args.device)
+        if group is None:
+            return self._run([inputs], model, num_items_in_batch)
+        joined = join(group)
+        if not self._proved:
+            verdict = self._prove(group, joined, num_items_in_batch)
+            self._proved = verdict == SAME
+            if verdict == DIFFERS:
+                self._most, self._groups = 1, {}
+                self._say_alone(
+                    "joined they do not give the sum of their losses. Causes: documents of a row that see each other, "
+                    "a loss that is a mean over its micro-batch, an auxiliary loss"
+                )
+            if verdict != SAME:
+                return self._run(group, model, num_items_in_batch)
+        loss = self._attempt(joined, model, num_items_in_batch)
+        if loss is not None:
+            self._ran, self._merged = self._ran + 1, self._merged + len(group)
+            return loss
+        self._most, self._groups = max(1, len(group) // 2), {}
+        self._state.warn_once(
+            f"merge_micro_batches: {len(group)} micro-batches together ran out of memory. They ran again one by one, "
+            f"and {f'at most {self._most} run' if self._most > 1 else 'none runs'} together from now on."
+        )
+        return self._run(group, model, num_items_in_batch)
+
+    def _run(self, batches: Sequence[Any], model: nn.Module, num_items: Any) -> Tensor:
+        """The micro-batches one by one; the sum of their losses. The last one's gradients are synchronised as asked."""
+        losses = []
+        for number, inputs in enumerate(batches, start=1):
+            waits = number < len(batches)
+            with self._trainer.accelerator.no_sync(model=model) if waits else contextlib.nullcontext():
+                losses.append(self._originals["training_step"](model, inputs, num_items))
+        self._ran, self._merged = self._ran + len(batches), self._merged + len(batches)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _attempt(self, joined: dict[str, Any], model: nn.Module, num_items: Any) -> Tensor | None:
+        """The loss of the joined micro-batches; None where memory ran out, with everything as it was before.
+
+        Raises:
+            torch.OutOfMemoryError: with several processes, which cannot go back alone.
+        """
+        if self._trainer.accelerator.num_processes > 1:
+            return self._originals["training_step"](model, joined, num_items)
+        trained = [tensor for part in self._trainer.optimizer.param_groups for tensor in part["params"]]
+        before, counts = [tensor.grad for tensor in trained], replace(self._state.counts)
+        for tensor in trained:
+            tensor.grad = None
+        try:
+            with self._uncounted(on_error_only=True):
+                loss = self._originals["training_step"](model, joined, num_items)
+        except torch.OutOfMemoryError:
+            loss = None
+        for tensor, gradient in zip(trained, before, strict=True):
+            if gradient is None:
+                tensor.grad = None if loss is None else tensor.grad
+                continue
+            if loss is not None and tensor.grad is not None:
+                gradient.add_(tensor.grad)
+            tensor.grad = gradient
+        if loss is None:
+            self._state.counts = counts
+            self._forget_forward()
+        return loss
+
+    def _forget_forward(self) -> None:
+        """Drops what a forward left that did not come to its end."""
+        state = self._state
+        state.inside = False
+        if state.first_backward is not None:
+            state.first_backward.drop()
+            state.first_backward = None
+        if state.loss_rows.last is not None:
+            state.loss_rows.last.__dict__.pop("_sparse_context", None)
+        if state.graphs is not None:
+            state.graphs.clear()
+        zoo = sys.modules.get("unsloth_zoo.gradient_checkpointing")
+        if zoo is not None:
+            zoo.reset_unsloth_gradient_checkpointing_buffers()
+        if _device(state).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prove(self, group: Sequence[Mapping[str, Any]], joined: dict[str, Any], num_items: Any) -> int:
+        """Whether the joined micro-batches have the sum of the losses of ``group``, on every process.
+
+        Nothing is left out in these forwards. UNKNOWN: there is no loss to compare.
+        """
+        trainer = self._trainer
+        trainer.model.train()
+        with torch.no_grad(), self._uncounted(), trainer.compute_loss_context_manager():
+            alone, together = (
+                sum(
+                    trainer.compute_loss(
+                        trainer.model, {**trainer._prepare_inputs(one), CONTEXT_ARGUMENT: None}, num_items_in_batch=num_items
+                    ).double()
+                    for one in batches
+                )
+                for batches in (group, [joined])
+            )
+        size, apart = alone.abs().item(), (alone - together).abs().item()
+        dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.is_floating_point()}
+        dtypes |= {torch.bfloat16} if trainer.args.bf16 or trainer.args.fp16 else set()
+        tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]) for dtype in dtypes)
+        verdict = UNKNOWN if size == 0 else SAME if apart <= tolerance * size else DIFFERS
+        return min(self._gather([verdict])[0])
+
+    def _group(self, found: Sequence[Extent]) -> list[list[int]]:
+        """Numbers of micro-batches that follow each other and run as one; each group as large as it may be."""
+        groups = [[0]]
+        for number in range(1, len(found)):
+            more = [*groups[-1], number]
+            if len(more) <= self._most and self._fits([found[one] for one in more]):
+                groups[-1] = more
+            else:
+                groups.append([number])
+        return groups
+
+    def _fits(self, group: Sequence[Extent]) -> bool:
+        """Whether ``group`` can be joined and fits into the memory; as many layers as before keep their activations."""
+        tokens = tokens_of(group)
+        if tokens is None or self._planner is None:
+            return tokens is not None
+        largest = max(one.rows * one.length for one in group) if self._state.planner is not None else None
+        return self._planner.fits(tokens, largest, self._state.graphs.kept_memory if self._state.graphs else 0)
+
+    def _why_alone(self, found: Sequence[Extent]) -> str:
+        """Why no two of these micro-batches run as one."""
+        if any(tokens_of(pair) is not None for pair in zip(found, found[1:], strict=False)):
+            return "two of them do not fit into the memory" + " and keep as many layers" * bool(self._state.planner)
+        return (
+            "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or packing, "
+            "lets them be merged"
+        )
+
+    def _say_alone(self, reason: str) -> None:
+        self._state.warn_once(f"merge_micro_batches: micro-batches run one by one: {reason}.")
+
+    def _agree(self, groups: list[list[int]]) -> list[list[int]]:
+        """Groups that every process can run: one begins wherever one begins on any of them.
+
+        The trainer's ``compute_loss`` communicates, so all processes have to call it equally often.
+        """
+        starts = [0] * sum(map(len, groups))
+        for group in groups:
+            starts[group[0]] = 1
+        begins = [max(column) for column in self._gather(starts)]
+        agreed: list[list[int]] = []
+        for number, begin in enumerate(begins):
+            agreed.append([number]) if begin else agreed[-1].append(number)
+        return agreed
+
+    def _gather(self, values: list[int]) -> list[tuple[int, ...]]:
+        """For each of ``values`` those of all processes."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1 or not values:
+            return [(value,) for value in values]
+        everyone = accelerator.gather(torch.tensor(values, device=accelerator.device)).view(-1, len(values))
+        return [tuple(column) for column in everyone.T.tolist()]
+
+    @contextlib.contextmanager
+    def _uncounted(self, on_error_only: bool = False) -> Iterator[None]:
+        """Takes back what TRL counted for its logs inside."""
+        before = {name: copy.deepcopy(vars(self._trainer)[name]) for name in COUNTED if name in vars(self._trainer)}
+        try:
+            yield
+        except BaseException:
+            vars(self._trainer).update(before)
+            raise
+        if not on_error_only:
+            vars(self._trainer).update(before)
+
+
+def begin_merging(state: SparsityState, trainer_state: Any) -> MicroBatchMerger | None:
+    """Merges micro-batches of the training that begins, if `SparsityConfig.merge_micro_batches` asks for it.
+
+    Where it cannot be exact, a warning says why, and the trainer is left as it is.
+
+    Args:
+        state: of the model, with the training begun.
+        trainer_state: the ``TrainerState`` of the trainer whose callbacks are being called.
+    """
+    if not state.config.merge_micro_batches:
+        return None
+    trainer = _trainer_of(trainer_state)
+    reason = "its trainer was not found" if trainer is None else why_not_merged(trainer, state)
+    if reason:
+        state.warn_once(f"merge_micro_batches: micro-batches run one by one: {reason}.")
+        return None
+    if "_metrics" in vars(trainer):
+        state.warn_once(
+            "merge_micro_batches: TRL's entropy and mean_token_accuracy are means over the tokens of merged "
+            "micro-batches, no longer over micro-batches; every other figure is logged as without it."
+        )
+    return MicroBatchMerger(trainer, state)
+
+
+def why_not_merged(trainer: Any, state: SparsityState) -> str:
+    """Why micro-batches of this trainer's steps may not be merged, whatever they hold; "" where they may."""
+    args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
+    for name in ("compute_loss", *METHODS):
+        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+        own = name in vars(trainer) or owner.__module__.split(".")[0] != SUPERVISED.get(owner.__name__)
+        if own:
+            return f"the {name} of this {type(trainer).__name__} is not that of transformers' Trainer or an SFTTrainer"
+    kind, parallel = accelerator.distributed_type.value, getattr(accelerator, "parallelism_config", None)
+    if args.n_gpu > 1 or parallel is not None or kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return f"this was built for one process and for DDP, not for {kind} or other ways to split the work"
+    if args.gradient_accumulation_steps == 1:
+        return "gradient_accumulation_steps is 1, so that a step has only one"
+    if state.config.is_sparse(len(state.layers)) and not state.row_sparse:
+        return "channels are selected for each micro-batch, and a merged one would have others"
+    if trainer.label_smoother is not None:
+        return "label_smoothing_factor makes another loss"
+    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
+        return "the model does not take num_items_in_batch, so its loss is a mean over a micro-batch"
+    if getattr(config, "is_encoder_decoder", False):
+        return "the model has an encoder"
+    if getattr(trainer, "neftune_noise_alpha", None):
+        return "neftune_noise_alpha adds other noise to merged ones"
+    dropped = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
+    if dropped or getattr(config.get_text_config(), "attention_dropout", 0):
+        return "dropout (lora_dropout, attention_dropout) would draw other numbers for merged ones"
+    known = _device(state).type == "cuda" or state.planner is not None
+    if state.config.merge_micro_batches is True and not known:
+        return "without a GPU it is not known how many fit; give their number, or a memory_budget in GiB"
+    return ""
+
+
+def _trainer_of(trainer_state: Any) -> Any:
+    """The trainer with this state that is calling; None where no caller is one.
+
+    transformers hands everything but the trainer to a callback, so it is looked for in the calling methods.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(type(owner), "training_step") and getattr(owner, "state", None) is trainer_state:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _device(state: SparsityState) -> torch.device:
+    return next(state.layers[0].module.parameters()).device
