@@ -183,9 +183,9 @@ class SparsityConfig(_Config):
     """Whether micro-batches of an optimiser step run as one: the same samples, steps, loss and logs, and the same
     gradients to rounding, with fewer forwards. True: as many as fit into the memory of the GPU (`memory_budget`, where
     it is given); an int: at most so many, also where no limit is known; None is False for now. It needs
-    `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's trainer, padding-free or
-    packed, or padded to nearly equal lengths; where it cannot be exact, one line says why, and micro-batches run one
-    by one (docs/how-it-works.md, section 5.4)."""
+    `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's trainer, padding-free
+    or packed, or padded to nearly equal lengths. Where it cannot be exact, one line says why, and micro-batches run
+    one by one (docs/how-it-works.md, section 5.4)."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA

@@ -12,8 +12,10 @@ import copy
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ SUPERVISED = {"Trainer": "transformers", "SFTTrainer": "trl", "_UnslothSFTTraine
 METHODS = ("get_batch_samples", "training_step")
 COUNTED = ("_metrics", "_total_train_tokens")
 """What TRL's ``compute_loss`` adds to."""
-DIFFERS, UNKNOWN, SAME = range(3)
-"""Verdicts of the proof."""
+DIFFERS, UNKNOWN, SAME, TOO_LARGE = range(4)
+"""Verdicts of the proof; UNKNOWN: there is no loss to compare, TOO_LARGE: memory ran out."""
 
 
 class MicroBatchMerger:
@@ -101,26 +103,24 @@ class MicroBatchMerger:
         if group is None:
             return self._run([inputs], model, num_items_in_batch)
         joined = join(group)
-        if not self._proved:
-            verdict = self._prove(group, joined, num_items_in_batch)
-            self._proved = verdict == SAME
-            if verdict == DIFFERS:
-                self._most, self._groups = 1, {}
-                self._say_alone(
-                    "joined they do not give the sum of their losses. Causes: documents of a row that see each other, "
-                    "a loss that is a mean over its micro-batch, an auxiliary loss"
-                )
-            if verdict != SAME:
-                return self._run(group, model, num_items_in_batch)
-        loss = self._attempt(joined, model, num_items_in_batch)
+        verdict = SAME if self._proved else self._prove(group, joined, num_items_in_batch)
+        self._proved = verdict == SAME
+        loss = self._attempt(joined, model, num_items_in_batch) if verdict == SAME else None
         if loss is not None:
             self._ran, self._merged = self._ran + 1, self._merged + len(group)
             return loss
-        self._most, self._groups = max(1, len(group) // 2), {}
-        self._state.warn_once(
-            f"merge_micro_batches: {len(group)} micro-batches together ran out of memory. They ran again one by one, "
-            f"and {f'at most {self._most} run' if self._most > 1 else 'none runs'} together from now on."
-        )
+        if verdict == DIFFERS:
+            self._most, self._groups = 1, {}
+            self._say_alone(
+                "joined they do not give the sum of their losses. Causes: documents of a row that see each other, a "
+                "loss that is a mean over its micro-batch, an auxiliary loss"
+            )
+        elif verdict != UNKNOWN:
+            self._most, self._groups = max(1, len(group) // 2), {}
+            self._state.warn_once(
+                f"merge_micro_batches: {len(group)} micro-batches together ran out of memory. They ran again one by "
+                f"one, and {f'at most {self._most} run' if self._most > 1 else 'none runs'} together from now on."
+            )
         return self._run(group, model, num_items_in_batch)
 
     def _run(self, batches: Sequence[Any], model: nn.Module, num_items: Any) -> Tensor:
@@ -139,28 +139,56 @@ class MicroBatchMerger:
         Raises:
             torch.OutOfMemoryError: with several processes, which cannot go back alone.
         """
+        step = partial(self._originals["training_step"], model, joined, num_items)
         if self._trainer.accelerator.num_processes > 1:
-            return self._originals["training_step"](model, joined, num_items)
+            return step()
         trained = [tensor for part in self._trainer.optimizer.param_groups for tensor in part["params"]]
-        before, counts = [tensor.grad for tensor in trained], replace(self._state.counts)
+        before = [tensor.grad for tensor in trained]
         for tensor in trained:
             tensor.grad = None
-        try:
-            with self._uncounted(on_error_only=True):
-                loss = self._originals["training_step"](model, joined, num_items)
-        except torch.OutOfMemoryError:
-            loss = None
+        loss = self._unless_too_large(step)
         for tensor, gradient in zip(trained, before, strict=True):
-            if gradient is None:
-                tensor.grad = None if loss is None else tensor.grad
-                continue
-            if loss is not None and tensor.grad is not None:
-                gradient.add_(tensor.grad)
-            tensor.grad = gradient
-        if loss is None:
-            self._state.counts = counts
-            self._forget_forward()
+            if loss is None:
+                tensor.grad = gradient
+            elif gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
         return loss
+
+    def _prove(self, group: Sequence[Mapping[str, Any]], joined: dict[str, Any], num_items: Any) -> int:
+        """Whether the joined micro-batches have the sum of the losses of ``group``, on every process.
+
+        Nothing is left out in these forwards.
+        """
+        trainer = self._trainer
+
+        def loss_of(batch: Mapping[str, Any]) -> Tensor:
+            inputs = {**trainer._prepare_inputs(batch), CONTEXT_ARGUMENT: None}
+            return trainer.compute_loss(trainer.model, inputs, num_items_in_batch=num_items).double()
+
+        trainer.model.train()
+        counted = self._counted()
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            alone = sum(map(loss_of, group))
+            together = self._unless_too_large(partial(loss_of, joined))
+        vars(trainer).update(counted)
+        if together is None:
+            return TOO_LARGE
+        size, apart = alone.abs().item(), (alone - together).abs().item()
+        dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.is_floating_point()}
+        dtypes |= {torch.bfloat16} if trainer.args.bf16 or trainer.args.fp16 else set()
+        tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]) for dtype in dtypes)
+        verdict = UNKNOWN if size == 0 or not math.isfinite(size) else SAME if apart <= tolerance * size else DIFFERS
+        return min(self._gather([verdict])[0])
+
+    def _unless_too_large(self, function: Callable[[], Tensor]) -> Tensor | None:
+        """What ``function`` returns; None where memory ran out in it, with counts and state as they were before."""
+        counts, counted = replace(self._state.counts), self._counted()
+        with contextlib.suppress(*(() if self._trainer.accelerator.num_processes > 1 else (torch.OutOfMemoryError,))):
+            return function()
+        self._state.counts = counts
+        vars(self._trainer).update(counted)
+        self._forget_forward()
+        return None
 
     def _forget_forward(self) -> None:
         """Drops what a forward left that did not come to its end."""
@@ -179,29 +207,9 @@ class MicroBatchMerger:
         if _device(state).type == "cuda":
             torch.cuda.empty_cache()
 
-    def _prove(self, group: Sequence[Mapping[str, Any]], joined: dict[str, Any], num_items: Any) -> int:
-        """Whether the joined micro-batches have the sum of the losses of ``group``, on every process.
-
-        Nothing is left out in these forwards. UNKNOWN: there is no loss to compare.
-        """
-        trainer = self._trainer
-        trainer.model.train()
-        with torch.no_grad(), self._uncounted(), trainer.compute_loss_context_manager():
-            alone, together = (
-                sum(
-                    trainer.compute_loss(
-                        trainer.model, {**trainer._prepare_inputs(one), CONTEXT_ARGUMENT: None}, num_items_in_batch=num_items
-                    ).double()
-                    for one in batches
-                )
-                for batches in (group, [joined])
-            )
-        size, apart = alone.abs().item(), (alone - together).abs().item()
-        dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.is_floating_point()}
-        dtypes |= {torch.bfloat16} if trainer.args.bf16 or trainer.args.fp16 else set()
-        tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]) for dtype in dtypes)
-        verdict = UNKNOWN if size == 0 else SAME if apart <= tolerance * size else DIFFERS
-        return min(self._gather([verdict])[0])
+    def _counted(self) -> dict[str, Any]:
+        """What TRL has counted for its logs."""
+        return {name: copy.deepcopy(vars(self._trainer)[name]) for name in COUNTED if name in vars(self._trainer)}
 
     def _group(self, found: Sequence[Extent]) -> list[list[int]]:
         """Numbers of micro-batches that follow each other and run as one; each group as large as it may be."""
@@ -224,11 +232,11 @@ class MicroBatchMerger:
 
     def _why_alone(self, found: Sequence[Extent]) -> str:
         """Why no two of these micro-batches run as one."""
-        if any(tokens_of(pair) is not None for pair in zip(found, found[1:], strict=False)):
+        if any(tokens_of(pair) is not None for pair in pairwise(found)):
             return "two of them do not fit into the memory" + " and keep as many layers" * bool(self._state.planner)
         return (
-            "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or packing, "
-            "lets them be merged"
+            "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or "
+            "packing, lets them be merged"
         )
 
     def _say_alone(self, reason: str) -> None:
@@ -255,18 +263,6 @@ class MicroBatchMerger:
             return [(value,) for value in values]
         everyone = accelerator.gather(torch.tensor(values, device=accelerator.device)).view(-1, len(values))
         return [tuple(column) for column in everyone.T.tolist()]
-
-    @contextlib.contextmanager
-    def _uncounted(self, on_error_only: bool = False) -> Iterator[None]:
-        """Takes back what TRL counted for its logs inside."""
-        before = {name: copy.deepcopy(vars(self._trainer)[name]) for name in COUNTED if name in vars(self._trainer)}
-        try:
-            yield
-        except BaseException:
-            vars(self._trainer).update(before)
-            raise
-        if not on_error_only:
-            vars(self._trainer).update(before)
 
 
 def begin_merging(state: SparsityState, trainer_state: Any) -> MicroBatchMerger | None:

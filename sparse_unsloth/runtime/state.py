@@ -237,6 +237,7 @@ class SparsityState:
         }
 
     def plan_checkpoints(self, budget: float) -> CheckpointPlanner:
+        """A planner for this model within ``budget`` (`SparsityConfig.memory_budget`)."""
         hooked = {id(module) for module in self.hooked}
         rows = self.runtimes.values() if self.row_sparse else ()
         return CheckpointPlanner(

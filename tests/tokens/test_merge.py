@@ -1,5 +1,7 @@
 """Joining micro-batches: every layout, padding on either side, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -43,6 +45,10 @@ def roles(batch):
     return [batch["input_ids"].flatten()[getattr(partition, name)].tolist() for name in ("loss", "dense", "context")]
 
 
+def roles_of_all(*batches):
+    return [list(itertools.chain(*found)) for found in zip(*map(roles, batches), strict=True)]
+
+
 def documents(batch):
     starts = read_batch(batch).sequence_starts.flatten().nonzero().flatten()
     return [part.tolist() for part in batch["input_ids"].flatten().tensor_split(starts) if len(part)]
@@ -73,7 +79,7 @@ def test_padded_micro_batches_of_one_length_are_stacked(side):
     whole = joined(*parts)
     for name, value in whole.items():
         assert torch.equal(value, torch.cat([part[name] for part in parts]))
-    assert roles(whole) == [sum(found, []) for found in zip(*map(roles, parts), strict=True)]
+    assert roles(whole) == roles_of_all(*parts)
     no_masks = [{name: value for name, value in part.items() if name != "attention_mask"} for part in parts]
     assert joined(*no_masks).keys() == no_masks[0].keys()
 
@@ -82,9 +88,11 @@ def test_padding_is_added_on_the_right_alone_and_only_a_little():
     a, b = make_batch(0, lengths=((30, 10), (20, 5))), make_batch(1, lengths=((30, 11), (41, 0)))
     whole = joined(a, b)
     assert whole["input_ids"].shape == (4, 41)
-    assert torch.equal(whole["attention_mask"], torch.cat([torch.nn.functional.pad(a["attention_mask"], (0, 1)), b["attention_mask"]]))
+    assert torch.equal(
+        whole["attention_mask"], torch.cat([torch.nn.functional.pad(a["attention_mask"], (0, 1)), b["attention_mask"]])
+    )
     assert whole["labels"][:2, 40].tolist() == [-100, -100]
-    assert roles(whole) == [sum(found, []) for found in zip(roles(a), roles(b), strict=True)]
+    assert roles(whole) == roles_of_all(a, b)
     del a["attention_mask"], b["attention_mask"]  # no padding before; what is added is masked
     assert joined(a, b)["attention_mask"].sum() == a["input_ids"].numel() + b["input_ids"].numel()
     long = make_batch(1, lengths=((40, 20),))
@@ -117,12 +125,18 @@ def changed(batch, **changes):
         (changed(packed(3), labels=None), "no labels"),
         (changed(packed(3), input_ids=None), "no input_ids"),
         (changed(packed(3), pixel_values=torch.zeros(1, 3)), "not known how pixel_values of"),
-        (changed(packed(3), token_type_ids=torch.zeros(1, 3).long(), seq_idx=torch.zeros(1, 3)), "seq_idx, token_type_ids"),
+        (
+            changed(packed(3), token_type_ids=torch.zeros(1, 3).long(), seq_idx=torch.zeros(1, 3)),
+            "seq_idx, token_type_ids",
+        ),
         (changed(packed(3), shift_labels=torch.zeros(1, 3).long()), "shift_labels"),
         (packed(3, layout="packed_seq_lengths"), "some micro-batches have packed_seq_lengths, and others do not"),
         (changed(packed(3), labels=torch.zeros(1)), "labels of a micro-batch are not one integer for each"),
         (changed(packed(3), position_ids=torch.arange(3)), "position_ids of a micro-batch"),
-        (changed(packed(3), position_ids=torch.tensor([[4, 5, 6]])), "do not begin each micro-batch with a new document"),
+        (
+            changed(packed(3), position_ids=torch.tensor([[4, 5, 6]])),
+            "do not begin each micro-batch with a new document",
+        ),
         ([packed(3)], "a micro-batch is a list"),
     ],
 )

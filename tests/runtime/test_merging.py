@@ -1,0 +1,378 @@
+"""Merged micro-batches in real trainers: everything as with micro-batches one by one, with fewer forwards."""
+
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+from trl import SFTConfig, SFTTrainer
+
+from sparse_unsloth import attach, get_state
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.merging import begin_merging
+
+from tiny_models import loras, make_base, make_batch, make_lora
+from word_models import save_checkpoint as save_words
+
+LENGTHS = [(5, 3), (2, 6), (7, 2), (4, 4), (9, 1), (3, 3), (6, 5), (1, 2), (8, 3), (2, 2), (5, 5), (3, 7), (4, 1)]
+"""Of prompts and answers: 13 samples, so that an epoch ends with an incomplete step."""
+SETTINGS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "logging_steps": 1,
+    "learning_rate": 0.5,
+    "optim": "sgd",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "include_num_input_tokens_seen": "all",
+    "gradient_checkpointing": False,
+}
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2}
+TIMES, MERGED = ("runtime", "per_second"), "sparsity/merged_micro_batches"
+FLAT = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+
+
+class Tokenizer:
+    """What a padding collator needs of one."""
+
+    padding_side = "right"
+
+    def pad(self, features, **ignored):
+        longest = max(len(one["input_ids"]) for one in features)
+        padded = [one["input_ids"] + [2] * (longest - len(one["input_ids"])) for one in features]
+        masks = [[1] * len(one["input_ids"]) + [0] * (longest - len(one["input_ids"])) for one in features]
+        return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(masks)}
+
+
+class Watch(TrainerCallback):
+    """Counts forwards, and the calls of the loop."""
+
+    def __init__(self):
+        self.calls, self.sizes = Counter(), []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _enter(self, model, args, kwargs):
+        if model.training and torch.is_grad_enabled():
+            self.sizes.append(tuple(kwargs["input_ids"].shape))
+
+    def on_substep_end(self, *args, **kwargs):
+        self.calls["substep"] += 1
+
+    def on_step_end(self, *args, **kwargs):
+        self.calls["step"] += 1
+
+
+def rows(lengths=LENGTHS):
+    samples = [make_batch(number, lengths=(pair,)) for number, pair in enumerate(lengths)]
+    return [{name: sample[name][0].tolist() for name in ("input_ids", "labels")} for sample in samples]
+
+
+def model_of(sparsity, seed=0, dtype=torch.float64, **changes):
+    model = make_lora(base=make_base("llama", seed, dtype, num_hidden_layers=2, **changes))
+    attach(model, sparsity)
+    return model
+
+
+def transformers_trainer(model, folder, lengths=LENGTHS, collator=FLAT, cls=Trainer, **changes):
+    args = TrainingArguments(output_dir=str(folder), **SETTINGS | {"remove_unused_columns": False} | changes)
+    data = rows(lengths)
+    return cls(model=model, args=args, train_dataset=data, eval_dataset=data[:3], data_collator=collator)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(save_words(tmp_path_factory.mktemp("words")))
+
+
+def trl_trainer(model, folder, tokenizer, lengths=LENGTHS, **changes):
+    args = SFTConfig(output_dir=str(folder), **SETTINGS | {"max_length": None, "padding_free": True} | ADAM | changes)
+    data = Dataset.from_list(rows(lengths))
+    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+
+
+def run(trainer, resume=None):
+    """The trained weights, the log and what `Watch` saw."""
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=resume)
+    assert not {"training_step", "get_batch_samples"} & vars(trainer).keys()
+    return {name: one.detach().clone() for name, one in loras(trainer.model).items()}, trainer.state.log_history, watch
+
+
+def assert_same(ours, theirs, means=(), tolerance=1e-7):
+    """Weights and logs; ``means``: figures that are means over other things."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=tolerance)
+    assert len(ours[1]) == len(theirs[1])
+    for line, expected in zip(ours[1], theirs[1], strict=True):
+        names = [name for name in expected if not any(word in name for word in TIMES)]
+        assert line.keys() - expected.keys() <= {MERGED}
+        assert {name: line[name] for name in names if name not in means} == {
+            name: pytest.approx(expected[name], rel=1e-5, abs=1e-12) for name in names if name not in means
+        }
+    assert ours[2].calls == theirs[2].calls
+
+
+def merged(trainer):
+    return [line[MERGED] for line in trainer.state.log_history if MERGED in line]
+
+
+def said(caplog):
+    return [one.getMessage() for one in caplog.records if "merge_micro_batches" in one.getMessage()]
+
+
+DENSE, EIGHT = {"preset": "dense"}, {"preset": "dense", "merge_micro_batches": 8}
+HOW = {"merged": EIGHT, "one by one": DENSE}
+SUMS = ("train_loss", "total_flos")
+"""Figures of the whole training, which a resumed one has only a part of."""
+PADDED = DataCollatorForSeq2Seq(Tokenizer(), padding=True)
+
+
+@pytest.mark.parametrize("sparsity", [{}, {"backward_rows": 0.9999}], ids=["dense", "every row, through what chooses"])
+def test_transformers_trainer_padding_free(sparsity, tmp_path, caplog):
+    """Steps of four and, at the end of each epoch, one; with evaluations between, and a learning rate that changes."""
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "warmup_steps": 2, "max_steps": 8, "logging_steps": 2}
+    expected = run(transformers_trainer(model_of(DENSE), tmp_path, **changes))
+    trainer = transformers_trainer(model_of({**sparsity, "merge_micro_batches": 8}), tmp_path, **changes)
+    ours = run(trainer)
+    plain = [{name: value for name, value in line.items() if "sparsity" not in name} for line in ours[1]]
+    assert_same((ours[0], plain, ours[2]), expected)
+    assert merged(trainer) == [4, 2.5, 4, 2.5]
+    assert [length for _, length in ours[2].sizes][:2] == [24, 31]
+    assert said(caplog) == []
+
+
+def test_running_sums_and_larger_micro_batches(tmp_path):
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    expected = run(transformers_trainer(model_of(DENSE), tmp_path, collator=collator))
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = transformers_trainer(
+        model_of({**DENSE, "merge_micro_batches": 2}), tmp_path, collator=collator, **changes
+    )
+    ours = run(trainer)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-6, atol=1e-7)
+    assert merged(trainer) == [2, 2, 2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss_type": "nll"}, {"packing": True, "max_length": 12}], ids=str)
+def test_trl(changes, tmp_path, tokenizer, caplog):
+    expected = run(trl_trainer(model_of(DENSE), tmp_path, tokenizer, **changes))
+    trainer = trl_trainer(model_of(EIGHT), tmp_path, tokenizer, **changes)
+    ours = run(trainer)
+    assert_same(ours, expected, means=("entropy", "mean_token_accuracy"), tolerance=2e-5)  # TRL's loss is in float32
+    assert merged(trainer)[0] == 4
+    assert [message.split(":")[1] for message in said(caplog)] == [
+        " TRL's entropy and mean_token_accuracy are means over the tokens of merged micro-batches, no longer over "
+        "micro-batches; every other figure is logged as without it."
+    ]
+
+
+def test_padded_micro_batches(tmp_path, caplog):
+    """Those of nearly the same length are merged; others run one by one, and one line says so."""
+    lengths = [(30, 8), (31, 8), (20, 19), (30, 10), (33, 4), (30, 8), (19, 20), (1, 38)]
+    expected = run(transformers_trainer(model_of(DENSE), tmp_path, lengths, PADDED))
+    trainer = transformers_trainer(model_of(EIGHT), tmp_path, lengths, PADDED)
+    ours = run(trainer)
+    assert_same(ours, expected)
+    assert set(merged(trainer)) == {4.0}
+    assert {rows for rows, _ in ours[2].sizes} == {4}
+    assert said(caplog) == []
+    expected = run(transformers_trainer(model_of(DENSE), tmp_path, collator=PADDED))
+    trainer = transformers_trainer(model_of(EIGHT), tmp_path, collator=PADDED)
+    assert_same(run(trainer), expected)
+    assert len(said(caplog)) == 1
+    assert "padded to different lengths, and padding would grow. padding_free=True" in said(caplog)[0]
+
+
+def test_a_resumed_training_goes_on_as_if_nothing_had_happened(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    whole = {name: run(transformers_trainer(model_of(how), tmp_path / name, **changes)) for name, how in HOW.items()}
+    assert_same(whole["merged"], whole["one by one"])
+    for before, after in (("merged", "merged"), ("one by one", "merged"), ("merged", "one by one")):
+        trainer = transformers_trainer(model_of(HOW[after]), tmp_path / "again", **changes)
+        ours = run(trainer, resume=str(tmp_path / before / "checkpoint-2"))
+        assert_same((*ours[:2], whole["merged"][2]), whole[before if before == after else "one by one"], means=SUMS)
+        assert trainer.state.global_step == 5
+        assert merged(trainer)[-3:] == {"merged": [4, 1, 4], "one by one": []}[after] or before == "merged"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "proof"])
+@pytest.mark.parametrize("sparsity", [{}, {"backward_rows": 0.9999}], ids=["dense", "rows"])
+def test_out_of_memory_loses_nothing(where, sparsity, tmp_path, tokenizer, caplog):
+    """A second group of a step fails, with the first one's gradients there, and some of its own."""
+    expected = run(trl_trainer(model_of(DENSE), tmp_path, tokenizer, loss_type="nll"))
+    model = model_of({**sparsity, "merge_micro_batches": 2})
+    failed = []
+
+    def enter(layer, args, kwargs, output):
+        length, graded = (11, False) if where == "proof" else (19, True)
+        if output.shape[1] != length or torch.is_grad_enabled() != graded or failed:
+            return
+        failed.append(output.shape)
+        if where == "backward":
+            output.register_hook(fail)
+        else:
+            fail()
+
+    def fail(*ignored):
+        raise torch.OutOfMemoryError("as a test wants it")
+
+    model.get_base_model().model.layers[0].register_forward_hook(enter, with_kwargs=True)
+    trainer = trl_trainer(model, tmp_path, tokenizer, loss_type="nll")
+    ours = run(trainer)
+    plain = [{name: value for name, value in line.items() if "sparsity/" not in name} for line in ours[1]]
+    assert_same((ours[0], plain, ours[2]), expected, means=("entropy", "mean_token_accuracy"), tolerance=2e-5)
+    assert failed
+    assert (
+        "2 micro-batches together ran out of memory. They ran again one by one, and none runs together"
+        in said(caplog)[1]
+    )
+    assert merged(trainer)[-1] == 1
+
+
+def test_fewer_after_memory_ran_out(tmp_path, caplog):
+    model = model_of(EIGHT)
+
+    def enter(layer, args, kwargs):
+        if args[0].shape[1] > 20 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+
+    model.get_base_model().model.layers[1].register_forward_pre_hook(enter, with_kwargs=True)
+    trainer = transformers_trainer(model, tmp_path, [(4, 3)] * 12)
+    expected = run(transformers_trainer(model_of(DENSE), tmp_path, [(4, 3)] * 12))
+    assert_same(run(trainer), expected)
+    assert "4 micro-batches together ran out of memory. They ran again one by one, and at most 2 run" in said(caplog)[0]
+    assert merged(trainer) == [1, 2, 2, 2, 2, 2]
+
+
+class Leaky(nn.Module):
+    """Documents see the mean of what came before them in the row, as in a recurrent layer without boundaries."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.weight = embedding, embedding.weight
+
+    def forward(self, ids):
+        rows = self.embedding(ids)
+        return rows + 0.1 * rows.cumsum(1)
+
+
+def leak(model):
+    model.get_base_model().model.embed_tokens = Leaky(model.get_base_model().model.embed_tokens)
+
+
+def forget_the_divisor(model):
+    base = model.get_base_model()
+    base.loss_function = lambda logits, labels, vocab_size, num_items_in_batch=None, **others: ForCausalLMLoss(
+        logits, labels, vocab_size
+    )
+
+
+@pytest.mark.parametrize("break_it", [leak, forget_the_divisor])
+def test_a_model_that_merging_would_change_trains_as_before(break_it, tmp_path, caplog):
+    runs = []
+    for sparsity in (DENSE, EIGHT):
+        model = model_of(sparsity, dtype=torch.float32)
+        break_it(model)
+        runs.append(run(transformers_trainer(model, tmp_path, max_steps=3)))
+    assert_same(runs[1], runs[0])
+    assert runs[0][2].sizes == runs[1][2].sizes
+    assert "joined they do not give the sum of their losses" in said(caplog)[0]
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def with_dropout(model):
+    model.get_base_model().model.layers[0].mlp.up_proj.lora_dropout["default"] = nn.Dropout(0.1)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "changes", "prepare", "reason"),
+    [
+        ({}, {"gradient_accumulation_steps": 1}, None, "gradient_accumulation_steps is 1"),
+        ({}, {"label_smoothing_factor": 0.1}, None, "label_smoothing_factor makes another loss"),
+        ({}, {"neftune_noise_alpha": 5.0}, None, "neftune_noise_alpha adds other noise"),
+        ({}, {}, with_dropout, "dropout (lora_dropout, attention_dropout) would draw other numbers"),
+        ({}, {"cls": OwnLoss}, None, "the compute_loss of this OwnLoss is not that of transformers' Trainer or an SFT"),
+        ({"preset": None, "mlp": {"all": 0.5}, "criterion": "magnitude"}, {}, None, "channels are selected for each"),
+        ({"merge_micro_batches": True}, {}, None, "without a GPU it is not known how many fit; give their number"),
+        (
+            {},
+            {"collator": lambda rows: {**FLAT(rows), "seq_idx": torch.zeros(1)}},
+            None,
+            "not known how seq_idx of two",
+        ),
+    ],
+)
+def test_what_is_not_merged_says_why(sparsity, changes, prepare, reason, tmp_path, caplog):
+    model = model_of({**EIGHT, **sparsity})
+    if prepare:
+        prepare(model)
+    if "collator" in changes:
+        model.get_base_model().register_forward_pre_hook(lambda *call: (call[1], drop(call[2])), with_kwargs=True)
+    trainer = transformers_trainer(model, tmp_path, max_steps=2, **changes)
+    watch = run(trainer)[2]
+    assert len(watch.sizes) == 2 * trainer.args.gradient_accumulation_steps
+    assert len(said(caplog)) == 1
+    assert said(caplog)[0].startswith("merge_micro_batches: micro-batches run one by one: ")
+    assert reason in said(caplog)[0]
+
+
+def drop(arguments):
+    return {name: value for name, value in arguments.items() if name != "seq_idx"}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_as_many_as_the_memory_holds(checkpointing, tmp_path, caplog):
+    """A budget in GiB decides, on a CPU too; layers that keep their activations do not become fewer."""
+    model = model_of({**DENSE, "merge_micro_batches": True, "memory_budget": 1.5}, dtype=torch.float32)
+    trainer = transformers_trainer(model, tmp_path, gradient_checkpointing=checkpointing)
+    asked = []
+
+    def fits(planner, tokens, of=None, held=0):
+        asked.append((tokens, of))
+        return tokens <= 20
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointPlanner, "fits", fits)
+        ours = run(trainer)
+    assert max(length for _, length in ours[2].sizes) <= 20
+    assert max(size for size, _ in asked) > 20
+    assert all(of for _, of in asked)
+    assert_same(ours, run(transformers_trainer(model_of(DENSE, dtype=torch.float32), tmp_path)), tolerance=1e-4)
+    assert 1 < max(merged(trainer)) <= 2
+    run(again := transformers_trainer(model, tmp_path, gradient_checkpointing=checkpointing))
+    assert merged(again)[0] == 4
+
+
+def test_an_interrupted_trainer_trains_again(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = transformers_trainer(model_of(EIGHT), tmp_path)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    run(trainer)
+    assert merged(trainer) == [4, 4, 4, 1, 4, 4]
+    assert get_state(trainer.model).driver is None
+
+
+def test_a_state_that_no_caller_has(caplog):
+    assert begin_merging(get_state(model_of(EIGHT)), object()) is None
+    assert said(caplog) == ["merge_micro_batches: micro-batches run one by one: its trainer was not found."]
+    assert begin_merging(get_state(model_of(DENSE)), object()) is None
