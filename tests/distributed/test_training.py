@@ -83,19 +83,21 @@ def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
         for case, expected in one.items():
             if not case.startswith("trainer"):
                 assert_same(rank[case], expected)
-        for case in ("trainer", "trainer, few rows"):
+        for case in ("trainer", "trainer, few rows", "trainer, merged"):
             trainer, expected = rank[case], one[case]
             assert trainer["sharded"] == (how == "fsdp2")
             torch.testing.assert_close(trainer["losses"], expected["losses"], rtol=2e-4, atol=2e-3)  # of 4 digits
             assert_same(trainer["parameters"], expected["parameters"])
             assert trainer["enabled"] == expected["enabled"] == [0.0, 1.0, 1.0, 0.0]
+            assert trainer["merged"] == [2 if (how, case) == ("ddp", "trainer, merged") else 1] * 4
             assert torch.equal(trainer["gain"], ranks[0][case]["gain"])
             torch.testing.assert_close(trainer["gain"], expected["gain"], rtol=1e-4, atol=1e-6)
     assert (tmp_path / "estimator.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     said = "".join((tmp_path / f"said-{rank}.txt").read_text() for rank in range(2))
-    assert said.count("sparsity/enabled") == 4 + 4, "every log line once"
-    assert said.count("sparsity/backward_rows") == 4
+    assert said.count("sparsity/enabled") == 4 + 4 + 4, "every log line once"
+    assert said.count("sparsity/backward_rows") == 4 + 4
+    assert said.count("merge_micro_batches: micro-batches run one by one: this was built for") == (how == "fsdp2")
     if how == "ddp":
         check_faults(tmp_path)
 

@@ -168,18 +168,23 @@ def run_trainer(folder: Path, processes: int, sparsity: dict) -> dict:
         "sharded": sharded,
         "losses": torch.tensor([line["loss"] for line in log if "loss" in line]),
         "enabled": [line["sparsity/enabled"] for line in log if "loss" in line],
+        "merged": [line.get("sparsity/merged_micro_batches", 1) for line in log if "loss" in line],
         "gain": torch.zeros(0) if estimator is None else estimator.layers[1].gain["mlp"],
         "parameters": {name: whole(p).detach().clone() for name, p in loras(model).items()},
     }
 
 
 def run_trainers(folder: Path, processes: int) -> dict[str, dict]:
-    """With an estimator that is calibrated when training begins, and with few rows in backward."""
+    """With an estimator that is calibrated when training begins, with few rows in backward, with merged micro-batches."""
     kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(folder / "estimator.safetensors")}
     channels = {"mlp": {"1-2": 0.5}, "self_attn": {"1-2": 0.5}, "estimator": kind}
     return {
         "trainer": run_trainer(folder, processes, channels),
         "trainer, few rows": run_trainer(folder / "rows", processes, FEW),
+        # Of two processes alone, so that merged micro-batches are compared with those that ran one by one.
+        "trainer, merged": run_trainer(
+            folder / "merged", processes, EVERY | {"merge_micro_batches": processes >= 2 and 4}
+        ),
     }
 
 

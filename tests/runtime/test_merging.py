@@ -12,9 +12,10 @@ from trl import SFTConfig, SFTTrainer
 
 from sparse_unsloth import attach, get_state
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
-from sparse_unsloth.runtime.merging import begin_merging
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
 
 from tiny_models import loras, make_base, make_batch, make_lora
+from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from word_models import save_checkpoint as save_words
 
 LENGTHS = [(5, 3), (2, 6), (7, 2), (4, 4), (9, 1), (3, 3), (6, 5), (1, 2), (8, 3), (2, 2), (5, 5), (3, 7), (4, 1)]
@@ -376,3 +377,28 @@ def test_a_state_that_no_caller_has(caplog):
     assert begin_merging(get_state(model_of(EIGHT)), object()) is None
     assert said(caplog) == ["merge_micro_batches: micro-batches run one by one: its trainer was not found."]
     assert begin_merging(get_state(model_of(DENSE)), object()) is None
+
+
+def test_processes_agree_on_groups():
+    merger = object.__new__(MicroBatchMerger)
+    merger._gather = lambda starts: list(zip(starts, [1, 0, 0, 1, 0, 0], strict=True))
+    assert merger._agree([[0, 1], [2, 3, 4, 5]]) == [[0, 1], [2], [3, 4, 5]]
+
+
+def test_the_installed_unsloths_trainers(tmp_path):
+    """Its own, and the one that it compiles in place of TRL's."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    command = [sys.executable, str(SCRIPTS / "merging.py"), str(tmp_path)]
+    environment = {**os.environ, **UNSLOTH_ON_CPU}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 3
+    for name, how in found.items():
+        assert how["weights"] < 1e-5, name
+        assert how["log"] < 1e-5, name
+        assert how["moved"] > 1e-3, name
+        assert [sum(rows * length for rows, length in how[part]) for part in ("alone", "merged")][0] > 0
+        assert len(how["merged"]) == 4, name
+        assert len(how["alone"]) == 4 + 4 + 2 + 4, name
