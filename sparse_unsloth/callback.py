@@ -42,6 +42,7 @@ class SparsityCallback(TrainerCallback):
         self._merger: MicroBatchMerger | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self._end_merging()  # of a training that was interrupted
         sparsity = None if model is None else get_state(model)
         if sparsity is None or not self._may_drive(sparsity.driver, state):
             return
@@ -52,7 +53,6 @@ class SparsityCallback(TrainerCallback):
             collate_fn=getattr(train_dataloader, "collate_fn", None),
         )
         self._sparsity, self._trainer_state = sparsity, state
-        self._end_merging()  # of a training that was interrupted
         self._merger = begin_merging(sparsity, state)
         if state.global_step == 0 and state.is_world_process_zero:
             Path(args.output_dir, RECORDS_FILE).unlink(missing_ok=True)  # of an earlier run

@@ -97,7 +97,6 @@ def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
     said = "".join((tmp_path / f"said-{rank}.txt").read_text() for rank in range(2))
     assert said.count("sparsity/enabled") == 4 + 4 + 4, "every log line once"
     assert said.count("sparsity/backward_rows") == 4 + 4
-    assert said.count("merge_micro_batches: micro-batches run one by one: this was built for") == (how == "fsdp2")
     if how == "ddp":
         check_faults(tmp_path)
 

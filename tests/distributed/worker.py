@@ -175,16 +175,17 @@ def run_trainer(folder: Path, processes: int, sparsity: dict) -> dict:
 
 
 def run_trainers(folder: Path, processes: int) -> dict[str, dict]:
-    """With an estimator that is calibrated when training begins, with few rows in backward, with merged micro-batches."""
+    """With an estimator that is calibrated when training begins, with few rows in backward, and merged micro-batches.
+
+    One process does not merge, so that merged micro-batches are compared with those that ran one by one.
+    """
     kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(folder / "estimator.safetensors")}
+    merge = {"merge_micro_batches": 4} if processes > 1 else {}
     channels = {"mlp": {"1-2": 0.5}, "self_attn": {"1-2": 0.5}, "estimator": kind}
     return {
         "trainer": run_trainer(folder, processes, channels),
         "trainer, few rows": run_trainer(folder / "rows", processes, FEW),
-        # Of two processes alone, so that merged micro-batches are compared with those that ran one by one.
-        "trainer, merged": run_trainer(
-            folder / "merged", processes, EVERY | {"merge_micro_batches": processes >= 2 and 4}
-        ),
+        "trainer, merged": run_trainer(folder / "merged", processes, EVERY | merge),
     }
 
 
