@@ -187,24 +187,17 @@ class MicroBatchMerger:
             return function()
         self._state.counts = counts
         vars(self._trainer).update(counted)
-        self._forget_forward()
+        self._free_memory()
         return None
 
-    def _forget_forward(self) -> None:
-        """Drops what a forward left that did not come to its end."""
-        state = self._state
-        state.inside = False
-        if state.first_backward is not None:
-            state.first_backward.drop()
-            state.first_backward = None
-        if state.loss_rows.last is not None:
-            state.loss_rows.last.__dict__.pop("_sparse_context", None)
-        if state.graphs is not None:
-            state.graphs.clear()
+    def _free_memory(self) -> None:
+        """Frees what a forward that did not come to its end still holds, and what is reserved for others like it."""
+        if self._state.graphs is not None:
+            self._state.graphs.clear()
         zoo = sys.modules.get("unsloth_zoo.gradient_checkpointing")
-        if zoo is not None:
+        if zoo is not None:  # its buffers take a forward without a backward for one that is still to come
             zoo.reset_unsloth_gradient_checkpointing_buffers()
-        if _device(state).type == "cuda":
+        if _device(self._state).type == "cuda":
             torch.cuda.empty_cache()
 
     def _counted(self) -> dict[str, Any]:

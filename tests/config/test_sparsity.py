@@ -86,6 +86,7 @@ def test_collected_rules_give_back_the_layers(layers):
 # --- refusals
 
 RULE = "must name layers as 'all', one layer '5' or a range '3-30'"
+MERGE = "must be true (as many as fit), false, null, or an int from 2 up (at most so many)"
 REFUSED = [
     ({"mpl": {}}, "mpl: unknown key; did you mean mlp? (given {})"),
     ({"self_atn": {}}, "self_atn: unknown key; did you mean self_attn? (given {})"),
@@ -123,6 +124,9 @@ REFUSED = [
         "did you mean 'wanda'?",
     ),
     ({"dense_tokens": False}, "dense_tokens: must be 'output' or 'none', given False"),
+    ({"merge_micro_batches": 1}, f"merge_micro_batches: {MERGE}, given 1"),
+    ({"merge_micro_batches": "all"}, f"merge_micro_batches: {MERGE}, given 'all'"),
+    ({"merge_micro_batches": 2.0}, f"merge_micro_batches: {MERGE}, given 2.0"),
     ({"exact_removal": 1}, "exact_removal: must be a valid boolean, given 1"),
     ({"seed": -1}, "seed: must be greater than or equal to 0, given -1"),
     ({"seed": True}, "seed: must be a valid integer, given True"),
@@ -197,3 +201,9 @@ def test_config_is_frozen_and_copies():
 def test_steps_and_fractions_may_be_mixed():
     config = SparsityConfig(start_step=100, end_step=0.75)
     assert config.schedule.sparse_steps(1000) == range(100, 750)
+
+
+@pytest.mark.parametrize("value", [None, True, False, 2, 16])
+def test_merged_micro_batches_keep_their_kind(value, tmp_path):
+    SparsityConfig(preset="dense", merge_micro_batches=value).save(tmp_path / "sparsity.yaml")
+    assert SparsityConfig.from_file(tmp_path / "sparsity.yaml").merge_micro_batches is value

@@ -277,3 +277,27 @@ def test_a_share_needs_a_gpu():
 def test_budgets_are_numbers_above_zero(value):
     with pytest.raises(ConfigError, match="memory_budget: must be a number above 0"):
         SparsityConfig(memory_budget=value)
+
+
+def test_whether_a_forward_of_more_tokens_fits(room):
+    """With all layers checkpointed that can be; where as many as before must be kept, with room for those."""
+    model, _ = attached()
+    planner, tokens = get_state(model).planner, 40
+    roles = checkpoint_planner._every_token_bears_loss(tokens)
+    rest = planner._future_bytes + planner._other_bytes(roles, tokens, 3)
+    layer = planner._needs(0, roles, tokens, 0.0)
+    room(rest - 100)
+    assert not planner.fits(tokens)
+    room(rest + 1)
+    assert planner.fits(tokens)
+    assert not planner.fits(tokens, held=200)
+    assert not planner.fits(tokens, of=tokens // 4)
+    room(rest + 3 * layer + 1)
+    assert planner.fits(tokens, of=tokens // 4)
+    model, _ = attached()
+    layers_of(model)[0].gradient_checkpointing = False  # by somebody else: it keeps its activations in any case
+    planner = get_state(model).planner
+    room(rest + 1)
+    assert not planner.fits(tokens)
+    room(rest + layer + 1)
+    assert planner.fits(tokens)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ def test_out_of_memory_loses_nothing(where, sparsity, tmp_path, tokenizer, caplo
 
 
 def test_fewer_after_memory_ran_out(tmp_path, caplog):
-    model = model_of(EIGHT)
+    model, freed = model_of(EIGHT), []
 
     def enter(layer, args, kwargs):
         if args[0].shape[1] > 20 and torch.is_grad_enabled():
@@ -255,7 +256,12 @@ def test_fewer_after_memory_ran_out(tmp_path, caplog):
     model.get_base_model().model.layers[1].register_forward_pre_hook(enter, with_kwargs=True)
     trainer = transformers_trainer(model, tmp_path, [(4, 3)] * 12)
     expected = run(transformers_trainer(model_of(DENSE), tmp_path, [(4, 3)] * 12))
-    assert_same(run(trainer), expected)
+    zoo = SimpleNamespace(reset_unsloth_gradient_checkpointing_buffers=lambda: freed.append("buffers"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "unsloth_zoo.gradient_checkpointing", zoo)
+        get_state(model).graphs = SimpleNamespace(clear=lambda: freed.append("graphs"), kept_memory=0)
+        assert_same(run(trainer), expected)
+    assert freed == ["graphs", "buffers", "graphs"], "the last one when training ends"
     assert "4 micro-batches together ran out of memory. They ran again one by one, and at most 2 run" in said(caplog)[0]
     assert merged(trainer) == [1, 2, 2, 2, 2, 2]
 
