@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -86,13 +86,14 @@ class MicroBatchMerger:
         if found and not reason:
             groups = self._group(found)
             if len(groups) == len(found) > 1:
-                reason = self._why_alone(found)
+                self._say_alone(self._why_alone(found), " of some steps")
         if reason:
             self._say_alone(reason)
-        for group in self._agree(groups):
-            if len(group) > 1:
-                self._groups |= {id(batches[number]): [] for number in group[:-1]}
-                self._groups[id(batches[group[-1]])] = [batches[number] for number in group]
+        for group in groups if self._trainer.accelerator.num_processes == 1 else self._agree(groups):
+            *waiting, last = sorted(group)
+            if waiting:
+                self._groups |= {id(batches[number]): [] for number in waiting}
+                self._groups[id(batches[last])] = [batches[number] for number in (*waiting, last)]
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -205,9 +206,15 @@ class MicroBatchMerger:
         return {name: copy.deepcopy(vars(self._trainer)[name]) for name in COUNTED if name in vars(self._trainer)}
 
     def _group(self, found: Sequence[Extent]) -> list[list[int]]:
-        """Numbers of micro-batches that follow each other and run as one; each group as large as it may be."""
-        groups = [[0]]
-        for number in range(1, len(found)):
+        """Numbers of micro-batches that run as one; each group as large as it may be.
+
+        Padded ones of similar lengths come together. With several processes groups are of neighbours (`_agree`).
+        """
+        order = list(range(len(found)))
+        if self._trainer.accelerator.num_processes == 1:
+            order.sort(key=lambda number: not found[number].along_sequence and found[number].length)
+        groups = [order[:1]]
+        for number in order[1:]:
             more = [*groups[-1], number]
             if len(more) <= self._most and self._fits([found[one] for one in more]):
                 groups[-1] = more
@@ -225,15 +232,15 @@ class MicroBatchMerger:
 
     def _why_alone(self, found: Sequence[Extent]) -> str:
         """Why no two of these micro-batches run as one."""
-        if any(tokens_of(pair) is not None for pair in pairwise(found)):
+        if any(tokens_of(pair) is not None for pair in combinations(found, 2)):
             return "two of them do not fit into the memory" + " and keep as many layers" * bool(self._state.planner)
         return (
             "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or "
             "packing, lets them be merged"
         )
 
-    def _say_alone(self, reason: str) -> None:
-        self._state.warn_once(f"merge_micro_batches: micro-batches run one by one: {reason}.")
+    def _say_alone(self, reason: str, which: str = "") -> None:
+        self._state.warn_once(f"merge_micro_batches: micro-batches{which} run one by one: {reason}.")
 
     def _agree(self, groups: list[list[int]]) -> list[list[int]]:
         """Groups that every process can run: one begins wherever one begins on any of them.

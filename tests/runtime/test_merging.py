@@ -195,8 +195,12 @@ def test_padded_micro_batches(tmp_path, caplog):
     assert said(caplog) == []
     expected = run(transformers_trainer(model_of(DENSE), tmp_path, collator=PADDED))
     trainer = transformers_trainer(model_of(EIGHT), tmp_path, collator=PADDED)
-    assert_same(run(trainer), expected)
-    assert len(said(caplog)) == 1
+    ours = run(trainer)
+    assert_same(ours, expected)
+    tokens = sum(length for _, length in expected[2].sizes)
+    assert sum(rows * length for rows, length in ours[2].sizes) == tokens, "those of one length, neighbours or not"
+    assert len(ours[2].sizes) < len(expected[2].sizes)
+    assert len(said(caplog)) == 1, "in some steps no two have one length"
     assert "padded to different lengths, and padding would grow. padding_free=True" in said(caplog)[0]
 
 
@@ -402,7 +406,7 @@ def test_processes_agree_on_groups():
 
 @pytest.mark.slow
 def test_the_installed_unsloths_trainers(tmp_path):
-    """Its own, and the one that it compiles in place of TRL's."""
+    """Its own, the one that it compiles in place of TRL's, and transformers'."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
     command = [sys.executable, str(SCRIPTS / "merging.py"), str(tmp_path)]
@@ -410,7 +414,7 @@ def test_the_installed_unsloths_trainers(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == 3
+    assert len(found) == 4
     for name, how in found.items():
         assert how["weights"] < 1e-5, name
         assert how["log"] < 1e-5, name

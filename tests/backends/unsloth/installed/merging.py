@@ -1,7 +1,7 @@
 """A script: merged micro-batches in the installed Unsloth's trainers, on the CPU; prints as JSON how they went.
 
-It trains with Unsloth's own trainer, and with the one that it compiles in place of TRL's. In a process of its own, as
-importing Unsloth changes torch and transformers for good.
+It trains with Unsloth's own trainer, the one that it compiles in place of TRL's, and transformers'. In a process of its
+own, as importing Unsloth changes torch and transformers for good.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from sparse_unsloth import attach
 
@@ -41,32 +41,35 @@ def train(
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
     samples = [make_batch(number, lengths=(pair,)) for number, pair in enumerate(LENGTHS)]
-    args = config(
-        output_dir=str(folder / "out"),
-        max_steps=4,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
-        logging_steps=1,
-        learning_rate=0.5,
-        optim="sgd",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        include_num_input_tokens_seen="all",
-        loss_type="nll",
-        padding_free=padding_free,
-        max_length=None if padding_free else 64,
-        pad_to_multiple_of=None if padding_free else 12,
-    )
+    for module in model.modules():  # as Unsloth's loader does; merged ones are longer
+        module.max_seq_length = 12
+    common = {
+        "output_dir": str(folder / "out"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "include_num_input_tokens_seen": "all",
+    }
     data = [{name: sample[name][0].tolist() for name in ("input_ids", "labels")} for sample in samples]
-    trainer = trainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
+    if trainer is Trainer:
+        args = config(**common, remove_unused_columns=False)
+        trainer = trainer(model=model, args=args, train_dataset=data, data_collator=DataCollatorWithFlattening())
+    else:
+        length = {"max_length": None} if padding_free else {"max_length": 64, "pad_to_multiple_of": 12}
+        trainer = trainer(
+            model=model,
+            args=config(**common, **length, loss_type="nll", padding_free=padding_free),
+            train_dataset=Dataset.from_list(data),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
     trainer.train()
     log = [line for line in trainer.state.log_history if "loss" in line]
     return {name: one.detach().clone() for name, one in loras(model).items()}, log, shapes
@@ -100,6 +103,7 @@ def examine(folder: Path) -> dict[str, dict]:
         ("rows, padding-free", ROWS, own, True),
         ("dense, padded", DENSE, own, False),
         ("dense, padding-free, compiled", DENSE, compiled, True),
+        ("dense, padding-free, transformers", DENSE, (Trainer, TrainingArguments), True),
     ):
         weights, log, alone = train(base, sparsity, folder, *kind, padding_free)
         ours, ours_log, merged = train(base, {**sparsity, "merge_micro_batches": 4}, folder, *kind, padding_free)
