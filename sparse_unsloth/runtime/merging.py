@@ -135,14 +135,10 @@ class MicroBatchMerger:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _attempt(self, joined: dict[str, Any], model: nn.Module, num_items: Any) -> Tensor | None:
-        """The loss of the joined micro-batches; None where memory ran out, with everything as it was before.
-
-        Raises:
-            torch.OutOfMemoryError: with several processes, which cannot go back alone.
-        """
+        """The loss of the joined micro-batches; None where memory ran out, with everything as it was before."""
         step = partial(self._originals["training_step"], model, joined, num_items)
-        if self._trainer.accelerator.num_processes > 1:
-            return step()
+        if self._trainer.accelerator.num_processes > 1:  # gradients of all groups are synchronised with the last one's
+            return self._unless_too_large(step)
         trained = [tensor for part in self._trainer.optimizer.param_groups for tensor in part["params"]]
         before = [tensor.grad for tensor in trained]
         for tensor in trained:
@@ -182,10 +178,20 @@ class MicroBatchMerger:
         return min(self._gather([verdict])[0])
 
     def _unless_too_large(self, function: Callable[[], Tensor]) -> Tensor | None:
-        """What ``function`` returns; None where memory ran out in it, with counts and state as they were before."""
+        """What ``function`` returns; None where memory ran out in it, with all counts as they were before.
+
+        Raises:
+            torch.OutOfMemoryError: with several processes, as one of them cannot go back alone.
+        """
         counts, counted = replace(self._state.counts), self._counted()
-        with contextlib.suppress(*(() if self._trainer.accelerator.num_processes > 1 else (torch.OutOfMemoryError,))):
+        try:
             return function()
+        except torch.OutOfMemoryError as error:
+            if self._trainer.accelerator.num_processes > 1:
+                raise torch.OutOfMemoryError(
+                    "merge_micro_batches: merged micro-batches ran out of memory, and one of several processes cannot "
+                    f"go back alone. Give it a smaller number, or false. {error}"
+                ) from error
         self._state.counts = counts
         vars(self._trainer).update(counted)
         self._free_memory()

@@ -198,7 +198,9 @@ def test_padded_micro_batches(tmp_path, caplog):
     ours = run(trainer)
     assert_same(ours, expected)
     tokens = sum(length for _, length in expected[2].sizes)
-    assert sum(rows * length for rows, length in ours[2].sizes) == tokens, "those of one length, neighbours or not"
+    assert sum(rows * length for rows, length in ours[2].sizes) <= 1.05 * tokens, (
+        "those of similar lengths, neighbours or not"
+    )
     assert len(ours[2].sizes) < len(expected[2].sizes)
     assert len(said(caplog)) == 1, "in some steps no two have one length"
     assert "padded to different lengths, and padding would grow. padding_free=True" in said(caplog)[0]
@@ -402,6 +404,17 @@ def test_processes_agree_on_groups():
     merger = object.__new__(MicroBatchMerger)
     merger._gather = lambda starts: list(zip(starts, [1, 0, 0, 1, 0, 0], strict=True))
     assert merger._agree([[0, 1], [2, 3, 4, 5]]) == [[0, 1], [2], [3, 4, 5]]
+
+
+def test_one_of_several_processes_says_what_to_lower():
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    merger = object.__new__(MicroBatchMerger)
+    merger._trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+    merger._state = get_state(model_of(EIGHT))
+    with pytest.raises(torch.OutOfMemoryError, match=r"Give it a smaller number, or false\. CUDA out of memory"):
+        merger._unless_too_large(run_out)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from word_models import save_checkpoint
 LENGTHS = [(5, 3), (2, 6), (7, 2), (4, 4), (9, 1), (3, 3), (6, 5), (1, 2), (8, 3), (2, 2)]
 """Of prompts and answers: ten samples, so that an epoch ends with an incomplete step."""
 DENSE, ROWS = {"preset": "dense"}, {"backward_rows": 0.9999}  # all of them, through what chooses
+PREPARED = {"skip_prepare_dataset": True}
 LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "num_input_tokens_seen", "step")
 
 
@@ -66,7 +67,7 @@ def train(
         length = {"max_length": None} if padding_free else {"max_length": 64, "pad_to_multiple_of": 12}
         trainer = trainer(
             model=model,
-            args=config(**common, **length, loss_type="nll", padding_free=padding_free),
+            args=config(**common, **length, loss_type="nll", padding_free=padding_free, dataset_kwargs=PREPARED),
             train_dataset=Dataset.from_list(data),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
