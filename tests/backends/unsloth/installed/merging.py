@@ -22,18 +22,18 @@ from word_models import save_checkpoint
 LENGTHS = [(5, 3), (2, 6), (7, 2), (4, 4), (9, 1), (3, 3), (6, 5), (1, 2), (8, 3), (2, 2)]
 """Of prompts and answers: ten samples, so that an epoch ends with an incomplete step."""
 DENSE, ROWS = {"preset": "dense"}, {"backward_rows": 0.9999}  # all of them, through what chooses
-PREPARED = {"skip_prepare_dataset": True}
 LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "num_input_tokens_seen", "step")
 
 
 def train(
     base, sparsity: dict, folder: Path, trainer: type, config: type, padding_free: bool
-) -> tuple[dict, list, list]:
-    """Trained weights, log lines, and shapes of the forwards."""
+) -> tuple[dict, list, list, float]:
+    """Trained weights, log lines, shapes of the forwards, and how far training moved the weights at least."""
     from unsloth_on_cpu import fused_by_unsloth
 
     model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
     attach(model, sparsity)
+    before = {name: one.detach().clone() for name, one in loras(model).items()}
     shapes = []
 
     def enter(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -67,13 +67,14 @@ def train(
         length = {"max_length": None} if padding_free else {"max_length": 64, "pad_to_multiple_of": 12}
         trainer = trainer(
             model=model,
-            args=config(**common, **length, loss_type="nll", padding_free=padding_free, dataset_kwargs=PREPARED),
+            args=config(**common, **length, loss_type="nll", padding_free=padding_free, dataset_num_proc=1),
             train_dataset=Dataset.from_list(data),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
     trainer.train()
     log = [line for line in trainer.state.log_history if "loss" in line]
-    return {name: one.detach().clone() for name, one in loras(model).items()}, log, shapes
+    weights = {name: one.detach().clone() for name, one in loras(model).items()}
+    return weights, log, shapes, min((weights[name] - one).norm().item() for name, one in before.items())
 
 
 def examine(folder: Path) -> dict[str, dict]:
@@ -106,8 +107,8 @@ def examine(folder: Path) -> dict[str, dict]:
         ("dense, padding-free, compiled", DENSE, compiled, True),
         ("dense, padding-free, transformers", DENSE, (Trainer, TrainingArguments), True),
     ):
-        weights, log, alone = train(base, sparsity, folder, *kind, padding_free)
-        ours, ours_log, merged = train(base, {**sparsity, "merge_micro_batches": 4}, folder, *kind, padding_free)
+        weights, log, alone, _ = train(base, sparsity, folder, *kind, padding_free)
+        ours, ours_log, merged, moved = train(base, {**sparsity, "merge_micro_batches": 4}, folder, *kind, padding_free)
         found[name] = {
             "weights": max(((ours[key] - value).norm() / value.norm()).item() for key, value in weights.items()),
             "log": max(
@@ -116,20 +117,11 @@ def examine(folder: Path) -> dict[str, dict]:
                 for key in LOGGED
                 if key in line.keys() | other.keys()
             ),
-            "moved": min((ours[key] - start).norm().item() for key, start in loras_of(base).items()),
+            "moved": moved,
             "alone": alone,
             "merged": merged,
         }
     return found
-
-
-def loras_of(base) -> dict[str, torch.Tensor]:
-    """The adapters' weights before training."""
-    from unsloth_on_cpu import fused_by_unsloth
-
-    return {
-        name: one.detach() for name, one in loras(fused_by_unsloth(copy.deepcopy(base), checkpointing=True)).items()
-    }
 
 
 if __name__ == "__main__":
