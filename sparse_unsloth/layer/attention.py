@@ -106,7 +106,7 @@ def causal(
     Args:
         tensors: `MASK`, ``[sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, bool or (with ``softcap``)
             added to the scores; or `OFFSETS` of documents (`sparse_unsloth.graphs.packed_attention.Packing`); or none.
-        window: None where it is not shorter than the sequence, or in the mask.
+        window: None where it is not shorter than the sequence; with a mask it only tells kinds of layers apart.
         softcap: scores become ``softcap tanh(scores / softcap)``.
     """
 

@@ -48,6 +48,8 @@ class Rotary(nn.Module):
     def __init__(self, rotary: nn.Module, length: int):
         super().__init__()
         self.tables = tuple(table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
+        # As Unsloth 2026.10.6 reads them for Gemma 2.
+        self.multi_gpu_cos_cached, self.multi_gpu_sin_cached = ({None: table} for table in self.tables)
 
     def extend_rope_embedding(self, *args, **kwargs):
         pass

@@ -50,8 +50,10 @@ def read_attention(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
     softcap = attention.config.attn_logit_softcapping if family == CAPPED else None
     window, mask = _window(attention, family, arguments), _mask(context, family, length, arguments)
     tensors, documents, capturable = _angles(context, attention, hidden_states, arguments), batch, True
+    if mask is None and window is not None and window >= length:
+        window = None
     if mask is not None:
-        tensors[MASK], window = mask, None
+        tensors[MASK] = mask
     elif arguments.get(GIVEN_MASK) is not None:
         return None
     elif (lengths := arguments.get(LENGTHS)) is not None:
@@ -61,8 +63,7 @@ def read_attention(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         tensors[OFFSETS], documents, capturable = packing.offsets, packing.room, packing is context.packing
     elif not _is_causal(arguments.get(CAUSAL_MASK), family, window, length):
         return None
-    window = None if window is None or window >= length else window
-    if softcap is None and (OFFSETS in tensors or window is not None):
+    if softcap is None and mask is None and (OFFSETS in tensors or window is not None):
         fits = packed_attention.fits(batch * length, documents)
         if not fits or not packed_attention.takes(hidden_states, runtime.layer.head_dim):
             return None
