@@ -1,8 +1,7 @@
-"""A script: our attention against that of the installed Unsloth's modules, on the CPU; prints as JSON what was compared.
+"""A script: our attention against that of the installed Unsloth's modules, on the CPU; prints as JSON what it was.
 
 In a process of its own, as importing Unsloth changes torch and transformers for good. Unsloth's attention modules get
-the same Q, K, V and arguments by their slots, and leave O out. Its norm and RoPE have GPU kernels only; PyTorch
-functions replace them, and another one FlashAttention.
+the same Q, K, V and arguments by their slots, and leave O out. A function takes FlashAttention's place.
 """
 
 import importlib
@@ -57,11 +56,6 @@ def flash_attn_func(q, k, v, causal, window_size=(-1, -1), softmax_scale=None, s
 def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, **options):
     parts = [slice(begin, end) for begin, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
     return torch.cat([flash_attn_func(*(x[None, part] for x in (q, k, v)), **options)[0] for part in parts])
-
-
-def rms_norm(norm, x, gemma=False, **kwargs):
-    eps = getattr(norm, "variance_epsilon", None) or norm.eps
-    return (norm.weight + gemma) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
 @contextmanager
@@ -161,17 +155,12 @@ def examine() -> dict[str, list]:
     bases = {family: make_base(family, **changes) for family, changes in FAMILIES.items()}
     import unsloth  # noqa: F401
     from unsloth.models import llama
+
     from unsloth_on_cpu import Rotary, replace_gpu_kernels
 
     replace_gpu_kernels()
     modules = {family: importlib.import_module(f"unsloth.models.{family}") for family in FAMILIES}
-    for name, replacement in {"fast_rms_layernorm": rms_norm, "fast_rope_embedding": llama.fast_rope_embedding}.items():
-        for module in modules.values():
-            setattr(module, name, replacement)
-    if hasattr(modules["qwen3"], "_qk_norm_rope"):  # since 2026.10.8
-        modules["qwen3"]._qk_norm_rope.QK_NORM_ROPE_ENABLED = False
     found = {}
-    llama.DEVICE_TYPE_TORCH = "cpu"
     for family, base in bases.items():
         getattr(modules[family], f"Fast{family.capitalize()}Model").pre_patch()
         base.model.rotary_emb = rotary = Rotary(base.model.rotary_emb, base.config.max_position_embeddings)
