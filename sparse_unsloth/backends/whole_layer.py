@@ -121,7 +121,8 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         if call is None:
             return f"our attention does not take the arguments of {type(module).__name__}"
         runtime.context = None  # the hooks of its parts compute densely
-        runtime.fast.prove(lambda x: plain_forward(module, x, **arguments), hidden_states, call)
+        with torch.compiler.set_stance("force_eager"):  # Unsloth compiles Gemma 2's attention, for minutes
+            runtime.fast.prove(lambda x: plain_forward(module, x, **arguments), hidden_states, call)
         runtime.context = context
         ours = _compute(runtime, hidden_states, arguments)
     except torch.OutOfMemoryError:

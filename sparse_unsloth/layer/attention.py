@@ -72,7 +72,7 @@ def attend(spec: LayerSpec, projected: Sequence[Tensor], call: AttentionCall, te
         value = value.contiguous()
     value = value.unflatten(-1, (-1, spec.head_dim))
     query, key, value = (one.transpose(1, 2) for one in (query, key, value))
-    return call.compute(query, key, value, tensors).flatten(-2)
+    return call.compute(query, key, value, tensors).flatten(-2).contiguous()
 
 
 def by_interface(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any]) -> AttentionCall:
@@ -129,8 +129,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     if groups > 1 and not (fused and mask is None):  # where keys for several heads would leave the slow kernel alone
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     more = -length % CUDNN_STEP if mask is None and fused and _may_be_cudnn(query) else 0
-    if more:  # later tokens, which no other one sees
-        query, key, value = (F.pad(x, (0, 0, 0, more)) for x in (query, key, value))
+    if more:  # later tokens, which no other one sees; a token's heads stay beside each other
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, more)).transpose(1, 2) for x in rows)
     options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
