@@ -54,6 +54,12 @@ class Packing:
         first, rest = sums.new_zeros(1), sums.new_full((self.room - len(sums),), self.tokens)
         return torch.cat((first, sums, rest)).to(self.device, non_blocking=True)
 
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document; the host waits for lengths that are on the device, as Unsloth's would."""
+        lengths = self.lengths.tolist()
+        return min(max(*lengths, self.tokens - sum(lengths)), self.tokens)
+
 
 def packing_of(batch: Batch) -> Packing | None:
     """The documents of ``batch``; None where their lengths are not given, or the sequence is too long."""
@@ -127,6 +133,7 @@ def packed_attention(
     offsets: Tensor | None,
     scale: float | None = None,
     window: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Causal attention within documents: ``[batch, tokens, heads, head_dim]``.
 
@@ -136,9 +143,11 @@ def packed_attention(
         offsets: as `Packing.offsets`, on their device, for a batch of one sequence; None: each sequence is a document.
         scale: of the scores; None is ``head_dim ** -0.5``.
         window: how many keys a query sees, its own included; None: all before it.
+        longest: tokens of a document at most; None: all of them. The kernel has work for so many in every document.
     """
-    attention = _by_kernel if query.is_cuda else _by_mask
-    return attention(query, key, value, offsets, scale, window)
+    if query.is_cuda:
+        return _by_kernel(query, key, value, offsets, scale, window, longest)
+    return _by_mask(query, key, value, offsets, scale, window)
 
 
 def visible(tokens: int, device: torch.device, offsets: Tensor | None = None, window: int | None = None) -> Tensor:
@@ -159,13 +168,14 @@ def _by_kernel(
     offsets: Tensor | None,
     scale: float | None = None,
     window: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     batch, _, tokens, _ = query.shape
     if offsets is None:
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     rows = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
     options = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-    return _Kernel.apply(*rows, offsets, tokens, options).unflatten(0, (batch, tokens))
+    return _Kernel.apply(*rows, offsets, longest or tokens, options).unflatten(0, (batch, tokens))
 
 
 class _Kernel(torch.autograd.Function):
@@ -173,19 +183,19 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, tokens: int, options: dict[str, Any]
+        ctx, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, options: dict[str, Any]
     ) -> Tensor:
-        lengths = offsets, offsets, tokens, tokens, 0.0, options["window_size_left"] < 0
+        lengths = offsets, offsets, longest, longest, 0.0, options["window_size_left"] < 0
         output, *kept, _ = torch.ops.aten._flash_attention_forward(query, key, value, *lengths, False, **options)
         ctx.save_for_backward(query, key, value, output, *kept, offsets)
-        ctx.tokens, ctx.options = tokens, options
+        ctx.longest, ctx.options = longest, options
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         *saved, logarithms, seed, unused, offsets = ctx.saved_tensors
-        lengths = offsets, offsets, ctx.tokens, ctx.tokens, 0.0, ctx.options["window_size_left"] < 0
+        lengths = offsets, offsets, ctx.longest, ctx.longest, 0.0, ctx.options["window_size_left"] < 0
         given = gradient.contiguous(), *saved, logarithms, *lengths, seed, unused
         return *torch.ops.aten._flash_attention_backward(*given, **ctx.options), None, None, None
 

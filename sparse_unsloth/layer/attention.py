@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_unsloth.graphs.packed_attention import DTYPES, packed_attention, visible
+from sparse_unsloth.graphs.packed_attention import DTYPES, Packing, packed_attention, visible
 from sparse_unsloth.layer.spec import LayerSpec
 from sparse_unsloth.ops.capped_attention import capped_attention
 from sparse_unsloth.ops.head_rotary import prepare_heads
@@ -99,24 +99,31 @@ def by_interface(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any
 
 
 def causal(
-    scale: float, tensors: Tensors, window: int | None, softcap: float | None, capturable: bool
+    scale: float,
+    tensors: Tensors,
+    window: int | None,
+    softcap: float | None,
+    capturable: bool,
+    packing: Packing | None = None,
 ) -> AttentionCall:
     """Causal attention by PyTorch's kernels; with `MASK` among the ``tensors`` as that says, without causality.
 
     Args:
         tensors: `MASK`, ``[sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, bool or (with ``softcap``)
-            added to the scores; or `OFFSETS` of documents (`sparse_unsloth.graphs.packed_attention.Packing`); or none.
+            added to the scores; or `OFFSETS` of documents; or none.
         window: None where it is not shorter than the sequence; with a mask it only tells kinds of layers apart.
         softcap: scores become ``softcap tanh(scores / softcap)``.
+        packing: the documents. Without capture their longest one decides how much is launched.
     """
 
-    def compute(query: Tensor, key: Tensor, value: Tensor, tensors: Tensors) -> Tensor:
-        mask, offsets = tensors.get(MASK), tensors.get(OFFSETS)
+    def compute(query: Tensor, key: Tensor, value: Tensor, given: Tensors) -> Tensor:
+        mask, offsets = given.get(MASK), given.get(OFFSETS)
         if softcap is not None:
             mask = visible(query.shape[2], query.device, offsets, window) if mask is None else mask
             return capped_attention(query, key, value, mask, scale, softcap)
         if mask is None and (window is not None or offsets is not None):
-            return packed_attention(query, key, value, offsets, scale, window)
+            longest = packing.longest if packing is not None and given is tensors else None
+            return packed_attention(query, key, value, offsets, scale, window, longest)
         return _sdpa(query, key, value, mask, scale)
 
     return AttentionCall(compute, tensors, window, capturable)

@@ -21,15 +21,19 @@ def test_kernel(heads, lengths, window):
         for count in (heads[0], heads[1], heads[1])
     ]
     batch = Batch(torch.zeros(1, 1024, device="cuda"), packed_seq_lengths=torch.tensor(lengths))
-    offsets = ours.packing_of(batch).offsets
-    outcomes = []
-    for attention, dtype in ((ours.packed_attention, torch.bfloat16), (ours._by_mask, torch.float32)):
+    packing = ours.packing_of(batch)
+
+    def run(attention, dtype, **more):
         leaves = [values.detach().to(dtype).requires_grad_() for values in inputs]
-        output = attention(*leaves, offsets, window=window)
-        outcomes.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
-    for name, found, expected in zip(("output", "q", "k", "v"), *outcomes, strict=True):
-        error = ((found.float() - expected).norm() / expected.norm()).item()
-        assert error < ours.TOLERANCE, f"{name}: {error:.3f}"
+        output = attention(*leaves, packing.offsets, window=window, **more)
+        return [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
+
+    expected = run(ours._by_mask, torch.float32)
+    for longest in (None, packing.longest):
+        found = run(ours.packed_attention, torch.bfloat16, longest=longest)
+        for name, one, right in zip(("output", "q", "k", "v"), found, expected, strict=True):
+            error = ((one.float() - right).norm() / right.norm()).item()
+            assert error < ours.TOLERANCE, f"{name}: {error:.3f}"
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (8, 8)])

@@ -39,6 +39,7 @@ def test_offsets(lengths, offsets):
     assert found.offsets.tolist() == offsets
     assert found.offsets.dtype == torch.int32
     assert found.room == len(offsets) - 1
+    assert found.longest == torch.tensor(offsets).diff().max()
 
 
 def test_few_kinds_of_room():

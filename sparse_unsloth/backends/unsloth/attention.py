@@ -49,7 +49,8 @@ def read_attention(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         return None
     softcap = attention.config.attn_logit_softcapping if family == CAPPED else None
     window, mask = _window(attention, family, arguments), _mask(context, family, length, arguments)
-    tensors, documents, capturable = _angles(context, attention, hidden_states, arguments), batch, True
+    tensors, capturable = _angles(context, attention, hidden_states, arguments), True
+    packing: Packing | None = None
     if mask is None and window is not None and window >= length:
         window = None
     if mask is not None:
@@ -60,16 +61,16 @@ def read_attention(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         packing = _packing(context, hidden_states, lengths)
         if packing is None:
             return None
-        tensors[OFFSETS], documents, capturable = packing.offsets, packing.room, packing is context.packing
+        tensors[OFFSETS], capturable = packing.offsets, packing is context.packing
     elif not _is_causal(arguments.get(CAUSAL_MASK), family, window, length):
         return None
     if softcap is None and mask is None and (OFFSETS in tensors or window is not None):
-        fits = packed_attention.fits(batch * length, documents)
+        fits = packing is not None or packed_attention.fits(batch * length, batch)
         if not fits or not packed_attention.takes(hidden_states, runtime.layer.head_dim):
             return None
         graphs = runtime.state.graphs
         capturable = capturable and graphs is not None and graphs.captures_documents
-    return causal(runtime.fast.spec.scaling, tensors, window, softcap, capturable)
+    return causal(runtime.fast.spec.scaling, tensors, window, softcap, capturable, packing)
 
 
 def _angles(

@@ -27,7 +27,7 @@ SETTINGS = {
     "dense": {"preset": "dense"},
 }
 LAYOUTS = {
-    "llama, channels": ("padded", "packed", "xformers"),
+    "llama, channels": ("packed", "xformers"),
     "llama, rows": ("packed", KEPT),
     "mistral, dense": ("packed",),
     "gemma2, dense": (KEPT,),
@@ -79,7 +79,7 @@ def examine() -> dict[str, list]:
         family, rules = name.split(", ")
         setting = SETTINGS[rules]
         for layout in layouts:
-            make = make_batch if layout in ("padded", "xformers") else packed_batch
+            make = make_batch if layout == "xformers" else packed_batch
             with pytest.MonkeyPatch.context() as patch:
                 model, asked = fused_by_unsloth(copy.deepcopy(bases[family]), layout != KEPT), []
                 if layout == "xformers":
