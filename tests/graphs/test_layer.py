@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_unsloth import detach
+from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth.attention import read_attention
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.graphs import recorder as graphs
@@ -370,6 +370,7 @@ def test_context_parallel_forwards_are_not_captured(stand_in, recorder, caplog):
             assert_same(loss_and_gradients(model, {**batch, "shift_labels": shifted}), expected)
         assert recorder.recorded == 0
         assert not graphs_of.captured_keys
+        assert get_state(model).counts.whole_layers == 0, "our attention communicates with nobody"
         detach(model)
     assert "cuda_graphs: sequences are split over several GPUs" in caplog.text
 
