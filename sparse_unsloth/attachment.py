@@ -243,8 +243,8 @@ def _prepare_graphs(state: SparsityState) -> None:
 
 
 def _try_documents(state: SparsityState) -> None:
-    """Tests whether Unsloth's attention within packed documents can be captured; warns where it cannot on a GPU."""
-    if state.backend.attention_is_ours:  # documents are in its mask
+    """Tests whether attention within packed documents or a window can be captured; warns where it cannot on a GPU."""
+    if state.backend.name == "peft":  # both are in its mask
         return
     layer = state.layers[0]
     weights = (one for name, one in layer.module.named_parameters() if name.endswith("norm.weight"))
@@ -258,8 +258,8 @@ def _try_documents(state: SparsityState) -> None:
     if reason:
         state.graphs.captures_documents = False
         logger.warning(
-            "cuda_graphs: attention within packed documents cannot be captured (%s). Packed and padding-free batches "
-            "run without CUDA graphs.",
+            "cuda_graphs: attention within packed documents or a window cannot be captured (%s). Packed and "
+            "padding-free batches, and layers with a window shorter than the sequence, run without CUDA graphs.",
             reason,
         )
 

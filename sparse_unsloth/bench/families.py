@@ -50,12 +50,12 @@ GEMMA_2 = {
 }  # fmt: skip
 FAMILIES = {
     "llama": Family("Llama", {}, {}),
-    "mistral": Family("Mistral", {"sliding_window": WINDOW}, {"sliding_window": None}),
+    "mistral": Family("Mistral", {"sliding_window": WINDOW}, {"sliding_window": WINDOW}),
     "ministral3": Family("Ministral3", {"head_dim": 64, "sliding_window": WINDOW, "rope_parameters": YARN}),
     "qwen2": Family("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}, {}),
     "qwen3": Family("Qwen3", {"head_dim": 128}, {"head_dim": 64}),
     "gemma": Family("Gemma", {"head_dim": 128}, {"head_dim": 64}),
-    "gemma2": Family("Gemma2", GEMMA_2, {"head_dim": 64}),
+    "gemma2": Family("Gemma2", GEMMA_2, GEMMA_2),
     "gemma2-eager": Family("Gemma2", GEMMA_2, attention="eager"),
     "gemma3": Family(
         "Gemma3",

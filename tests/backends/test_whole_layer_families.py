@@ -9,7 +9,7 @@ import torch
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
-from sparse_unsloth.layer.attention import fixed_tensors
+from sparse_unsloth.layer.attention import by_interface
 
 from family_models import make_family
 from masked_models import every_step, masked_gradients
@@ -192,6 +192,8 @@ def test_arguments_that_no_graph_holds_keep_attention_out(name):
         SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")),
         (torch.zeros(2), torch.ones(2)),
     )
-    spec, given = SimpleNamespace(rotation="halves", query_scaling=None), {"position_embeddings": tables}
-    assert fixed_tensors(spec, module, {**given, name: None}).keys() == {"cosines", "sines"}
-    assert fixed_tensors(spec, module, {**given, name: False}) is None
+    spec = SimpleNamespace(rotation="halves", query_scaling=None, scaling=1.0, window=None)
+    given = {"position_embeddings": tables, "position_ids": torch.zeros(1)}
+    call = by_interface(spec, module, {**given, name: None})
+    assert (call.tensors.keys(), call.capturable) == ({"cosines", "sines"}, True)
+    assert not by_interface(spec, module, {**given, name: False}).capturable

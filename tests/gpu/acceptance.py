@@ -29,7 +29,7 @@ from sparse_unsloth.bench.families import families_of, write_models
 from sparse_unsloth.bench.trial import MODES, TRIED, Trial, parse
 from sparse_unsloth.utils.environment import version_of
 
-PROMISED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+PROMISED = families_of("unsloth")
 """Families of Unsloth's fast path whose layers run whole and are captured, but for the last one, which skips unused
 rows."""
 PROMISED_PEFT = families_of("peft")

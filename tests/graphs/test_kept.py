@@ -14,6 +14,7 @@ import torch
 
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth import hooks
+from sparse_unsloth.backends.unsloth.attention import read_attention
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
 from sparse_unsloth.runtime.metrics import metrics
@@ -207,7 +208,11 @@ def test_saved_tensors_that_are_offloaded_are_not_captured(stand_in, recorder, c
 
 @pytest.mark.parametrize("rules", ["dense", "rows"])
 def test_layers_whose_attention_cannot_be_captured(stand_in, recorder, monkeypatch, rules):
-    monkeypatch.setattr(hooks, "BACKEND", dataclasses.replace(hooks.BACKEND, fixed_tensors=lambda *given: None))
+
+    def read(*given):
+        return dataclasses.replace(read_attention(*given), capturable=False)
+
+    monkeypatch.setattr(hooks, "BACKEND", dataclasses.replace(hooks.BACKEND, read_attention=read))
     model, batch = kept(stand_in), small_batch()
     expected = step_as_recorded(model, batch, rules)
     state = attach_with(model, rules, True)
