@@ -78,7 +78,7 @@ def attach(
             "Call detach() on that model first."
         )
     layers = find_layers(model)
-    state = SparsityState(model, layers, config, _backend_of(model, layers), _set_up_process)
+    state = SparsityState(model, layers, config, _backend_of(layers), _set_up_process)
     model.__dict__["_sparsity_state"] = state
     try:
         refuse_adapters(state)
@@ -153,20 +153,13 @@ def _refuse_shared_modules(state: SparsityState) -> None:
             owners[module] = f"{layer.name}.{name}"
 
 
-def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
+def _backend_of(layers: list[DecoderLayer]) -> Backend:
     """The Unsloth backend where Unsloth's fast path prepared the layers, else the PEFT backend.
 
-    Raises:
-        AttachError: Unsloth runs the model through its compiled path, which has no hook points.
+    Unsloth's compiled path (``FastModel``) leaves transformers' modules with other class forwards. The PEFT backend
+    replaces forwards of instances, so it runs there too (docs/how-it-works.md, section 7.5).
     """
-    if "apply_qkv" in layers[0].self_attn.__dict__:
-        return unsloth.BACKEND
-    if model.__dict__.get("_sparse_backend") == "unsloth":
-        raise AttachError(
-            f"Unsloth runs {type(layers[0].module).__name__} through its general compiled path, which has no hook "
-            "points (as for Granite, Cohere, mixtures of experts and 8-bit bases). Load it with backend='peft'."
-        )
-    return peft.BACKEND
+    return unsloth.BACKEND if "apply_qkv" in layers[0].self_attn.__dict__ else peft.BACKEND
 
 
 def _skip_unused_rows(state: SparsityState) -> str:

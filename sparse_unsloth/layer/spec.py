@@ -155,8 +155,10 @@ def read_norm(module: nn.Module, name: str) -> Norm:
         found = module(x)
         for offset, centred in ((0.0, False), (1.0, False), (0.0, True)):
             norm = Norm(weight, eps, offset, centred, bias)
-            if torch.allclose(normalise(x, norm), found, rtol=tolerance, atol=tolerance):
-                return norm
+            if found.dtype == x.dtype and torch.allclose(normalise(x, norm), found, rtol=tolerance, atol=tolerance):
+                if x.dtype != torch.float32 or centred:
+                    return norm
+                return replace(norm, keeps_dtype=module(x.bfloat16()).dtype == torch.bfloat16)
     raise AttachError(f"{name} ({type(module).__name__}) is no RMS norm and no layer norm.")
 
 
