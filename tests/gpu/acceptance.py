@@ -42,8 +42,8 @@ FAST_MODEL = {
     "gemma3 eager": ("--dtypes", "bf16", "--checkpointing", "unsloth,False", "--attention", "eager"),
     "gemma3": ("--dtypes", "4bit", "--checkpointing", "unsloth", "--modes", "dense,rows,channels"),
 }
-"""What is tried on Unsloth's compiled path, whose layers run whole like the PEFT backend's. Gemma 3 takes flex attention
-there, which no CUDA graph holds, and which is compiled for each length; "eager" takes PyTorch's attention."""
+"""What is tried on Unsloth's compiled path, whose layers run whole like the PEFT backend's. Gemma 3 has flex attention
+there, which no CUDA graph holds, and which is compiled for each length; "eager" means PyTorch's attention."""
 FLEX = "FastModel gemma3"
 """The process with flex attention, whose layers may run part by part."""
 LARGE = "llama 8B"
