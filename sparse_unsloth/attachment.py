@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
+from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
 from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
@@ -24,7 +25,6 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact.loss import install_loss_removal
 from sparse_unsloth.graphs import packed_attention
 from sparse_unsloth.graphs.recorder import GraphCache
-from sparse_unsloth.layer import attention
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.ops.dispatch import use_kernels
@@ -85,7 +85,8 @@ def attach(
         refuse_adapters(state)
         _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
-        with torch.compiler.set_stance(_stance(state)):
+        # Restored, because Unsloth's own forwards change it.
+        with torch.compiler.set_stance(compiled.stance(layers[0]) if state.backend is peft.BACKEND else "default"):
             for runtime in state.runtimes.values():
                 state.backend.install(runtime)
             skipped = _skip_unused_rows(state)
@@ -164,32 +165,6 @@ def _backend_of(layers: list[DecoderLayer]) -> Backend:
     return unsloth.BACKEND if "apply_qkv" in layers[0].self_attn.__dict__ else peft.BACKEND
 
 
-def _stance(state: SparsityState) -> str:
-    """How torch.compile runs while a model is attached; Unsloth's own forwards change it, so it is restored after.
-
-    With the PEFT backend, modules that Unsloth compiled run eagerly: probes of a few rows compile nothing. Flex
-    attention cannot run eagerly.
-    """
-    return "force_eager" if state.backend is peft.BACKEND and not _uses_flex_attention(state) else "default"
-
-
-def _uses_flex_attention(state: SparsityState) -> bool:
-    return state.backend is peft.BACKEND and _attention_of(state) == "flex_attention"
-
-
-def _attention_of(state: SparsityState) -> str | None:
-    """transformers' implementation of attention, by name."""
-    return getattr(getattr(state.layers[0].self_attn, "config", None), "_attn_implementation", None)
-
-
-def _why_attention_is_not_captured(state: SparsityState) -> str:
-    """Why CUDA graphs cannot hold the attention that the PEFT backend calls; "" where they can."""
-    name = _attention_of(state)
-    if state.backend is not peft.BACKEND or name in attention.CAPTURABLE:
-        return ""
-    return f"its attention is {name}, which launches other kernels each time; load it with attn_implementation='sdpa'"
-
-
 def _skip_unused_rows(state: SparsityState) -> str:
     """Hooks loss and last layer to skip unused rows (docs/how-it-works.md, section 5), if configured and supported.
 
@@ -251,7 +226,9 @@ def _prepare_graphs(state: SparsityState) -> None:
         return
     layers = state.whole_forwards
     for runtime in layers:
-        runtime.not_captured = whole_layer.why_not_captured(runtime) or _why_attention_is_not_captured(state)
+        runtime.not_captured = whole_layer.why_not_captured(runtime)
+        if state.backend is peft.BACKEND:
+            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer)
     if all(runtime.not_captured for runtime in layers):
         why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")
@@ -327,8 +304,7 @@ def _probe(state: SparsityState) -> None:
         )
         context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    # The kernel that PyTorch takes for few queries has no right backward, and none at all for large heads.
-    options = {"kernel_options": {"FORCE_USE_FLEX_ATTENTION": True}} if _uses_flex_attention(state) else {}
+    options = compiled.probe_arguments(state.layers[0]) if state.backend is peft.BACKEND else {}
     uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
     try:
         with torch.no_grad(), training_mode(state.model):
