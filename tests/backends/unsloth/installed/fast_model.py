@@ -5,6 +5,7 @@ gradients are from the same model before attaching, and whether they are the sam
 kernels run through Triton's interpreter. In a process of its own, as Unsloth changes torch and transformers for good.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def examine() -> dict[str, dict]:
     vision.verify_fp8_support_if_applicable = lambda *args, **options: None
     vision.SUPPORTS_BFLOAT16, loader.is_bfloat16_supported = True, lambda: True  # else Gemma 3 runs in float32
     choose.explain_backend = lambda backend: (backend, "")
+    gc.freeze()  # Unsloth's loader collects garbage a dozen times
     found = {}
     for family, (*_, modes) in FAMILIES.items():
         model = make(family)
