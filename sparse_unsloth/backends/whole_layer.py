@@ -212,8 +212,7 @@ def _read(
     norms = runtime.fast.norms()
     if not training or norms is None or arguments.get("output_attentions"):
         return None
-    weight = next((norm.weight for norm in norms if norm is not None and norm.weight is not None), None)
-    if not _fits_kernels(hidden_states, weight):
+    if not _fits_kernels(hidden_states, norms):
         return None
     call = runtime.state.backend.read_attention(runtime, hidden_states, arguments)
     if call is None:
@@ -222,11 +221,14 @@ def _read(
     return norms, call
 
 
-def _fits_kernels(hidden_states: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels of the two functions can take ``hidden_states`` and a norm's ``weight``."""
+def _fits_kernels(hidden_states: Tensor, norms: list[Norm | None]) -> bool:
+    """Whether the kernels of the two functions can take ``hidden_states`` and compute what ``norms`` do to them."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    same = dtype == hidden_states.dtype and (weight is None or weight.dtype == dtype)
+    weighed = [norm for norm in norms if norm is not None and norm.weight is not None]
+    same = dtype == hidden_states.dtype and all(
+        norm.weight.dtype == dtype or (norm.weight.dtype == torch.float32 and norm.keeps_dtype) for norm in weighed
+    )
     return same and hidden_states.is_contiguous() and use_kernels(hidden_states)
 
 

@@ -9,7 +9,7 @@ so that the rest can be captured in CUDA graphs.
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ TAKEN = ("position_embeddings", MASK, "past_key_value", "past_key_values")
 """Arguments of an attention module that its call of the interface does not pass on by name."""
 READ_TOO = ("past_key_values", "is_causal", "position_bias")
 """Arguments that `by_interface` reads or passes on, and that no CUDA graph holds."""
+UNSLOTHS_GEMMA_3 = "unsloth_zoo.temporary_patches.gemma"
+"""Where Unsloth's forward of Gemma 3's attention is defined. It calls PyTorch's attention for "eager" too."""
 CAPTURABLE = ("sdpa", "eager")
 """Implementations of the interface that launch the same kernels for tensors of the same shape."""
 CUDNN_STEP = 128
@@ -158,5 +160,7 @@ def _interface(module: nn.Module) -> Callable[..., Any]:
     """The function that the attention module calls."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    name, forward = module.config._attn_implementation, inspect.unwrap(type(module).forward)
+    if name == "eager" and forward.__module__ == UNSLOTHS_GEMMA_3:
+        name = "sdpa"  # on the mask of eager attention
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, forward.__globals__.get("eager_attention_forward"))

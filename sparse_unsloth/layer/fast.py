@@ -94,7 +94,7 @@ def why_not_fast(layer: DecoderLayer) -> str:
 def _present(norm: Norm | None, module: nn.Module | None) -> Norm | None:
     if norm is None or norm.weight is None:
         return norm
-    return Norm(module.weight.detach(), norm.eps, norm.offset, norm.centred, norm.bias)
+    return replace(norm, weight=module.weight.detach())
 
 
 def _refuse_slow(spec: LayerSpec, layer: DecoderLayer) -> None:

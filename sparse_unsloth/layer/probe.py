@@ -36,6 +36,8 @@ def find_spec(
     """
     expected = _output_and_gradient(lambda x: first_tensor(forward(x, **arguments)), hidden_states)
     named = {name: arguments.get(name) for name in ("position_embeddings", "attention_mask", "position_ids")}
+    if not isinstance(named["attention_mask"], Tensor):  # flex attention's form of the causal mask
+        named["attention_mask"] = None
     tolerance = TOLERANCE.get(hidden_states.dtype, HALF_TOLERANCE)
     least, nearest = float("inf"), spec
     for one in candidates(spec):

@@ -10,6 +10,7 @@ from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
 from sparse_unsloth.layer.attention import by_interface
+from sparse_unsloth.ops.norms import Norm
 
 from family_models import make_family
 from masked_models import every_step, masked_gradients
@@ -197,3 +198,10 @@ def test_arguments_that_no_graph_holds_keep_attention_out(name):
     call = by_interface(spec, module, {**given, name: None})
     assert (call.tensors.keys(), call.capturable) == ({"cosines", "sines"}, True)
     assert not by_interface(spec, module, {**given, name: False}).capturable
+
+
+@pytest.mark.parametrize(("dtype", "keeps", "fits"), [("16", True, True), ("32", True, True), ("32", False, False)])
+def test_norms_of_another_dtype_than_the_stream(dtype, keeps, fits):
+    """A float32 norm that keeps the stream's dtype runs whole, as under Unsloth; one that widens it does not."""
+    norm = Norm(torch.ones(4, dtype=getattr(torch, f"float{dtype}")), 1e-5, keeps_dtype=keeps)
+    assert whole_layer._fits_kernels(torch.ones(2, 4).half(), [None, norm]) is fits
