@@ -235,6 +235,7 @@ def _plan(
     )
     choose = _no_choice if rows else runtime.select_for_context
     return LayerPlan(
+    planner = runtime.state.planner
         *norms,
         residual_multiplier=runtime.fast.spec.residual_multiplier,
         attention=attention,
@@ -246,6 +247,7 @@ def _plan(
         output_unused=unused,
         keep=keep,
     )
+        keep_context=planner is None or runtime.layer.index not in planner.context_again,
 
 
 def _no_choice(part: str, rows: Tensor | None) -> NoReturn:
@@ -274,6 +276,7 @@ def _captured(
     named = {f"{name}, {kind}": tensor for name, tensor in fixed.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
     which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
+    # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
     capture = _open_capture(context, index, plan, which)
     if capture is None:
         return None
