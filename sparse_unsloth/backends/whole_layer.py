@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward, restore_forward, runs
-from sparse_unsloth.backends.probes import difference
+from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs import layer as graphed_layer
@@ -23,6 +23,7 @@ from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
 from sparse_unsloth.graphs.rows import row_sparse_whole_layer
 from sparse_unsloth.layer.checkpoint import checkpointed
 from sparse_unsloth.layer.fast import FastLayer
+from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.model.decoder_layer import first_tensor
 from sparse_unsloth.model.training_flags import in_backward, in_checkpoint
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
@@ -133,8 +134,8 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         runtime.context = context
     if ours is None:
         return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
-    error, tolerance = difference(ours, expected)
-    if error <= tolerance:
+    tolerance = allowed(ours.dtype)
+    if difference(ours, expected) <= tolerance:
         return ""
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
@@ -234,8 +235,8 @@ def _plan(
         for part in ("self_attn", "mlp")
     )
     choose = _no_choice if rows else runtime.select_for_context
-    return LayerPlan(
     planner = runtime.state.planner
+    return LayerPlan(
         *norms,
         residual_multiplier=runtime.fast.spec.residual_multiplier,
         attention=attention,
@@ -246,8 +247,8 @@ def _plan(
         choose_mlp=partial(choose, "mlp"),
         output_unused=unused,
         keep=keep,
-    )
         keep_context=planner is None or runtime.layer.index not in planner.context_again,
+    )
 
 
 def _no_choice(part: str, rows: Tensor | None) -> NoReturn:
@@ -275,8 +276,8 @@ def _captured(
     kind = getattr(runtime.layer.self_attn, "layer_type", ""), runtime.fast.spec.window  # each has its own tensors
     named = {f"{name}, {kind}": tensor for name, tensor in fixed.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
-    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
     # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
+    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
     capture = _open_capture(context, index, plan, which)
     if capture is None:
         return None
