@@ -132,7 +132,7 @@ def micro_batch(batch):
 
 
 def test_newest_rows_count_and_older_code_does_not():
-    """The dense baseline does not depend on this package's code, so its older rows stay."""
+    """The dense baseline does not depend on this package's code, so its older rows stay. Other arms never replace it."""
     old = {"date": "2026-11-22T03:00:00+00:00", "commit": "old"}
     table = [
         row("wizardlm", "sparse-o2", 500.0, **old),
@@ -145,6 +145,15 @@ def test_newest_rows_count_and_older_code_does_not():
         row("wizardlm", "peft-nothing-dropped", 650.0),
         row("wizardlm", "peft-dense-graphs", 250.0),
         row("wizardlm", "hooks-dense", 650.0),  # a method that is gone
+        row("codefeedback", "unsloth-dense", 690.0, arm="padded", layout="padded"),
+        row("wizardlm", "peft-dense", 800.0, arm="peft", layout="padded"),
+    ]
+    newer = {"date": "2026-11-25T12:00:00+00:00"}
+    table += [
+        row("wizardlm", "peft-dense", 650.0, arm="liger", layout="padded", **newer),
+        row("wizardlm", "unsloth-dense", 500.0, arm="skip-max", layout="flat", **newer),
+        row("wizardlm", "unsloth-dense", 590.0, arm="block-graphs", layout="padded", **newer),
+        row("wizardlm", "sparse-o2", 290.0, arm="", layout="flat", **newer),
     ]
     used = {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(table)}
     assert used == {
@@ -152,6 +161,8 @@ def test_newest_rows_count_and_older_code_does_not():
         ("wizardlm", "unsloth-dense"): 600.0,
         ("wizardlm", "peft-sparse-50"): 350.0,
         ("math10k", "unsloth-dense"): 700.0,
+        ("codefeedback", "unsloth-dense"): 690.0,
+        ("wizardlm", "peft-dense"): 800.0,
     }
     assert used == {(one["shape"], one["method"]): one["median_ms"] for one in usable_rows(reversed(table))}
 
