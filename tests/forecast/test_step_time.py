@@ -132,7 +132,7 @@ def micro_batch(batch):
 
 
 def test_newest_rows_count_and_older_code_does_not():
-    """The dense baseline does not depend on this package's code, so its older rows stay. Other arms never replace it."""
+    """The dense baseline does not depend on this package's code, so its older rows stay. Other arms do not count."""
     old = {"date": "2026-11-22T03:00:00+00:00", "commit": "old"}
     table = [
         row("wizardlm", "sparse-o2", 500.0, **old),
