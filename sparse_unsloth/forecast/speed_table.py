@@ -118,6 +118,7 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
         checkpointing=row["checkpointing"] != "False",
         estimator_rank=sparsity.estimator.rank,
         backward_rows=sparsity.backward_rows,
+        captured=sparsity.cuda_graphs,
     )
     loss = shape.batch * shape.outputs
     lengths = (shape.length,) * shape.batch
