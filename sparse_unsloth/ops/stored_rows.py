@@ -121,14 +121,15 @@ def _with_context(
         plan: of the chosen rows, in natural order.
     """
     a, stream, *of_loss = saved
-    natural, (a, stream) = plan.mlp.partition, gather((a, stream), rows)
-    first, count = natural.dense[: choice.num_context], len(rows) - choice.num_context
+    natural, count = plan.mlp.partition, len(rows) - choice.num_context
+    (a,), (stream,) = gather([a], rows), gather([stream], rows[count:])
+    first = natural.dense[: choice.num_context]
     again = TokenPartition((1, len(first)), first, first[:0], first[:0], first)
     again.__dict__.update(rows=first, place=natural.place[: len(first)])
     order = RowOrder(again, False)
     # The MLP's backward computes it, too, but not the output that an output norm's gradient needs.
     context = replace(plan, attention=order, mlp=order, output_unused=plan.mlp_output_norm is None)
-    _, _, (_, *of_context) = after_attention(a[count:], stream[count:], context, loras)
+    _, _, (_, *of_context) = after_attention(a[count:], stream, context, loras)
     joined = [None if one is None else torch.cat((one, two)) for one, two in zip(of_loss, of_context, strict=False)]
     return [a, *joined, *of_loss[len(joined) :]]
 
