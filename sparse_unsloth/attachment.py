@@ -188,6 +188,9 @@ def _skip_unused_rows(state: SparsityState) -> str:
 
 def _replace_whole_layers(state: SparsityState) -> None:
     """Replaces the forward of layers that can run as whole layers, dense ones included, where Triton's kernels run."""
+    # Not for dense training without graphs: it is the baseline, and Unsloth compiles layers that nothing is attached to
+    # (padded batches, torch 2.11), which launches less: 246 ms at 2,048 tokens, uncaptured whole layers 280 with rows
+    # left out, captured ones 183 (benchmarks/results/unsloth-2026.10.9/speed.csv).
     parameter = next(state.model.parameters())
     if not (state.runtimes or state.dense_with_graphs) or not (state.config.cuda_graphs or use_kernels(parameter)):
         return

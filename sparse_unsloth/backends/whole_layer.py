@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward, restore_forward, runs
-from sparse_unsloth.backends.probes import difference
+from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs import layer as graphed_layer
@@ -25,6 +25,7 @@ from sparse_unsloth.graphs.rows import row_sparse_whole_layer
 from sparse_unsloth.layer.attention import AttentionCall, attend
 from sparse_unsloth.layer.checkpoint import checkpointed
 from sparse_unsloth.layer.fast import FastLayer
+from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.model.decoder_layer import first_tensor
 from sparse_unsloth.model.training_flags import in_backward, in_checkpoint
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
@@ -136,8 +137,8 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         runtime.context = context
     if ours is None:
         return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
-    error, tolerance = difference(ours, expected)
-    if error <= tolerance:
+    tolerance = allowed(ours.dtype)
+    if difference(ours, expected) <= tolerance:
         return ""
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
@@ -243,6 +244,7 @@ def _plan(
         for part in ("self_attn", "mlp")
     )
     choose = _no_choice if rows else runtime.select_for_context
+    planner = runtime.state.planner
     return LayerPlan(
         *norms,
         residual_multiplier=runtime.fast.spec.residual_multiplier,
@@ -254,6 +256,7 @@ def _plan(
         choose_mlp=partial(choose, "mlp"),
         output_unused=unused,
         keep=keep,
+        keep_context=planner is None or runtime.layer.index not in planner.context_again,
     )
 
 
@@ -277,6 +280,7 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
     kind = getattr(runtime.layer.self_attn, "layer_type", ""), call.window  # each has its own tensors
     named = {f"{name}, {kind}": tensor for name, tensor in call.tensors.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
+    # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
     which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, call.window, shapes
     capture = _open_capture(context, index, plan, which)
     if capture is None:

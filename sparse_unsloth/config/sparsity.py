@@ -171,8 +171,8 @@ class SparsityConfig(_Config):
     layer, when gradient checkpointing recomputes it. Same loss, same gradients."""
     memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
     """Peak memory of training on a GPU: up to 1 a share of the GPU's memory, above that GiB. Gradient checkpointing is
-    turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
-    unchanged."""
+    turned off for as many layers as fit, those that need least memory first; with `backward_rows` layers store the
+    activations of loss tokens alone until all fit. It must be on; None leaves it unchanged."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA

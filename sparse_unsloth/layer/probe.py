@@ -56,8 +56,10 @@ def find_spec(
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|``, of all values together."""
-    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)).item()
+    """``|found - expected| / |expected|``, of all values together, in float32 at least."""
+    dtype = torch.promote_types(expected.dtype, torch.float32)
+    found, expected = found.to(dtype), expected.to(dtype)
+    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(dtype).tiny)).item()
 
 
 def _output_and_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -238,7 +238,8 @@ class SparsityState:
             self.layers,
             self.layer_sparsity,
             budget,
-            hooked_rows={runtime.layer.index for runtime in rows if id(runtime.layer.module) not in hooked},
+            row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
+            backward_rows=self.config.backward_rows,
             fused_loss=self.backend.name == "unsloth",
             loss_only=self.config.exact_removal,
         )
