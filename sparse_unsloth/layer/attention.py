@@ -8,7 +8,6 @@ so that the rest can be captured in CUDA graphs.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from sparse_unsloth.graphs.packed_attention import DTYPES, Packing, packed_attention, visible
 from sparse_unsloth.layer.spec import LayerSpec
@@ -134,26 +134,17 @@ def causal(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """PyTorch's attention, causal without a ``mask``; ``[batch, sequence, heads, head_dim]``."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    fused = not query.is_cuda or (query.dtype in DTYPES and _capability(query.device) >= (8, 0))
+    fused = not query.is_cuda or (query.dtype in DTYPES and torch.cuda.get_device_capability(query.device) >= (8, 0))
     if groups > 1 and not (fused and mask is None):  # where keys for several heads would leave the slow kernel alone
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    more = -length % CUDNN_STEP if mask is None and fused and _may_be_cudnn(query) else 0
-    if more:  # later tokens, which no other one sees; a token's heads stay beside each other
+    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    more = -length % CUDNN_STEP if query.is_cuda and mask is None else 0
+    if more and torch._fused_sdp_choice(query, key, value, **options) == int(SDPBackend.CUDNN_ATTENTION):
+        # By later tokens, which no other one sees; a token's heads stay beside each other.
         rows = (x.transpose(1, 2) for x in (query, key, value))
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, more)).transpose(1, 2) for x in rows)
-    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
-    grouped = query.shape[1] != key.shape[1]
-    output = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
-    return output[:, :, :length].transpose(1, 2)
-
-
-def _may_be_cudnn(query: Tensor) -> bool:
-    return query.is_cuda and _capability(query.device)[0] in (9, 10) and torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return F.scaled_dot_product_attention(query, key, value, **options)[:, :, :length].transpose(1, 2)
 
 
 def _interface(module: nn.Module) -> Callable[..., Any]:

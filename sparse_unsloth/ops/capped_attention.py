@@ -1,7 +1,7 @@
 """Computes attention whose scores have a soft cap, in plain PyTorch; nothing waits for the device.
 
 Forward and backward compute the scores of some heads at a time, and backward computes them again, so what is kept is Q,
-K, V alone. Working memory: at most 16 bytes for each of `MOST_SCORES` scores, or of one key head of one sequence.
+K, V alone. Working memory: 20 bytes for each of `MOST_SCORES` scores at most, or of one key head of one sequence.
 """
 
 from __future__ import annotations
