@@ -154,4 +154,5 @@ def _interface(module: nn.Module) -> Callable[..., Any]:
     name, forward = module.config._attn_implementation, inspect.unwrap(type(module).forward)
     if name == "eager" and forward.__module__ == UNSLOTHS_GEMMA_3:
         name = "sdpa"  # on the mask of eager attention
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, forward.__globals__.get("eager_attention_forward"))
+    eager = getattr(forward, "__globals__", {}).get("eager_attention_forward")
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

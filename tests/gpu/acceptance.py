@@ -37,13 +37,13 @@ PROMISED_PEFT = families_of("peft")
 PEFT_LAYOUTS = ("--layouts", "padded,packed")
 """To PEFT a padding-free batch is a packed one: position ids alone tell its documents."""
 FAST_MODEL = {
-    "granite": ("--dtypes", "4bit"),
-    "smollm3": ("--dtypes", "bf16"),
+    "granite": ("--dtypes", "4bit", "--checkpointing", "unsloth,True"),
+    "smollm3": ("--dtypes", "bf16", "--checkpointing", "unsloth,False"),
     "gemma3 eager": ("--dtypes", "bf16", "--checkpointing", "unsloth,False", "--attention", "eager"),
     "gemma3": ("--dtypes", "4bit", "--checkpointing", "unsloth", "--modes", "dense,rows,channels"),
 }
 """What is tried on Unsloth's compiled path, whose layers run whole like the PEFT backend's. Gemma 3 has flex attention
-there, which no CUDA graph holds, and which is compiled for each length; "eager" means PyTorch's attention."""
+there, which no CUDA graph holds; "eager" means PyTorch's attention."""
 FLEX = "FastModel gemma3"
 """The process with flex attention, whose layers may run part by part."""
 LARGE = "llama 8B"
