@@ -17,6 +17,7 @@ import random
 import statistics
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ from pathlib import Path
 Lengths = tuple[int, int]
 """Median and 90th percentile, in tokens."""
 Z90 = statistics.NormalDist().inv_cdf(0.9)
-SPECIAL = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>"
-"""Tokens 0 to 3: beginning and end of a text, padding, and what opens a turn."""
+SPECIAL = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>", "<|text|>"
+"""The first tokens: beginning and end of a text, padding, and what opens a turn and its text."""
 TEMPLATE = (
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n\n{% endif %}"
+    "{{ '<|begin|>' }}{% for m in messages %}<|turn|>{{ m['role'] }}<|text|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant<|text|>{% endif %}"
 )
 VOCABULARY, TRAINED_ON = 8192, 3_000_000
 """Tokens of `make_tokenizer`, and the characters that it is trained on."""
@@ -88,7 +89,7 @@ def corpus() -> dict[str, tuple[str, ...]]:
             if documentation := ast.get_docstring(node):
                 prose.append(f"{path.stem}.{node.name}: {documentation}")
             if not isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno > 3:
-                code.append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+                code.append(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
     pieces = {"prose": prose, "code": code}
     return {kind: tuple(text.encode("ascii", "ignore").decode() for text in pieces[kind]) for kind in pieces}
 
@@ -111,10 +112,10 @@ def make_tokenizer():
     random.Random(0).shuffle(texts)
     used = sum(end <= TRAINED_ON for end in itertools.accumulate(map(len, texts)))
     tokenizer.train_from_iterator(texts[:used], trainer)
-    begin, end, pad, _ = SPECIAL
+    begin, end, pad, *others = SPECIAL
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad, unk_token=pad,
-        additional_special_tokens=[SPECIAL[3]],
+        additional_special_tokens=others,
     )  # fmt: skip
     fast.chat_template = TEMPLATE
     return fast
