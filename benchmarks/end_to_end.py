@@ -55,7 +55,7 @@ from sparse_unsloth.bench.arms import (
     why_not_installed,
     why_unavailable,
 )
-from sparse_unsloth.bench.processes import Parent, Process, emit, serve
+from sparse_unsloth.bench.processes import Parent, Process, emit, first_line, serve
 from sparse_unsloth.bench.profiling import covered
 from sparse_unsloth.bench.runs import Plan, run_to_resume
 from sparse_unsloth.bench.speed import describe, device_name
@@ -239,11 +239,15 @@ def measure_cell(args: argparse.Namespace) -> None:
     tokens = [sum(lengths[at : at + per_step]) for at in range(0, len(lengths), per_step)]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][: args.steps]
     speed = sum(tokens[args.warmup : args.steps]) / (clock.end - clock.warm)
-    notes = [f"loaded in {ready:.0f} s", *filter(None, [notes_of(entry, trainer.model, clock)])]
+    notes = [f"loaded in {ready:.0f} s", notes_of(entry, trainer.model, clock)]
+    try:
+        busy = busy_share(clock, sum(tokens[args.steps :]), speed)
+    except Exception as error:  # the times are there already
+        busy, notes = None, [*notes, f"no profile: {first_line(error)}"]
     found = {
-        "tokens_per_s": round(speed, 1), "total_s": round(clock.end - clock.begin, 2),
-        "busy_share": busy_share(clock, sum(tokens[args.steps :]), speed), "peak_gib": round(clock.peak / 2**30, 3),
-        "final_loss": round(statistics.fmean(losses[-max(1, args.steps // 10) :]), 4), "note": ", ".join(notes),
+        "tokens_per_s": round(speed, 1), "total_s": round(clock.end - clock.begin, 2), "busy_share": busy,
+        "peak_gib": round(clock.peak / 2**30, 3), "note": ", ".join(filter(None, notes)),
+        "final_loss": round(statistics.fmean(losses[-max(1, args.steps // 10) :]), 4),
     }  # fmt: skip
     times = [round(end - start, 4) for start, end in zip([clock.begin, *clock.ends], clock.ends, strict=False)]
     print(f"{describe_cell(piece)}: {found}", flush=True)
@@ -408,6 +412,11 @@ def prepare(args: argparse.Namespace) -> None:
         print(report(kind, rows, tokenizer), flush=True)
 
 
+def prepare_elsewhere(argv: list[str]) -> None:
+    """Calls `prepare` in another process: this one must not use the GPU."""
+    subprocess.run([sys.executable, __file__, *argv, "--prepare"], check=True)
+
+
 def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
     """Trains every cell that the table lacks, each in a child; returns whether all have a speed. Sets ``args.run``."""
     with Parent(args.seconds).listening() as parent:
@@ -417,7 +426,7 @@ def conduct(args: argparse.Namespace, argv: list[str]) -> bool:
         print(f"run {args.run}", flush=True)
         plan = Plan(args.out, CELLS, plan.pieces, args.run, common)
         if plan.left():
-            subprocess.run([sys.executable, __file__, *argv, "--prepare"], check=True)
+            prepare_elsewhere(argv)
         longest = 0.0
         for piece in plan.left():
             arm = args.arms[piece["arm"]].arm

@@ -28,10 +28,10 @@ Z90 = statistics.NormalDist().inv_cdf(0.9)
 SPECIAL = "<|begin|>", "<|end|>", "<|pad|>", "<|turn|>", "<|text|>"
 """The first tokens: beginning and end of a text, padding, and what opens a turn and its text."""
 TEMPLATE = (
-    "{{ '<|begin|>' }}{% for m in messages %}<|turn|>{{ m['role'] }}<|text|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}<|text|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant<|text|>{% endif %}"
 )
-VOCABULARY, TRAINED_ON = 8192, 3_000_000
+VOCABULARY, TRAINED_ON = 8192, 1_500_000
 """Tokens of `make_tokenizer`, and the characters that it is trained on."""
 
 
@@ -137,7 +137,7 @@ def make_rows(kind: str, tokenizer, count: int, seed: int = 0) -> list[dict]:
     prompts, answers = (lengths(*given, count) for given in (of.prompt, of.answer))
     rng.shuffle(prompts)
     rng.shuffle(answers)
-    texts = {name: _Text(name, tokenizer, rng) for name in {of.of_prompt, of.of_answer}}
+    texts = {name: _Text(name, tokenizer, rng) for name in dict.fromkeys((of.of_prompt, of.of_answer))}
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         question = texts[of.of_prompt].take(prompt - ahead, of.opening)
