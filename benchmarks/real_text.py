@@ -114,7 +114,7 @@ def make_tokenizer():
     tokenizer.train_from_iterator(texts[:used], trainer)
     begin, end, pad, *others = SPECIAL
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad, unk_token=pad,
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad,
         additional_special_tokens=others,
     )  # fmt: skip
     fast.chat_template = TEMPLATE

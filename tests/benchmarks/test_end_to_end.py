@@ -25,6 +25,7 @@ def load(name):
 
 
 text = load("real_text")
+load("plot_end_to_end")
 runs = load("end_to_end")
 
 
@@ -132,6 +133,7 @@ def test_an_arm_changes_only_what_it_means():
         ("unsloth-quick", "unsloth", "no arm quick"),
         ("unsloth-stock", "peft", "no arm unsloth-stock with --backend peft"),
         ("peft", "unsloth", "no arm peft with --backend unsloth"),
+        ("unsloth-peft", "unsloth", "no arm unsloth-peft with --backend unsloth"),
     ):
         with pytest.raises(ConfigError, match=why):
             runs.entry_of(name, backend)
