@@ -25,7 +25,7 @@ def load(name):
 
 
 text = load("real_text")
-load("plot_end_to_end")
+plots = load("plot_end_to_end")
 runs = load("end_to_end")
 
 
@@ -106,12 +106,14 @@ def test_a_job_resumes_and_compares_with_the_stock_and_the_best_arm(tmp_path, mo
     assert "| chat | 2x4 | ours-exact | 300 | 3.00x | 2.00x | unsloth-padded | 1.00x |  | 5.0 | 2.5 |" in printed
     assert "| chat | 8x1 | unsloth-stock | 200 | 1.00x | 0.67x | unsloth-padded | 0.67x |  | 5.0 | 2.5 |" in printed
     assert "| chat | 8x1 | unsloth-kept |  |  |  |  |  |  |  |  |  | failed: RuntimeError: broken |" in printed
-    rows = read_table(out, runs.COLUMNS)
+    rows = read_table(out, plots.COLUMNS)
     assert (len(rows), len({row["run"] for row in rows})) == (8, 1)
     assert runs.main(["--out", str(out), "--table"]) == 0
     assert "| ours-exact | 600 | 3.00x | 2.00x |" in capsys.readouterr().out
     assert runs.main(["--out", str(out), "--plot"]) == 0
-    assert all(Path(line).stat().st_size > 1000 for line in capsys.readouterr().out.split())
+    pictures = capsys.readouterr().out.split()
+    assert [Path(name).name for name in pictures] == ["cells.png", "cells-losses.png"]
+    assert all(Path(name).stat().st_size > 1000 for name in pictures)
 
 
 def test_an_arm_changes_only_what_it_means():
