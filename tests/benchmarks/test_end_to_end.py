@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -47,10 +48,38 @@ def test_data_have_the_lengths_and_the_context_share_of_their_kind(kind, tokeniz
     assert {"the", "return"} & set(words), "no real text"
 
 
+def test_data_are_the_same_in_every_process():
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import real_text
+class Letters:
+    chat_template = "some"
+    encode = staticmethod(lambda text, add_special_tokens: list(text))
+    decode = staticmethod(lambda ids, clean_up_tokenization_spaces: "".join(ids))
+real_text.corpus = lambda: {name: [f"{name} {at}" for at in range(99)] for name in ("prose", "code")}
+print([real_text.make_rows(kind, Letters, 9) for kind in ("chat", "passages", "long-prompts")])
+"""
+    texts = [
+        subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], env={"PYTHONHASHSEED": seed}, capture_output=True,
+                       text=True, check=True).stdout for seed in "123"
+    ]  # fmt: skip
+    assert len(set(texts)) == 1
+
+
 def test_a_cell_of_ours_and_of_plain_peft_train_alike(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "make_tokenizer", lambda: tokenizer)
-    found = []
+    found, seen, make_clock = [], [], runs.make_clock
     monkeypatch.setattr(runs, "emit", lambda **report: found.append(report))
+
+    def watch(trainer, *steps):
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, batch: seen[-1].append(int(batch["attention_mask"].sum())), with_kwargs=True
+        )
+        seen.append([])
+        return make_clock(trainer, *steps)
+
+    monkeypatch.setattr(runs, "make_clock", watch)
     words = ["--backend", "peft", "--model", "tiny", "--work", str(tmp_path), "--data", "chat", "--steps", "3"]
     words += ["--micro-batches", "1x2", "--warmup", "1", "--profile", "1"]
     for number, arm in enumerate(("peft", "ours-exact+no-checkpointing")):
@@ -64,11 +93,12 @@ def test_a_cell_of_ours_and_of_plain_peft_train_alike(tokenizer, tmp_path, monke
     for report, arm in zip(found, ("peft", "ours-exact+no-checkpointing"), strict=True):
         row, curve = report["row"], report["curve"]
         assert (row["arm"], row["micro_batch"], row["busy_share"]) == (arm, "1x2", None)
-        assert curve["tokens"] == [sum(sizes[at : at + 2]) for at in (0, 2, 4)], "another order"
+        assert curve["tokens"] == [sum(sizes[at : at + 2]) for at in (0, 2, 4)]
         assert row["tokens_per_s"] == pytest.approx(sum(sizes[2:6]) / sum(curve["step_s"][1:]), rel=0.1)
         assert sum(curve["step_s"]) == pytest.approx(row["total_s"], rel=0.1)
         assert row["final_loss"] == pytest.approx(curve["losses"][-1], abs=1e-3)
         assert row["peak_gib"] > 0
+    assert seen == [sizes, sizes], "another order"
     assert found[0]["curve"]["losses"] == pytest.approx(found[1]["curve"]["losses"], abs=2e-3)
     assert len(found[0]["curve"]["losses"]) == 3
 
