@@ -181,3 +181,35 @@ def test_a_long_document_is_a_micro_batch():
         ("code", "2x4"), ("code", "8x1"), ("long16k", "1x1"),
     ]  # fmt: skip
     assert [runs.data_path(args, kind).name for kind in args.data] == ["m-code-32.jsonl", "m-long16k-4.jsonl"]
+
+
+def test_kernels_of_profiled_steps_against_the_time_without_the_profiler():
+    def event(name, start, end, device=torch.autograd.DeviceType.CUDA):
+        times = Namespace(start=start * 1e6, end=end * 1e6)
+        return Namespace(name=name, time_range=times, device_type=device, is_user_annotation=name == "step")
+
+    kernels = [event("gemm", 0, 2), event("rope", 1, 3)]
+    others = [event("step", 0, 9), event("Memcpy HtoD", 0, 9), event("aten::mm", 0, 9, torch.autograd.DeviceType.CPU)]
+    clock = Namespace(profile=Namespace(events=lambda: kernels + others))
+    assert runs.busy_share(clock, tokens=100, speed=10) == 0.3  # 0.03 s of kernels a token, 0.1 s a token
+    assert runs.busy_share(clock, tokens=100, speed=50) == 1.0
+    assert runs.busy_share(Namespace(profile=Namespace(events=lambda: others)), 100, 10) is None
+    assert runs.busy_share(Namespace(profile=None), 100, 10) is None
+
+
+def test_unsloth_comes_before_our_import(monkeypatch):
+    imported, unsloth, load_module = [], Namespace(FastLanguageModel="Unsloth's"), importlib.import_module
+
+    def import_module(name, *others):
+        imported.append(name)
+        return unsloth if name == "unsloth" else load_module(name, *others)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    stock, ours = (runs.entry_of(name, "unsloth") for name in ("unsloth-stock", "ours-exact"))
+    assert (runs.library_of(stock), imported) == ("Unsloth's", ["unsloth"])
+    assert runs.library_of(ours).from_pretrained.keywords == {"backend": "unsloth"}
+    assert imported[1] == "unsloth"
+    assert len(imported) > 2
+    assert runs.library_of(runs.entry_of("peft", "peft")) is runs.PlainPeft
+    assert runs.library_of(runs.entry_of("ours-exact", "peft")).from_pretrained.keywords == {"backend": "peft"}
+    assert imported.count("unsloth") == 2
