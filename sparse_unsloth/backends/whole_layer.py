@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward, restore_forward, runs
+from sparse_unsloth.backends.peft.compiled import stance
 from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
@@ -122,7 +123,7 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         if call is None:
             return f"our attention does not take the arguments of {type(module).__name__}"
         runtime.context = None  # the hooks of its parts compute densely
-        with torch.compiler.set_stance("force_eager"):  # Unsloth compiles Gemma 2's attention, for minutes
+        with torch.compiler.set_stance(stance(runtime.layer)):  # Unsloth compiles Gemma 2's attention, for minutes
             runtime.fast.prove(lambda x: plain_forward(module, x, **arguments), hidden_states, call)
         runtime.context = context
         ours = _compute(runtime, hidden_states, arguments)

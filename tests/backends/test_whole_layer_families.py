@@ -200,6 +200,23 @@ def test_arguments_that_no_graph_holds_keep_attention_out(name):
     assert not by_interface(spec, module, {**given, name: False}).capturable
 
 
+def test_arguments_reach_attention_without_capture(monkeypatch):
+    """Unsloth's functions read the documents' lengths; a captured call reads its fixed tensors alone."""
+    seen = []
+
+    def interface(module, query, *others, **arguments):
+        seen.append(arguments.get("packed_seq_lengths"))
+        return query, None
+
+    monkeypatch.setattr("sparse_unsloth.layer.attention._interface", lambda module: interface)
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    spec = SimpleNamespace(rotation="none", query_scaling=None, scaling=1.0, window=None)
+    call = by_interface(spec, module, {"packed_seq_lengths": (3, 5)})
+    for tensors in (call.tensors, dict(call.tensors)):
+        call.compute(*torch.zeros(3, 1), tensors)
+    assert seen == [(3, 5), None]
+
+
 @pytest.mark.parametrize(("dtype", "keeps", "fits"), [("16", True, True), ("32", True, True), ("32", False, False)])
 def test_norms_of_another_dtype_than_the_stream(dtype, keeps, fits):
     """A float32 norm that keeps the stream's dtype runs whole, as under Unsloth; one that widens it does not."""
