@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
+from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
 from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
@@ -78,19 +79,21 @@ def attach(
             "Call detach() on that model first."
         )
     layers = find_layers(model)
-    state = SparsityState(model, layers, config, _backend_of(model, layers), _set_up_process)
+    state = SparsityState(model, layers, config, _backend_of(layers), _set_up_process)
     model.__dict__["_sparsity_state"] = state
     try:
         refuse_adapters(state)
         _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
-        for runtime in state.runtimes.values():
-            state.backend.install(runtime)
-        skipped = _skip_unused_rows(state)
-        _replace_whole_layers(state)
-        register_hooks(state)
-        _keep_uncompiled(state)
-        _probe(state)
+        # Restored, because Unsloth's own forwards change it.
+        with torch.compiler.set_stance(compiled.stance(layers[0]) if state.backend is peft.BACKEND else "default"):
+            for runtime in state.runtimes.values():
+                state.backend.install(runtime)
+            skipped = _skip_unused_rows(state)
+            _replace_whole_layers(state)
+            register_hooks(state)
+            _keep_uncompiled(state)
+            _probe(state)
         _keep_proved_layers(state)
         _prepare_graphs(state)
         _obtain_estimator(state, calibration_samples)
@@ -153,20 +156,13 @@ def _refuse_shared_modules(state: SparsityState) -> None:
             owners[module] = f"{layer.name}.{name}"
 
 
-def _backend_of(model: nn.Module, layers: list[DecoderLayer]) -> Backend:
+def _backend_of(layers: list[DecoderLayer]) -> Backend:
     """The Unsloth backend where Unsloth's fast path prepared the layers, else the PEFT backend.
 
-    Raises:
-        AttachError: Unsloth runs the model through its compiled path, which has no hook points.
+    Unsloth's compiled path (``FastModel``) leaves transformers' modules with other class forwards. The PEFT backend
+    replaces forwards of instances, so it runs there too (docs/how-it-works.md, section 7.5).
     """
-    if "apply_qkv" in layers[0].self_attn.__dict__:
-        return unsloth.BACKEND
-    if model.__dict__.get("_sparse_backend") == "unsloth":
-        raise AttachError(
-            f"Unsloth runs {type(layers[0].module).__name__} through its general compiled path, which has no hook "
-            "points (as for Granite, Cohere, mixtures of experts and 8-bit bases). Load it with backend='peft'."
-        )
-    return peft.BACKEND
+    return unsloth.BACKEND if "apply_qkv" in layers[0].self_attn.__dict__ else peft.BACKEND
 
 
 def _skip_unused_rows(state: SparsityState) -> str:
@@ -192,6 +188,9 @@ def _skip_unused_rows(state: SparsityState) -> str:
 
 def _replace_whole_layers(state: SparsityState) -> None:
     """Replaces the forward of layers that can run as whole layers, dense ones included, where Triton's kernels run."""
+    # Not for dense training without graphs: it is the baseline, and Unsloth compiles layers that nothing is attached to
+    # (padded batches, torch 2.11), which launches less: 246 ms at 2,048 tokens, uncaptured whole layers 280 with rows
+    # left out, captured ones 183 (benchmarks/results/unsloth-2026.10.9/speed.csv).
     parameter = next(state.model.parameters())
     if not (state.runtimes or state.dense_with_graphs) or not (state.config.cuda_graphs or use_kernels(parameter)):
         return
@@ -231,6 +230,8 @@ def _prepare_graphs(state: SparsityState) -> None:
     layers = state.whole_forwards
     for runtime in layers:
         runtime.not_captured = whole_layer.why_not_captured(runtime)
+        if state.backend is peft.BACKEND:
+            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer)
     if all(runtime.not_captured for runtime in layers):
         why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")
@@ -243,8 +244,8 @@ def _prepare_graphs(state: SparsityState) -> None:
 
 
 def _try_documents(state: SparsityState) -> None:
-    """Tests whether Unsloth's attention within packed documents can be captured; warns where it cannot on a GPU."""
-    if state.backend.attention_is_ours:  # documents are in its mask
+    """Tests whether attention within packed documents or a window can be captured; warns where it cannot on a GPU."""
+    if state.backend.name == "peft":  # both are in its mask
         return
     layer = state.layers[0]
     weights = (one for name, one in layer.module.named_parameters() if name.endswith("norm.weight"))
@@ -258,8 +259,8 @@ def _try_documents(state: SparsityState) -> None:
     if reason:
         state.graphs.captures_documents = False
         logger.warning(
-            "cuda_graphs: attention within packed documents cannot be captured (%s). Packed and padding-free batches "
-            "run without CUDA graphs.",
+            "cuda_graphs: attention within packed documents or a window cannot be captured (%s). Packed and "
+            "padding-free batches, and layers with a window shorter than the sequence, run without CUDA graphs.",
             reason,
         )
 
@@ -306,8 +307,14 @@ def _probe(state: SparsityState) -> None:
         )
         context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    with torch.no_grad(), training_mode(state.model):
-        state.model(input_ids=ids, use_cache=False, **{CONTEXT_ARGUMENT: context})
+    options = compiled.probe_arguments(state.layers[0]) if state.backend is peft.BACKEND else {}
+    uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
+    try:
+        with torch.no_grad(), training_mode(state.model):
+            state.model(input_ids=ids, use_cache=False, **options, **{CONTEXT_ARGUMENT: context})
+    finally:
+        for switch in uncompiled:
+            switch.remove()
     expected = state.hooked_parts()
     missing = expected - context.ran
     if missing:

@@ -191,5 +191,5 @@ def _print(*lines: Any) -> None:
 
 
 def _backend_name(model: nn.Module) -> str:
-    state = get_state(model)
-    return state.backend.name if state is not None else model.__dict__.get("_sparse_backend", "peft")
+    """The library that loaded ``model``, and switches its modes: Unsloth binds its functions to each model."""
+    return model.__dict__.get("_sparse_backend") or ("unsloth" if "for_training" in model.__dict__ else "peft")

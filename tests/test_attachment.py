@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth import attach, attachment, detach, get_state
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.tokens.partition import TokenPartition
 
 from masked_models import assert_gradients_close, masked_by_hooks, record_selections
 from tiny_models import FAMILIES, always, loras, loss_and_gradients, make_base, make_batch, make_lora
+from unsloth_stand_in import decoder_layers
 
 NOTHING_DROPPED = 1e-9
 """A sparsity so small that every channel is kept: all hooks work, and nothing is left out."""
@@ -411,6 +412,37 @@ def test_forwards_do_not_pile_up():
     assert mlp.forward == forward
     assert len(model._forward_pre_hooks) == hooks
     assert all(runtime.context is None for runtime in get_state(model).runtimes.values())
+
+
+def test_attaching_compiles_nothing_and_leaves_the_compiler_as_it_was(monkeypatch):
+    """Unsloth compiles class forwards, and its forward without labels changes how torch.compile runs from then on."""
+    model, compiled = make_lora("llama"), []
+    mlp, base = decoder_layers(model)[0].mlp, model.get_base_model()
+    run = torch.compile(type(mlp).forward, backend=lambda graph, inputs: compiled.append(1) or graph.forward)
+    monkeypatch.setattr(type(mlp), "forward", run)
+    base.register_forward_hook(lambda *_: torch.compiler.set_stance("eager_on_recompile") and None)
+    attach(model, {"backward_rows": 0.25})
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert compiled == []
+    with torch.compiler.set_stance("default"):
+        model(**make_batch())
+    assert compiled
+
+
+def test_flex_attention_is_probed_with_a_kernel_that_has_a_backward(monkeypatch):
+    model, seen = make_lora("llama"), []
+    model.config._attn_implementation = "flex_attention"
+    decoder_layers(model)[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("kernel_options")), with_kwargs=True
+    )
+    attach(model, {"backward_rows": 0.25})
+    assert seen == [{"FORCE_USE_FLEX_ATTENTION": True}]
+    detach(model)
+    monkeypatch.setattr(attachment.whole_layer, "why_not_captured", lambda runtime: "")
+    with pytest.raises(
+        AttachError, match=r"can be captured: its attention is flex_attention.*attn_implementation='sdpa'"
+    ):
+        attach(model, {"backward_rows": 0.25, "cuda_graphs": True})
 
 
 @pytest.mark.parametrize("config", [{"preset": "dense"}, {"backward_rows": 0.25}])

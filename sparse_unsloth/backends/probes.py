@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer.probe import HALF_TOLERANCE, difference
 from sparse_unsloth.model.adapters import refuse_foreign_leaves
 from sparse_unsloth.model.decoder_layer import MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.model.training_flags import training_mode
@@ -33,10 +34,9 @@ def probe_rows(base: BaseWeight) -> Tensor:
     return torch.randn(1, PROBE_TOKENS, base.shape[1], generator=generator).to(base.device, dtype)
 
 
-def difference(ours: Tensor, expected: Tensor) -> tuple[float, float]:
-    """``(error, tolerance)``: the relative error of ``ours``, and the largest one that rounding explains."""
-    error = ((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)).item()
-    return error, 1e-3 if ours.dtype == torch.float32 else 3e-2
+def allowed(dtype: torch.dtype) -> float:
+    """The largest relative `difference` that rounding explains."""
+    return 1e-3 if dtype == torch.float32 else HALF_TOLERANCE
 
 
 def check(layer: DecoderLayer, part: str) -> None:
@@ -102,7 +102,7 @@ def _compare(
         loras = [projection.lora for projection in projections if projection.lora]
         refuse_foreign_leaves(where, expected, (factor for lora in loras for factor in (lora.A, lora.B)))
         with torch.no_grad():
-            error, tolerance = difference(sparse(x, partition), expected.detach())
+            error, tolerance = difference(sparse(x, partition), expected.detach()), allowed(x.dtype)
     if not error <= tolerance:
         raise AttachError(
             f"{where}: with every channel kept the sparse function differs from the module's own forward by "

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import original_forward, replace_forward
-from sparse_unsloth.backends.probes import PROBE_TOKENS, difference, probe_rows
+from sparse_unsloth.backends.probes import PROBE_TOKENS, allowed, probe_rows
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_foreign_leaves
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.model.training_flags import in_backward, training_mode
@@ -114,7 +115,7 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
     refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
-    error, tolerance = difference(chosen, whole.detach()[:, rows])
+    error, tolerance = difference(chosen, whole.detach()[:, rows]), allowed(whole.dtype)
     if not error <= tolerance:
         raise AttachError(
             f"{where}: some rows, computed alone, differ by {error:.2g} (allowed {tolerance}) from the same rows among "

@@ -1,13 +1,14 @@
 """Runs decoder layers as whole layers, in both backends: dense, by channels or by rows, captured in CUDA graphs or not.
 
 The instance's forward is replaced. Two functions compute everything but attention (docs/how-it-works.md, section 7),
-and the backend computes attention between them. Where they do not apply, the layer's own forward runs, with the hooks
-of its parts. The result is the same up to rounding.
+and `sparse_unsloth.layer.attention` computes attention between them, of what the backend reads from the layer's
+arguments. Where they do not apply, the layer's own forward runs, with the hooks of its parts. The result is the same up
+to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import plain_forward, replace_forward, restore_forward, runs
-from sparse_unsloth.backends.probes import difference
+from sparse_unsloth.backends.peft.compiled import stance
+from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs import layer as graphed_layer
 from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
 from sparse_unsloth.graphs.rows import row_sparse_whole_layer
+from sparse_unsloth.layer.attention import AttentionCall, attend
 from sparse_unsloth.layer.checkpoint import checkpointed
 from sparse_unsloth.layer.fast import FastLayer
+from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.model.decoder_layer import first_tensor
 from sparse_unsloth.model.training_flags import in_backward, in_checkpoint
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
@@ -36,7 +40,6 @@ from sparse_unsloth.runtime.state import LayerRuntime
 SKIPS_UNUSED_ROWS = "it skips unused rows instead (exact_removal)"
 WRAPPED = "something wraps its forward (accelerate's hooks of a model on several devices, say)"
 NO_KERNELS = "Triton's kernels do not run here"
-CACHES = ("past_key_value", "past_key_values")
 
 
 def install(runtimes: Iterable[LayerRuntime]) -> None:
@@ -53,8 +56,8 @@ def install(runtimes: Iterable[LayerRuntime]) -> None:
             runtime.not_whole = WRAPPED
             continue
         try:
+            state.backend.check_not_sharded(runtime.layer)
             runtime.fast = FastLayer(runtime.layer)
-            state.backend.prepare_whole_layer(runtime)
         except AttachError as error:
             runtime.not_whole = str(error)
         else:
@@ -68,8 +71,7 @@ def uninstall(runtime: LayerRuntime) -> None:
         return
     restore_forward(module)
     module.__dict__["_sparse_runtime"] = runtime  # the layer's hooks read it
-    removed = [module, *state.backend.release_whole_layer(runtime)]
-    state.hooked = [one for one in state.hooked if one not in removed]
+    state.hooked.remove(module)
 
 
 def why_not_captured(runtime: LayerRuntime) -> str:
@@ -117,10 +119,13 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
     """How the layer as a whole differs from ``expected``, in a sentence; "" where it does not."""
     module, context = runtime.layer.module, runtime.context
     try:
-        if runtime.state.backend.attention_is_ours:
-            runtime.context = None  # the hooks of its parts compute densely
-            runtime.fast.prove(lambda x, **given: plain_forward(module, x, **given), hidden_states, arguments)
-            runtime.context = context
+        call = runtime.state.backend.read_attention(runtime, hidden_states, arguments)
+        if call is None:
+            return f"our attention does not take the arguments of {type(module).__name__}"
+        runtime.context = None  # the hooks of its parts compute densely
+        with torch.compiler.set_stance(stance(runtime.layer)):  # Unsloth compiles Gemma 2's attention, for minutes
+            runtime.fast.prove(lambda x: plain_forward(module, x, **arguments), hidden_states, call)
+        runtime.context = context
         ours = _compute(runtime, hidden_states, arguments)
     except torch.OutOfMemoryError:
         raise
@@ -133,16 +138,15 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         runtime.context = context
     if ours is None:
         return f"our functions do not take hidden states of {expected.dtype} on {expected.device.type} with these norms"
-    error, tolerance = difference(ours, expected)
-    if error <= tolerance:
+    tolerance = allowed(ours.dtype)
+    if difference(ours, expected) <= tolerance:
         return ""
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
 def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """`_compute` inside non-reentrant gradient checkpointing (see `sparse_unsloth.layer.checkpoint`)."""
-    norms, projections = runtime.fast.norms(), runtime.fast.projections()
-    if norms is None or projections is None or not _applies(runtime, hidden_states, arguments, norms):
+    if runtime.fast.projections() is None or _read(runtime, hidden_states, arguments) is None:
         return None
     context = runtime.context
 
@@ -162,14 +166,15 @@ def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, argument
 
 def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """The layer's output by the two functions, captured or not; None where its own forward must run."""
-    norms = runtime.fast.norms()
-    if norms is None or not _applies(runtime, hidden_states, arguments, norms):
+    read = _read(runtime, hidden_states, arguments)
+    if read is None:
         return None
+    norms, call = read
     context, state, index = runtime.context, runtime.state, runtime.layer.index
     memo, keep = context.memo(index), torch.is_grad_enabled()
     recompute = memo.is_recompute()
-    projections = memo.projections if recompute and not state.backend.attention_is_ours else None
-    if projections is None:  # FSDP may have replaced them
+    projections = memo.projections if recompute and state.backend.keeps_weights else None
+    if projections is None:
         projections = runtime.fast.projections()
         if projections is None:
             return None
@@ -180,14 +185,14 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
         if state.row_sparse or runtime.is_sparse(part):
             runtime.record_run(part)
     if not recompute:  # a recompute is captured if its first forward was
-        memo.captured = _can_be_captured(runtime)
+        memo.captured = call.capturable and _can_be_captured(runtime)
     if memo.captured:
-        output = _captured(runtime, hidden_states, plan, arguments)
+        output = _captured(runtime, hidden_states, plan, call)
         memo.captured = output is not None
         if memo.captured:
             return output
     *projected, residual = pre_attention(hidden_states, plan)
-    attention_output = state.backend.attend(runtime, hidden_states, projected, arguments)
+    attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
     if state.row_sparse:
         choice = context.row_choice(index, state.config.backward_rows)
         chosen = RowOrder(context.chosen_rows(choice), False)
@@ -198,28 +203,34 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
     return output
 
 
-def _applies(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any], norms: list[Norm | None]) -> bool:
-    """Whether this is a call that the two functions compute."""
+def _read(
+    runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]
+) -> tuple[list[Norm | None], AttentionCall] | None:
+    """The layer's norms, and what attention computes; None where this is no call that our functions compute."""
     context, layer = runtime.context, runtime.layer
     if context is None or context.scale <= 0 or (context.loss_only and runtime.loss_only_parts):
-        return False
+        return None
     training = layer.module.training and layer.self_attn.training and layer.mlp.training
-    own = runtime.state.backend.attention_is_ours  # which fills a cache as the layer's own attention does
-    cached = any(arguments.get(name) is not None and not own for name in CACHES)
-    if not training or cached or arguments.get("output_attentions") or (arguments.get("use_cache") and not own):
-        return False
-    weight = next((norm.weight for norm in norms if norm is not None and norm.weight is not None), None)
-    if not _fits_kernels(hidden_states, weight):
-        return False
+    norms = runtime.fast.norms()
+    if not training or norms is None or arguments.get("output_attentions"):
+        return None
+    if not _fits_kernels(hidden_states, norms):
+        return None
+    call = runtime.state.backend.read_attention(runtime, hidden_states, arguments)
+    if call is None:
+        return None
     runtime.check_rows(layer.module, hidden_states)
-    return True
+    return norms, call
 
 
-def _fits_kernels(hidden_states: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels of the two functions can take ``hidden_states`` and a norm's ``weight``."""
+def _fits_kernels(hidden_states: Tensor, norms: list[Norm | None]) -> bool:
+    """Whether the kernels of the two functions can take ``hidden_states`` and compute what ``norms`` do to them."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    same = dtype == hidden_states.dtype and (weight is None or weight.dtype == dtype)
+    weighed = [norm for norm in norms if norm is not None and norm.weight is not None]
+    same = dtype == hidden_states.dtype and all(
+        norm.weight.dtype == dtype or (norm.weight.dtype == torch.float32 and norm.keeps_dtype) for norm in weighed
+    )
     return same and hidden_states.is_contiguous() and use_kernels(hidden_states)
 
 
@@ -234,6 +245,7 @@ def _plan(
         for part in ("self_attn", "mlp")
     )
     choose = _no_choice if rows else runtime.select_for_context
+    planner = runtime.state.planner
     return LayerPlan(
         *norms,
         residual_multiplier=runtime.fast.spec.residual_multiplier,
@@ -245,6 +257,7 @@ def _plan(
         choose_mlp=partial(choose, "mlp"),
         output_unused=unused,
         keep=keep,
+        keep_context=planner is None or runtime.layer.index not in planner.context_again,
     )
 
 
@@ -261,24 +274,24 @@ def _can_be_captured(runtime: LayerRuntime) -> bool:
     return not selects or (index, context.batch_key) in context.graphs.reserved
 
 
-def _captured(
-    runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, arguments: dict[str, Any]
-) -> Tensor | None:
+def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, call: AttentionCall) -> Tensor | None:
     """The layer's output from CUDA graphs of the whole layer; None where this call is not captured."""
     context, state, index = runtime.context, runtime.state, runtime.layer.index
-    fixed = state.backend.fixed_tensors(runtime, hidden_states, arguments)
-    if fixed is None:
-        return None
     share = state.config.backward_rows if state.row_sparse else None
-    kind = getattr(runtime.layer.self_attn, "layer_type", ""), runtime.fast.spec.window  # each has its own tensors
-    named = {f"{name}, {kind}": tensor for name, tensor in fixed.items()}
+    kind = getattr(runtime.layer.self_attn, "layer_type", ""), call.window  # each has its own tensors
+    named = {f"{name}, {kind}": tensor for name, tensor in call.tensors.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
-    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, shapes
+    # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
+    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, call.window, shapes
     capture = _open_capture(context, index, plan, which)
     if capture is None:
         return None
     context.captured.add(index)
-    attention = state.backend.capturable_attention(runtime, arguments, fixed)
+    spec, names = runtime.fast.present_spec(), tuple(call.tensors)
+
+    def attention(x: Tensor, projected: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        return attend(spec, projected, call, dict(zip(names, tensors, strict=True)))
+
     if state.row_sparse:
         rows = context.partition, share, context.chosen_rows(context.row_choice(index, share))
         return row_sparse_whole_layer(hidden_states, plan, capture, attention, named, *rows)

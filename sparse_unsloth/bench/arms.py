@@ -22,7 +22,7 @@ from torch import nn
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.utils.environment import version_of
 
-STOCK, LIGER = "stock", "liger"
+STOCK, LIGER, PEFT = "stock", "liger", "peft"
 BASELINES = STOCK, LIGER
 """Arms that speed-ups of a run refer to: the first that the run has."""
 FLAT, PADDED = "flat", "padded"
@@ -87,7 +87,7 @@ ARMS = {
     LIGER: Arm(
         "transformers and PEFT with Liger's kernels, without Unsloth, padded batches", PADDED, "peft", liger=True
     ),
-    "peft": Arm("likewise without Liger's kernels", PADDED, "peft"),
+    PEFT: Arm("likewise without Liger's kernels", PADDED, "peft"),
 }
 OF_PEFT = tuple(name for name, arm in ARMS.items() if arm.backend == "peft")
 DEFAULT_ARMS = {

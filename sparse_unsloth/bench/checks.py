@@ -163,9 +163,8 @@ def _through(rows: Tensor, y: Tensor) -> Tensor:
 def check_graphs(model: nn.Module) -> str:
     """Compares captured steps, and replays on other batches, with the same steps before the capture.
 
-    Row-sparse layers, and attention within packed documents, run Unsloth's functions until they are captured. These
-    round differently, and row-sparse layers then choose other rows. They are therefore compared with the captured
-    functions, run without capture.
+    Row-sparse layers choose other rows where something rounds differently, and attention within packed documents adds
+    in no fixed order. They are therefore compared with the captured functions, run without capture, twice.
     """
     state = get_state(model)
     found = _check_replays(model, small_batch, uncaptured=state.row_sparse)

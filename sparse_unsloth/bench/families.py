@@ -17,8 +17,8 @@ class Family:
     Attributes:
         name: of transformers' classes.
         peft: the configuration with the PEFT backend, besides `SIZES`: all that the family can do acts on the trial's
-            documents.
-        unsloth: the configuration with the Unsloth backend; None where Unsloth's fast path lacks the family.
+            documents. On Unsloth's compiled path it is the same.
+        unsloth: the configuration on Unsloth's fast path; None where that lacks the family.
         config: the name of the configuration's class, where it is not ``name``.
         attention: transformers' implementation of attention with the PEFT backend; "" is the default ("sdpa").
     """
@@ -50,12 +50,12 @@ GEMMA_2 = {
 }  # fmt: skip
 FAMILIES = {
     "llama": Family("Llama", {}, {}),
-    "mistral": Family("Mistral", {"sliding_window": WINDOW}, {"sliding_window": None}),
+    "mistral": Family("Mistral", {"sliding_window": WINDOW}, {"sliding_window": WINDOW}),
     "ministral3": Family("Ministral3", {"head_dim": 64, "sliding_window": WINDOW, "rope_parameters": YARN}),
     "qwen2": Family("Qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}, {}),
     "qwen3": Family("Qwen3", {"head_dim": 128}, {"head_dim": 64}),
     "gemma": Family("Gemma", {"head_dim": 128}, {"head_dim": 64}),
-    "gemma2": Family("Gemma2", GEMMA_2, {"head_dim": 64}),
+    "gemma2": Family("Gemma2", GEMMA_2, GEMMA_2),
     "gemma2-eager": Family("Gemma2", GEMMA_2, attention="eager"),
     "gemma3": Family(
         "Gemma3",
@@ -75,10 +75,12 @@ FAMILIES = {
     "olmo2": Family("Olmo2"),
 }  # fmt: skip
 """All families. The attention "sdpa" of transformers ignores Gemma 2's soft cap of attention scores, "eager" has it."""
+COMPILED = ("granite", "smollm3", "gemma3")
+"""Families that are tried on Unsloth's compiled path too."""
 
 
 def families_of(backend: str) -> tuple[str, ...]:
-    """Returns the names of the families that ``backend`` is tried with."""
+    """Returns the names of the families that ``backend`` is tried with, but for `COMPILED` ones."""
     return tuple(name for name, family in FAMILIES.items() if backend == "peft" or family.unsloth is not None)
 
 
@@ -89,7 +91,7 @@ def write_models(
 
     Args:
         folder: gets ``folder / family``.
-        backend: whose configuration of the family is written; the PEFT backend's has random norm weights too.
+        backend: whose configuration of the family is written; ``peft`` comes with random norm weights.
         device: where the weights are drawn.
         **changes: of the configuration.
     """
@@ -98,7 +100,8 @@ def write_models(
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
     for name in families:
         family = FAMILIES[name]
-        own = {**SHARP, **family.peft} if backend == "peft" else family.unsloth
+        rich = backend == "peft" or family.unsloth is None
+        own = {**SHARP, **family.peft} if rich else family.unsloth
         config_class = getattr(transformers, f"{family.config or family.name}Config")
         config = config_class(**{**SIZES, **tokens, **own, **changes})
         torch.manual_seed(0)
@@ -113,7 +116,7 @@ def write_models(
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.endswith("bias"):
                     parameter.normal_(0, 0.1)
-                elif backend == "peft" and parameter.ndim == 1:
+                elif rich and parameter.ndim == 1:
                     parameter.add_(NORM_SPREAD * torch.randn_like(parameter))
         model.save_pretrained(folder / name)
         _make_tokenizer().save_pretrained(folder / name)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_unsloth.bench.arms import BASELINES, FLAT, PADDED, STOCK
+from sparse_unsloth.bench.arms import BASELINES, FLAT, PADDED, PEFT, STOCK
 from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_limit
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import ConfigError
@@ -94,8 +94,7 @@ def read_rows(path: Path, arms: bool = False) -> list[dict]:
     """Reads the rows with a time, with numbers as numbers; none where there is no file.
 
     Args:
-        arms: include rows of Unsloth's arms and of flat batches. Otherwise a row of the arm with padded batches counts
-            as the method ``unsloth-dense``, which is the same.
+        arms: include all rows of arms and of flat batches, not only those of `is_of_method`.
 
     Raises:
         ConfigError: the file has other columns.
@@ -104,8 +103,13 @@ def read_rows(path: Path, arms: bool = False) -> list[dict]:
     return [
         row | {"tokens": int(row["tokens"])} | {name: float(row[name]) for name in NUMBERS}
         for row in rows
-        if arms or (row["arm"] in ("", PADDED) and row["layout"] != FLAT)
+        if arms or is_of_method(row)
     ]
+
+
+def is_of_method(row: Mapping[str, object]) -> bool:
+    """Whether a row is of padded batches and a method, or of an arm that is a method of `PLAIN` under another name."""
+    return row.get("arm", "") in ("", PADDED, PEFT) and row.get("layout") != FLAT
 
 
 def profile_path(table: Path) -> Path:

@@ -120,16 +120,17 @@ def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str)
     return {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}
 
 
-def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str) -> nn.Module:
+def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str, attention: str = "") -> nn.Module:
     """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached.
 
     Args:
         folder: of the checkpoint, named after its family.
+        attention: its implementation; "" is the family's, or the library's default.
     """
     from sparse_unsloth import FastSparseLanguageModel, detach
 
     half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    attention = FAMILIES[folder.name].attention if backend == "peft" else ""
+    attention = attention or (FAMILIES[folder.name].attention if backend == "peft" else "")
     model, _ = FastSparseLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=1024,
@@ -282,7 +283,7 @@ def _check_descent(model: nn.Module, batch: dict[str, Any], ours: Step) -> None:
 
 def try_all(
     backend: str, families: list[str], dtypes: list[str], checkpointing: list[str], layouts: list[str],
-    modes: list[str], models: Path,
+    modes: list[str], models: Path, attention: str = "",
 ) -> Iterator[Trial]:  # fmt: skip
     """Yields the trials of one process; of each layout first "plain", the model with nothing attached."""
     for family in families:
@@ -290,7 +291,7 @@ def try_all(
             for word in checkpointing:
                 described, began = Trial(backend, family, dtype, word, "", "plain"), time.perf_counter()
                 try:
-                    model = load(backend, models / family, dtype, CHECKPOINTING[word])
+                    model = load(backend, models / family, dtype, CHECKPOINTING[word], attention)
                 except Exception as error:
                     yield replace(described, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
                     continue
@@ -337,6 +338,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
     parser.add_argument("--families", help="default: all that the backend is tried with")
     parser.add_argument("--checkpointing", help="default: True,False; before them unsloth with the Unsloth backend")
+    parser.add_argument("--attention", default="", help="implementation of attention; default: the family's")
     for name, values in (("dtypes", ("bf16", "4bit")), ("layouts", LAYOUTS), ("modes", MODES)):
         parser.add_argument(f"--{name}", default=",".join(values), help="default: %(default)s")
     args = parser.parse_args(arguments)
@@ -354,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_models(args.models, missing, args.backend)
     failed = False
     with args.out.open("a") as lines:
-        for trial in try_all(args.backend, *(getattr(args, name) for name in TRIED), args.models):
+        for trial in try_all(args.backend, *(getattr(args, name) for name in TRIED), args.models, args.attention):
             failed |= trial.verdict == "failed"
             lines.write(json.dumps(asdict(trial)) + "\n")
             lines.flush()

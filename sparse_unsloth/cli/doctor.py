@@ -204,7 +204,6 @@ def _unsloth_hooks() -> list[Finding]:
         "backend='peft'.",
         "loss": "This Unsloth has moved its fused loss. Install a version of the tested range, or set "
         "exact_removal: false.",
-        "documents": "This Unsloth has moved it: with cuda_graphs, attention within packed documents is not captured.",
     }
     hooks = read_contract(folder)
     missing = [hook for hook in hooks if not hook.found]
@@ -214,7 +213,7 @@ def _unsloth_hooks() -> list[Finding]:
             Finding(
                 hook.what,
                 f"not in unsloth/{hook.file}",
-                status="note" if hook.needed_by == "documents" else "problem",
+                status="problem",
                 fix=fixes[hook.needed_by],
             )
             for hook in missing

@@ -177,8 +177,8 @@ class SparsityConfig(_Config):
     layer, when gradient checkpointing recomputes it. Same loss, same gradients."""
     memory_budget: Annotated[float | None, BeforeValidator(_budget)] = None
     """Peak memory of training on a GPU: up to 1 a share of the GPU's memory, above that GiB. Gradient checkpointing is
-    turned off for as many layers as fit, those that need least memory first. It must be on; None leaves it
-    unchanged."""
+    turned off for as many layers as fit, those that need least memory first; with `backward_rows` layers store the
+    activations of loss tokens alone until all fit. It must be on; None leaves it unchanged."""
     merge_micro_batches: Annotated[bool | int | None, BeforeValidator(_merged)] = None
     """Whether micro-batches of an optimiser step run as one: the same samples, steps, loss and logs, and the same
     gradients to rounding, with fewer forwards. True: as many as fit into the memory of the GPU (`memory_budget`, where

@@ -155,6 +155,8 @@ class TrainingStep:
         backward_rows: share of the context tokens that backward goes through, in the O projection and the MLP; loss
             tokens are added, padding is skipped.
         whole_layers, skips_output: decide what `backward_rows` computes again; see `recomputes_rows`.
+        skips_down: the recompute leaves out the product with W_down, as whole layers do whose output is unused (not
+            where an output norm needs it).
 
     Raises:
         ConfigError: an unknown projection or kind of attention.
@@ -177,6 +179,7 @@ class TrainingStep:
     backward_rows: float = 1.0
     whole_layers: bool = True
     skips_output: bool = True
+    skips_down: bool = False
 
     def __post_init__(self) -> None:
         if self.attention not in ("fused", "eager"):
@@ -232,8 +235,9 @@ def step_flops(shape: ModelShape, layer_sparsity: Sequence[tuple[float, float]],
             if share < 1:
                 skipped = step.skips_output and (step.whole_layers or name in MLP)
                 times = share * rows_again + (step.checkpointing and not skipped)
-            recompute[part] += round(times * base)
-            recompute["lora"] += round(times * (lora_a + lora_b))
+            has_output = not step.skips_down or name != "down_proj" or name in skipping
+            recompute[part] += round(times * has_output * base)
+            recompute["lora"] += round(times * (lora_a + has_output * lora_b))
             backward[part] += round(share * base) * (input_gradient + step.trainable_base)
             backward["lora"] += round(share * (lora_a * (input_gradient + 1) + 2 * lora_b))
         forward["attention_core"] += 2 * attention_product

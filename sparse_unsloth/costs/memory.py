@@ -128,6 +128,15 @@ def row_layer_activations(shape: ModelShape, rows: int, activation_bytes: int = 
     return activation_bytes * rows * (4 * shape.hidden_size + 2 * queries + 2 * keys)
 
 
+def loss_row_activations(shape: ModelShape, rows: int, loss_rows: int, activation_bytes: int = 2) -> float:
+    """As `layer_activations` for a row-sparse whole layer that keeps what follows attention for ``loss_rows`` alone.
+
+    Of all rows it keeps its input, the norm of it, queries, keys, values and attention's output.
+    """
+    hidden = shape.hidden_size
+    return activation_bytes * (5 * rows * hidden + loss_rows * 2 * (hidden + shape.intermediate_size))
+
+
 def row_working_set(
     shape: ModelShape, rows: int, backward_rows: int, in_4bit: bool, activation_bytes: int = 2
 ) -> float:

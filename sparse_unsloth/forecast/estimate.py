@@ -14,7 +14,7 @@ from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.graphs import padded_to_bucket
-from sparse_unsloth.forecast.model import Model, backend_of, has_whole_layers, read_model
+from sparse_unsloth.forecast.model import OUTPUT_NORMS, Model, backend_of, has_whole_layers, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
 from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
 from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
@@ -68,7 +68,8 @@ def estimate(
 
     def step_with_graphs(plan: Plan) -> Step:
         longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
-        return _step([batch_work(plan, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
+        captured = replace(plan, captured=True)
+        return _step([batch_work(captured, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
@@ -127,6 +128,7 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         eager_attention=model.eager_attention,
         backward_rows=sparsity.backward_rows,
         whole_layers=has_whole_layers(recipe, model.model_type, backend),
+        output_norm=model.model_type in OUTPUT_NORMS,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape
 from sparse_unsloth.data.smollm2 import resolve_base, resolve_tokenizer
-from sparse_unsloth.errors import AttachError, ConfigError, DataError, SparsityError
+from sparse_unsloth.errors import ConfigError, DataError, SparsityError
 from sparse_unsloth.utils.saved_adapters import check_targets, named_targets
 from sparse_unsloth.utils.unreadable import first_line
 
@@ -28,6 +28,8 @@ WHOLE_LAYERS = {
     ),
 }  # fmt: skip
 """Families whose layers run as whole layers on a GPU, by backend (docs/how-it-works.md, section 7)."""
+OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "exaone4")
+"""Those with a norm of the MLP's output, whose backward needs it (docs/how-it-works.md, section 1.3)."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +142,15 @@ def read_model(recipe: Recipe) -> tuple[Model, Any]:
 def backend_of(recipe: Recipe, model_type: str, on_cpu: bool) -> tuple[str, str]:
     """Returns ``(backend, reason)`` for the machine that will train: "auto" is Unsloth where a GPU could run it.
 
-    Raises:
-        AttachError: the recipe asks for Unsloth, which has no fast path for this family.
+    On Unsloth's compiled path the PEFT backend's layers run, so a step is estimated as one of theirs.
     """
     fast = model_type in UNSLOTH_FAMILIES
-    if recipe.backend == "unsloth" and not fast:
-        raise AttachError(
-            f"backend: unsloth: {model_type} is not on Unsloth's fast path ({', '.join(UNSLOTH_FAMILIES)}), which the "
-            "sparse layers need. Set backend: peft."
-        )
-    if recipe.backend != "auto":
+    if recipe.backend == "peft" or (recipe.backend == "unsloth" and fast):
         return recipe.backend, "as asked"
-    if on_cpu:
+    if recipe.backend == "auto" and on_cpu:
         return "peft", "use_cpu"
-    return ("unsloth", "as on a CUDA GPU") if fast else ("peft", f"{model_type} is not on Unsloth's fast path")
+    compiled = f"whose layers run on Unsloth's compiled path, which {model_type} takes"
+    return ("unsloth", "as on a CUDA GPU") if fast else ("peft", compiled)
 
 
 def has_whole_layers(recipe: Recipe, model_type: str, backend: str) -> bool:

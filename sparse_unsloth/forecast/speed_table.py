@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sparse_unsloth.bench.methods import LLAMA_3_8B, OURS, PLAIN, backend_of, sparsity_of, without_backend
 from sparse_unsloth.bench.shapes import shape_of
+from sparse_unsloth.bench.table import is_of_method
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
@@ -93,9 +94,9 @@ def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def _newest(rows: Iterable[Mapping]) -> list[dict]:
-    """Selects the newest row of each device, model, dtype, checkpointing, method and shape."""
+    """Selects the newest row of each device, model, dtype, checkpointing, method and shape; no other arms' rows."""
     names = ("device", "model", "dtype", "checkpointing", "method", "shape")
-    by_name = {tuple(row[name] for name in names): dict(row) for row in sorted(rows, key=_date)}
+    by_name = {tuple(row[name] for name in names): dict(row) for row in sorted(filter(is_of_method, rows), key=_date)}
     return list(by_name.values())
 
 
@@ -117,6 +118,7 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
         checkpointing=row["checkpointing"] != "False",
         estimator_rank=sparsity.estimator.rank,
         backward_rows=sparsity.backward_rows,
+        captured=sparsity.cuda_graphs,
     )
     loss = shape.batch * shape.outputs
     lengths = (shape.length,) * shape.batch

@@ -29,6 +29,8 @@ class Plan:
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         backward_rows: see `SparsityConfig.backward_rows`.
         whole_layers: see `recomputes_rows`.
+        captured: layers are captured in CUDA graphs, so that dense training has whole layers too.
+        output_norm: the MLP's output is normalised, so that a recompute needs it.
     """
 
     shape: ModelShape
@@ -42,10 +44,12 @@ class Plan:
     eager_attention: bool = False
     backward_rows: float = 1.0
     whole_layers: bool = True
+    captured: bool = False
+    output_norm: bool = False
 
     def dense(self) -> Plan:
         """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0)
+        return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0, captured=False)
 
     @property
     def row_sparse(self) -> bool:
@@ -98,6 +102,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     """
     sparse = plan.is_sparse and batch.context > 0
     skips_output, removal = removal, removal and plan.backend == "unsloth"
+    whole = plan.whole_layers and (sparse or (plan.captured and not plan.is_sparse))
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
         last_layer = batch.loss
@@ -119,6 +124,7 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
             backward_rows=plan.backward_rows if sparse else 1.0,
             whole_layers=plan.whole_layers,
             skips_output=skips_output,
+            skips_down=skips_output and whole and not plan.output_norm,
         ),
     )
     if plan.chunked_loss and plan.backend == "peft":

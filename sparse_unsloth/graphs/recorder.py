@@ -58,7 +58,7 @@ class GraphCache:
         forward: the last forward whose layers were captured or replayed.
         serial: counts passes.
         kept_memory: bytes that the kept passes' pool held when they were last captured; other forwards cannot use them.
-        captures_documents: whether attention within packed documents is captured.
+        captures_documents: whether attention within packed documents or a window is captured.
     """
 
     def __init__(self, recorder: Any = None):

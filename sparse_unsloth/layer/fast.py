@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
+from sparse_unsloth.layer.attention import COSINES, MASK, POSITIONS, SINES, AttentionCall
 from sparse_unsloth.layer.probe import find_spec
 from sparse_unsloth.layer.spec import LayerSpec, head_norm_modules, place_norms, read_spec
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
@@ -38,13 +39,22 @@ class FastLayer:
             *(getattr(layer.mlp, name) for name in MLP_PROJECTIONS),
         ]
 
-    def prove(self, forward: Callable[..., Any], hidden_states: Tensor, arguments: Mapping[str, Any]) -> None:
+    def prove(self, forward: Callable[[Tensor], Any], hidden_states: Tensor, call: AttentionCall) -> None:
         """Finds what the layer computes between Q, K, V and O, by its own ``forward``, with its gradient.
+
+        Args:
+            call: what attention computes in this forward, as far as its arguments tell.
 
         Raises:
             AttachError: see `find_spec`.
         """
-        self.spec, _ = find_spec(self.spec, forward, hidden_states, arguments)
+        angles = [call.tensors[name] for name in (COSINES, SINES) if name in call.tensors]
+        arguments = {
+            "position_embeddings": tuple(angles) or None,
+            **{name: call.tensors.get(name) for name in (MASK, POSITIONS)},
+        }
+        spec = replace(self.spec, window=call.window)
+        self.spec, _ = find_spec(spec, lambda x, **_: forward(x), hidden_states, arguments)
 
     def norms(self) -> list[Norm | None] | None:
         """N1 to N4 of `LayerSpec` with their present weights, which FSDP replaces; None if one is trained now."""
@@ -84,7 +94,7 @@ def why_not_fast(layer: DecoderLayer) -> str:
 def _present(norm: Norm | None, module: nn.Module | None) -> Norm | None:
     if norm is None or norm.weight is None:
         return norm
-    return Norm(module.weight.detach(), norm.eps, norm.offset, norm.centred, norm.bias)
+    return replace(norm, weight=module.weight.detach())
 
 
 def _refuse_slow(spec: LayerSpec, layer: DecoderLayer) -> None:

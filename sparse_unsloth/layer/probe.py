@@ -36,6 +36,8 @@ def find_spec(
     """
     expected = _output_and_gradient(lambda x: first_tensor(forward(x, **arguments)), hidden_states)
     named = {name: arguments.get(name) for name in ("position_embeddings", "attention_mask", "position_ids")}
+    if not isinstance(named["attention_mask"], Tensor):  # flex attention's form of the causal mask
+        named["attention_mask"] = None
     tolerance = TOLERANCE.get(hidden_states.dtype, HALF_TOLERANCE)
     least, nearest = float("inf"), spec
     for one in candidates(spec):
@@ -54,8 +56,10 @@ def find_spec(
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|``, of all values together."""
-    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)).item()
+    """``|found - expected| / |expected|``, of all values together, in float32 at least."""
+    dtype = torch.promote_types(expected.dtype, torch.float32)
+    found, expected = found.to(dtype), expected.to(dtype)
+    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(dtype).tiny)).item()
 
 
 def _output_and_gradient(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:

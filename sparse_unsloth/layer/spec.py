@@ -153,10 +153,14 @@ def read_norm(module: nn.Module, name: str) -> Norm:
     weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         found = module(x)
+        if found.dtype != x.dtype:  # Unsloth's Gemma 3 on GPUs without bfloat16
+            raise AttachError(f"{name} ({type(module).__name__}) gives {found.dtype} for {x.dtype}.")
         for offset, centred in ((0.0, False), (1.0, False), (0.0, True)):
             norm = Norm(weight, eps, offset, centred, bias)
             if torch.allclose(normalise(x, norm), found, rtol=tolerance, atol=tolerance):
-                return norm
+                if x.dtype != torch.float32 or centred:
+                    return norm
+                return replace(norm, keeps_dtype=module(x.bfloat16()).dtype == torch.bfloat16)
     raise AttachError(f"{name} ({type(module).__name__}) is no RMS norm and no layer norm.")
 
 

@@ -67,6 +67,7 @@ class LayerPlan:
             called only if the part is sparse.
         output_unused: whether this is a recompute whose output is unused; its backward comes next.
         keep: whether backward follows, so that forward saves its intermediates.
+        keep_context: with row sparsity, whether it saves those of context tokens, of which backward goes through few.
         residual_multiplier: r.
     """
 
@@ -82,6 +83,7 @@ class LayerPlan:
     choose_mlp: Callable[[Tensor], MlpSelection]
     output_unused: bool
     keep: bool
+    keep_context: bool = True
     residual_multiplier: float = 1.0
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -246,7 +248,8 @@ def mlp_backward(
 
     Args:
         dy: ``[M, hidden_size]``, of the layer's output, contiguous.
-        kept: `FusedMlp.forward`'s intermediates, and its output where there is an output norm; or nothing.
+        kept: `FusedMlp.forward`'s intermediates (without an output norm of the first rows, see `FusedMlp.backward`),
+            and its output where there is an output norm; or nothing.
     """
     norm, y = plan.mlp_output_norm, None
     if norm is not None:

@@ -105,15 +105,19 @@ class FusedMlp:
 
         Args:
             dy, x: ``[n, hidden]``.
-            saved: the intermediates from `forward`; if empty, they are computed here.
+            saved: the intermediates from `forward`, of all rows or of the first ones of a role; others are computed
+                here. Empty: all.
         """
         dx, saved = dy.new_empty(dy.shape), list(saved)
         sums: list[Tensor] | None = None
         partial: dict[bool, list[Tensor]] = {False: [], True: []}
         for rows, weights in self._rows_and_weights():
             kept = (saved.pop(0), saved.pop(0)) if saved else None
-            for chunk in self._chunks(rows, weights, kept is not None):
-                d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], kept, dx[chunk])
+            first = rows.start + (len(kept[0]) if kept else 0)
+            chunks = [(slice(rows.start, first), kept)] if first > rows.start else []
+            chunks += [(chunk, None) for chunk in self._chunks(slice(first, rows.stop), weights, False)]
+            for chunk, known in chunks:
+                d_loras, *products = self._backward_rows(weights, dy[chunk], x[chunk], known, dx[chunk])
                 partial[weights.order is self.order].append(d_loras)
                 sums = (
                     products if sums is None else [total.add_(part) for total, part in zip(sums, products, strict=True)]
@@ -141,8 +145,9 @@ class FusedMlp:
 
     def _chunks(self, rows: slice, weights: _Weights, whole: bool) -> Iterator[slice]:
         """``rows`` in chunks of `CHUNK`, or at once if ``whole`` or if they are context tokens."""
-        number = 1 if whole or weights.order is self.order else -(-(rows.stop - rows.start) // CHUNK)
-        step = -(-(rows.stop - rows.start) // number)
+        count = rows.stop - rows.start
+        number = 1 if whole or weights.order is self.order else max(1, -(-count // CHUNK))
+        step = max(1, -(-count // number))
         for start in range(rows.start, rows.stop, step):
             yield slice(start, min(start + step, rows.stop))
 

@@ -17,6 +17,7 @@ class Norm:
         offset: 1 where a weight of zero means one (Gemma), else 0.
         centred: whether the mean is taken off first; an RMS norm takes none.
         bias: as ``weight``, or None.
+        keeps_dtype: whether the module's output has its input's dtype where the weight's is wider. `normalise` does.
     """
 
     weight: Tensor | None
@@ -24,6 +25,7 @@ class Norm:
     offset: float = 0.0
     centred: bool = False
     bias: Tensor | None = None
+    keeps_dtype: bool = True
 
 
 def normalise(x: Tensor, norm: Norm | None) -> Tensor:

@@ -18,18 +18,19 @@ class RowChoice:
         share: the share of the context tokens, in (0, 1]; their number is rounded up.
 
     Attributes:
+        partition: the token roles.
         rows: int64 ``[n]``, the selected rows; None before `select`.
     """
 
     def __init__(self, partition: TokenPartition, share: float):
-        self._partition = partition
+        self.partition = partition
         self.num_context = ceil(share * len(partition.context))
         self.rows: Tensor | None = None
 
     def as_partition(self) -> TokenPartition:
         """A partition of the selected rows alone, all computed densely; equal for all layers of a forward."""
-        count = len(self._partition.dense) + self.num_context
-        rows = torch.arange(count, device=self._partition.dense.device)
+        count = len(self.partition.dense) + self.num_context
+        rows = torch.arange(count, device=self.partition.dense.device)
         return TokenPartition((1, count), rows, rows[:0], rows[:0], rows)
 
     def select(self, gradient: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class RowChoice:
         Args:
             gradient: ``[M, width]``; norms are computed in float32 at least.
         """
-        partition = self._partition
+        partition = self.partition
         norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
         largest = norms.index_select(0, partition.context).topk(self.num_context, sorted=False).indices
         self.rows = torch.cat((partition.dense, partition.context.index_select(0, largest)))

@@ -1,25 +1,28 @@
 """Turns gradient checkpointing off for as many layers as a memory budget allows, before each forward.
 
 Checkpointing runs each layer's forward twice to save memory. The bytes that a layer stores without it are predicted
-from the token roles of the micro-batch and the layer's sparsity; the layers that need least come first
-(docs/how-it-works.md, section 8). The planner sets the flag ``gradient_checkpointing`` of each decoder layer, which
-transformers and Unsloth read. Loss and gradients stay the same.
+from the token roles of the micro-batch and the layer's sparsity; the layers that need least come first, and what is
+left goes to the intermediates of context tokens in row-sparse whole layers (docs/how-it-works.md, section 8). The
+planner sets the flag ``gradient_checkpointing`` of each decoder layer, which transformers and Unsloth read. Loss and
+gradients stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
 
 import torch
 from torch import nn
 
 from sparse_unsloth.config.layer_rules import LayerSparsity, keep_count
-from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.flops import ATTENTION, ModelShape
 from sparse_unsloth.costs.memory import (
     GIB,
     backward_working_set,
     fused_logits,
     layer_activations,
+    loss_row_activations,
     plain_logits,
     row_layer_activations,
 )
@@ -40,11 +43,13 @@ class CheckpointPlanner:
         model: the outermost model.
         layers, layer_sparsity: its decoder layers, and the sparsity of each.
         budget: `SparsityConfig.memory_budget`.
-        hooked_rows: indices of the row-sparse layers that do not run as whole layers: they store inputs alone.
+        row_layers: by index of each row-sparse layer, whether it runs as a whole; others store inputs alone.
+        backward_rows: `SparsityConfig.backward_rows`.
         fused_loss: the loss is Unsloth's, which stores few logits; ``loss_only``: it computes loss positions alone.
 
     Attributes:
         num_kept: how many layers kept their activations in the last forward.
+        context_again: indices of those that kept them for loss tokens alone (`LayerPlan.keep_context`).
 
     Raises:
         ConfigError: the budget is a share of the memory, on a device whose size is not known.
@@ -57,13 +62,15 @@ class CheckpointPlanner:
         layer_sparsity: Sequence[LayerSparsity],
         budget: float,
         *,
-        hooked_rows: Collection[int],
+        row_layers: Mapping[int, bool],
+        backward_rows: float,
         fused_loss: bool,
         loss_only: bool,
     ):
-        self.num_kept = 0
+        self.num_kept, self.context_again = 0, frozenset()
         self._model, self._layers, self._sparsity = model, layers, layer_sparsity
-        self._hooked_rows, self._fused_loss, self._loss_only = hooked_rows, fused_loss, loss_only
+        self._row_layers, self._backward_rows = row_layers, backward_rows
+        self._fused_loss, self._loss_only = fused_loss, loss_only
         self._shape = ModelShape.from_config(model.config)
         self._flags: dict[int, object] = {}
         self._devices = [next(layer.module.parameters()).device for layer in layers]
@@ -85,10 +92,10 @@ class CheckpointPlanner:
         """
         if not torch.is_grad_enabled():
             return
-        kept, _ = self._choose(partition, scale, held)
+        kept, stored, _ = self._choose(partition, scale, held)
         for index, flag in self._flags.items():
             self._layers[index].module.gradient_checkpointing = False if index in kept else flag
-        self.num_kept = len(kept)
+        self.num_kept, self.context_again = len(kept), frozenset(kept - stored)
 
     def fits(self, tokens: int, of: int | None = None, held: int = 0) -> bool:
         """Whether a dense forward of so many tokens fits into the budget; ``held`` as in `plan`.
@@ -96,36 +103,42 @@ class CheckpointPlanner:
         Args:
             of: it must keep as many layers as a forward of so many tokens; None: it may checkpoint all that it can.
         """
-        kept, fits = self._choose(_every_token_bears_loss(tokens), 0.0, held)
+        kept, _, fits = self._choose(_every_token_bears_loss(tokens), 0.0, held)
         if not fits or of is None:
             return fits
         return len(kept) >= len(self._choose(_every_token_bears_loss(of), 0.0, held)[0])
 
-    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], bool]:
-        """The layers to keep of those that are checkpointed, and whether the forward fits with none of them kept."""
+    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], set[int], bool]:
+        """What to keep of the layers that are checkpointed, and whether the forward fits with none of them kept.
+
+        Returns:
+            The layers that keep activations, those of them that keep all, and whether it fits.
+        """
         managed, rows = self._managed(), partition.shape[0] * partition.shape[1]
         needs = {layer.index: self._needs(layer.index, partition, rows, scale) for layer in self._layers}
         kept: set[int] = set()
+        stored: set[int] = set()
         fits = True
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
-            others = [need for index, need in needs.items() if index not in managed and self._devices[index] == device]
+            others = [
+                needs[layer.index][-1]
+                for layer in self._layers
+                if layer.index not in managed and self._devices[layer.index] == device
+            ]
             room = budget - held - allocated(device) - self._future_bytes - sum(others)
             room -= self._other_bytes(partition, rows, len(here) + len(others))
             fits = fits and room >= 0
-            # The cheapest first; of equal ones the last, whose memory is freed first.
-            for index in sorted(here, key=lambda index: (needs[index], -index)):
-                room -= needs[index]
-                if room < 0:
-                    break
-                kept.add(index)
-        return kept, fits
+            fit, room = _within(room, {index: needs[index][0] for index in here})
+            kept |= fit
+            stored |= _within(room, {index: needs[index][-1] - needs[index][0] for index in fit})[0]
+        return kept, stored, fits
 
     def restore(self) -> None:
         """Restores every layer's own flag."""
         for index, flag in self._flags.items():
             self._layers[index].module.gradient_checkpointing = flag
-        self._flags, self.num_kept = {}, 0
+        self._flags, self.num_kept, self.context_again = {}, 0, frozenset()
 
     def _managed(self) -> list[int]:
         """The layers that are checkpointed apart from what the planner turned off.
@@ -142,22 +155,39 @@ class CheckpointPlanner:
         self._flags |= on
         return list(self._flags)
 
-    def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> float:
-        """Bytes that one layer needs without checkpointing, beyond what it needs with it."""
-        if scale > 0 and index in self._hooked_rows:
-            kept = row_layer_activations(self._shape, rows, self._activation_bytes)
-            return MARGIN * kept - self._input_bytes(rows)
-        layer, sparsity = self._layers[index], self._sparsity[index].mlp * scale
-        dense_rows = partition.num_dense if sparsity else rows
-        kept = layer_activations(
-            self._shape,
-            rows,
-            dense_rows,
-            kept_channels=keep_count(layer.intermediate_size, sparsity),
-            lora_rank=self._lora_rank,
-            activation_bytes=self._activation_bytes,
-        )
-        return MARGIN * kept - self._input_bytes(rows)
+    def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> list[float]:
+        """Bytes that one layer needs without checkpointing, beyond what it needs with it, in each way, ascending.
+
+        A row-sparse whole layer may keep what follows attention for loss tokens alone.
+        """
+        is_whole = self._row_layers.get(index) if scale > 0 else None
+        if is_whole is False:
+            ways = [row_layer_activations(self._shape, rows, self._activation_bytes)]
+        else:
+            layer, sparsity = self._layers[index], self._sparsity[index].mlp * scale
+            every = layer_activations(
+                self._shape,
+                rows,
+                partition.num_dense if sparsity else rows,
+                kept_channels=keep_count(layer.intermediate_size, sparsity),
+                lora_rank=self._lora_rank,
+                activation_bytes=self._activation_bytes,
+            )
+            few = loss_row_activations(self._shape, rows, partition.num_dense, self._activation_bytes)
+            ways = [few, every] if is_whole and self._pays(few / every, partition, rows) else [every]
+        return [MARGIN * kept - self._input_bytes(rows) for kept in ways]
+
+    def _pays(self, memory: float, partition: TokenPartition, rows: int) -> bool:
+        """Whether chosen context rows that are computed again save more bytes a FLOP than a checkpointed layer does.
+
+        Args:
+            memory: the bytes of such a layer, relative to one that keeps every intermediate.
+        """
+        sizes = {name: inputs * outputs for name, (inputs, outputs) in self._shape.projections().items()}
+        before = sum(sizes[name] for name in ATTENTION[:3])
+        after = sizes["o_proj"] + sizes["gate_proj"] + sizes["up_proj"]
+        chosen = ceil(self._backward_rows * partition.num_context)
+        return after * chosen <= (1 - memory) * (before * rows + after * (partition.num_dense + chosen))
 
     def _other_bytes(self, partition: TokenPartition, rows: int, layers: int) -> float:
         """Bytes of everything else at the peak: the inputs of checkpointed layers, and one recompute or the loss."""
@@ -185,6 +215,17 @@ def _every_token_bears_loss(tokens: int) -> TokenPartition:
     """The roles of so many tokens, for their counts alone."""
     rows = torch.empty(tokens, device="meta")
     return TokenPartition((1, tokens), rows, rows[:0], rows[:0], rows)
+
+
+def _within(room: float, needs: Mapping[int, float]) -> tuple[set[int], float]:
+    """The layers whose ``needs`` fit in ``room`` together, the cheapest first, and the room that is left."""
+    chosen: set[int] = set()
+    for index in sorted(needs, key=lambda index: (needs[index], -index)):  # of equal ones the last: freed first
+        if needs[index] > room:
+            break
+        room -= needs[index]
+        chosen.add(index)
+    return chosen, room
 
 
 def allocated(device: torch.device) -> int:

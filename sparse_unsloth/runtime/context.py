@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +78,8 @@ class SparseContext:
         observation: where `explain` observes this forward.
         paused: parts that stay dense because their scores were not finite (`sparse_unsloth.channels.score_watch`).
         graphs: captures and replays the layers of this forward; None: they run without CUDA graphs.
-        packing: the documents of a packed sequence, where captured attention may keep to them.
+        split: sequences are split over several GPUs (context parallelism), and attention communicates.
+        packing: the documents of a packed sequence, where the batch gives their lengths.
         padded: the batch's shape and length before, where it was padded to a length bucket.
         ran: the hooked parts that our functions computed; ``whole``: the layers that they computed as a whole;
             ``captured``: the layers that are in CUDA graphs.
@@ -103,6 +105,7 @@ class SparseContext:
         self.prefill = False
         self.observation: Observation | None = None
         self.graphs: GraphCache | None = None
+        self.split = False
         self.packing: Packing | None = None
         self.padded: tuple[torch.Size, int] | None = None
         self.first_backward: FirstBackward | None = None
@@ -114,7 +117,7 @@ class SparseContext:
         self.entered: set[str] = set()
         self.recomputed: tuple[int, int, bool] | None = None
         self._memos: defaultdict[int, LayerMemo] = defaultdict(LayerMemo)
-        self._derived: dict[str, TokenPartition] = {}
+        self._derived: dict[Hashable, Any] = {}
 
     @functools.cached_property
     def batch_key(self) -> Hashable:
@@ -135,19 +138,18 @@ class SparseContext:
 
     def chosen_rows(self, choice: RowChoice) -> TokenPartition:
         """Those of a layer's backward pass by themselves, all dense: `RowChoice.as_partition`, made once a forward."""
-        if "chosen rows" not in self._derived:
-            self._derived["chosen rows"] = choice.as_partition()
-        return self._derived["chosen rows"]
+        return self.once("chosen rows", choice.as_partition)
 
     def rows_with_loss(self, sparse: bool) -> TokenPartition:
         """The partition of the last layer after its keys and values, where it is sparse or dense."""
-        key = f"loss rows, sparse={sparse}"
-        if key not in self._derived:
-            self._derived[key] = rows_with_loss(self.partition, sparse)
-        return self._derived[key]
+        return self.once(("loss rows", sparse), lambda: rows_with_loss(self.partition, sparse))
 
     def every_row_dense(self) -> TokenPartition:
         """The partition of what a layer computes densely for all rows."""
-        if "every row" not in self._derived:
-            self._derived["every row"] = every_row_dense(self.partition)
-        return self._derived["every row"]
+        return self.once("every row", lambda: every_row_dense(self.partition))
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()``, made once for all layers of this forward and their recomputes."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]

@@ -274,8 +274,7 @@ def _context_of(
         if usual and state.loss_rows.should_check():
             context.loss_rows = state.loss_rows
     graphs = graphs and scale > 0
-    if graphs and state.graphs.captures_documents:
-        context.packing = packing_of(batch)
+    context.split, context.packing = batch.is_context_parallel, packing_of(batch)
     channel_sparse = scale > 0 and not (state.row_sparse or state.dense_with_graphs)
     if channel_sparse and state.observer.should_observe(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.layer.attention import AttentionCall
 from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
@@ -43,12 +44,9 @@ class Backend:
     Attributes:
         install, uninstall, is_installed: for the parts of a layer, and for one hooked module.
         check_not_sharded: raises AttachError where the layer's functions would not find whole weights.
-        prepare_whole_layer, release_whole_layer: before a layer's forward is replaced, and after it is restored; the
-            latter returns the modules that it restored.
-        attend: attention of given Q, K, V in the layer's forward, without the O projection.
-        fixed_tensors: what ``attend`` reads besides; None where it cannot be captured in CUDA graphs.
-        capturable_attention: ``attend`` as a function of these tensors.
-        attention_is_ours: whether ``attend`` is ours, so that its specification must be proved.
+        read_attention: what attention computes in a call of a layer's forward, by hidden states and keyword arguments;
+            None where that call is not for our functions.
+        keeps_weights: whether nothing replaces weights between a forward and its recompute, as FSDP does.
     """
 
     name: str
@@ -56,12 +54,8 @@ class Backend:
     uninstall: Callable[[nn.Module], None]
     is_installed: Callable[[nn.Module], bool]
     check_not_sharded: Callable[[DecoderLayer], None]
-    prepare_whole_layer: Callable[[LayerRuntime], None]
-    release_whole_layer: Callable[[LayerRuntime], list[nn.Module]]
-    attend: Callable[[LayerRuntime, Tensor, Sequence[Tensor], dict[str, Any]], Tensor]
-    fixed_tensors: Callable[[LayerRuntime, Tensor, dict[str, Any]], dict[str, Tensor] | None]
-    capturable_attention: Callable[[LayerRuntime, dict[str, Any], dict[str, Tensor]], Callable[..., Tensor]]
-    attention_is_ours: bool
+    read_attention: Callable[[LayerRuntime, Tensor, dict[str, Any]], AttentionCall | None]
+    keeps_weights: bool
 
 
 class SparsityState:
@@ -245,7 +239,8 @@ class SparsityState:
             self.layers,
             self.layer_sparsity,
             budget,
-            hooked_rows={runtime.layer.index for runtime in rows if id(runtime.layer.module) not in hooked},
+            row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
+            backward_rows=self.config.backward_rows,
             fused_loss=self.backend.name == "unsloth",
             loss_only=self.config.exact_removal,
         )
@@ -343,8 +338,6 @@ class LayerRuntime:
         sparsity: the share of channels that context tokens leave out, by part.
         loss_only_parts: the parts of the last layer that skip unused rows, where a forward allows it
             (`SparseContext.loss_only`).
-        precomputed_qkv: Q, K, V, while a whole layer's forward that computed them runs the attention module.
-        skip_output_projection: whether that forward computes the O projection itself.
         not_whole: why the layer runs part by part; "" where it runs as a whole layer.
         fast: reads what the fast functions need of it; None where they do not compute such a layer.
         not_captured: why CUDA graphs do not hold it; "" where they do.
@@ -359,8 +352,6 @@ class LayerRuntime:
         self.not_whole = ""
         self.fast: FastLayer | None = None
         self.not_captured = ""
-        self.precomputed_qkv: tuple[Tensor, ...] | None = None
-        self.skip_output_projection = False
 
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""

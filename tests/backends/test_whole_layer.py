@@ -41,7 +41,6 @@ def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpoin
     configuration = {**always(**RULES[rules]), "exact_removal": False}
     attach(model, configuration)
     expected = loss_and_gradients(model, small_batch())
-    assert all(runtime.precomputed_qkv is None for runtime in get_state(model).runtimes.values())
     detach(model)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     ran = spy(monkeypatch)
@@ -134,14 +133,13 @@ def test_a_layer_that_computes_something_else_runs_part_by_part(stand_in, monkey
     expected = loss_and_gradients(model, small_batch())
     report = attach(model, configuration)
     assert report.whole_layers == 0
-    why = "the forward of FastLayer differs from our functions (by more than 0.001, relative)"
-    assert report.not_whole == ((why, 3),)
-    assert "3 of 3 part by part: the forward of FastLayer differs" in caplog.text
+    assert all(why.startswith("its forward differs from every layer") for why, _ in report.not_whole)
+    assert "part by part: its forward differs from every layer" in caplog.text
     assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "torch")  # quicker than the interpreter
     assert_same(loss_and_gradients(model, small_batch()), expected)
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
-    with pytest.raises(AttachError, match=r"no layer .* can be captured: the forward of FastLayer differs"):
+    with pytest.raises(AttachError, match=r"no layer .* can be captured: its forward differs from every"):
         detach(model) or attach(model, {**configuration, "cuda_graphs": True})
     assert get_state(model) is None
 

@@ -9,7 +9,8 @@ import torch
 from sparse_unsloth import attach, detach, get_state
 from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
-from sparse_unsloth.layer.attention import fixed_tensors
+from sparse_unsloth.layer.attention import by_interface
+from sparse_unsloth.ops.norms import Norm
 
 from family_models import make_family
 from masked_models import every_step, masked_gradients
@@ -192,6 +193,32 @@ def test_arguments_that_no_graph_holds_keep_attention_out(name):
         SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")),
         (torch.zeros(2), torch.ones(2)),
     )
-    spec, given = SimpleNamespace(rotation="halves", query_scaling=None), {"position_embeddings": tables}
-    assert fixed_tensors(spec, module, {**given, name: None}).keys() == {"cosines", "sines"}
-    assert fixed_tensors(spec, module, {**given, name: False}) is None
+    spec = SimpleNamespace(rotation="halves", query_scaling=None, scaling=1.0, window=None)
+    given = {"position_embeddings": tables, "position_ids": torch.zeros(1)}
+    call = by_interface(spec, module, {**given, name: None})
+    assert (call.tensors.keys(), call.capturable) == ({"cosines", "sines"}, True)
+    assert not by_interface(spec, module, {**given, name: False}).capturable
+
+
+def test_arguments_reach_attention_without_capture(monkeypatch):
+    """Unsloth's functions read the documents' lengths; a captured call reads its fixed tensors alone."""
+    seen = []
+
+    def interface(module, query, *others, **arguments):
+        seen.append(arguments.get("packed_seq_lengths"))
+        return query, None
+
+    monkeypatch.setattr("sparse_unsloth.layer.attention._interface", lambda module: interface)
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    spec = SimpleNamespace(rotation="none", query_scaling=None, scaling=1.0, window=None)
+    call = by_interface(spec, module, {"packed_seq_lengths": (3, 5)})
+    for tensors in (call.tensors, dict(call.tensors)):
+        call.compute(*torch.zeros(3, 1), tensors)
+    assert seen == [(3, 5), None]
+
+
+@pytest.mark.parametrize(("dtype", "keeps", "fits"), [("16", True, True), ("32", True, True), ("32", False, False)])
+def test_norms_of_another_dtype_than_the_stream(dtype, keeps, fits):
+    """A float32 norm that keeps the stream's dtype runs whole, as under Unsloth; one that widens it does not."""
+    norm = Norm(torch.ones(4, dtype=getattr(torch, f"float{dtype}")), 1e-5, keeps_dtype=keeps)
+    assert whole_layer._fits_kernels(torch.ones(2, 4).half(), [None, norm]) is fits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparse_unsloth.bench.families import FAMILIES, families_of, write_models
+from sparse_unsloth.bench.families import COMPILED, FAMILIES, families_of, write_models
 from sparse_unsloth.bench.trial import make_batch
 
 FULL = {"layer_types": ["full_attention"] * 4}
@@ -62,5 +62,10 @@ def test_documents_without_padding_are_told_apart(models, family):
     torch.testing.assert_close(logits(models / family), logits(models / family, "padding-free"), atol=1e-4, rtol=1e-4)
 
 
-def test_families_of_unsloth():
+def test_families_of_unsloth(tmp_path, models):
+    """Those of the compiled path have the PEFT backend's models."""
     assert families_of("unsloth") == ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+    assert {FAMILIES[name].unsloth for name in COMPILED} == {None}
+    write_models(tmp_path, ["granite"])
+    texts = [(folder / "granite" / "model.safetensors").read_bytes() for folder in (tmp_path, models)]
+    assert texts[0] == texts[1]

@@ -123,8 +123,7 @@ def test_hooks_that_are_missing_are_problems_with_a_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_unsloth", lambda: tmp_path)
     summary, *items = doctor._unsloth_hooks()
     assert summary.found == f"0 of {len(items)} found in its sources"
-    for item in items:  # only attention within packed documents can be done without
-        assert item.status == ("note" if item.name.startswith("run_attention") else "problem")
+    assert all(item.status == "problem" for item in items)
     by_name = {item.name: item for item in items}
     assert by_name["apply_lora_o(self, X)"].found == "not in unsloth/kernels/fast_lora.py"
     assert "backend='peft'" in by_name["apply_lora_o(self, X)"].fix

@@ -2,11 +2,11 @@
 
     python tests/gpu/acceptance.py --out benchmarks/results/acceptance        (or: make test-gpu)
 
-The six families of Unsloth's fast path, and twice as many with the PEFT backend, as small random models, in 16 and 4
-bits, with each kind of gradient checkpointing, padded, padding-free and packed, and one pass of a random Llama-3-8B;
-dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`). Each family runs in a process of
-its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md`` and ``.jsonl``, with ``--backend
-peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
+The six families of Unsloth's fast path, three of its compiled path, and twice as many with the PEFT backend, as small
+random models, in 16 and 4 bits, with each kind of gradient checkpointing, padded, padding-free and packed, and one pass
+of a random Llama-3-8B; dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`). Each
+family runs in a process of its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md`` and
+``.jsonl``, with ``--backend peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,27 @@ from pathlib import Path
 
 import torch
 
-from sparse_unsloth.bench.families import families_of, write_models
+from sparse_unsloth.bench.families import COMPILED, families_of, write_models
 from sparse_unsloth.bench.trial import MODES, TRIED, Trial, parse
 from sparse_unsloth.utils.environment import version_of
 
-PROMISED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+PROMISED = families_of("unsloth")
 """Families of Unsloth's fast path whose layers run whole and are captured, but for the last one, which skips unused
 rows."""
 PROMISED_PEFT = families_of("peft")
 """Families whose layers run whole and are captured, likewise, with the PEFT backend."""
 PEFT_LAYOUTS = ("--layouts", "padded,packed")
 """To PEFT a padding-free batch is a packed one: position ids alone tell its documents."""
+FAST_MODEL = {
+    "granite": ("--dtypes", "4bit", "--checkpointing", "unsloth,True"),
+    "smollm3": ("--dtypes", "bf16", "--checkpointing", "unsloth,False"),
+    "gemma3 eager": ("--dtypes", "bf16", "--checkpointing", "unsloth,False", "--attention", "eager"),
+    "gemma3": ("--dtypes", "4bit", "--checkpointing", "unsloth", "--modes", "dense,rows,channels"),
+}
+"""What is tried on Unsloth's compiled path, whose layers run whole like the PEFT backend's. Gemma 3 has flex attention
+there, which no CUDA graph holds; "eager" means PyTorch's attention."""
+FLEX = "FastModel gemma3"
+"""The process with flex attention, whose layers may run part by part."""
 LARGE = "llama 8B"
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -57,6 +67,11 @@ def processes(folder: Path, backends: Sequence[str], large: bool) -> dict[str, l
             for family in families
             for dtype in ("bf16", "4bit")
         }
+        compiled = {
+            f"FastModel {name}": ["--backend", "unsloth", "--families", name.split()[0], *PEFT_LAYOUTS, *options]
+            for name, options in FAST_MODEL.items()
+        }
+        words = compiled | words
         if large:
             words[LARGE] = [
                 "--backend", "unsloth", "--families", "llama", "--dtypes", "4bit", "--checkpointing", "unsloth",
@@ -80,7 +95,8 @@ def why_failed(name: str, trial: Trial) -> str:
     """
     if trial.verdict == "failed":
         return trial.detail
-    promised = name == LARGE or trial.family in (PROMISED_PEFT if trial.backend == "peft" else PROMISED)
+    families = PROMISED_PEFT if trial.backend == "peft" else (*PROMISED, *COMPILED)
+    promised = name == LARGE or (trial.family in families and name != FLEX)
     graphs = trial.mode.endswith("graphs")
     if trial.verdict == "refused":
         return "" if graphs and not promised and "can be captured" in trial.detail else trial.detail
@@ -202,7 +218,7 @@ def main() -> int:
         if args.only:
             words = {name: words[name] for name in args.only.split(",")}
         for backend in backends:
-            write_models(folder / backend, families_of(backend), backend)
+            write_models(folder / backend, families_of(backend) + COMPILED * (backend == "unsloth"), backend)
         codes, outcomes = run_all(words, folder, began + args.seconds), {}
         for name in words:
             lines = folder / f"{name}.jsonl"

@@ -14,8 +14,10 @@ import torch
 
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth import hooks
+from sparse_unsloth.backends.unsloth.attention import read_attention
 from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
+from sparse_unsloth.ops import stored_rows
 from sparse_unsloth.runtime.metrics import metrics
 
 from recorded_layers import LAYERS, attach_with, checkpointed, other_rows, small_steps, step_as_recorded
@@ -34,25 +36,33 @@ def kept(stand_in, layers=LAYERS):
     return make_model(stand_in, num_hidden_layers=layers)
 
 
+def planner(plan=lambda *given: None, context_again=()):
+    return SimpleNamespace(plan=plan, restore=lambda: None, num_kept=LAYERS, context_again=context_again)
+
+
 def set_checkpointing(model, *flags):
     for layer, flag in zip(decoder_layers(model), flags, strict=True):
         layer.gradient_checkpointing = flag
 
 
 @pytest.mark.parametrize("rules", ["both", "dense", "rows"])
-def test_replays_give_the_same_gradients(stand_in, recorder, rules):
+def test_replays_give_the_same_gradients(stand_in, recorder, rules, monkeypatch):
     layers = 3 if rules == "dense" else LAYERS  # of the input's gradient, that of the middle one shows
     model = kept(stand_in, layers)
     batch = make_batch(lengths=((12, 3), (9, 4))) if rules == "rows" else small_batch()
     batches = [batch, other_rows(batch)]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
-    state = attach_with(model, rules, True)
+    state, original, again = attach_with(model, rules, True), stored_rows._with_context, []
+    monkeypatch.setattr(stored_rows, "_with_context", lambda *given: again.append(len(given[1])) or original(*given))
     for step in range(4):
+        if rules == "rows":  # a layer is replayed as it was captured, whatever the planner says later
+            state.planner = planner(context_again={1} if step < 3 else {0})
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
         assert recorder.recorded == (layers * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert metrics(state)["sparsity/captured_layers"] == layers
     assert state.ran == state.expected_parts()
+    assert len(again) == (4 if rules == "rows" else 0)  # the stand-in runs the captured function again
     if rules == "both":  # only the layer's own graphs write to its scores, which are read later
         chosen = state.graphs.forward.selections
         assert chosen.keys() == state.expected_parts()
@@ -100,8 +110,7 @@ def test_memory_that_is_held_is_planned_for(stand_in, recorder):
     """`memory_budget` must not count on what the pool holds, except in a forward that uses it."""
     model, batch = kept(stand_in), small_batch()
     state, planned = attach_with(model, "dense", True), []
-    plan = SimpleNamespace(plan=lambda rows, scale, held=0: planned.append(held), restore=lambda: None, num_kept=LAYERS)
-    state.planner = plan
+    state.planner = planner(lambda rows, scale, held=0: planned.append(held))
     for _ in range(3):
         loss_and_gradients(model, batch)
     assert planned == [0, 0, recorder.memory(), 0]
@@ -207,7 +216,11 @@ def test_saved_tensors_that_are_offloaded_are_not_captured(stand_in, recorder, c
 
 @pytest.mark.parametrize("rules", ["dense", "rows"])
 def test_layers_whose_attention_cannot_be_captured(stand_in, recorder, monkeypatch, rules):
-    monkeypatch.setattr(hooks, "BACKEND", dataclasses.replace(hooks.BACKEND, fixed_tensors=lambda *given: None))
+
+    def read(*given):
+        return dataclasses.replace(read_attention(*given), capturable=False)
+
+    monkeypatch.setattr(hooks, "BACKEND", dataclasses.replace(hooks.BACKEND, read_attention=read))
     model, batch = kept(stand_in), small_batch()
     expected = step_as_recorded(model, batch, rules)
     state = attach_with(model, rules, True)

@@ -14,12 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_unsloth import detach
-from sparse_unsloth.backends.unsloth import attention as unsloth_attention
+from sparse_unsloth import detach, get_state
+from sparse_unsloth.backends.unsloth.attention import read_attention
 from sparse_unsloth.errors import AttachError, BackendError, SparsityError
 from sparse_unsloth.graphs import recorder as graphs
+from sparse_unsloth.graphs.packed_attention import packing_of
 from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.runtime.context import SparseContext
 from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
 from recorded_layers import (
@@ -280,66 +283,79 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
 
 
 def test_unsloths_own_layers(tmp_path):
-    """Captured whole, padded and within packed documents."""
+    """Captured whole, padded, within packed documents and windows, and with a soft cap."""
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is not installed")
-    environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
+    kernels = {"TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton", "TORCHDYNAMO_DISABLE": "1"}
+    environment = {**os.environ, **UNSLOTH_ON_CPU, **kernels}
     command = [sys.executable, str(SCRIPTS / "graphs.py"), str(tmp_path / "found.json")]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     whole = ["backward", "layer", "recompute"]
     kept = ["backward", "forward"]
     assert json.loads((tmp_path / "found.json").read_text()) == {
-        "channels, padded": [whole, 1], "channels, packed": [whole, 1], "channels, xformers": [whole, 1],
-        "rows, packed": [whole, 1], "rows, without checkpointing": [kept, 1],
-        "dense, padded": [whole, 1], "dense, without checkpointing": [kept, 1],
+        "llama, channels, packed": [whole, 1],
+        "llama, channels, xformers": [whole, 1], "llama, rows, packed": [whole, 1],
+        "llama, rows, without checkpointing": [kept, 1], "mistral, dense, packed": [whole, 1],
+        "gemma2, dense, without checkpointing": [kept, 1],
     }  # fmt: skip
 
 
-def run_attention(**arguments):
-    """Replaces the function that Unsloth's attention modules call by this name."""
+def xformers_mask(name, **seqinfo):
+    cls = type(name, (), {"__module__": "xformers.ops.fmha.attn_bias", "q_seqinfo": SimpleNamespace(**seqinfo)})
+    return cls()
 
 
-class UnslothAttention(torch.nn.Module):
-    def forward(self, hidden_states):
-        return run_attention(Q=hidden_states)
+def MistralAttention_fast_forward(self):
+    """Under the name of Unsloth's function."""
 
 
-XformersMask, XformersWindow = (
-    type(name, (), {"__module__": "xformers.ops.fmha.attn_bias"})
-    for name in ("LowerTriangularMask", "LowerTriangularFromBottomRightLocalAttentionMask")
-)
+class Attention:
+    forward = MistralAttention_fast_forward
+    config = SimpleNamespace(sliding_window=4)
 
 
-def test_tensors_that_attention_depends_on():
-    """With xformers Unsloth passes a mask object to its layers: plain causal, or with a window."""
-    attention = UnslothAttention()
-    attention.config = SimpleNamespace(sliding_window=None)
-    layer = SimpleNamespace(module=SimpleNamespace(self_attn=attention))
-    runtime = SimpleNamespace(layer=layer, context=SimpleNamespace(packing=None))
-    rows, tables = torch.zeros(1, 8, 4), (torch.zeros(16, 2), torch.ones(16, 2))
+def test_what_unsloth_hands_to_attention():
+    """Tables, masks of other kernels, documents and their capture; where Unsloth's own forward must run."""
+    layer = SimpleNamespace(self_attn=Attention(), head_dim=4)
+    context = SparseContext(TokenPartition.from_labels(torch.ones(1, 8, dtype=torch.int64)), 1.0)
+    state, fast = SimpleNamespace(graphs=SimpleNamespace(captures_documents=True)), SimpleNamespace()
+    fast.spec = SimpleNamespace(scaling=1.0)
+    runtime = SimpleNamespace(layer=layer, context=context, state=state, fast=fast)
+    rows, tables = torch.zeros(1, 8, 4), (torch.rand(16, 4), torch.rand(16, 4))
 
     def found(**arguments):
-        names = unsloth_attention.fixed_tensors(runtime, rows, {"position_embeddings": tables, **arguments})
-        return None if names is None else set(names)
+        call = read_attention(runtime, rows, {"position_embeddings": tables, "use_cache": False, **arguments})
+        return None if call is None else (sorted(call.tensors), call.window, call.capturable)
 
-    plain, lengths = {unsloth_attention.COSINES, unsloth_attention.SINES}, torch.tensor([8])
-    assert found(causal_mask=None, use_cache=False) == plain
-    assert found(position_ids=torch.arange(8)[None]) == {*plain, "position_ids"}
-    assert found(causal_mask=object()) is None
-    assert found(causal_mask=XformersMask()) == plain
-    assert found(causal_mask=XformersWindow()) is None
-    assert found(packed_seq_lengths=lengths) is None
-    runtime.context.packing = SimpleNamespace(offsets=torch.tensor([0, 8]))
-    assert found(packed_seq_lengths=lengths, causal_mask=object()) == {*plain, unsloth_attention.OFFSETS}
-    assert found(packed_seq_lengths=lengths, attention_mask=torch.ones(1, 1, 8, 8)) is None
-    layer.module.self_attn = torch.nn.Linear(1, 1)  # calls no such function
-    layer.module.self_attn.config = attention.config
-    assert found(packed_seq_lengths=lengths) is None
-    runtime.context.packing = None
-    assert found(causal_mask=XformersMask()) is None
-    layer.module.self_attn = attention
-    tables = tables[0][:4], tables[1][:4]
+    plain, lengths = ["cosines", "sines"], torch.tensor([3, 5])
+    assert found() == (plain, 4, True)
+    for mask, taken in {
+        xformers_mask("LowerTriangularMask"): True,
+        xformers_mask("BlockDiagonalCausalLocalAttentionMask", min_seqlen=8): True,
+        xformers_mask("BlockDiagonalCausalLocalAttentionMask", min_seqlen=3): False,  # documents of someone else
+        xformers_mask("BlockDiagonalMask", min_seqlen=8): False,
+        object(): False,
+    }.items():
+        assert (found(causal_mask=mask) is not None) == taken
+    state.graphs.captures_documents = False
+    assert found() == (plain, 4, False)
+    layer.self_attn.config = SimpleNamespace(sliding_window=8)
+    assert found() == (plain, None, True)
+    assert found(packed_seq_lengths=lengths) == ([*plain[:1], "documents begin at", "sines"], None, False)
+    state.graphs.captures_documents = True
+    assert not found(packed_seq_lengths=lengths)[2], "the batch signature does not count them"
+    context.packing = packing_of(Batch(torch.zeros(1, 8), packed_seq_lengths=lengths))
+    assert found(packed_seq_lengths=lengths, causal_mask=object())[2]
+    seen = torch.ones(1, 1, 8, 8)
+    assert found(packed_seq_lengths=lengths, attention_mask=seen) == (["attention_mask", *plain], 8, True)
+    assert found(attention_mask=torch.ones(1, 8)) is None
+    for name in ("past_key_value", "past_key_values", "prefix_seg_info", "use_cache"):
+        assert found(**{name: True}) is None
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], dtype=torch.int32)
+    taken = read_attention(runtime, rows, {"position_embeddings": tables, "position_ids": positions}).tensors["cosines"]
+    assert torch.equal(taken[0], tables[0][positions[0].long()])
+    context.split = True
     assert found() is None
 
 
@@ -354,6 +370,7 @@ def test_context_parallel_forwards_are_not_captured(stand_in, recorder, caplog):
             assert_same(loss_and_gradients(model, {**batch, "shift_labels": shifted}), expected)
         assert recorder.recorded == 0
         assert not graphs_of.captured_keys
+        assert get_state(model).counts.whole_layers == 0, "our attention communicates with nobody"
         detach(model)
     assert "cuda_graphs: sequences are split over several GPUs" in caplog.text
 

@@ -39,6 +39,7 @@ def test_offsets(lengths, offsets):
     assert found.offsets.tolist() == offsets
     assert found.offsets.dtype == torch.int32
     assert found.room == len(offsets) - 1
+    assert found.longest == torch.tensor(offsets).diff().max()
 
 
 def test_few_kinds_of_room():
@@ -57,17 +58,25 @@ def test_where_recordings_do_not_attend_within_documents(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [(3, 5, 4), (3, 5), (12,), (3, 0, 9), (1,) * 12])
-@pytest.mark.parametrize("heads", [(4, 2, 2), (2, 2, 2)])
-def test_every_document_attends_to_itself(lengths, heads):
+@pytest.mark.parametrize(("heads", "window"), [((4, 2, 2), None), ((2, 2, 2), None), ((4, 2, 2), 4)])
+def test_every_document_attends_to_itself(lengths, heads, window):
     inputs = draw(heads)
     expected, begin = [], 0
     for length in (*lengths, TOKENS - sum(lengths)):
         part = [values[:, :, begin : begin + length] for values in inputs]
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
         if length:
-            expected.append(F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True))
+            expected.append(F.scaled_dot_product_attention(*part, attn_mask=seen, enable_gqa=True))
         begin += length
-    found = packed_attention(*inputs, packing(*lengths).offsets)
+    found = packed_attention(*inputs, packing(*lengths).offsets, window=window)
     torch.testing.assert_close(found, torch.cat(expected, dim=2).transpose(1, 2))
+
+
+def test_a_window_of_every_sequence():
+    inputs = [values.reshape(2, values.shape[1], 6, 4) for values in draw()]
+    alone = [packed_attention(*(one[row : row + 1] for one in inputs), None, window=2) for row in range(2)]
+    torch.testing.assert_close(packed_attention(*inputs, None, window=2), torch.cat(alone))
+    assert not torch.allclose(torch.cat(alone), packed_attention(*inputs, None, window=3))
 
 
 def test_gradients_and_scale():
@@ -82,10 +91,15 @@ def test_what_is_tried_before_it_is_recorded(monkeypatch):
     given = 4, 2, 8, torch.empty(0), Immediate()
     assert why_not_captured(*given) == ""
     right = ours._by_mask
-    monkeypatch.setattr(ours, "packed_attention", lambda q, k, v, _: right(q, k, v, torch.tensor(ours.TRIED[0])))
-    assert "differs from the reference" in why_not_captured(*given)
+    first = torch.tensor(ours.TRIED[0])
+    for wrong in (
+        lambda q, k, v, _, window: right(q, k, v, first, window=window),
+        lambda q, k, v, offsets, window: right(q, k, v, offsets),
+    ):
+        monkeypatch.setattr(ours, "packed_attention", wrong)
+        assert "differs from the reference" in why_not_captured(*given)
 
-    def fail(*inputs):
+    def fail(*inputs, **more):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
     monkeypatch.setattr(ours, "packed_attention", fail)

@@ -48,6 +48,8 @@ class Rotary(nn.Module):
     def __init__(self, rotary: nn.Module, length: int):
         super().__init__()
         self.tables = tuple(table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
+        # As Unsloth 2026.10.6 reads them for Gemma 2.
+        self.multi_gpu_cos_cached, self.multi_gpu_sin_cached = ({None: table} for table in self.tables)
 
     def extend_rope_embedding(self, *args, **kwargs):
         pass
@@ -61,10 +63,11 @@ def replace_gpu_kernels() -> None:
     import bitsandbytes
     from transformers import Trainer
     from unsloth.kernels import fast_lora, swiglu, utils
-    from unsloth.models import llama, mistral
+    from unsloth.models import gemma, gemma2, llama, mistral, qwen3
 
     def rms_norm(norm, x, gemma=False, **kwargs):
-        return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        return (norm.weight + gemma) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
     def rope(q, k, cos, sin, positions=None):
         positions = torch.arange(q.shape[2])[None] if positions is None else positions.long()
@@ -77,10 +80,23 @@ def replace_gpu_kernels() -> None:
 
     for module in (fast_lora, utils):
         module.fast_dequantize = dequantize
-    llama.fast_rms_layernorm = rms_norm
-    llama.fast_rope_embedding = mistral.fast_rope_embedding = rope
+
+    def geglu_backward(dh, e, g):
+        with torch.enable_grad():
+            leaf = e.detach().requires_grad_()
+            f = F.gelu(leaf, approximate="tanh")
+        (de,) = torch.autograd.grad(f, leaf, dh * g)
+        return f.detach() * g, dh * f.detach(), de
+
+    for module in (gemma, gemma2, llama, mistral, qwen3):
+        module.fast_rms_layernorm, module.fast_rope_embedding = rms_norm, rope
+    if hasattr(qwen3, "_qk_norm_rope"):  # since 2026.10.8
+        qwen3._qk_norm_rope.QK_NORM_ROPE_ENABLED = False
+    llama.DEVICE_TYPE_TORCH = "cpu"
     fast_lora.swiglu_fg_kernel = lambda e, g: F.silu(e) * g
     fast_lora.swiglu_DWf_DW_dfg_kernel = swiglu._DWf_DW_dfg_traced
+    fast_lora.geglu_approx_forward_kernel = lambda e, g: F.gelu(e, approximate="tanh") * g
+    fast_lora.geglu_approx_backward_kernel = geglu_backward
     # It fuses nothing over float32, which makes results exact here.
     llama._base_weight_dtype = lambda projection: torch.bfloat16
 

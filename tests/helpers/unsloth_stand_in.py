@@ -49,15 +49,19 @@ def fused_loss(trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mas
     raise NotImplementedError
 
 
+def LlamaAttention_fast_forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    projected = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
+    q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
+    tables = (table[None] if table.dim() == 2 else table for table in position_embeddings)
+    q, k = modeling_llama.apply_rotary_pos_emb(q, k, *tables)
+    mixed, _ = modeling_llama.eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
+    return getattr(self, "apply_o", original_apply_o)(self, mixed.flatten(2)), None
+
+
 class SlotAttention(modeling_llama.LlamaAttention):
     """Llama's attention, which calls its projections through Unsloth's two slots."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
-        projected = getattr(self, "apply_qkv", original_apply_qkv)(self, hidden_states)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
-        q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        mixed, _ = modeling_llama.eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
-        return getattr(self, "apply_o", original_apply_o)(self, mixed.flatten(2)), None
+    forward = LlamaAttention_fast_forward
 
 
 class DeafAttention(SlotAttention):

@@ -14,12 +14,16 @@ def fast_forward(self, hidden_states, **kwargs):
 
 
 class FastLayer(modeling_llama.LlamaDecoderLayer):
-    """A call returns a tensor, as transformers' model expects; the forward returns a tuple, like Unsloth's."""
+    """A call returns a tensor, as transformers' model expects; the forward returns a tuple, like Unsloth's.
+
+    It hands the forward tables of the batch's positions, as Unsloth's model does, in place of the positions.
+    """
 
     forward = fast_forward
 
     def __call__(self, *args, **kwargs):
-        return super().__call__(*args, **kwargs)[0]
+        tables = [table[0] for table in kwargs.pop("position_embeddings")]
+        return super().__call__(*args, **{**kwargs, "position_ids": None, "position_embeddings": tables})[0]
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64}

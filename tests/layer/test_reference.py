@@ -10,7 +10,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer import probe
 from sparse_unsloth.layer.probe import difference, find_spec
 from sparse_unsloth.layer.reference import reference_layer
-from sparse_unsloth.layer.spec import read_spec
+from sparse_unsloth.layer.spec import read_norm, read_spec
 from sparse_unsloth.model.decoder_layer import find_layers
 
 from family_models import FAMILIES, calls, make_family
@@ -120,6 +120,16 @@ def test_parts_that_no_specification_has_are_named():
         read_spec(layer)
     layer.self_attn.attention_dropout = 0.0
     read_spec(layer)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("Llama", False), ("Gemma3", True), ("Olmo2", True)])
+def test_what_a_float32_norm_does_to_a_narrower_stream(family, kept):
+    """Unsloth leaves norms in float32 where they keep the stream's dtype; others would widen the stream."""
+    norm = find_layers(make_family(family, torch.float32))[0].module.post_attention_layernorm
+    assert read_norm(norm, "norm").keeps_dtype is kept
+    norm.forward = lambda x, own=norm.forward: own(x).half()
+    with pytest.raises(AttachError, match=r"norm \(.*RMSNorm\) gives torch.float16 for torch.float32"):
+        read_norm(norm, "norm")
 
 
 def test_gradients_of_the_reference():

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sparse_unsloth import SparsityConfig, attach, detach, get_state
 from sparse_unsloth.costs.flops import ModelShape
-from sparse_unsloth.costs.memory import GIB, layer_activations, row_layer_activations
+from sparse_unsloth.costs.memory import GIB, layer_activations, loss_row_activations, row_layer_activations
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.runtime import checkpoint_planner
 from sparse_unsloth.runtime.forward import roles_of
@@ -56,8 +56,8 @@ def room(monkeypatch):
 def needs(model, index, batch, scale=1.0):
     planner, partition = get_state(model).planner, roles_of(get_state(model), read_batch(batch))
     rows = batch["labels"].numel()
-    others = planner._future_bytes + planner._other_bytes(partition, rows, 3)
-    return planner._needs(index, partition, rows, scale), others
+    others = planner._future_bytes + planner._other_bytes(partition, rows, len(layers_of(model)))
+    return planner._needs(index, partition, rows, scale)[-1], others
 
 
 def test_layers_keep_their_activations_as_far_as_the_memory_goes(room):
@@ -220,35 +220,70 @@ def test_what_a_backward_pass_through_few_rows_keeps(family):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
-def test_what_a_whole_layer_keeps_of_a_backward_pass_through_few_rows(monkeypatch):
-    """As much as a dense layer. Besides, V is a view of Q, K, V (64 + 32 columns) and the MLP keeps ``xA`` (2 x 4)."""
+def test_whole_layers_whose_backward_goes_through_few_rows(room, monkeypatch):
+    """They keep all as dense layers do, or of context tokens the inputs of what follows attention, as memory allows.
+
+    Besides what is predicted V is a view of Q, K, V (64 + 32 columns) and the MLP keeps ``xA`` (2 x 4).
+    """
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     base = make_base(use_cache=False, num_hidden_layers=2)
     base.config._attn_implementation = "sdpa"
-    model, batch, sizes = make_lora(base=base), make_batch(lengths=((20, 10), (20, 10))), {}
+    model, batch, sizes = make_lora(base=base), make_batch(lengths=((12, 4), (12, 4))), {}
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
     assert attach(model, {"backward_rows": 0.25, "memory_budget": BUDGET}).whole_layers == 2
+    state = get_state(model)
+    state.begin_training("test", max_steps=1)
+    state.set_step(0)
+    planner, partition = state.planner, roles_of(state, read_batch(batch))
+    room(0)
+    _, expected = loss_and_gradients(model, batch)
+    assert (planner.num_kept, planner.context_again) == (0, frozenset())
+    rows, loss_rows, shape = 32, 10, ModelShape.from_config(model.config)
+    few = loss_row_activations(shape, rows, loss_rows, 4)
+    every = layer_activations(shape, rows, rows, activation_bytes=4)
+    assert (few, every) == (4 * (5 * 64 * rows + loss_rows * 2 * (128 + 64)), 4 * rows * (2 * 128 + 7 * 64))
+    least, most = (checkpoint_planner.MARGIN * kept - 4 * rows * 64 for kept in (few, every))
+    needed, rest = needs(model, 1, batch)
+    assert needed == pytest.approx(most)
+    for count, kept, again in ((least, 1, {1}), (2 * least, 2, {0, 1}), (2 * most, 2, set()), (least + most, 2, {0})):
+        for enough in (False, True):
+            room(rest + count + (1 if enough else -100))
+            planner.plan(partition, 1.0)
+            assert enough == ((planner.num_kept, planner.context_again) == (kept, again))
     bases = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in bases and tensor.numel() >= 60 * 16:
+        if storage.data_ptr() not in bases and tensor.numel() >= loss_rows * 64:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    layer, counted = layers_of(model)[1], {}
-    layer.register_forward_pre_hook(lambda *_: counted.update(before=sum(sizes.values())))
-    layer.register_forward_hook(lambda *_: counted.update(after=sum(sizes.values())))
-    get_state(model).begin_training("test", max_steps=1)
-    get_state(model).set_step(0)
+    counted = [0]
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda *_: counted.append(sum(sizes.values())))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**batch)
-    rows, shape = 60 * 4, ModelShape.from_config(model.config)
-    predicted = layer_activations(shape, 60, 60, activation_bytes=4)
-    assert predicted == rows * (2 * 128 + 7 * 64)
-    assert predicted <= counted["after"] - counted["before"] <= predicted + rows * (64 + 32 + 2 * 4)
-    needed, _ = needs(model, 1, batch)
-    assert needed == pytest.approx(checkpoint_planner.MARGIN * predicted - rows * 64)
-    del output
+        loss = model(**batch).loss
+    for predicted, before, after in zip((few, every), counted, counted[1:], strict=False):
+        assert predicted <= after - before <= predicted + 4 * rows * (64 + 32 + 2 * 4)
+    model.zero_grad()
+    loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=lambda m, n=name: f"{n}: {m}")
+    planner.restore()
+    assert not planner.context_again
+
+
+def test_context_rows_are_computed_again_only_where_it_pays():
+    """Where most of them are in backward, a checkpointed layer costs hardly more time and needs less memory."""
+    for share, *counts in ((0.1, 2, 2), (0.25, 2, 2), (0.95, 1, 2)):
+        model, _ = attached(mlp={}, backward_rows=share)
+        planner = get_state(model).planner
+        planner._row_layers = dict.fromkeys(range(3), True)
+        for lengths, ways in zip((((90, 3), (80, 5)), ((5, 90), (9, 90))), counts, strict=True):
+            batch = make_batch(lengths=lengths)
+            found = planner._needs(1, roles_of(get_state(model), read_batch(batch)), batch["labels"].numel(), 1.0)
+            assert (len(found), found) == (ways, sorted(found))
 
 
 def test_hooked_layers_whose_backward_goes_through_few_rows_need_less(room):

@@ -6,7 +6,6 @@ not apply: without a context (evaluation, generation, dense steps), or with merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from sparse_unsloth.backends.patching import original_forward, replace_forward, 
 from sparse_unsloth.backends.probes import check, probe_projection
 from sparse_unsloth.backends.whole_layer import layer_forward
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.layer import attention
+from sparse_unsloth.layer.attention import AttentionCall, by_interface
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, DecoderLayer
 from sparse_unsloth.ops.linear import sparse_linear
 from sparse_unsloth.ops.projection import read_projection
@@ -96,34 +95,8 @@ def check_not_sharded(layer: DecoderLayer) -> None:
             )
 
 
-def _prepare_whole_layer(runtime: LayerRuntime) -> None:
-    """Nothing: our own attention takes Q, K, V."""
-
-
-def _release_whole_layer(runtime: LayerRuntime) -> list[nn.Module]:
-    return []
-
-
-def _attend(
-    runtime: LayerRuntime, hidden_states: Tensor, projected: Sequence[Tensor], arguments: dict[str, Any]
-) -> Tensor:
-    return attention.attend(runtime.fast.present_spec(), runtime.layer.self_attn, projected, arguments)
-
-
-def _fixed_tensors(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
-    return attention.fixed_tensors(runtime.fast.spec, runtime.layer.self_attn, arguments)
-
-
-def _capturable_attention(
-    runtime: LayerRuntime, arguments: dict[str, Any], fixed: dict[str, Tensor]
-) -> Callable[..., Tensor]:
-    """Our attention of Q, K, V and the ``fixed`` tensors."""
-
-    def attend(x: Tensor, projected: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        given = attention.attend_with(dict(zip(fixed, tensors, strict=True)))
-        return _attend(runtime, x, projected, given)
-
-    return attend
+def _read_attention(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> AttentionCall:
+    return by_interface(runtime.fast.spec, runtime.layer.self_attn, arguments)
 
 
 BACKEND = Backend(
@@ -132,10 +105,6 @@ BACKEND = Backend(
     uninstall=restore_forward,
     is_installed=is_installed,
     check_not_sharded=check_not_sharded,
-    prepare_whole_layer=_prepare_whole_layer,
-    release_whole_layer=_release_whole_layer,
-    attend=_attend,
-    fixed_tensors=_fixed_tensors,
-    capturable_attention=_capturable_attention,
-    attention_is_ours=True,
+    read_attention=_read_attention,
+    keeps_weights=False,
 )

@@ -6,10 +6,9 @@ the sources instead.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,35 +18,29 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact.loss import FUNCTION as FUSED_LOSS
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 
-ATTENTION = "run_attention"
-"""The function that Unsloth's attention modules call for attention."""
 FUSED_MLPS = ("apply_lora_mlp_swiglu", "apply_lora_mlp_geglu_exact", "apply_lora_mlp_geglu_approx")
 FAST_LORA = "kernels/fast_lora.py"
-LLAMA, MISTRAL = "models/llama.py", "models/mistral.py"
+LLAMA, MISTRAL, GEMMA_2 = "models/llama.py", "models/mistral.py", "models/gemma2.py"
 FUSED_FUNCTIONS = (*FUSED_MLPS, "apply_lora_qkv", "apply_lora_o")
 ATTENTIONS = {
     "LlamaAttention_fast_forward": LLAMA,
     "MistralAttention_fast_forward": MISTRAL,
     "Qwen3Attention_fast_forward": "models/qwen3.py",
-    "Gemma2Attention_fast_forward": "models/gemma2.py",
+    "Gemma2Attention_fast_forward": GEMMA_2,
 }
-"""Attention forwards of all families and their files; Qwen2 and Gemma use Llama's."""
-CAPTURED = [name for name in ATTENTIONS if "Gemma" not in name]
-"""Attention forwards of layers that can be captured as whole layers."""
+"""Attention forwards of all families and their files; Qwen2 and Gemma use Llama's. Whole layers compute the same."""
 SLOTS = ("apply_qkv", "apply_o")
-PASS_KWARGS = {
-    "PeftModel_fast_forward": LLAMA,
-    "_CausalLM_fast_forward": LLAMA,
-    "MistralForCausalLM_fast_forward": MISTRAL,
-    "LlamaModel_fast_forward": LLAMA,
+"""What they call, and what is replaced where the parts of a layer are hooked."""
+KEYWORDS = {
+    "PeftModel_fast_forward": (LLAMA, 2),
+    "_CausalLM_fast_forward": (LLAMA, 2),
+    "MistralForCausalLM_fast_forward": (MISTRAL, 2),
+    "LlamaModel_fast_forward": (LLAMA, 2),
+    "LlamaDecoderLayer_fast_forward": (LLAMA, 1),
+    "GemmaDecoderLayer_fast_forward": ("models/gemma.py", 1),
+    "Gemma2DecoderLayer_fast_forward": (GEMMA_2, 1),
 }
-"""Forwards through which a keyword argument reaches the decoder layers."""
-TAKE_KWARGS = {
-    "LlamaDecoderLayer_fast_forward": LLAMA,
-    "GemmaDecoderLayer_fast_forward": "models/gemma.py",
-    "Gemma2DecoderLayer_fast_forward": "models/gemma2.py",
-}
-"""Forwards of decoder layers, whose hook removes the keyword argument."""
+"""Forwards that take keyword arguments (1), and pass them on to the decoder layers (2)."""
 
 
 class Contract:
@@ -113,7 +106,7 @@ class Hook:
 
     what: str
     file: str
-    needed_by: Literal["layers", "loss", "documents"]
+    needed_by: Literal["layers", "loss"]
     found: bool
 
 
@@ -125,105 +118,40 @@ def find_unsloth() -> Path | None:
 
 
 def read_contract(folder: Path) -> list[Hook]:
-    """Every hook, found or not; a missing or unreadable file holds none.
+    """Every hook, found or not; a missing file holds none.
 
     Args:
         folder: the folder of the ``unsloth`` package.
     """
-    sources = _Sources(folder)
     hooks = []
+
+    def note(what: str, file: str, found: object, needed_by: Literal["layers", "loss"] = "layers") -> None:
+        hooks.append(Hook(what, file, needed_by, bool(found)))
+
+    def source(file: str) -> str:
+        path = folder / file
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
     for name in FUSED_FUNCTIONS:
-        parameters = _parameters(sources.function(FAST_LORA, name))
-        hooks.append(Hook(f"{name}(self, X)", FAST_LORA, "layers", parameters[:2] == ["self", "X"]))
+        note(f"{name}(self, X)", FAST_LORA, re.search(rf"^def {name}\(\s*self,\s*X\b", source(FAST_LORA), re.M))
     for name, file in ATTENTIONS.items():
-        called = _called(sources.function(file, name))
-        hooks += [Hook(f"{slot} called by {name}", file, "layers", slot in called) for slot in SLOTS]
-        if name in CAPTURED:
-            hooks.append(Hook(f"{ATTENTION} called by {name}", file, "documents", ATTENTION in called))
-    hooks.append(Hook("original_apply_qkv", LLAMA, "layers", sources.function(LLAMA, "original_apply_qkv") is not None))
-    for name, file in PASS_KWARGS.items():
-        function = sources.function(file, name)
-        hooks.append(Hook(f"{name} passes **kwargs on", file, "layers", _passes_kwargs(function)))
-    for name, file in TAKE_KWARGS.items():
-        keywords = _keywords(sources.function(file, name))
-        hooks.append(Hook(f"{name} takes **kwargs", file, "layers", keywords is not None))
+        for slot in SLOTS:  # ``self.apply_o(...)`` or ``getattr(self, "apply_o", ...)(...)``
+            called = re.search(rf'\b{slot}(?:"[^()]*\))?\(', _function(source(file), name))
+            note(f"{slot} called by {name}", file, called)
+    note("original_apply_qkv", LLAMA, _function(source(LLAMA), "original_apply_qkv"))
+    for name, (file, times) in KEYWORDS.items():
+        keywords = re.findall(r"\*\*(\w+)", _function(source(file), name))
+        passes = keywords and keywords.count(keywords[0]) >= times
+        note(f"{name} {'passes' if times > 1 else 'takes'} **kwargs{' on' * (times > 1)}", file, passes)
+    imported = re.search(rf"^from .*\b{FUSED_LOSS}\b|^    {FUSED_LOSS},$", source("models/_utils.py"), re.M)
     for file in (LLAMA, MISTRAL):
-        found = sources.binds(file, FUSED_LOSS) and FUSED_LOSS in _called(sources.tree(file))
-        hooks.append(Hook(f"{FUSED_LOSS} imported and called", file, "loss", found))
+        called = re.search(rf"\b{FUSED_LOSS}\(", source(file))
+        own = re.search(rf"^from .*\b{FUSED_LOSS}\b", source(file), re.M)
+        note(f"{FUSED_LOSS} imported and called", file, called and (imported or own), "loss")
     return hooks
 
 
-class _Sources:
-    """Parsed files of a package, each read once."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._trees: dict[str, ast.Module | None] = {}
-
-    def tree(self, file: str) -> ast.Module | None:
-        if file not in self._trees:
-            try:
-                self._trees[file] = ast.parse((self._folder / file).read_text(encoding="utf-8"))
-            except (OSError, SyntaxError, ValueError):
-                self._trees[file] = None
-        return self._trees[file]
-
-    def function(self, file: str, name: str) -> ast.FunctionDef | None:
-        """The function of this name, at any depth; None where there is none."""
-        for node in _walk(self.tree(file)):
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                return node
-        return None
-
-    def binds(self, file: str, name: str) -> bool:
-        """Whether ``file`` has a global ``name``: defined, imported, or star-imported from a file beside it."""
-        for node in getattr(self.tree(file), "body", ()):
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                return True
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            if any((alias.asname or alias.name) == name for alias in node.names):
-                return True
-            beside = f"{Path(file).parent.as_posix()}/{node.module}.py"
-            if node.names[0].name == "*" and node.level == 1 and beside != file and self.binds(beside, name):
-                return True
-        return False
-
-
-def _walk(tree: ast.AST | None) -> Iterator[ast.AST]:
-    return iter(()) if tree is None else ast.walk(tree)
-
-
-def _parameters(function: ast.FunctionDef | None) -> list[str]:
-    return [] if function is None else [argument.arg for argument in function.args.args]
-
-
-def _keywords(function: ast.FunctionDef | None) -> str | None:
-    """The name of the parameter that takes further keyword arguments."""
-    return function.args.kwarg.arg if function is not None and function.args.kwarg else None
-
-
-def _passes_kwargs(function: ast.FunctionDef | None) -> bool:
-    keywords = _keywords(function)
-    return keywords is not None and any(
-        keyword.arg is None and isinstance(keyword.value, ast.Name) and keyword.value.id == keywords
-        for call in _walk(function)
-        if isinstance(call, ast.Call)
-        for keyword in call.keywords
-    )
-
-
-def _called(tree: ast.AST | None) -> set[str]:
-    """Names that are called: ``name(...)``, ``object.name(...)``, ``getattr(object, "name", ...)(...)``."""
-    names = set()
-    for call in _walk(tree):
-        if not isinstance(call, ast.Call):
-            continue
-        function = call.func
-        if isinstance(function, ast.Name):
-            names.add(function.id)
-        elif isinstance(function, ast.Attribute):
-            names.add(function.attr)
-        elif isinstance(function, ast.Call):
-            names |= {argument.value for argument in function.args if isinstance(argument, ast.Constant)}
-    return names
+def _function(source: str, name: str) -> str:
+    """The text of the function ``name``, at any depth; "" where there is none."""
+    found = re.search(rf"^( *)def {name}\(.*?(?=^\1[\w@]|\Z)", source, re.M | re.S)
+    return "" if found is None else found.group()

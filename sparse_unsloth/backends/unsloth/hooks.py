@@ -1,7 +1,7 @@
-"""Hooks Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``, and whole layers.
+"""Hooks Unsloth's fast path: ``mlp.forward``, ``self_attn.apply_qkv``, ``self_attn.apply_o``, for parts of layers.
 
-RoPE, attention dispatch, norms, loss and checkpointing with offload stay Unsloth's. Replaced functions are kept, and
-called whenever the masked forward does not apply, so dense layers and dense steps run Unsloth's own code.
+Whole layers need none of these. In other layers RoPE, attention dispatch and norms stay Unsloth's. Replaced functions
+are kept, and called whenever the masked forward does not apply, so dense steps run Unsloth's own code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparse_unsloth.backends import channel_hooks, row_hooks, whole_layer
 from sparse_unsloth.backends.channel_hooks import select
 from sparse_unsloth.backends.patching import restore_forward, runs, untraced
 from sparse_unsloth.backends.probes import check
-from sparse_unsloth.backends.unsloth.attention import attend, capturable_attention, fixed_tensors
+from sparse_unsloth.backends.unsloth.attention import read_attention
 from sparse_unsloth.backends.unsloth.contract import Contract
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
@@ -66,24 +66,6 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
                 reasons[part] = str(error)
     runtime.loss_only_parts = tuple(part for part in PARTS if part not in reasons)
     return reasons
-
-
-def prepare_whole_layer(runtime: LayerRuntime) -> None:
-    """Hooks the attention of a layer that will run as a whole, which gets Q, K, V from outside.
-
-    Raises:
-        AttachError: see `install`.
-    """
-    if "_sparse_original" not in runtime.layer.self_attn.__dict__:
-        _install(Contract(), runtime, "self_attn")
-
-
-def release_whole_layer(runtime: LayerRuntime) -> list[nn.Module]:
-    """Restores the attention of a layer whose parts neither are sparse nor skip unused rows."""
-    if runtime.state.row_sparse or runtime.sparsity.self_attn > 0 or "self_attn" in runtime.loss_only_parts:
-        return []
-    uninstall(runtime.layer.self_attn)
-    return [runtime.layer.self_attn]
 
 
 def check_not_sharded(layer: DecoderLayer) -> None:
@@ -138,8 +120,6 @@ def is_installed(module: nn.Module) -> bool:
 
 def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     runtime: LayerRuntime = self._sparse_runtime
-    if runtime.precomputed_qkv is not None:
-        return runtime.precomputed_qkv
     partition = runtime.partition("self_attn", self, hidden_states)
     modules = (self.q_proj, self.k_proj, self.v_proj)
     projections = None if partition is None else [read_projection(module) for module in modules]
@@ -157,8 +137,6 @@ def _apply_qkv(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
 
 def _apply_o(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     runtime: LayerRuntime = self._sparse_runtime
-    if runtime.skip_output_projection:
-        return attention_output
     choice = runtime.row_choice(self, attention_output)
     if choice is not None and not (args or kwargs):
         function = partial(self._sparse_original[1], self)
@@ -178,10 +156,6 @@ BACKEND = Backend(
     uninstall=uninstall,
     is_installed=is_installed,
     check_not_sharded=check_not_sharded,
-    prepare_whole_layer=prepare_whole_layer,
-    release_whole_layer=release_whole_layer,
-    attend=attend,
-    fixed_tensors=fixed_tensors,
-    capturable_attention=capturable_attention,
-    attention_is_ours=False,
+    read_attention=read_attention,
+    keeps_weights=True,
 )

@@ -263,11 +263,3 @@ def test_patching_again_after_attaching_is_noticed(stand_in, slot):
         setattr(layer.self_attn, slot, getattr(stand_in.fast_lora, slot.replace("apply", "apply_lora")))
     with pytest.raises(AttachError, match="1 of 6 sparse forwards were replaced after attach"):
         get_state(model).begin_training(object(), max_steps=10)
-
-
-def test_a_model_on_the_compiled_path_is_refused():
-    """Unsloth loaded it without hook points."""
-    model = make_lora("llama")
-    model.__dict__["_sparse_backend"] = "unsloth"
-    with pytest.raises(AttachError, match=r"general compiled path.*backend='peft'"):
-        attach(model, setting())

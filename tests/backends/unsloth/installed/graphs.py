@@ -5,6 +5,7 @@ In a process of its own, as importing Unsloth changes torch and transformers for
 """
 
 import copy
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ SETTINGS = {
     "channels": always(mlp={"1-2": 0.6}, self_attn={"2": 0.5}),
     "rows": {"backward_rows": 0.25},
     "dense": {"preset": "dense"},
+}
+LAYOUTS = {
+    "llama, channels": ("packed", "xformers"),
+    "llama, rows": ("packed", KEPT),
+    "mistral, dense": ("packed",),
+    "gemma2, dense": (KEPT,),
+}
+"""By family and setting; Mistral and Gemma 2 have windows shorter than the sequence, Gemma 2 masks of two kinds."""
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 0.5, "head_dim": 8},
 }
 
 
@@ -49,38 +63,40 @@ def load_xformers(patch: pytest.MonkeyPatch, asked: list) -> None:
 def examine() -> dict[str, list]:
     """By setting and layout: the captured calls, and how often each was replayed."""
     torch.set_num_threads(1)
-    base = make_base("llama", hidden_size=32, intermediate_size=64)
+    bases = {family: make_base(family, **SMALL, **changes) for family, changes in FAMILIES.items()}
     import unsloth  # noqa: F401
-    from unsloth.models import llama
 
-    llama.FastLlamaModel.pre_patch()
+    for family in FAMILIES:
+        module = importlib.import_module(f"unsloth.models.{family}")
+        getattr(module, f"Fast{family.capitalize()}Model").pre_patch()
     from recorded_layers import Rerun, share_memory, step_as_recorded
     from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
     from unsloth_stand_in import assert_same, packed_batch
 
-    layouts = {
-        "channels": {"padded": make_batch, "packed": packed_batch, "xformers": make_batch},
-        "rows": {"packed": packed_batch, KEPT: packed_batch},
-        "dense": {"padded": make_batch, KEPT: packed_batch},
-    }
     replace_gpu_kernels()
-    models, found = [fused_by_unsloth(copy.deepcopy(base), checkpointing) for checkpointing in (True, False)], {}
-    for name, setting in SETTINGS.items():
-        for layout, make in layouts[name].items():
+    found = {}
+    for name, layouts in LAYOUTS.items():
+        family, rules = name.split(", ")
+        setting = SETTINGS[rules]
+        for layout in layouts:
+            make = make_batch if layout == "xformers" else packed_batch
             with pytest.MonkeyPatch.context() as patch:
-                model, asked = models[layout == KEPT], []
+                model, asked = fused_by_unsloth(copy.deepcopy(bases[family]), layout != KEPT), []
                 if layout == "xformers":
                     load_xformers(patch, asked)
                 recorder = Rerun()
                 share_memory(patch, recorder)
                 batches = [make(seed=seed, lengths=lengths) for seed, lengths in enumerate(LENGTHS)]
+                plain = loss_and_gradients(model, batches[0])
                 expected = [step_as_recorded(model, batch, setting) for batch in batches]
+                if rules == "dense":
+                    assert_same(expected[0], plain)
                 attach(model, {**setting, "cuda_graphs": True})
                 for step in range(3):
                     asked.clear()
                     assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
                 if layout == "xformers":
-                    assert len(asked) == 2, "the first layer, which is dense, forward and again"
+                    assert len(asked) == 2, "the last layer, which skips unused rows, forward and again"
                 graphs = get_state(model).graphs
                 passes = [*graphs._captures.values()]
                 passes += [one for kept in graphs._kept.values() for one in kept.passes.values()]
