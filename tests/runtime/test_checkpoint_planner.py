@@ -320,7 +320,7 @@ def test_whether_a_forward_of_more_tokens_fits(room):
     planner, tokens = get_state(model).planner, 40
     roles = checkpoint_planner._every_token_bears_loss(tokens)
     rest = planner._future_bytes + planner._other_bytes(roles, tokens, 3)
-    layer = planner._needs(0, roles, tokens, 0.0)
+    (layer,) = planner._needs(0, roles, tokens, 0.0)
     room(rest - 100)
     assert not planner.fits(tokens)
     room(rest + 1)
