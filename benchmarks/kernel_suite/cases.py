@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from benchmarks.kernel_suite.checks import Case
-from sparse_unsloth.kernels import columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select
+from sparse_unsloth.kernels import columns, dequantize, fp8, gated, gated_lora, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.kernels.norms import Order
 from sparse_unsloth.ops.head_rotary import HeadForm, reference_heads
 from sparse_unsloth.ops.norms import Norm
@@ -147,6 +147,56 @@ def _written(out: Tensor, write: Callable[[Tensor], None]) -> Tensor:
     """The launches themselves: on a CPU their callers take the reference."""
     write(out)
     return out
+
+
+@kernel
+def quantise(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    """Rows of activations and of the gradients of gate and up; a weight as products forward and backward take it."""
+    N, I, H, e = sizes.rows, sizes.intermediate, sizes.hidden, draw.dtype.itemsize
+    for width in (H, I, 2 * I):
+        inputs = (draw(N, width + 16)[:, 16:],)
+        yield Case("quantize_rows", f"{N}x{width}", inputs, _fp8_rows, _fp8_rows_reference, (e + 1) * N * width)
+    weight = draw(I, H, scale=0.02)
+    sources = {"16 bits": (weight, None, e)}
+    if H % 64 == 0:
+        packed = quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=False)
+        sources["nf4"] = (*packed, 0.5 + 4 / 64)
+    for name, (source, state, size) in sources.items():
+        for transposed in (False, True):
+            scales = fp8.scales_of(fp8.exact_weight(source, state).abs().amax(0 if transposed else 1))
+            yield Case(
+                f"quantize_weight {name}{' transposed' if transposed else ''}", f"{I}x{H}", (source, state, scales),
+                lambda source, state, scales, transposed=transposed: _written(
+                    scales.new_empty((H, I) if transposed else (I, H), dtype=_fp8_or_exact(scales)),
+                    lambda out: fp8._launch_weight(source, state, scales, out, transposed),
+                ),
+                lambda source, state, scales, transposed=transposed: _fp8_weight_reference(
+                    source, state, scales, transposed
+                ), (size + 1) * I * H,
+            )  # fmt: skip
+
+
+def _fp8_or_exact(like: Tensor) -> torch.dtype:
+    """What kernels write: on a CPU what they round, as Triton's interpreter rounds to FP8 wrongly."""
+    return fp8.FP8 if like.is_cuda else torch.float32
+
+
+def _fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales = x.new_empty(x.shape, dtype=_fp8_or_exact(x)), x.new_empty((len(x), 1), dtype=torch.float32)
+    fp8._launch_rows(x, q, scales)
+    return q, scales
+
+
+def _fp8_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales = fp8.reference_quantize_rows(x)
+    return q if x.is_cuda else x.float() * scales.reciprocal(), scales
+
+
+def _fp8_weight_reference(source: Tensor, state: QuantState | None, scales: Tensor, transposed: bool) -> Tensor:
+    weight, scales = fp8.exact_weight(source, state), scales.float()
+    if scales.is_cuda:
+        return fp8.reference_quantize_weight(weight, scales, transposed)
+    return (weight.t() if transposed else weight) * scales.reciprocal()[:, None]
 
 
 @kernel
