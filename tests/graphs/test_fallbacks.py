@@ -5,16 +5,27 @@ graphs are tested in tests/gpu/test_graphs.py.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sparse_unsloth import detach, get_state
+from sparse_unsloth.backends import whole_layer
+from sparse_unsloth.graphs import recorder as graphs
+from sparse_unsloth.kernels import dequantize
+from sparse_unsloth.ops.projection import read_base
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
+from sparse_unsloth.runtime.metrics import metrics
 
 from plain_layers import use_plain_layers
 from recorded_layers import Rerun, Unused, attach_with, other_rows
-from tiny_models import loras, loss_and_gradients, make_batch
+from tiny_models import loras, loss_and_gradients, make_base, make_batch, pack_nf4
+from unsloth_stand_in import decoder_layers
 from whole_layers import FastLayer, make_model
 
 LAYERS = 2
@@ -241,3 +252,213 @@ def test_losses_and_backwards_of_other_kinds(stand_in, recorder, rules, way):
     scenarios = OTHERS if way == "reentrant" else [*OTHERS, by_autograd_grad]  # which reentrant checkpointing refuses
     found = check(make(stand_in, way), recorder, rules, scenarios)
     assert all(replayed >= CALLS[way] * LAYERS for _, replayed in found)
+
+
+@pytest.mark.parametrize("way", ["reentrant", False])
+def test_captures_that_fail(stand_in, recorder, monkeypatch, caplog, way):
+    """Whichever of its captures fails, a step has the right gradients; its signature alone is given up."""
+    model, capture, calls = make(stand_in, way), recorder.capture, []
+    steps = [partial(first_step, number) for number in (0, 2)]
+    expected = uncaptured(model, "MLP alone", lambda model: [step(model) for step in steps])
+    fails = 0
+
+    def fail(function, kept):
+        calls.append(function)
+        if len(calls) == fails:
+            function()  # it fails when it has computed something
+            raise torch.OutOfMemoryError("planted")
+        return capture(function, kept)
+
+    monkeypatch.setattr(recorder, "capture", fail)
+    for fails in range(1, CALLS[way] * LAYERS + 1):
+        state = attach_with(model, "MLP alone", True)
+        for number in (0, 0, 0, 2, 2, 2, 0, 2):
+            assert_equal(steps[number // 2](model), expected[number // 2])
+        assert len(calls) > fails
+        assert len(state.graphs.given_up) == 1
+        assert {key for _, key, _ in state.graphs._captures} | set(state.graphs._kept) == {
+            key for key in state.graphs.captured_keys if key not in state.graphs.given_up
+        }
+        assert not state.graphs.awaits_backward
+        assert state.counts.captured_layers == LAYERS, "the other signature is captured"
+        assert caplog.text.count("a capture failed") == 1
+        caplog.clear()
+        calls.clear()
+        detach(model)
+
+
+def first_step(number, model):
+    return [loss_and_gradients(model, BATCHES[number])[0], *gradients_of(model)]
+
+
+def test_captures_that_keep_failing_end(stand_in, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_GIVEN_UP", 1)
+    model, tried = make(stand_in, False), []
+
+    def fail(function, kept):
+        tried.append(function)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(recorder, "capture", fail)
+    state = attach_captured(model)
+    assert len(tried) == len(state.graphs.given_up) == 1
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_mistakes_in_captured_functions_are_raised(stand_in, recorder, monkeypatch):
+    model, batch = make(stand_in, False), BATCHES[0]
+    attach_with(model, "dense", True)
+    loss_and_gradients(model, batch)
+
+    def attend(*given):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(whole_layer, "attend", attend)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("way", ["reentrant", False])
+def test_adapters_that_take_turns(stand_in, recorder, way, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_RECAPTURES", 1)
+    model = make(stand_in, way)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.other" in name:
+                parameter.normal_(0, 0.05)
+
+    def run(model, adapter):
+        model.set_adapter(adapter)
+        model.zero_grad()
+        model(**BATCHES[0]).loss.backward()
+        return [one.grad.clone() for name, one in model.named_parameters() if f".{adapter}." in name]
+
+    adapters = ["default", "other"]
+    expected = uncaptured(model, "dense", lambda model: [run(model, adapter) for adapter in adapters])
+    model.set_adapter("default")
+    state = attach_captured(model, batches=BATCHES[:1])
+    for step in range(8):
+        assert_equal(run(model, adapters[step % 2]), expected[step % 2])
+        held = recorder.recorded, recorder.replayed
+    assert recorder.recorded > CALLS[way] * LAYERS
+    assert_equal(run(model, "default"), expected[0])
+    assert held == (recorder.recorded, recorder.replayed), "captures end"
+    assert "weights change their addresses" in " ".join(state.warned)
+
+
+def replace_norm(layer):
+    layer.input_layernorm.weight = nn.Parameter(1.5 * layer.input_layernorm.weight.detach(), requires_grad=False)
+
+
+def move_norm(layer):
+    layer.post_attention_layernorm.weight.data = 0.5 * layer.post_attention_layernorm.weight.data
+
+
+def replace_bias(layer):
+    layer.self_attn.q_proj.base_layer.bias = nn.Parameter(torch.ones(32, dtype=torch.float64), requires_grad=False)
+
+
+@pytest.mark.parametrize("way", ["reentrant", False])
+def test_frozen_tensors_that_are_replaced(stand_in, recorder, way):
+    """Graphs would read where they were."""
+    model = make(stand_in, way)
+    attach_captured(model, batches=BATCHES[:1])
+    for change in (replace_norm, move_norm, replace_bias):
+        recorded = recorder.recorded
+        change(decoder_layers(model)[0])
+        steps = [first_step(0, model) for _ in range(2)]
+        assert recorder.recorded == recorded + CALLS[way] * (LAYERS if way is False else 1), change
+        changed = get_state(model)
+        detach(model)
+        plain = first_step(0, model)
+        for step in steps:
+            assert_equal(step, plain)
+        attach_captured(model, batches=BATCHES[:1])
+        assert get_state(model) is not changed
+
+
+def test_all_that_kernels_read_of_a_four_bit_weight():
+    """What a captured kernel is given, so that a replaced quantisation state is noticed."""
+    layer = pack_nf4(make_base(num_hidden_layers=1)).model.layers[0].mlp.down_proj
+    state = layer.weight.quant_state
+    read = read_base(layer)
+    assert {id(one) for one in dequantize._scales(state)} <= {id(one) for one in read.tensors()}
+    state.nested, state.state2, state.offset = True, SimpleNamespace(absmax=torch.ones(1), code=torch.ones(2)), layer
+    assert {id(one) for one in dequantize._scales(state)} <= {id(one) for one in read.tensors()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rules", RULES)
+def test_layers_within_one_checkpoint(stand_in, recorder, rules, reentrant):
+    """The recompute of the second one overwrites what the first one's backward reads, and reads its output."""
+    model = make(stand_in, "reentrant" if reentrant else False)
+    set_checkpointing(model, False)
+    checkpoint_together(model, reentrant)
+    expected = uncaptured(model, rules, partial(first_step, 0))
+    plain = first_step(0, model)
+    state = attach_captured(model, rules, batches=BATCHES[:1])
+    for _ in range(3):
+        assert_equal(first_step(0, model), expected)
+    if rules == "dense":
+        assert_equal(expected, plain)
+    assert recorder.recorded == LAYERS, "first forwards alone"
+    assert recorder.replayed >= 3 * LAYERS
+    assert sum("checkpointed together" in message for message in state.warned) == 1
+
+
+def set_checkpointing(model, flag):
+    for layer in decoder_layers(model):
+        layer.gradient_checkpointing = flag
+
+
+def checkpoint_together(model, reentrant):
+    """Runs all decoder layers within one checkpoint."""
+    layers, stack = list(decoder_layers(model)), model.get_base_model().model
+
+    class Together(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            def run(hidden_states):
+                for layer in layers:
+                    hidden_states = layer(hidden_states, **{**kwargs, CONTEXT_ARGUMENT: context})
+                return hidden_states
+
+            context = kwargs.pop(CONTEXT_ARGUMENT, None)
+            return checkpoint(run, hidden_states, use_reentrant=reentrant)
+
+    original, together = stack.forward, Together()
+
+    def forward(*args, **kwargs):
+        stack.__dict__["layers"] = [together]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            del stack.__dict__["layers"]
+
+    stack.forward = forward
+
+
+@pytest.mark.parametrize("way", ["reentrant", False])
+@pytest.mark.parametrize("rules", ["MLP alone", "rows"])
+def test_dense_phases_are_captured(stand_in, recorder, rules, way):
+    """Before, between and after sparse steps, and of a batch without context tokens."""
+    model = make(stand_in, way)
+    whole = {**BATCHES[0], "labels": BATCHES[0]["input_ids"].clone()}
+    dense, of_whole = first_step(0, model), [loss_and_gradients(model, whole)[0], *gradients_of(model)]
+    expected = uncaptured(model, rules, partial(first_step, 0))
+    assert not all(torch.allclose(*pair) for pair in zip(dense, expected, strict=True))
+    state = attach_with(model, rules, True, start_step=3, end_step=6, explain_steps=0)
+    state.begin_training("driver", 10)
+    captured = []
+    for step in range(9):
+        state.set_step(step)
+        assert_equal(first_step(0, model), expected if 3 <= step < 6 else dense)
+        captured.append(state.counts.captured_layers)
+    assert captured == [0, LAYERS, LAYERS, 0, *[LAYERS] * 5]
+    recorded = recorder.recorded
+    assert recorded == 2 * CALLS[way] * LAYERS
+    loss, _ = loss_and_gradients(model, whole)
+    assert_equal([loss, *gradients_of(model)], of_whole)
+    assert recorder.recorded == recorded, "one capture serves all dense forwards of a shape"
+    assert metrics(state)["sparsity/captured_layers"] == LAYERS
+    state.verify_step()
