@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sparse_unsloth.errors import BackendError
 
+SHORT = 1 / 8
+"""Of the GPU's memory: if less is free, what PyTorch has cached is freed before a capture."""
+
 
 class GraphCapture:
     """Captures what functions launch as CUDA graphs, those of kept passes with a memory pool of their own.
@@ -37,6 +40,9 @@ class GraphCapture:
 
         Args:
             kept: whether this is a call of a kept pass.
+
+        Raises:
+            RuntimeError: something in ``function`` cannot be captured, or there is no memory. Nothing is left of it.
         """
         current = torch.cuda.current_stream()
         stream = self._streams.get(current.device_index)
@@ -44,7 +50,8 @@ class GraphCapture:
             stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
         if not self._alive[kept]:  # PyTorch releases a pool with its last graph
             self._pools[kept] = torch.cuda.graph_pool_handle()
-        if kept:  # a capture cannot take memory that PyTorch has cached, of which steps before left as much
+        free, total = torch.cuda.mem_get_info()
+        if kept or free < SHORT * total:  # a capture cannot take what PyTorch has cached; steps before left much of it
             torch.cuda.empty_cache()
         graph, pool = torch.cuda.CUDAGraph(), self._pools[kept]
         stream.wait_stream(current)

@@ -301,9 +301,9 @@ def _use_graphs(state: SparsityState, context: SparseContext) -> None:
     """Lets the layers of this forward replay their graphs, or be captured, where its batch signature allows it."""
     if state.graphs.recaptures_too_often:
         state.warn_once(
-            "cuda_graphs: weights change their addresses in every step (offloading, sharding), or forwards come "
-            "without a backward through all layers, so nothing is captured any more. Set cuda_graphs: false, or keep "
-            "the model on the GPU."
+            "cuda_graphs: weights change their addresses in every step (offloading, sharding, adapters that take "
+            "turns), or forwards come without a backward through all layers, so nothing is captured any more. Set "
+            "cuda_graphs: false, or keep the model on the GPU."
         )
     elif state.graphs.awaits_backward:
         state.warn_once(
