@@ -167,7 +167,8 @@ class _WithBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         capture, loras, forward = ctx.graphed.capture, ctx.saved_tensors, ctx.graphed.forward
-        if ctx.kept and keeps_graph():  # a second backward may come, when the pass has ended
+        second = keeps_graph()
+        if second and ctx.kept:  # it comes when the pass has ended
             ctx.kept, ctx.x = False, ctx.x.clone()
 
         def run(state, gradient: Tensor):
@@ -180,6 +181,8 @@ class _WithBackward(torch.autograd.Function):
             gradients = _uncaptured_gradients(ctx, gradient, loras)
         else:
             gradients = found[0].clone(), *_split_gradients(found[1], loras)
+        if not second:
+            ctx.x = None  # what is captured later may use its memory
         capture.finish()
         if forward is not None:
             forward.awaited.discard(capture.layer)

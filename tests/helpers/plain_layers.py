@@ -29,23 +29,38 @@ class Unused(torch.autograd.Function):
         return gradient
 
 
+def masked(values, part, channels):
+    """``values [..., width]``, of whose context rows the ``channels`` alone stay."""
+    context = part.partition.context
+    kept = torch.ones_like(values).flatten(0, -2)
+    kept[context] = torch.zeros_like(kept[context]).index_fill(1, channels, 1)
+    return values * kept.view_as(values)
+
+
 def pre_attention(x, plan):
+    """Context rows keep the selected channels of Q, K and V."""
     normed = normalise(x, plan.attention_norm)
-    return *(project(normed, projection) for projection in plan.projections[:3]), x
+    outputs = [project(normed, projection) for projection in plan.projections[:3]]
+    if plan.attention.sparse:
+        chosen = plan.choose_attention(normed.detach().flatten(0, -2)[plan.attention.partition.context])
+        outputs = [
+            masked(values, plan.attention, one)
+            for values, one in zip(outputs, (chosen.q, chosen.k, chosen.v), strict=True)
+        ]
+    return *outputs, x
 
 
 def post_attention(attention_output, residual, plan):
-    """Context rows keep the MLP's selected channels."""
+    """Context rows keep the selected channels of O and of the MLP."""
+    if plan.attention.sparse:
+        attention_output = masked(attention_output, plan.attention, plan.choose_attention(None).o)
     o, gate, up, down = plan.projections[3:]
     stream = residual + project(attention_output, o)
     normed = normalise(stream, plan.mlp_norm)
     mixed = ACTIVATIONS[plan.activation](project(normed, gate)) * project(normed, up)
     if plan.mlp.sparse:
-        context = plan.mlp.partition.context
-        channels = plan.choose_mlp(normed.detach().flatten(0, -2)[context]).channels
-        kept = torch.ones_like(mixed).flatten(0, -2)
-        kept[context] = torch.zeros_like(kept[context]).index_fill(1, channels, 1)
-        mixed = mixed * kept.view_as(mixed)
+        rows = normed.detach().flatten(0, -2)[plan.mlp.partition.context]
+        mixed = masked(mixed, plan.mlp, plan.choose_mlp(rows).channels)
     output = stream + project(mixed, down)
     return Unused.apply(output) if plan.output_unused else output
 
