@@ -255,7 +255,7 @@ def make_clock(trainer, steps: int, warmup: int):
             self.ends: list[float] = []
             self.peak = self.forwards = self.replayed = 0
             self.profile = None
-            self._last = None
+            self._last = 0
             self.graphs = graphs
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -286,8 +286,8 @@ def make_clock(trainer, steps: int, warmup: int):
             """Counts a timed micro-batch, and whether its forward was captured or replayed."""
             counts = warmup <= step < steps
             self.forwards += counts
-            if graphs is not None and graphs.forward is not self._last:
-                self.replayed, self._last = self.replayed + counts, graphs.forward
+            if graphs is not None and graphs.forward_number != self._last:
+                self.replayed, self._last = self.replayed + counts, graphs.forward_number
 
     return Clock()
 

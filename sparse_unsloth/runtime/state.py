@@ -358,9 +358,14 @@ class LayerRuntime:
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
         context = self.context
-        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+        if context is None or context.scale <= 0 or context.dense or getattr(self.sparsity, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether backward goes through chosen rows of this layer as a whole, in the forward that runs now."""
+        return self.state.row_sparse and not self.context.dense
 
     def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
         """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
@@ -369,7 +374,7 @@ class LayerRuntime:
             AttachError: see `check_rows`.
         """
         context = self.context
-        if context is None or context.scale <= 0 or not (self.state.row_sparse and module.training):
+        if context is None or context.scale <= 0 or not (self.by_rows and module.training):
             return None
         self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
@@ -455,13 +460,16 @@ class LayerRuntime:
         if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
             raise runs_twice(f"{self.layer.name}.{part}")
         self.context.ran.add((self.layer.index, part))
-        row_sparse = self.state.row_sparse and self.layer.index in self.state.runtimes
+        row_sparse = self.by_rows and self.layer.index in self.state.runtimes
         if torch.is_grad_enabled() and (row_sparse or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def skips_unused_output(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer skips the MLP's output, which is unused (`exact_removal`)."""
-        rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
+        memo = context.memo(self.layer.index)
+        if memo.joined:
+            return False
+        rows = self.state.row_sparse or memo.with_gradients is False
         ran, whole = (self.layer.index, "mlp") in context.ran, self.fast is not None and not self.not_whole
         return rows and ran and self.state.config.exact_removal and (whole or self.layer.adds_mlp_output)
 
