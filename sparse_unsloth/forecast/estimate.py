@@ -13,13 +13,13 @@ from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
 from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import padded_to_bucket
-from sparse_unsloth.forecast.model import OUTPUT_NORMS, Model, backend_of, has_whole_layers, read_model
+from sparse_unsloth.forecast.model import Model, backend_of, has_whole_layers, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
-from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
-from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
-from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
+from sparse_unsloth.forecast.speed_table import MODELS, fit_table
+from sparse_unsloth.forecast.tokens import TokenStatistics, read_tokens
 from sparse_unsloth.layer.attention import CAPTURABLE
+from sparse_unsloth.planning.fits import Fitted, choose, load
+from sparse_unsloth.planning.work import OUTPUT_NORMS, MicroBatch, Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def estimate(
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
     def step_with_graphs(plan: Plan) -> Step:
-        longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
+        longer = [batch.padded_to_bucket(tokens.layout) for batch in batches]
         captured = replace(plan, captured=True)
         return _step([batch_work(captured, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 

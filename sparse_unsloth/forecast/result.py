@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from sparse_unsloth.costs.memory import Memory
 from sparse_unsloth.forecast.model import Model
-from sparse_unsloth.forecast.speed_table import Fitted
 from sparse_unsloth.forecast.tokens import TokenStatistics
+from sparse_unsloth.planning.fits import Fitted
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from sparse_unsloth.cli.arguments import parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
-from sparse_unsloth.forecast import graphs
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
-from sparse_unsloth.forecast.speed_table import load
-from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.planning.fits import load
+from sparse_unsloth.planning.work import MicroBatch
 from sparse_unsloth.training.recipe import load_recipe
 
 from flops import counter
@@ -370,12 +369,12 @@ def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes):
 
 def test_captured_rows_are_padded_to_buckets():
     batch = MicroBatch(40, 200, 10, 40, (125, 125))
-    padded = graphs.padded_to_bucket(batch, "padded")
+    padded = batch.padded_to_bucket("padded")
     assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
-    assert graphs.padded_to_bucket(padded, "padded") == padded
-    flat = graphs.padded_to_bucket(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
+    assert padded.padded_to_bucket("padded") == padded
+    flat = replace(batch, context=210, padding=0, lengths=(200, 50)).padded_to_bucket("padding-free")
     assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
-    assert graphs.padded_to_bucket(flat, "packed") == flat
+    assert flat.padded_to_bucket("packed") == flat
 
 
 def test_command_prints_text_and_json(recipe, capsys):

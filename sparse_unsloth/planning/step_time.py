@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from sparse_unsloth.forecast.work import Work
+from sparse_unsloth.planning.work import Work
 
 SHARPNESS = 8
 """Sharpness of the smooth maximum of host and device time, which do not overlap completely."""
