@@ -178,7 +178,7 @@ def test_saved_recipe_reads_back(recipe, tmp_path):
             r"sparsity: estimator\.rnk: unknown key; did you mean estimator\.rank\?",
         ),
         ({"sparsity": {"mlp": {"1-3": 1.0}}}, r"sparsity: mlp\.1-3: must be a number in \[0, 1\)"),
-        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, rows, o1, o2\) nor a file"),
+        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(auto, dense, rows, o1, o2\) nor a file"),
         ({"sparsity": "none.yaml"}, "sparsity: .*none.yaml"),
         (
             {"rank": {"target_densty": 0.1}},
