@@ -33,7 +33,7 @@ from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition, partition_of
-from sparse_unsloth.utils.distributed import from_main, is_main
+from sparse_unsloth.utils.distributed import from_main, is_main, world_size
 
 SAMPLES = 16
 """Micro-batches of the data that are read before a training begins."""
@@ -104,7 +104,7 @@ def _measure(state: SparsityState, batch: Batch) -> None:
     outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
     if outcome is not None:
         state.auto.watch = None
-        _compare(state, from_main(lambda: outcome))
+        _compare(state, outcome)
 
 
 def _compare(state: SparsityState, outcome: Outcome) -> None:
@@ -117,7 +117,8 @@ def _compare(state: SparsityState, outcome: Outcome) -> None:
             f"sparse_unsloth auto: {outcome.measured:.3g} ms a micro-batch measured, {outcome.predicted:.3g} predicted "
             f"({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
         )
-    after = mend(before, outcome.ratio, outcome.captured)
+    # Several processes come here at different times, and would have to change the plan together.
+    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 else None
     if after is None:
         _say([said])
     elif after.chosen == before.chosen:
