@@ -11,8 +11,8 @@ in a process of its own. All arms get the same documents in the same order, real
 ``long16k`` is always one document a step (``1x1``). An arm is `script` with the arguments that the arm means:
 
     unsloth-stock, unsloth-padded, unsloth-graphs (UNSLOTH_BLOCK_CUDAGRAPHS=1), unsloth-kept
-    (checkpoint_skip_layers="max"), unsloth-no-checkpointing; ours-exact (nothing left out, CUDA graphs); ours-auto (what
-    `auto` decides); peft, the stock of --backend peft. Further arms of `sparse-unsloth bench` are joined by +:
+    (checkpoint_skip_layers="max"), unsloth-no-checkpointing; ours-exact (nothing left out, CUDA graphs); ours-auto
+    (what `auto` decides); peft, the stock of --backend peft. Further arms of `sparse-unsloth bench` are joined by +:
     ours-exact+no-checkpointing, unsloth-padded+no-checkpointing.
 
 How long a cell takes (Llama-3-8B in 4 bits on one H200, predicted): 20 s of imports, 10 s (Unsloth) to 42 s (ours, with

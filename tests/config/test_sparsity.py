@@ -122,6 +122,11 @@ REFUSED = [
         "preset: must be 'auto', 'dense', 'o1', 'o2' or 'rows', given 'denes'; did you mean 'dense'?",
     ),
     (
+        {"preset": "auto", "mlp": {"all": 0.5}},
+        "mlp: cannot be combined with preset auto, which leaves out no channels; leave the preset out, given "
+        "{'all': 0.5}",
+    ),
+    (
         {"criterion": "wnada"},
         "criterion: must be 'estimator', 'oracle', 'wanda', 'magnitude' or 'random', given 'wnada'; "
         "did you mean 'wanda'?",

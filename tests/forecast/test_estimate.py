@@ -367,6 +367,20 @@ def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes):
     assert "The times are those without cuda_graphs" in advise(result)
 
 
+def test_auto_is_estimated_as_it_would_decide(recipe):
+    prompts = {"sparsity": "auto", "rows": questions([(40, 1)] * 5)}
+    by_rows = estimate(load_recipe(recipe(**prompts)))
+    assert (by_rows.auto, by_rows.backward_rows) == (True, 0.25)
+    assert "auto would choose backward_rows: 0.25 and no CUDA graphs" in advise(by_rows)
+    exact = estimate(load_recipe(recipe(sparsity="auto", rows=questions([(1, 40)] * 5))))
+    assert (exact.sparse, exact.backward_rows) == (None, 1.0)
+    assert "auto trains exactly" in advise(exact)
+    on_gpu = estimate(of_gpu(recipe, sparsity="auto", rows=LONG, **CAPTURED))
+    assert (on_gpu.cuda_graphs, on_gpu.dense_as_trained) == (True, on_gpu.recorded)
+    by_hand = estimate(of_gpu(recipe, sparsity={"preset": "auto", "cuda_graphs": False}, rows=LONG, **CAPTURED))
+    assert not by_hand.cuda_graphs
+
+
 def test_captured_rows_are_padded_to_buckets():
     batch = MicroBatch(40, 200, 10, 40, (125, 125))
     padded = batch.padded_to_bucket("padded")

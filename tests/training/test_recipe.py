@@ -59,8 +59,15 @@ def test_defaults_that_differ_from_trl(recipe):
     assert (model.use_peft, model.lora_dropout, model.dtype) == (True, 0.0, "auto")
 
 
-def test_without_a_sparsity_block_training_is_dense(recipe):
-    assert not any(map(any, load_recipe(recipe()).sparsity.layer_sparsity(8)))
+def test_without_a_sparsity_block_auto_decides_and_null_is_dense(recipe, tmp_path):
+    made = load_recipe(recipe())
+    assert made.sparsity.is_auto
+    assert not load_recipe(recipe(sparsity=None)).sparsity.is_auto
+    by_hand = load_recipe(recipe(sparsity={"preset": "auto", "cuda_graphs": False}))
+    by_hand.save(tmp_path / "again.yaml")
+    again = load_recipe(tmp_path / "again.yaml").sparsity
+    assert again.model_fields_set == {"preset", "cuda_graphs"}, "what is given is decided, and nothing else"
+    assert load_recipe(recipe(peft="dora")).sparsity.preset == "dense"
 
 
 def test_overrides_come_last(recipe):
