@@ -1,8 +1,10 @@
 """Preset `auto`: what it plans when training begins, in trainers and own loops, on a CPU; and how it mends its plan."""
 
 import logging
+import random
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -14,6 +16,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.planning.progress import MEASURED, WARM_UP
 from sparse_unsloth.planning.step_time import StepTime
 from sparse_unsloth.runtime import auto
+from sparse_unsloth.runtime.auto import plan_from_data
 
 from tiny_models import loras, loss_and_gradients, make_batch, make_lora, save_checkpoint
 
@@ -87,12 +90,21 @@ def test_many_context_tokens_train_by_rows(capsys):
     assert "context is 94% of your tokens: exact forward" in lines[1]
 
 
-def test_planning_draws_no_random_number():
-    model = make_lora()
+def test_planning_leaves_the_random_state_as_it_was(monkeypatch):
+    """Else a trainer would shuffle its data otherwise than without this package."""
+
+    def draws(*args):
+        drawn.append((torch.rand(()), random.random(), numpy.random.rand()))
+        return padded(*args) if isinstance(args[0], list) else None
+
+    drawn, model = [], make_lora()
     attach(model)
-    before = torch.get_rng_state()
-    loss_and_gradients(model, PROMPTS)
-    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(row_hooks, "probe", draws)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    plan_from_data(get_state(model), rows_of(PROMPTS), draws, batch_size=2, micro_batches=9)
+    assert (chosen(model), len(drawn)) == (ROWS, 8 + 2 * 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, DENSE), (0.5, (0.5, False))])
