@@ -52,7 +52,7 @@ class Facts:
     """What is known when training begins.
 
     Attributes:
-        plan: the dense training without CUDA graphs; None where the costs of such a model are not known.
+        plan: the dense training without CUDA graphs; None where its costs are not known, for which ``unknown`` is why.
         batches: some micro-batches of the data; ``layout`` "padded" or another.
         speed: None where no comparable step was measured; then FLOPs decide.
         source: whose measured steps these are.
@@ -80,6 +80,7 @@ class Facts:
     no_budget: str = ""
     micro_batches: int | None = None
     given: Mapping[str, Any] = None
+    unknown: str = ""
 
     @property
     def context_share(self) -> float:
@@ -272,13 +273,13 @@ def _why_rows(facts: Facts, share: float, gain: float) -> str:
 
 
 def _unplanned(facts: Facts) -> Decision:
-    """The plan for a model whose costs are not known: what was set by hand, and nothing else."""
+    """The plan for a training whose costs are not known: what was set by hand, and nothing else."""
     given = facts.given or {}
-    why = "the costs of such a model are not known"
+    why = f"nothing is predicted: {facts.unknown}"
     reasons = {
         "cuda_graphs": "as you set it" if "cuda_graphs" in given else why,
         "memory_budget": "as you set it" if "memory_budget" in given else why,
-        "backward_rows": "as you set it" if "backward_rows" in given else f"{why}, so training is exact",
+        "backward_rows": "as you set it" if "backward_rows" in given else f"training is exact, as {why}",
     }
     chosen = given.get("backward_rows", 1.0), given.get("cuda_graphs", False)
     return Decision(facts, *chosen, 0, None, None, reasons, dict.fromkeys(reasons))

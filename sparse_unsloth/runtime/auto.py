@@ -8,6 +8,7 @@ that is planned to be exact sees its data in the order that it has without this 
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ def before_forward(state: SparsityState, arguments: Mapping[str, Any]) -> None:
 def _plan(state: SparsityState, batches: Sequence[Batch], title: str) -> None:
     with _same_random_state():
         decision = _settle(state, decide(_gather(state, batches)))
-    state.auto.watch = Watch(decision)
+    state.auto.watch = None if decision.facts.plan is None else Watch(decision)
     _say(table(decision, title))
 
 
@@ -179,12 +180,12 @@ def _attach(state: SparsityState, decision: Decision) -> None:
 def _gather(state: SparsityState, batches: Sequence[Batch]) -> Facts:
     asked, model = state.auto.asked, state.model
     given = {name: getattr(asked, name) for name in asked.model_fields_set}
-    roles = [_roles(state, batch) for batch in batches]
-    counted = tuple(map(MicroBatch.of, roles, batches))
     try:
         plan = _dense_plan(state)
-    except ConfigError:
-        return Facts(None, counted, given=given)
+        roles = [_roles(state, batch) for batch in batches]
+    except ConfigError as error:  # of a model whose layers are not alike, or of labels that are not one per token
+        return Facts(None, (), given=given, unknown=str(error))
+    counted = tuple(map(MicroBatch.of, roles, batches))
     checkpointed = sum(bool(getattr(layer.module, "gradient_checkpointing", False)) for layer in state.layers)
     plan = replace(plan, checkpointing=checkpointed > 0)
     fitted = _fitted(state)
@@ -329,7 +330,7 @@ def _sample(dataset: Any, collate_fn: Callable | None, batch_size: int) -> list[
         chosen = chosen[: len(chosen) // size * size]
     with _same_random_state():
         try:
-            rows = [dataset[index] for index in chosen]
+            rows = [copy.copy(dataset[index]) for index in chosen]  # collators may change them
             made = [collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
         except Exception:  # whatever a data set does: the first forward is planned by instead, and the table says so
             return []

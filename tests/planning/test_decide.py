@@ -147,9 +147,9 @@ def test_rows_by_hand_hold_without_gain_and_dense_by_hand_with_one():
 
 
 def test_a_model_without_known_costs_is_exact():
-    one = decide(Facts(None, (batch(8192, 0.9),), given={}))
+    one = decide(Facts(None, (batch(8192, 0.9),), given={}, unknown="no sizes"))
     assert (one.chosen, one.milliseconds, one.peak) == ((1.0, False), None, None)
-    assert "not known" in one.reasons["backward_rows"]
+    assert one.reasons["backward_rows"] == "training is exact, as nothing is predicted: no sizes"
     by_hand = decide(Facts(None, (batch(8192, 0.9),), given={"backward_rows": 0.25, "cuda_graphs": True}))
     assert by_hand.chosen == (0.25, True)
 

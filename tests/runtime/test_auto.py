@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from sparse_unsloth.attachment import PLAN_NAME, attach, detach, get_state
 from sparse_unsloth.backends import row_hooks
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
-from sparse_unsloth.errors import AttachError
+from sparse_unsloth.errors import AttachError, ConfigError
 from sparse_unsloth.planning.progress import MEASURED, WARM_UP
 from sparse_unsloth.planning.step_time import StepTime
 from sparse_unsloth.runtime import auto
@@ -143,6 +143,19 @@ def test_a_sharded_model_is_left_as_it_is(capsys):
     loss_and_gradients(model, PROMPTS)
     assert chosen(model) == DENSE
     assert "sharded" in tables(capsys)[0][1]
+
+
+def test_labels_that_tell_no_roles_train_exactly(monkeypatch, capsys):
+    def fails(*args):
+        raise ConfigError("labels are odd")
+
+    model = make_lora()
+    attach(model)
+    monkeypatch.setattr(auto, "partition_of", lambda *args, **kwargs: fails())
+    for _ in range(2):
+        same(loss_and_gradients(model, PROMPTS), loss_and_gradients(make_lora(), PROMPTS), rtol=0, atol=0)
+    assert chosen(model) == DENSE
+    assert "training is exact, as nothing is predicted: labels are odd" in tables(capsys)[0][1]
 
 
 def test_forwards_without_labels_are_told(caplog):
@@ -343,4 +356,6 @@ def test_a_trainer_goes_on_after_its_plan_was_mended(clock, tmp_path, capsys):
     enabled = [log.get("sparsity/enabled", 0) for log in trainer.state.log_history if "loss" in log]
     assert enabled[0] == 1
     assert enabled[-1] == 0
+    assert get_state(model).driver is None
+    assert get_state(model).auto.decision is None, "the trainer still drives it, and ended the training"
     assert "auto, mended" in capsys.readouterr().out
