@@ -17,7 +17,6 @@ from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
 from sparse_unsloth.planning.fits import load
-from sparse_unsloth.planning.work import MicroBatch
 from sparse_unsloth.training.recipe import load_recipe
 
 from flops import counter
@@ -379,16 +378,6 @@ def test_auto_is_estimated_as_it_would_decide(recipe):
     assert (on_gpu.cuda_graphs, on_gpu.dense_as_trained) == (True, on_gpu.recorded)
     by_hand = estimate(of_gpu(recipe, sparsity={"preset": "auto", "cuda_graphs": False}, rows=LONG, **CAPTURED))
     assert not by_hand.cuda_graphs
-
-
-def test_captured_rows_are_padded_to_buckets():
-    batch = MicroBatch(40, 200, 10, 40, (125, 125))
-    padded = batch.padded_to_bucket("padded")
-    assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
-    assert padded.padded_to_bucket("padded") == padded
-    flat = replace(batch, context=210, padding=0, lengths=(200, 50)).padded_to_bucket("padding-free")
-    assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
-    assert flat.padded_to_bucket("packed") == flat
 
 
 def test_command_prints_text_and_json(recipe, capsys):
