@@ -161,7 +161,8 @@ def cost(facts: Facts, share: float, graphs: bool, kept: float) -> float:
 def mend(decision: Decision, ratio: float, captured: bool = True) -> Decision | None:
     """A plan by what was measured, which may be the same; None where the forecast was right.
 
-    The side of the forecast that decided the step (host or device) is corrected, and all is decided anew.
+    The side of the forecast that decided the step (host or device) is corrected, and all is decided anew; but a
+    training that began exactly stays exact.
 
     Args:
         ratio: measured over predicted time of micro-batches.
@@ -174,7 +175,12 @@ def mend(decision: Decision, ratio: float, captured: bool = True) -> Decision | 
         return None
     else:
         facts = replace(facts, speed=_corrected(decision, ratio))
-    return decide(facts)
+    after = decide(facts)
+    if after.backward_rows < decision.backward_rows:
+        gain = after.gains["backward_rows"]
+        facts = replace(facts, no_rows=f"rows would give {gain:.2f}x by what was measured, but training began exactly")
+        after = decide(facts)
+    return after
 
 
 def _corrected(decision: Decision, ratio: float) -> Speed:

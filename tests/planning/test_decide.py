@@ -170,6 +170,16 @@ def test_graphs_go_where_the_gpu_is_slower_than_predicted():
     assert after.milliseconds == pytest.approx(6 * before.milliseconds, rel=0.1)
 
 
+def test_a_training_that_began_exactly_stays_exact():
+    before = decide(facts(1300, 0.9))
+    assert before.chosen == (1.0, True)
+    after = mend(before, 6.0)
+    assert after.chosen == (1.0, False)
+    assert after.reasons["backward_rows"].startswith("rows would give 1.")
+    by_rows = decide(facts(8192, 0.9))
+    assert (by_rows.backward_rows, mend(by_rows, 2.0).backward_rows) == (0.25, 0.25)
+
+
 def test_graphs_stay_where_the_host_is_faster_than_predicted():
     after = mend(decide(facts(1000)), 0.5)
     assert after.cuda_graphs
