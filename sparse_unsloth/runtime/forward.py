@@ -21,6 +21,7 @@ from sparse_unsloth.graphs.packed_attention import packing_of
 from sparse_unsloth.graphs.recorder import MAX_KEYS
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.runtime.adapter_changes import why_dense
+from sparse_unsloth.runtime.auto import before_forward
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward
 from sparse_unsloth.runtime.metrics import notice_nonfinite_scores
@@ -67,11 +68,13 @@ def enter_forward(
         SparsityError: a training forward with a schedule that nothing drives.
         EstimatorError: the estimator still waits for calibration samples.
     """
+    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
+    if state.auto is not None and model.training:
+        before_forward(state, {**named, **kwargs})
     if not (model.training or state.sparse_prefill) or not (
-        state.runtimes or state.last_layer or state.dense_with_graphs
+        state.runtimes or state.last_layer or state.dense_with_graphs or state.planner
     ):
         return None
-    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
     given = batch = read_batch({**named, **kwargs})
     if state.graphs is not None and not args:
         batch = pad_to_bucket(state, model, given)
@@ -170,7 +173,7 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
         _leave_out_for_split_rows(state)
     loss_only = state.last_layer is not None and loss_is_fused(model, batch)
     graphs = state.graphs is not None and not batch.is_context_parallel
-    if not (state.runtimes or loss_only or (state.dense_with_graphs and graphs)):
+    if not (state.runtimes or loss_only or state.planner or (state.dense_with_graphs and graphs)):
         return None
     decision = _decide(state, batch, roles_of(state, batch), graphs)
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)

@@ -27,6 +27,7 @@ from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
@@ -84,6 +85,7 @@ class SparsityState:
         graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
             batch that captured layers may run on.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
+        auto: the plan of preset `auto`; None where the configuration decided all.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: whether every process has the estimator of rank 0.
         stack: every decoder layer by name, also those without a sparse path.
@@ -134,6 +136,7 @@ class SparsityState:
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
+        self.auto: AutoPlan | None = None
         self.watch = ScoreWatch()
         self.graphs: GraphCache | None = None
         self.last_shape: torch.Size | None = None
@@ -313,6 +316,8 @@ class SparsityState:
         if self.graphs is not None:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
+        if self.auto is not None:  # the next training is planned anew
+            self.auto.decision = self.auto.watch = self.auto.micro_batches = None
 
     def warn_once(self, message: str) -> None:
         """Warns on the main process, once for each message."""
