@@ -82,7 +82,7 @@ def error(found, expected):
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "nf4"])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("n", [7, 1664, 8192])
+@pytest.mark.parametrize("n", [1, 7, 1664, 8192])
 def test_products(n, group, four_bit):
     """Written beside LoRA's columns; within 1.1 of the error that rounding both factors makes."""
     shapes, by_columns = GROUPS[group]
