@@ -15,7 +15,7 @@ def check_before(state: SparsityState) -> None:
     Raises:
         AttachError: see `check_device` and `check_shapes`.
     """
-    if not state.fp8:
+    if not state.config.fp8:
         return
     for device in {next(layer.module.parameters()).device for layer in state.layers}:
         check_device(device)
@@ -30,7 +30,7 @@ def check_after(state: SparsityState) -> None:
     Raises:
         AttachError: none does.
     """
-    if state.fp8 and all(runtime.not_whole for runtime in state.whole_forwards):
+    if state.config.fp8 and all(runtime.not_whole for runtime in state.whole_forwards):
         found = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(state.whole_forwards, "not_whole"))
         raise AttachError(
             f"precision: {state.config.precision} needs layers that run as a whole, and none does: "

@@ -353,7 +353,7 @@ def check_model(ours: Step, plain: PlainSteps, fp8_layers: int = 0) -> str:
 
 def _fp8_layers(model: nn.Module) -> int:
     state = get_state(model)
-    return sum(not runtime.not_whole for runtime in state.whole_forwards) if state.fp8 else 0
+    return sum(not runtime.not_whole for runtime in state.whole_forwards) if state.config.fp8 else 0
 
 
 def _check_loss(loss: float, expected: float, whose: str, fp8_layers: int = 0) -> None:

@@ -279,6 +279,11 @@ class SparsityConfig(_Config):
         return Schedule(self.start_step, self.end_step)
 
     @property
+    def fp8(self) -> bool:
+        """Whether layers multiply by frozen weights in FP8, for some tokens at least."""
+        return self.precision != "bf16"
+
+    @property
     def row_sparse(self) -> bool:
         """Whether the training is row-sparse; no channels are selected then."""
         return self.backward_rows < 1

@@ -165,7 +165,7 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         not_whole=reasons(forwards, "not_whole"),
         not_captured=reasons(forwards, "not_captured"),
         precision=state.config.precision,
-        bf16_layers=_bf16_layers(state) if state.fp8 else {},
+        bf16_layers=_bf16_layers(state) if state.config.fp8 else {},
     )
 
 

@@ -173,7 +173,7 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
         _leave_out_for_split_rows(state)
     loss_only = state.last_layer is not None and loss_is_fused(model, batch)
     graphs = state.graphs is not None and not batch.is_context_parallel
-    dense_whole = state.dense_whole and (graphs or state.fp8)
+    dense_whole = state.dense_whole and (graphs or state.config.fp8)
     if not (state.runtimes or loss_only or state.planner or dense_whole):
         return None
     decision = _decide(state, batch, roles_of(state, batch), graphs)
@@ -202,7 +202,13 @@ def _has_roles(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
             state.planner.restore()
         if state.runtimes or state.dense_whole:
             ran = "nothing of it is captured" if state.dense_with_graphs else "it ran dense"
-            ran += " or in FP8" if state.dense_with_graphs and state.fp8 else ", in bf16" if state.fp8 else ""
+            ran += (
+                " or in FP8"
+                if state.dense_with_graphs and state.config.fp8
+                else ", in bf16"
+                if state.config.fp8
+                else ""
+            )
             state.warn_once(
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
                 f"take them away), so its tokens have no roles and {ran}."
@@ -253,7 +259,7 @@ def _decide(
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
-    elif graphs or state.fp8:
+    elif graphs or state.config.fp8:
         partition, scale = partition if by_roles else every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
