@@ -351,9 +351,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
         state.warn_once(
-            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need the norms' "
-            "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
-            "one active, unmerged adapter."
+            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need training "
+            "mode (model.train()), the norms' dtype for their hidden states (under autocast too), contiguous ones, no "
+            "cache, no output_attentions, and one active, unmerged adapter."
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(

@@ -299,8 +299,8 @@ class SparsityState:
         if missing:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
-                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
-                "attach(), or does not call it. Attach last."
+                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after attach(), does "
+                "not call it, or left the layers in evaluation mode. Attach last, and call model.train()."
             )
         self._verified = True
 
