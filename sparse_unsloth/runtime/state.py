@@ -68,7 +68,7 @@ class SparsityState:
         set_up_process: prepares a process that loads the model.
         hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
         row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
-        dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
+        dense_with_graphs, dense_whole: nothing is sparse, and layers are captured; are captured or multiply in FP8.
         layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
         whole_layers: dense layers that run as whole layers, by index.
@@ -112,6 +112,7 @@ class SparsityState:
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.row_sparse = config.row_sparse
         self.dense_with_graphs = config.cuda_graphs and not config.is_sparse(len(layers))
+        self.dense_whole = (config.cuda_graphs or config.fp8) and not config.is_sparse(len(layers))
         # Under row sparsity Unsloth's last layer skips unused rows instead.
         skips_rows = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
         self.runtimes = {
