@@ -394,6 +394,9 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
     else:
         output = graphed_layer.whole_layer(hidden_states, plan, graphed, attention, named)
     if output is None:
+        if not plan.output_unused:  # a capture that failed computed none of the selections that it made
+            for part in PARTS:
+                context.selections.pop((index, part), None)
         return None
     context.captured.add(index)
     if not plan.output_unused:
