@@ -18,6 +18,7 @@ from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
+from sparse_unsloth.backends.row_parts import find_row_layers, probe_tokens, refuse_meta
 from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
@@ -78,15 +79,18 @@ def attach(
             f"The layers of this {type(model).__name__} are attached already, as those of a {type(around).__name__}. "
             "Call detach() on that model first."
         )
-    layers = find_layers(model)
+    layers, left_out = find_row_layers(model) if config.row_sparse else (find_layers(model), {})
     state = SparsityState(model, layers, config, _backend_of(layers), _set_up_process)
+    state.left_out |= left_out
     model.__dict__["_sparsity_state"] = state
     try:
         refuse_adapters(state)
         _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
         # Restored, because Unsloth's own forwards change it.
-        with torch.compiler.set_stance(compiled.stance(layers[0]) if state.backend is peft.BACKEND else "default"):
+        with torch.compiler.set_stance(
+            compiled.stance(layers[0].module) if state.backend is peft.BACKEND else "default"
+        ):
             for runtime in state.runtimes.values():
                 state.backend.install(runtime)
             skipped = _skip_unused_rows(state)
@@ -150,7 +154,8 @@ def _refuse_shared_modules(state: SparsityState) -> None:
     owners: dict[nn.Module, str] = {}
     for runtime in state.runtimes.values():
         layer = runtime.layer
-        for name, module in {"mlp": layer.mlp, "self_attn": layer.self_attn, **layer.projections()}.items():
+        held = {part.module: part.path or part.name for part in layer.row_parts}
+        for module, name in (held | {module: name for name, module in layer.projections().items()}).items():
             if module in owners:
                 raise runs_twice(f"{owners[module]}, which is {layer.name}.{name} too,")
             owners[module] = f"{layer.name}.{name}"
@@ -162,7 +167,8 @@ def _backend_of(layers: list[DecoderLayer]) -> Backend:
     Unsloth's compiled path (``FastModel``) leaves transformers' modules with other class forwards. The PEFT backend
     replaces forwards of instances, so it runs there too (docs/how-it-works.md, section 7.5).
     """
-    return unsloth.BACKEND if "apply_qkv" in layers[0].self_attn.__dict__ else peft.BACKEND
+    fast = all(isinstance(layer, DecoderLayer) and "apply_qkv" in layer.self_attn.__dict__ for layer in layers)
+    return unsloth.BACKEND if fast else peft.BACKEND
 
 
 def _skip_unused_rows(state: SparsityState) -> str:
@@ -231,7 +237,7 @@ def _prepare_graphs(state: SparsityState) -> None:
     for runtime in layers:
         runtime.not_captured = whole_layer.why_not_captured(runtime)
         if state.backend is peft.BACKEND:
-            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer)
+            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer.module)
     if all(runtime.not_captured for runtime in layers):
         why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")
@@ -292,22 +298,22 @@ def _probe(state: SparsityState) -> None:
     """
     if not (state.runtimes or state.last_layer or state.whole_layers):
         return
-    parameter = next(state.model.parameters())
-    if parameter.device.type == "meta":
-        raise AttachError("The model is on the meta device; load its weights first, then attach.")
-    ids = torch.arange(4, device=parameter.device)[None]
-    partition = TokenPartition.from_labels(torch.where(ids < 3, -100, ids))
+    refuse_meta(state.model)
+    ids = probe_tokens(state.model, (1, 4))
+    labels = torch.full_like(ids, -100)
+    labels[:, 3] = ids[:, 3]
+    partition = TokenPartition.from_labels(labels)
     context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
     context.loss_reached = True  # the output of this forward is unused
     context.probe = True
-    for index, runtime in state.runtimes.items():
+    for index, runtime in () if state.row_sparse else state.runtimes.items():
         layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
         queries, keys = (
             torch.arange(heads * layer.head_dim, device=device) for heads in (layer.num_heads, layer.num_kv_heads)
         )
         context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
         context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    options = compiled.probe_arguments(state.layers[0]) if state.backend is peft.BACKEND else {}
+    options = compiled.probe_arguments(state.layers[0].module) if state.backend is peft.BACKEND else {}
     uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
     try:
         with torch.no_grad(), training_mode(state.model):

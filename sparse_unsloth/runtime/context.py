@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
@@ -55,11 +56,13 @@ class LayerMemo(MlpMemo):
         rows: the rows that its backward pass goes through.
         projections: as the first forward read them, for a whole layer.
         captured: the first forward was captured or replayed, so its recompute is, too.
+        choices: what routed parts chose for each row, by name (`sparse_unsloth.rows.routing.KeptChoices`).
     """
 
     rows: RowChoice | None = None
     projections: list[Projection] | None = None
     captured: bool = False
+    choices: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 class SparseContext:

@@ -19,6 +19,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.buckets import pad_dense_count, pad_length
 from sparse_unsloth.graphs.packed_attention import packing_of
 from sparse_unsloth.graphs.recorder import MAX_KEYS
+from sparse_unsloth.model.row_parts import returns_router_logits
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.runtime.adapter_changes import why_dense
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
@@ -158,7 +159,7 @@ def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
 
 def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> SparseContext | None:
     """The context of a forward that begins, or None where it must be dense; raises as `enter_forward`."""
-    if _cannot_be_sparse(state, model):
+    if _cannot_be_sparse(state, model, batch):
         return None
     if not model.training:
         return _open_prefill(state, batch)
@@ -176,9 +177,14 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
 
 
-def _cannot_be_sparse(state: SparsityState, model: nn.Module) -> bool:
-    """Whether the adapters are in a state that has no sparse path; says so."""
+def _cannot_be_sparse(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
+    """Whether the adapters are in a state that has no sparse path, or the loss is of another kind; says so."""
     reason = why_dense(state)
+    if state.is_routed and returns_router_logits(model, batch.arguments.get("output_router_logits")):
+        reason = reason or (
+            "output_router_logits was set after attaching, and the parts with routers give their logits no gradient: "
+            "set it in the model's configuration, then attach."
+        )
     if not reason:
         return False
     if not model.training:

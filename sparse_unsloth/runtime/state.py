@@ -24,7 +24,7 @@ from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.layer.attention import AttentionCall
 from sparse_unsloth.layer.fast import FastLayer
-from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
+from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, left_out_layers
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
@@ -70,6 +70,8 @@ class SparsityState:
         dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
         layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
+        left_out: decoder layers without a sparse path, by name: why.
+        is_routed: a row part holds a router.
         whole_layers: dense layers that run as whole layers, by index.
         uncompiled: keeps hooked layers out of Unsloth's compiled regions, by index.
         whole_forwards: all layers, where they may run as whole layers; each holds the outcome.
@@ -116,6 +118,7 @@ class SparsityState:
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity) or (self.row_sparse and layer is not skips_rows)
         }
+        self.is_routed = self.row_sparse and any(part.is_routed for layer in layers for part in layer.row_parts)
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.whole_forwards: list[LayerRuntime] = []
         self.uncompiled: dict[int, Any] = {}
@@ -139,6 +142,7 @@ class SparsityState:
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
         self.stack = decoder_stack(model, layers)
+        self.left_out = left_out_layers(self.stack, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
         self.gradients_seen = False
@@ -222,12 +226,18 @@ class SparsityState:
             )
 
     def expected_parts(self) -> set[tuple[int, str]]:
-        """``(layer index, "mlp" | "self_attn")`` of every part that the configuration makes sparse."""
+        """``(layer index, "mlp" | "self_attn" | row part)`` of every part that the configuration makes sparse.
+
+        Not of layers that run with images alone.
+        """
+        if self.row_sparse:
+            layers = [runtime.layer for runtime in self.runtimes.values() if getattr(runtime.layer, "is_reached", True)]
+            return {(layer.index, part.name) for layer in layers for part in layer.row_parts}
         return {
             (index, part)
             for index, runtime in self.runtimes.items()
             for part, sparsity in runtime.sparsity._asdict().items()
-            if sparsity > 0 or self.row_sparse
+            if sparsity > 0
         }
 
     def plan_checkpoints(self, budget: float) -> CheckpointPlanner:
@@ -360,7 +370,7 @@ class LayerRuntime:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
 
-    def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
+    def row_choice(self, module: nn.Module, *inputs: Tensor) -> RowChoice | None:
         """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
 
         Raises:
@@ -369,7 +379,8 @@ class LayerRuntime:
         context = self.context
         if context is None or context.scale <= 0 or not (self.state.row_sparse and module.training):
             return None
-        self.check_rows(module, rows)
+        for rows in inputs:
+            self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:

@@ -104,7 +104,7 @@ def lora(base, targets="all-linear"):
 def test_all_decoder_layers_are_counted(make, count, left_out, caplog):
     torch.manual_seed(0)
     model = lora(make())
-    report = attach(model, ROWS)
+    report = attach(model, MLP)
     assert str(report).startswith(f"sparse_unsloth: {count} layers sparse on context tokens (peft)")
     assert report.num_layers == int(count.split()[-1])
     assert len(report.left_out) == report.num_layers - report.num_sparse
@@ -147,4 +147,4 @@ def test_a_model_without_such_layers_says_what_they_lack():
     with pytest.raises(
         AttachError, match=r"Qwen3MoeDecoderLayer: no gate_proj, up_proj, down_proj in mlp \(Qwen3MoeSp"
     ):
-        attach(lora(model, ["q_proj"]), ROWS)
+        attach(lora(model, ["q_proj"]), MLP)
