@@ -18,7 +18,8 @@ from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
-from sparse_unsloth.backends.row_parts import find_row_layers, probe_tokens, refuse_meta
+from sparse_unsloth.backends.reach import probe_reach
+from sparse_unsloth.backends.row_parts import find_row_layers
 from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
@@ -27,17 +28,14 @@ from sparse_unsloth.exact.loss import install_loss_removal
 from sparse_unsloth.graphs import packed_attention
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
-from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import forget_bases
-from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
 from sparse_unsloth.runtime.attach_report import AttachReport, reasons, report
-from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, runs_twice
 from sparse_unsloth.runtime.forward import register_hooks
 from sparse_unsloth.runtime.prefill import save_estimator_with_adapter
 from sparse_unsloth.runtime.state import Backend, LayerRuntime, SparsityState, get_state
-from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.utils.distributed import is_main
 from sparse_unsloth.utils.saved_adapters import left_unsaved
 
@@ -97,7 +95,7 @@ def attach(
             _replace_whole_layers(state)
             register_hooks(state)
             _keep_uncompiled(state)
-            _probe(state)
+            probe_reach(state)
         _keep_proved_layers(state)
         _prepare_graphs(state)
         _obtain_estimator(state, calibration_samples)
@@ -288,48 +286,6 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:
             state.use(estimator)
-
-
-def _probe(state: SparsityState) -> None:
-    """Proves with a forward of four tokens in training mode that every hooked part runs and receives its context.
-
-    Raises:
-        AttachError: a part was not reached.
-    """
-    if not (state.runtimes or state.last_layer or state.whole_layers):
-        return
-    refuse_meta(state.model)
-    ids = probe_tokens(state.model, (1, 4))
-    labels = torch.full_like(ids, -100)
-    labels[:, 3] = ids[:, 3]
-    partition = TokenPartition.from_labels(labels)
-    context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
-    context.loss_reached = True  # the output of this forward is unused
-    context.probe = True
-    for index, runtime in () if state.row_sparse else state.runtimes.items():
-        layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
-        queries, keys = (
-            torch.arange(heads * layer.head_dim, device=device) for heads in (layer.num_heads, layer.num_kv_heads)
-        )
-        context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
-        context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    options = compiled.probe_arguments(state.layers[0].module) if state.backend is peft.BACKEND else {}
-    uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
-    try:
-        with torch.no_grad(), training_mode(state.model):
-            state.model(input_ids=ids, use_cache=False, **options, **{CONTEXT_ARGUMENT: context})
-    finally:
-        for switch in uncompiled:
-            switch.remove()
-    expected = state.hooked_parts()
-    missing = expected - context.ran
-    if missing:
-        raise AttachError(
-            f"A probe forward did not reach {len(missing)} of {len(expected)} hooked parts: "
-            f"{state.name_parts(missing)}. {type(state.model).__name__} does not pass keyword arguments to its "
-            "decoder layers, or does not call its projections, so it has no sparse path. Train it dense "
-            "(sparsity=None)."
-        )
 
 
 def _warn_if_slow(report: AttachReport) -> None:

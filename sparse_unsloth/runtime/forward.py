@@ -55,6 +55,10 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if CONTEXT_ARGUMENT in kwargs:
         return None
     state = model.__dict__["_sparsity_state"]
+    if state.handing is not None:
+        if state.handing.probes:
+            return None
+        state.handing.end()  # a forward that failed did not
     state.inside = True
     return enter_forward(state, model, args, kwargs)
 
@@ -82,13 +86,16 @@ def enter_forward(
         return None
     if batch is not given:
         context.padded = batch.labels.shape, given.labels.shape[1]
+    if state.handing is not None:
+        state.handing.begin(context)
+        return args, kwargs
     return args, {**kwargs, CONTEXT_ARGUMENT: context}
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     state = model.__dict__["_sparsity_state"]
     state.inside = False
-    context = kwargs.get(CONTEXT_ARGUMENT)
+    context = kwargs.get(CONTEXT_ARGUMENT) if state.handing is None else state.handing.end()
     close_forward(state, context)
     if context is not None and context.padded is not None and hasattr(output, "items"):
         shape, length = context.padded
@@ -115,6 +122,8 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
     """
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
     context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is None and runtime is not None and runtime.state.handing is not None:
+        context = runtime.state.handing.of_layer(name)
     if context is not None:
         if in_backward():
             _check_recompute(context, place, name, runtime)

@@ -31,6 +31,7 @@ from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
+from sparse_unsloth.runtime.handing import Handing
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
 from sparse_unsloth.utils.distributed import has_group, is_main, world_size
 
@@ -63,15 +64,14 @@ class SparsityState:
 
     Attributes:
         model: the outermost model, where labels enter.
-        backend: the hook points in use.
-        set_up_process: prepares a process that loads the model.
+        backend, set_up_process: the hook points in use; what prepares a process that loads the model.
+        handing: gives the layers their context, where the model does not pass it on; None where it does.
         hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
         row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
         dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
         layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
-        left_out: decoder layers without a sparse path, by name: why.
-        is_routed: a row part holds a router.
+        left_out: decoder layers without a sparse path, by name: why; ``is_routed``: a row part holds a router.
         whole_layers: dense layers that run as whole layers, by index.
         uncompiled: keeps hooked layers out of Unsloth's compiled regions, by index.
         whole_forwards: all layers, where they may run as whole layers; each holds the outcome.
@@ -85,8 +85,8 @@ class SparsityState:
         driver: what sets the step (the callback, say); None outside training.
         graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
-        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
-        shared: whether every process has the estimator of rank 0.
+        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data); ``shared``:
+            whether every process has the estimator of rank 0.
         stack: every decoder layer by name, also those without a sparse path.
         loss_rows, first_backward: check backward passes (`runtime.gradients`).
         gradients_seen: the backward pass of a sparse forward gave every trained tensor of the sparse layers a gradient.
@@ -141,6 +141,7 @@ class SparsityState:
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
+        self.handing: Handing | None = None
         self.stack = decoder_stack(model, layers)
         self.left_out = left_out_layers(self.stack, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)

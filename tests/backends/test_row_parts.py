@@ -223,3 +223,56 @@ def test_a_layer_without_row_parts_is_left_out_and_named():
     assert str(report).startswith("sparse_unsloth: 1 of 2 layers sparse")
     assert "layer 1: left out, dense (Phi3DecoderLayer: self_attn: it mixes rows" in str(report)
     assert_gradients_close(loss_and_gradients(model, batch)[1], expected[1], rtol=1e-8, atol=1e-10)
+
+
+# -- Models that do not pass keyword arguments on to their layers -----------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_each_recompute_gets_the_context_of_its_own_forward(use_reentrant):
+    model, batch = make_model("falcon"), make_batch("falcon")
+    other = {name: tensor.flip(0)[:, :12] for name, tensor in batch.items()}
+    attach(model, every_step())
+    expected = [loss_and_gradients(model, one)[1] for one in (batch, other)]
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        model.train()
+    model.zero_grad()
+    losses = [model(**one).loss for one in (batch, other)]
+    for loss in losses:
+        loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    both = {name: expected[0][name] + expected[1][name] for name in found}
+    assert_gradients_close(found, both, rtol=1e-5, atol=1e-8)
+
+
+def test_a_forward_that_failed_leaves_nothing_behind(caplog):
+    model, batch = make_model("falcon"), make_batch("falcon")
+    model.eval()
+    expected = model(**batch).logits
+    model.train()
+    attach(model, every_step())
+    assert "without labels" not in caplog.text
+    head = model.get_base_model().lm_head
+    handle = head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    handle.remove()
+    model.eval()
+    torch.testing.assert_close(model(**batch).logits, expected)
+    assert get_state(model).handing.context is None
+
+
+def test_another_checkpointing_is_refused():
+    model, batch = make_model("falcon"), make_batch("falcon")
+    attach(model, every_step())
+    layer = decoder_layers(model)[0]
+    forward = layer.forward
+    layer.forward = lambda x, **kwargs: torch.utils.checkpoint.checkpoint(
+        lambda y: (layer if "again" in layer.__dict__ else forward)(y, **kwargs), x, use_reentrant=False
+    )
+    loss = model(**batch).loss
+    layer.forward, layer.again = forward, True
+    with pytest.raises(AttachError, match="its gradient checkpointing is not transformers' own"):
+        loss.backward()

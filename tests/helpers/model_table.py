@@ -30,6 +30,7 @@ TESTED = (
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 EVERY_ROW, QUARTER = {"backward_rows": 1 - 1e-9}, {"backward_rows": 0.25}
 CHANNELS = {"mlp": {"all": 0.5}, "estimator": {"kind": "svd"}, "start_step": 0, "end_step": 1.0}
+LLAMAS = "Llama's"
 HEAD = """# Models
 
 Decoder layers of any kind train with row sparsity (`sparsity="rows"`): the layers of the Llama kind by our functions
@@ -60,7 +61,7 @@ class Result:
 
     Attributes:
         rows, layers: layers with row sparsity, and all.
-        parts: their row parts; "" for layers of the Llama kind.
+        parts: their row parts, and `LLAMAS` for layers of the Llama kind.
         error: the largest relative difference from plain PEFT with every row kept.
         cosine: of the gradient with a quarter of the context tokens.
         channels, whole: the number of layers that channels and whole layers compute; None: not tried.
@@ -88,7 +89,8 @@ def problems_of(family: str) -> Result:
         result.problems.append(f"refused: {error}")
         return result
     result.rows, result.layers = report.num_sparse, report.num_layers
-    result.parts = tuple(dict.fromkeys(part for layer in report.layers for part in layer.row_parts))
+    parts = dict.fromkeys(part for layer in report.layers for part in layer.row_parts or (LLAMAS,))
+    result.parts = tuple(sorted(parts, key=LLAMAS.__eq__))
     for kind, (loss, gradient) in plain.items():
         ours = _train(model, batch, kind)
         get_state(model).verify_step()
@@ -143,7 +145,7 @@ def table(results: dict[str, Result]) -> Iterable[str]:
     """The lines of the table."""
     for family, result in results.items():
         kind = FAMILIES[family]
-        parts = ", ".join(f"`{part}`" for part in result.parts) or "Llama's"
+        parts = ", ".join(part if part == LLAMAS else f"`{part}`" for part in result.parts)
         wrong = "; ".join(result.problems)
         name = f"{kind.name}{', images' if kind.inputs else ''}"
         counts = [f"{count} of {result.layers}" if count else "-" for count in (result.channels, result.whole)]

@@ -147,7 +147,7 @@ def load(
 
 
 def _auto_model(config: Any) -> Any:
-    """The class of transformers that loads a model with ``config``: its causal one, or with the towers it was saved with.
+    """The class of transformers that loads a model with ``config``, with the towers that it was saved with.
 
     Raises:
         BackendError: there is none, so the model generates no text.
