@@ -173,8 +173,11 @@ def _parts_of(
     """The row parts in a child of a decoder layer; says in ``dense`` why there are none."""
     call = calls.of.get(module)
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        reasons: dict[str, str] = {}
         for child in _children(module, f"{name}."):
-            yield from _parts_of(*child, layer, calls, width, dense)
+            yield from _parts_of(*child, layer, calls, width, reasons)
+        if reasons:  # of many experts, say, that of the first
+            dense[name] = next(iter(reasons.values()))
     elif call is None:
         dense[name] = "its forward does not run"
     elif call.output is None or call.output.shape[-1] != width or rows_of(call.output) != NUM_ROWS:
@@ -183,6 +186,10 @@ def _parts_of(
         problem = _why_not_by_row(call)
         if not problem:
             part, problem = _proved(RowPart(name, module, tuple(call.inputs)), layer, call)
+            experts = _beside_router(part, layer, calls, width) if part is not None and part.is_routed else []
+            if experts:
+                yield from experts
+                return
             if part is not None and part.is_routed and calls.with_router_logits:
                 part, problem = None, "the loss reads its router's logits (output_router_logits)"
             if part is not None:
@@ -194,6 +201,21 @@ def _parts_of(
             yield part
         else:
             dense[name] = problem
+
+
+def _beside_router(mixture: RowPart, layer: nn.Module, calls: Calls, width: int) -> list[RowPart]:
+    """The row parts within a mixture of experts that hold most of it, without its router; none where there are not.
+
+    The router then computes nothing twice, and its logits keep their gradient, which an auxiliary loss needs.
+    """
+    found = [
+        part
+        for child in _children(mixture.module, f"{mixture.name}.")
+        for part in _parts_of(*child, layer, calls, width, {})
+        if not part.is_routed
+    ]
+    sizes = [sum(one.numel() for one in part.module.parameters()) for part in (mixture, *found)]
+    return found if 2 * sum(sizes[1:]) > sizes[0] else []
 
 
 def _why_not_by_row(call: Call) -> str:

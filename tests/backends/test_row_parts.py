@@ -73,19 +73,18 @@ def test_a_copy_trains_alike_and_detaching_restores():
 class Rounding(nn.Module):
     """A router whose logits are tied but for a rounding error, which depends on the number of rows."""
 
-    def forward(self, hidden_states):
-        rows = hidden_states.flatten(0, -2)
+    def forward(self, rows):
         sign = 1 if rows.shape[0] % 2 else -1
         logits = rows.sum(-1, keepdim=True) + sign * 1e-13 * torch.arange(4, dtype=rows.dtype)
-        values, indices = torch.topk(logits.softmax(-1), 2, dim=-1)
-        return logits, values, indices
+        values, indices = torch.topk(logits, 2, dim=-1)
+        return torch.zeros_like(logits).scatter(1, indices, values.sigmoid()), logits
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_the_choice_of_the_first_pass_is_kept(use_reentrant):
-    model, batch = make_model("qwen3_moe"), make_batch("qwen3_moe")
+    model, batch = make_model("llama4"), make_batch("llama4")
     for layer in decoder_layers(model):
-        layer.mlp.gate = Rounding()
+        layer.feed_forward.router = Rounding()
     layers = find_row_layers(model)[0]
     assert all(layer.row_parts[-1].is_routed for layer in layers)
     expected = masked_gradients(model, batch, layers=layers)
@@ -128,22 +127,31 @@ def test_a_choice_among_rows_is_refused():
 
 
 def test_the_auxiliary_loss_keeps_its_gradient(caplog):
-    """Asked for before attaching, routers stay out of the row parts; afterwards, such forwards are dense."""
+    """Routers stay out of the row parts, where a module holds the experts alone."""
     model, batch = make_model("qwen3_moe"), make_batch("qwen3_moe")
     without = loss_and_gradients(model, batch)
+    expected = loss_and_gradients(model, {**batch, "output_router_logits": True})
+    assert not torch.allclose(expected[0], without[0])
+    assert parts_of(model) == [["self_attn.o_proj", "mlp.experts"]] * 2
     attach(model, ALL)
-    late = loss_and_gradients(model, {**batch, "output_router_logits": True})
+    ours = loss_and_gradients(model, {**batch, "output_router_logits": True})
+    assert get_state(model).ran == get_state(model).expected_parts()
+    assert_gradients_close(ours[1], expected[1], rtol=1e-8, atol=1e-10)
+
+
+def test_the_auxiliary_loss_of_other_mixtures_is_refused(caplog):
+    """Before attaching, they are no row parts; afterwards such a forward is dense."""
+    model, batch = make_model("llama4"), make_batch("llama4")
+    attach(model, ALL)
+    ours = loss_and_gradients(model, {**batch, "output_router_logits": True})
     assert "output_router_logits was set after attaching" in caplog.text
     detach(model)
     expected = loss_and_gradients(model, {**batch, "output_router_logits": True})
-    assert not torch.allclose(expected[0], without[0])
-    assert_gradients_close(late[1], expected[1])
+    assert_gradients_close(ours[1], expected[1])
     model.config.output_router_logits = True
-    attach(model, ALL)
-    assert parts_of(model) == [["self_attn.o_proj", "mlp.experts"]] * 2
-    ours = loss_and_gradients(model, batch)
-    assert get_state(model).ran == get_state(model).expected_parts()
-    assert_gradients_close(ours[1], expected[1], rtol=1e-8, atol=1e-10)
+    report = attach(model, ALL)
+    assert "feed_forward dense: the loss reads its router's logits" in str(report)
+    assert_gradients_close(loss_and_gradients(model, batch)[1], expected[1], rtol=1e-8, atol=1e-10)
 
 
 def test_what_a_module_returns_beside_its_output_has_no_gradient():

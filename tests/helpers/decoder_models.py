@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from family_models import FAMILIES as LIKE_LLAMA
+
 TEXT = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
@@ -41,7 +43,8 @@ class Family:
         name: of transformers' classes.
         config: of the text decoder, besides `TEXT`.
         config_class: where its name is not ``name`` and "Config".
-        dense: names of linear modules that LoRA does not take: PEFT refuses those of Mamba, and routers return tuples.
+        dense: linear modules that LoRA does not take, by name or as a pattern: PEFT refuses those of Mamba,
+            and routers return tuples.
         lacks: the settings of `TEXT` that its configuration does not have.
         build: makes the model where a configuration alone does not.
         inputs: of the batch, besides tokens, mask and labels.
@@ -51,7 +54,7 @@ class Family:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     config_class: str = ""
-    dense: tuple[str, ...] = ()
+    dense: tuple[str, ...] | str = ()
     lacks: tuple[str, ...] = ()
     build: Callable[[Family], nn.Module] | None = None
     inputs: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
@@ -100,6 +103,29 @@ def _patches(size: int, count: int) -> Callable[[torch.Tensor], dict[str, torch.
     return inputs
 
 
+def _pictures(
+    size: int, count: int, types: str = "", sizes: bool = False, frames: bool = False
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """One image of ``size`` squared in each document, of ``count`` tokens.
+
+    Args:
+        types: the argument that marks its tokens.
+        sizes: the model takes each image's size; ``frames``: a dimension of several images a document.
+    """
+
+    def inputs(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        ids[:, 1 : 1 + count] = IMAGE
+        pixels = torch.randn(len(ids), 3, size, size, generator=torch.Generator().manual_seed(3))
+        found = {"pixel_values": pixels[:, None] if frames else pixels}
+        if types:
+            found[types] = (ids == IMAGE).long()
+        if sizes:
+            found["image_sizes"] = torch.tensor([[size, size]] * len(ids))
+        return found
+
+    return inputs
+
+
 QWEN_IMAGES = {
     "image_token_id": IMAGE, "video_token_id": 8, "vision_start_token_id": 9, "vision_end_token_id": 10,
 }  # fmt: skip
@@ -110,6 +136,10 @@ QWEN3_VISION = {
 }  # fmt: skip
 
 FAMILIES = {
+    **{
+        name.lower(): Family(name, {"num_hidden_layers": 3, **config}, "Gemma3TextConfig" if name == "Gemma3" else "")
+        for name, config in LIKE_LLAMA.items()
+    },
     "qwen3_moe": Family("Qwen3Moe", EXPERTS),
     "mixtral": Family("Mixtral", {"num_local_experts": 4}),
     "gpt_oss": Family("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": SLIDING}),
@@ -197,6 +227,72 @@ FAMILIES = {
         build=with_images(QWEN3_VISION, **QWEN_IMAGES),
         inputs=_patches(3 * 2 * 4 * 4, 4),
     ),
+    "gemma3_vision": Family(
+        "Gemma3",
+        {"layer_types": SLIDING, "sliding_window": 8},
+        build=with_images(
+            {**VISION, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=9, eoi_token_index=10,
+        ),
+        inputs=_pictures(28, 4, "token_type_ids"),
+    ),
+    "gemma4_vision": Family(
+        "Gemma4",
+        {**PER_LAYER, "layer_types": SLIDING},
+        dense=r".*(vision_tower|embed_vision).*",
+        build=with_images({**VISION, "num_key_value_heads": 2, "head_dim": 16}, image_token_id=95),
+    ),
+    "llava": Family(
+        "Llava",
+        {"model_type": "llama"},
+        build=with_images(
+            {**VISION, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
+            image_token_index=IMAGE, vision_feature_layer=-1,
+        ),
+        inputs=_pictures(28, 4),
+    ),
+    "mistral3": Family(
+        "Mistral3",
+        {"model_type": "mistral"},
+        build=with_images(
+            {**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 7, "head_dim": 16},
+            image_token_index=IMAGE, vision_feature_layer=-1, spatial_merge_size=2,
+        ),
+        inputs=_pictures(28, 4, sizes=True),
+    ),
+    "idefics3": Family(
+        "Idefics3",
+        {"model_type": "llama"},
+        build=with_images(
+            {**VISION, "image_size": 28, "patch_size": 7}, image_token_id=IMAGE, scale_factor=2
+        ),
+        inputs=_pictures(28, 4, frames=True),
+    ),
+    "smolvlm": Family(
+        "SmolVLM",
+        {"model_type": "llama"},
+        build=with_images(
+            {**VISION, "image_size": 28, "patch_size": 7}, image_token_id=IMAGE, scale_factor=2
+        ),
+        inputs=_pictures(28, 4, frames=True),
+    ),
+    "internvl": Family(
+        "InternVL",
+        {"model_type": "qwen2"},
+        build=with_images(
+            {**VISION, "image_size": [28, 28], "patch_size": [7, 7]}, image_token_id=IMAGE, downsample_ratio=0.5
+        ),
+        inputs=_pictures(28, 4),
+    ),
+    "paligemma": Family(
+        "PaliGemma",
+        {"model_type": "gemma"},
+        build=with_images(
+            {**VISION, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, "projection_dim": 32},
+            image_token_index=IMAGE, projection_dim=32,
+        ),
+        inputs=_pictures(28, 4, "token_type_ids"),
+    ),
     "starcoder2": Family("Starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
     "gpt_neox": Family("GPTNeoX", lacks=("num_key_value_heads", "head_dim")),
     "cohere": Family("Cohere", {"use_qk_norm": True}, lacks=("head_dim",)),
@@ -244,7 +340,13 @@ def make_model(key: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> n
             elif "embed" not in name:
                 parameter.mul_(3)
     model = get_peft_model(
-        base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=list(family.dense))
+        base,
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules="all-linear",
+            exclude_modules=family.dense if isinstance(family.dense, str) else list(family.dense),
+        ),
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
