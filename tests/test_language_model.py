@@ -207,6 +207,19 @@ def test_checkpoints_of_other_kinds_are_loaded(family, targets, tmp_path):
         load(tmp_path, max_seq_length=200)
 
 
+def test_experts_train_through_trl_with_their_auxiliary_loss(tmp_path):
+    """TRL asks every mixture for its router's logits."""
+    save_checkpoint(tmp_path)
+    causal(FAMILIES["mixtral"]).save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path)
+    model = FastSparseLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "o_proj"], sparsity="rows")
+    trainer = make_trainer(model, tokenizer, tmp_path / "out", max_steps=2, gradient_checkpointing=True)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["sparsity/enabled"] for log in logs] == [1, 1]
+    assert all(log["aux_loss"] > 0 for log in logs)
+
+
 def test_a_multimodal_checkpoint_without_a_processor_says_so(tmp_path, caplog):
     save_checkpoint(tmp_path)
     kind = FAMILIES["qwen3_vl"]
