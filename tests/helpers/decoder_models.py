@@ -135,9 +135,10 @@ QWEN3_VISION = {
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
 }  # fmt: skip
 
+WIDER = {"hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16}
 FAMILIES = {
     **{
-        name.lower(): Family(name, {"num_hidden_layers": 3, **config}, "Gemma3TextConfig" if name == "Gemma3" else "")
+        name.lower(): Family(name, {**WIDER, **config}, "Gemma3TextConfig" if name == "Gemma3" else "")
         for name, config in LIKE_LLAMA.items()
     },
     "qwen3_moe": Family("Qwen3Moe", EXPERTS),
