@@ -100,7 +100,7 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
             "self_attn.q_proj/k_proj/v_proj/o_proj"
             f"{'' if first is None else f' ({type(first).__name__}: {_lacks(first)})'}. "
             "Supported families: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2, Granite, and others of that "
-            "form."
+            "form. Row sparsity takes decoder layers of any kind: sparsity='rows'."
         )
     return [_describe(index, name, module) for index, (name, module) in enumerate(found)]
 

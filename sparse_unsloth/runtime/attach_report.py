@@ -42,6 +42,7 @@ class AttachReport:
         whole_layers: how many layers run as whole layers, proved in a probe forward.
         captured_layers: how many of them CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
         not_whole, not_captured: ``(reason, number of layers)`` of the other candidates. They compute the same, slower.
+        auto: the rest is decided when training begins.
         left_out: decoder layers without a sparse path, by name: what each lacks.
     """
 
@@ -55,6 +56,7 @@ class AttachReport:
     not_whole: tuple[tuple[str, int], ...] = ()
     not_captured: tuple[tuple[str, int], ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    auto: bool = False
 
     @property
     def num_sparse(self) -> int:
@@ -69,6 +71,10 @@ class AttachReport:
         lines = [
             f"sparse_unsloth: {self.num_sparse} of {self.num_layers} layers sparse on context tokens ({self.backend})"
         ]
+        if self.auto:
+            lines = [
+                f"sparse_unsloth: {self.num_layers} layers attached ({self.backend}); auto decides when training begins"
+            ]
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
         alike = _runs((layer.name, replace(layer, name="")) for layer in self.layers)
@@ -76,7 +82,7 @@ class AttachReport:
             if layer.row_parts:
                 reasons = "".join(f"; {name} dense: {reason}" for name, reason in layer.dense)
                 lines.append(f"  {_span(first, last)}: {', '.join(layer.row_parts)}{reasons}")
-        for first, last, layer in () if self.row_layers else alike:
+        for first, last, layer in () if self.row_layers or self.auto else alike:
             mlp = _kept(layer.mlp, layer.mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels)
             lines.append(f"  {_span(first, last)}: MLP {mlp}; attention {attention}")
@@ -160,6 +166,7 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         state.config.backward_rows,
         row_layers=len(state.runtimes) if state.row_sparse else 0,
         left_out=state.left_out,
+        auto=state.auto is not None,
         whole_layers=sum(not runtime.not_whole for runtime in forwards),
         captured_layers=len(captured),
         not_whole=reasons(forwards, "not_whole"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.packed_attention import Packing
+from sparse_unsloth.graphs.passes import CapturedForward
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.ops.mlp import MlpMemo
 from sparse_unsloth.ops.projection import Projection
@@ -32,6 +34,16 @@ def runs_twice(where: str) -> AttachError:
         f"{where} runs more than once in one forward (a decoder that loops over its layers, or one module that several "
         "layers share), so its two calls' rows and channels cannot be told apart. It has no sparse path; train it "
         "dense (sparsity=None)."
+    )
+
+
+def wrong_rows(where: str, rows: torch.Size, labels: Sequence[int]) -> AttachError:
+    """The error for a module that got ``rows``, in another number than the ``labels``; both are shapes."""
+    return AttachError(
+        f"{where} got {rows.numel()} rows, {list(rows)}, but the labels of this forward count {labels[0] * labels[1]}, "
+        f"{list(labels)}, so the rows' roles are not known. The model puts rows in front of the tokens (soft prompts, "
+        "a prefix, images, sound), cuts its input off (max_seq_length), or cuts or reorders its rows. Give it "
+        "embeddings and labels of the whole length (-100 for the rows in front), or train dense (sparsity=None)."
     )
 
 
@@ -56,12 +68,14 @@ class LayerMemo(MlpMemo):
         rows: the rows that its backward pass goes through.
         projections: as the first forward read them, for a whole layer.
         captured: the first forward was captured or replayed, so its recompute is, too.
+        joined: a checkpoint holds this layer and a neighbour, so that recomputes read this one's output.
         choices: what routed parts chose for each row, by name (`sparse_unsloth.rows.routing.KeptChoices`).
     """
 
     rows: RowChoice | None = None
     projections: list[Projection] | None = None
     captured: bool = False
+    joined: bool = False
     choices: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -80,7 +94,10 @@ class SparseContext:
         prefill: a forward outside training with sparse prompts (`sparse_unsloth.runtime.prefill`).
         observation: where `explain` observes this forward.
         paused: parts that stay dense because their scores were not finite (`sparse_unsloth.channels.score_watch`).
+        dense: nothing is left out in this forward, whatever is configured; it is open for CUDA graphs alone.
         graphs: captures and replays the layers of this forward; None: they run without CUDA graphs.
+        captures: this forward, among those that `graphs` captured; None without.
+        checkpoint: the `checkpoint_hook` of the last layer that ran.
         split: sequences are split over several GPUs (context parallelism), and attention communicates.
         packing: the documents of a packed sequence, where the batch gives their lengths.
         padded: the batch's shape and length before, where it was padded to a length bucket.
@@ -107,7 +124,10 @@ class SparseContext:
         self.probe = False
         self.prefill = False
         self.observation: Observation | None = None
+        self.dense = False
         self.graphs: GraphCache | None = None
+        self.captures: CapturedForward | None = None
+        self.checkpoint: weakref.ref[Callable] | None = None
         self.split = False
         self.packing: Packing | None = None
         self.padded: tuple[torch.Size, int] | None = None

@@ -27,9 +27,10 @@ from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, left_out_layers
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
-from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
+from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice, wrong_rows
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.runtime.handing import Handing
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
@@ -65,7 +66,7 @@ class SparsityState:
     Attributes:
         model: the outermost model, where labels enter.
         backend, set_up_process: the hook points in use; what prepares a process that loads the model.
-        handing: gives the layers their context, where the model does not pass it on; None where it does.
+        handing: gives the layers their context; None where the model passes it on.
         hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
         row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
         dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
@@ -83,10 +84,11 @@ class SparsityState:
         proved_adapters, seen_adapters, adapter_problem: see `adapter_changes`.
         inside: whether a forward of the model is running.
         driver: what sets the step (the callback, say); None outside training.
-        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without.
+        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
+            batch that captured layers may run on.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
-        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data); ``shared``:
-            whether every process has the estimator of rank 0.
+        auto: the plan of preset `auto`; None where the configuration decided all.
+        estimator, selector: None until built, from the trainer's data perhaps; ``shared``: every process has rank 0's.
         stack: every decoder layer by name, also those without a sparse path.
         loss_rows, first_backward: check backward passes (`runtime.gradients`).
         gradients_seen: the backward pass of a sparse forward gave every trained tensor of the sparse layers a gradient.
@@ -127,18 +129,18 @@ class SparsityState:
         self.proved_adapters: list[Any] = []
         self.seen_adapters: list[Any] = []
         self.adapter_problem = ""
-        self.inside = False
+        self.inside = self.sparse_prefill = self.shared = self.gradients_seen = self._verified = False
         self.driver: object | None = None
-        self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
         self.adapter_folder: Path | None = None
         self.observer = Observer(config.explain_steps)
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
+        self.auto: AutoPlan | None = None
         self.watch = ScoreWatch()
         self.graphs: GraphCache | None = None
-        self.shared = False
+        self.last_shape: torch.Size | None = None
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
         self.handing: Handing | None = None
@@ -146,13 +148,11 @@ class SparsityState:
         self.left_out = left_out_layers(self.stack, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
-        self.gradients_seen = False
         self.context_seen: bool | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
         self._max_steps = 0
-        self._verified = False
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
         self.warned: set[str] = set()
@@ -227,10 +227,7 @@ class SparsityState:
             )
 
     def expected_parts(self) -> set[tuple[int, str]]:
-        """``(layer index, "mlp" | "self_attn" | row part)`` of every part that the configuration makes sparse.
-
-        Not of layers that run with images alone.
-        """
+        """``(layer index, name)`` of every part that is to be sparse in each step: layers of images alone have none."""
         if self.row_sparse:
             layers = [runtime.layer for runtime in self.runtimes.values() if getattr(runtime.layer, "is_reached", True)]
             return {(layer.index, part.name) for layer in layers for part in layer.row_parts}
@@ -322,6 +319,8 @@ class SparsityState:
         if self.graphs is not None:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
+        if self.auto is not None:  # the next training is planned anew
+            self.auto.decision = self.auto.watch = self.auto.micro_batches = None
 
     def warn_once(self, message: str) -> None:
         """Warns on the main process, once for each message."""
@@ -367,9 +366,14 @@ class LayerRuntime:
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
         context = self.context
-        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+        if context is None or context.scale <= 0 or context.dense or getattr(self.sparsity, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether backward goes through chosen rows of this layer as a whole, in the forward that runs now."""
+        return self.state.row_sparse and not self.context.dense
 
     def row_choice(self, module: nn.Module, *inputs: Tensor) -> RowChoice | None:
         """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
@@ -378,7 +382,7 @@ class LayerRuntime:
             AttachError: see `check_rows`.
         """
         context = self.context
-        if context is None or context.scale <= 0 or not (self.state.row_sparse and module.training):
+        if context is None or context.scale <= 0 or not (self.by_rows and module.training):
             return None
         for rows in inputs:
             self.check_rows(module, rows)
@@ -386,21 +390,13 @@ class LayerRuntime:
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:
         """Raises AttachError unless ``rows [..., width]``, the input of ``module``, match the labels in number."""
-        shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
-        if shape == expected:
-            return
+        shape, expected = rows.shape[:-1], self.context.partition.shape
         sizes = [size for size in shape if size != 1]
         if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
             return
         named = self.layer.module.named_modules()
         where = next((f".{name}" for name, child in named if child is module and name), "")
-        raise AttachError(
-            f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
-            f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
-            "puts rows in front of the tokens (soft prompts, a prefix, images, sound), cuts its input off "
-            "(max_seq_length), or cuts or reorders its rows. Give it embeddings and labels of the whole length "
-            "(-100 for the rows in front), or train dense (sparsity=None)."
-        )
+        raise wrong_rows(f"{self.layer.name}{where}", shape, expected)
 
     def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
         """The token roles by which our functions compute ``part``; None where ``module``'s own function runs.
@@ -465,13 +461,16 @@ class LayerRuntime:
         if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
             raise runs_twice(f"{self.layer.name}.{part}")
         self.context.ran.add((self.layer.index, part))
-        row_sparse = self.state.row_sparse and self.layer.index in self.state.runtimes
+        row_sparse = self.by_rows and self.layer.index in self.state.runtimes
         if torch.is_grad_enabled() and (row_sparse or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def skips_unused_output(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer skips the MLP's output, which is unused (`exact_removal`)."""
-        rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
+        memo = context.memo(self.layer.index)
+        if memo.joined:
+            return False
+        rows = self.state.row_sparse or memo.with_gradients is False
         ran, whole = (self.layer.index, "mlp") in context.ran, self.fast is not None and not self.not_whole
         return rows and ran and self.state.config.exact_removal and (whole or self.layer.adds_mlp_output)
 

@@ -141,6 +141,13 @@ def test_encoder_decoder_models_are_refused():
         attach(lora(model, ["q_proj"]), ROWS)
 
 
+def test_auto_takes_layers_of_the_llama_kind_alone():
+    with pytest.raises(AttachError, match=r"6 of 8 decoder layers are others .*sparsity='rows'"):
+        attach(lora(qwen35()), "auto")
+    with pytest.raises(AttachError, match=r"Row sparsity takes decoder layers of any kind: sparsity='rows'"):
+        attach(lora(transformers.Phi3ForCausalLM(transformers.Phi3Config(**TEXT, num_hidden_layers=2))), "auto")
+
+
 def test_a_model_without_such_layers_says_what_they_lack():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TEXT, **experts, num_hidden_layers=2))
