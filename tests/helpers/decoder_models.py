@@ -89,6 +89,11 @@ def _mllama(family: Family) -> nn.Module:
     return transformers.MllamaForCausalLM(config.MllamaTextConfig(**text_config(family)))
 
 
+def _image_states(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What Llama 3.2's cross-attention reads of images."""
+    return {"cross_attention_states": torch.randn(len(ids), 6, 32, generator=torch.Generator().manual_seed(3))}
+
+
 def _patches(size: int, count: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """Images of Qwen's kind: ``count`` tokens each, a row of ``size`` values for each patch."""
 
@@ -202,7 +207,7 @@ FAMILIES = {
     "falcon_h1": Family("FalconH1", {**MAMBA, "mamba_d_ssm": 64}, dense=("out_proj", "conv1d")),
     "nemotron": Family("Nemotron"),
     "mllama": Family(
-        "Mllama", {"num_hidden_layers": 3, "cross_attention_layers": [1]}, "MllamaTextConfig", build=_mllama
+        "Mllama", {"num_hidden_layers": 3, "cross_attention_layers": [1]}, "MllamaTextConfig", build=_mllama, inputs=_image_states
     ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VL",
