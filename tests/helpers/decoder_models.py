@@ -207,7 +207,11 @@ FAMILIES = {
     "falcon_h1": Family("FalconH1", {**MAMBA, "mamba_d_ssm": 64}, dense=("out_proj", "conv1d")),
     "nemotron": Family("Nemotron"),
     "mllama": Family(
-        "Mllama", {"num_hidden_layers": 3, "cross_attention_layers": [1]}, "MllamaTextConfig", build=_mllama, inputs=_image_states
+        "Mllama",
+        {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "MllamaTextConfig",
+        build=_mllama,
+        inputs=_image_states,
     ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VL",
