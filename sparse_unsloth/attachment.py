@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_unsloth.backends import capturing, whole_layer
+from sparse_unsloth.backends import capturing, precision, whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
@@ -143,10 +143,12 @@ def _install(state: SparsityState, calibration_samples: list[Mapping[str, Any]] 
                 state.backend.install(runtime)
             skipped = _skip_unused_rows(state)
             _replace_whole_layers(state)
+            precision.check_before(state)
             register_hooks(state)
             _keep_uncompiled(state)
             probe_reach(state)
         _keep_proved_layers(state)
+        precision.check_after(state)
         capturing.prepare_graphs(state)
         _obtain_estimator(state, calibration_samples)
     except BaseException:
@@ -246,7 +248,7 @@ def _replace_whole_layers(state: SparsityState) -> None:
     # (padded batches, torch 2.11), which launches less: 246 ms at 2,048 tokens, uncaptured whole layers 280 with rows
     # left out, captured ones 183 (benchmarks/results/unsloth-2026.10.9/speed.csv).
     parameter = next(state.model.parameters())
-    if not (state.runtimes or state.dense_with_graphs) or not (state.config.cuda_graphs or use_kernels(parameter)):
+    if not (state.runtimes or state.dense_whole) or not (state.config.cuda_graphs or use_kernels(parameter)):
         return
     state.whole_forwards = [
         state.runtime(layer) or LayerRuntime(state, layer, sparsity)

@@ -26,8 +26,9 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from benchmarks.kernel_suite.cases import LLAMA_3_8B, TINY, Draw, cases
+from benchmarks.kernel_suite.cases import cases
 from benchmarks.kernel_suite.checks import WrongOutput, check
+from benchmarks.kernel_suite.inputs import LLAMA_3_8B, TINY, Draw
 from sparse_unsloth.reporting.tables import append_csv
 from sparse_unsloth.utils.environment import commit_of
 

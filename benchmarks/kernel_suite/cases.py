@@ -7,86 +7,21 @@ checker. To add a kernel, write a function that yields a `Case` for each of its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from benchmarks.kernel_suite.checks import Case
-from sparse_unsloth.kernels import columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select
+from benchmarks.kernel_suite.inputs import Draw, Sizes
+from sparse_unsloth.kernels import columns, dequantize, fp8, gated, gated_lora, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.kernels.norms import Order
 from sparse_unsloth.ops.head_rotary import HeadForm, reference_heads
 from sparse_unsloth.ops.norms import Norm
-from sparse_unsloth.tokens.partition import TokenPartition
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """One decoder layer, a batch by role, and what is selected.
-
-    Args:
-        kept: MLP channels, one case each; ``keys`` key channels (an even number), and as many value channels.
-        ranks: of LoRA, the first one in all cases; ``factors`` of the estimator, which looks at ``looked_at`` rows.
-    """
-
-    hidden: int
-    intermediate: int
-    kv_heads: int
-    groups: int
-    head_dim: int
-    dense: int
-    context: int
-    padding: int
-    kept: tuple[int, ...]
-    keys: int
-    ranks: tuple[int, ...]
-    factors: int
-    looked_at: int
-
-    @property
-    def rows(self) -> int:
-        return self.dense + self.context + self.padding
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Of q, k and v."""
-        size = self.kv_heads * self.head_dim
-        return self.groups * size, size, size
-
-
-LLAMA_3_8B = Sizes(4096, 14336, 8, 4, 128, 2048, 6144, 0, (144, 3584, 7168), 256, (16, 64), 8, 1024)
-"""At the wizardlm shape: four sequences of 2048 tokens, of which the last 512 have labels."""
-TINY = Sizes(64, 160, 2, 2, 16, 12, 24, 3, (16,), 8, (4,), 4, 12)
-ODD = Sizes(74, 131, 3, 2, 10, 17, 67, 3, (1, 17), 6, (5, 17), 3, 21)
-EVEN = Sizes(128, 192, 2, 2, 32, 32, 64, 16, (32,), 16, (16,), 8, 32)
-"""Two small layers: nothing is a multiple of 16, and everything is: Triton compiles other code for either."""
-
-
-class Draw:
-    """Random tensors on a device, in the dtype of the products unless said otherwise."""
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int):
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = torch.randn(*shape, device=self.device, generator=self.generator)
-        return tensor.mul_(scale).to(dtype or self.dtype)
-
-    def order(self, size: int) -> Tensor:
-        return torch.randperm(size, device=self.device, generator=self.generator)
-
-    def index(self, size: int, count: int) -> Tensor:
-        return self.order(size)[:count].sort().values
-
-    def partition(self, dense: int, context: int, padding: int) -> TokenPartition:
-        order = self.order(dense + context + padding)
-        parts = [part.sort().values for part in order.split([dense, context, padding])]
-        return TokenPartition((1, len(order)), *parts, parts[0])
-
-
+WRITTEN = fp8.FP8 if torch.cuda.is_available() else torch.float32
+"""By quantisation: without a GPU what it rounds, as Triton's interpreter rounds to FP8 wrongly."""
 KERNELS: list[Callable[[Sizes, Draw], Iterator[Case]]] = []
 
 
@@ -147,6 +82,51 @@ def _written(out: Tensor, write: Callable[[Tensor], None]) -> Tensor:
     """The launches themselves: on a CPU their callers take the reference."""
     write(out)
     return out
+
+
+@kernel
+def quantise(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    """Rows of activations and of the gradients of gate and up; a weight as products forward and backward take it."""
+    N, I, H, e = sizes.rows, sizes.intermediate, sizes.hidden, draw.dtype.itemsize
+    for width in (H, I, 2 * I):
+        inputs = (draw(N, width + 16)[:, 16:],)
+        yield Case("quantize_rows", f"{N}x{width}", inputs, _fp8_rows, _fp8_rows_reference, (e + 1) * N * width)
+    weight = draw(I, H, scale=0.02)
+    sources = {"16 bits": (weight, None, e)}
+    if H % 64 == 0:
+        packed = quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=False)
+        sources["nf4"] = (*packed, 0.5 + 4 / 64)
+    for name, (source, state, size) in sources.items():
+        for transposed in (False, True):
+            scales = fp8.scales_of(fp8.exact_weight(source, state).abs().amax(0 if transposed else 1))
+            yield Case(
+                f"quantize_weight {name}{' transposed' if transposed else ''}", f"{I}x{H}", (source, state, scales),
+                lambda source, state, scales, transposed=transposed: _written(
+                    scales.new_empty((H, I) if transposed else (I, H), dtype=WRITTEN),
+                    lambda out: fp8._launch_weight(source, state, scales, out, transposed),
+                ),
+                lambda source, state, scales, transposed=transposed: _fp8_weight_reference(
+                    source, state, scales, transposed
+                ), (size + 1) * I * H,
+            )  # fmt: skip
+
+
+def _fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales = x.new_empty(x.shape, dtype=WRITTEN), x.new_empty((len(x), 1), dtype=torch.float32)
+    fp8._launch_rows(x, q, scales)
+    return q, scales
+
+
+def _fp8_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales = fp8.reference_quantize_rows(x)
+    return q if WRITTEN == fp8.FP8 else x.float() * scales.reciprocal(), scales
+
+
+def _fp8_weight_reference(source: Tensor, state: QuantState | None, scales: Tensor, transposed: bool) -> Tensor:
+    weight, scales = fp8.exact_weight(source, state), scales.float()
+    if WRITTEN == fp8.FP8:
+        return fp8.reference_quantize_weight(weight, scales, transposed)
+    return (weight.t() if transposed else weight) * scales.reciprocal()[:, None]
 
 
 @kernel

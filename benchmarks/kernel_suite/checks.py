@@ -16,14 +16,17 @@ from torch import Tensor
 from sparse_unsloth.kernels.norms import Order
 from sparse_unsloth.ops.norms import Norm
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
-"""Relative error that one rounding to the dtype, or another order of fp32 sums, explains."""
+ROUNDING = {
+    torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3, torch.float8_e4m3fn: 0.0
+}  # fmt: skip
+"""Relative error that one rounding to the dtype, or another order of fp32 sums, explains. FP8 kernels sum nothing."""
 MOST = 0.02
 POISON = {
     torch.float64: (torch.int64, 0x7FF8000000001234),
     torch.float32: (torch.int32, 0x7FC01234),
     torch.float16: (torch.int16, 0x7E13),
     torch.bfloat16: (torch.int16, 0x7FD3),
+    torch.float8_e4m3fn: (torch.uint8, 0xFF),
 }
 """NaNs with a particular payload, as bits: a kernel's computed NaN has another one."""
 POISON_INTEGER = {torch.uint8: 249}

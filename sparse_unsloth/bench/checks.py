@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import original_forward
 from sparse_unsloth.backends.row_hooks import trained
-from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, PLAIN, without_backend
+from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, NEAR_PLAIN, PLAIN, without_backend
 from sparse_unsloth.bench.models import as_collated
 from sparse_unsloth.bench.reference import FAMILIES, float32_step
 from sparse_unsloth.bench.shapes import Shape, make_batch
@@ -42,6 +42,11 @@ STEP_TOLERANCE = 0.05
 REPLAY_TOLERANCE = 0.01
 """The allowed difference of gradients of the same kernels and inputs: attention's backward adds in any order."""
 LOSS_TOLERANCE = 2e-3
+FP8_TOLERANCE = 0.08
+"""What FP8 may add to the distance of gradients from float32's, times the square root of the number of layers, as
+errors of layers are independent: each product is off by 4 % of its norm, and a gradient passes several in a layer.
+`FP8_LOSS_TOLERANCE` is for the loss. Neither was measured on a large model so far."""
+FP8_LOSS_TOLERANCE = 0.02
 SMALL = Shape(2, 256, 64)
 DOCUMENTS = 192, 320
 """Tokens of the packed documents of a small sequence, in either order; each has the loss tokens of `SMALL`."""
@@ -85,8 +90,8 @@ def check(model: nn.Module, method: str, plain: PlainSteps | None) -> str:
     for part, function in (("mlp", check_mlp), ("self_attn", check_attention)):
         runtimes = [runtime for runtime in state.runtimes.values() if getattr(runtime.sparsity, part) > 0]
         found += [function(runtime) for runtime in runtimes[:LAYERS]]
-    if without_backend(method) in EQUAL_TO_PLAIN:
-        found.append(check_model(loss_and_gradients(model), plain))
+    if without_backend(method) in (*EQUAL_TO_PLAIN, *NEAR_PLAIN):
+        found.append(check_model(loss_and_gradients(model), plain, _fp8_layers(model)))
     if not found:
         raise CheckFailed(f"nothing of {method} was checked: it makes no layer sparse")
     return "; ".join(found)
@@ -126,10 +131,10 @@ def check_rows(model: nn.Module, plain: PlainSteps) -> str:
     state = get_state(model)
     config = state.config
     loss, few = loss_and_gradients(model)
-    _check_loss(loss, plain.bf16[0], "the plain model's")
+    _check_loss(loss, plain.bf16[0], "the plain model's", _fp8_layers(model))
     state.config = config.model_copy(update={"backward_rows": 1 - 1e-9})
     try:
-        found = [check_model(loss_and_gradients(model), plain)]
+        found = [check_model(loss_and_gradients(model), plain, _fp8_layers(model))]
     finally:
         state.config = config
     exact = plain.bf16[1] if plain.float32 is None else plain.float32[1]
@@ -314,42 +319,53 @@ def check_plain(plain: PlainSteps) -> str:
     return f"whole step: loss {loss:.5f}, float32 {exact_loss:.5f}; gradients {error:.2g} from float32's"
 
 
-def check_model(ours: Step, plain: PlainSteps) -> str:
+def check_model(ours: Step, plain: PlainSteps, fp8_layers: int = 0) -> str:
     """Checks that loss and gradients of a step are as near to float32's as the plain model's, in total and by kind.
 
     Rounding grows over the layers: with 32 layers two correct steps differ by 10 %, so their distance from each other
     says little.
+
+    Args:
+        fp8_layers: how many layers multiply in FP8; gradients may be further away then (`FP8_TOLERANCE`).
     """
     (loss, gradients), (plain_loss, plain_gradients) = ours, plain.bf16
-    _check_loss(loss, plain_loss, "the plain model's")
+    further = FP8_TOLERANCE * fp8_layers**0.5
+    _check_loss(loss, plain_loss, "the plain model's", fp8_layers)
     if gradients.keys() != plain_gradients.keys():
         raise CheckFailed("other parameters have gradients than in the plain model")
     apart = _distance(gradients, plain_gradients)
     if plain.float32 is None:
-        if not apart <= STEP_TOLERANCE:
+        if not apart <= STEP_TOLERANCE + further:
             raise CheckFailed(f"gradients differ from the plain model's by {apart:.3f} of their norm")
         return f"whole step: loss {loss:.5f} of {plain_loss:.5f}, gradients within {apart:.1e}"
     exact_loss, exact = plain.float32
     error, least = _distance(gradients, exact), _distance(plain_gradients, exact)
-    _check_further("all gradients", error, least, FURTHER)
+    _check_further("all gradients", error, least, FURTHER, further)
     for kind, names in _by_kind(exact).items():
         of_kind = [_distance(step, exact, names) for step in (gradients, plain_gradients)]
-        _check_further(f"gradients of {kind}", *of_kind, FURTHER_KIND)
+        _check_further(f"gradients of {kind}", *of_kind, FURTHER_KIND, further)
+    allowed = f" (FP8 in {fp8_layers} layers: {further:.2g} more is allowed)" if fp8_layers else ""
     return (
         f"whole step: loss {loss:.5f}, plain {plain_loss:.5f}, float32 {exact_loss:.5f}; gradients {error:.2g} from "
-        f"float32's, the plain model's {least:.2g}, from each other {apart:.2g}"
+        f"float32's, the plain model's {least:.2g}, from each other {apart:.2g}{allowed}"
     )
 
 
-def _check_loss(loss: float, expected: float, whose: str) -> None:
-    if not abs(loss - expected) <= LOSS_TOLERANCE * abs(expected):
+def _fp8_layers(model: nn.Module) -> int:
+    state = get_state(model)
+    return sum(not runtime.not_whole for runtime in state.whole_forwards) if state.config.fp8 else 0
+
+
+def _check_loss(loss: float, expected: float, whose: str, fp8_layers: int = 0) -> None:
+    if not abs(loss - expected) <= (FP8_LOSS_TOLERANCE if fp8_layers else LOSS_TOLERANCE) * abs(expected):
         raise CheckFailed(f"loss {loss:.5f} is not {whose} {expected:.5f}")
 
 
-def _check_further(what: str, error: float, least: float, times: float) -> None:
+def _check_further(what: str, error: float, least: float, times: float, further: float = 0.0) -> None:
     # Where the plain model is hardly off at all, rounding may still differ by as much as one bf16 digit.
-    if not error <= max(times * least, 2**-8):
-        raise CheckFailed(f"{what} are {error:.3g} of their norm from float32's, the plain model's {least:.3g}")
+    if not error <= max(times * least, 2**-8) + further:
+        more = f" (FP8 may add {further:.2g})" if further else ""
+        raise CheckFailed(f"{what} are {error:.3g} of their norm from float32's, the plain model's {least:.3g}{more}")
 
 
 def _by_kind(gradients: dict[str, Tensor]) -> dict[str, list[str]]:

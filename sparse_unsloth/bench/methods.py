@@ -13,6 +13,7 @@ METHODS = {
     "unsloth-dense": "Unsloth with nothing attached, as the arm padded, in our process",
     "unsloth-dense-exact": "Unsloth, dense, unused rows skipped",
     "dense-graphs": "likewise, layers captured in CUDA graphs",
+    "dense-fp8-graphs": "likewise, products with frozen weights in FP8",
     "sparse-o1": "preset o1, conservative",
     "sparse-o2": "preset o2, aggressive",
     "sparse-o2-graphs": "preset o2, layers captured in CUDA graphs",
@@ -22,6 +23,7 @@ METHODS = {
     "rows-10": "through a tenth of them",
     "rows-25-graphs": "a quarter of them, layers captured in CUDA graphs",
     "rows-10-graphs": "a tenth of them, likewise",
+    "rows-25-fp8-graphs": "rows-25-graphs, products with frozen weights in FP8",
     "nothing-dropped": "the sparse path with every channel kept",
     "peft-dense": "plain transformers and PEFT, in a process without Unsloth",
     "peft-sparse-o2": "preset o2 through the PEFT backend, likewise",
@@ -33,6 +35,8 @@ PLAIN = ("unsloth-dense", "peft-dense")
 """Methods that attach nothing."""
 EQUAL_TO_PLAIN = ("dense-exact", "dense-graphs", "nothing-dropped")
 """Methods that must compute what the plain model computes, without their backend."""
+NEAR_PLAIN = ("dense-fp8-graphs",)
+"""Methods that do so up to FP8's rounding (`sparse_unsloth.bench.checks.FP8_TOLERANCE`)."""
 OURS = ("dense-exact", *(name for name in METHODS if not name.startswith(("unsloth-", "peft-"))))
 """Methods that attach something, without their backend: through the PEFT backend their names begin with ``peft-``."""
 
@@ -99,8 +103,11 @@ def sparsity_of(method: str, num_layers: int, estimator: str | None = None) -> d
         return {"preset": "dense"}
     if method == "dense-graphs":
         return {"preset": "dense", "cuda_graphs": True}
+    if method == "dense-fp8-graphs":
+        return {"preset": "dense", "precision": "fp8", "cuda_graphs": True}
     if kept := re.match(r"rows-(\d\d)", method):
-        return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs")}
+        precision = {"precision": "fp8"} if "-fp8" in method else {}
+        return {"backward_rows": int(kept[1]) / 100, "cuda_graphs": method.endswith("-graphs"), **precision}
     if kept := re.match(r"sparse-(\d\d)", method):
         return {"mlp": {f"1-{num_layers - 1}": 1 - int(kept[1]) / 100}, **common}
     if method == "sparse-o2-graphs":
@@ -119,7 +126,8 @@ def flop_limit(
         checkpointing: of the method; ``base_checkpointing`` of dense Unsloth, None: the same.
 
     Unused rows are skipped (docs/how-it-works.md, section 5), with the PEFT backend those of 5.3 alone. The limits in
-    `TARGETS` weigh attention a little less than `step_flops`.
+    `TARGETS` weigh attention a little less than `step_flops`. FLOPs in FP8 count like others, though a GPU computes
+    more of them a second: methods in FP8 can be above their limit.
     """
     base_checkpointing = checkpointing if base_checkpointing is None else base_checkpointing
     if checkpointing and base_checkpointing and model == LLAMA_3_8B and (shape_name, method) in TARGETS:

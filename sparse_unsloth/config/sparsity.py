@@ -89,6 +89,7 @@ Step = Annotated[float | int, BeforeValidator(_step)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 NonNegative = Annotated[int, Field(strict=True, ge=0)]
 Switch = Annotated[bool, Field(strict=True)]
+Precision = Literal["bf16", "fp8", "fp8-context"]
 
 
 class _Reporting(type(BaseModel)):
@@ -195,6 +196,13 @@ class SparsityConfig(_Config):
     GPU and `exact_removal`; any gradient checkpointing or none. Sequences are right-padded to length buckets, by an
     eighth at most from 128 tokens on, and some context tokens stay dense. Dense training is captured too, also without
     prompts; forwards without labels run without graphs."""
+    precision: Precision = "bf16"
+    """Of products with frozen weights, in layers that run as a whole (docs/how-it-works.md, section 7): `fp8` in e4m3
+    with one fp32 scale a row of activations and gradients and one a row of weights, forward and input gradients;
+    `fp8-context` for context tokens alone, in dense training. Approximate: a product is off by 4 % of its norm or so,
+    at random. LoRA's products, attention and the head are not concerned, nor is evaluation. It needs bfloat16, a LoRA
+    rank that is a multiple of 8, and an NVIDIA GPU from compute capability 8.9 on (a CPU emulates it). It cannot be
+    combined with `mlp` and `self_attn`."""
     start_step: Step = 0.05
     """First sparse optimiser step: a float in [0, 1] is a fraction of the training, an int a number of steps."""
     end_step: Step = 0.75
@@ -238,6 +246,16 @@ class SparsityConfig(_Config):
             )
         return share
 
+    @field_validator("precision")
+    @classmethod
+    def _whole_weights(cls, precision: str, info: ValidationInfo) -> str:
+        rules = [name for name in ("mlp", "self_attn") if any(info.data.get(name, {}).values())]
+        if precision != "bf16" and (rules or info.data.get("preset") in ("o1", "o2")):
+            raise ValueError("must be bf16 where channels are left out (mlp, self_attn, preset o1 or o2)")
+        if precision == "fp8-context" and info.data.get("backward_rows", 1.0) < 1:
+            raise ValueError("must be fp8 or bf16 with backward_rows: fp8-context is for dense training so far")
+        return precision
+
     @field_validator("sparse_prefill")
     @classmethod
     def _means_channels(cls, value: bool, info: ValidationInfo) -> bool:
@@ -259,6 +277,11 @@ class SparsityConfig(_Config):
     def schedule(self) -> Schedule:
         """The schedule: which optimiser steps are sparse."""
         return Schedule(self.start_step, self.end_step)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether layers multiply by frozen weights in FP8, for some tokens at least."""
+        return self.precision != "bf16"
 
     @property
     def row_sparse(self) -> bool:

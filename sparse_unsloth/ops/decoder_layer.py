@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparse_unsloth.config.sparsity import Precision
 from sparse_unsloth.kernels.norms import Order, add_norm, add_rows, added_backward, norm_backward
 from sparse_unsloth.ops.fused_linear import FusedOutputProjection, FusedQKV
-from sparse_unsloth.ops.fused_mlp import FusedMlp, channel_order
+from sparse_unsloth.ops.fused_mlp import FusedMlp, channel_order, natural_order
 from sparse_unsloth.ops.linear import as_loras, lora_scale
 from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection
@@ -69,6 +70,8 @@ class LayerPlan:
         keep: whether backward follows, so that forward saves its intermediates.
         keep_context: with row sparsity, whether it saves those of context tokens, of which backward goes through few.
         residual_multiplier: r.
+        precision: of products with frozen weights, see `SparsityConfig.precision`. With "fp8-context" sparse parts
+            compute all channels, those of context tokens in FP8, and dense parts nothing in FP8.
     """
 
     attention_norm: Norm | None
@@ -85,11 +88,21 @@ class LayerPlan:
     keep: bool
     keep_context: bool = True
     residual_multiplier: float = 1.0
+    precision: Precision = "bf16"
+
+    @property
+    def fp8(self) -> tuple[bool, bool]:
+        """Whether frozen weights are multiplied in FP8, for loss tokens (all rows of a dense part), for context."""
+        return self.precision == "fp8", self.precision != "bf16"
 
     def attention_indices(self, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The selected channels of q, k, v, o; empty in a dense part. None as ``normed``: selected before."""
         if not self.attention.sparse:
             return (self.attention.partition.context,) * 4
+        if self.precision != "bf16":
+            bases = [projection.base for projection in self.projections[:4]]
+            sizes = *(base.shape[0] for base in bases[:3]), bases[3].shape[1]
+            return tuple(natural_order(size, bases[0].device) for size in sizes)
         selection = self.choose_attention(None if normed is None else self.attention.context(normed))
         return selection.q, selection.k, selection.v, selection.o
 
@@ -106,7 +119,7 @@ class LayerPlan:
 
     def mlp_channels(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The MLP's selected channels, and all channels with these first; both empty in a dense part."""
-        if not self.mlp.sparse:
+        if not self.mlp.sparse or self.precision != "bf16":
             return (self.mlp.partition.context,) * 2
         selection = self.choose_mlp(self.mlp.context(normed))
         size = self.projections[4].base.shape[0]
@@ -269,7 +282,7 @@ def fused_qkv(plan: LayerPlan, loras: Sequence[Tensor], indices: Sequence[Tensor
     projections = plan.projections[:3]
     return FusedQKV(
         plan.attention.partition, [projection.base for projection in projections], loras,
-        [lora_scale(projection) for projection in projections], indices, dtype, plan.output_unused,
+        [lora_scale(projection) for projection in projections], indices, dtype, plan.output_unused, plan.fp8,
     )  # fmt: skip
 
 
@@ -279,8 +292,9 @@ def output_projection(
     """O of ``plan`` with the channels ``index``."""
     projection = plan.projections[3]
     return FusedOutputProjection(
-        plan.attention.partition, projection.base, loras, lora_scale(projection), index, dtype, plan.output_unused
-    )
+        plan.attention.partition, projection.base, loras, lora_scale(projection), index, dtype, plan.output_unused,
+        plan.fp8,
+    )  # fmt: skip
 
 
 def fused_mlp(
@@ -291,6 +305,7 @@ def fused_mlp(
     return FusedMlp(
         partition.num_dense, partition.num_context, [projection.base for projection in projections], loras,
         tuple(lora_scale(projection) for projection in projections), plan.activation, channels, order, dtype,
+        plan.fp8,
     )  # fmt: skip
 
 

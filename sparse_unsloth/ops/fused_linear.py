@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_unsloth.kernels.columns import join_columns, split_columns
 from sparse_unsloth.kernels.lora import pack_linear
+from sparse_unsloth.ops.fp8 import Fp8Stack
 from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.ops.weight_stack import WeightStack, product_fp32, stack_columns, stack_rows
 from sparse_unsloth.tokens.partition import TokenPartition
@@ -30,6 +31,8 @@ class FusedQKV:
         indices: by projection, int64 ``[k]``, ascending: the channels that context tokens keep.
         dtype: of the matmuls.
         keep: whether the stacks are stacks for backward (in a recompute, whose backward comes next).
+        fp8: whether the frozen weights are multiplied in FP8, for loss tokens and for context tokens. Those then keep
+            all channels.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class FusedQKV:
         indices: Sequence[Tensor],
         dtype: torch.dtype,
         keep: bool = False,
+        fp8: tuple[bool, bool] = (False, False),
     ):
         self.partition, self.bases, self.scales, self.indices, self.dtype = partition, bases, scales, indices, dtype
+        self.fp8 = fp8
         self.widths, self.counts = [base.shape[0] for base in bases], [len(index) for index in indices]
         self.A, self.B = _pack(loras, scales, dtype)
         self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices))
-        self._stacks: dict[bool, WeightStack] | None = {} if keep else None
+        self._stacks: dict[bool, WeightStack | Fp8Stack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` of rows in natural order, ``x [M, in_features]``."""
@@ -100,9 +105,10 @@ class FusedQKV:
             loras += [part_dA if scale == 1 else part_dA.mul_(scale), product_fp32(dy.t(), part_xA)]
         return dx, loras
 
-    def _stack(self, indices: Sequence[Tensor] | None) -> WeightStack:
-        def make() -> WeightStack:
-            stack = stack_rows(self.bases, len(self.A), self.dtype, indices)
+    def _stack(self, indices: Sequence[Tensor] | None) -> WeightStack | Fp8Stack:
+        def make() -> WeightStack | Fp8Stack:
+            fp8 = self.fp8[indices is not None]
+            stack = stack_rows(self.bases, len(self.A), self.dtype, None if fp8 else indices, fp8=fp8)
             stack.lora_rows.copy_(self.A)
             return stack
 
@@ -121,10 +127,12 @@ class FusedOutputProjection:
         index: Tensor,
         dtype: torch.dtype,
         keep: bool = False,
+        fp8: tuple[bool, bool] = (False, False),
     ):
         self.partition, self.base, self.scale, self.index, self.dtype = partition, base, scale, index, dtype
+        self.fp8 = fp8
         self.A, self.B = _pack(loras, [scale], dtype)
-        self._stacks: dict[bool, WeightStack] | None = {} if keep else None
+        self._stacks: dict[bool, WeightStack | Fp8Stack] | None = {} if keep else None
 
     def forward_natural(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """`forward` with the output in natural order, ``[M, out_features]``."""
@@ -173,9 +181,10 @@ class FusedOutputProjection:
             dy, xA = sorted_dy, xA.index_select(0, partition.rows)
         return dx, [dA if self.scale == 1 else dA.mul_(self.scale), product_fp32(dy.t(), xA)]
 
-    def _stack(self, index: Tensor | None) -> WeightStack:
-        def make() -> WeightStack:
-            stack = stack_columns(self.base, len(self.A), self.dtype, index)
+    def _stack(self, index: Tensor | None) -> WeightStack | Fp8Stack:
+        def make() -> WeightStack | Fp8Stack:
+            fp8 = self.fp8[index is not None]
+            stack = stack_columns(self.base, len(self.A), self.dtype, None if fp8 else index, fp8=fp8)
             stack.lora_rows.copy_(self.B.t())
             return stack
 
@@ -188,7 +197,9 @@ def _rows_of_roles(partition: TokenPartition, selected):
     return (slice(0, num_dense), None), (slice(num_dense, num_dense + partition.num_context), selected)
 
 
-def _cached(stacks: dict[bool, WeightStack] | None, is_dense: bool, make: Callable[[], WeightStack]) -> WeightStack:
+def _cached(
+    stacks: dict[bool, WeightStack | Fp8Stack] | None, is_dense: bool, make: Callable[[], WeightStack | Fp8Stack]
+) -> WeightStack | Fp8Stack:
     """``make()``, or its earlier result if results are stacks."""
     if stacks is None:
         return make()

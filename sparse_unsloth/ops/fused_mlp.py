@@ -17,6 +17,7 @@ from torch import Tensor
 from sparse_unsloth.kernels.gated_lora import gated_lora_backward, gated_lora_forward
 from sparse_unsloth.kernels.glu import ALIGNMENT, glu_backward, glu_forward
 from sparse_unsloth.kernels.lora import mlp_gradients, pack_mlp
+from sparse_unsloth.ops.fp8 import Fp8Stack
 from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.ops.weight_stack import WeightStack, product_fp32, stack_columns, stack_rows
 
@@ -42,8 +43,8 @@ class _Weights:
         whole: whether these are all channels in natural order.
     """
 
-    gate_up: WeightStack
-    down: WeightStack
+    gate_up: WeightStack | Fp8Stack
+    down: WeightStack | Fp8Stack
     loras: Tensor
     order: Tensor
     whole: bool
@@ -61,6 +62,8 @@ class FusedMlp:
         channels: int64: the channels that context tokens keep.
         order: int64 ``[intermediate_size]``: ``channels`` first, then the others.
         dtype: of the matmuls.
+        fp8: whether the frozen weights are multiplied in FP8, for loss tokens and for context tokens. Those then keep
+            all channels.
     """
 
     def __init__(
@@ -74,8 +77,9 @@ class FusedMlp:
         channels: Tensor,
         order: Tensor,
         dtype: torch.dtype,
+        fp8: tuple[bool, bool] = (False, False),
     ):
-        self.num_dense, self.num_context = num_dense, num_context
+        self.num_dense, self.num_context, self.fp8 = num_dense, num_context, fp8
         self.bases, self.scales, self.activation = bases, scales, activation
         self.channels, self.order, self.dtype = channels, order, dtype
         self.loras = [lora.detach().contiguous() for lora in loras]
@@ -156,14 +160,15 @@ class FusedMlp:
         end = self.num_dense + self.num_context
         for rows, channels in ((slice(0, self.num_dense), None), (slice(self.num_dense, end), self.channels)):
             if rows.stop > rows.start:
-                yield rows, self._weights(channels)
+                fp8 = self.fp8[channels is not None]
+                yield rows, self._weights(None if fp8 else channels, fp8)
 
-    def _weights(self, channels: Tensor | None) -> _Weights:
+    def _weights(self, channels: Tensor | None, fp8: bool) -> _Weights:
         gate, up, down = self.bases
         if channels is None:
-            order = _natural(gate.shape[0], self.loras[0].device)
-            gate_up = stack_rows([gate, up], 2 * self.r, self.dtype)
-            down = stack_columns(down, self.r, self.dtype)
+            order = natural_order(gate.shape[0], self.loras[0].device)
+            gate_up = stack_rows([gate, up], 2 * self.r, self.dtype, fp8=fp8)
+            down = stack_columns(down, self.r, self.dtype, fp8=fp8)
         else:
             order = self.order
             gate_up = stack_rows([gate, up], 2 * self.r, self.dtype, [channels, channels], ALIGNMENT)
@@ -190,7 +195,9 @@ class FusedMlp:
         if context:
             gate_B, up_B, down_A = mlp_gradients(context[0], dense, order, kept, down_scale)
         else:
-            gate_B, up_B, down_A = mlp_gradients(dense, None, _natural(len(loras[1]), dense.device), kept, down_scale)
+            gate_B, up_B, down_A = mlp_gradients(
+                dense, None, natural_order(len(loras[1]), dense.device), kept, down_scale
+            )
         return [gate_A, gate_B, up_A, up_B, down_A, down_B]
 
 
@@ -219,7 +226,7 @@ def _whole_backward(
 _orders: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _natural(size: int, device: torch.device) -> Tensor:
+def natural_order(size: int, device: torch.device) -> Tensor:
     """int64 ``[size]``: channels in natural order."""
     key = (size, device)
     if key not in _orders:

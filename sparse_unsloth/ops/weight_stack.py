@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_unsloth.ops.fp8 import Fp8Stack
 from sparse_unsloth.ops.projection import BaseWeight
 
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")
@@ -62,15 +63,19 @@ def stack_rows(
     dtype: torch.dtype,
     indices: Sequence[Tensor] | None = None,
     pad: int = 1,
-) -> WeightStack:
+    fp8: bool = False,
+) -> WeightStack | Fp8Stack:
     """Stacks output channels (rows) of weights that share one input.
 
     Args:
         lora_rows: the number of rows to leave free for LoRA.
         indices: int64, ascending, by weight; None for whole weights.
         pad: each weight's rows are padded with zeros to a multiple of this.
+        fp8: multiply by the weights in FP8; for whole weights.
     """
     width = bases[0].shape[1]
+    if fp8:
+        return Fp8Stack(torch.empty((lora_rows, width), dtype=dtype, device=bases[0].device), bases, False)
     if indices is None and _in_place(bases, dtype):
         front = bases[0].weight.new_empty((lora_rows, width))
         return WeightStack(front, (front, *(base.weight.detach() for base in bases)))
@@ -87,13 +92,20 @@ def stack_rows(
 
 
 def stack_columns(
-    base: BaseWeight, lora_rows: int, dtype: torch.dtype, index: Tensor | None = None, pad: int = 1
-) -> WeightStack:
+    base: BaseWeight,
+    lora_rows: int,
+    dtype: torch.dtype,
+    index: Tensor | None = None,
+    pad: int = 1,
+    fp8: bool = False,
+) -> WeightStack | Fp8Stack:
     """Stacks input channels (columns) of a weight as rows: `WeightStack.matmul_transposed` multiplies by the weight.
 
     The LoRA rows are the transpose of B: ``[lora_rows, out_features]``. Other arguments as in `stack_rows`.
     """
     height, size = base.shape
+    if fp8:
+        return Fp8Stack(torch.empty((height, lora_rows), dtype=dtype, device=base.device).t(), [base], True)
     if index is None and _in_place([base], dtype):
         front = base.weight.new_empty((height, lora_rows)).t()
         return WeightStack(front, (front, base.weight.detach().t()))

@@ -19,8 +19,8 @@ REATTACH = "Call detach(model), then attach it again."
 
 
 def refuse_adapters(state: SparsityState) -> None:
-    """Raises AttachError for adapters that are not LoRA, where layers are sparse or captured."""
-    layers = state.layers if state.dense_with_graphs else [runtime.layer for runtime in state.runtimes.values()]
+    """Raises AttachError for adapters that are not LoRA, where layers are sparse, captured or in FP8."""
+    layers = state.layers if state.dense_whole else [runtime.layer for runtime in state.runtimes.values()]
     if layers:
         refuse_other_adapters(state.model, layers)
 

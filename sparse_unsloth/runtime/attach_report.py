@@ -44,6 +44,7 @@ class AttachReport:
         not_whole, not_captured: ``(reason, number of layers)`` of the other candidates. They compute the same, slower.
         auto: the rest is decided when training begins.
         left_out: decoder layers without a sparse path, by name: what each lacks.
+        precision: see `SparsityConfig.precision`; ``bf16_layers``: by name, why layers are in bf16 all the same.
     """
 
     backend: str
@@ -56,6 +57,8 @@ class AttachReport:
     not_whole: tuple[tuple[str, int], ...] = ()
     not_captured: tuple[tuple[str, int], ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    precision: str = "bf16"
+    bf16_layers: Mapping[str, str] = field(default_factory=dict)
     auto: bool = False
 
     @property
@@ -86,7 +89,11 @@ class AttachReport:
             mlp = _kept(layer.mlp, layer.mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels)
             lines.append(f"  {_span(first, last)}: MLP {mlp}; attention {attention}")
-        lines += [f"  {places}: left out, dense ({reason})" for reason, places in self._reasons().items()]
+        lines += [f"  {places}: left out, dense ({reason})" for reason, places in _places(self.left_out).items()]
+        if self.precision != "bf16":
+            rows = "context tokens" if self.precision == "fp8-context" else "all tokens"
+            lines.append(f"  precision {self.precision}: products of {rows} with frozen weights in FP8, approximate")
+        lines += [f"  {places}: in bf16 ({reason})" for reason, places in _places(self.bf16_layers).items()]
         if self.exact_removal:
             lines.append(f"  unused rows skipped in: {self.exact_removal}")
         return "\n".join([*lines, *self.speed_lines()])
@@ -103,15 +110,16 @@ class AttachReport:
             lines.append(f"  {self.captured_layers} of {len(self.layers)} layers are captured in CUDA graphs")
         return lines + [f"  {count} not captured: {reason}" for reason, count in self.not_captured]
 
-    def _reasons(self) -> dict[str, str]:
-        """The layers without a sparse path, as "layers 0-2, 4-6", by reason."""
-        spans: dict[str, list[str]] = {}
-        for first, last, reason in _runs(self.left_out.items()):
-            spans.setdefault(reason, []).append(str(first) if first == last else f"{first}-{last}")
-        return {
-            reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
-            for reason, found in spans.items()
-        }
+
+def _places(layers: Mapping[str, str]) -> dict[str, str]:
+    """The layers, by name with a reason each, as "layers 0-2, 4-6" by reason."""
+    spans: dict[str, list[str]] = {}
+    for first, last, reason in _runs(layers.items()):
+        spans.setdefault(reason, []).append(str(first) if first == last else f"{first}-{last}")
+    return {
+        reason: f"layer{'s' if len(found) > 1 or '-' in found[0] else ''} {', '.join(found)}"
+        for reason, found in spans.items()
+    }
 
 
 def _runs(layers: Iterable[tuple[str, Any]]) -> list[tuple[int, int, Any]]:
@@ -171,7 +179,17 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         captured_layers=len(captured),
         not_whole=reasons(forwards, "not_whole"),
         not_captured=reasons(forwards, "not_captured"),
+        precision=state.config.precision,
+        bf16_layers=_bf16_layers(state) if state.config.fp8 else {},
     )
+
+
+def _bf16_layers(state: SparsityState) -> dict[str, str]:
+    """Why layers do not multiply in FP8, by name."""
+    found = {runtime.layer.name: runtime.not_whole for runtime in state.whole_forwards if runtime.not_whole}
+    if state.last_layer is not None and state.last_layer.loss_only_parts:
+        found.setdefault(state.last_layer.layer.name, "after its keys and values it skips unused rows")
+    return found
 
 
 def reasons(runtimes: Iterable[LayerRuntime], name: str) -> tuple[tuple[str, int], ...]:

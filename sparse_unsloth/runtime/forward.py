@@ -56,10 +56,8 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if CONTEXT_ARGUMENT in kwargs:
         return None
     state = model.__dict__["_sparsity_state"]
-    if state.handing is not None:
-        if state.handing.probes:
-            return None
-        state.handing.end()  # a forward that failed did not
+    if state.handing is not None and state.handing.restarts():
+        return None
     state.inside = True
     return enter_forward(state, model, args, kwargs)
 
@@ -77,7 +75,7 @@ def enter_forward(
     if state.auto is not None and model.training:
         before_forward(state, {**named, **kwargs})
     if not (model.training or state.sparse_prefill) or not (
-        state.runtimes or state.last_layer or state.dense_with_graphs or state.planner
+        state.runtimes or state.last_layer or state.dense_whole or state.planner
     ):
         return None
     given = batch = read_batch({**named, **kwargs})
@@ -89,10 +87,8 @@ def enter_forward(
         return None
     if batch is not given:
         context.padded = batch.labels.shape, given.labels.shape[1]
-    if state.handing is not None:
-        state.handing.begin(context)
-        return args, kwargs
-    return args, {**kwargs, CONTEXT_ARGUMENT: context}
+    handed = {CONTEXT_ARGUMENT: context} if state.handing is None else state.handing.begin(context)
+    return args, {**kwargs, **handed}
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -183,7 +179,8 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
         _leave_out_for_split_rows(state)
     loss_only = state.last_layer is not None and loss_is_fused(model, batch)
     graphs = state.graphs is not None and not batch.is_context_parallel
-    if not (state.runtimes or loss_only or state.planner or (state.dense_with_graphs and graphs)):
+    dense_whole = state.dense_whole and (graphs or state.config.fp8)
+    if not (state.runtimes or loss_only or state.planner or dense_whole):
         return None
     decision = _decide(state, batch, roles_of(state, batch), graphs)
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
@@ -214,8 +211,15 @@ def _has_roles(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
     if batch.labels is None:
         if state.planner is not None:
             state.planner.restore()
-        if state.runtimes or state.dense_with_graphs:
+        if state.runtimes or state.dense_whole:
             ran = "nothing of it is captured" if state.dense_with_graphs else "it ran dense"
+            ran += (
+                " or in FP8"
+                if state.dense_with_graphs and state.config.fp8
+                else ", in bf16"
+                if state.config.fp8
+                else ""
+            )
             state.warn_once(
                 "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
                 f"take them away), so its tokens have no roles and {ran}."
@@ -242,13 +246,14 @@ def _decide(
 
     Returns:
         The roles by which layers compute, the share of the configured sparsity, and parts that are dense all the same.
-        For captures of a forward that leaves nothing out every row is dense.
+        For captures and FP8 of a forward that leaves nothing out every row is dense, except with `fp8-context`.
     """
+    by_roles = state.config.precision == "fp8-context"
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
     state.counts.context_tokens += partition.num_context
     state.counts.dense_tokens += partition.num_dense
-    if graphs and not state.dense_with_graphs:
+    if graphs and (by_roles or not state.dense_with_graphs):
         partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
     if scale > 0 and not state.context_seen:
         state.context_seen = partition.num_context > 0
@@ -265,8 +270,8 @@ def _decide(
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
-    elif graphs:
-        partition, scale = every_row_dense(partition), 1.0
+    elif graphs or state.config.fp8:
+        partition, scale = partition if by_roles else every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
     return partition, scale, paused
@@ -295,7 +300,7 @@ def _context_of(
             context.loss_rows = state.loss_rows
     graphs = graphs and scale > 0
     context.split, context.packing = batch.is_context_parallel, packing_of(batch)
-    channel_sparse = sparse and not state.row_sparse
+    channel_sparse = sparse and not state.row_sparse and not state.dense_whole
     if channel_sparse and state.observer.should_observe(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, batch)
     elif graphs:
@@ -357,9 +362,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
         state.warn_once(
-            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need the norms' "
-            "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
-            "one active, unmerged adapter."
+            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need training "
+            "mode (model.train()), the norms' dtype for their hidden states (under autocast too), contiguous ones, no "
+            "cache, no output_attentions, and one active, unmerged adapter."
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(

@@ -31,19 +31,22 @@ class Handing:
         self._wrapped: dict[nn.Module, Callable] = {}
         self.context: SparseContext | None = None
 
-    @property
-    def probes(self) -> bool:
-        """Whether the probe of attaching runs."""
-        return self.context is not None and self.context.probe
+    def restarts(self) -> bool:
+        """Forgets the context of a forward that failed; whether the probe of attaching begins instead."""
+        if self.context is not None and self.context.probe:
+            return True
+        self.context = None
+        return False
 
-    def begin(self, context: SparseContext) -> None:
-        """Hands ``context`` to the layers from now on."""
+    def begin(self, context: SparseContext) -> dict[str, Any]:
+        """Hands ``context`` to the layers from now on; the model needs no argument for it."""
         self.context = context
         for module in self._model.modules():
             function = module.__dict__.get(CHECKPOINTS)
             if function is not None and getattr(function, "func", None) is not _checkpointed:
                 self._wrapped[module] = function
                 module.__dict__[CHECKPOINTS] = partial(_checkpointed, self, function)
+        return {}
 
     def end(self) -> SparseContext | None:
         """The context of the forward that ends."""

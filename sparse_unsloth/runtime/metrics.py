@@ -12,11 +12,11 @@ logger = logging.getLogger("sparse_unsloth")
 
 
 def metrics(state: SparsityState) -> dict[str, float]:
-    """The metrics since the last call, by name; empty for a model without sparse or captured layers.
+    """The metrics since the last call, by name; empty for a model without sparse, captured or FP8 layers.
 
     ``sparsity/enabled`` is 1 if a forward was sparse since then; ``sparsity/scale`` is the schedule's factor.
     """
-    if not (state.runtimes or state.dense_with_graphs):
+    if not (state.runtimes or state.dense_whole):
         return {}
     tokens = max(state.counts.context_tokens + state.counts.dense_tokens, 1)
     enabled = float(state.counts.sparse_forwards > 0)

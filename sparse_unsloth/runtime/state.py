@@ -69,7 +69,7 @@ class SparsityState:
         handing: gives the layers their context; None where the model passes it on.
         hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
         row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
-        dense_with_graphs: nothing is sparse, and layers are captured (`SparsityConfig.cuda_graphs`).
+        dense_with_graphs, dense_whole: nothing is sparse, and layers are captured; are captured or multiply in FP8.
         layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
         left_out: decoder layers without a sparse path, by name: why; ``is_routed``: a row part holds a router.
@@ -113,6 +113,7 @@ class SparsityState:
         self.layer_sparsity = config.layer_sparsity(len(layers))
         self.row_sparse = config.row_sparse
         self.dense_with_graphs = config.cuda_graphs and not config.is_sparse(len(layers))
+        self.dense_whole = (config.cuda_graphs or config.fp8) and not config.is_sparse(len(layers))
         # Under row sparsity Unsloth's last layer skips unused rows instead.
         skips_rows = layers[-1] if backend.name == "unsloth" and config.exact_removal else None
         self.runtimes = {
@@ -305,8 +306,8 @@ class SparsityState:
         if missing:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
-                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
-                "attach(), or does not call it. Attach last."
+                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after attach(), does "
+                "not call it, or left the layers in evaluation mode. Attach last, and call model.train()."
             )
         self._verified = True
 

@@ -131,7 +131,9 @@ def test_every_method_has_a_sparsity_that_is_one():
         sparsity = sparsity_of(method, 32)
         config = SparsityConfig.from_any(sparsity or "dense")
         sparse = any(map(any, config.layer_sparsity(32))) or config.backward_rows < 1
-        assert sparse == (method not in ("unsloth-dense", "peft-dense", "unsloth-dense-exact", "dense-graphs"))
+        dense = ("unsloth-dense", "peft-dense", "unsloth-dense-exact", "dense-graphs", "dense-fp8-graphs")
+        assert sparse == (method not in dense)
+        assert config.precision == ("fp8" if "fp8" in method else "bf16")
         assert config.cuda_graphs == method.endswith("-graphs")
     assert SparsityConfig.from_any(sparsity_of("sparse-25", 32)).layer_sparsity(32)[:2] == [(0, 0), (0.75, 0)]
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def modules():
     """kernel_cases, kernel_checks, the benchmark, the sanitizer's script and the planted overrun."""
     suite = "benchmarks.kernel_suite."
-    names = {"kernel_cases": suite + "cases", "kernel_checks": suite + "checks", "kernels": suite + "__main__"}
+    names = {f"kernel_{name}": suite + name for name in ("cases", "checks", "inputs")}
+    names["kernels"] = suite + "__main__"
     folder = str(ROOT / "tests" / "gpu")
     sys.path.insert(0, folder)
     try:
@@ -71,10 +72,10 @@ def test_the_benchmark_needs_a_gpu(modules, capsys):
 
 
 def test_every_kernel_stays_within_its_memory(modules):
-    cases, checks = modules["kernel_cases"], modules["kernel_checks"]
+    cases, checks, sizes = (modules[f"kernel_{name}"] for name in ("cases", "checks", "inputs"))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for case in cases.cases(cases.ODD, cases.Draw("cpu", dtype, seed=3)):
+    for case in cases.cases(sizes.ODD, sizes.Draw("cpu", dtype, seed=3)):
         memory = checks.Guard()
         inputs = checks.change_tensors(case.inputs, lambda tensor, hold=memory.hold: hold(tensor, device))
         checks.check(case, inputs, memory)

@@ -96,7 +96,17 @@ REFUSED = [
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
         "backward_rows, exact_removal, memory_budget, merge_micro_batches, cuda_graphs, "
-        "start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
+        "precision, start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
+    ),
+    ({"precision": "fp16"}, "precision: must be 'bf16', 'fp8' or 'fp8-context', given 'fp16'; did you mean 'bf16'?"),
+    (
+        {"precision": "fp8", "preset": "o2"},
+        "precision: must be bf16 where channels are left out (mlp, self_attn, preset o1 or o2), given 'fp8'",
+    ),
+    (
+        {"precision": "fp8-context", "preset": "rows"},
+        "precision: must be fp8 or bf16 with backward_rows: fp8-context is for dense training so far, given "
+        "'fp8-context'",
     ),
     ({"mlp": {"3-30": 1.0}}, f"mlp.3-30: {SHARE}, given 1.0"),
     ({"mlp": {"3-30": 99}}, f"mlp.3-30: {SHARE}, given 99"),

@@ -101,13 +101,14 @@ def run_cases(guarded: bool, word: str, seconds: float) -> int:
     import torch
 
     from benchmarks.kernel_suite import cases, checks
+    from benchmarks.kernel_suite import inputs as suite
 
     torch.set_num_threads(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     began, run, left_out = time.perf_counter(), 0, []
-    for sizes in (cases.ODD, cases.EVEN):
-        for case in cases.cases(sizes, cases.Draw("cpu", dtype, seed=run), word):
+    for sizes in (suite.ODD, suite.EVEN):
+        for case in cases.cases(sizes, suite.Draw("cpu", dtype, seed=run), word):
             if time.perf_counter() - began > seconds:
                 left_out.append(f"{case.kernel} {case.shape}")
                 continue

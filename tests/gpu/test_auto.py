@@ -89,6 +89,7 @@ def train(folder, name):
         model = FastSparseLanguageModel.get_peft_model(
             model, r=8, use_gradient_checkpointing="unsloth", random_state=0, **options
         )
+        FastSparseLanguageModel.for_training(model)
         torch.manual_seed(0)
         ids = torch.randint(4, 1024, (count, length), device="cuda")
         labels = ids.clone()

@@ -44,7 +44,7 @@ def error(ours, expected):
 
 def assert_same_step(model, batch, expected):
     loss, gradients = loss_and_gradients(model, batch)
-    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-3)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=2e-3)
     found = error(gradients, expected[1])
     assert found <= 0.005 * len(decoder_layers(model))  # other functions round otherwise in each layer
     return found
@@ -83,6 +83,8 @@ def test_replays(stand_in, rules):
             for (_, gradients), (_, ours) in zip(plain, expected, strict=True):
                 assert error(ours, gradients) <= OTHER_ROWS
         attach_with(model, rules, True)
+        graphs = get_state(model).graphs
+        began = graphs.serial
         for step in range(8):
             if rules == "rows" and step < RUNS_BEFORE_CAPTURE:
                 loss_and_gradients(model, batches[step % 2])
@@ -91,8 +93,7 @@ def test_replays(stand_in, rules):
             print(f"{rules}, round {round_number}, step {step}: gradients {found:.1e} apart")
             if step == 3:
                 held = torch.cuda.memory_allocated()
-        graphs = get_state(model).graphs
-        assert graphs.serial == 6 * 2 * LAYERS
+        assert graphs.serial - began == 6 * 2 * LAYERS
         assert 0 < graphs.memory() < 2**30
         assert torch.cuda.memory_allocated() <= held + 2**20
         graphs.clear()
@@ -144,6 +145,7 @@ def test_replays_without_checkpointing(stand_in, rules):
             assert error(ours, gradients) <= OTHER_ROWS
     attach_with(model, rules, True)
     graphs = get_state(model).graphs
+    began = graphs.serial
     for step in range(6 * len(batches)):
         number = step % len(batches)
         if step < 2 * RUNS_BEFORE_CAPTURE:
@@ -153,7 +155,7 @@ def test_replays_without_checkpointing(stand_in, rules):
         print(f"{rules}, step {step}: gradients {found:.1e} apart")
         if step == 4 * RUNS_BEFORE_CAPTURE:
             held, pool = torch.cuda.memory_allocated(), graphs.memory()
-    assert graphs.serial == (6 * len(batches) - 2 * RUNS_BEFORE_CAPTURE) * DEPTH
+    assert graphs.serial - began == (6 * len(batches) - 2 * RUNS_BEFORE_CAPTURE) * DEPTH
     assert [len(kept.passes) for kept in graphs._kept.values()] == [DEPTH, DEPTH]
     assert 0 < graphs.memory() == pool
     assert torch.cuda.memory_allocated() <= held + 2**20
@@ -182,7 +184,7 @@ def test_checkpointed_layers_beside_kept_ones(stand_in, rules):
     detach(model)
     after = [step_as_recorded(model, batch, rules) for batch in batches]
     for step, (_, gradients) in enumerate(ours):
-        assert error(gradients, after[step % 2][1]) <= 0.01
+        assert error(gradients, after[step % 2][1]) <= 0.005 * DEPTH
     assert error(after[0][1], expected[0][1]) > 0.01
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_unsloth.kernels import columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select
+from sparse_unsloth.kernels import columns, dequantize, fp8, gated, gated_lora, glu, lora, norms, rotary, scores, select
 from sparse_unsloth.ops.norms import Norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8", torch.int32: "*i32"
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 compiled: set[str] = set()
 
@@ -111,6 +112,20 @@ def compile_dequantize() -> None:
             dequantize._launch_select(packed, state, torch.arange(9), output, in_columns)
 
 
+def compile_fp8() -> None:
+    for width in (48, 4096, 28672, 40000):  # in registers, and in blocks
+        x = draw(3, width + 8)[:, 8:]
+        fp8._launch_rows(x, x.new_empty(x.shape, dtype=fp8.FP8), torch.empty(3, 1))
+    for form in (None, ("nf4", True, 64), ("fp4", False, 128)):
+        source, state = torch.randn(64, 128), None
+        if form is not None:
+            source, state = quantize_4bit(source, quant_type=form[0], compress_statistics=form[1], blocksize=form[2])
+        for transposed in (False, True):
+            out = torch.empty((128, 96) if transposed else (64, 128), dtype=fp8.FP8)
+            scales = torch.empty(128 if transposed else 64)
+            fp8._launch_weight(source, state, scales, out[:, 32:] if transposed else out, transposed)
+
+
 def compile_lora() -> None:
     H, I, r = 64, 96, 16
     loras = [torch.randn(*shape) for shape in ((r, H), (I, r), (r, H), (I, r), (r, I), (H, r))]
@@ -136,7 +151,7 @@ def compile_selection() -> None:
 
 
 def main() -> None:
-    for module in (columns, dequantize, gated, gated_lora, glu, lora, norms, rotary, scores, select):
+    for module in (columns, dequantize, fp8, gated, gated_lora, glu, lora, norms, rotary, scores, select):
         module.launch = compile_instead
     for kind in glu.KINDS:
         compile_glu(kind)
@@ -146,6 +161,7 @@ def main() -> None:
     compile_norms()
     compile_rotary()
     compile_dequantize()
+    compile_fp8()
     compile_lora()
     compile_selection()
 
