@@ -118,7 +118,10 @@ def layers_of_any_kind(model: nn.Module) -> list[DecoderLayer | RowLayer]:
     if not stacks:
         raise AttachError(f"{type(model).__name__} has no list of decoder layers, so it has no sparse path.")
     prefix, stack = max(stacks, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
-    return [_of_any_kind(index, f"{prefix}.{index}", module) for index, module in enumerate(stack)]
+    members = stack._modules.items()  # iterating may repeat them, in a decoder that loops
+    found = [_of_any_kind(index, f"{prefix}.{name}", module) for index, (name, module) in enumerate(members)]
+    first = {layer.module: layer for layer in reversed(found)}
+    return [layer for layer in found if isinstance(layer, RowLayer) or first[layer.module] is layer]
 
 
 def _of_any_kind(index: int, name: str, module: nn.Module) -> DecoderLayer | RowLayer:
