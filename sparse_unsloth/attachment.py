@@ -18,24 +18,24 @@ from sparse_unsloth.backends import capturing, precision, whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
+from sparse_unsloth.backends.reach import probe_reach
+from sparse_unsloth.backends.row_parts import find_row_layers
 from sparse_unsloth.backends.unsloth import hooks as unsloth
 from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact.loss import install_loss_removal
-from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
-from sparse_unsloth.model.training_flags import training_mode
+from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, find_layers, left_out_layers
+from sparse_unsloth.model.row_parts import RowLayer
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import forget_bases
-from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
 from sparse_unsloth.runtime.attach_report import AttachReport, report
-from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
+from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, runs_twice
 from sparse_unsloth.runtime.forward import register_hooks
 from sparse_unsloth.runtime.prefill import save_estimator_with_adapter
 from sparse_unsloth.runtime.state import Backend, LayerRuntime, SparsityState, get_state
-from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.utils.distributed import is_main
 from sparse_unsloth.utils.saved_adapters import left_unsaved
 
@@ -45,6 +45,7 @@ PLAN_NAME = "sparsity_plan.yaml"
 """The file beside `CONFIG_NAME` with what `auto` decided, which can be given as ``sparsity`` as well."""
 OF_THE_TRAINING = (
     "auto", "driver", "scale", "step", "_max_steps", "inside", "warned", "counts", "adapter_folder", "observer",
+    "left_out",
 )  # fmt: skip
 """What of a state stays when its model is attached again."""
 LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "mlp": "the last layer's MLP"}
@@ -84,12 +85,32 @@ def attach(
             f"The layers of this {type(model).__name__} are attached already, as those of a {type(around).__name__}. "
             "Call detach() on that model first."
         )
-    layers = find_layers(model)
     first = config.decided() if config.is_auto else config
+    layers, left_out = _layers_of(model, config)
     state = SparsityState(model, layers, first, _backend_of(layers), _set_up_process)
+    state.left_out |= left_out
     if config.is_auto:
         state.auto = AutoPlan(config, _attach_again)
     return _install(state, calibration_samples)
+
+
+def _layers_of(model: nn.Module, config: SparsityConfig) -> tuple[list[DecoderLayer | RowLayer], dict[str, str]]:
+    """The decoder layers that ``config`` may make sparse, and why others are left out, by name.
+
+    Raises:
+        AttachError: there are none, or `auto` would have to predict the time of layers that only row sparsity takes.
+    """
+    if config.row_sparse and not config.is_auto:
+        return find_row_layers(model)
+    layers = find_layers(model)
+    others = left_out_layers(decoder_stack(model, layers), layers)
+    if config.is_auto and others:
+        raise AttachError(
+            f"sparsity='auto' predicts the time of layers of the Llama kind alone, and {len(others)} of "
+            f"{len(others) + len(layers)} decoder layers are others ({next(iter(others.values()))}). Choose by hand: "
+            "sparsity='rows', or sparsity=None for dense training."
+        )
+    return layers, {}
 
 
 def _attach_again(state: SparsityState, config: SparsityConfig) -> None:
@@ -115,7 +136,9 @@ def _install(state: SparsityState, calibration_samples: list[Mapping[str, Any]] 
         _refuse_shared_modules(state)
         _keep_four_bit_weights_unpacked(state, on=True)
         # Restored, because Unsloth's own forwards change it.
-        with torch.compiler.set_stance(compiled.stance(layers[0]) if state.backend is peft.BACKEND else "default"):
+        with torch.compiler.set_stance(
+            compiled.stance(layers[0].module) if state.backend is peft.BACKEND else "default"
+        ):
             for runtime in state.runtimes.values():
                 state.backend.install(runtime)
             skipped = _skip_unused_rows(state)
@@ -123,7 +146,7 @@ def _install(state: SparsityState, calibration_samples: list[Mapping[str, Any]] 
             precision.check_before(state)
             register_hooks(state)
             _keep_uncompiled(state)
-            _probe(state)
+            probe_reach(state)
         _keep_proved_layers(state)
         precision.check_after(state)
         capturing.prepare_graphs(state)
@@ -181,7 +204,8 @@ def _refuse_shared_modules(state: SparsityState) -> None:
     owners: dict[nn.Module, str] = {}
     for runtime in state.runtimes.values():
         layer = runtime.layer
-        for name, module in {"mlp": layer.mlp, "self_attn": layer.self_attn, **layer.projections()}.items():
+        held = {part.module: part.path or part.name for part in layer.row_parts}
+        for module, name in (held | {module: name for name, module in layer.projections().items()}).items():
             if module in owners:
                 raise runs_twice(f"{owners[module]}, which is {layer.name}.{name} too,")
             owners[module] = f"{layer.name}.{name}"
@@ -193,7 +217,8 @@ def _backend_of(layers: list[DecoderLayer]) -> Backend:
     Unsloth's compiled path (``FastModel``) leaves transformers' modules with other class forwards. The PEFT backend
     replaces forwards of instances, so it runs there too (docs/how-it-works.md, section 7.5).
     """
-    return unsloth.BACKEND if "apply_qkv" in layers[0].self_attn.__dict__ else peft.BACKEND
+    fast = all(isinstance(layer, DecoderLayer) and "apply_qkv" in layer.self_attn.__dict__ for layer in layers)
+    return unsloth.BACKEND if fast else peft.BACKEND
 
 
 def _skip_unused_rows(state: SparsityState) -> str:
@@ -271,48 +296,6 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:
             state.use(estimator)
-
-
-def _probe(state: SparsityState) -> None:
-    """Proves with a forward of four tokens in training mode that every hooked part runs and receives its context.
-
-    Raises:
-        AttachError: a part was not reached.
-    """
-    if not (state.runtimes or state.last_layer or state.whole_layers):
-        return
-    parameter = next(state.model.parameters())
-    if parameter.device.type == "meta":
-        raise AttachError("The model is on the meta device; load its weights first, then attach.")
-    ids = torch.arange(4, device=parameter.device)[None]
-    partition = TokenPartition.from_labels(torch.where(ids < 3, -100, ids))
-    context = SparseContext(partition, scale=1.0, loss_only=state.last_layer is not None)
-    context.loss_reached = True  # the output of this forward is unused
-    context.probe = True
-    for index, runtime in state.runtimes.items():
-        layer, device = runtime.layer, next(runtime.layer.module.parameters()).device
-        queries, keys = (
-            torch.arange(heads * layer.head_dim, device=device) for heads in (layer.num_heads, layer.num_kv_heads)
-        )
-        context.selections[index, "mlp"] = MlpSelection(torch.arange(layer.intermediate_size, device=device))
-        context.selections[index, "self_attn"] = AttentionSelection(q=queries, k=keys, v=keys, o=queries)
-    options = compiled.probe_arguments(state.layers[0]) if state.backend is peft.BACKEND else {}
-    uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
-    try:
-        with torch.no_grad(), training_mode(state.model):
-            state.model(input_ids=ids, use_cache=False, **options, **{CONTEXT_ARGUMENT: context})
-    finally:
-        for switch in uncompiled:
-            switch.remove()
-    expected = state.hooked_parts()
-    missing = expected - context.ran
-    if missing:
-        raise AttachError(
-            f"A probe forward did not reach {len(missing)} of {len(expected)} hooked parts: "
-            f"{state.name_parts(missing)}. {type(state.model).__name__} does not pass keyword arguments to its "
-            "decoder layers, or does not call its projections, so it has no sparse path. Train it dense "
-            "(sparsity=None)."
-        )
 
 
 def _warn_if_slow(report: AttachReport) -> None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
 from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_state
 from sparse_unsloth.backends.choose import explain_backend
 from sparse_unsloth.errors import BackendError
 
+from decoder_models import FAMILIES, causal
 from tiny_models import always, load, make_batch, save_checkpoint
 
 
@@ -173,3 +175,55 @@ def test_four_bit_is_the_default_and_trains(checkpoint, tmp_path):
     assert len(losses) == 3
     assert all(torch.isfinite(torch.tensor(losses)))
     detach(model)
+
+
+# -- Checkpoints of other kinds, with the PEFT backend -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("gpt_oss", ["q_proj", "o_proj"]), ("falcon_h1", ["q_proj", "up_proj"]), ("qwen3_5_vl", ["q_proj", "up_proj"])],
+    ids=["experts", "hybrid", "images"],
+)
+def test_checkpoints_of_other_kinds_are_loaded(family, targets, tmp_path):
+    """With their own class, their processor, and LoRA on the text decoder alone."""
+    save_checkpoint(tmp_path)
+    kind = FAMILIES[family]
+    base = (kind.build or causal)(kind)
+    base.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if kind.inputs:
+        images = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
+        transformers.Qwen2_5_VLProcessor(*images).save_pretrained(tmp_path)
+    model, processor = load(tmp_path)
+    assert type(model) is type(base)
+    assert isinstance(processor, transformers.ProcessorMixin) == bool(kind.inputs)
+    assert getattr(processor, "tokenizer", processor).model_max_length == 64
+    model = FastSparseLanguageModel.get_peft_model(model, r=4, target_modules=targets, sparsity="rows")
+    adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted
+    assert not [name for name in adapted if "visual" in name]
+    with pytest.raises(BackendError, match="max_seq_length=200 is beyond the 128 positions"):
+        load(tmp_path, max_seq_length=200)
+
+
+def test_experts_train_through_trl_with_their_auxiliary_loss(tmp_path):
+    """TRL asks every mixture for its router's logits."""
+    save_checkpoint(tmp_path)
+    causal(FAMILIES["mixtral"]).save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path)
+    model = FastSparseLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "o_proj"], sparsity="rows")
+    trainer = make_trainer(model, tokenizer, tmp_path / "out", max_steps=2, gradient_checkpointing=True)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["sparsity/enabled"] for log in logs] == [1, 1]
+    assert all(log["aux_loss"] > 0 for log in logs)
+
+
+def test_a_multimodal_checkpoint_without_a_processor_says_so(tmp_path, caplog):
+    save_checkpoint(tmp_path)
+    kind = FAMILIES["qwen3_vl"]
+    kind.build(kind).save_pretrained(tmp_path)
+    _, tokenizer = load(tmp_path)
+    assert not isinstance(tokenizer, transformers.ProcessorMixin)
+    assert "No processor of images was loaded" in caplog.text

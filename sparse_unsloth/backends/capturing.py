@@ -23,7 +23,7 @@ def prepare_graphs(state: SparsityState) -> None:
     for runtime in layers:
         runtime.not_captured = whole_layer.why_not_captured(runtime)
         if state.backend.name == "peft":
-            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer)
+            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer.module)
     if all(runtime.not_captured for runtime in layers):
         why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
         raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")

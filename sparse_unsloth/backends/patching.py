@@ -59,6 +59,7 @@ def restore_forward(module: nn.Module) -> None:
     original = module.__dict__.pop("_sparse_original")
     module.__dict__.pop("_sparse_runtime")
     module.__dict__.pop("_sparse_projection", None)
+    module.__dict__.pop("_sparse_part", None)
     if original is None:
         module.__dict__.pop("forward")
     else:

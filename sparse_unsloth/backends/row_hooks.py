@@ -1,4 +1,4 @@
-"""Hooks the MLP and the O projection of a layer for row sparsity, in both backends, where it runs part by part.
+"""Hooks the row parts of a layer for row sparsity, in both backends, where it runs part by part.
 
 Each runs the model's own forward, and its backward goes through chosen rows (docs/how-it-works.md, sections 3.1
 and 3.3).
@@ -19,57 +19,107 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_foreign_leaves
 from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.row_parts import RowPart
 from sparse_unsloth.model.training_flags import in_backward, training_mode
 from sparse_unsloth.ops.projection import read_base
-from sparse_unsloth.rows.backward import BackwardRows, backward_rows
+from sparse_unsloth.rows.backward import BackwardRows, backward_rows, refuse_gradient
 from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.rows.routing import KeptChoices
 from sparse_unsloth.runtime.state import LayerRuntime
 
 
 def install(runtime: LayerRuntime) -> None:
-    """Hooks the MLP and the O projection of a layer.
+    """Hooks the row parts of a layer.
 
     Raises:
-        AttachError: see `probe`.
+        AttachError: see `probe`; parts of a layer of another kind are proved when it is described.
     """
-    install_mlp(runtime)
-    module = runtime.layer.self_attn.o_proj
-    probe(runtime.layer, "self_attn.o_proj", module)
-    replace_forward(module, output_forward, runtime)
+    for part in runtime.layer.row_parts:
+        install_part(runtime, part)
 
 
-def install_mlp(runtime: LayerRuntime) -> None:
-    """Hooks the MLP.
-
-    Raises:
-        AttachError: see `probe`.
-    """
-    module = runtime.layer.mlp
-    probe(runtime.layer, "mlp", module)
-    replace_forward(module, mlp_forward, runtime)
+def install_part(runtime: LayerRuntime, part: RowPart) -> None:
+    """Hooks one part; raises as `install`."""
+    if isinstance(runtime.layer, DecoderLayer):
+        probe(runtime.layer, part, part.module)
+    part.module.__dict__["_sparse_part"] = part
+    replace_forward(part.module, part_forward, runtime)
 
 
-def mlp_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The module's own forward, whose backward selects the layer's rows and goes through them."""
+def part_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, whose backward goes through the layer's rows; the layer's last part selects them."""
     runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self, hidden_states)
+    part: RowPart = self._sparse_part
+    call = _Call(partial(original_forward, self), args, kwargs)
+    inputs = call.inputs
+    choice = runtime.row_choice(self, *inputs.values())
+    if choice is not None and tuple(inputs) != part.inputs:
+        runtime.state.warn_once(
+            f"{runtime.layer.name}.{part.path or part.name} was called with other tensors than when it was attached "
+            f"({', '.join(map(str, inputs))} instead of {', '.join(map(str, part.inputs))}); such calls are dense."
+        )
+        choice = None
     if choice is None:
-        return original_forward(self, hidden_states, *args, **kwargs)
-    output_unused = is_output_unused(runtime)
-    runtime.record_run("mlp")
+        return original_forward(self, *args, **kwargs)
+    output_unused = is_output_unused(runtime, part)
+    call.choice = choice
+    if part.is_routed:
+        call.kept = runtime.context.memo(runtime.layer.index).choices[part.name]
+    runtime.record_run(part.name)
     if not torch.is_grad_enabled():
-        return original_forward(self, hidden_states)
-    rows = BackwardRows(choice, skip_output=output_unused)
-    return backward_rows(partial(original_forward, self), [hidden_states], trained(self), rows)
+        output = call(*inputs.values())
+        return output if call.side is None else (output, *call.side)
+    rows = BackwardRows(choice, select_rows=part.selects_rows, skip_output=output_unused)
+    output = backward_rows(call, list(inputs.values()), trained(self), rows)
+    if call.side is None:
+        return output
+    where = f"{runtime.layer.name}.{part.name}"
+    return output, *(refuse_gradient(value, output, where) for value in call.side)
 
 
-def output_forward(self: nn.Module, attention_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The O projection's own forward, whose backward goes through the rows that the MLP's backward selected."""
-    runtime: LayerRuntime = self._sparse_runtime
-    choice = None if args or kwargs else runtime.row_choice(self, attention_output)
-    if choice is None:
-        return original_forward(self, attention_output, *args, **kwargs)
-    return run_output_projection(partial(original_forward, self), attention_output, self, choice, runtime)
+class _Call:
+    """One call of a module as a function of its tensors of rows, which backward calls again for chosen rows.
+
+    Attributes:
+        inputs: the tensors among its arguments, by number or name.
+        kept: the choices of a routed module for each row (`KeptChoices`); None for others.
+        choice: the rows that backward goes through.
+        side: what the module returned beside its output; None where it returns one tensor.
+    """
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict[str, Any]):
+        self._function, self._num_args = function, len(args)
+        self._given = {**dict(enumerate(args)), **kwargs}
+        self.inputs = {name: value for name, value in self._given.items() if isinstance(value, Tensor)}
+        self.kept: list[Tensor] | None = None
+        self.choice: RowChoice | None = None
+        self.side: tuple | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        given = {**self._given, **dict(zip(self.inputs, tensors, strict=True))}
+        args = [given.pop(place) for place in range(self._num_args)]
+        if self.kept is None:
+            output = self._function(*args, **given)
+        else:
+            shape = self.choice.partition.shape
+            rows = self.choice.rows if torch.is_grad_enabled() else None  # in backward
+            with KeptChoices(self.kept, shape[0] * shape[1], rows):
+                output = self._function(*args, **given)
+        if not isinstance(output, tuple):
+            return output
+        if not torch.is_grad_enabled():
+            self.side = output[1:]
+        return output[0]
+
+
+def is_output_unused(runtime: LayerRuntime, part: RowPart) -> bool:
+    """Whether this is a recompute, in which the MLP's output is unused (docs/how-it-works.md, section 5.3).
+
+    It is one if the layer ran in this forward before, and runs again, with gradients, within a backward pass.
+    """
+    ran = part.name == "mlp" and (runtime.layer.index, "mlp") in runtime.context.ran
+    recompute = ran and in_backward() and torch.is_grad_enabled()
+    return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
 
 
 def run_output_projection(
@@ -82,29 +132,20 @@ def run_output_projection(
     return backward_rows(function, [attention_output], trained(module), BackwardRows(choice, select_rows=False))
 
 
-def is_output_unused(runtime: LayerRuntime) -> bool:
-    """Whether this is a recompute, in which the MLP's output is unused (docs/how-it-works.md, section 5.3).
-
-    It is one if the layer ran in this forward before, and runs again, with gradients, within a backward pass.
-    """
-    recompute = in_backward() and torch.is_grad_enabled() and (runtime.layer.index, "mlp") in runtime.context.ran
-    return recompute and runtime.state.config.exact_removal and runtime.layer.adds_mlp_output
-
-
 def trained(*modules: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of ``modules``."""
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
-def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) -> None:
-    """Proves that ``function``, the forward of module ``name``, works row by row and is deterministic.
+def probe(layer: DecoderLayer, part: RowPart, function: Callable[[Tensor], Tensor]) -> None:
+    """Proves that ``function``, the forward of ``part``, works row by row and is deterministic.
 
     Raises:
         AttachError: it is not (dropout, or experts with a capacity), so backward could not recompute chosen rows.
     """
     refuse_dropout(layer)
-    where = f"{layer.name}.{name}"
-    base = read_base(layer.projections()["mlp.gate_proj" if name == "mlp" else name], where)
+    where = f"{layer.name}.{part.path or part.name}"
+    base = read_base(layer.projections()[part.path or "mlp.gate_proj"], where)
     x = probe_rows(base)
     rows = torch.arange(1, PROBE_TOKENS, 2, device=x.device)
     # In training mode: in evaluation bitsandbytes may repack 4-bit weights on a CPU for good.
@@ -114,7 +155,7 @@ def probe(layer: DecoderLayer, name: str, function: Callable[[Tensor], Tensor]) 
             chosen = function(x[:, rows])
     if not isinstance(whole, Tensor):
         raise AttachError(f"{where}: returns a {type(whole).__name__}, so backward_rows has no path for it.")
-    refuse_foreign_leaves(where, whole, trained(layer.module.get_submodule(name)))
+    refuse_foreign_leaves(where, whole, trained(part.module))
     error, tolerance = difference(chosen, whole.detach()[:, rows]), allowed(whole.dtype)
     if not error <= tolerance:
         raise AttachError(

@@ -31,7 +31,7 @@ from sparse_unsloth.layer.checkpoint import checkpointed
 from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.layer.probe import difference
 from sparse_unsloth.layer.spec import LayerSpec
-from sparse_unsloth.model.decoder_layer import first_tensor
+from sparse_unsloth.model.decoder_layer import DecoderLayer, first_tensor
 from sparse_unsloth.model.training_flags import checkpoint_hook, in_backward
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.ops.dispatch import use_kernels
@@ -58,6 +58,9 @@ def install(runtimes: Iterable[LayerRuntime]) -> None:
         state = runtime.state
         if state.row_sparse and runtime.layer.index not in state.runtimes:
             runtime.not_whole = SKIPS_UNUSED_ROWS
+            continue
+        if not isinstance(runtime.layer, DecoderLayer):
+            runtime.not_whole = f"our functions do not compute {type(runtime.layer.module).__name__}"
             continue
         if "forward" in runtime.layer.module.__dict__:
             runtime.not_whole = WRAPPED
@@ -133,7 +136,7 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
         if call is None:
             return f"our attention does not take the arguments of {type(module).__name__}"
         runtime.context = None  # the hooks of its parts compute densely
-        with torch.compiler.set_stance(stance(runtime.layer)):  # Unsloth compiles Gemma 2's attention, for minutes
+        with torch.compiler.set_stance(stance(module)):  # Unsloth compiles Gemma 2's attention, for minutes
             runtime.fast.prove(lambda x: plain_forward(module, x, **arguments), hidden_states, call)
         runtime.context = context
         ours = _compute(runtime, hidden_states, arguments, "bf16")

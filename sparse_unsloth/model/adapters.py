@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.row_parts import RowLayer
 
 ROW_BY_ROW = ("DoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant")
 """PEFT's LoRA variants whose forward is row-wise, deterministic, and takes no arguments of the batch."""
@@ -15,12 +16,14 @@ NO_PATH = "has no sparse path: its weights would get a wrong gradient or none, w
 PLAIN_LORA = "Train plain LoRA (peft.LoraConfig), or train dense (sparsity=None)"
 
 
-def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def refuse_other_adapters(model: nn.Module, layers: Iterable[DecoderLayer | RowLayer]) -> None:
     """Refuses every adapter except LoRA, naming it. `sparse_unsloth.ops.projection.check_adapters` checks LoRA options.
+
+    LoRA on a parameter works where the model's own code computes the layer, as it computes every `RowLayer`.
 
     Args:
         model: the outermost model.
-        layers: the decoder layers that the sparse functions compute, by name; other layers may have any adapter.
+        layers: the decoder layers with a sparse path; other layers may have any adapter.
 
     Raises:
         AttachError: soft prompts, another tuner, or a LoRA variant that is not row-wise.
@@ -34,26 +37,26 @@ def refuse_other_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> 
             )
         if kind != "LORA":
             raise AttachError(f"adapter {name!r} is {kind} ({type(config).__name__}), which {NO_PATH}. {PLAIN_LORA}.")
-    for layer_name, layer in layers.items():
-        for name, module in layer.named_modules():
+    for layer in layers:
+        for name, module in layer.module.named_modules():
             if hasattr(module, "adapter_layer_names"):
-                _refuse_layer(f"{layer_name}.{name}", module)
+                _refuse_layer(f"{layer.name}.{name}", module, isinstance(layer, RowLayer))
 
 
-def refuse_dropout(layer: DecoderLayer) -> None:
+def refuse_dropout(layer: DecoderLayer | RowLayer) -> None:
     """Refuses dropout, which the probe of `sparse_unsloth.backends.row_hooks` cannot see while an adapter's B is zero.
 
     Raises:
-        AttachError: O or the MLP has active dropout.
+        AttachError: a row part has active dropout.
     """
-    for where, part in (("self_attn.o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
-        inactive = {id(dropout) for module in part.modules() for dropout in _inactive_dropouts(module)}
-        for module in part.modules():
+    for part in layer.row_parts:
+        inactive = {id(dropout) for module in part.module.modules() for dropout in _inactive_dropouts(module)}
+        for module in part.module.modules():
             if isinstance(module, nn.Dropout) and module.p > 0 and id(module) not in inactive:
                 raise AttachError(
-                    f"{layer.name}.{where}: drops out {module.p:g} of its inputs, different ones each time, and "
-                    "backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or leave "
-                    "backward_rows out."
+                    f"{layer.name}.{part.path or part.name}: drops out {module.p:g} of its inputs, different ones each "
+                    "time, and backward_rows computes some rows twice. Set lora_dropout (and other dropout) to 0, or "
+                    "leave backward_rows out."
                 )
 
 
@@ -116,13 +119,15 @@ def _adapter_configs(model: nn.Module) -> Iterator[tuple[str, object]]:
             )
 
 
-def _refuse_layer(where: str, module: nn.Module) -> None:
+def _refuse_layer(where: str, module: nn.Module, allows_parameters: bool) -> None:
     """Refuses a PEFT layer (one with ``adapter_layer_names``) whose forward is not that of a LoRA projection."""
     kind = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     home = kind.__module__
     if home == "peft.utils.other":  # modules_to_save: a fully trained copy
         return
     if kind.__name__ == "ParamWrapper":
+        if allows_parameters:
+            return
         raise AttachError(
             f"{where}: LoRA on a parameter (ParamWrapper, target_parameters) {NO_PATH}. Name modules in target_modules."
         )

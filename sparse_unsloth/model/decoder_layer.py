@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.activations import ACTIVATIONS
+from sparse_unsloth.model.row_parts import RowLayer, RowPart, has_matrix
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -57,6 +58,18 @@ class DecoderLayer:
         """
         return {name for name, _ in self.module.named_children()} <= ADDING_PARTS
 
+    @property
+    def row_parts(self) -> tuple[RowPart, RowPart]:
+        """What row sparsity hooks where the layer runs part by part."""
+        return RowPart("mlp", self.mlp, selects_rows=True), RowPart(
+            "self_attn", self.self_attn.o_proj, path="self_attn.o_proj"
+        )
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the layer still has the modules that it was described by."""
+        return self.module.mlp is self.mlp and self.module.self_attn is self.self_attn
+
     def projections(self) -> dict[str, nn.Module]:
         """``{"mlp.gate_proj": module, ..., "self_attn.o_proj": module}``, in a fixed order."""
         found = {f"mlp.{name}": getattr(self.mlp, name) for name in MLP_PROJECTIONS}
@@ -87,12 +100,42 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
             "self_attn.q_proj/k_proj/v_proj/o_proj"
             f"{'' if first is None else f' ({type(first).__name__}: {_lacks(first)})'}. "
             "Supported families: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2, Granite, and others of that "
-            "form."
+            "form. Row sparsity takes decoder layers of any kind: sparsity='rows'."
         )
     return [_describe(index, name, module) for index, (name, module) in enumerate(found)]
 
 
-def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, nn.Module]:
+def layers_of_any_kind(model: nn.Module) -> list[DecoderLayer | RowLayer]:
+    """All layers of the text decoder's stack in depth order, for row sparsity.
+
+    Those that `find_layers` does not describe, or that have matrices beside MLP and attention, have no parts yet.
+
+    Raises:
+        AttachError: there is no list of decoder layers, or it is an encoder-decoder model.
+    """
+    within = _text_decoder(model)
+    stacks = [(name, module) for name, module in model.named_modules() if name.startswith(within) and _is_stack(module)]
+    if not stacks:
+        raise AttachError(f"{type(model).__name__} has no list of decoder layers, so it has no sparse path.")
+    prefix, stack = max(stacks, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
+    members = stack._modules.items()  # iterating may repeat them, in a decoder that loops
+    found = [_of_any_kind(index, f"{prefix}.{name}", module) for index, (name, module) in enumerate(members)]
+    first = {layer.module: layer for layer in reversed(found)}
+    return [layer for layer in found if isinstance(layer, RowLayer) or first[layer.module] is layer]
+
+
+def _of_any_kind(index: int, name: str, module: nn.Module) -> DecoderLayer | RowLayer:
+    for inner, layer in module.named_modules():
+        others = (child for part, child in layer.named_children() if part not in ("mlp", "self_attn"))
+        if not _lacks(layer) and not any(map(has_matrix, others)):
+            try:
+                return _describe(index, f"{name}.{inner}".rstrip("."), layer)
+            except AttachError:  # an activation that our functions do not compute
+                break
+    return RowLayer(index, name, module, (), {})
+
+
+def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer | RowLayer]) -> dict[str, nn.Module]:
     """All decoder layers of ``model``, by name and in depth order: ``layers``, and others in the same stack."""
     modules, stack = dict(model.named_modules()), {}
     for layer in layers:
@@ -109,7 +152,7 @@ def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str,
     return stack
 
 
-def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer]) -> dict[str, str]:
+def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer | RowLayer]) -> dict[str, str]:
     """The layers of a `decoder_stack` that are not in ``layers``, by name: what each lacks to be a `DecoderLayer`."""
     found = {layer.module for layer in layers}
     return {name: f"{type(module).__name__}: {_lacks(module)}" for name, module in stack.items() if module not in found}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.rows.choice import RowChoice
 
 
@@ -45,7 +46,7 @@ def backward_rows(
 
     Args:
         function: row-wise and deterministic, from ``[..., n, width]`` tensors to one such tensor. Backward calls it
-            again.
+            again, with ``[n, width]`` where the input has two dimensions, else with ``[1, n, width]``.
         inputs: ``[..., width]``; flattened, their rows are those of the choice's partition.
         parameters: the tensors that it reads and that need gradients.
     """
@@ -70,13 +71,12 @@ class _BackwardRows(torch.autograd.Function):
         rows = choice.select(dy) if ctx.rows.select_rows or choice.rows is None else choice.rows
         needs_grad = ctx.needs_input_grad[3:]
         leaves = [
-            tensor.detach().flatten(0, -2).index_select(0, rows)[None].requires_grad_(needed)
-            for tensor, needed in zip(inputs, needs_grad, strict=False)
+            _rows_of(tensor, rows).requires_grad_(needed) for tensor, needed in zip(inputs, needs_grad, strict=False)
         ]
         with torch.enable_grad(), ctx.autocast():
             output = ctx.function(*leaves)
         sources = [tensor for tensor, needed in zip((*leaves, *ctx.parameters), needs_grad, strict=True) if needed]
-        selected_dy = dy.index_select(0, rows)[None].to(output.dtype)
+        selected_dy = dy.index_select(0, rows).view(output.shape).to(output.dtype)
         found = iter(torch.autograd.grad(output, sources, selected_dy, allow_unused=True))
         gradients = [next(found) if needed else None for needed in needs_grad]
         for index, (tensor, needed) in enumerate(zip(inputs, needs_grad, strict=False)):
@@ -85,9 +85,36 @@ class _BackwardRows(torch.autograd.Function):
             is_residual = index == ctx.rows.residual_index
             dx = dy.to(tensor.dtype, copy=True) if is_residual else torch.zeros_like(tensor).flatten(0, -2)
             if gradients[index] is not None:
-                dx.index_copy_(0, rows, gradients[index][0])
+                dx.index_copy_(0, rows, gradients[index].flatten(0, -2))
             gradients[index] = dx.view(tensor.shape)
         return None, None, None, *gradients
+
+
+def refuse_gradient(value: object, output: Tensor, where: str) -> object:
+    """``value``, whose backward raises SparsityError; ``where`` is the module that returned it beside ``output``."""
+    if isinstance(value, Tensor) and value.is_floating_point() and output.requires_grad:
+        return _RefuseGradient.apply(value, output, where)
+    return value
+
+
+class _RefuseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, output: Tensor, where: str):
+        ctx.where = where
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        raise SparsityError(
+            f"{ctx.where}: the loss depends on what it returns beside its output (a router's logits, say), and row "
+            "sparsity gives that no gradient. Leave such a loss out (output_router_logits=False), or train dense "
+            "(sparsity=None)."
+        )
+
+
+def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    chosen = tensor.detach().flatten(0, -2).index_select(0, rows)
+    return chosen if tensor.ndim == 2 else chosen[None]
 
 
 def current_autocast(like: Tensor) -> Callable[[], AbstractContextManager]:

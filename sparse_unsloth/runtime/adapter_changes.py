@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.layer.fast import why_not_fast
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_other_adapters
@@ -20,7 +22,7 @@ def refuse_adapters(state: SparsityState) -> None:
     """Raises AttachError for adapters that are not LoRA, where layers are sparse, captured or in FP8."""
     layers = state.layers if state.dense_whole else [runtime.layer for runtime in state.runtimes.values()]
     if layers:
-        refuse_other_adapters(state.model, {layer.name: layer.module for layer in layers})
+        refuse_other_adapters(state.model, layers)
 
 
 def note_proved(state: SparsityState) -> None:
@@ -46,8 +48,7 @@ def _adapters(state: SparsityState) -> list[Any]:
     for layer in state.layers:
         if state.runtime(layer) is None:
             continue
-        attention, mlp = layer.module._modules.get("self_attn"), layer.module._modules.get("mlp")
-        found += attention, mlp
+        found += layer.module._modules.values()
         for projection in layer.projections().values():
             attributes = projection.__dict__
             base = projection._modules.get("base_layer", projection)
@@ -74,6 +75,10 @@ def _problem(state: SparsityState) -> str:
     return ""
 
 
+def _is_hooked(part: nn.Module, hooked: set[int]) -> bool:
+    return not hooked.isdisjoint(map(id, (part, *part.children())))
+
+
 def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
     """Raises AttachError if the functions of a layer no longer compute what it computes.
 
@@ -82,15 +87,15 @@ def _refuse_changes(runtime: LayerRuntime, hooked: set[int]) -> None:
     """
     state, layer, module = runtime.state, runtime.layer, runtime.layer.module
     projections, attached = layer.projections(), state.projections[layer.index]
-    if (module.mlp, module.self_attn, *projections.values()) != (layer.mlp, layer.self_attn, *attached):
+    if not layer.is_intact or tuple(projections.values()) != attached:
         raise AttachError(
             f"{layer.name}: projections were replaced after attaching (adapters on more of them, say). {REATTACH}"
         )
     row_sparse = state.row_sparse and layer.index in state.runtimes
     whole = id(module) in hooked
     for name, projection in projections.items():
-        part, where = getattr(layer, name.partition(".")[0]), f"{layer.name}.{name}"
-        ours = whole or not hooked.isdisjoint(map(id, (part, *part.children())))
+        where = f"{layer.name}.{name}"
+        ours = row_sparse or whole or _is_hooked(getattr(layer, name.partition(".")[0]), hooked)
         if ours and (getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False)):
             raise AttachError(f"{where}: its adapter is merged or disabled.")
         if row_sparse or not ours:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparse_unsloth.config.layer_rules import keep_count
-from sparse_unsloth.model.decoder_layer import left_out_layers
+from sparse_unsloth.model.row_parts import RowLayer
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 
 
@@ -19,13 +19,17 @@ class LayerReport:
     Attributes:
         mlp, self_attn: the sparsity of each part; 0 is dense.
         mlp_channels, key_channels: ``(kept, all)`` channels that context tokens compute.
+        row_parts: the parts with row sparsity, of a layer that our functions do not compute.
+        dense: what stays dense in such a layer, by name: why.
     """
 
     name: str
-    mlp: float
-    self_attn: float
-    mlp_channels: tuple[int, int]
-    key_channels: tuple[int, int]
+    mlp: float = 0.0
+    self_attn: float = 0.0
+    mlp_channels: tuple[int, int] = (0, 0)
+    key_channels: tuple[int, int] = (0, 0)
+    row_parts: tuple[str, ...] = ()
+    dense: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,14 @@ class AttachReport:
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
         alike = _runs((layer.name, replace(layer, name="")) for layer in self.layers)
+        for first, last, layer in alike if self.row_layers else ():
+            if layer.row_parts:
+                reasons = "".join(f"; {name} dense: {reason}" for name, reason in layer.dense)
+                lines.append(f"  {_span(first, last)}: {', '.join(layer.row_parts)}{reasons}")
         for first, last, layer in () if self.row_layers or self.auto else alike:
-            span = f"layer {first}" if first == last else f"layers {first}-{last}"
             mlp = _kept(layer.mlp, layer.mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels)
-            lines.append(f"  {span}: MLP {mlp}; attention {attention}")
+            lines.append(f"  {_span(first, last)}: MLP {mlp}; attention {attention}")
         lines += [f"  {places}: left out, dense ({reason})" for reason, places in _places(self.left_out).items()]
         if self.precision != "bf16":
             rows = "context tokens" if self.precision == "fp8-context" else "all tokens"
@@ -127,6 +134,10 @@ def _runs(layers: Iterable[tuple[str, Any]]) -> list[tuple[int, int, Any]]:
     return runs
 
 
+def _span(first: int, last: int) -> str:
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+
 def _number(name: str, default: int) -> int:
     """The layer's number: the last number in its name."""
     return next((int(part) for part in reversed(name.split(".")) if part.isdigit()), default)
@@ -140,6 +151,10 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
     """The report on an attached model; ``exact_removal``: where unused rows are skipped, "" for nowhere."""
     rows = []
     for layer, sparsity in zip(state.layers, state.layer_sparsity, strict=True):
+        if isinstance(layer, RowLayer):
+            parts = tuple(part.name for part in layer.parts)
+            rows.append(LayerReport(layer.name, row_parts=parts, dense=tuple(layer.dense.items())))
+            continue
         keys = layer.num_kv_heads * layer.head_dim
         rows.append(
             LayerReport(
@@ -158,7 +173,7 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         exact_removal,
         state.config.backward_rows,
         row_layers=len(state.runtimes) if state.row_sparse else 0,
-        left_out=left_out_layers(state.stack, state.layers),
+        left_out=state.left_out,
         auto=state.auto is not None,
         whole_layers=sum(not runtime.not_whole for runtime in forwards),
         captured_layers=len(captured),

@@ -179,12 +179,13 @@ class CheckpointPlanner:
         if is_whole is False:
             ways = [row_layer_activations(self._shape, rows, self._activation_bytes)]
         else:
-            layer, sparsity = self._layers[index], self._sparsity[index].mlp * scale
+            sparsity = self._sparsity[index].mlp * scale
+            channels = getattr(self._layers[index], "intermediate_size", self._shape.intermediate_size)
             every = layer_activations(
                 self._shape,
                 rows,
                 partition.num_dense if sparsity else rows,
-                kept_channels=keep_count(layer.intermediate_size, sparsity),
+                kept_channels=keep_count(channels, sparsity),
                 lora_rank=self._lora_rank,
                 activation_bytes=self._activation_bytes,
             )

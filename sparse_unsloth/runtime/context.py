@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
@@ -36,6 +37,16 @@ def runs_twice(where: str) -> AttachError:
     )
 
 
+def wrong_rows(where: str, rows: torch.Size, labels: Sequence[int]) -> AttachError:
+    """The error for a module that got ``rows``, in another number than the ``labels``; both are shapes."""
+    return AttachError(
+        f"{where} got {rows.numel()} rows, {list(rows)}, but the labels of this forward count {labels[0] * labels[1]}, "
+        f"{list(labels)}, so the rows' roles are not known. The model puts rows in front of the tokens (soft prompts, "
+        "a prefix, images, sound), cuts its input off (max_seq_length), or cuts or reorders its rows. Give it "
+        "embeddings and labels of the whole length (-100 for the rows in front), or train dense (sparsity=None)."
+    )
+
+
 @dataclass
 class ForwardCounts:
     """Counts of training forwards with labels and of their loss and context tokens."""
@@ -58,12 +69,14 @@ class LayerMemo(MlpMemo):
         projections: as the first forward read them, for a whole layer.
         captured: the first forward was captured or replayed, so its recompute is, too.
         joined: a checkpoint holds this layer and a neighbour, so that recomputes read this one's output.
+        choices: what routed parts chose for each row, by name (`sparse_unsloth.rows.routing.KeptChoices`).
     """
 
     rows: RowChoice | None = None
     projections: list[Projection] | None = None
     captured: bool = False
     joined: bool = False
+    choices: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 class SparseContext:

@@ -19,6 +19,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.buckets import pad_dense_count, pad_length
 from sparse_unsloth.graphs.packed_attention import packing_of
 from sparse_unsloth.graphs.recorder import MAX_KEYS
+from sparse_unsloth.model.row_parts import returns_router_logits
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.runtime.adapter_changes import why_dense
 from sparse_unsloth.runtime.auto import before_forward
@@ -55,6 +56,8 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if CONTEXT_ARGUMENT in kwargs:
         return None
     state = model.__dict__["_sparsity_state"]
+    if state.handing is not None and state.handing.restarts():
+        return None
     state.inside = True
     return enter_forward(state, model, args, kwargs)
 
@@ -84,13 +87,14 @@ def enter_forward(
         return None
     if batch is not given:
         context.padded = batch.labels.shape, given.labels.shape[1]
-    return args, {**kwargs, CONTEXT_ARGUMENT: context}
+    handed = {CONTEXT_ARGUMENT: context} if state.handing is None else state.handing.begin(context)
+    return args, {**kwargs, **handed}
 
 
 def _leave_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     state = model.__dict__["_sparsity_state"]
     state.inside = False
-    context = kwargs.get(CONTEXT_ARGUMENT)
+    context = kwargs.get(CONTEXT_ARGUMENT) if state.handing is None else state.handing.end()
     close_forward(state, context)
     if context is not None and context.padded is not None and hasattr(output, "items"):
         shape, length = context.padded
@@ -117,6 +121,8 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
     """
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
     context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
+    if context is None and runtime is not None and runtime.state.handing is not None:
+        context = runtime.state.handing.of_layer(name)
     if context is not None:
         if in_backward():
             _check_recompute(context, place, name, runtime)
@@ -161,7 +167,7 @@ def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
 
 def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> SparseContext | None:
     """The context of a forward that begins, or None where it must be dense; raises as `enter_forward`."""
-    if _cannot_be_sparse(state, model):
+    if _cannot_be_sparse(state, model, batch):
         return None
     if not model.training:
         return _open_prefill(state, batch)
@@ -180,9 +186,14 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
 
 
-def _cannot_be_sparse(state: SparsityState, model: nn.Module) -> bool:
-    """Whether the adapters are in a state that has no sparse path; says so."""
+def _cannot_be_sparse(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
+    """Whether the adapters are in a state that has no sparse path, or the loss is of another kind; says so."""
     reason = why_dense(state)
+    if state.is_routed and returns_router_logits(model, batch.arguments.get("output_router_logits")):
+        reason = reason or (
+            "output_router_logits was set after attaching, and the parts with routers give their logits no gradient: "
+            "set it in the model's configuration, then attach."
+        )
     if not reason:
         return False
     if not model.training:

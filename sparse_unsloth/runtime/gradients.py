@@ -120,8 +120,9 @@ class FirstBackward:
 
 def _trained(layer: DecoderLayer, sparsity: LayerSparsity, row_sparse: bool) -> dict[str, nn.Parameter]:
     """The parameters of a layer that must get a gradient from its sparse functions, by name."""
-    modules = {"mlp": layer.mlp, "self_attn.o_proj": layer.self_attn.o_proj}
-    if not row_sparse:
+    if row_sparse:  # experts without a row get none
+        modules = {part.path or part.name: part.module for part in layer.row_parts if not part.is_routed}
+    else:
         projections = layer.projections().items()
         modules = {name: module for name, module in projections if getattr(sparsity, name.partition(".")[0]) > 0}
     return {

@@ -24,14 +24,15 @@ from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.layer.attention import AttentionCall
 from sparse_unsloth.layer.fast import FastLayer
-from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
+from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, left_out_layers
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
-from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
+from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice, wrong_rows
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
+from sparse_unsloth.runtime.handing import Handing
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
 from sparse_unsloth.utils.distributed import has_group, is_main, world_size
 
@@ -64,13 +65,14 @@ class SparsityState:
 
     Attributes:
         model: the outermost model, where labels enter.
-        backend: the hook points in use.
-        set_up_process: prepares a process that loads the model.
+        backend, set_up_process: the hook points in use; what prepares a process that loads the model.
+        handing: gives the layers their context; None where the model passes it on.
         hooked, handles: the modules whose forward was replaced; other things to undo, each with ``remove()``.
         row_sparse: the model trains with row sparsity (`SparsityConfig.backward_rows`).
         dense_with_graphs, dense_whole: nothing is sparse, and layers are captured; are captured or multiply in FP8.
         layer_sparsity: the sparsity of each layer.
         runtimes: the layers that the configuration makes sparse, by index.
+        left_out: decoder layers without a sparse path, by name: why; ``is_routed``: a row part holds a router.
         whole_layers: dense layers that run as whole layers, by index.
         uncompiled: keeps hooked layers out of Unsloth's compiled regions, by index.
         whole_forwards: all layers, where they may run as whole layers; each holds the outcome.
@@ -86,8 +88,7 @@ class SparsityState:
             batch that captured layers may run on.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
         auto: the plan of preset `auto`; None where the configuration decided all.
-        estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
-        shared: whether every process has the estimator of rank 0.
+        estimator, selector: None until built, from the trainer's data perhaps; ``shared``: every process has rank 0's.
         stack: every decoder layer by name, also those without a sparse path.
         loss_rows, first_backward: check backward passes (`runtime.gradients`).
         gradients_seen: the backward pass of a sparse forward gave every trained tensor of the sparse layers a gradient.
@@ -120,6 +121,7 @@ class SparsityState:
             for layer, sparsity in zip(layers, self.layer_sparsity, strict=True)
             if any(sparsity) or (self.row_sparse and layer is not skips_rows)
         }
+        self.is_routed = self.row_sparse and any(part.is_routed for layer in layers for part in layer.row_parts)
         self.whole_layers: dict[int, LayerRuntime] = {}
         self.whole_forwards: list[LayerRuntime] = []
         self.uncompiled: dict[int, Any] = {}
@@ -142,7 +144,9 @@ class SparsityState:
         self.last_shape: torch.Size | None = None
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
+        self.handing: Handing | None = None
         self.stack = decoder_stack(model, layers)
+        self.left_out = left_out_layers(self.stack, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
         self.context_seen: bool | None = None
@@ -224,12 +228,15 @@ class SparsityState:
             )
 
     def expected_parts(self) -> set[tuple[int, str]]:
-        """``(layer index, "mlp" | "self_attn")`` of every part that the configuration makes sparse."""
+        """``(layer index, name)`` of every part that is to be sparse in each step: layers of images alone have none."""
+        if self.row_sparse:
+            layers = [runtime.layer for runtime in self.runtimes.values() if getattr(runtime.layer, "is_reached", True)]
+            return {(layer.index, part.name) for layer in layers for part in layer.row_parts}
         return {
             (index, part)
             for index, runtime in self.runtimes.items()
             for part, sparsity in runtime.sparsity._asdict().items()
-            if sparsity > 0 or self.row_sparse
+            if sparsity > 0
         }
 
     def plan_checkpoints(self, budget: float) -> CheckpointPlanner:
@@ -369,7 +376,7 @@ class LayerRuntime:
         """Whether backward goes through chosen rows of this layer as a whole, in the forward that runs now."""
         return self.state.row_sparse and not self.context.dense
 
-    def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
+    def row_choice(self, module: nn.Module, *inputs: Tensor) -> RowChoice | None:
         """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
 
         Raises:
@@ -378,26 +385,19 @@ class LayerRuntime:
         context = self.context
         if context is None or context.scale <= 0 or not (self.by_rows and module.training):
             return None
-        self.check_rows(module, rows)
+        for rows in inputs:
+            self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:
         """Raises AttachError unless ``rows [..., width]``, the input of ``module``, match the labels in number."""
-        shape, expected = tuple(rows.shape[:-1]), tuple(self.context.partition.shape)
-        if shape == expected:
-            return
+        shape, expected = rows.shape[:-1], self.context.partition.shape
         sizes = [size for size in shape if size != 1]
         if sizes in ([size for size in expected if size != 1], [expected[0] * expected[1]]):
             return
         named = self.layer.module.named_modules()
         where = next((f".{name}" for name, child in named if child is module and name), "")
-        raise AttachError(
-            f"{self.layer.name}{where} got {rows.shape[:-1].numel()} rows, {list(shape)}, but the labels of this "
-            f"forward count {expected[0] * expected[1]}, {list(expected)}, so the rows' roles are not known. The model "
-            "puts rows in front of the tokens (soft prompts, a prefix, images, sound), cuts its input off "
-            "(max_seq_length), or cuts or reorders its rows. Give it embeddings and labels of the whole length "
-            "(-100 for the rows in front), or train dense (sparsity=None)."
-        )
+        raise wrong_rows(f"{self.layer.name}{where}", shape, expected)
 
     def partition(self, part: str, module: nn.Module, rows: Tensor) -> TokenPartition | None:
         """The token roles by which our functions compute ``part``; None where ``module``'s own function runs.

@@ -74,33 +74,35 @@ def chosen_rows(gradient, partition, share):
     return set(order[:count]) | set(partition.dense.tolist())
 
 
-def masked_gradients(model, batch, share=SHARE, whole=False):
+def masked_gradients(model, batch, share=SHARE, whole=False, layers=None):
     """Loss and gradients of a model that is not attached, with gradients of outputs masked by hooks.
 
     Rows are chosen by the gradient of the MLP's output, or of the ``whole`` layer's, which a norm may come before.
+    ``layers`` are those with row parts; `find_layers` finds the usual ones.
     """
-    layers, masks, handles = find_layers(model), {}, []
+    layers, masks, handles = layers or find_layers(model), {}, []
     mask = batch.get("attention_mask")
     partition = TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))
 
     def hook(index, chooses):
         def masked(module, gradients):
-            (gradient,) = gradients
+            gradient, *others = gradients
             if chooses:
                 masks[index] = chosen_rows(gradient, partition, share)
             if module is layers[index].module:
                 return None
             keep = torch.zeros(gradient.flatten(0, -2).shape[0], 1, dtype=gradient.dtype)
             keep[sorted(masks[index])] = 1
-            return ((gradient.flatten(0, -2) * keep).view(gradient.shape),)
+            return (gradient.flatten(0, -2) * keep).view(gradient.shape), *others
 
         return masked
 
     for index, layer in enumerate(layers):
         if whole:
             handles.append(layer.module.register_full_backward_pre_hook(hook(index, True)))
-        handles.append(layer.mlp.register_full_backward_pre_hook(hook(index, not whole)))
-        handles.append(layer.self_attn.o_proj.register_full_backward_pre_hook(hook(index, False)))
+        for part in layer.row_parts:
+            chooses = part.selects_rows and not whole
+            handles.append(part.module.register_full_backward_pre_hook(hook(index, chooses)))
     try:
         return loss_and_gradients(model, batch)
     finally:

@@ -104,7 +104,7 @@ def lora(base, targets="all-linear"):
 def test_all_decoder_layers_are_counted(make, count, left_out, caplog):
     torch.manual_seed(0)
     model = lora(make())
-    report = attach(model, ROWS)
+    report = attach(model, MLP)
     assert str(report).startswith(f"sparse_unsloth: {count} layers sparse on context tokens (peft)")
     assert report.num_layers == int(count.split()[-1])
     assert len(report.left_out) == report.num_layers - report.num_sparse
@@ -141,10 +141,17 @@ def test_encoder_decoder_models_are_refused():
         attach(lora(model, ["q_proj"]), ROWS)
 
 
+def test_auto_takes_layers_of_the_llama_kind_alone():
+    with pytest.raises(AttachError, match=r"6 of 8 decoder layers are others .*sparsity='rows'"):
+        attach(lora(qwen35()), "auto")
+    with pytest.raises(AttachError, match=r"Row sparsity takes decoder layers of any kind: sparsity='rows'"):
+        attach(lora(transformers.Phi3ForCausalLM(transformers.Phi3Config(**TEXT, num_hidden_layers=2))), "auto")
+
+
 def test_a_model_without_such_layers_says_what_they_lack():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**TEXT, **experts, num_hidden_layers=2))
     with pytest.raises(
         AttachError, match=r"Qwen3MoeDecoderLayer: no gate_proj, up_proj, down_proj in mlp \(Qwen3MoeSp"
     ):
-        attach(lora(model, ["q_proj"]), ROWS)
+        attach(lora(model, ["q_proj"]), MLP)

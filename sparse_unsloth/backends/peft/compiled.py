@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from sparse_unsloth.layer.attention import CAPTURABLE
-from sparse_unsloth.model.decoder_layer import DecoderLayer
 
 FLEX = "flex_attention"
 
 
-def stance(layer: DecoderLayer) -> str:
-    """How torch.compile runs while a model is attached: not at all, so that probes of a few rows compile nothing.
+def stance(layer: nn.Module) -> str:
+    """How torch.compile runs while a model with such a layer is attached: not, so that small probes compile nothing.
 
     Flex attention cannot run eagerly.
     """
     return "default" if _implementation(layer) == FLEX else "force_eager"
 
 
-def probe_arguments(layer: DecoderLayer) -> dict[str, Any]:
+def probe_arguments(layer: nn.Module) -> dict[str, Any]:
     """Arguments of the probe forward: the kernel that flex attention takes for few queries has no right backward."""
     return {"kernel_options": {"FORCE_USE_FLEX_ATTENTION": True}} if _implementation(layer) == FLEX else {}
 
 
-def why_not_captured(layer: DecoderLayer) -> str:
+def why_not_captured(layer: nn.Module) -> str:
     """Why CUDA graphs cannot hold the layer's attention; "" where they can."""
     name = _implementation(layer)
     if name in CAPTURABLE:
@@ -31,6 +32,7 @@ def why_not_captured(layer: DecoderLayer) -> str:
     return f"its attention is {name}, which launches other kernels each time; load it with attn_implementation='sdpa'"
 
 
-def _implementation(layer: DecoderLayer) -> str | None:
+def _implementation(layer: nn.Module) -> str | None:
     """transformers' name of the layer's attention."""
-    return getattr(getattr(layer.self_attn, "config", None), "_attn_implementation", None)
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return next((name for config in configs if (name := getattr(config, "_attn_implementation", None))), None)

@@ -48,7 +48,7 @@ def install(runtime: LayerRuntime) -> None:
 
 def is_installed(module: nn.Module) -> bool:
     """Whether the forward that `install` put on ``module`` is still there."""
-    parts = channel_hooks.mlp_forward, _projection_forward, row_hooks.mlp_forward, row_hooks.output_forward
+    parts = channel_hooks.mlp_forward, _projection_forward, row_hooks.part_forward
     return runs(module, layer_forward, *parts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from sparse_unsloth.errors import BackendError
 from sparse_unsloth.tokens.partition import is_sequence_classifier
 from sparse_unsloth.utils.distributed import local_rank, uses_fsdp, world_size
 from sparse_unsloth.utils.saved_adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
+
+logger = logging.getLogger("sparse_unsloth")
 
 NAME = "peft"
 NEEDS_UNSLOTH = ("full_finetuning", "load_in_8bit", "load_in_fp8", "fast_inference", "qat_scheme", "unsloth_tiled_mlp")
@@ -42,11 +46,16 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """Loads a transformers model and its tokenizer; an adapter folder gives a trainable ``PeftModel`` over its base.
 
+    A multimodal checkpoint gives the model with its towers, and its processor instead of the tokenizer, where it has
+    one, as Unsloth does.
+
     The base is resized to the number of token embeddings that were saved with the adapter. An adapter folder without a
     tokenizer gives the base's tokenizer.
 
-    ``auto_model`` is the class that loads the model, as in Unsloth's ``FastModel``: ``AutoModelForCausalLM`` by
-    default, ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which sets the labels).
+    ``auto_model`` is the class that loads the model, as in Unsloth's ``FastModel``: by default
+    ``AutoModelForCausalLM``, or for a multimodal checkpoint ``AutoModelForImageTextToText`` or
+    ``AutoModelForMultimodalLM``; ``AutoModelForSequenceClassification`` for a classifier (with ``config=``, which sets
+    the labels).
 
     Raises:
         BackendError: an argument that only Unsloth supports, ``max_seq_length`` exceeds the model's positions, or the
@@ -54,7 +63,7 @@ def load(
         DataError: the adapter is damaged, or its base model cannot be loaded.
     """
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+    from transformers import AutoConfig, BitsAndBytesConfig, set_seed
 
     unsupported = [name for name in NEEDS_UNSLOTH if kwargs.pop(name, None)]
     if unsupported:
@@ -83,11 +92,13 @@ def load(
         if adapter is None:
             raise
         raise base_not_loaded(adapter, error) from error
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
     if rope_scaling is not None:
-        config.rope_scaling = rope_scaling
-    elif max_seq_length > config.max_position_embeddings:
+        text.rope_scaling = rope_scaling
+    elif positions is not None and max_seq_length > positions:
         raise BackendError(
-            f"max_seq_length={max_seq_length} is beyond the {config.max_position_embeddings} positions of "
+            f"max_seq_length={max_seq_length} is beyond the {positions} positions of "
             f"{model_name}. Lower it (a recipe's max_length), or give rope_scaling="
             "{'rope_type': 'linear', 'factor': 2.0}."
         )
@@ -101,7 +112,7 @@ def load(
     if device_map == "sequential":  # Unsloth's default: one device
         device_map = {"": _device()} if torch.cuda.is_available() and (load_in_4bit or not uses_fsdp()) else None
     try:
-        model = (auto_model or AutoModelForCausalLM).from_pretrained(
+        model = (auto_model or _auto_model(config)).from_pretrained(
             model_name, config=config, dtype=dtype, device_map=device_map, **hub, **kwargs
         )
     except OSError as error:
@@ -109,7 +120,8 @@ def load(
             raise
         raise base_not_loaded(adapter, error) from error
     source = model_name if adapter is None else tokenizer_of(adapter)
-    tokenizer = AutoTokenizer.from_pretrained(source, **hub, **(gguf if source == model_name else {}))
+    processor = _processor(source, config, hub, gguf if source == model_name else {})
+    tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.model_max_length = max_seq_length
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -131,7 +143,41 @@ def load(
         _prepare(model, use_gradient_checkpointing)
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         model.max_seq_length = max_seq_length
-    return model, tokenizer
+    return model, processor
+
+
+def _auto_model(config: Any) -> Any:
+    """The class of transformers that loads a model with ``config``, with the towers that it was saved with.
+
+    Raises:
+        BackendError: there is none, so the model generates no text.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    causal, *multimodal = AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    saved_with_towers = any(name.endswith("ForConditionalGeneration") for name in config.architectures or ())
+    order = [*multimodal, causal] if saved_with_towers and not remote else [causal, *multimodal]
+    found = next((auto for auto in order if remote or type(config) in auto._model_mapping), None)
+    if found is None:
+        raise BackendError(
+            f"{type(config).__name__}: transformers has no model of this kind that generates text. Name the class that "
+            "loads it (auto_model=)."
+        )
+    return found
+
+
+def _processor(source: str, config: Any, hub: dict[str, Any], gguf: dict[str, Any]) -> Any:
+    """The tokenizer; of a multimodal model its processor, where ``source`` has one."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if config.get_text_config() is not config:
+        try:
+            return AutoProcessor.from_pretrained(source, **hub)
+        except (OSError, ValueError, ImportError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            logger.warning("No processor of images was loaded (%s); the tokenizer alone is returned.", first)
+    return AutoTokenizer.from_pretrained(source, **hub, **gguf)
 
 
 def add_lora(
@@ -159,6 +205,9 @@ def add_lora(
 ) -> nn.Module:
     """Adds LoRA adapters through PEFT, with Unsloth's arguments.
 
+    A list of target modules means those of the text decoder (and its head): the towers of a multimodal model stay as
+    they are, unless ``exclude_modules`` is given, or a pattern for ``target_modules``.
+
     Other arguments go to ``LoraConfig``, which raises for unknown ones. ``max_seq_length`` and ``temporary_location``
     have no effect, as in present Unsloth versions.
 
@@ -175,6 +224,9 @@ def add_lora(
     if finetune_last_n_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
         layers_to_transform = list(range(count - finetune_last_n_layers, count))
+    towers = None if isinstance(target_modules, str) else _outside_text_decoder(model)
+    if towers is not None:
+        kwargs.setdefault("exclude_modules", towers)
     set_seed(random_state)
     _prepare(model, use_gradient_checkpointing)
     config = LoraConfig(
@@ -223,6 +275,15 @@ def _prepare(model: nn.Module, use_gradient_checkpointing: bool | str) -> None:
     if use_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+
+
+def _outside_text_decoder(model: nn.Module) -> str | None:
+    """A pattern of the modules outside the text decoder and its head; None for a model of text alone."""
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return None
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if name and module is decoder), None)
+    return None if prefix is None else rf"(?!{re.escape(prefix)}\.|lm_head$).*"
 
 
 def _device() -> int:

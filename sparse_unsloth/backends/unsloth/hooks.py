@@ -37,10 +37,11 @@ def install(runtime: LayerRuntime) -> None:
     contract = Contract()
     if runtime.state.row_sparse:
         check_not_sharded(runtime.layer)
-        row_hooks.install_mlp(runtime)
+        mlp, output = runtime.layer.row_parts
+        row_hooks.install_part(runtime, mlp)
         contract.check_attention(runtime.layer)
         attention = runtime.layer.self_attn
-        row_hooks.probe(runtime.layer, "self_attn.o_proj", partial(attention.apply_o, attention))
+        row_hooks.probe(runtime.layer, output, partial(attention.apply_o, attention))
         _hook_attention(runtime)
         return
     for part in PARTS:
@@ -113,7 +114,7 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether the functions that `install` put on ``module`` are still there."""
     if "apply_qkv" not in module.__dict__:
-        return runs(module, whole_layer.layer_forward, channel_hooks.mlp_forward, row_hooks.mlp_forward)
+        return runs(module, whole_layer.layer_forward, channel_hooks.mlp_forward, row_hooks.part_forward)
     ours = module.apply_qkv is untraced(_apply_qkv) and module.apply_o is untraced(_apply_o)
     return ours and "_sparse_runtime" in module.__dict__
 
