@@ -391,7 +391,9 @@ def pad_to_bucket(state: SparsityState, model: nn.Module, batch: Batch) -> Batch
     idle = state.driver is not None and state.scale <= 0 and not state.dense_with_graphs
     if not model.training or idle or not loss_is_fused(model, batch):
         return batch
-    return pad_length(batch, getattr(model, "max_seq_length", None))
+    shape = getattr(batch.input_ids, "shape", None)
+    repeated, state.last_shape = shape == state.last_shape, shape
+    return pad_length(batch, getattr(model, "max_seq_length", None), repeated)
 
 
 def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:

@@ -81,7 +81,8 @@ class SparsityState:
         proved_adapters, seen_adapters, adapter_problem: see `adapter_changes`.
         inside: whether a forward of the model is running.
         driver: what sets the step (the callback, say); None outside training.
-        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without.
+        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
+            batch that captured layers may run on.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: whether every process has the estimator of rank 0.
@@ -135,6 +136,7 @@ class SparsityState:
         self.planner: CheckpointPlanner | None = None
         self.watch = ScoreWatch()
         self.graphs: GraphCache | None = None
+        self.last_shape: torch.Size | None = None
         self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
