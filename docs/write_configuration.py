@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 from unittest import mock
@@ -22,7 +23,7 @@ def docstrings(kind: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(kind)).body[0].body
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)
         and isinstance(text.value, ast.Constant)
@@ -53,7 +54,7 @@ def pydantic_rows(kind: type, prefix: str = "") -> list[tuple[str, str, object, 
 
 def tables() -> str:
     """All tables of the page."""
-    with mock.patch.object(keys, "key_blocks", lambda: {"data": DataArguments}):  # TRL's keys are not on the page
+    with mock.patch.object(keys, "key_blocks", return_value={"data": DataArguments}):  # TRL's keys are not on the page
         recipe = list(keys.recipe_keys().values())
     own = [key for key in recipe if key.owner != DataArguments.__name__]
     data = [key for key in recipe if key.owner == DataArguments.__name__]
@@ -74,7 +75,7 @@ def tables() -> str:
         "The block `sparsity`": table(pydantic_rows(SparsityConfig)),
         "The block `sparsity.estimator`": table(pydantic_rows(EstimatorConfig, "estimator.")),
         "Keys of a recipe": [
-            "Beside these a recipe takes every key of TRL's `SFTConfig` and `ModelConfig`; `sparse-unsloth keys` lists all.",
+            "Every key of TRL's `SFTConfig` and `ModelConfig` is one too; `sparse-unsloth keys` lists all.",
             "",
             *table(recipe_rows(own)),
         ],

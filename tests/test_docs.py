@@ -86,7 +86,9 @@ def problems(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     plain = FENCE.sub("", text)
     words = [*SPAN.findall(plain), *(word for block in FENCE.findall(text) for word in block.split())]
-    found = [word for word in words if is_path(word) and not any((base / word).exists() for base in (ROOT, page.parent))]
+    found = [
+        word for word in words if is_path(word) and not any((base / word).exists() for base in (ROOT, page.parent))
+    ]
     found += [word for word in words if DOTTED.fullmatch(word) and not exists(word)]
     for link in LINK.findall(SPAN.sub("", plain)):
         name, _, anchor = link.partition("#")
@@ -199,20 +201,27 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
 
 METHODS = {"exact": "dense-graphs", "dense": "dense-graphs", "rows": "rows-25-graphs", "`rows`": "rows-25-graphs",
            "`o2`": "sparse-o2-graphs"}  # fmt: skip
-CASES = {"four documents": None, "one of 2,048": "custom-2048-0.25", "1x2048": "custom-2048-0.25"}
+ALL_ARMS = (RESULTS / "unsloth-2026.10.9" / "speed.csv", "2026-11-30T06:24:08+00:00 vm")
+CASES = {
+    "four documents": (RESULTS / "mixed_lengths.csv", ALL_ARMS[1], None, "unsloth"),
+    "one of 2,048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
+    "1x2048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
+    "wizardlm, 4 x 2,048, three quarters context, nothing recomputed": (
+        RESULTS / "one-layer" / "speed.csv", "2026-11-30T17:47:03+00:00 vm", "wizardlm", "False"),
+    **{shape: (*ALL_ARMS, shape, "unsloth") for shape in ("wizardlm", "math10k", "codefeedback")},
+}  # fmt: skip
+"""Where a table's row comes from, by the beginning of its label: results, run, shape, and checkpointing of ours."""
 ARMS = {"padded": "padded", "no checkpointing": "no-checkpointing", "no layer checkpointed": "skip-max"}
-RUN = "2026-11-30T06:24:08+00:00 vm"
 
 
 def measured(case: str) -> list[dict[str, str]]:
     """The rows of results that a table's row with this label shows, each with its ``ms``."""
-    shape = next((shape for label, shape in CASES.items() if case.startswith(label)), re.match(r"\w+", case)[0])
-    path = RESULTS / "mixed_lengths.csv" if shape is None else RESULTS / "unsloth-2026.10.9" / "speed.csv"
+    path, run, shape, checkpointing = next(found for label, found in CASES.items() if case.startswith(label))
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["run"] == RUN and row.get("shape", None) == shape]
+        rows = [row for row in csv.DictReader(file) if row["run"] == run and row.get("shape") == shape]
     for row in rows:
         row["ms"] = row["median_ms"] if shape else float(row["round_s"]) / float(row["steps"]) * 1000
-    return rows
+    return [row for row in rows if row["arm"] or row["checkpointing"] == checkpointing]
 
 
 def rounded(shown: str, *values: str | float) -> bool:

@@ -1,4 +1,4 @@
-"""The snippets of README.md and docs/ are right: Python runs on a tiny model, YAML loads, commands have their options."""
+"""Snippets of README.md and docs/ are right: Python runs on a tiny model, YAML loads, commands have their options."""
 
 import ast
 import importlib
@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from datasets import Dataset
-from tiny_models import make_base, make_batch, make_lora, save_checkpoint
 
 from sparse_unsloth.cli.main import SUBCOMMANDS
 from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.training.keys import recipe_keys
 from sparse_unsloth.training.recipe import load_recipe
+
+from tiny_models import make_base, make_batch, make_lora, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -51,7 +52,9 @@ def test_python_runs_on_a_tiny_model(snippet, tmp_path, monkeypatch):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
         snippet = snippet.replace(f'"{HUB_NAME}"', repr(str(folder)))
-        snippet = snippet.replace('output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False')  # README: without a GPU
+        snippet = snippet.replace(
+            'output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False'
+        )  # README: without a GPU
     exec(compile(snippet, "snippet", "exec"), given)
 
 
@@ -88,9 +91,7 @@ def is_key(option: str) -> bool:
     """Whether an option overrides a key of a recipe."""
     key, *rest = option.removeprefix("--").split(".")
     inner = (SparsityConfig, EstimatorConfig)
-    return key in recipe_keys() and all(
-        name in kind.model_fields for name, kind in zip(rest, inner, strict=False)
-    )
+    return key in recipe_keys() and all(name in kind.model_fields for name, kind in zip(rest, inner, strict=False))
 
 
 def wrong_words(command: str) -> list[str]:
