@@ -278,7 +278,7 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         state.use(None)
     elif is_main():  # rank 0 builds it for all, see `SparsityState.begin_training`
         model = state.model, state.layers, state.layer_sparsity, config.estimator
-        chosen = {"dense_tokens": config.dense_tokens, "seed": config.seed}
+        chosen: dict[str, Any] = {"dense_tokens": config.dense_tokens, "seed": config.seed}
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:
             state.use(estimator)
