@@ -26,14 +26,14 @@ HUB_NAME = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def snippets(language: str) -> list:
-    """Every fenced block of a language, with its place as the test's name."""
-    found = []
+    """Every fenced block of a language, once, with its place as the test's name."""
+    found: dict[str, str] = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, match.start()) + 1
-            found.append(pytest.param(match[1], id=f"{page.relative_to(ROOT)}:{line}"))
-    return found
+            found.setdefault(match[1], f"{page.relative_to(ROOT)}:{line}")
+    return [pytest.param(snippet, id=place) for snippet, place in found.items()]
 
 
 @pytest.mark.parametrize("snippet", snippets("python"))
