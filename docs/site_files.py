@@ -12,7 +12,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)\s]*\)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """README.md, the pages of docs/, and every file that one of them links to, directly or through other pages."""
-    wanted = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = [ROOT / "README.md", ROOT / "docs" / "site.css", *sorted((ROOT / "docs").glob("*.md"))]
     for path in wanted:
         if path.suffix != ".md":
             continue
@@ -21,4 +21,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if target.is_file() and target.is_relative_to(ROOT) and target not in wanted:
                 wanted.append(target)
     ours = [File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in wanted]
-    return Files([*ours, *(file for file in files if not file.src_uri.endswith((".md", ".py")))])
+    return Files([*ours, *(file for file in files if not file.src_uri.endswith((".md", ".py", ".css")))])
