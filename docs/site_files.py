@@ -21,4 +21,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if target.is_file() and target.is_relative_to(ROOT) and target not in wanted:
                 wanted.append(target)
     ours = [File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in wanted]
-    return Files([*ours, *(file for file in files if not file.src_uri.endswith((".md", ".py", ".css")))])
+    return Files([*ours, *(file for file in files if file.src_dir != config.docs_dir)])

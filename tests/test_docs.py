@@ -274,7 +274,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "index.html").is_file()
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in page
+    links = re.findall(r'(?:href|src)="([^":#]+)["#]', page)
+    assert any(link.endswith(".css") for link in links)
+    assert [link for link in links if not (tmp_path / link.partition("?")[0]).exists()] == []
 
 
 def test_a_wrong_name_is_found(tmp_path):
