@@ -127,9 +127,8 @@ class SparsityState:
         self.proved_adapters: list[Any] = []
         self.seen_adapters: list[Any] = []
         self.adapter_problem = ""
-        self.inside = False
+        self.inside = self.sparse_prefill = self.shared = self.gradients_seen = self._verified = False
         self.driver: object | None = None
-        self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
         self.adapter_folder: Path | None = None
         self.observer = Observer(config.explain_steps)
@@ -140,19 +139,16 @@ class SparsityState:
         self.watch = ScoreWatch()
         self.graphs: GraphCache | None = None
         self.last_shape: torch.Size | None = None
-        self.shared = False
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
         self.stack = decoder_stack(model, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
-        self.gradients_seen = False
         self.context_seen: bool | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
         self._max_steps = 0
-        self._verified = False
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
         self.warned: set[str] = set()

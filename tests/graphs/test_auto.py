@@ -45,6 +45,7 @@ def clock(monkeypatch):
     return ticking
 
 
+@pytest.mark.slow
 def test_graphs_are_captured_exact_and_given_up_where_they_do_not_pay(recorder, clock, capsys):
     batch = small_batch()
     expected = loss_and_gradients(make_model(), batch)

@@ -254,6 +254,17 @@ def test_losses_and_backwards_of_other_kinds(stand_in, recorder, rules, way):
     assert all(replayed >= CALLS[way] * LAYERS for _, replayed in found)
 
 
+def test_a_backward_that_came_is_not_awaited(stand_in, recorder):
+    """Though the loss, and with it the graph of autograd, is still there when the next forward begins."""
+    model = make(stand_in, False)
+    attach_captured(model, batches=BATCHES[:1])
+    for _ in range(3):
+        before = recorder.replayed
+        loss = model(**BATCHES[0]).loss
+        loss.backward()
+        assert recorder.replayed == before + CALLS[False] * LAYERS
+
+
 @pytest.mark.parametrize("way", ["reentrant", False])
 def test_captures_that_fail(stand_in, recorder, monkeypatch, caplog, way):
     """Whichever of its captures fails, a step has the right gradients; its signature alone is given up."""

@@ -161,6 +161,7 @@ def test_a_backward_that_comes_too_late_is_not_captured(recorder):
     assert len(first.call("o", forward, x)) == 1
     ours.open(1, "batch", "again", [], ()).call("o", forward, x)
     assert first.call("o backward", backward, x, after="o") is None
+    first.finish()
     again = ours.open(0, "batch", "again", [], ())
     assert recorder.recorded == 2
     assert len(again.call("o", forward, x)) == len(again.call("o backward", backward, x, after="o")) == 1
