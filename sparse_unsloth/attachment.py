@@ -122,7 +122,9 @@ def _attach_again(state: SparsityState, config: SparsityConfig) -> None:
     if get_state(state.model) is not None:
         detach(state.model)
     kept = {name: state.__dict__[name] for name in OF_THE_TRAINING}
-    state.__init__(state.model, state.layers, config, state.backend, state.set_up_process)
+    state.__init__(  # type: ignore[misc]
+        state.model, state.layers, config, state.backend, state.set_up_process
+    )
     state.__dict__.update(kept)
     _install(state, None)
 
@@ -292,7 +294,7 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
         state.use(None)
     elif is_main():  # rank 0 builds it for all, see `SparsityState.begin_training`
         model = state.model, state.layers, state.layer_sparsity, config.estimator
-        chosen = {"dense_tokens": config.dense_tokens, "seed": config.seed}
+        chosen: dict[str, Any] = {"dense_tokens": config.dense_tokens, "seed": config.seed}
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:
             state.use(estimator)
@@ -322,6 +324,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
     )
     if kwargs.get("is_main_process", True):
         state = get_state(self)
+        assert state is not None
         _save_config(state, Path(save_directory))
         save_estimator_with_adapter(state, Path(save_directory))
         if unsaved := left_unsaved(self, Path(save_directory)):

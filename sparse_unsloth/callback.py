@@ -70,17 +70,18 @@ class SparsityCallback(TrainerCallback):
         _warn_if_never_sparse(sparsity, state.max_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self._drives():
-            self._sparsity.set_step(state.global_step)
+        if (sparsity := self._driven) is not None:
+            sparsity.set_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._drives():
-            self._sparsity.verify_step()
+        if (sparsity := self._driven) is not None:
+            sparsity.verify_step()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self._drives() or logs is None or "loss" not in logs:
+        sparsity = self._driven
+        if sparsity is None or logs is None or "loss" not in logs:
             return
-        figures, records = metrics(self._sparsity), self._sparsity.observer.take()
+        figures, records = metrics(sparsity), sparsity.observer.take()
         details = {}
         if self._merger is not None:
             figures |= self._merger.take()
@@ -95,11 +96,11 @@ class SparsityCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._drives():
-            records = self._sparsity.observer.take()
+        if (sparsity := self._driven) is not None:
+            records = sparsity.observer.take()
             if records and state.is_world_process_zero:
                 append(Path(args.output_dir), records)
-            self._sparsity.end_training()
+            sparsity.end_training()
         self._end_merging()
         self._sparsity = self._trainer_state = None
 
@@ -108,8 +109,10 @@ class SparsityCallback(TrainerCallback):
             self._merger.remove()
             self._merger = None
 
-    def _drives(self) -> bool:
-        return self._sparsity is not None and self._sparsity.driver is self
+    @property
+    def _driven(self) -> SparsityState | None:
+        """The state that this instance drives."""
+        return self._sparsity if self._sparsity is not None and self._sparsity.driver is self else None
 
     def _may_drive(self, driver: object, trainer_state: object) -> bool:
         """Whether this instance may drive: a driver of another trainer was interrupted before on_train_end."""

@@ -78,7 +78,9 @@ class FastSparseLanguageModel:
         saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
             _print(attach(model, saved if sparsity is None else sparsity))
-            get_state(model).adapter_folder = Path(name)
+            state = get_state(model)
+            assert state is not None
+            state.adapter_folder = Path(name)
         elif sparsity is not None:
             raise BackendError(
                 "sparsity= of from_pretrained is for adapter folders; give it to get_peft_model instead."
@@ -147,7 +149,7 @@ class FastSparseLanguageModel:
             from sparse_unsloth.autosparsity.search import calibrate
 
             def choose() -> tuple[SparsityConfig, list[str]]:
-                result = calibrate(model, calibration_samples, lora_rank=r)
+                result = calibrate(model, calibration_samples or [], lora_rank=r)
                 return result.config, summary(result)
 
             if world_size() > 1 and not has_group():

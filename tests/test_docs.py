@@ -1,13 +1,20 @@
-"""What pages of docs/ and docstrings name is there: files, modules, links, anchors, sections."""
+"""What pages and docstrings name is there: files, links, sections, fields, messages, and figures in the results."""
 
 import ast
+import csv
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+READMES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "recipes/README.md", "benchmarks/README.md")]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *READMES]
+RESULTS = ROOT / "benchmarks" / "results"
 TOP = {path.name for path in ROOT.iterdir() if path.is_dir()}
 IGNORED = (ROOT / ".gitignore").read_text().split()
 FOLDERS = ("sparse_unsloth", "kernels", "recipes", "benchmarks", "tests")
@@ -26,9 +33,9 @@ CITATION = re.compile(
 
 def is_path(word: str) -> bool:
     """Whether ``word`` means a file or folder of the repository; names in capitals stand for the reader's own."""
-    if not PATH.fullmatch(word) or "/" not in word or "NAME" in word or word in IGNORED:
+    if not PATH.fullmatch(word) or "/" not in word or "NAME" in word or word.startswith(tuple(IGNORED)):
         return False
-    return word.endswith("/") or word.split("/")[0] in TOP or bool(Path(word).suffix)
+    return word.endswith("/") or word.split("/")[0] in TOP or bool(re.fullmatch(r"\.[a-z]\w*", Path(word).suffix))
 
 
 def defined(body: list[ast.stmt]) -> dict[str, ast.stmt]:
@@ -79,7 +86,9 @@ def problems(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     plain = FENCE.sub("", text)
     words = [*SPAN.findall(plain), *(word for block in FENCE.findall(text) for word in block.split())]
-    found = [word for word in words if is_path(word) and not (ROOT / word).exists()]
+    found = [
+        word for word in words if is_path(word) and not any((base / word).exists() for base in (ROOT, page.parent))
+    ]
     found += [word for word in words if DOTTED.fullmatch(word) and not exists(word)]
     for link in LINK.findall(SPAN.sub("", plain)):
         name, _, anchor = link.partition("#")
@@ -104,7 +113,7 @@ def wrong_citations(source: str) -> list[str]:
     return found + re.findall(r"\bDESIGN(?:\.md)?\b|\bdesign,? section \d", source)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page):
     assert problems(page) == []
 
@@ -140,6 +149,136 @@ def test_the_tree_has_each_package_once():
     listed = re.findall(r"^\| \d+ \| `(\w+)` \|", text, re.MULTILINE)
     places = [path for path in (ROOT / "sparse_unsloth").iterdir() if path.is_dir() or path.suffix == ".py"]
     assert sorted(listed) == sorted({path.stem for path in places} - {"recipes", "__pycache__"})
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_page_is_in_the_site_and_linked_from_the_readme():
+    text = re.sub(r"!!python\S* ", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"^\s+- (?:[\w ]+: )?([\w/-]+\.md)$", text, re.MULTILINE)
+    pages = [str(page.relative_to(ROOT)) for page in PAGES]
+    assert sorted(listed) == sorted(pages)
+    links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {page for page in pages if page.startswith("docs/")} <= {link.partition("#")[0] for link in links}
+
+
+def test_the_configuration_page_has_the_fields_of_the_code():
+    """`python docs/write_configuration.py` (also a part of `make docs`) writes them."""
+    spec = importlib.util.spec_from_file_location("write_configuration", ROOT / "docs" / "write_configuration.py")
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    text = writer.PAGE.read_text(encoding="utf-8")
+    assert writer.written(text) == text
+    assert writer.written(text.replace("| `backward_rows` |", "| `backward_row` |")) == text
+
+
+def messages(source: str) -> str:
+    """Every string of a source, with its pieces joined, on one line each."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n".join(found)
+
+
+def unknown_messages(page: str, known: str) -> list[str]:
+    """The first cells of a page's tables of messages that no source says."""
+    cells = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert cells
+    return [cell for cell in cells if cell not in known]
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    known = "\n".join(messages(path.read_text(encoding="utf-8")) for path in (ROOT / "sparse_unsloth").rglob("*.py"))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert unknown_messages(page, known) == []
+    assert unknown_messages(page.replace("`is an encoder-decoder", "`is an encoded"), known) == ["is an encoded model"]
+
+
+METHODS = {"exact": "dense-graphs", "dense": "dense-graphs", "rows": "rows-25-graphs", "`rows`": "rows-25-graphs",
+           "`o2`": "sparse-o2-graphs"}  # fmt: skip
+ALL_ARMS = (RESULTS / "unsloth-2026.10.9" / "speed.csv", "2026-11-30T06:24:08+00:00 vm")
+CASES = {
+    "four documents": (RESULTS / "mixed_lengths.csv", ALL_ARMS[1], None, "unsloth"),
+    "one of 2,048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
+    "1x2048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
+    "wizardlm, 4 x 2,048, three quarters context, nothing recomputed": (
+        RESULTS / "one-layer" / "speed.csv", "2026-11-30T17:47:03+00:00 vm", "wizardlm", "False"),
+    **{shape: (*ALL_ARMS, shape, "unsloth") for shape in ("wizardlm", "math10k", "codefeedback")},
+}  # fmt: skip
+"""Where a table's row comes from, by the beginning of its label: results, run, shape, and checkpointing of ours."""
+ARMS = {"padded": "padded", "no checkpointing": "no-checkpointing", "no layer checkpointed": "skip-max"}
+
+
+def measured(case: str) -> list[dict[str, str]]:
+    """The rows of results that a table's row with this label shows, each with its ``ms``."""
+    path, run, shape, checkpointing = next(found for label, found in CASES.items() if case.startswith(label))
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == run and row.get("shape") == shape]
+    for row in rows:
+        row["ms"] = row["median_ms"] if shape else float(row["round_s"]) / float(row["steps"]) * 1000
+    return [row for row in rows if row["arm"] or row["checkpointing"] == checkpointing]
+
+
+def rounded(shown: str, *values: str | float) -> bool:
+    """Whether the numbers in ``shown`` are ``values``, rounded (those in the results are rounded once already)."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", shown)
+    return len(numbers) == len(values) and all(
+        abs(float(number) - float(value)) <= 0.51 * 10.0 ** -len(number.partition(".")[2])
+        for number, value in zip(numbers, values, strict=True)
+    )
+
+
+def wrong_figures(page: str) -> list[str]:
+    """The cells of the table of step times that the results do not show."""
+    lines = re.search(r"^(\|.*\| stock \|.*\n)\|.*\n((\|.*\n)+)", page, re.MULTILINE)
+    heading = [cell.strip() for cell in lines[1].strip("|\n").split("|")]
+    found = []
+    for line in lines[2].splitlines():
+        case, stock, best, *ours = (cell.strip() for cell in line.strip("|").split("|"))
+        rows = measured(case)
+        arms = {row["arm"]: row for row in rows if row["arm"]}
+        arm = arms[ARMS[re.fullmatch(r"\d+, ([a-z ]+?)(?: \(.*\))?", best)[1]]]
+        right = {stock: rounded(stock, arms["stock"]["ms"])}
+        right[best] = rounded(best, arm["ms"]) and arm["over_best_arm"] == "1.000"
+        for name, cell in zip(heading[3:], ours, strict=True):
+            (row,) = [row for row in rows if row["method"] == METHODS[re.split(r"[, ]", name)[0]]]
+            right[cell] = rounded(cell, row["ms"], row["over_stock"], row["over_best_arm"])
+        found += [f"{case}: {cell}" for cell, is_right in right.items() if not is_right]
+    return found
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_step_times_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert wrong_figures(text) == []
+    assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
+
+
+def test_hooks_before_a_commit_are_what_make_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
+    entries = [hook["entry"] for hook in hooks]
+    assert [entry for entry in entries if "pytest" not in entry] == re.search(
+        r"^lint:.*\n((\t.*\n)+)", makefile, re.MULTILINE
+    )[1].replace("\t", "").splitlines()
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in page
+    links = re.findall(r'(?:href|src)="([^":#]+)["#]', page)
+    assert any(link.endswith(".css") for link in links)
+    assert [link for link in links if not (tmp_path / link.partition("?")[0]).exists()] == []
 
 
 def test_a_wrong_name_is_found(tmp_path):

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import sparse_unsloth
 
@@ -78,11 +79,23 @@ def test_every_public_name_exists():
         assert getattr(sparse_unsloth, name)
 
 
+def copy(folder: Path) -> Path:
+    """A copy of the sources in ``folder``, where a build may write."""
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "unsloth_compiled_cache")
+    return shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=ignored)
+
+
+def package_files() -> set[str]:
+    """What a wheel must hold."""
+    package = ROOT / "sparse_unsloth"
+    files = {f"sparse_unsloth/{path.relative_to(package)}" for path in package.rglob("*.py")}
+    files |= {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    files |= {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    return files | {"sparse_unsloth/py.typed"}
+
+
 @pytest.mark.slow
 def test_wheel_holds_kernels_and_recipes(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "unsloth_compiled_cache")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     command = [
         sys.executable,
         "-m",
@@ -92,20 +105,47 @@ def test_wheel_holds_kernels_and_recipes(tmp_path):
         "--no-build-isolation",
         "-w",
         str(tmp_path),
-        str(source),
+        str(copy(tmp_path)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {
-        f"sparse_unsloth/{path.relative_to(ROOT / 'sparse_unsloth')}"
-        for path in (ROOT / "sparse_unsloth").rglob("*.py")
-    }
-    modules |= {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    recipes = {f"sparse_unsloth/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
-    assert modules | recipes | {"sparse_unsloth/py.typed"} <= names
+    assert package_files() <= names
     assert not [name for name in names if name.startswith(("kernels/", "recipes/", "tests/"))]
+
+
+@pytest.mark.slow
+def test_sdist_and_its_wheel_pass_the_check_of_the_index(tmp_path):
+    """As `make dist` does: the wheel is built from the sdist, so the sdist holds everything."""
+    pytest.importorskip("build", reason="pip install -e '.[dev]'")
+    pytest.importorskip("twine", reason="pip install -e '.[dev]'")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sdist, wheel = sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert package_files() <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_version_is_one():
+    """`sparse-unsloth --version` prints it (tests/cli/test_main.py)."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f'version = "{sparse_unsloth.__version__}"' in project
+    assert citation["version"] == sparse_unsloth.__version__
+    assert f"## {sparse_unsloth.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_public_names_are_typed():
+    """By the settings of `[tool.mypy]`, which name the modules."""
+    pytest.importorskip("mypy", reason="pip install -e '.[dev]'")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout
 
 
 def test_readme_shows_the_committed_quickstart_results():

@@ -113,9 +113,10 @@ def problem(cls: type[BaseModel], detail: Any) -> str:
 
 
 def _model_at(cls: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
+    found: Any = cls
     for name in location:
-        cls = cls.model_fields[name].annotation
-    return cls
+        found = found.model_fields[name].annotation
+    return found
 
 
 def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
@@ -123,7 +124,7 @@ def _nearest_key(cls: type[BaseModel], location: list[str]) -> str:
     if gone := removed.unknown(location[-1]):
         return f"; {gone}"
     parent = ".".join([*location[:-1], ""])
-    names = {}
+    names: dict[str, str] = {}
     for name, field in _model_at(cls, location[:-1]).model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names |= {nested: f"{parent}{name}.{nested}" for nested in field.annotation.model_fields}

@@ -40,7 +40,7 @@ BACKWARD_ROWS = 0.25
 """The value of the preset "rows"; see benchmarks/results/quality.md."""
 
 
-def _distinct(value: object, validate) -> dict[str, float]:
+def _distinct(value: Any, validate) -> dict[str, float]:
     rules = validate(value)
     if len(rules) < len(value):
         names = [canonical_rule(key) for key in value]
@@ -92,7 +92,10 @@ Switch = Annotated[bool, Field(strict=True)]
 Precision = Literal["bf16", "fp8", "fp8-context"]
 
 
-class _Reporting(type(BaseModel)):
+_ModelType: Any = type(BaseModel)
+
+
+class _Reporting(_ModelType):
     """Makes ``Config(...)`` raise like ``Config.model_validate({...})``; nested models report to their parent."""
 
     def __call__(cls, /, **data):
@@ -122,7 +125,7 @@ class _Config(BaseModel, metaclass=_Reporting):
         return config
 
 
-class EstimatorConfig(_Config):
+class EstimatorConfig(_Config):  # type: ignore[metaclass]
     """How channels are ranked for a batch without computing them (docs/how-it-works.md, section 4.5)."""
 
     _place: ClassVar[str] = "estimator."
@@ -146,7 +149,7 @@ class EstimatorConfig(_Config):
         return samples
 
 
-class SparsityConfig(_Config):
+class SparsityConfig(_Config):  # type: ignore[metaclass]
     """Per-layer sparsity, estimator, token roles and schedule of a sparse training run.
 
     ``mlp`` and ``self_attn`` map layer rules to shares in [0, 1): ``"3-30": 0.99`` (both ends included), ``"5": 0.5``,
