@@ -14,6 +14,10 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly, against their references
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter import make_interpreter_faster
+
+        make_interpreter_faster()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     paths = str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH", "")
