@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from sparse_unsloth.cli import main
+from sparse_unsloth.cli import doctor, main
 
 
 def test_help_and_version(capsys):
@@ -55,6 +55,7 @@ def test_doctor(capsys, monkeypatch):
     ]
     assert "not tried" in told
     true = importlib.metadata.version
+    monkeypatch.setattr(doctor, "try_training", lambda: [])  # once is enough
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == "trl" else true(name))
     assert main(["doctor"]) == 1
     assert "pip install 'trl<1.15'" in capsys.readouterr().out
