@@ -305,7 +305,7 @@ def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(c
     layers = find_layers(model)
     kept = {share: SparsityConfig(mlp={"1-29": 1 - share}) for share in (0.1, 0.25)}
     sparsity = kept[0.1].layer_sparsity(30)
-    calibrated, held_out = prompts(tokenizer, 32, seed=5), prompts(tokenizer, 16, seed=777)
+    calibrated, held_out = prompts(tokenizer, 16, seed=5), prompts(tokenizer, 8, seed=777)
     statistics = collect_statistics(model, layers, sparsity, calibrated)
     texts = [{tuple(row) for batch in part for row in batch["input_ids"].tolist()} for part in (calibrated, held_out)]
     assert texts[0].isdisjoint(texts[1])
