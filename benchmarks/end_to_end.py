@@ -11,8 +11,8 @@ in a process of its own. All arms get the same documents in the same order, real
 ``long16k`` is always one document a step (``1x1``). An arm is `script` with the arguments that the arm means:
 
     unsloth-stock, unsloth-padded, unsloth-graphs (UNSLOTH_BLOCK_CUDAGRAPHS=1), unsloth-kept
-    (checkpoint_skip_layers="max"), unsloth-no-checkpointing; ours-exact (nothing left out, CUDA graphs); ours-auto (not
-    in the package yet); peft, the stock of --backend peft. Further arms of `sparse-unsloth bench` are joined by +:
+    (checkpoint_skip_layers="max"), unsloth-no-checkpointing; ours-exact (nothing left out, CUDA graphs); ours-auto
+    (what `auto` decides); peft, the stock of --backend peft. Further arms of `sparse-unsloth bench` are joined by +:
     ours-exact+no-checkpointing, unsloth-padded+no-checkpointing.
 
 How long a cell takes (Llama-3-8B in 4 bits on one H200, predicted): 20 s of imports, 10 s (Unsloth) to 42 s (ours, with
@@ -110,14 +110,10 @@ def entry_of(name: str, backend: str) -> Entry:
     """
     owner, _, rest = name.partition("-")
     first, *joined = (SHORTER.get(part, part) for part in rest.split("+"))
-    if owner == "ours" and first == "auto":
-        raise ConfigError(
-            "ours-auto: the package has no sparsity='auto' yet that chooses the fastest path; its present 'auto' "
-            "calibrates channels, which is another thing. Leave ours-auto out, or take ours-exact."
-        )
-    if owner == "ours" and first == "exact":
+    if owner == "ours" and first in ("exact", "auto"):
         arm = arm_of("+".join([backend if backend == "peft" else "stock", *joined]))
-        return Entry(arm, True, {"preset": "dense", "cuda_graphs": torch.cuda.is_available()})
+        exact = {"preset": "dense", "cuda_graphs": torch.cuda.is_available()}
+        return Entry(arm, True, exact if first == "exact" else {"preset": "auto"})
     arm = None
     if owner == "unsloth" == backend or name.split("+")[0] == backend == "peft":
         arm = arm_of("+".join([first, *joined]) if owner == "unsloth" else name)
@@ -255,7 +251,7 @@ def make_clock(trainer, steps: int, warmup: int):
             self.ends: list[float] = []
             self.peak = self.forwards = self.replayed = 0
             self.profile = None
-            self._last = None
+            self._last = 0
             self.graphs = graphs
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -286,8 +282,8 @@ def make_clock(trainer, steps: int, warmup: int):
             """Counts a timed micro-batch, and whether its forward was captured or replayed."""
             counts = warmup <= step < steps
             self.forwards += counts
-            if graphs is not None and graphs.forward is not self._last:
-                self.replayed, self._last = self.replayed + counts, graphs.forward
+            if graphs is not None and graphs.forward_number != self._last:
+                self.replayed, self._last = self.replayed + counts, graphs.forward_number
 
     return Clock()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sparse_unsloth.bench.methods import without_backend
 from sparse_unsloth.bench.table import read_rows
-from sparse_unsloth.forecast.speed_table import STORED, fit_table, save
+from sparse_unsloth.forecast.speed_table import fit_table, save
+from sparse_unsloth.planning.fits import STORED
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 

@@ -92,7 +92,7 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
     """Runs a round; returns its seconds, and the number of captured or replayed forwards."""
     import torch
 
-    replayed, last = 0, None if graphs is None else graphs.forward
+    replayed, last = 0, None if graphs is None else graphs.forward_number
     torch.cuda.synchronize()
     began = time.perf_counter()
     for batch in batches:
@@ -102,8 +102,8 @@ def round_of(model, batches: list[dict], optimiser, graphs) -> tuple[float, int]
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        if graphs is not None and graphs.forward is not last:
-            replayed, last = replayed + 1, graphs.forward
+        if graphs is not None and graphs.forward_number != last:
+            replayed, last = replayed + 1, graphs.forward_number
     torch.cuda.synchronize()
     return time.perf_counter() - began, replayed
 

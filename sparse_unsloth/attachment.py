@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_unsloth.backends import whole_layer
+from sparse_unsloth.backends import capturing, whole_layer
 from sparse_unsloth.backends.patching import BoundMethod, Uncompiled
 from sparse_unsloth.backends.peft import compiled
 from sparse_unsloth.backends.peft import hooks as peft
@@ -23,15 +23,14 @@ from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact.loss import install_loss_removal
-from sparse_unsloth.graphs import packed_attention
-from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import forget_bases
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.runtime.adapter_changes import note_proved, refuse_adapters
-from sparse_unsloth.runtime.attach_report import AttachReport, reasons, report
+from sparse_unsloth.runtime.attach_report import AttachReport, report
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.runtime.forward import register_hooks
 from sparse_unsloth.runtime.prefill import save_estimator_with_adapter
@@ -42,12 +41,18 @@ from sparse_unsloth.utils.saved_adapters import left_unsaved
 
 logger = logging.getLogger("sparse_unsloth")
 
+PLAN_NAME = "sparsity_plan.yaml"
+"""The file beside `CONFIG_NAME` with what `auto` decided, which can be given as ``sparsity`` as well."""
+OF_THE_TRAINING = (
+    "auto", "driver", "scale", "step", "_max_steps", "inside", "warned", "counts", "adapter_folder", "observer",
+)  # fmt: skip
+"""What of a state stays when its model is attached again."""
 LAST_LAYER_PARTS = {"self_attn": "the last layer's queries and O projection", "mlp": "the last layer's MLP"}
 
 
 def attach(
     model: nn.Module,
-    sparsity: SparsityConfig | Mapping[str, Any] | str | Path | None,
+    sparsity: SparsityConfig | Mapping[str, Any] | str | Path | None = "auto",
     calibration_samples: list[Mapping[str, Any]] | None = None,
 ) -> AttachReport:
     """Makes ``model`` train sparsely; every other use of it stays dense.
@@ -55,7 +60,8 @@ def attach(
     Args:
         model: the outermost model, where labels enter: normally the ``PeftModel``. Its instances are changed in
             place, no class is.
-        sparsity: a configuration, the path of one, a mapping, or a preset's name.
+        sparsity: a configuration, the path of one, a mapping, or a preset's name. "auto" attaches the model densely;
+            how it trains is decided when training begins (`runtime.auto`).
         calibration_samples: batches as the model receives them (``input_ids``, ``labels``, ``attention_mask``, ...),
             for calibrated estimators. Without them such an estimator waits for the trainer's first samples.
 
@@ -79,7 +85,30 @@ def attach(
             "Call detach() on that model first."
         )
     layers = find_layers(model)
-    state = SparsityState(model, layers, config, _backend_of(layers), _set_up_process)
+    first = config.decided() if config.is_auto else config
+    state = SparsityState(model, layers, first, _backend_of(layers), _set_up_process)
+    if config.is_auto:
+        state.auto = AutoPlan(config, _attach_again)
+    return _install(state, calibration_samples)
+
+
+def _attach_again(state: SparsityState, config: SparsityConfig) -> None:
+    """Attaches the model of ``state`` by ``config`` instead, in a training too; ``state`` stays the same object.
+
+    Raises:
+        AttachError: as `attach`; the model is then not attached, and this may be called again.
+    """
+    if get_state(state.model) is not None:
+        detach(state.model)
+    kept = {name: state.__dict__[name] for name in OF_THE_TRAINING}
+    state.__init__(state.model, state.layers, config, state.backend, state.set_up_process)
+    state.__dict__.update(kept)
+    _install(state, None)
+
+
+def _install(state: SparsityState, calibration_samples: list[Mapping[str, Any]] | None) -> AttachReport:
+    """Installs all hooks of ``state``; raises as `attach`, and the model is then unchanged."""
+    model, layers = state.model, state.layers
     model.__dict__["_sparsity_state"] = state
     try:
         refuse_adapters(state)
@@ -95,7 +124,7 @@ def attach(
             _keep_uncompiled(state)
             _probe(state)
         _keep_proved_layers(state)
-        _prepare_graphs(state)
+        capturing.prepare_graphs(state)
         _obtain_estimator(state, calibration_samples)
     except BaseException:
         detach(model)
@@ -223,48 +252,6 @@ def _keep_proved_layers(state: SparsityState) -> None:
             state.uncompiled[runtime.layer.index].remove()
 
 
-def _prepare_graphs(state: SparsityState) -> None:
-    """Makes the graph cache for `cuda_graphs`; raises AttachError where no layer can be captured, or without a GPU."""
-    if not state.config.cuda_graphs:
-        return
-    layers = state.whole_forwards
-    for runtime in layers:
-        runtime.not_captured = whole_layer.why_not_captured(runtime)
-        if state.backend is peft.BACKEND:
-            runtime.not_captured = runtime.not_captured or compiled.why_not_captured(runtime.layer)
-    if all(runtime.not_captured for runtime in layers):
-        why = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons(layers, "not_captured"))
-        raise AttachError(f"cuda_graphs: no layer of this model can be captured: {why}. Set cuda_graphs: false.")
-    if len({next(layer.module.parameters()).device for layer in state.layers}) > 1:
-        raise AttachError(
-            "cuda_graphs: the layers are on several devices, and a CUDA graph is of one. Set cuda_graphs: false."
-        )
-    state.graphs = GraphCache()
-    _try_documents(state)
-
-
-def _try_documents(state: SparsityState) -> None:
-    """Tests whether attention within packed documents or a window can be captured; warns where it cannot on a GPU."""
-    if state.backend.name == "peft":  # both are in its mask
-        return
-    layer = state.layers[0]
-    weights = (one for name, one in layer.module.named_parameters() if name.endswith("norm.weight"))
-    like = next(weights, None)
-    if like is None or not like.is_cuda:
-        return
-    like = like.detach()
-    heads = layer.num_heads, layer.num_kv_heads, layer.head_dim
-    reason = packed_attention.why_not_captured(*heads, like, state.graphs.recorder)
-    state.graphs.clear()
-    if reason:
-        state.graphs.captures_documents = False
-        logger.warning(
-            "cuda_graphs: attention within packed documents or a window cannot be captured (%s). Packed and "
-            "padding-free batches, and layers with a window shorter than the sequence, run without CUDA graphs.",
-            reason,
-        )
-
-
 def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | None) -> None:
     """Loads or builds the estimator, unless it waits for the trainer's first samples.
 
@@ -350,7 +337,7 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
     )
     if kwargs.get("is_main_process", True):
         state = get_state(self)
-        state.config.save(Path(save_directory) / CONFIG_NAME)
+        _save_config(state, Path(save_directory))
         save_estimator_with_adapter(state, Path(save_directory))
         if unsaved := left_unsaved(self, Path(save_directory)):
             state.warn_once(
@@ -359,6 +346,14 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, *args: Any, **
                 "modules_to_save, or save them yourself."
             )
     return saved
+
+
+def _save_config(state: SparsityState, folder: Path) -> None:
+    """Writes the configuration that was asked for; under `auto` also the one that was decided."""
+    asked = state.config if state.auto is None else state.auto.asked
+    asked.save(folder / CONFIG_NAME)
+    if state.auto is not None and state.auto.was_decided:
+        state.config.save(folder / PLAN_NAME)
 
 
 def _keep_four_bit_weights_unpacked(state: SparsityState, on: bool) -> None:
@@ -416,7 +411,7 @@ def _set_up_process(state: SparsityState) -> None:
 
         torch._dynamo.trace_rules.add(__name__.partition(".")[0])
         _is_set_up = True
-    if state.hooked or state.config.merge_micro_batches:
+    if state.hooked or state.auto is not None or state.config.merge_micro_batches or state.config.memory_budget:
         from sparse_unsloth.callback import register_with_trainers
 
         register_with_trainers()

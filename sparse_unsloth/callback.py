@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
+from sparse_unsloth.runtime.auto import plan_from_data
 from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
@@ -31,6 +32,7 @@ class SparsityCallback(TrainerCallback):
     `sparse-unsloth explain`. Their means join the next log line, and the values of each layer where the trainer reports
     to an integration. The trainer's ``log_history`` has both.
 
+    A model that was attached with preset `auto` is planned when training begins (`runtime.auto`).
     Where the configuration asks for it, micro-batches of an optimiser step run as one (`runtime.merging`).
 
     The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint continues it.
@@ -46,6 +48,15 @@ class SparsityCallback(TrainerCallback):
         sparsity = None if model is None else get_state(model)
         if sparsity is None or not self._may_drive(sparsity.driver, state):
             return
+        if sparsity.auto is not None:
+            plan_from_data(
+                sparsity,
+                getattr(train_dataloader, "dataset", None),
+                getattr(train_dataloader, "collate_fn", None),
+                batch_size=args.train_batch_size,
+                micro_batches=(state.max_steps - state.global_step) * args.gradient_accumulation_steps,
+                resumed=state.global_step,
+            )
         sparsity.begin_training(
             self,
             state.max_steps,

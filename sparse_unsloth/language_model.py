@@ -12,8 +12,9 @@ from torch import nn
 
 from sparse_unsloth.attachment import attach, get_state
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
+from sparse_unsloth.config.removed import AUTO_WAS_CALIBRATED
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
-from sparse_unsloth.errors import BackendError, CalibrationError, SparsityError
+from sparse_unsloth.errors import BackendError, CalibrationError, ConfigError, SparsityError
 from sparse_unsloth.runtime import prefill
 from sparse_unsloth.utils.distributed import from_main, has_group, is_main, world_size
 from sparse_unsloth.utils.saved_adapters import check_targets, find_adapter, load_whole
@@ -93,7 +94,7 @@ class FastSparseLanguageModel:
         lora_dropout: float = 0.0,
         bias: str = "none",
         *,
-        sparsity: Sparsity = "rows",
+        sparsity: Sparsity = "auto",
         calibration_samples: list[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
@@ -103,9 +104,11 @@ class FastSparseLanguageModel:
             model: from `from_pretrained`.
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
-            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("rows", the default: an
-                exact forward, and a backward pass through a quarter of the context tokens; "o1", "o2", "dense"), or
-                "auto": `calibrate` chooses each layer's sparsity on ``calibration_samples``, at its default budget.
+            sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("auto", the default:
+                decided and printed when training begins, by the data, the GPU and its memory; "rows": an exact
+                forward, and a backward pass through a quarter of the context tokens; "o1", "o2", "dense"), or
+                "calibrated": `calibrate` chooses each layer's sparsity on ``calibration_samples``, at its default
+                budget.
             calibration_samples: batches as the model receives them, for calibrated estimators. Without them the
                 trainer's first samples are used when training begins.
             **kwargs: as Unsloth's ``get_peft_model`` takes them (``use_gradient_checkpointing="unsloth"``,
@@ -114,16 +117,18 @@ class FastSparseLanguageModel:
         Raises:
             AttachError, ConfigError, EstimatorError: see `attach`.
             BackendError: the backend does not support an argument.
-            CalibrationError: see `calibrate`; or "auto" without samples.
+            CalibrationError: see `calibrate`; or "calibrated" without samples.
             ConfigError: also for target modules, or ``modules_to_save``, that the model does not have.
         """
-        auto = isinstance(sparsity, str) and sparsity == "auto"
-        if auto and not calibration_samples:
+        calibrated = isinstance(sparsity, str) and sparsity == "calibrated"
+        if calibrated and not calibration_samples:
             raise CalibrationError(
-                "sparsity='auto' needs calibration_samples: a few batches of your data as the model receives them, "
-                "from the trainer's collator; or run `sparse-unsloth calibrate` and give its sparsity.yaml."
+                "sparsity='calibrated' needs calibration_samples: a few batches of your data as the model receives "
+                "them, from the trainer's collator; or run `sparse-unsloth calibrate` and give its sparsity.yaml."
             )
-        config = SparsityConfig.from_any(None if auto else sparsity)
+        config = SparsityConfig.from_any(None if calibrated else sparsity)
+        if config.is_auto and calibration_samples:
+            raise ConfigError(AUTO_WAS_CALIBRATED)
         check_targets(model, target_modules, "target_modules")
         check_targets(model, kwargs.get("modules_to_save"), "modules_to_save")
         backend = load_backend(model.__dict__.get("_sparse_backend", "peft"))
@@ -137,7 +142,7 @@ class FastSparseLanguageModel:
             **kwargs,
         )
         model.__dict__["_sparse_backend"] = backend.NAME
-        if auto:
+        if calibrated:
             from sparse_unsloth.autosparsity.report import summary
             from sparse_unsloth.autosparsity.search import calibrate
 

@@ -33,7 +33,7 @@ class FakeState:
     def __init__(self, config=None, num_layers=4):
         self.config = config or SparsityConfig(preset="o2", start_step=1, end_step=3)
         self.layers = range(num_layers)
-        self.driver = None
+        self.driver = self.auto = None
         self.calls = []
         self.since_log = 0
         self.observer = SimpleNamespace(take=list)

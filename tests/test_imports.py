@@ -19,6 +19,7 @@ kernels costs rows exact study
 ops
 channels graphs
 explain layer
+planning
 runtime
 backends callback
 attachment

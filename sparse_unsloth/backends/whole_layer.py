@@ -8,7 +8,8 @@ to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,14 +22,16 @@ from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs import layer as graphed_layer
-from sparse_unsloth.graphs.recorder import GraphCache, LayerCapture
+from sparse_unsloth.graphs.passes import LayerCapture
+from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.graphs.rows import row_sparse_whole_layer
 from sparse_unsloth.layer.attention import AttentionCall, attend
 from sparse_unsloth.layer.checkpoint import checkpointed
 from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.layer.probe import difference
+from sparse_unsloth.layer.spec import LayerSpec
 from sparse_unsloth.model.decoder_layer import first_tensor
-from sparse_unsloth.model.training_flags import in_backward, in_checkpoint
+from sparse_unsloth.model.training_flags import checkpoint_hook, in_backward
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.norms import Norm
@@ -84,7 +87,10 @@ def layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: 
     runtime: LayerRuntime = self._sparse_runtime
     if runtime.context is not None and runtime.context.probe:
         return _prove(runtime, hidden_states, kwargs)
-    by_itself = runtime.state.config.exact_removal and torch.is_grad_enabled() and in_checkpoint()
+    hook = checkpoint_hook() if torch.is_grad_enabled() else None
+    if runtime.context is not None:
+        _note_joined(runtime, hidden_states, hook)
+    by_itself = runtime.state.config.exact_removal and hook is not None
     output = None if args else (_compute_checkpointed if by_itself else _compute)(runtime, hidden_states, kwargs)
     if output is None:
         return plain_forward(self, hidden_states, *args, **kwargs)
@@ -144,6 +150,24 @@ def _why_different(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict
     return f"the forward of {type(module).__name__} differs from our functions (by more than {tolerance}, relative)"
 
 
+def _note_joined(runtime: LayerRuntime, hidden_states: Tensor, hook: Callable | None) -> None:
+    """Notes in a first forward that a checkpoint holds this layer and the one before it, and will run both again.
+
+    Args:
+        hook: see `checkpoint_hook`. Under reentrant checkpointing the first layer's input alone requires gradients.
+    """
+    if in_backward():
+        return
+    context, index = runtime.context, runtime.layer.index
+    if hook is not None:
+        before, context.checkpoint = context.checkpoint, weakref.ref(hook)
+        joined = before is not None and before() is hook
+    else:
+        joined = not torch.is_grad_enabled() and not hidden_states.requires_grad
+    if joined and index - 1 in context.whole:
+        context.memo(index).joined = context.memo(index - 1).joined = True
+
+
 def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """`_compute` inside non-reentrant gradient checkpointing (see `sparse_unsloth.layer.checkpoint`)."""
     if runtime.fast.projections() is None or _read(runtime, hidden_states, arguments) is None:
@@ -160,7 +184,8 @@ def _compute_checkpointed(runtime: LayerRuntime, hidden_states: Tensor, argument
     def parameters() -> list[Tensor]:
         return lora_tensors_of(runtime.fast.projections())
 
-    restores = in_backward() and context.memo(runtime.layer.index).with_gradients is False
+    memo = context.memo(runtime.layer.index)
+    restores = in_backward() and memo.with_gradients is False and not memo.joined
     return checkpointed(hidden_states, None if restores else run, run, parameters)
 
 
@@ -179,28 +204,78 @@ def _compute(runtime: LayerRuntime, hidden_states: Tensor, arguments: dict[str, 
         if projections is None:
             return None
     memo.projections = None if recompute else projections
-    plan = _plan(runtime, norms, projections, keep, recompute and state.config.exact_removal)
+    unused = recompute and state.config.exact_removal and not memo.joined
+    plan = _plan(runtime, norms, projections, keep, unused)
     context.whole.add(index)
     for part in PARTS:
-        if state.row_sparse or runtime.is_sparse(part):
+        if runtime.by_rows or runtime.is_sparse(part):
             runtime.record_run(part)
-    if not recompute:  # a recompute is captured if its first forward was
+    if in_backward():  # a recompute is captured if its first forward was
+        memo.captured = memo.captured and _is_captured_again(runtime)
+    else:
         memo.captured = call.capturable and _can_be_captured(runtime)
     if memo.captured:
         output = _captured(runtime, hidden_states, plan, call)
         memo.captured = output is not None
         if memo.captured:
             return output
-    *projected, residual = pre_attention(hidden_states, plan)
-    attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
-    if state.row_sparse:
-        choice = context.row_choice(index, state.config.backward_rows)
-        chosen = RowOrder(context.chosen_rows(choice), False)
-        return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
-    output = post_attention(attention_output, residual, plan)
-    if state.graphs is not None and not plan.output_unused:
+    output = _uncaptured(runtime, plan, call, hidden_states)
+    if state.graphs is not None and not (plan.output_unused or runtime.by_rows):
         _reserve(runtime, state.graphs)
     return output
+
+
+def _uncaptured(runtime: LayerRuntime, plan: LayerPlan, call: AttentionCall, hidden_states: Tensor) -> Tensor:
+    """The layer's output, without CUDA graphs."""
+    context, index = runtime.context, runtime.layer.index
+    *projected, residual = pre_attention(hidden_states, plan)
+    attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
+    if not runtime.by_rows:
+        return post_attention(attention_output, residual, plan)
+    choice = context.row_choice(index, runtime.state.config.backward_rows)
+    chosen = RowOrder(context.chosen_rows(choice), False)
+    return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
+
+
+def _uncaptured_later(
+    runtime: LayerRuntime,
+    context: SparseContext,
+    plan: LayerPlan,
+    call: AttentionCall,
+    hidden_states: Tensor,
+    loras: Sequence[Tensor],
+) -> Tensor:
+    """`_uncaptured` with these LoRA matrices in the backward pass of ``context``, whatever forward runs."""
+    before, runtime.context = runtime.context, context
+    try:
+        _drop_overwritten(runtime)
+        return _uncaptured(runtime, plan.with_loras(loras), call, hidden_states)
+    finally:
+        runtime.context = before
+
+
+def _is_captured_again(runtime: LayerRuntime) -> bool:
+    """Whether the recompute of a layer is captured or replayed, whose first forward was."""
+    context, state = runtime.context, runtime.state
+    if context.captures is not None:
+        context.captures.awaited.discard(runtime.layer.index)
+    if context.memo(runtime.layer.index).joined:
+        state.warn_once(
+            "cuda_graphs: decoder layers are checkpointed together, so what one keeps for its backward must outlive "
+            "the recompute of the next one: their recomputes run without CUDA graphs. Checkpoint every layer by "
+            "itself (gradient_checkpointing_enable())."
+        )
+        return False
+    return not _drop_overwritten(runtime)
+
+
+def _drop_overwritten(runtime: LayerRuntime) -> bool:
+    """Drops channel selections that a later forward's graphs have overwritten, so that they are made again."""
+    context = runtime.context
+    if context.captures is None or not context.captures.overwritten:
+        return False
+    dropped = [context.selections.pop((runtime.layer.index, part), None) for part in PARTS]
+    return any(one is not None for one in dropped)
 
 
 def _read(
@@ -237,7 +312,7 @@ def _fits_kernels(hidden_states: Tensor, norms: list[Norm | None]) -> bool:
 def _plan(
     runtime: LayerRuntime, norms: list[Norm | None], projections: list[Projection], keep: bool, unused: bool
 ) -> LayerPlan:
-    context, rows = runtime.context, runtime.state.row_sparse
+    context, rows = runtime.context, runtime.by_rows
     attention, mlp = (
         RowOrder(context.partition, True)
         if not rows and runtime.is_sparse(part)
@@ -270,53 +345,64 @@ def _can_be_captured(runtime: LayerRuntime) -> bool:
     context, index = runtime.context, runtime.layer.index
     if context.graphs is None or not runtime.state.config.exact_removal:
         return False
-    selects = not runtime.state.row_sparse and any(map(runtime.is_sparse, PARTS))
+    selects = not runtime.by_rows and any(map(runtime.is_sparse, PARTS))
     return not selects or (index, context.batch_key) in context.graphs.reserved
 
 
 def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, call: AttentionCall) -> Tensor | None:
     """The layer's output from CUDA graphs of the whole layer; None where this call is not captured."""
     context, state, index = runtime.context, runtime.state, runtime.layer.index
-    share = state.config.backward_rows if state.row_sparse else None
+    share = state.config.backward_rows if runtime.by_rows else None
     kind = getattr(runtime.layer.self_attn, "layer_type", ""), call.window  # each has its own tensors
     named = {f"{name}, {kind}": tensor for name, tensor in call.tensors.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
     # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
     which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, call.window, shapes
-    capture = _open_capture(context, index, plan, which)
+    spec, names = runtime.fast.present_spec(), tuple(call.tensors)
+    capture = _open_capture(runtime, plan, which, spec)
     if capture is None:
         return None
-    context.captured.add(index)
-    spec, names = runtime.fast.present_spec(), tuple(call.tensors)
 
     def attention(x: Tensor, projected: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         return attend(spec, projected, call, dict(zip(names, tensors, strict=True)))
 
-    if state.row_sparse:
+    later = partial(_uncaptured_later, runtime, context, plan, call)
+    graphed = graphed_layer.GraphedPass(capture, context.captures, later)
+    if runtime.by_rows:
         rows = context.partition, share, context.chosen_rows(context.row_choice(index, share))
-        return row_sparse_whole_layer(hidden_states, plan, capture, attention, named, *rows)
-    output = graphed_layer.whole_layer(hidden_states, plan, capture, attention, named)
-    for part, chosen in capture.selections.items():
-        context.selections[index, part] = chosen
+        output = row_sparse_whole_layer(hidden_states, plan, graphed, attention, named, *rows)
+    else:
+        output = graphed_layer.whole_layer(hidden_states, plan, graphed, attention, named)
+    if output is None:
+        return None
+    context.captured.add(index)
+    if not plan.output_unused:
+        if plan.keep or capture.selections:
+            context.captures.awaited.add(index)
+        for part, chosen in capture.selections.items():
+            context.selections[index, part] = chosen
     return output
 
 
-def _open_capture(context: SparseContext, index: int, plan: LayerPlan, which: tuple) -> LayerCapture | None:
+def _open_capture(runtime: LayerRuntime, plan: LayerPlan, which: tuple, spec: LayerSpec) -> LayerCapture | None:
     """The capture of one pass ``which`` through a layer; its graphs hold while these weights keep their addresses.
 
     Returns:
         None where a forward that keeps its intermediates runs without capture (`GraphCache.open_kept`).
-
-    Raises:
-        SparsityError: see `GraphCache.check_forward`.
     """
+    context, index = runtime.context, runtime.layer.index
+    norms = plan.attention_norm, plan.attention_output_norm, plan.mlp_norm, plan.mlp_output_norm
+    weights = [
+        *lora_tensors_of(plan.projections),
+        *(tensor for projection in plan.projections for tensor in projection.base.tensors()),
+        *(tensor for norm in (*norms, spec.query_norm, spec.key_norm) if norm for tensor in (norm.weight, norm.bias)),
+    ]
+    tensors = [tensor for tensor in weights if tensor is not None]
     loras = [projection.lora for projection in plan.projections]
-    tensors = [*lora_tensors_of(plan.projections), *(projection.base.weight for projection in plan.projections)]
-    scales = tuple(None if lora is None else lora.scale for lora in loras)
-    if plan.keep and not plan.output_unused:
-        return context.graphs.open_kept(index, context.batch_key, which, tensors, scales)
-    context.graphs.check_forward(context)
-    return context.graphs.open(index, (context.batch_key, *which), tensors, scales)
+    selector = runtime.state.selector if plan.attention.sparse or plan.mlp.sparse else None
+    constants = *(None if lora is None else (lora.scale, len(lora.A)) for lora in loras), len(tensors), selector
+    open_pass = context.graphs.open_kept if plan.keep and not plan.output_unused else context.graphs.open
+    return open_pass(index, context.batch_key, which, tensors, constants)
 
 
 def _reserve(runtime: LayerRuntime, graphs: GraphCache) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,8 @@ MODES = {
 MODES |= {f"{mode} graphs": tuple({**one, "cuda_graphs": True} for one in pair) for mode, pair in MODES.items()}
 """By mode: the configuration with nothing left out, and the one that is used."""
 
+DTYPES = "bf16", "4bit"
+"""Of the base weights."""
 TRIED = "families", "dtypes", "checkpointing", "layouts", "modes"
 """The options whose values are combined."""
 
@@ -281,38 +284,44 @@ def _check_descent(model: nn.Module, batch: dict[str, Any], ours: Step) -> None:
         raise TrialError(f"a step down the gradient takes the loss from {ours[0]:.5f} to {loss:.5f}")
 
 
-def try_all(
-    backend: str, families: list[str], dtypes: list[str], checkpointing: list[str], layouts: list[str],
-    modes: list[str], models: Path, attention: str = "",
-) -> Iterator[Trial]:  # fmt: skip
-    """Yields the trials of one process; of each layout first "plain", the model with nothing attached."""
-    for family in families:
-        for dtype in dtypes:
-            for word in checkpointing:
-                described, began = Trial(backend, family, dtype, word, "", "plain"), time.perf_counter()
+def try_all(args: argparse.Namespace) -> Iterator[Trial]:
+    """Yields the trials of one process, ``args`` from `parse`; of each layout first "plain", with nothing attached."""
+    for family in args.families:
+        for (dtype, word), kinds in itertools.groupby(combinations(args), lambda kind: kind[:2]):
+            described, began = Trial(args.backend, family, dtype, word, "", "plain"), time.perf_counter()
+            try:
+                model = load(args.backend, args.models / family, dtype, CHECKPOINTING[word], args.attention)
+            except Exception as error:
+                yield replace(described, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
+                continue
+            device = next(model.parameters()).device
+            for *_, layout in kinds:
+                described = replace(described, layout=layout)
+                batch = make_batch(layout, model.config.vocab_size, device, args.backend)
                 try:
-                    model = load(backend, models / family, dtype, CHECKPOINTING[word], attention)
+                    plain, found = plain_step(model, batch)
                 except Exception as error:
-                    yield replace(described, verdict="failed", detail=f"{type(error).__name__}: {error}"[:2000])
+                    detail = f"without sparse_unsloth: {type(error).__name__}: {error}"
+                    yield replace(described, verdict="failed", detail=detail[:2000])
                     continue
-                device = next(model.parameters()).device
-                for layout in layouts:
-                    described = replace(described, layout=layout)
-                    batch = make_batch(layout, model.config.vocab_size, device, backend)
-                    try:
-                        plain, found = plain_step(model, batch)
-                    except Exception as error:
-                        detail = f"without sparse_unsloth: {type(error).__name__}: {error}"
-                        yield replace(described, verdict="failed", detail=detail[:2000])
-                        continue
-                    yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
-                    for mode in modes:
-                        yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
-                    began = time.perf_counter()
-                del model
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                yield replace(described, detail=found, seconds=round(time.perf_counter() - began, 2))
+                for mode in args.modes:
+                    yield try_mode(model, batch, mode, plain, replace(described, mode=mode))
+                began = time.perf_counter()
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def combinations(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """The combinations of dtype, checkpointing and layout that a process tries, in its order."""
+    places = itertools.product(args.dtypes, *map(enumerate, (args.checkpointing, args.layouts)))
+    return [
+        (dtype, word, layout)
+        for dtype, (row, word), (column, layout) in places
+        if not (args.every_other and (DTYPES.index(dtype) + row + column) % 2)
+    ]
 
 
 def compile_untuned() -> None:
@@ -339,8 +348,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--families", help="default: all that the backend is tried with")
     parser.add_argument("--checkpointing", help="default: True,False; before them unsloth with the Unsloth backend")
     parser.add_argument("--attention", default="", help="implementation of attention; default: the family's")
-    for name, values in (("dtypes", ("bf16", "4bit")), ("layouts", LAYOUTS), ("modes", MODES)):
+    for name, values in (("dtypes", DTYPES), ("layouts", LAYOUTS), ("modes", MODES)):
         parser.add_argument(f"--{name}", default=",".join(values), help="default: %(default)s")
+    half = "only every other combination of dtype, checkpointing and layout: any two of their values meet"
+    parser.add_argument("--every-other", action="store_true", help=half)
     args = parser.parse_args(arguments)
     args.families = args.families or ",".join(families_of(args.backend))
     args.checkpointing = args.checkpointing or ("unsloth," if args.backend == "unsloth" else "") + "True,False"
@@ -356,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_models(args.models, missing, args.backend)
     failed = False
     with args.out.open("a") as lines:
-        for trial in try_all(args.backend, *(getattr(args, name) for name in TRIED), args.models, args.attention):
+        for trial in try_all(args):
             failed |= trial.verdict == "failed"
             lines.write(json.dumps(asdict(trial)) + "\n")
             lines.flush()

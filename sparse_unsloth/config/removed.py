@@ -58,6 +58,15 @@ REMOVED: dict[str, Removed] = {
 }
 """Removed options by the path of their key in `SparsityConfig`."""
 
+AUTO_WAS_CALIBRATED = (
+    "sparsity='auto' was renamed: it chose channels on calibration_samples, which 'calibrated' does now. Set "
+    "sparsity='calibrated'; 'auto' leaves out no channels and takes no samples"
+)
+ONLY_WITH_SAMPLES = (
+    "'calibrated' is for get_peft_model(..., sparsity='calibrated', calibration_samples=batches); elsewhere give the "
+    "sparsity.yaml of `sparse-unsloth calibrate`"
+)
+
 
 def drop(data: Mapping, prefix: str = "") -> tuple[Mapping, list[str]]:
     """``data`` without the keys of `REMOVED`, and one line for each that had an effect.

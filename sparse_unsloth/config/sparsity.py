@@ -30,6 +30,7 @@ NOTHING = ("", "none", "null", "off", "no", "false", "disabled", "0")
 PUBLISHED_LAYERS = 32
 # Layer rules (mlp, self_attn); o1 and o2 were published for Llama-3-8B, on CSR170K and Math10K.
 PRESETS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "auto": ({}, {}),
     "dense": ({}, {}),
     "rows": ({}, {}),
     "o1": ({"17-30": 0.97}, {"17-19": 0.2, "21-23": 0.2, "25-29": 0.2}),
@@ -155,8 +156,10 @@ class SparsityConfig(_Config):
         ConfigError: unknown keys, malformed rules, values out of range; one error lists all problems.
     """
 
-    preset: Literal["dense", "o1", "o2", "rows"] | None = None
-    """`rows` (recommended): `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
+    preset: Literal["auto", "dense", "o1", "o2", "rows"] | None = None
+    """`auto` (the default of `get_peft_model`, `attach` and recipes): when training begins, a forecast of its steps
+    decides every one of `cuda_graphs`, `memory_budget` and `backward_rows` that is not given, and says why; it never
+    leaves out channels. `rows`: `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
     published recipe, scaled to the model's depth. `dense`: no sparsity."""
     mlp: Rules = {}
     """Layer rules: the share of MLP channels that context tokens leave out."""
@@ -216,6 +219,13 @@ class SparsityConfig(_Config):
             data = {"start_step": 0.0, "end_step": 1.0, **data}
         return data
 
+    @field_validator("mlp", "self_attn")
+    @classmethod
+    def _auto_leaves_out_no_channels(cls, rules: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if info.data.get("preset") == "auto" and any(rules.values()):
+            raise ValueError("cannot be combined with preset auto, which leaves out no channels; leave the preset out")
+        return rules
+
     @field_validator("backward_rows")
     @classmethod
     def _rows_or_channels(cls, share: float, info: ValidationInfo) -> float:
@@ -254,6 +264,21 @@ class SparsityConfig(_Config):
     def row_sparse(self) -> bool:
         """Whether the training is row-sparse; no channels are selected then."""
         return self.backward_rows < 1
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether what is not given is decided when training begins."""
+        return self.preset == "auto"
+
+    def decided(self, **chosen: Any) -> "SparsityConfig":
+        """The configuration of a training under `auto`: what was given by hand, and ``chosen`` for the rest."""
+        fields = {**chosen, **self.as_dict()}
+        fields["preset"] = "rows" if fields.get("backward_rows", 1.0) < 1 else "dense"
+        return type(self)(**fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field as plain data; under `auto` those that were given, for the others are not decided yet."""
+        return self.model_dump(mode="json", exclude_unset=self.is_auto)
 
     def is_sparse(self, num_layers: int) -> bool:
         """Whether any layer of a model with ``num_layers`` decoder layers is sparse.
@@ -319,6 +344,8 @@ class SparsityConfig(_Config):
         text = os.fspath(value)
         if text in PRESETS:
             return cls(preset=text)
+        if text == "calibrated":
+            raise ConfigError(f"{TITLE}: {removed.ONLY_WITH_SAMPLES}")
         path, _, mode = (text, "", "") if Path(text).exists() else text.partition("#")
         if not Path(path).exists() and Path(path).suffix not in SUFFIXES:
             hint = did_you_mean(text, PRESETS)
@@ -352,12 +379,12 @@ class SparsityConfig(_Config):
         return config
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes every field to a YAML or JSON file (by suffix), atomically; `from_file` restores it exactly.
+        """Writes `as_dict` to a YAML or JSON file (by suffix), atomically; `from_file` restores it exactly.
 
         Raises:
             ConfigError: another suffix.
         """
-        write(Path(path), self.model_dump(mode="json"))
+        write(Path(path), self.as_dict())
 
     @classmethod
     def _from_mapping(cls, data: dict, source: str, mode: str | None = None, folder: Path | None = None):

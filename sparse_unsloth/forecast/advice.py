@@ -42,7 +42,8 @@ def _expectation(estimate: Estimate) -> Iterator[str]:
     begin = f"{share:.0%} of your tokens are context"
     if estimate.sparse is None:
         best = _best_preset(estimate)
-        yield f"{begin}; this recipe is dense. {best}"
+        kind = "auto trains exactly" if estimate.auto else "this recipe is dense"
+        yield f"{begin}; {kind}. {best}"
     elif estimate.speedup is None:
         yield (
             f"{begin}: a dense step has {estimate.flops_ratio:.2f}x the FLOPs of a sparse one. No step of this backend "
@@ -64,7 +65,7 @@ def _worth(estimate: Estimate) -> Iterator[str]:
         share = estimate.sparse_share
         gain = 1 / (share / estimate.flops_ratio + 1 - share)
     free = estimate.free_speedup
-    if gain < WORTH_IT:
+    if gain < WORTH_IT and not estimate.auto:
         instead = "train densely (sparsity: dense)"
         if free is not None and estimate.exact_removal and free > WORTH_SAYING:
             instead += f", which skipping unused rows makes {free:.2f}x as fast, with the same results"
@@ -99,6 +100,13 @@ def _hints(estimate: Estimate) -> Iterator[str]:
         yield (
             f"{padding:.0%} of the rows that a dense step computes are padding: packing: true, or the Unsloth backend "
             "(padding-free by default), avoids them at no cost."
+        )
+    if estimate.auto:
+        what = f"backward_rows: {estimate.backward_rows:g}" if estimate.row_sparse else "exact training"
+        graphs = "cuda_graphs: true" if estimate.cuda_graphs else "no CUDA graphs"
+        yield (
+            f"auto would choose {what} and {graphs} by this forecast. It decides when training begins, and then also "
+            "how many layers keep their activations, by the memory that is free."
         )
     yield from _host(estimate)
     if estimate.row_sparse and not estimate.checkpointing:

@@ -13,13 +13,14 @@ from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
 from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import padded_to_bucket
-from sparse_unsloth.forecast.model import OUTPUT_NORMS, Model, backend_of, has_whole_layers, read_model
+from sparse_unsloth.forecast.model import Model, backend_of, has_whole_layers, read_model
 from sparse_unsloth.forecast.result import Estimate, Preset, Step, time_ratio
-from sparse_unsloth.forecast.speed_table import MODELS, Fitted, choose, fit_table, load
-from sparse_unsloth.forecast.tokens import MicroBatch, TokenStatistics, read_tokens
-from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
+from sparse_unsloth.forecast.speed_table import MODELS, fit_table
+from sparse_unsloth.forecast.tokens import TokenStatistics, read_tokens
 from sparse_unsloth.layer.attention import CAPTURABLE
+from sparse_unsloth.planning.decide import Facts, Speed, decide
+from sparse_unsloth.planning.fits import Fitted, choose, load
+from sparse_unsloth.planning.work import OUTPUT_NORMS, MicroBatch, Plan, Work, backward_rows_of, batch_work, logit_rows
 from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
@@ -61,21 +62,25 @@ def estimate(
         dtype = "4bit" if model.in_4bit else "bf16"
         fitted = choose(_fits(speed_table, model), backend, dtype, device)
     plan = _plan(recipe, model, backend)
+    attention = recipe.model.attn_implementation in (None, *CAPTURABLE)
+    capturable = fitted is not None and plan.whole_layers and recipe.sparsity.exact_removal and attention
+    auto = recipe.sparsity.is_auto
+    if auto:
+        recipe = replace(recipe, sparsity=_decided(recipe, plan, batches, tokens.layout, fitted, capturable))
+        plan = replace(plan, backward_rows=recipe.sparsity.backward_rows)
     unsloth, accumulation = backend == "unsloth", recipe.training.gradient_accumulation_steps
 
     def step(plan: Plan, removal: bool) -> Step:
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
     def step_with_graphs(plan: Plan) -> Step:
-        longer = [padded_to_bucket(batch, tokens.layout) for batch in batches]
+        longer = [batch.padded_to_bucket(tokens.layout) for batch in batches]
         captured = replace(plan, captured=True)
         return _step([batch_work(captured, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
-    attention = recipe.model.attn_implementation in (None, *CAPTURABLE)
-    capturable = fitted is not None and plan.whole_layers and removal and attention
     is_sparse = plan.is_sparse
     presets = {}
     for name in PRESETS:
@@ -111,7 +116,33 @@ def estimate(
         checkpointing=plan.checkpointing,
         recorded=step_with_graphs(plan if is_sparse else plan.dense()) if capturable else None,
         cuda_graphs=recipe.sparsity.cuda_graphs,
+        auto=auto,
     )
+
+
+def _decided(
+    recipe: Recipe,
+    plan: Plan,
+    batches: Sequence[MicroBatch],
+    layout: str,
+    fitted: Fitted | None,
+    capturable: bool,
+) -> SparsityConfig:
+    """What `auto` would decide for the training of ``recipe``, without what only its GPU tells (free memory)."""
+    asked = recipe.sparsity
+    facts = Facts(
+        plan.dense(),
+        tuple(batches),
+        layout,
+        None if fitted is None else Speed(fitted.step_time),
+        removal=asked.exact_removal,
+        no_graphs="" if capturable else "not predicted",
+        checkpointed=plan.shape.num_layers if plan.checkpointing else 0,
+        no_budget="the free memory is not known",
+        given={name: getattr(asked, name) for name in asked.model_fields_set},
+    )
+    decision = decide(facts)
+    return asked.decided(backward_rows=decision.backward_rows, cuda_graphs=decision.cuda_graphs)
 
 
 def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:

@@ -28,8 +28,6 @@ WHOLE_LAYERS = {
     ),
 }  # fmt: skip
 """Families whose layers run as whole layers on a GPU, by backend (docs/how-it-works.md, section 7)."""
-OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "exaone4")
-"""Those with a norm of the MLP's output, whose backward needs it (docs/how-it-works.md, section 1.3)."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from sparse_unsloth.costs.memory import Memory
 from sparse_unsloth.forecast.model import Model
-from sparse_unsloth.forecast.speed_table import Fitted
 from sparse_unsloth.forecast.tokens import TokenStatistics
+from sparse_unsloth.planning.fits import Fitted
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Estimate:
         recorded: a step of this training, sparse or dense, with `cuda_graphs`; None where a layer would not be
             captured, or no comparable step was measured.
         cuda_graphs: whether the recipe turns CUDA graphs on.
+        auto: rows or dense, and CUDA graphs or not, are what `auto` decides by this forecast.
     """
 
     model: Model
@@ -75,6 +76,7 @@ class Estimate:
     checkpointing: bool = True
     recorded: Step | None = None
     cuda_graphs: bool = False
+    auto: bool = False
 
     @property
     def row_sparse(self) -> bool:

@@ -1,4 +1,4 @@
-"""Fits step times to the table of measured steps (``benchmarks/results/speed.csv``) and stores them in the package.
+"""Fits step times to the table of measured steps (``benchmarks/results/speed.csv``), stored for `planning.fits`.
 
 Predictions are of the present code. Rows of ``rows-*`` with ``checkpointing`` False up to 2026-11-27 were measured with
 code that stored the inputs of O and MLP alone and computed the chosen rows again: they took less memory and more FLOPs
@@ -13,7 +13,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sparse_unsloth.bench.methods import LLAMA_3_8B, OURS, PLAIN, backend_of, sparsity_of, without_backend
@@ -22,12 +22,10 @@ from sparse_unsloth.bench.table import is_of_method
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
-from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.step_time import StepTime, fit, leave_one_out
-from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.forecast.work import Plan, Work, backward_rows_of, batch_work, logit_rows
+from sparse_unsloth.planning.fits import STORED, Errors, Fitted
+from sparse_unsloth.planning.step_time import fit, leave_one_out
+from sparse_unsloth.planning.work import MicroBatch, Plan, Work, backward_rows_of, batch_work, logit_rows
 
-STORED = Path(__file__).with_name("step_times.json")
 MODELS = {"llama8b": LLAMA_3_8B}
 """Sizes of measured models, by the name of the checkpoint's folder."""
 GRAPHED = tuple(method for method in OURS if method.endswith("-graphs"))
@@ -38,51 +36,6 @@ SAME_CODE = datetime.timedelta(days=1)
 """Rows of our own methods that are older than the newest one by more than this were measured on older code."""
 FEWEST = 4
 """The least number of rows for a fit, dense and sparse ones among them."""
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors of predictions by a fit to all other rows, relative to the measurement (0.05 is 5 %).
-
-    ``step`` is of step times, ``speedup`` of speed-ups over the dense baseline at the same shape; None without one.
-    ``memory`` is of the peak that `peak_memory` predicts, which is not fitted. ``recorded`` is of steps with
-    `cuda_graphs`, which the fit does not see; None where none were measured.
-    """
-
-    step_median: float
-    step_worst: float
-    speedup_median: float | None
-    speedup_worst: float | None
-    memory_median: float
-    memory_worst: float
-    recorded_median: float | None = None
-    recorded_worst: float | None = None
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Fitted step times of one GPU, backend and dtype, and their source.
-
-    Attributes:
-        device: the GPU's name.
-        backend: "unsloth" or "peft".
-        dtype: "4bit" or "bf16", of the base weights.
-        step_time: the fitted model.
-        errors: of predictions for rows that it was not fitted to.
-        rows: the number of fitted rows; ``newest`` the date of the newest run, ``commits`` the measured code.
-        smallest, largest: FLOPs of the measured steps; predictions beyond them extrapolate.
-    """
-
-    device: str
-    backend: str
-    dtype: str
-    step_time: StepTime
-    errors: Errors
-    rows: int
-    newest: str
-    commits: tuple[str, ...]
-    smallest: float
-    largest: float
 
 
 def usable_rows(rows: Iterable[Mapping]) -> list[dict]:
@@ -203,43 +156,6 @@ def _group(row: Mapping) -> tuple[str, str, str]:
 def save(fitted: list[Fitted], path: Path = STORED) -> None:
     """Writes the fits to the file that `load` reads."""
     path.write_text(json.dumps([asdict(one) for one in fitted], indent=2) + "\n", encoding="utf-8")
-
-
-def load(path: Path = STORED) -> list[Fitted]:
-    """Reads the fits of the package."""
-    return [
-        Fitted(
-            **one
-            | {
-                "step_time": StepTime(**one["step_time"]),
-                "errors": Errors(**one["errors"]),
-                "commits": tuple(one["commits"]),
-            }
-        )
-        for one in json.loads(path.read_text(encoding="utf-8"))
-    ]
-
-
-def choose(fitted: list[Fitted], backend: str, dtype: str, device: str | None = None) -> Fitted | None:
-    """Chooses the fit for a training: that of ``device`` if given, else the newest; None where nothing was measured.
-
-    Args:
-        device: a part of the GPU's name, in any case ("h200").
-
-    Raises:
-        ConfigError: no GPU with that name was measured.
-    """
-    if device is not None:
-        known = sorted({one.device for one in fitted})
-        fitted = [one for one in fitted if device.lower() in one.device.lower()]
-        if not fitted:
-            raise ConfigError(
-                f"--device {device}: no steps were measured on such a GPU; known are {', '.join(known) or 'none'}. "
-                "Measure yours with `sparse-unsloth bench --out mine.csv`, and give --speed-table mine.csv."
-            )
-    same = [one for one in fitted if one.backend == backend]
-    exact = [one for one in same if one.dtype == dtype]
-    return max(exact or same, key=lambda one: one.newest, default=None)
 
 
 def _errors(group: list[dict], predicted: list[float], peaks: list[float]) -> Errors:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import itertools
 import logging
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.data.ledger import drop_without_loss, no_loss
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.planning.work import PACKED, PADDED, PADDING_FREE, MicroBatch
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
 
@@ -28,30 +28,8 @@ if TYPE_CHECKING:
 
     from sparse_unsloth.training.recipe import Recipe
 
-PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
 PADDED_FAMILIES = ("gemma2", "gpt_oss")
 """Families whose batches Unsloth pads where nothing is said; all others it trains padding-free."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Tokens of one forward by role, and the lengths of its documents as attention computes them.
-
-    Attributes:
-        dense, context, padding: loss tokens, context tokens and padding tokens; together all rows.
-        loss: loss positions, a part of the loss tokens as a rule.
-        lengths: of documents; of whole sequences, with padding, where these are padded.
-    """
-
-    dense: int
-    context: int
-    padding: int
-    loss: int
-    lengths: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        return self.dense + self.context + self.padding
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ def read_tokens(
         if padding_free:
             trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
         batches = [
-            _roles(read_batch(batch), recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
+            _count(read_batch(batch), recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
             for batch in trainer.get_train_dataloader()
         ]
     packed = recipe.training.packing
@@ -245,9 +223,5 @@ def _documents(prepared: Dataset) -> Iterator[tuple[int, int]]:
             start += length
 
 
-def _roles(batch: Batch, dense_tokens: str, padding_masked: bool) -> MicroBatch:
-    """The roles of a batch, counted, and its documents' lengths as attention computes them."""
-    roles = TokenPartition.from_batch(batch, dense_tokens, padding_masked)
-    starts = batch.documents.starts.flatten().nonzero().flatten().tolist()
-    lengths = tuple(end - start for start, end in itertools.pairwise([*starts, batch.labels.numel()]))
-    return MicroBatch(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), lengths)
+def _count(batch: Batch, dense_tokens: str, padding_masked: bool) -> MicroBatch:
+    return MicroBatch.of(TokenPartition.from_batch(batch, dense_tokens, padding_masked), batch)

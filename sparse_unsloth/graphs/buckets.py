@@ -2,6 +2,7 @@
 
 Sequences grow by an eighth at most: by padding, or by one more document where documents are packed. Causal attention
 hides the new tokens from all others, and they have no labels, so loss and gradients of dense layers stay the same.
+Batches that are all as long as each other keep that length.
 """
 
 from __future__ import annotations
@@ -44,19 +45,21 @@ def _next(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def pad_length(batch: Batch, limit: int | None = None) -> Batch:
+def pad_length(batch: Batch, limit: int | None = None, repeated: bool = False) -> Batch:
     """``batch``, padded to a length bucket where every tensor of it is known to allow that; else unchanged.
 
     Args:
         batch: with ``input_ids`` and ``labels`` ``[batch, length]``; packed documents are one sequence with
             ``packed_seq_lengths``. The first tokens are repeated as padding.
         limit: the longest sequence that the model takes, if it is not packed.
+        repeated: whether the batch before was as long, as all batches of full sequences are: padded to a multiple of
+            `LEAST_STEP` alone then.
     """
     ids, packed = batch.input_ids, batch.packed_seq_lengths
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not _can_grow(batch, ids.shape):
         return batch
     rows, length = ids.shape
-    longer = round_up(length, LENGTHS)
+    longer = _next(length, LEAST_STEP) if repeated else round_up(length, LENGTHS)
     if packed is None and limit is not None:
         longer = max(min(longer, limit), length)
     extra = longer - length

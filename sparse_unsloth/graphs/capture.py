@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sparse_unsloth.errors import BackendError
 
+SHORT = 1 / 8
+"""Of the GPU's memory: if less is free, what PyTorch has cached is freed before a capture."""
+
 
 class GraphCapture:
     """Captures what functions launch as CUDA graphs, those of kept passes with a memory pool of their own.
@@ -37,6 +40,9 @@ class GraphCapture:
 
         Args:
             kept: whether this is a call of a kept pass.
+
+        Raises:
+            RuntimeError: something in ``function`` cannot be captured, or there is no memory. Nothing is left of it.
         """
         current = torch.cuda.current_stream()
         stream = self._streams.get(current.device_index)
@@ -44,20 +50,22 @@ class GraphCapture:
             stream = self._streams[current.device_index] = torch.cuda.Stream(current.device)
         if not self._alive[kept]:  # PyTorch releases a pool with its last graph
             self._pools[kept] = torch.cuda.graph_pool_handle()
-        if kept:  # a capture cannot take memory that PyTorch has cached, of which steps before left as much
+        free, total = torch.cuda.mem_get_info()
+        if kept or free < SHORT * total:  # a capture cannot take what PyTorch has cached; steps before left much of it
             torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self._pools[kept]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            # Other threads may use the GPU meanwhile: data loaders that pin memory, and autograd.
-            graph.capture_begin(pool=self._pools[kept], capture_error_mode="thread_local")
+            ended = False
             try:
+                # Other threads may use the GPU meanwhile: data loaders that pin memory, and autograd.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 outputs = list(function())
+                ended = True
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the function's own error is more useful
-                    graph.capture_end()
+                _end_failed(graph, pool, ended)
                 raise
-            graph.capture_end()
         self._alive[kept].add(graph)
         current.wait_stream(stream)
         graph.replay()
@@ -86,6 +94,33 @@ class GraphCapture:
     def kept_state(state: Any) -> Any:
         """The part of a call's ``state`` that replays need once the pass is captured: none."""
         return None
+
+
+def _end_failed(graph: torch.cuda.CUDAGraph, pool: Any, ended: bool) -> None:
+    """Ends a capture that failed, so that the stream, its allocator and its random numbers work as before.
+
+    Args:
+        ended: whether ``graph.capture_end`` was called, and failed.
+    """
+    try:
+        if not ended:
+            graph.capture_end()
+    except RuntimeError:  # the function's own error is more useful
+        ended = True
+    if not ended:
+        torch.cuda.synchronize()  # graphs that run may be deleted now
+        return
+    # PyTorch stops at CUDA's error, before it tells its allocator and its generator that the capture has ended.
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # it had told them
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    torch.cuda.synchronize()
+    empty = torch.cuda.CUDAGraph()
+    value = torch.zeros(1, device=device)
+    empty.capture_begin(capture_error_mode="thread_local")
+    value.zero_()
+    empty.capture_end()
 
 
 class _Memory:

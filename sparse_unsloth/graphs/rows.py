@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sparse_unsloth.graphs.layer import Attention, run_captured
-from sparse_unsloth.graphs.recorder import LayerCapture
+from sparse_unsloth.graphs.layer import Attention, GraphedPass, run_captured
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, pre_attention
 from sparse_unsloth.ops.stored_rows import post_attention_by_rows
 from sparse_unsloth.rows.choice import RowChoice
@@ -22,24 +21,25 @@ from sparse_unsloth.tokens.partition import TokenPartition
 def row_sparse_whole_layer(
     hidden_states: Tensor,
     plan: LayerPlan,
-    capture: LayerCapture,
+    graphed: GraphedPass,
     attention: Attention,
     tensors: Mapping[str, Tensor],
     partition: TokenPartition,
     share: float,
     chosen: TokenPartition,
-) -> Tensor:
-    """The layer's output ``[batch, sequence, hidden_size]``; zeros in a recompute, where it is unused.
+) -> Tensor | None:
+    """The layer's output ``[batch, sequence, hidden_size]``; zeros in a recompute, where it is unused; None uncaptured.
 
     Args:
         plan: computes every row densely.
-        capture, attention, tensors: as in `sparse_unsloth.graphs.layer.whole_layer`.
+        graphed, attention, tensors: as in `sparse_unsloth.graphs.layer.whole_layer`.
         partition: the token roles.
         share: the share of the context tokens that backward goes through.
         chosen: the chosen rows alone, see `RowChoice.as_partition`.
     """
-    all_rows, chosen_rows = (RowOrder(capture.static_partition(rows), False) for rows in (plan.mlp.partition, chosen))
-    roles = capture.static_partition(partition)
+    fixed = graphed.capture.static_partition
+    all_rows, chosen_rows = (RowOrder(fixed(rows), False) for rows in (plan.mlp.partition, chosen))
+    roles = fixed(partition)
     static = replace(plan, attention=all_rows, mlp=all_rows)
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -48,4 +48,4 @@ def row_sparse_whole_layer(
         attention_output = attention(x, projected, tensors)
         return post_attention_by_rows(attention_output, residual, trained, RowChoice(roles, share), chosen_rows)
 
-    return run_captured(plan, capture, compute, hidden_states, tensors)
+    return run_captured(plan, graphed, compute, hidden_states, tensors)

@@ -33,10 +33,18 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != NO_GRAPH_TASK
 
 
-def in_checkpoint() -> bool:
-    """Whether a function runs, or runs again, inside non-reentrant checkpointing; PyTorch before 2.8 tells False."""
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs now may be followed by a second one (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def checkpoint_hook() -> Callable | None:
+    """What packs saved tensors where a function runs, or runs again, inside non-reentrant checkpointing; else None.
+
+    Each checkpoint has its own. PyTorch before 2.8 does not tell: None.
+    """
     hooks = _saving_hooks()
-    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    return hooks[0] if hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__ else None
 
 
 def keeps_saved_tensors() -> bool:

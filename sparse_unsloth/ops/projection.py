@@ -38,6 +38,15 @@ class BaseWeight:
     def device(self) -> torch.device:
         return self.weight.device
 
+    def tensors(self) -> list[Tensor]:
+        """All that kernels read of it: the weight, the bias, and what a 4-bit weight is scaled by."""
+        state, found = self.quant_state, [self.weight]
+        if state is not None:
+            found += state.absmax, state.code
+            if state.nested:
+                found += state.offset, state.state2.absmax, state.state2.code
+        return found if self.bias is None else [*found, self.bias]
+
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The whole weight, ``[out_features, in_features]`` in ``dtype``; of a 4-bit weight always a new tensor.
 

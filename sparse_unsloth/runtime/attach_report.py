@@ -38,6 +38,7 @@ class AttachReport:
         whole_layers: how many layers run as whole layers, proved in a probe forward.
         captured_layers: how many of them CUDA graphs will hold (`SparsityConfig.cuda_graphs`).
         not_whole, not_captured: ``(reason, number of layers)`` of the other candidates. They compute the same, slower.
+        auto: the rest is decided when training begins.
         left_out: decoder layers without a sparse path, by name: what each lacks.
     """
 
@@ -51,6 +52,7 @@ class AttachReport:
     not_whole: tuple[tuple[str, int], ...] = ()
     not_captured: tuple[tuple[str, int], ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    auto: bool = False
 
     @property
     def num_sparse(self) -> int:
@@ -65,10 +67,14 @@ class AttachReport:
         lines = [
             f"sparse_unsloth: {self.num_sparse} of {self.num_layers} layers sparse on context tokens ({self.backend})"
         ]
+        if self.auto:
+            lines = [
+                f"sparse_unsloth: {self.num_layers} layers attached ({self.backend}); auto decides when training begins"
+            ]
         if self.row_layers:
             lines.append(f"  exact forward; backward through {self.backward_rows:.3g} of the context tokens in each")
         alike = _runs((layer.name, replace(layer, name="")) for layer in self.layers)
-        for first, last, layer in () if self.row_layers else alike:
+        for first, last, layer in () if self.row_layers or self.auto else alike:
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
             mlp = _kept(layer.mlp, layer.mlp_channels)
             attention = _kept(layer.self_attn, layer.key_channels)
@@ -145,6 +151,7 @@ def report(state: SparsityState, exact_removal: str) -> AttachReport:
         state.config.backward_rows,
         row_layers=len(state.runtimes) if state.row_sparse else 0,
         left_out=left_out_layers(state.stack, state.layers),
+        auto=state.auto is not None,
         whole_layers=sum(not runtime.not_whole for runtime in forwards),
         captured_layers=len(captured),
         not_whole=reasons(forwards, "not_whole"),

@@ -10,7 +10,7 @@ gradients stay the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import nn
@@ -103,22 +103,36 @@ class CheckpointPlanner:
         Args:
             of: it must keep as many layers as a forward of so many tokens; None: it may checkpoint all that it can.
         """
-        kept, _, fits = self._choose(_every_token_bears_loss(tokens), 0.0, held)
-        if not fits or of is None:
-            return fits
+        kept, _, spare = self._choose(_every_token_bears_loss(tokens), 0.0, held)
+        if spare < 0 or of is None:
+            return spare >= 0
         return len(kept) >= len(self._choose(_every_token_bears_loss(of), 0.0, held)[0])
 
-    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], set[int], bool]:
-        """What to keep of the layers that are checkpointed, and whether the forward fits with none of them kept.
+    def forecast(self, partition: TokenPartition, scale: float) -> tuple[int, float]:
+        """How many layers would keep activations in such a forward, and the bytes at its peak; arguments as `plan`.
+
+        Of several devices the one with the least room counts.
+        """
+        kept, _, spare = self._choose(partition, scale, 0)
+        return len(kept), self.budget - spare
+
+    @property
+    def budget(self) -> float:
+        """Bytes that training may use of a device; of several the smallest number."""
+        return min(self._budgets.values())
+
+    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], set[int], float]:
+        """What to keep of the layers that are checkpointed.
 
         Returns:
-            The layers that keep activations, those of them that keep all, and whether it fits.
+            The layers that keep activations, those of them that keep all, and the bytes that are left on the device
+            with the least room; below 0 the forward does not fit with no layer kept either.
         """
         managed, rows = self._managed(), partition.shape[0] * partition.shape[1]
         needs = {layer.index: self._needs(layer.index, partition, rows, scale) for layer in self._layers}
         kept: set[int] = set()
         stored: set[int] = set()
-        fits = True
+        spare = inf
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
             others = [
@@ -128,11 +142,12 @@ class CheckpointPlanner:
             ]
             room = budget - held - allocated(device) - self._future_bytes - sum(others)
             room -= self._other_bytes(partition, rows, len(here) + len(others))
-            fits = fits and room >= 0
             fit, room = _within(room, {index: needs[index][0] for index in here})
             kept |= fit
-            stored |= _within(room, {index: needs[index][-1] - needs[index][0] for index in fit})[0]
-        return kept, stored, fits
+            every, room = _within(room, {index: needs[index][-1] - needs[index][0] for index in fit})
+            stored |= every
+            spare = min(spare, room)
+        return kept, stored, spare
 
     def restore(self) -> None:
         """Restores every layer's own flag."""

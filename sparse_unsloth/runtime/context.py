@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.packed_attention import Packing
+from sparse_unsloth.graphs.passes import CapturedForward
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.ops.mlp import MlpMemo
 from sparse_unsloth.ops.projection import Projection
@@ -55,11 +57,13 @@ class LayerMemo(MlpMemo):
         rows: the rows that its backward pass goes through.
         projections: as the first forward read them, for a whole layer.
         captured: the first forward was captured or replayed, so its recompute is, too.
+        joined: a checkpoint holds this layer and a neighbour, so that recomputes read this one's output.
     """
 
     rows: RowChoice | None = None
     projections: list[Projection] | None = None
     captured: bool = False
+    joined: bool = False
 
 
 class SparseContext:
@@ -77,7 +81,10 @@ class SparseContext:
         prefill: a forward outside training with sparse prompts (`sparse_unsloth.runtime.prefill`).
         observation: where `explain` observes this forward.
         paused: parts that stay dense because their scores were not finite (`sparse_unsloth.channels.score_watch`).
+        dense: nothing is left out in this forward, whatever is configured; it is open for CUDA graphs alone.
         graphs: captures and replays the layers of this forward; None: they run without CUDA graphs.
+        captures: this forward, among those that `graphs` captured; None without.
+        checkpoint: the `checkpoint_hook` of the last layer that ran.
         split: sequences are split over several GPUs (context parallelism), and attention communicates.
         packing: the documents of a packed sequence, where the batch gives their lengths.
         padded: the batch's shape and length before, where it was padded to a length bucket.
@@ -104,7 +111,10 @@ class SparseContext:
         self.probe = False
         self.prefill = False
         self.observation: Observation | None = None
+        self.dense = False
         self.graphs: GraphCache | None = None
+        self.captures: CapturedForward | None = None
+        self.checkpoint: weakref.ref[Callable] | None = None
         self.split = False
         self.packing: Packing | None = None
         self.padded: tuple[torch.Size, int] | None = None

@@ -21,6 +21,7 @@ from sparse_unsloth.graphs.packed_attention import packing_of
 from sparse_unsloth.graphs.recorder import MAX_KEYS
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.runtime.adapter_changes import why_dense
+from sparse_unsloth.runtime.auto import before_forward
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward
 from sparse_unsloth.runtime.metrics import notice_nonfinite_scores
@@ -67,11 +68,13 @@ def enter_forward(
         SparsityError: a training forward with a schedule that nothing drives.
         EstimatorError: the estimator still waits for calibration samples.
     """
+    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
+    if state.auto is not None and model.training:
+        before_forward(state, {**named, **kwargs})
     if not (model.training or state.sparse_prefill) or not (
-        state.runtimes or state.last_layer or state.dense_with_graphs
+        state.runtimes or state.last_layer or state.dense_with_graphs or state.planner
     ):
         return None
-    named = inspect.signature(type(model).forward).bind_partial(model, *args).arguments if args else {}
     given = batch = read_batch({**named, **kwargs})
     if state.graphs is not None and not args:
         batch = pad_to_bucket(state, model, given)
@@ -170,7 +173,7 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
         _leave_out_for_split_rows(state)
     loss_only = state.last_layer is not None and loss_is_fused(model, batch)
     graphs = state.graphs is not None and not batch.is_context_parallel
-    if not (state.runtimes or loss_only or (state.dense_with_graphs and graphs)):
+    if not (state.runtimes or loss_only or state.planner or (state.dense_with_graphs and graphs)):
         return None
     decision = _decide(state, batch, roles_of(state, batch), graphs)
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
@@ -224,13 +227,13 @@ def _decide(
 
     Returns:
         The roles by which layers compute, the share of the configured sparsity, and parts that are dense all the same.
+        For captures of a forward that leaves nothing out every row is dense.
     """
-    dense_with_graphs = state.dense_with_graphs and graphs
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
     state.counts.context_tokens += partition.num_context
     state.counts.dense_tokens += partition.num_dense
-    if graphs and not dense_with_graphs:
+    if graphs and not state.dense_with_graphs:
         partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
     if scale > 0 and not state.context_seen:
         state.context_seen = partition.num_context > 0
@@ -247,7 +250,7 @@ def _decide(
         notice_nonfinite_scores(state)
         paused = state.watch.pause()
         state.paused_in_step |= paused
-    elif dense_with_graphs:
+    elif graphs:
         partition, scale = every_row_dense(partition), 1.0
     elif state.last_layer is None:
         return None
@@ -265,7 +268,9 @@ def _context_of(
 ) -> SparseContext:
     """The context by which the layers of this forward compute, with all that checks, observes or captures them."""
     context = SparseContext(partition, scale, loss_only and enough_unused_rows(partition), paused)
-    if scale > 0 and state.runtimes and torch.is_grad_enabled():
+    context.dense = not partition.num_context
+    sparse = scale > 0 and not context.dense
+    if sparse and state.runtimes and torch.is_grad_enabled():
         if not state.gradients_seen and state.first_backward is None:
             state.first_backward = context.first_backward = FirstBackward(
                 [(runtime.layer, runtime.sparsity) for runtime in state.runtimes.values()], state.row_sparse
@@ -275,7 +280,7 @@ def _context_of(
             context.loss_rows = state.loss_rows
     graphs = graphs and scale > 0
     context.split, context.packing = batch.is_context_parallel, packing_of(batch)
-    channel_sparse = scale > 0 and not (state.row_sparse or state.dense_with_graphs)
+    channel_sparse = sparse and not state.row_sparse
     if channel_sparse and state.observer.should_observe(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, batch)
     elif graphs:
@@ -299,15 +304,19 @@ def _use_graphs(state: SparsityState, context: SparseContext) -> None:
     """Lets the layers of this forward replay their graphs, or be captured, where its batch signature allows it."""
     if state.graphs.recaptures_too_often:
         state.warn_once(
-            "cuda_graphs: weights change their addresses in every step (offloading, sharding), or forwards come "
-            "without a backward through all layers, so nothing is captured any more. Set cuda_graphs: false, or keep "
-            "the model on the GPU."
+            "cuda_graphs: weights change their addresses in every step (offloading, sharding, adapters that take "
+            "turns), or forwards come without a backward through all layers, so nothing is captured any more. Set "
+            "cuda_graphs: false, or keep the model on the GPU."
+        )
+    elif state.graphs.awaits_backward:
+        state.warn_once(
+            "cuda_graphs: a forward came before the backward of the one before it, which its graphs would overwrite, "
+            "so it runs without them, with the same result. Such forwards replay graphs if backward comes after each."
         )
     elif state.graphs.should_replay(context.batch_key):
-        context.graphs = state.graphs
-        state.graphs.begin_forward(context)
+        context.graphs, context.captures = state.graphs, state.graphs.begin_forward()
         if state.planner is not None and state.graphs.kept_memory:  # which this forward uses
-            state.planner.plan(context.partition, context.scale)
+            state.planner.plan(context.partition, 0.0 if context.dense else context.scale)
     elif state.graphs.full:
         state.warn_once(
             f"cuda_graphs: {MAX_KEYS} batch signatures are captured (the shape of a micro-batch, and how many tokens "
@@ -333,9 +342,9 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     installed = sum(not runtime.not_whole for runtime in state.whole_forwards)
     if context.scale > 0 and installed and not (context.whole or context.probe):
         state.warn_once(
-            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need the norms' "
-            "dtype for their hidden states (under autocast too), contiguous ones, no cache, no output_attentions, and "
-            "one active, unmerged adapter."
+            f"{installed} layers can run as a whole, but ran part by part: correct, and slower. They need training "
+            "mode (model.train()), the norms' dtype for their hidden states (under autocast too), contiguous ones, no "
+            "cache, no output_attentions, and one active, unmerged adapter."
         )
     if context.graphs is not None and context.graphs.unused:
         state.warn_once(
@@ -388,10 +397,11 @@ def _observe(state: SparsityState, partition: TokenPartition, batch: Batch) -> O
 
 def pad_to_bucket(state: SparsityState, model: nn.Module, batch: Batch) -> Batch:
     """``batch``, padded to a length bucket where layers may be captured and only the fused loss reads the result."""
-    idle = state.driver is not None and state.scale <= 0 and not state.dense_with_graphs
-    if not model.training or idle or not loss_is_fused(model, batch):
+    if not model.training or not loss_is_fused(model, batch):
         return batch
-    return pad_length(batch, getattr(model, "max_seq_length", None))
+    shape = getattr(batch.input_ids, "shape", None)
+    repeated, state.last_shape = shape == state.last_shape, shape
+    return pad_length(batch, getattr(model, "max_seq_length", None), repeated)
 
 
 def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:

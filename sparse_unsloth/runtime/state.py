@@ -27,6 +27,7 @@ from sparse_unsloth.layer.fast import FastLayer
 from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.planning.progress import AutoPlan
 from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import ForwardCounts, SparseContext, runs_twice
@@ -81,8 +82,10 @@ class SparsityState:
         proved_adapters, seen_adapters, adapter_problem: see `adapter_changes`.
         inside: whether a forward of the model is running.
         driver: what sets the step (the callback, say); None outside training.
-        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without.
+        graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
+            batch that captured layers may run on.
         planner: decides which layers are checkpointed (`SparsityConfig.memory_budget`); None without.
+        auto: the plan of preset `auto`; None where the configuration decided all.
         estimator, selector: None until they are built (calibrated kinds may wait for the trainer's data).
         shared: whether every process has the estimator of rank 0.
         stack: every decoder layer by name, also those without a sparse path.
@@ -124,30 +127,28 @@ class SparsityState:
         self.proved_adapters: list[Any] = []
         self.seen_adapters: list[Any] = []
         self.adapter_problem = ""
-        self.inside = False
+        self.inside = self.sparse_prefill = self.shared = self.gradients_seen = self._verified = False
         self.driver: object | None = None
-        self.sparse_prefill = False
         self.prefill_handles: list[RemovableHandle] = []
         self.adapter_folder: Path | None = None
         self.observer = Observer(config.explain_steps)
         self.estimator: Estimator | None = None
         self.selector: ChannelSelector | None = None
         self.planner: CheckpointPlanner | None = None
+        self.auto: AutoPlan | None = None
         self.watch = ScoreWatch()
         self.graphs: GraphCache | None = None
-        self.shared = False
+        self.last_shape: torch.Size | None = None
         self.hooked: list[nn.Module] = []
         self.handles: list[Any] = []
         self.stack = decoder_stack(model, layers)
         self.loss_rows = LossRows(model, self.stack, self.warn_once)
         self.first_backward: FirstBackward | None = None
-        self.gradients_seen = False
         self.context_seen: bool | None = None
         self.ran: set[tuple[int, str]] = set()
         self.scale = 0.0
         self.step: int | None = None
         self._max_steps = 0
-        self._verified = False
         self.sparse_forwards_in_step = 0
         self.paused_in_step: set[tuple[int, str]] = set()
         self.warned: set[str] = set()
@@ -297,8 +298,8 @@ class SparsityState:
         if missing:
             raise AttachError(
                 f"{len(missing)} of {len(expected)} hooked parts did not run sparsely in a training step that had "
-                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after "
-                "attach(), or does not call it. Attach last."
+                f"context tokens: {self.name_parts(missing)}. Something replaced their forward after attach(), does "
+                "not call it, or left the layers in evaluation mode. Attach last, and call model.train()."
             )
         self._verified = True
 
@@ -311,6 +312,8 @@ class SparsityState:
         if self.graphs is not None:
             self.graphs.clear()
         self.driver, self.scale, self.step = None, 0.0, None
+        if self.auto is not None:  # the next training is planned anew
+            self.auto.decision = self.auto.watch = self.auto.micro_batches = None
 
     def warn_once(self, message: str) -> None:
         """Warns on the main process, once for each message."""
@@ -356,9 +359,14 @@ class LayerRuntime:
     def is_sparse(self, part: str) -> bool:
         """Whether ``part`` ("mlp" or "self_attn") selects channels in the forward that runs now."""
         context = self.context
-        if context is None or context.scale <= 0 or getattr(self.sparsity, part) <= 0:
+        if context is None or context.scale <= 0 or context.dense or getattr(self.sparsity, part) <= 0:
             return False
         return not context.paused or (self.layer.index, part) not in context.paused
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether backward goes through chosen rows of this layer as a whole, in the forward that runs now."""
+        return self.state.row_sparse and not self.context.dense
 
     def row_choice(self, module: nn.Module, rows: Tensor) -> RowChoice | None:
         """The row choice of this layer's backward pass; None where ``module``'s own function runs unchanged.
@@ -367,7 +375,7 @@ class LayerRuntime:
             AttachError: see `check_rows`.
         """
         context = self.context
-        if context is None or context.scale <= 0 or not (self.state.row_sparse and module.training):
+        if context is None or context.scale <= 0 or not (self.by_rows and module.training):
             return None
         self.check_rows(module, rows)
         return context.row_choice(self.layer.index, self.state.config.backward_rows)
@@ -453,13 +461,16 @@ class LayerRuntime:
         if (self.layer.index, part) in self.context.ran and not (in_backward() or whole):
             raise runs_twice(f"{self.layer.name}.{part}")
         self.context.ran.add((self.layer.index, part))
-        row_sparse = self.state.row_sparse and self.layer.index in self.state.runtimes
+        row_sparse = self.by_rows and self.layer.index in self.state.runtimes
         if torch.is_grad_enabled() and (row_sparse or self.is_sparse(part)):
             self.state.ran.add((self.layer.index, part))
 
     def skips_unused_output(self, context: SparseContext) -> bool:
         """Whether a recompute of this layer skips the MLP's output, which is unused (`exact_removal`)."""
-        rows = self.state.row_sparse or context.memo(self.layer.index).with_gradients is False
+        memo = context.memo(self.layer.index)
+        if memo.joined:
+            return False
+        rows = self.state.row_sparse or memo.with_gradients is False
         ran, whole = (self.layer.index, "mlp") in context.ran, self.fast is not None and not self.not_whole
         return rows and ran and self.state.config.exact_removal and (whole or self.layer.adds_mlp_output)
 

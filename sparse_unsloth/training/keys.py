@@ -50,7 +50,11 @@ def recipe_keys() -> dict[str, Key]:
     """Returns every key that a recipe may hold, by name; imports TRL, which takes seconds."""
     keys = {"backend": Key("backend", Literal[BACKENDS], "auto", "What runs the model.", "sparse_unsloth")}
     keys["sparsity"] = Key(
-        "sparsity", Any, None, "A preset (rows, o1, o2, dense), a file, or a block of SparsityConfig.", "sparse_unsloth"
+        "sparsity",
+        Any,
+        "auto",
+        "A preset (auto, rows, o1, o2, dense), a file, or a block of SparsityConfig.",
+        "sparse_unsloth",
     )
     keys["extends"] = Key(
         "extends", str, None, "A recipe (a file beside this one, or a shipped one) whose keys this one changes.", "-"

@@ -74,7 +74,7 @@ class Recipe:
         """Returns its keys as plain data, with every field of the sparsity configuration."""
         resolved = {key: value for key, value in self.given.items() if key not in UNSAVED}
         resolved |= {"backend": self.backend, "output_dir": self.training.output_dir}
-        resolved["sparsity"] = self.sparsity.model_dump(mode="json")
+        resolved["sparsity"] = self.sparsity.as_dict()
         if self.rank is not None:
             resolved["rank"] = vars(self.rank)
         return resolved
@@ -144,7 +144,7 @@ def _build(document: Document) -> Recipe:
             except RecipeError as error:
                 problems.append(f"{place}: {error}")
     _adopt_adapter(document, values)
-    sparsity = _sparsity(document, values.pop("sparsity", None))
+    sparsity = _sparsity(document, values.pop("sparsity", "auto"))
     sparsity = _apply_peft(document, values, sparsity)
     rank = _rank(document, values.pop("rank", None))
     for needed in ("model_name_or_path", "dataset_name"):
@@ -189,6 +189,8 @@ def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityCo
         return sparsity
     if not (sparsity.mlp or sparsity.self_attn or sparsity.preset or sparsity.row_sparse):
         return sparsity
+    if sparsity.is_auto:
+        return SparsityConfig(preset="dense")
     logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 

@@ -377,7 +377,7 @@ def _check_context_exists(recipe: Recipe, columns: list[str]) -> None:
         DataError: context tokens cannot be told from loss tokens.
     """
     training, sparsity = recipe.training, recipe.sparsity
-    asked = sparsity.row_sparse or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense")
+    asked = sparsity.row_sparse or sparsity.mlp or sparsity.self_attn or sparsity.preset not in (None, "dense", "auto")
     masked = training.assistant_only_loss or ("completion" in columns and training.completion_only_loss is not False)
     masked = masked or bool({"labels", "completion_mask", "assistant_masks"} & set(columns))
     if training.completion_only_loss and not masked:

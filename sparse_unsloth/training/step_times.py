@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sparse_unsloth.config.sparsity import SparsityConfig
+from sparse_unsloth.runtime.state import get_state
 from sparse_unsloth.utils.distributed import world_size
 
 try:
@@ -51,7 +52,7 @@ class StepTimer(TrainerCallback, ExportableState):
     those of the whole run, without interruptions and without steps that were lost in them.
 
     Args:
-        sparsity: decides which steps count as sparse.
+        sparsity: decides which steps count as sparse, where no attached model is trained.
         num_layers: the model's number of layers, for the layer rules.
 
     Attributes:
@@ -64,8 +65,7 @@ class StepTimer(TrainerCallback, ExportableState):
         self.setup_seconds = 0.0
         self.begins: Callable[[], None] = lambda: None
         self.data: str | None = None
-        self._schedule = sparsity.schedule
-        self._any_sparse = sparsity.is_sparse(num_layers)
+        self._sparsity, self._num_layers = sparsity, num_layers
         self._created = self._begun = time.perf_counter()
         self._first = True
         self._trainer: Trainer | None = None
@@ -137,11 +137,13 @@ class StepTimer(TrainerCallback, ExportableState):
             )
             self.times.starts.append(len(self.times.seconds))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         self.times.seconds.append(now() - self._begun)
+        attached = get_state(model)
+        sparsity = self._sparsity if attached is None else attached.config  # what `auto` decided
         # global_step counts this step already.
-        scale = self._schedule.scale(state.global_step - 1, state.max_steps)
-        self.times.sparse.append(self._any_sparse and scale > 0)
+        scale = sparsity.schedule.scale(state.global_step - 1, state.max_steps)
+        self.times.sparse.append(sparsity.is_sparse(self._num_layers) and scale > 0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         earlier = self._before.get("train_seconds")

@@ -21,7 +21,7 @@ from sparse_unsloth.cli import main
 from sparse_unsloth.cli.calibrate import divide
 from sparse_unsloth.config.layer_rules import LayerSparsity
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.errors import AttachError, CalibrationError, EstimatorError
+from sparse_unsloth.errors import AttachError, CalibrationError, ConfigError, EstimatorError
 
 from tiny_models import always, make_base, make_batch, make_lora, pack_nf4
 
@@ -335,19 +335,21 @@ def test_report_and_recipe_in_files(tmp_path):
     assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
 
 
-def test_auto_calibrates_in_get_peft_model(capsys):
+def test_calibrated_calibrates_in_get_peft_model(capsys):
     from sparse_unsloth import FastSparseLanguageModel
 
     options = {"r": 4, "use_gradient_checkpointing": False}
     model = FastSparseLanguageModel.get_peft_model(
-        make_base("qwen3"), sparsity="auto", calibration_samples=batches(), **options
+        make_base("qwen3"), sparsity="calibrated", calibration_samples=batches(), **options
     )
     state = get_state(model)
     assert any(map(any, state.layer_sparsity))
     assert state.selector is not None
     assert "of their dense frozen-weight matmuls" in capsys.readouterr().out
     with pytest.raises(CalibrationError, match="needs calibration_samples"):
-        FastSparseLanguageModel.get_peft_model(make_base(), sparsity="auto", **options)
+        FastSparseLanguageModel.get_peft_model(make_base(), sparsity="calibrated", **options)
+    with pytest.raises(ConfigError, match=r"'auto' was renamed: .* Set sparsity='calibrated'"):
+        FastSparseLanguageModel.get_peft_model(make_base(), calibration_samples=batches(), **options)
 
 
 # -- Bad input --------------------------------------------------------------------------------------------------------

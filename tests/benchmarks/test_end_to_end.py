@@ -152,6 +152,7 @@ def test_an_arm_changes_only_what_it_means():
                                    ("stock", "padded", "graphs", "kept"))  # fmt: skip
     assert (entry.ours, stock.ours) == (True, False)
     assert entry.sparsity == {"preset": "dense", "cuda_graphs": torch.cuda.is_available()}
+    assert runs.entry_of("ours-auto", "unsloth").sparsity == {"preset": "auto"}
     assert (dict(entry.arm.lora), dict(stock.arm.lora)) == ({"use_gradient_checkpointing": False}, {})
     assert dict(kept.arm.lora) == {"checkpoint_skip_layers": "max"}
     assert (dict(graphs.arm.env), dict(padded.arm.env)) == ({"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}, {})
@@ -161,7 +162,6 @@ def test_an_arm_changes_only_what_it_means():
     assert of["padded"] == of["graphs"] == of["stock"] | {"padding_free": False}
     assert of["ours"] == of["stock"] | {"gradient_checkpointing": False}
     for name, backend, why in (
-        ("ours-auto", "unsloth", "no sparsity='auto' yet"),
         ("unsloth-quick", "unsloth", "no arm quick"),
         ("unsloth-stock", "peft", "no arm unsloth-stock with --backend peft"),
         ("peft", "unsloth", "no arm peft with --backend unsloth"),

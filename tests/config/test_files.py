@@ -128,7 +128,8 @@ def test_from_any(tmp_path):
     assert SparsityConfig.from_any(tmp_path / "c.yaml") == config
     assert SparsityConfig.from_any({"preset": "o2", "mlp": {0: 0.5}}) == config
     assert error_of(SparsityConfig.from_any, "dens") == (
-        "sparsity configuration: 'dens' is neither a preset (dense, rows, o1, o2) nor a file; did you mean 'dense'?"
+        "sparsity configuration: 'dens' is neither a preset (auto, dense, rows, o1, o2) nor a file; "
+        "did you mean 'dense'?"
     )
     assert error_of(SparsityConfig.from_any, "no/such.yaml") == "no/such.yaml: no such file"
     assert error_of(SparsityConfig.from_any, 0.9) == (

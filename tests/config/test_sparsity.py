@@ -116,8 +116,16 @@ REFUSED = [
     ({"mlp": {5: 0.5, "05": 0.4}}, "mlp: must name each rule once; twice: 5, given {5: 0.5, '05': 0.4}"),
     ({"mlp": 0.9}, "mlp: must be a mapping of layers to shares, such as {'3-30': 0.99}, given 0.9"),
     ({"mlp": None}, "mlp: must be a mapping of layers to shares, such as {'3-30': 0.99}, given None"),
-    ({"preset": "o3"}, "preset: must be 'dense', 'o1', 'o2' or 'rows', given 'o3'"),
-    ({"preset": "denes"}, "preset: must be 'dense', 'o1', 'o2' or 'rows', given 'denes'; did you mean 'dense'?"),
+    ({"preset": "o3"}, "preset: must be 'auto', 'dense', 'o1', 'o2' or 'rows', given 'o3'"),
+    (
+        {"preset": "denes"},
+        "preset: must be 'auto', 'dense', 'o1', 'o2' or 'rows', given 'denes'; did you mean 'dense'?",
+    ),
+    (
+        {"preset": "auto", "mlp": {"all": 0.5}},
+        "mlp: cannot be combined with preset auto, which leaves out no channels; leave the preset out, given "
+        "{'all': 0.5}",
+    ),
     (
         {"criterion": "wnada"},
         "criterion: must be 'estimator', 'oracle', 'wanda', 'magnitude' or 'random', given 'wnada'; "

@@ -13,12 +13,10 @@ from sparse_unsloth.cli.arguments import parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError, SparsityError
-from sparse_unsloth.forecast import graphs
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
-from sparse_unsloth.forecast.speed_table import load
-from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.planning.fits import load
 from sparse_unsloth.training.recipe import load_recipe
 
 from flops import counter
@@ -368,14 +366,16 @@ def test_steps_that_cannot_be_captured_as_a_whole(recipe, changes):
     assert "The times are those without cuda_graphs" in advise(result)
 
 
-def test_captured_rows_are_padded_to_buckets():
-    batch = MicroBatch(40, 200, 10, 40, (125, 125))
-    padded = graphs.padded_to_bucket(batch, "padded")
-    assert (padded.lengths, padded.rows, padded.dense, padded.context) == ((128, 128), 256, 40, 200)
-    assert graphs.padded_to_bucket(padded, "padded") == padded
-    flat = graphs.padded_to_bucket(replace(batch, context=210, padding=0, lengths=(200, 50)), "padding-free")
-    assert (flat.lengths, flat.padding, flat.rows) == ((200, 50, 6), 6, 256)
-    assert graphs.padded_to_bucket(flat, "packed") == flat
+def test_auto_is_estimated_as_it_would_decide(recipe):
+    prompts = {"sparsity": "auto", "rows": questions([(40, 1)] * 5)}
+    by_rows = estimate(load_recipe(recipe(**prompts)))
+    assert (by_rows.auto, by_rows.backward_rows) == (True, 0.25)
+    assert "auto would choose backward_rows: 0.25 and no CUDA graphs" in advise(by_rows)
+    exact = estimate(load_recipe(recipe(sparsity="auto", rows=questions([(1, 40)] * 5))))
+    assert (exact.sparse, exact.backward_rows) == (None, 1.0)
+    assert "auto trains exactly" in advise(exact)
+    on_gpu = estimate(of_gpu(recipe, sparsity="auto", rows=LONG, **CAPTURED))
+    assert (on_gpu.cuda_graphs, on_gpu.dense_as_trained) == (True, on_gpu.recorded)
 
 
 def test_command_prints_text_and_json(recipe, capsys):

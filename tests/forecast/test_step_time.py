@@ -13,21 +13,17 @@ from sparse_unsloth.bench.shapes import HOST, SHAPES
 from sparse_unsloth.bench.table import append_rows, read_rows
 from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.forecast.graphs import padded_to_bucket
 from sparse_unsloth.forecast.speed_table import (
-    STORED,
-    choose,
     fit_table,
-    load,
     memory_of_row,
     plan_of_row,
     save,
     usable_rows,
     work_of_row,
 )
-from sparse_unsloth.forecast.step_time import GRAPHS_HOST, StepTime, fit
-from sparse_unsloth.forecast.tokens import MicroBatch
-from sparse_unsloth.forecast.work import Work, batch_work
+from sparse_unsloth.planning.fits import STORED, choose, load
+from sparse_unsloth.planning.step_time import GRAPHS_HOST, StepTime, fit
+from sparse_unsloth.planning.work import MicroBatch, Work, batch_work
 from sparse_unsloth.tokens.partition import TokenPartition
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +113,7 @@ def test_captured_steps_of_all_lengths_are_as_measured(layout, count, monkeypatc
         plan, _, removal = plan_of_row(row("wizardlm", method, 0.0), LLAMA_3_8B)
         works = [
             batch_work(
-                plan, padded_to_bucket(micro_batch(batch), "padded" if layout == "padded" else "padding-free"), removal
+                plan, micro_batch(batch).padded_to_bucket("padded" if layout == "padded" else "padding-free"), removal
             )
             for batch in make_batches(layout, 4, count, LLAMA_3_8B.vocab_size)
         ]
@@ -210,8 +206,8 @@ def test_saved_fits_read_back(tmp_path):
 
 def test_stored_fits_are_of_the_kind_that_is_shipped():
     packaging = (ROOT / "pyproject.toml").read_text()
-    assert f'"sparse_unsloth.forecast" = ["{STORED.name}"]' in packaging
-    assert '"sparse_unsloth.forecast"' in packaging.partition("packages = ")[2].splitlines()[0]
+    assert f'"sparse_unsloth.planning" = ["{STORED.name}"]' in packaging
+    assert '"sparse_unsloth.planning"' in packaging.partition("packages = ")[2].splitlines()[0]
 
 
 def script(monkeypatch):

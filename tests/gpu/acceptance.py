@@ -4,16 +4,16 @@
 
 The six families of Unsloth's fast path, three of its compiled path, and twice as many with the PEFT backend, as small
 random models, in 16 and 4 bits, with each kind of gradient checkpointing, padded, padding-free and packed, and one pass
-of a random Llama-3-8B; dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`). Each
-family runs in a process of its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md`` and
-``.jsonl``, with ``--backend peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
+of a random Llama-3-8B; dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`).
+Of dtypes, checkpointing and layouts every other combination is tried, and all with --full, which takes twice as long.
+Each family runs in a process of its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md``
+and ``.jsonl``, with ``--backend peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth.bench.families import COMPILED, families_of, write_models
-from sparse_unsloth.bench.trial import MODES, TRIED, Trial, parse
+from sparse_unsloth.bench.trial import MODES, Trial, combinations, parse
 from sparse_unsloth.utils.environment import version_of
 
 PROMISED = families_of("unsloth")
@@ -150,7 +150,7 @@ def table(outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list
 def count_trials(words: list[str]) -> int:
     """How many trials a process makes, if all of its plain models run."""
     args = parse(words)
-    return math.prod(len(getattr(args, name)) + (name == "modes") for name in TRIED)  # and the plain model
+    return len(combinations(args)) * len(args.families) * (len(args.modes) + 1)  # and the plain model
 
 
 def start(name: str, words: list[str], folder: Path) -> subprocess.Popen:
@@ -201,6 +201,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/acceptance"))
     parser.add_argument("--backend", choices=("unsloth", "peft", "both"), default="both")
     parser.add_argument("--no-large", action="store_true", help="without the pass of 8B, which takes 20 GB of disk")
+    parser.add_argument("--full", action="store_true", help="every combination of dtype, checkpointing and layout")
     parser.add_argument("--only", default="", help="processes, parted by commas: 'llama 4bit', 'PEFT llama', ...")
     parser.add_argument("--large-model", type=Path, help="folder with a checkpoint llama/; made where missing")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
@@ -213,10 +214,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.large_model:
+            args.large_model.mkdir(parents=True, exist_ok=True)
             (folder / "large").symlink_to(args.large_model.resolve())
         words = processes(folder, backends, large=not args.no_large)
         if args.only:
             words = {name: words[name] for name in args.only.split(",")}
+        for name, given in words.items():
+            given += ["--every-other"] * (not args.full and name != LARGE)
         for backend in backends:
             write_models(folder / backend, families_of(backend) + COMPILED * (backend == "unsloth"), backend)
         codes, outcomes = run_all(words, folder, began + args.seconds), {}

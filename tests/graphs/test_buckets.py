@@ -1,9 +1,12 @@
 """Micro-batches in few sizes, for recordings."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sparse_unsloth.graphs.buckets import LENGTHS, pad_dense_count, pad_length, round_count, round_up
+from sparse_unsloth.runtime import forward
 from sparse_unsloth.tokens.batch import LAYOUTS, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -29,9 +32,9 @@ def test_round_count(count, rows, expected):
     assert round_count(count, rows) == expected
 
 
-def padded(arguments, limit=None):
+def padded(arguments, limit=None, repeated=False):
     """The arguments after `pad_length`; fields and arguments of the batch are the same tensors."""
-    batch = pad_length(read_batch(arguments), limit)
+    batch = pad_length(read_batch(arguments), limit, repeated)
     assert all(getattr(batch, name) is batch.arguments.get(name) for name in LAYOUTS)
     return batch.arguments
 
@@ -55,6 +58,8 @@ def test_padded_rows_are_lengthened():
         name: batch[name] for name in ("num_items_in_batch", "use_cache")
     }
     assert padded(batch_of(2, 41), limit=45)["labels"].shape == (2, 45)
+    assert padded(batch_of(2, 1041))["labels"].shape == (2, 1152)
+    assert padded(batch_of(2, 1041), repeated=True)["labels"].shape == (2, 1056)
 
 
 def test_packed_rows_get_one_more_document():
@@ -67,6 +72,17 @@ def test_packed_rows_get_one_more_document():
         assert ours["position_ids"].tolist() == [[*range(20), *range(19), 0, 0, *range(7)]]
     rows = TokenPartition.from_labels(ours["labels"], packed_seq_lengths=ours["packed_seq_lengths"])
     assert rows.num_padding == 0
+
+
+def test_batches_of_one_length_are_hardly_padded(monkeypatch):
+    monkeypatch.setattr(forward, "loss_is_fused", lambda *given: True)
+    model = torch.nn.Module()
+    state = SimpleNamespace(driver=None, last_shape=None)
+    lengths = [
+        forward.pad_to_bucket(state, model, read_batch(batch_of(1, length))).input_ids.shape[1]
+        for length in (1041, 1041, 1041, 530, 1041)
+    ]
+    assert lengths == [1152, 1056, 1056, 576, 1152]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_unsloth.graphs import layer as graphed_layer
+from sparse_unsloth.graphs.layer import GraphedPass
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.graphs.rows import row_sparse_whole_layer
 from sparse_unsloth.ops.decoder_layer import RowOrder, lora_tensors_of
@@ -22,16 +23,21 @@ def attention(x, projected, tensors):
     return attend(*projected)
 
 
-def whole(plan, x, capture):
+def whole(plan, x, graphed):
+    capture = graphed.capture
     for part, choose in (("self_attn", plan.choose_attention), ("mlp", plan.choose_mlp)):
         graphed_layer.reserve(capture.graphs, 0, part, choose(None))
-    return graphed_layer.whole_layer(x, plan, capture, attention, {})
+    return graphed_layer.whole_layer(x, plan, graphed, attention, {})
 
 
-def whole_by_rows(plan, x, capture):
+def whole_by_rows(plan, x, graphed):
     partition = roles(ROWS[0].replace("p", "c"))
     chosen = RowChoice(partition, 1.0).as_partition()
-    return row_sparse_whole_layer(x, plan, capture, attention, {}, partition, 1.0, chosen)
+    return row_sparse_whole_layer(x, plan, graphed, attention, {}, partition, 1.0, chosen)
+
+
+def opened(graphs, which):
+    return GraphedPass(graphs.open(0, "batch", which, [], ()), None, None)
 
 
 CALLS = 3
@@ -57,10 +63,10 @@ def test_replays_equal_the_functions(function, form, ranks, sparse, monkeypatch)
         expected = outcome(layer, compute)
         with torch.no_grad():
             plan = layer.with_plan(keep=False).plan
-            assert_close([function(plan, layer.x, graphs.open(0, "forward", [], ()))], expected[:1])
-        capture = graphs.open(0, "recompute", [], ())
+            assert_close([function(plan, layer.x, opened(graphs, "forward"))], expected[:1])
+        graphed = opened(graphs, "recompute")
         recompute = layer.with_plan(output_unused=True, keep=False)
-        _, *ours = outcome(recompute, lambda plan, x, capture=capture: function(plan, x, capture))
+        _, *ours = outcome(recompute, lambda plan, x, graphed=graphed: function(plan, x, graphed))
         assert_close(ours, expected[1:])
         assert recorder.recorded == CALLS
         assert recorder.replayed == CALLS * step

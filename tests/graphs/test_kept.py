@@ -15,8 +15,8 @@ import torch
 from sparse_unsloth import detach, get_state
 from sparse_unsloth.backends.unsloth import hooks
 from sparse_unsloth.backends.unsloth.attention import read_attention
-from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.graphs.recorder import GraphCache, KeptCapture, KeptPasses
+from sparse_unsloth.graphs.passes import KeptCapture, KeptPasses
+from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.ops import stored_rows
 from sparse_unsloth.runtime.metrics import metrics
 
@@ -30,6 +30,13 @@ pytestmark = pytest.mark.skipif(
 )
 CALLS = 2
 """Of a kept layer: forward and backward."""
+
+
+def kept_selections(state):
+    """What the graphs of kept layers select, by layer and part."""
+    (kept,) = state.graphs._kept.values()
+    selections = {layer: found for layer, (*_, found) in kept.passes.items()}
+    return {(layer, part): one for layer, found in selections.items() for part, one in found.items()}
 
 
 def kept(stand_in, layers=LAYERS):
@@ -64,7 +71,7 @@ def test_replays_give_the_same_gradients(stand_in, recorder, rules, monkeypatch)
     assert state.ran == state.expected_parts()
     assert len(again) == (4 if rules == "rows" else 0)  # the stand-in runs the captured function again
     if rules == "both":  # only the layer's own graphs write to its scores, which are read later
-        chosen = state.graphs.forward.selections
+        chosen = kept_selections(state)
         assert chosen.keys() == state.expected_parts()
         owned = {address for address, *_ in state.graphs._buffer_places}
         assert all(one.data_ptr() in owned for choice in chosen.values() for one in choice.scores)
@@ -142,25 +149,6 @@ def test_a_moved_weight_lets_all_be_captured_anew(stand_in, recorder, which):
         assert_same(outcome, plain)
 
 
-def test_backwards_whose_intermediates_are_overwritten_are_refused(stand_in, recorder):
-    model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in, "dense")
-    attach_with(model, "dense", True)
-    loss_and_gradients(model, batch)
-    for _ in range(2):  # captured, then replayed
-        first, second = model(**batch).loss, model(**batch).loss
-        model.zero_grad()
-        second.backward()
-        with pytest.raises(SparsityError, match="Call backward after each forward"):
-            first.backward()
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward(retain_graph=True)
-        with pytest.raises(SparsityError, match="second backward"):
-            loss.backward()
-    assert_same(loss_and_gradients(model, batch), expected)
-
-
 def test_a_forward_without_backward(stand_in, recorder):
     """It is captured in vain, or replays in vain; both do not break the next one."""
     model, batch = kept(stand_in), small_batch()
@@ -175,30 +163,6 @@ def test_a_forward_without_backward(stand_in, recorder):
         with torch.no_grad():
             model(**batch)
         recorder.recorded = LAYERS + LAYERS * CALLS  # not those of the forward without gradients
-
-
-@pytest.mark.parametrize("which", [2, 4])
-def test_a_capture_that_fails_is_repeated_with_all_others(stand_in, recorder, monkeypatch, which):
-    model, batch = kept(stand_in), small_batch()
-    expected, _ = small_steps(stand_in, "dense")
-    attach_with(model, "dense", True)
-    loss_and_gradients(model, batch)
-    original, calls = recorder.capture, []
-
-    def fail(function, kept):
-        calls.append(function)
-        if len(calls) == which:
-            raise torch.OutOfMemoryError("planted")
-        return original(function, kept)
-
-    monkeypatch.setattr(recorder, "capture", fail)
-    with pytest.raises(torch.OutOfMemoryError, match="planted"):
-        loss_and_gradients(model, batch)
-    monkeypatch.setattr(recorder, "capture", original)
-    recorder.recorded = 0
-    for _ in range(2):
-        assert_same(loss_and_gradients(model, batch), expected)
-        assert recorder.recorded == LAYERS * CALLS
 
 
 def test_saved_tensors_that_are_offloaded_are_not_captured(stand_in, recorder, caplog):
@@ -266,7 +230,7 @@ def test_the_stand_in_notices_a_layer_that_is_captured_alone(stand_in, recorder,
             passes.passes[layer] = (), {}, {}
             passes.unfinished += 1
         self.serial += 1
-        return KeptCapture(self, layer, passes)
+        return KeptCapture(self, layer, "batch", passes)
 
     monkeypatch.setattr(GraphCache, "open_kept", open_alone)
     _, gradients = loss_and_gradients(model, batch)

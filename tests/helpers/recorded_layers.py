@@ -7,7 +7,7 @@ import weakref
 import torch
 
 from sparse_unsloth import attach, detach, get_state
-from sparse_unsloth.graphs import buckets
+from sparse_unsloth.graphs import buckets, passes
 from sparse_unsloth.graphs import recorder as graphs
 from sparse_unsloth.graphs.recorder import GraphCache
 
@@ -24,6 +24,7 @@ RULES = {
     "no dense rows": {"mlp": {"1": 0.6}, "self_attn": {"1": 0.5}, "dense_tokens": "none"},
     "nothing dropped": {"mlp": {"all": 1e-9}, "self_attn": {"all": 1e-9}},
     "dense": {"mlp": {}, "self_attn": {}},
+    "MLP alone": {"mlp": {"all": 0.6}, "self_attn": {}},
 }
 
 
@@ -93,12 +94,21 @@ class Rerun:
                 self.pool.write(block, ())
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 outputs = function()
-            self.pool.write(blocks[0], saved)
+            self.pool.write(blocks[0], [*saved, *lasting])
             return outputs
 
-        first = [output.clone() for output in run()]
+        lasting = []
+        found = run()
+        saved = {one.untyped_storage().data_ptr() for one in (self.pool.contents[blocks[0]] if kept else ())}
+        first = [output.clone() for output in found]
         places = [output.clone() for output in first]
-        self.places += places
+        for output, *copies in zip(found, first, places, strict=True):
+            if output.untyped_storage().data_ptr() in saved:  # it is there until backward
+                lasting += copies
+            else:
+                self.places.append(copies[1])
+        if kept:
+            self.pool.contents[blocks[0]] += lasting
 
         def again():
             self.replayed += 1
@@ -132,7 +142,7 @@ def share_memory(monkeypatch, recorder):
     monkeypatch.setattr(graphs, "GraphCapture", lambda: recorder)
     monkeypatch.setattr(graphs, "RUNS_BEFORE_CAPTURE", 1)  # the interpreter takes seconds for a step
     monkeypatch.setattr(buckets, "LEAST_STEP", 3)  # a batch of 20 rows would have no context left
-    release, begin_forward = graphs._CapturedCall.release, GraphCache.begin_forward
+    release, begin_forward = passes.CapturedCall.release, GraphCache.begin_forward
 
     def poisoning(original):
         def open_and_poison(self, *args):
@@ -141,8 +151,7 @@ def share_memory(monkeypatch, recorder):
             recorder.within_pass.clear()
             for name, buffer in self._buffers.items():
                 recorder.pool.outside.add(buffer.untyped_storage().data_ptr())
-                # Not what is a layer's own, nor the gradient that one layer leaves for the one before.
-                if isinstance(name[0], str | tuple) and name[0] != "gradient":
+                if isinstance(name[0], str | tuple):  # not what is a layer's own
                     buffer.fill_(torch.nan)
             recorder.pool.outside.update(weight.untyped_storage().data_ptr() for weight in args[-2])
             return original(self, *args)
@@ -154,13 +163,13 @@ def share_memory(monkeypatch, recorder):
         if self._replay in recorder.blocks:
             recorder.blocks[self._replay]()
 
-    def begin(self, forward):
+    def begin(self):
         self.recorder.within_forward.clear()
-        begin_forward(self, forward)
+        return begin_forward(self)
 
     for name in ("open", "open_kept"):
         monkeypatch.setattr(GraphCache, name, poisoning(getattr(GraphCache, name)))
-    monkeypatch.setattr(graphs._CapturedCall, "release", release_blocks)
+    monkeypatch.setattr(passes.CapturedCall, "release", release_blocks)
     monkeypatch.setattr(GraphCache, "begin_forward", begin)
 
 

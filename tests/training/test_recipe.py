@@ -59,8 +59,15 @@ def test_defaults_that_differ_from_trl(recipe):
     assert (model.use_peft, model.lora_dropout, model.dtype) == (True, 0.0, "auto")
 
 
-def test_without_a_sparsity_block_training_is_dense(recipe):
-    assert not any(map(any, load_recipe(recipe()).sparsity.layer_sparsity(8)))
+def test_without_a_sparsity_block_auto_decides_and_null_is_dense(recipe, tmp_path):
+    made = load_recipe(recipe())
+    assert made.sparsity.is_auto
+    assert not load_recipe(recipe(sparsity=None)).sparsity.is_auto
+    by_hand = load_recipe(recipe(sparsity={"preset": "auto", "cuda_graphs": False}))
+    by_hand.save(tmp_path / "again.yaml")
+    again = load_recipe(tmp_path / "again.yaml").sparsity
+    assert again.model_fields_set == {"preset", "cuda_graphs"}, "what is given is decided, and nothing else"
+    assert load_recipe(recipe(peft="dora")).sparsity.preset == "dense"
 
 
 def test_overrides_come_last(recipe):
@@ -178,7 +185,7 @@ def test_saved_recipe_reads_back(recipe, tmp_path):
             r"sparsity: estimator\.rnk: unknown key; did you mean estimator\.rank\?",
         ),
         ({"sparsity": {"mlp": {"1-3": 1.0}}}, r"sparsity: mlp\.1-3: must be a number in \[0, 1\)"),
-        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(dense, rows, o1, o2\) nor a file"),
+        ({"sparsity": "o3"}, r"sparsity: 'o3' is neither a preset \(auto, dense, rows, o1, o2\) nor a file"),
         ({"sparsity": "none.yaml"}, "sparsity: .*none.yaml"),
         (
             {"rank": {"target_densty": 0.1}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -9,10 +10,54 @@ from dataclasses import dataclass, replace
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
 from sparse_unsloth.exact.last_layer import WORTH_REMOVING
 from sparse_unsloth.exact.loss import ROW_MULTIPLE
-from sparse_unsloth.forecast.tokens import MicroBatch
+from sparse_unsloth.graphs.buckets import LENGTHS, round_up
+from sparse_unsloth.tokens.batch import Batch
+from sparse_unsloth.tokens.partition import TokenPartition
 
+PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
+"""How micro-batches hold their samples."""
+OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "exaone4")
+"""Families with a norm of the MLP's output, whose backward needs it (docs/how-it-works.md, section 1.3)."""
 TRL_ROWS = 256
 """TRL's chunked loss computes logits in multiples of this number of rows."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of one forward by role, and the lengths of its documents as attention computes them.
+
+    Attributes:
+        dense, context, padding: loss tokens, context tokens and padding tokens; together all rows.
+        loss: loss positions, a part of the loss tokens as a rule.
+        lengths: of documents; of whole sequences, with padding, where these are padded.
+    """
+
+    dense: int
+    context: int
+    padding: int
+    loss: int
+    lengths: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.dense + self.context + self.padding
+
+    @classmethod
+    def of(cls, roles: TokenPartition, batch: Batch) -> MicroBatch:
+        """Counts the ``roles`` of ``batch``, and its documents' lengths as attention computes them."""
+        starts = batch.documents.starts.flatten().nonzero().flatten().tolist()
+        tokens = roles.shape[0] * roles.shape[1]
+        lengths = tuple(end - start for start, end in itertools.pairwise([*starts, tokens]))
+        return cls(roles.num_dense, roles.num_context, roles.num_padding, len(roles.loss), lengths)
+
+    def padded_to_bucket(self, layout: str) -> MicroBatch:
+        """Pads it to a length bucket, as captured batches are (`sparse_unsloth.graphs.buckets`)."""
+        if layout == PADDED:
+            length, rows = max(self.lengths), len(self.lengths)
+            longer = round_up(length, LENGTHS)
+            return replace(self, padding=self.padding + rows * (longer - length), lengths=(longer,) * rows)
+        extra = round_up(self.rows, LENGTHS) - self.rows
+        return replace(self, padding=self.padding + extra, lengths=(*self.lengths, extra)) if extra else self
 
 
 @dataclass(frozen=True)

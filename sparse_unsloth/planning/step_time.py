@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from sparse_unsloth.forecast.work import Work
+from sparse_unsloth.planning.work import Work
 
 SHARPNESS = 8
 """Sharpness of the smooth maximum of host and device time, which do not overlap completely."""
@@ -48,14 +48,15 @@ class StepTime:
 
     def __call__(self, work: Work) -> float:
         """Returns milliseconds of one micro-batch: forward, backward and the optimiser's update."""
-        return _larger(self.host(work), self.device(work))
+        return larger(self.host(work), self.device(work))
 
     def with_graphs(self, work: Work) -> float:
         """Returns milliseconds of one micro-batch with captured layers, which the host launches faster."""
-        return _larger(GRAPHS_HOST * work.layers, self.device(work))
+        return larger(GRAPHS_HOST * work.layers, self.device(work))
 
 
-def _larger(host: float, device: float) -> float:
+def larger(host: float, device: float) -> float:
+    """The smooth maximum of two times, which do not overlap completely."""
     longer, shorter = max(host, device), min(host, device)
     return longer * (1 + (shorter / longer) ** SHARPNESS) ** (1 / SHARPNESS)
 

@@ -1,0 +1,291 @@
+"""Decides how a training runs, by the forecast of its steps: CUDA graphs, kept activations, rows or dense.
+
+Nothing here touches a model or a device. What was set by hand is taken as it is, and everything else is chosen; what
+is approximate (rows) only where it gains enough, and channels never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any, NamedTuple
+
+from sparse_unsloth.config.sparsity import BACKWARD_ROWS
+from sparse_unsloth.planning.step_time import GRAPHS_HOST, StepTime, larger
+from sparse_unsloth.planning.work import MicroBatch, Plan, Work, batch_work
+
+ROWS_GAIN = 1.05
+"""Rows are chosen where they make a step this much faster."""
+GRAPHS_GAIN = 1.02
+"""CUDA graphs are chosen where they make a step this much faster; less is within the forecast's own error."""
+CAPTURE_MS = 50
+"""Milliseconds that capturing a layer takes for one batch signature. Not fitted: with what is compiled then, the first
+twelve chat micro-batches of 32 layers took 17 to 28 s, later ones 4 to 6."""
+RUNS_BEFORE = 2
+"""A batch signature runs so many times before it is captured (docs/how-it-works.md, section 9)."""
+WRONG = 0.15
+"""A plan is mended where a step takes so much more or less than predicted."""
+
+
+class Speed(NamedTuple):
+    """Fitted step times, with factors on its two sides where a measured step corrected them."""
+
+    step_time: StepTime
+    device: float = 1.0
+    host: float = 1.0
+
+    def sides(self, work: Work, graphs: bool) -> tuple[float, float]:
+        """Milliseconds of one micro-batch on the host and on the device; the longer one decides."""
+        host = GRAPHS_HOST * work.layers if graphs else self.step_time.host(work)
+        return self.host * host, self.device * self.step_time.device(work)
+
+
+class Kept(NamedTuple):
+    """What fits into the memory: layers that keep their activations, and bytes at the peak of the largest batch."""
+
+    layers: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known when training begins.
+
+    Attributes:
+        plan: the dense training without CUDA graphs; None where its costs are not known, for which ``unknown`` is why.
+        batches: some micro-batches of the data; ``layout`` "padded" or another.
+        speed: None where no comparable step was measured; then FLOPs decide.
+        source: whose measured steps these are.
+        removal: whether unused rows are skipped.
+        no_graphs, no_rows: why the training cannot have them; "" where it can.
+        checkpointed: how many layers are checkpointed.
+        kept: what fits, of a dense and of a row-sparse training, by ``backward_rows < 1``; empty where no limit is
+            known or none is to be used, and ``no_budget`` says why.
+        budget: bytes that the training may use.
+        micro_batches: how many the training has left; None where it is not known.
+        given: what was set by hand, by the names of `SparsityConfig`.
+    """
+
+    plan: Plan | None
+    batches: tuple[MicroBatch, ...]
+    layout: str = "padded"
+    speed: Speed | None = None
+    source: str = ""
+    removal: bool = True
+    no_graphs: str = ""
+    no_rows: str = ""
+    checkpointed: int = 0
+    kept: Mapping[bool, Kept] | None = None
+    budget: float = 0.0
+    no_budget: str = ""
+    micro_batches: int | None = None
+    given: Mapping[str, Any] = None
+    unknown: str = ""
+
+    @property
+    def context_share(self) -> float:
+        """Context tokens over all tokens that are not padding."""
+        tokens = sum(batch.context + batch.dense for batch in self.batches)
+        return sum(batch.context for batch in self.batches) / max(tokens, 1)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, with a reason and a predicted gain (1.0: none; None: not predicted) for each of its parts.
+
+    Attributes:
+        backward_rows, cuda_graphs: as in `SparsityConfig`.
+        kept: how many layers keep their activations in an average micro-batch.
+        milliseconds: predicted for an average micro-batch; None where no comparable step was measured.
+        peak: predicted bytes; None where no memory is known.
+    """
+
+    facts: Facts
+    backward_rows: float
+    cuda_graphs: bool
+    kept: float
+    milliseconds: float | None
+    peak: float | None
+    reasons: Mapping[str, str]
+    gains: Mapping[str, float | None]
+
+    @property
+    def chosen(self) -> tuple[float, bool]:
+        """What has to be attached: ``(backward_rows, cuda_graphs)``."""
+        return self.backward_rows, self.cuda_graphs
+
+
+def decide(facts: Facts) -> Decision:
+    """The plan for ``facts``."""
+    if facts.plan is None:
+        return _unplanned(facts)
+    given = facts.given or {}
+    shares = [given["backward_rows"]] if "backward_rows" in given else [1.0] + [BACKWARD_ROWS] * (not facts.no_rows)
+    graphs = {share: _captures(facts, share) for share in shares}
+    costs = {share: cost(facts, share, graphs[share][0], _kept(facts, share)) for share in shares}
+    rows_gain = costs[shares[0]] / costs[shares[-1]]
+    share = shares[-1] if len(shares) == 1 or (facts.context_share and rows_gain >= ROWS_GAIN) else 1.0
+    captured, why_captured = graphs[share]
+    kept = _kept(facts, share)
+    known = facts.kept[share < 1] if facts.kept else None
+    gains = {
+        "cuda_graphs": _gain(facts, share, captured, kept, cuda_graphs=True) if captured else None,
+        "memory_budget": cost(facts, share, captured, 0) / costs[share] if kept else None,
+        "backward_rows": cost(facts, 1.0, captured, _kept(facts, 1.0)) / costs[share] if share < 1 else None,
+    }
+    reasons = {
+        "cuda_graphs": why_captured,
+        "memory_budget": _why_kept(facts, kept),
+        "backward_rows": _why_rows(facts, share, rows_gain),
+    }
+    return Decision(
+        facts,
+        share,
+        captured,
+        kept,
+        costs[share] if facts.speed else None,
+        known.peak if known else None,
+        reasons,
+        gains,
+    )
+
+
+def cost(facts: Facts, share: float, graphs: bool, kept: float) -> float:
+    """Milliseconds of an average micro-batch of ``facts.batches``; 10^12 FLOPs where no step was measured."""
+    works = _works(facts, share, graphs, kept)
+    if facts.speed is None:
+        return sum(work.flops for work in works) / len(works) / 1e12
+    return sum(larger(*facts.speed.sides(work, graphs)) for work in works) / len(works)
+
+
+def mend(decision: Decision, ratio: float, captured: bool = True) -> Decision | None:
+    """A plan by what was measured, which may be the same; None where the forecast was right.
+
+    The side of the forecast that decided the step (host or device) is corrected, and all is decided anew; but a
+    training that began exactly stays exact.
+
+    Args:
+        ratio: measured over predicted time of micro-batches.
+        captured: whether forwards were replayed, as planned.
+    """
+    facts = decision.facts
+    if decision.cuda_graphs and not captured:
+        facts = replace(facts, no_graphs="hardly a forward replayed them (changing shapes, several forwards)")
+    elif abs(ratio - 1) <= WRONG or facts.speed is None:
+        return None
+    else:
+        facts = replace(facts, speed=_corrected(decision, ratio))
+    after = decide(facts)
+    if after.backward_rows < decision.backward_rows:
+        gain = after.gains["backward_rows"]
+        facts = replace(facts, no_rows=f"rows would give {gain:.2f}x by what was measured, but training began exactly")
+        after = decide(facts)
+    return after
+
+
+def _corrected(decision: Decision, ratio: float) -> Speed:
+    """The forecast, with the side that decided the step as long as was measured.
+
+    Where replayed graphs take longer than predicted, it is the GPU: the host hardly works in a replay.
+    """
+    speed, graphs = decision.facts.speed, decision.cuda_graphs
+    works = _works(decision.facts, decision.backward_rows, graphs, decision.kept)
+    sides = [speed.sides(work, graphs) for work in works]
+    host, device = map(sum, zip(*sides, strict=True))
+    measured = ratio * sum(larger(*pair) for pair in sides)
+    if host > device and not (graphs and ratio > 1):
+        return speed._replace(host=speed.host * measured / host)
+    return speed._replace(device=speed.device * measured / device)
+
+
+def _works(facts: Facts, share: float, graphs: bool, kept: float) -> list[Work]:
+    """The work of each micro-batch; ``kept`` layers of those that are checkpointed keep their activations."""
+    plan = replace(facts.plan, backward_rows=share, captured=graphs)
+    again = max(facts.checkpointed - kept, 0) / plan.shape.num_layers
+    works = []
+    for batch in facts.batches:
+        longer = batch.padded_to_bucket(facts.layout) if graphs else batch
+        once, twice = (
+            astuple(batch_work(replace(plan, checkpointing=flag), longer, facts.removal)) for flag in (False, True)
+        )
+        works.append(Work(*(round(a + again * (b - a)) for a, b in zip(once, twice, strict=True))))
+    return works
+
+
+def _kept(facts: Facts, share: float) -> float:
+    return min(facts.kept[share < 1].layers, facts.checkpointed) if facts.kept else 0
+
+
+def _gain(facts: Facts, share: float, graphs: bool, kept: float, cuda_graphs: bool) -> float:
+    """How much faster ``cuda_graphs`` make an average micro-batch."""
+    return cost(facts, share, not cuda_graphs, kept) / cost(facts, share, cuda_graphs, kept)
+
+
+def _captures(facts: Facts, share: float) -> tuple[bool, str]:
+    """Whether layers are captured in a training with ``share``, and why."""
+    given = facts.given or {}
+    if "cuda_graphs" in given:
+        return given["cuda_graphs"], "as you set it"
+    if facts.no_graphs:
+        return False, facts.no_graphs
+    if facts.speed is None:
+        return False, "no comparable step was measured, so their gain is not predicted"
+    kept = _kept(facts, share)
+    without, with_graphs = (cost(facts, share, graphs, kept) for graphs in (False, True))
+    times = f"{without:.0f} ms without, {with_graphs:.0f} with"
+    if without < GRAPHS_GAIN * with_graphs:
+        return False, f"the GPU is the limit, not its host: {times}"
+    if not _pays(facts, without - with_graphs, share):
+        return False, f"capturing would not pay within {facts.micro_batches} micro-batches ({times})"
+    hosts, devices = zip(*(facts.speed.sides(work, False) for work in _works(facts, share, False, kept)), strict=True)
+    bound = sum(hosts) > sum(devices)
+    return True, f"{'launch-bound' if bound else 'fewer launches and whole layers'}: {times}"
+
+
+def _pays(facts: Facts, milliseconds: float, share: float) -> bool:
+    """Whether saving so much in each captured micro-batch is more than capturing costs in the whole training."""
+    if facts.micro_batches is None:
+        return True
+    padded = [batch.padded_to_bucket(facts.layout) for batch in facts.batches]
+    signatures = len({(batch.rows, batch.lengths if facts.layout == "padded" else 0) for batch in padded})
+    replayed = facts.micro_batches - RUNS_BEFORE * signatures
+    return replayed * milliseconds > signatures * CAPTURE_MS * facts.plan.shape.num_layers
+
+
+def _why_kept(facts: Facts, kept: float) -> str:
+    if not facts.checkpointed:
+        return "gradient checkpointing is off, as you set it"
+    if not facts.kept:
+        return facts.no_budget
+    place = f"{facts.budget / 2**30:.1f} GiB ({_budget_is(facts)})"
+    return f"they fit into {place}" if kept else f"no layer's fit into {place}"
+
+
+def _budget_is(facts: Facts) -> str:
+    return "memory_budget" if "memory_budget" in (facts.given or {}) else "90 % of what is free, and what is in use"
+
+
+def _why_rows(facts: Facts, share: float, gain: float) -> str:
+    context = f"context is {facts.context_share:.0%} of your tokens"
+    if "backward_rows" in (facts.given or {}):
+        return f"as you set it; {context}"
+    if facts.no_rows:
+        return facts.no_rows
+    if not facts.context_share:
+        return "no token is context, so training is exact"
+    if share < 1:
+        return f"{context}: exact forward, backward through {share:.0%} of it"
+    return f"{context}: rows would give {gain:.2f}x, so training is exact"
+
+
+def _unplanned(facts: Facts) -> Decision:
+    """The plan for a training whose costs are not known: what was set by hand, and nothing else."""
+    given = facts.given or {}
+    why = f"nothing is predicted: {facts.unknown}"
+    reasons = {
+        "cuda_graphs": "as you set it" if "cuda_graphs" in given else why,
+        "memory_budget": "as you set it" if "memory_budget" in given else why,
+        "backward_rows": "as you set it" if "backward_rows" in given else f"training is exact, as {why}",
+    }
+    chosen = given.get("backward_rows", 1.0), given.get("cuda_graphs", False)
+    return Decision(facts, *chosen, 0, None, None, reasons, dict.fromkeys(reasons))

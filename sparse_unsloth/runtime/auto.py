@@ -1,0 +1,361 @@
+"""Plans a training by its data, its device and the forecast of its steps, when it begins (preset `auto`).
+
+Gathers the facts, lets `sparse_unsloth.planning` decide, attaches the model as decided, prints the table, and after
+some micro-batches compares the forecast with what was measured. The random state is left as it was, so that a training
+that is planned to be exact sees its data in the order that it has without this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sparse_unsloth.config.sparsity import BACKWARD_ROWS
+from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.errors import AttachError, ConfigError
+from sparse_unsloth.model.adapters import refuse_dropout
+from sparse_unsloth.model.training_flags import in_backward
+from sparse_unsloth.ops.dispatch import use_kernels
+from sparse_unsloth.planning.decide import Decision, Facts, Kept, Speed, decide, mend
+from sparse_unsloth.planning.fits import Fitted, choose, load
+from sparse_unsloth.planning.progress import Outcome, Watch
+from sparse_unsloth.planning.table import table
+from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.state import SparsityState, get_state
+from sparse_unsloth.tokens.batch import Batch, read_batch
+from sparse_unsloth.tokens.partition import TokenPartition, partition_of
+from sparse_unsloth.utils.distributed import from_main, is_main, world_size
+
+SAMPLES = 16
+"""Micro-batches of the data that are read before a training begins."""
+FREE_SHARE = 0.9
+"""Of the memory that is free when training begins; the rest is for fragmentation."""
+SHARDED = "the model is sharded (FSDP, ZeRO-3), where the plan cannot change it; name what you want (sparsity='rows')"
+
+clock = time.perf_counter
+
+
+def plan_from_data(
+    state: SparsityState,
+    dataset: Any,
+    collate_fn: Callable[[list], Mapping[str, Any]] | None,
+    *,
+    batch_size: int,
+    micro_batches: int,
+    resumed: int = 0,
+) -> None:
+    """Plans a training that begins, by micro-batches of its data set; by its first forward where these cannot be read.
+
+    Args:
+        state: of a model that was attached with preset `auto`.
+        dataset, collate_fn, batch_size: as the trainer makes its micro-batches.
+        micro_batches: how many the training has left.
+        resumed: the optimiser steps that were done before.
+    """
+    state.auto.decision, state.auto.watch, state.auto.micro_batches = None, None, micro_batches
+    batches = _sample(dataset, collate_fn, batch_size)
+    if batches:
+        _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto")
+
+
+def before_forward(state: SparsityState, arguments: Mapping[str, Any]) -> None:
+    """Plans at the first training forward, if nothing did before, and measures later ones."""
+    auto = state.auto
+    if not torch.is_grad_enabled() or in_backward() or (auto.decision is not None and auto.watch is None):
+        return
+    batch = read_batch(arguments)
+    if batch.labels is None or batch.labels.is_meta:
+        if auto.decision is None:
+            state.warn_once(
+                "auto: training forwards come without labels, by which it plans, so training is exact and nothing is "
+                "captured. sparsity='dense' says the same; see cuda_graphs and memory_budget."
+            )
+        return
+    if auto.decision is None:
+        _plan(state, [batch], "auto, by the first micro-batch")
+    else:
+        _measure(state, batch)
+
+
+def _plan(state: SparsityState, batches: Sequence[Batch], title: str) -> None:
+    with _same_random_state():
+        decision = _settle(state, decide(_gather(state, batches)))
+    state.auto.watch = None if decision.facts.plan is None else Watch(decision)
+    _say(table(decision, title))
+
+
+def _measure(state: SparsityState, batch: Batch) -> None:
+    """Notes that a forward begins; compares and mends the plan once enough were measured."""
+    watch, device = state.auto.watch, _device(state)
+    counted = None
+    if watch.measures:
+        counted = MicroBatch.of(_roles(state, batch), batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
+    if outcome is not None:
+        state.auto.watch = None
+        _compare(state, outcome)
+
+
+def _compare(state: SparsityState, outcome: Outcome) -> None:
+    """Says how the forecast came out, and mends the plan where it was wrong."""
+    before = state.auto.decision
+    if outcome.predicted is None:
+        said = f"sparse_unsloth auto: {outcome.measured:.3g} ms a micro-batch measured, nothing predicted"
+    else:
+        said = (
+            f"sparse_unsloth auto: {outcome.measured:.3g} ms a micro-batch measured, {outcome.predicted:.3g} predicted "
+            f"({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
+        )
+    # Several processes come here at different times, and would have to change the plan together.
+    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 else None
+    if after is None:
+        _say([said])
+    elif after.chosen == before.chosen:
+        _say([f"{said}; by that the plan stays as it is."])
+    else:
+        with _same_random_state():
+            after = _settle(state, after)
+        _say([f"{said}; the plan changes.", *table(after, "auto, mended")])
+
+
+def _settle(state: SparsityState, decision: Decision) -> Decision:
+    """Attaches the model as decided; where it cannot be, as the next best decision says. Returns what was done.
+
+    Raises:
+        AttachError: the model cannot be attached with what was set by hand.
+    """
+    while True:
+        chosen = from_main(lambda made=decision: made.chosen)
+        if chosen != decision.chosen:  # as the first process, whose batches or times were others
+            decision = replace(decision, backward_rows=chosen[0], cuda_graphs=chosen[1])
+        try:
+            _attach(state, decision)
+            state.auto.decision, state.auto.was_decided = decision, True
+            return decision
+        except AttachError as error:
+            facts, given = decision.facts, decision.facts.given
+            reason = str(error).removeprefix("cuda_graphs: ").removesuffix(" Set cuda_graphs: false.")
+            if decision.cuda_graphs and "cuda_graphs" not in given and not facts.no_graphs:
+                facts = replace(facts, no_graphs=reason)
+            elif decision.backward_rows < 1 and "backward_rows" not in given and not facts.no_rows:
+                facts = replace(facts, no_rows=reason)
+            else:
+                raise
+            decision = decide(facts)
+
+
+def _attach(state: SparsityState, decision: Decision) -> None:
+    budget = _budget(state) if decision.facts.kept else None
+    config = state.auto.asked.decided(
+        backward_rows=decision.backward_rows, cuda_graphs=decision.cuda_graphs, memory_budget=budget
+    )
+    attached = get_state(state.model) is state
+    if attached and (state.config.backward_rows, state.config.cuda_graphs) == (
+        config.backward_rows,
+        config.cuda_graphs,
+    ):
+        state.config = config
+    else:
+        state.auto.attach_again(state, config)
+    if state.planner is not None:
+        state.planner.restore()
+    state.planner = None if config.memory_budget is None else state.plan_checkpoints(config.memory_budget)
+
+
+# -- Facts ------------------------------------------------------------------------------------------------------------
+
+
+def _gather(state: SparsityState, batches: Sequence[Batch]) -> Facts:
+    asked, model = state.auto.asked, state.model
+    given = {name: getattr(asked, name) for name in asked.model_fields_set}
+    try:
+        plan = _dense_plan(state)
+        roles = [_roles(state, batch) for batch in batches]
+    except ConfigError as error:  # of a model whose layers are not alike, or of labels that are not one per token
+        return Facts(None, (), given=given, unknown=str(error))
+    counted = tuple(map(MicroBatch.of, roles, batches))
+    checkpointed = sum(bool(getattr(layer.module, "gradient_checkpointing", False)) for layer in state.layers)
+    plan = replace(plan, checkpointing=checkpointed > 0)
+    fitted = _fitted(state)
+    sharded = _is_sharded(model)
+    budget = None if sharded else _budget(state)
+    why_none = "as you set it" if "memory_budget" in given else SHARDED if sharded else "a CPU's memory is not planned"
+    return Facts(
+        plan,
+        counted,
+        layout=PADDED if batches[0].layout == "padded" else PADDING_FREE,
+        speed=None if fitted is None else Speed(fitted.step_time),
+        source="" if fitted is None else f"steps measured on {fitted.device} ({fitted.backend}, {fitted.dtype})",
+        removal=asked.exact_removal,
+        no_graphs=SHARDED if sharded else _why_no_graphs(state),
+        no_rows=SHARDED if sharded else _why_no_rows(state),
+        checkpointed=checkpointed,
+        kept=None if budget is None else {rows: _kept(state, budget, roles, rows) for rows in (False, True)},
+        budget=0 if budget is None else _planner(state, budget, False).budget,
+        no_budget=why_none,
+        micro_batches=state.auto.micro_batches,
+        given=given,
+    )
+
+
+def _dense_plan(state: SparsityState) -> Plan:
+    """The costs of dense training.
+
+    Raises:
+        ConfigError: they are not known for such a model.
+    """
+    config, layer = state.model.config, state.layers[0]
+    shape = ModelShape.from_config(config)
+    adapters = getattr(state.model, "peft_config", {}).values()
+    targets = [name.partition(".")[2] for name, module in layer.projections().items() if hasattr(module, "lora_A")]
+    return Plan(
+        shape,
+        ((0.0, 0.0),) * shape.num_layers,
+        state.backend.name,
+        lora_rank=max((getattr(adapter, "r", 0) for adapter in adapters), default=0),
+        lora_targets=tuple(targets),
+        estimator_rank=0,
+        eager_attention=getattr(config.get_text_config(), "_attn_implementation", None) == "eager",
+        whole_layers=use_kernels(next(layer.module.parameters())),
+        output_norm=config.get_text_config().model_type in OUTPUT_NORMS,
+    )
+
+
+def _fitted(state: SparsityState) -> Fitted | None:
+    """The step times that come nearest to this GPU, backend and dtype; None without a GPU."""
+    device = _device(state)
+    if device.type != "cuda":
+        return None
+    in_4bit = any(parameter.dtype == torch.uint8 for parameter in state.model.parameters())
+    fits, name = load(), torch.cuda.get_device_name(device)
+    same = [one for one in fits if one.device == name] or fits
+    dtype = "4bit" if in_4bit else "bf16"
+    return choose(same, state.backend.name, dtype) or choose(same, "unsloth", dtype)
+
+
+def _why_no_graphs(state: SparsityState) -> str:
+    devices = {next(layer.module.parameters()).device for layer in state.layers}
+    parameter = next(state.layers[0].module.parameters())
+    if parameter.device.type != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    if len(devices) > 1:
+        return "the layers are on several devices, and a CUDA graph is of one"
+    if not state.auto.asked.exact_removal:
+        return "they need exact_removal: true"
+    return "" if use_kernels(parameter) else "Triton's kernels do not run here"
+
+
+def _why_no_rows(state: SparsityState) -> str:
+    try:
+        for layer in state.layers:
+            refuse_dropout(layer)
+    except AttachError as error:
+        return str(error)
+    return ""
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are split over processes."""
+    return any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+        for parameter in model.parameters()
+    )
+
+
+def _budget(state: SparsityState) -> float | None:
+    """`SparsityConfig.memory_budget` of this training: as given, or a share of what is free; None: no budget."""
+    asked = state.auto.asked
+    if "memory_budget" in asked.model_fields_set:
+        return asked.memory_budget
+    devices = {next(layer.module.parameters()).device for layer in state.layers}
+    if any(device.type != "cuda" for device in devices):
+        return None
+    shares = []
+    for device in devices:
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        unused = free + torch.cuda.memory_reserved(device) - used
+        shares.append((used + FREE_SHARE * unused) / total)
+    return min(shares)
+
+
+def _planner(state: SparsityState, budget: float, rows: bool) -> CheckpointPlanner:
+    return CheckpointPlanner(
+        state.model,
+        state.layers,
+        state.layer_sparsity,
+        budget,
+        row_layers={layer.index: True for layer in state.layers} if rows else {},
+        backward_rows=_share(state) if rows else 1.0,
+        fused_loss=state.backend.name == "unsloth",
+        loss_only=state.auto.asked.exact_removal,
+    )
+
+
+def _share(state: SparsityState) -> float:
+    asked = state.auto.asked
+    return asked.backward_rows if asked.row_sparse else BACKWARD_ROWS
+
+
+def _kept(state: SparsityState, budget: float, roles: Sequence[TokenPartition], rows: bool) -> Kept:
+    planner = _planner(state, budget, rows)
+    found = [planner.forecast(one, 1.0 if rows and one.num_context else 0.0) for one in roles]
+    return Kept(sum(kept for kept, _ in found) / len(found), max(peak for _, peak in found))
+
+
+def _roles(state: SparsityState, batch: Batch) -> TokenPartition:
+    unpadded = state.backend.name == "unsloth"
+    return partition_of(state.model, batch, state.auto.asked.dense_tokens, padding_masked=not unpadded)
+
+
+def _sample(dataset: Any, collate_fn: Callable | None, batch_size: int) -> list[Batch]:
+    """Some micro-batches of a data set; none where it cannot be read without using it up, or tells no labels."""
+    if collate_fn is None or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return []
+    size = max(batch_size, 1)
+    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLES * size))
+    if len(chosen) > size:
+        chosen = chosen[: len(chosen) // size * size]
+    with _same_random_state():
+        try:
+            rows = [copy.copy(dataset[index]) for index in chosen]  # collators may change them
+            made = [collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+        except Exception:  # whatever a data set does: the first forward is planned by instead, and the table says so
+            return []
+    batches = [read_batch(batch) for batch in made if isinstance(batch, Mapping)]
+    return [batch for batch in batches if batch.labels is not None and batch.inputs is not None]
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Leaves the random states of Python, NumPy and PyTorch as they were."""
+    import numpy
+
+    python, numpys = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpys)
+
+
+def _device(state: SparsityState) -> torch.device:
+    return next(state.layers[0].module.parameters()).device
+
+
+def _say(lines: list[str]) -> None:
+    if is_main():
+        print(*lines, sep="\n", flush=True)

@@ -1,0 +1,220 @@
+"""What a plan chooses at the borders of its rules, what was set by hand, and how a wrong forecast mends it."""
+
+from dataclasses import replace
+
+import pytest
+
+from sparse_unsloth.bench.methods import LLAMA_3_8B
+from sparse_unsloth.costs.memory import GIB
+from sparse_unsloth.planning import decide as rules
+from sparse_unsloth.planning.decide import Facts, Kept, Speed, cost, decide, mend
+from sparse_unsloth.planning.step_time import StepTime
+from sparse_unsloth.planning.table import table
+from sparse_unsloth.planning.work import MicroBatch, Plan
+
+H100 = StepTime(products=1.6, attention=1.5, rows=138, sparse_rows=21, host_layer=8, host_sparse_part=0.1)
+PLAN = Plan(LLAMA_3_8B, ((0.0, 0.0),) * 32, estimator_rank=0)
+
+
+def batch(tokens, context):
+    """One document with this share of context."""
+    inside = round(tokens * context)
+    return MicroBatch(tokens - inside, inside, 0, tokens - inside, (tokens,))
+
+
+def facts(tokens=2048, context=0.26, **changes):
+    kept = {False: Kept(0, 7 * GIB), True: Kept(0, 7 * GIB)}
+    made = Facts(PLAN, (batch(tokens, context),), "padding-free", Speed(H100), checkpointed=32, kept=kept, budget=GIB)
+    return replace(made, given={}, **changes)
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def test_small_micro_batches_are_captured_and_large_ones_are_not():
+    small, large = decide(facts(1000)), decide(facts(16384))
+    assert small.cuda_graphs
+    assert small.reasons["cuda_graphs"].startswith("launch-bound: ")
+    assert small.gains["cuda_graphs"] == pytest.approx(
+        cost(small.facts, 1.0, False, 0) / cost(small.facts, 1.0, True, 0)
+    )
+    assert small.gains["cuda_graphs"] > 1.5
+    assert not large.cuda_graphs
+    assert "the GPU is the limit" in large.reasons["cuda_graphs"]
+
+
+def test_what_cannot_be_captured_is_not():
+    one = decide(facts(1000, no_graphs="no GPU"))
+    assert (one.cuda_graphs, one.reasons["cuda_graphs"]) == (False, "no GPU")
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_capturing_has_to_pay_within_the_training(more):
+    known = facts(1000)
+    saved = cost(known, 1.0, False, 0) - cost(known, 1.0, True, 0)
+    enough = rules.RUNS_BEFORE + int(32 * rules.CAPTURE_MS / saved) + 1
+    one = decide(replace(known, micro_batches=enough - (not more)))
+    assert one.cuda_graphs is more
+    assert ("would not pay within" in one.reasons["cuda_graphs"]) is not more
+
+
+# -- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_need_a_gain_of_five_percent(monkeypatch):
+    known = facts(8192, 0.5, no_graphs="none")
+    gain = cost(known, 1.0, False, 0) / cost(known, 0.25, False, 0)
+    monkeypatch.setattr(rules, "ROWS_GAIN", gain * 1.001)
+    exact = decide(known)
+    assert exact.chosen == (1.0, False)
+    assert exact.reasons["backward_rows"] == (
+        f"context is 50% of your tokens: rows would give {gain:.2f}x, so training is exact"
+    )
+    monkeypatch.setattr(rules, "ROWS_GAIN", gain * 0.999)
+    assert decide(known).chosen == (0.25, False)
+    assert decide(known).gains["backward_rows"] == pytest.approx(gain)
+
+
+def test_the_border_is_five_percent():
+    assert rules.ROWS_GAIN == 1.05
+    shares = {context: decide(facts(8192, context)).backward_rows for context in (0.0, 0.1, 0.9)}
+    assert shares == {0.0: 1.0, 0.1: 1.0, 0.9: 0.25}
+
+
+def test_a_launch_bound_step_gains_nothing_of_rows():
+    assert decide(facts(600, 0.9, no_graphs="none")).backward_rows == 1.0
+
+
+def test_without_measured_steps_flops_decide():
+    cpu = {"speed": None, "no_graphs": "no GPU", "plan": replace(PLAN, whole_layers=False)}
+    one = decide(facts(8192, 0.9, **cpu))
+    assert (one.backward_rows, one.milliseconds) == (0.25, None)
+    assert decide(facts(8192, 0.05, **cpu)).chosen == (1.0, False)
+
+
+def test_rows_that_cannot_be_had():
+    one = decide(facts(8192, 0.9, no_rows="dropout"))
+    assert (one.backward_rows, one.reasons["backward_rows"]) == (1.0, "dropout")
+
+
+# -- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_fit_make_the_step_faster():
+    memory = [{False: Kept(layers, 30 * GIB), True: Kept(layers, 20 * GIB)} for layers in (0, 32)]
+    few, many = (decide(facts(8192, no_rows="none", no_graphs="none", kept=kept)) for kept in memory)
+    assert (few.kept, many.kept) == (0, 32)
+    assert few.gains["memory_budget"] is None
+    assert many.gains["memory_budget"] == pytest.approx(few.milliseconds / many.milliseconds)
+    assert many.gains["memory_budget"] > 1.2
+    assert many.peak == 30 * GIB
+
+
+def test_rows_are_planned_with_their_own_memory():
+    one = decide(facts(8192, 0.9, kept={False: Kept(0, 30 * GIB), True: Kept(8, 20 * GIB)}))
+    assert (one.kept, one.peak) == (8, 20 * GIB)
+
+
+def test_without_a_budget_or_checkpointing_nothing_is_kept():
+    assert decide(facts(kept=None, no_budget="a CPU")).reasons["memory_budget"] == "a CPU"
+    off = decide(facts(checkpointed=0))
+    assert (off.kept, off.gains["memory_budget"]) == (0, None)
+    assert "checkpointing is off" in off.reasons["memory_budget"]
+
+
+# -- What was set by hand ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"cuda_graphs": False}, (1.0, False)),
+        ({"cuda_graphs": True}, (1.0, True)),
+        ({"backward_rows": 0.5}, (0.5, True)),
+        ({"backward_rows": 1.0}, (1.0, True)),
+    ],
+)
+def test_what_is_set_by_hand_stays(given, chosen):
+    large = given.get("cuda_graphs") is True
+    one = decide(replace(facts(16384 if large else 1000, 0.05), given=given))
+    assert one.chosen == chosen
+    assert one.reasons[next(iter(given))].startswith("as you set it")
+
+
+def test_rows_by_hand_hold_without_gain_and_dense_by_hand_with_one():
+    assert decide(replace(facts(8192, 0.0), given={"backward_rows": 0.25})).backward_rows == 0.25
+    assert decide(replace(facts(8192, 0.95), given={"backward_rows": 1.0})).backward_rows == 1.0
+
+
+def test_a_model_without_known_costs_is_exact():
+    one = decide(Facts(None, (batch(8192, 0.9),), given={}, unknown="no sizes"))
+    assert (one.chosen, one.milliseconds, one.peak) == ((1.0, False), None, None)
+    assert one.reasons["backward_rows"] == "training is exact, as nothing is predicted: no sizes"
+    by_hand = decide(Facts(None, (batch(8192, 0.9),), given={"backward_rows": 0.25, "cuda_graphs": True}))
+    assert by_hand.chosen == (0.25, True)
+
+
+# -- Mending ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "wrong"), [(1.14, False), (1.16, True), (0.86, False), (0.84, True)])
+def test_a_plan_is_mended_where_it_was_wrong_by_more_than_15_percent(ratio, wrong):
+    assert (mend(decide(facts(1000)), ratio) is not None) is wrong
+
+
+def test_graphs_go_where_the_gpu_is_slower_than_predicted():
+    before = decide(facts(1300, no_rows="none"))
+    assert before.cuda_graphs
+    after = mend(before, 6.0)
+    assert not after.cuda_graphs
+    assert after.milliseconds == pytest.approx(6 * before.milliseconds, rel=0.1)
+
+
+def test_a_training_that_began_exactly_stays_exact():
+    before = decide(facts(1300, 0.9))
+    assert before.chosen == (1.0, True)
+    after = mend(before, 6.0)
+    assert after.chosen == (1.0, False)
+    assert after.reasons["backward_rows"].startswith("rows would give 1.")
+    by_rows = decide(facts(8192, 0.9))
+    assert (by_rows.backward_rows, mend(by_rows, 2.0).backward_rows) == (0.25, 0.25)
+
+
+def test_graphs_stay_where_the_host_is_faster_than_predicted():
+    after = mend(decide(facts(1000)), 0.5)
+    assert after.cuda_graphs
+    assert after.facts.speed.host == pytest.approx(0.5, rel=0.01)
+
+
+def test_the_side_that_decided_a_step_is_corrected():
+    launch_bound = decide(replace(facts(1000), given={"cuda_graphs": False}))
+    assert mend(launch_bound, 2.0).facts.speed == Speed(H100, host=pytest.approx(2.0, rel=0.01))
+    busy = decide(replace(facts(8192), given={"cuda_graphs": False}))
+    assert mend(busy, 2.0).facts.speed == Speed(H100, device=pytest.approx(2.0, rel=0.01))
+
+
+def test_graphs_that_nothing_replayed_go_whatever_the_time():
+    after = mend(decide(facts(1000)), 1.0, captured=False)
+    assert not after.cuda_graphs
+    assert "hardly a forward replayed" in after.reasons["cuda_graphs"]
+    assert mend(decide(facts(16384)), 1.0, captured=False) is None
+
+
+# -- The table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_and_why_in_at_most_eight_lines():
+    one = decide(facts(1000, source="steps measured on a GPU", no_graphs="x" * 999))
+    lines = table(one, "auto")
+    assert len(lines) <= 8
+    assert all(len(line) < 200 for line in lines)
+    text = "\n".join(lines)
+    assert lines[0] == "sparse_unsloth auto: 1000 tokens a micro-batch, 26% context (1 read)"
+    assert "exact " in lines[1]
+    assert "context is 26% of your tokens: rows would give 1." in lines[1]
+    assert "merge_micro_batches" in text
+    assert lines[-1].startswith(f"  predicted: {one.milliseconds:.0f} ms a micro-batch, 7.0 GiB at the peak, by steps")
+    quick = "\n".join(table(decide(facts(1000, kept={False: Kept(16, GIB), True: Kept(16, GIB)}))))
+    assert "on             1.7" in quick
+    assert "16 of 32 layers" in quick
+    assert "no time (gains are of FLOPs), no memory" in "\n".join(table(decide(facts(speed=None, kept=None))))
