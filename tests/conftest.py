@@ -25,6 +25,15 @@ def pytest_configure(config):
     gc.disable()  # while modules are imported
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Groups for ``--dist loadgroup``: the tests of a file, and those that share a process of the installed Unsloth."""
+    items.sort(key=lambda item: item.get_closest_marker("installed_unsloth") is None)  # the largest group comes first
+    for item in items:
+        group = "unsloth" if item.get_closest_marker("installed_unsloth") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_finish():
     gc.enable()
 
@@ -34,6 +43,23 @@ def frozen():
     """Trainers and tests collect garbage all the time; what is there already need not be looked through again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def unsloth_process(request, tmp_path_factory):
+    """The process of the installed Unsloth that runs the cases of the session's tests, in their order."""
+    from unsloth_on_cpu import UnslothProcess
+
+    marks = [item.get_closest_marker("installed_unsloth") for item in request.session.items]
+    names = [mark.args[0] for mark in marks if mark]
+    with UnslothProcess(tmp_path_factory.mktemp("unsloth"), names) as process:
+        yield process
+
+
+@pytest.fixture
+def unsloth_case(request, unsloth_process):
+    """The results of the test's case, by rank, and what the ranks said."""
+    return unsloth_process.wait_for(request.node.get_closest_marker("installed_unsloth").args[0])
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """Hooks and whole layers under the gates and compiled regions of Unsloth 2026.10.8 and later."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,6 @@ from sparse_unsloth.runtime.metrics import metrics
 
 from masked_models import every_step, masked_gradients
 from tiny_models import always, loss_and_gradients
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from unsloth_stand_in import assert_same, decoder_layers
 from whole_layers import RULES, FastLayer, make_model, small_batch
 
@@ -108,15 +104,13 @@ def test_the_plain_forward_is_beneath_every_region():
     assert plain_forward(Layer(), 1) == 2
 
 
-def test_the_installed_unsloths_own_wrappers(tmp_path):
-    folder = find_unsloth()
-    if folder is None or not (folder / "models/_block_compile.py").is_file():
-        pytest.skip("an Unsloth that compiles decoder layers is not installed")
-    environment = {**os.environ, **UNSLOTH_ON_CPU, "TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton"}
-    command = [sys.executable, str(SCRIPTS / "compiled.py"), str(tmp_path / "found.json")]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+@pytest.mark.skipif(
+    not (find_unsloth() or Path()).joinpath("models/_block_compile.py").is_file(),
+    reason="an Unsloth that compiles decoder layers is not installed",
+)
+@pytest.mark.installed_unsloth("compiled")
+def test_the_installed_unsloths_own_wrappers(unsloth_case):
+    ((found,), _) = unsloth_case
     assert len(found) == 2 * 2 * 3
     for name, outcome in found.items():
         wrapper, layout, mode = name.split(", ")

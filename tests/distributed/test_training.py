@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from sparse_unsloth.backends.unsloth.contract import find_unsloth
 
 import worker
 from processes import fork, needs_fork, wait_for
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 
 WORKER = Path(__file__).parent / "worker.py"
 ROOT = WORKER.parents[2]
@@ -129,25 +126,17 @@ def test_the_configurations_are_all_there():
     assert [path.stem for path in CONFIGS] == ["ddp", "fsdp2", "multi-node"]
 
 
-def test_unsloths_context_parallelism(tmp_path):
+@pytest.mark.skipif(
+    not (find_unsloth() or Path()).joinpath("context_parallel.py").is_file(),
+    reason="no Unsloth with context parallelism is installed",
+)
+@pytest.mark.installed_unsloth("context_parallel")
+def test_unsloths_context_parallelism(unsloth_case):
     """Halves of sequences on two processes: roles, loss and gradients of the whole ones, packed too."""
-    folder = find_unsloth()
-    if folder is None or not (folder / "context_parallel.py").exists():
-        pytest.skip("no Unsloth with context parallelism is installed")
-    script = SCRIPTS / "context_parallel.py"
-    environment = {**os.environ, **UNSLOTH_ON_CPU}
-    said = [(tmp_path / f"said-{rank}.txt").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path, str(rank)], cwd=tmp_path, env=environment, stdout=file, stderr=file
-        )
-        for rank, file in enumerate(said)
-    ]
-    statuses = [process.wait(timeout=600) for process in processes]
-    texts = [Path(file.name).read_text() for file in said]
-    assert statuses == [0, 0], "\n".join(text[-3000:] for text in texts)
+    found, texts = unsloth_case
+    assert len(found) == 2
     for rank in range(2):
-        for name, (loss, gradients, whole, parts) in json.loads((tmp_path / f"found-{rank}.json").read_text()).items():
+        for name, (loss, gradients, whole, parts) in found[rank].items():
             assert max(loss, gradients) < 1e-5, name
             assert parts == ([0, 0] if name.startswith("dense") else whole), name
     assert "memory_budget: sequences are split over several GPUs" in texts[0]

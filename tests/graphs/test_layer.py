@@ -5,10 +5,6 @@ tests/gpu/test_graphs.py.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +31,6 @@ from recorded_layers import (
     step_as_recorded,
 )
 from tiny_models import loss_and_gradients, make_batch, make_lora
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from unsloth_stand_in import assert_same, packed_batch
 from whole_layers import make_model, small_batch
 
@@ -258,18 +253,14 @@ def test_many_sizes_use_the_memory_of_the_largest(recorder):
     assert torch.equal(found, columns)
 
 
-def test_unsloths_own_layers(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+@pytest.mark.installed_unsloth("graphs")
+def test_unsloths_own_layers(unsloth_case):
     """Captured whole, padded, within packed documents and windows, and with a soft cap."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    kernels = {"TRITON_INTERPRET": "1", "SPARSE_UNSLOTH_KERNELS": "triton", "TORCHDYNAMO_DISABLE": "1"}
-    environment = {**os.environ, **UNSLOTH_ON_CPU, **kernels}
-    command = [sys.executable, str(SCRIPTS / "graphs.py"), str(tmp_path / "found.json")]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    ((found,), _) = unsloth_case
     whole = ["backward", "layer", "recompute"]
     kept = ["backward", "forward"]
-    assert json.loads((tmp_path / "found.json").read_text()) == {
+    assert found == {
         "llama, channels, packed": [whole, 1],
         "llama, channels, xformers": [whole, 1], "llama, rows, packed": [whole, 1],
         "llama, rows, without checkpointing": [kept, 1], "mistral, dense, packed": [whole, 1],

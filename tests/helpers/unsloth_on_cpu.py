@@ -1,9 +1,13 @@
-"""Runs the installed Unsloth on the CPU.
+"""Runs the installed Unsloth on the CPU, in a process that all tests share.
 
 Its norm, RoPE and gated unit have GPU kernels only; PyTorch functions with the same results replace them. Everything
 else is Unsloth's own code.
 """
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -17,14 +21,49 @@ UNSLOTH_ON_CPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TRITON_INTERPRET": "1",
     "UNSLOTH_ALLOW_CPU": "1",
     "UNSLOTH_COMPILE_DISABLE": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "UNSLOTH_FUSED_CE_COMPILE_DISABLE": "1",
 }
 """Of a process that imports Unsloth here."""
-SCRIPTS = Path(__file__).parents[1] / "backends" / "unsloth" / "installed"
-"""Run in such processes."""
+CASES = Path(__file__).parents[1] / "backends" / "unsloth" / "installed"
+"""What such a process runs."""
+
+
+class UnslothProcess:
+    """Runs cases of `CASES` one after the other, in ``folder``."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self._folder = folder
+        with (folder / "said.txt").open("w") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, str(CASES), str(folder), *names],
+                cwd=folder,
+                env={**os.environ, **UNSLOTH_ON_CPU},
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+
+    def __enter__(self) -> "UnslothProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def wait_for(self, name: str) -> tuple[list, list[str]]:
+        """What each rank of a case found and said, once it has ended; an AssertionError with its end if it failed."""
+        folder = self._folder / name
+        while not (folder / "ended").exists():
+            assert self._process.stdout.readline(), (self._folder / "said.txt").read_text()[-6000:]
+        said = [file.read_text() for file in sorted(folder.glob("said-*.txt"))]
+        found = sorted(folder.glob("found-*.json"))
+        assert len(found) == len(said), "\n".join(text[-6000:] for text in said)
+        return [json.loads(file.read_text()) for file in found], said
 
 
 def fused_by_unsloth(base: nn.Module, checkpointing: bool) -> nn.Module:

@@ -1,9 +1,6 @@
 """Merged micro-batches in real trainers: everything as with micro-batches one by one, with fewer forwards."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -21,7 +18,6 @@ from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
 
 from tiny_models import loras, make_base, make_batch, make_lora
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from word_models import save_checkpoint as save_words
 
 LENGTHS = [(5, 3), (2, 6), (7, 2), (4, 4), (9, 1), (3, 3), (6, 5), (1, 2), (8, 3), (2, 2), (5, 5), (3, 7), (4, 1)]
@@ -418,15 +414,11 @@ def test_one_of_several_processes_says_what_to_lower():
 
 
 @pytest.mark.slow
-def test_the_installed_unsloths_trainers(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+@pytest.mark.installed_unsloth("merging")
+def test_the_installed_unsloths_trainers(unsloth_case):
     """Its own, the one that it compiles in place of TRL's, and transformers'."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    command = [sys.executable, str(SCRIPTS / "merging.py"), str(tmp_path)]
-    environment = {**os.environ, **UNSLOTH_ON_CPU}
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    ((found,), _) = unsloth_case
     assert len(found) == 4
     for name, how in found.items():
         assert how["weights"] < 1e-5, name

@@ -1,14 +1,8 @@
-"""Our attention under Unsloth against that of the installed release's own modules, in a process of its own."""
+"""Our attention under Unsloth against that of the installed release's own modules."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
-
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 
 PADDED, PACKED = ("padded", "left padded"), ("packed", "padding after the documents")
 MASK, DOCUMENTS = ["attention_mask"], ["documents begin at"]
@@ -16,16 +10,11 @@ WINDOWS = {"mistral": [5, 5], "gemma2": [5, None]}
 """Of two layers; Unsloth gives Qwen2 none, whatever its configuration says."""
 
 
-def test_every_family_of_the_fast_path(tmp_path):
-    """The script compares outputs and gradients; here is by what they were computed."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {**UNSLOTH_ON_CPU, "TORCHDYNAMO_DISABLE": "1"}  # Gemma 2's attention compiles for a minute
-    command = [sys.executable, str(SCRIPTS / "attention.py"), str(tmp_path / "found.json")]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+@pytest.mark.installed_unsloth("attention")
+def test_every_family_of_the_fast_path(unsloth_case):
+    """The case compares outputs and gradients; here is by what they were computed."""
+    ((found,), _) = unsloth_case
     assert len(found) == 6 * (6 + 5)
     for name, calls in found.items():
         family, kernels, layout = name.split(", ")

@@ -2,10 +2,6 @@
 
 import importlib
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from types import MethodType
 
 import pytest
@@ -21,7 +17,6 @@ from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS
 from sparse_unsloth.errors import AttachError
 
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
-from unsloth_on_cpu import SCRIPTS, UNSLOTH_ON_CPU
 from unsloth_stand_in import (
     SLOTS,
     DeafAttention,
@@ -33,18 +28,11 @@ from unsloth_stand_in import (
 )
 
 
-def test_the_installed_release(tmp_path):
-    """One test, since Unsloth takes long to import: each entry of ``problems`` names what does not hold any more."""
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        **UNSLOTH_ON_CPU,
-    }
-    command = [sys.executable, str(SCRIPTS / "release.py"), str(tmp_path / "problems.json")]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    problems = json.loads((tmp_path / "problems.json").read_text())
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
+@pytest.mark.installed_unsloth("release")
+def test_the_installed_release(unsloth_case):
+    """Each entry of ``problems`` names what does not hold any more."""
+    ((problems,), _) = unsloth_case
     assert problems == {}, "\n\n".join(f"{name}: {text}" for name, text in problems.items())
 
 

@@ -1,14 +1,11 @@
-"""A script: our attention against that of the installed Unsloth's modules, on the CPU; prints as JSON what it was.
+"""Our attention against that of the installed Unsloth's modules.
 
-In a process of its own, as importing Unsloth changes torch and transformers for good. Unsloth's attention modules get
-the same Q, K, V and arguments by their slots, and leave O out. A function takes FlashAttention's place.
+Unsloth's attention modules get the same Q, K, V and arguments by their slots, and leave O out. A function takes
+FlashAttention's place.
 """
 
 import importlib
-import json
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -149,11 +146,12 @@ def compare(layer, hidden, arguments, batch) -> dict:
     }  # fmt: skip
 
 
-def examine() -> dict[str, list]:
+def prepare() -> dict[str, torch.nn.Module]:
+    return {family: make_base(family, **changes) for family, changes in FAMILIES.items()}
+
+
+def examine(bases: dict[str, torch.nn.Module]) -> dict[str, list]:
     """By family, kernels and layout: what our attention read of the calls of two layers."""
-    torch.set_num_threads(1)
-    bases = {family: make_base(family, **changes) for family, changes in FAMILIES.items()}
-    import unsloth  # noqa: F401
     from unsloth.models import llama
 
     from unsloth_on_cpu import Rotary, replace_gpu_kernels
@@ -184,7 +182,3 @@ def examine() -> dict[str, list]:
     with pytest.raises(AttachError, match="which is none of LlamaAttention_fast_forward"):
         compare(layer, hidden, arguments, batch)
     return found
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(examine()))

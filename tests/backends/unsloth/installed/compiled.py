@@ -1,18 +1,12 @@
-"""A script: each mode on layers whose class the installed Unsloth gated and wrapped for compilation, on the CPU.
+"""Each mode on layers whose class the installed Unsloth gated and wrapped for compilation.
 
 Unsloth (2026.10.8 and later) wraps the methods that it patches (`_gated_method`) and compiles each decoder layer's
-class forward (`_block_compile._wrap`); here ``torch.compile`` is a stand-in that notes what runs inside. Prints as
-JSON, by wrapper and mode: how many layers run as a whole, which ones run compiled, which hooks were traced, and how
-far loss and gradients are from the same model before attaching. In a process of its own, as importing Unsloth patches
-torch and transformers for good.
+class forward (`_block_compile._wrap`); here ``torch.compile`` is a stand-in that notes what runs inside.
 """
 
 import copy
 import functools
-import json
 import os
-import sys
-from pathlib import Path
 
 import torch
 
@@ -88,15 +82,21 @@ def wrap(cls, watch):
         torch.compile = before
 
 
-def examine() -> dict[str, dict]:
-    torch.set_num_threads(1)
-    base = make_base("llama", hidden_size=32, intermediate_size=64)
-    import unsloth  # noqa: F401
+def prepare() -> torch.nn.Module:
+    return make_base("llama", hidden_size=32, intermediate_size=64)
+
+
+def examine(base: torch.nn.Module) -> dict[str, dict]:
+    """By wrapper, layout and mode: how many layers run as a whole, which ones run compiled, which hooks were traced.
+
+    And how far loss and gradients are from the same model before attaching.
+    """
     from unsloth.models import llama
 
     from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
 
     os.environ["UNSLOTH_COMPILE_DISABLE"] = "0"  # read in each forward of a wrapped class
+    os.environ["SPARSE_UNSLOTH_KERNELS"] = "triton"
     cls = gate(llama)
     replace_gpu_kernels()
     watch, found = Watch(), {}
@@ -128,7 +128,3 @@ def examine() -> dict[str, dict]:
                 detach(model)
                 assert not any("_sparse" in key for layer in layers for key in layer.__dict__)
     return found
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(examine()))

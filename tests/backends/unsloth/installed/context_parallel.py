@@ -1,12 +1,6 @@
-"""A script: one of two gloo processes that hold halves of sequences, in the installed Unsloth's context parallelism.
-
-Each prints as JSON how far gradients are from those of one process that has the whole sequences, by setting and layout.
-In a process of its own, as importing Unsloth changes torch and transformers for good.
-"""
+"""Two gloo processes that hold halves of sequences, in the installed Unsloth's context parallelism."""
 
 import copy
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -36,11 +30,12 @@ def attached(model: torch.nn.Module, name: str):
     return state
 
 
-def examine() -> dict[str, list]:
-    """By setting and layout: how far apart losses and gradients are, and the roles of the parts."""
-    torch.set_num_threads(1)
-    base = make_base("llama", hidden_size=32, intermediate_size=64)
-    import unsloth  # noqa: F401
+def prepare() -> torch.nn.Module:
+    return make_base("llama", hidden_size=32, intermediate_size=64)
+
+
+def examine(base: torch.nn.Module, rank: int) -> dict[str, list]:
+    """By setting and layout: how far losses and gradients are from one process's, and the roles of the parts."""
     from unsloth.context_parallel import ContextParallelManager
     from unsloth.models import llama
 
@@ -48,6 +43,7 @@ def examine() -> dict[str, list]:
     from unsloth_on_cpu import fused_by_unsloth, replace_gpu_kernels
     from unsloth_stand_in import packed_batch
 
+    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/store", rank=rank, world_size=RANKS)
     replace_gpu_kernels()
     model = fused_by_unsloth(copy.deepcopy(base), checkpointing=True)
     manager = ContextParallelManager(RANKS, "ulysses")
@@ -72,11 +68,5 @@ def examine() -> dict[str, list]:
             detach(model)
             apart = max(((gradients[key] - value).norm() / value.norm()).item() for key, value in expected.items())
             found[f"{name}, {layout}"] = [abs(mine - loss).item(), apart, roles, parts.tolist()]
-    return found
-
-
-if __name__ == "__main__":
-    folder, number = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=RANKS)
-    (folder / f"found-{number}.json").write_text(json.dumps(examine()))
     dist.destroy_process_group()
+    return found

@@ -1,13 +1,10 @@
-"""A script: each mode on models that the installed Unsloth loads by its compiled path (``FastModel``), on the CPU.
+"""Each mode on models that the installed Unsloth loads by its compiled path (``FastModel``).
 
-Prints as JSON, by family and mode: how many layers run as a whole, how many passes were captured, how far loss and
-gradients are from the same model before attaching, and whether they are the same bits after detaching. The project's
-kernels run through Triton's interpreter. In a process of its own, as Unsloth changes torch and transformers for good.
+The project's kernels run through Triton's interpreter.
 """
 
 import gc
-import json
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -65,9 +62,16 @@ def make(family: str) -> torch.nn.Module:
     return FastSparseLanguageModel.for_training(model, checkpointing)
 
 
-def examine() -> dict[str, dict]:
-    torch.set_num_threads(1)
-    import unsloth  # noqa: F401
+def prepare() -> None:
+    pass
+
+
+def examine(prepared: None) -> dict[str, dict]:
+    """By family and mode: how many layers run as a whole, and whether passes were replayed.
+
+    And how far loss and gradients are from the same model before attaching, and if they are the same bits afterwards.
+    """
+    os.environ["SPARSE_UNSLOTH_KERNELS"] = "triton"
     from unsloth.models import loader, vision
 
     vision.get_device_stats = lambda *args, **options: ("CPU", "", 0.0)
@@ -102,7 +106,3 @@ def examine() -> dict[str, dict]:
                 "restored": all(torch.equal(after[1][name], value) for name, value in gradients.items()),
             }
     return found
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(examine()))

@@ -1,12 +1,7 @@
-"""A script: merged micro-batches in the installed Unsloth's trainers, on the CPU; prints as JSON how they went.
-
-It trains with Unsloth's own trainer, the one that it compiles in place of TRL's, and transformers'. In a process of its
-own, as importing Unsloth changes torch and transformers for good.
-"""
+"""Merged micro-batches in the installed Unsloth's own trainer, the one that replaces TRL's, and transformers'."""
 
 import copy
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +72,18 @@ def train(
     return weights, log, shapes, min((weights[name] - one).norm().item() for name, one in before.items())
 
 
-def examine(folder: Path) -> dict[str, dict]:
-    torch.set_num_threads(1)
+def prepare() -> tuple[torch.nn.Module, Callable]:
+    return (
+        make_base("llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2),
+        Trainer._inner_training_loop,
+    )
+
+
+def examine(prepared: tuple[torch.nn.Module, Callable]) -> dict[str, dict]:
+    """By trainer: how far weights and log lines are from those without merging, and the shapes of the forwards."""
+    base, loop = prepared
+    folder = Path.cwd()
     save_checkpoint(folder)
-    base = make_base("llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    loop = Trainer._inner_training_loop
     import trl
     import unsloth
     from unsloth.models import llama, rl
@@ -122,8 +124,3 @@ def examine(folder: Path) -> dict[str, dict]:
             "merged": merged,
         }
     return found
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    (folder / "found.json").write_text(json.dumps(examine(folder)))

@@ -1,19 +1,14 @@
-"""A script: writes what does not hold of the installed Unsloth as JSON into the given file.
-
-It runs on the CPU, in a process of its own: importing Unsloth changes torch and transformers for good.
-"""
+"""What does not hold of the installed Unsloth."""
 
 import copy
 import importlib
 import importlib.util
 import inspect
 import itertools
-import json
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,19 +43,20 @@ SETTINGS = {
 }
 
 
-def examine() -> dict[str, str]:
-    """What does not hold of the installed Unsloth: a traceback by name."""
-    torch.set_num_threads(1)
-    # Unsloth replaces the forwards of transformers' classes, so the reference comes first.
+def prepare() -> tuple:
+    """Models, and what they compute before Unsloth replaces the forwards of transformers' classes."""
     expected = {family: reference_steps(family) for family in COMPARED}
     prefills = {side: prefill_of(make_lora("llama"), side) for side in ("left", "right")}
     bases = {family: make_base(family) for family in FAMILIES}
     longer = make_base("llama", max_position_embeddings=512)
     weights = {"float32": make_base("llama"), "nf4": pack_nf4(make_base("llama"))}
     calibrated = {name: calibration_of(make_lora(base=copy.deepcopy(base))) for name, base in weights.items()}
+    return expected, prefills, bases, longer, weights, calibrated
 
-    import unsloth  # noqa: F401
 
+def examine(prepared: tuple) -> dict[str, str]:
+    """What does not hold: a traceback by name."""
+    expected, prefills, bases, longer, weights, calibrated = prepared
     found = {"contract": failure_of(Contract), "functions": failure_of(check_functions)}
     found["loss"] = failure_of(compare_with_unsloth)
     for family, base in bases.items():
@@ -414,7 +410,3 @@ def compare_calibrations(base: nn.Module, expected: Calibration) -> None:
     assert found.chosen.recipe == expected.chosen.recipe
     assert any(map(any, found.chosen.recipe))
     assert_same(loss_and_gradients(model, make_batch()), before, "after the calibration")
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(examine()))
