@@ -242,8 +242,7 @@ def make_clock(trainer, steps: int, warmup: int):
     from sparse_unsloth import get_state
     from sparse_unsloth.training.step_times import forget_peak_memory, now, peak_memory
 
-    state = get_state(trainer.model)
-    graphs = None if state is None else state.graphs
+    attached = get_state(trainer.model)
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -252,7 +251,12 @@ def make_clock(trainer, steps: int, warmup: int):
             self.peak = self.forwards = self.replayed = 0
             self.profile = None
             self._last = 0
-            self.graphs = graphs
+            self.sizes: int | None = None
+
+        @property
+        def graphs(self):
+            """Those that layers are captured in; with `auto` known when training begins."""
+            return None if attached is None else attached.graphs
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:
@@ -273,7 +277,10 @@ def make_clock(trainer, steps: int, warmup: int):
             if state.global_step == steps:
                 self.end = now()
                 memory = peak_memory()
-                self.peak = memory.get("gpu_allocated", memory["host"]) + (0 if graphs is None else graphs.memory())
+                self.peak = memory.get("gpu_allocated", memory["host"])
+                if self.graphs is not None:
+                    self.peak += self.graphs.memory()
+                    self.sizes = len(self.graphs.captured_keys)
             if state.global_step == state.max_steps and self.profile is not None:
                 now()
                 self.profile.stop()
@@ -282,8 +289,9 @@ def make_clock(trainer, steps: int, warmup: int):
             """Counts a timed micro-batch, and whether its forward was captured or replayed."""
             counts = warmup <= step < steps
             self.forwards += counts
-            if graphs is not None and graphs.forward_number != self._last:
-                self.replayed, self._last = self.replayed + counts, graphs.forward_number
+            number = 0 if self.graphs is None else self.graphs.forward_number
+            if number != self._last:
+                self.replayed, self._last = self.replayed + counts, number
 
     return Clock()
 
@@ -309,10 +317,9 @@ def notes_of(entry: Entry, model, clock) -> str:
     """Describes after the training what ran."""
     if not entry.ours:
         return arm_notes(entry.arm, model)
-    if clock.graphs is None:
+    if clock.sizes is None:
         return "no CUDA graphs"
-    sizes = len(clock.graphs.captured_keys)
-    return f"{clock.replayed / max(clock.forwards, 1):.0%} of the timed forwards replayed, {sizes} sizes captured"
+    return f"{clock.replayed / max(clock.forwards, 1):.0%} of the timed forwards replayed, {clock.sizes} sizes captured"
 
 
 # -- In the parent ----------------------------------------------------------------------------------------------------
