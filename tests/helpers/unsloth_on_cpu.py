@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,32 +35,39 @@ CASES = Path(__file__).parents[1] / "backends" / "unsloth" / "installed"
 
 
 class UnslothProcess:
-    """Runs cases of `CASES` one after the other, in ``folder``."""
+    """Runs cases of `CASES` one after the other, in ``folder``; the first that asks for a folder starts the process."""
 
     def __init__(self, folder: Path, names: list[str]):
-        self._folder = folder
+        self._folder, self._process = folder, None
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return
         with (folder / "said.txt").open("w") as said:
             self._process = subprocess.Popen(
                 [sys.executable, str(CASES), str(folder), *names],
                 cwd=folder,
                 env={**os.environ, **UNSLOTH_ON_CPU},
-                stdout=subprocess.PIPE,
+                stdout=said,
                 stderr=said,
-                text=True,
             )
 
     def __enter__(self) -> "UnslothProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if self._process is not None:
+            if any(error):
+                self._process.kill()
+            self._process.wait()
 
     def wait_for(self, name: str) -> tuple[list, list[str]]:
         """What each rank of a case found and said, once it has ended; an AssertionError with its end if it failed."""
         folder = self._folder / name
         while not (folder / "ended").exists():
-            assert self._process.stdout.readline(), (self._folder / "said.txt").read_text()[-6000:]
+            over = (self._folder / "over").exists()
+            assert not over or (folder / "ended").exists(), (self._folder / "said.txt").read_text()[-6000:]
+            time.sleep(0.1)
         said = [file.read_text() for file in sorted(folder.glob("said-*.txt"))]
         found = sorted(folder.glob("found-*.json"))
         assert len(found) == len(said), "\n".join(text[-6000:] for text in said)

@@ -5,7 +5,7 @@
 Importing Unsloth takes long and changes torch and transformers for good: hence one process for all cases, and none of
 them in the tests' own. A case is a module of this folder. Its `prepare` runs before the import, its `examine` gets what
 that returned, in the folder FOLDER/CASE; the result becomes ``found-RANK.json``, the output ``said-RANK.txt``. A case
-that has ended has a file ``ended``, and an empty line on standard output says so.
+that has ended has a file ``ended``, and FOLDER a file ``over`` once all have, or this failed.
 """
 
 import functools
@@ -48,8 +48,10 @@ def main(folder: Path, names: list[str]) -> None:
             ]
         )
         (place / "ended").touch()
-        print(flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    finally:
+        (Path(sys.argv[1]) / "over").touch()
