@@ -14,7 +14,7 @@ from sparse_unsloth.layer.probe import find_spec
 from sparse_unsloth.layer.spec import LayerSpec, head_norm_modules, place_norms, read_spec
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
 from sparse_unsloth.ops.norms import Norm
-from sparse_unsloth.ops.projection import Projection, read_projection
+from sparse_unsloth.ops.projection import Projection, is_present, read_projection
 
 
 class FastLayer:
@@ -32,6 +32,7 @@ class FastLayer:
         self.spec = read_spec(layer)
         _refuse_slow(self.spec, layer)
         self.returns_tuple = False
+        self._known: list[Projection] | None = None
         self._norms = place_norms({name: part for name, part in layer.module.named_children() if name.endswith("norm")})
         self._head_norms = head_norm_modules(layer.self_attn)
         self._projections = [
@@ -73,13 +74,15 @@ class FastLayer:
 
     def projections(self) -> list[Projection] | None:
         """q, k, v, o, gate, up, down; None if only the layer's own forward computes one (merged, disabled, several)."""
-        found = []
-        for module in self._projections:
-            projection = read_projection(module)
-            if projection is None:
-                return None
-            found.append(projection)
-        return found
+        known = self._known
+        if known is None or not all(map(is_present, self._projections, known)):
+            read = [read_projection(module) for module in self._projections]
+            known = self._known = None if None in read else read
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read: a copy reads its own modules."""
+        return {**self.__dict__, "_known": None}
 
 
 def why_not_fast(layer: DecoderLayer) -> str:

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows, dequantize_whole
 
+QUANTISERS = frozenset({"weight_fake_quantizer", "activation_fake_quantizer"})
+"""The names of torchao's fake quantisers, for quantisation-aware training."""
+
 
 @dataclass(frozen=True)
 class BaseWeight:
@@ -208,13 +211,43 @@ def read_projection(module: nn.Module, name: str = "projection") -> Projection |
     return Projection(base, lora)
 
 
+def is_present(module: nn.Module, known: Projection) -> bool:
+    """Whether `read_projection` would give ``known`` again; tells in a tenth of its time, and False where in doubt.
+
+    Args:
+        known: what it gave for this module before. The same tensor objects must be in the same places.
+    """
+    own = module.__dict__
+    parts, lora = own["_modules"], known.lora
+    base = parts.get("base_layer", module)
+    held, weight = base.__dict__["_parameters"], known.base.weight
+    if held["weight"] is not weight or held.get("bias") is not known.base.bias:
+        return False
+    if "FakeQuantized" in type(base).__name__ or not QUANTISERS.isdisjoint(base.__dict__["_modules"]):
+        return False
+    state = known.base.quant_state
+    if state is not None and (_quant_state(base) is not state or getattr(state, "packing_format_for_cpu", False)):
+        return False
+    if lora is None or "lora_A" not in parts:
+        return lora is None and "lora_A" not in parts
+    active = own.get("_active_adapter")
+    name = active[0] if isinstance(active, list) and len(active) == 1 else active
+    if own.get("_disable_adapters") is not False or own.get("merged_adapters") or not isinstance(name, str):
+        return False
+    for side, matrix in (("lora_A", lora.A), ("lora_B", lora.B)):
+        linear = parts[side].__dict__["_modules"].get(name)
+        if type(linear) is not nn.Linear or linear.__dict__["_parameters"]["weight"] is not matrix:
+            return False
+        if linear.__dict__["_modules"]:
+            return False
+    return own["scaling"][name] == lora.scale
+
+
 def is_fake_quantised(module: nn.Module, adapter: str) -> bool:
     """Whether a projection's base or LoRA matrices, or their inputs, pass through torchao's fake quantisers."""
     base = module._modules.get("base_layer", module)
     return any(
-        part._modules.get("weight_fake_quantizer") is not None
-        or part._modules.get("activation_fake_quantizer") is not None
-        or "FakeQuantized" in type(part).__name__
+        any(part._modules.get(name) is not None for name in QUANTISERS) or "FakeQuantized" in type(part).__name__
         for part in (base, module.lora_A[adapter], module.lora_B[adapter])
     )
 
