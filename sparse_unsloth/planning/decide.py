@@ -20,7 +20,7 @@ GRAPHS_GAIN = 1.02
 """CUDA graphs are chosen where they make a step this much faster; less is within the forecast's own error."""
 CAPTURE_MS = 15
 """Milliseconds that capturing a layer takes for one batch signature. Steps of a 1B (16 layers, two graphs each) took
-0.1 to 0.3 s more where one was captured, so 6 to 19 (end_to_end-notes.md). Three graphs, with checkpointing, take more."""
+0.1 to 0.3 s more where one was captured: 6 to 19 (end_to_end-notes.md). Three graphs, with checkpointing, take more."""
 RUNS_BEFORE = 2
 """A batch signature runs so many times before it is captured (docs/how-it-works.md, section 9)."""
 WRONG = 0.15
