@@ -53,7 +53,7 @@ def set_checkpointing(model, *flags):
 
 
 @pytest.mark.parametrize("rules", ["both", "dense", "rows"])
-def test_replays_give_the_same_gradients(stand_in, recorder, rules, monkeypatch):
+def test_replays_give_the_same_gradients(stand_in, interpreted, rules, monkeypatch):
     layers = 3 if rules == "dense" else LAYERS  # of the input's gradient, that of the middle one shows
     model = kept(stand_in, layers)
     batch = make_batch(lengths=((12, 3), (9, 4))) if rules == "rows" else small_batch()
@@ -65,8 +65,8 @@ def test_replays_give_the_same_gradients(stand_in, recorder, rules, monkeypatch)
         if rules == "rows":  # a layer is replayed as it was captured, whatever the planner says later
             state.planner = planner(context_again={1} if step < 3 else {0})
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        assert recorder.recorded == (layers * CALLS if step else 0)
-    assert recorder.replayed == 2 * recorder.recorded
+        assert interpreted.recorded == (layers * CALLS if step else 0)
+    assert interpreted.replayed == 2 * interpreted.recorded
     assert metrics(state)["sparsity/captured_layers"] == layers
     assert state.ran == state.expected_parts()
     assert len(again) == (4 if rules == "rows" else 0)  # the stand-in runs the captured function again

@@ -40,14 +40,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("rules", ["both", "no dense rows"])
-def test_replays_give_the_same_gradients(stand_in, recorder, rules):
+def test_replays_give_the_same_gradients(stand_in, interpreted, rules):
     model = checkpointed(stand_in)
     batches, expected = [small_batch(), other_rows(small_batch())], small_steps(stand_in, rules)
     state = attach_with(model, rules, True)
     for step in range(3):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
-        assert recorder.recorded == (LAYERS * CALLS if step else 0)
-    assert recorder.replayed == recorder.recorded
+        assert interpreted.recorded == (LAYERS * CALLS if step else 0)
+    assert interpreted.replayed == interpreted.recorded
     # Only the layer's own graphs write to its scores, which are read later.
     chosen = {
         (layer, part): one
