@@ -254,9 +254,8 @@ def make_clock(trainer, steps: int, warmup: int):
             self.sizes: int | None = None
 
         @property
-        def graphs(self):
-            """Those that layers are captured in; with `auto` known when training begins."""
-            return None if attached is None else attached.graphs
+        def graphs(self):  # with `auto` known when training begins
+            return getattr(attached, "graphs", None)
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:
@@ -276,8 +275,7 @@ def make_clock(trainer, steps: int, warmup: int):
             self.ends.append(time.perf_counter())
             if state.global_step == steps:
                 self.end = now()
-                memory = peak_memory()
-                self.peak = memory.get("gpu_allocated", memory["host"])
+                self.peak = (memory := peak_memory()).get("gpu_allocated", memory["host"])
                 if self.graphs is not None:
                     self.peak += self.graphs.memory()
                     self.sizes = len(self.graphs.captured_keys)

@@ -13,7 +13,7 @@ def recorder(monkeypatch):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """A stand-in that records the project's own layers, with their kernels in Triton's interpreter: ten times slower."""
+    """A stand-in that records our own layers, with their kernels in Triton's interpreter: ten times slower."""
     from recorded_layers import Rerun, share_memory
 
     recorder = Rerun()
