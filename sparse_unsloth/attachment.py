@@ -6,7 +6,7 @@ Unloading the adapters detaches them too, so PEFT returns a plain model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from sparse_unsloth.channels.factors import obtain_estimator
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact.loss import install_loss_removal
-from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, find_layers, left_out_layers
-from sparse_unsloth.model.row_parts import RowLayer
+from sparse_unsloth.model.decoder_layer import AnyLayer, DecoderLayer, decoder_stack, find_layers, left_out_layers
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.projection import forget_bases
 from sparse_unsloth.planning.progress import AutoPlan
@@ -94,7 +93,7 @@ def attach(
     return _install(state, calibration_samples)
 
 
-def _layers_of(model: nn.Module, config: SparsityConfig) -> tuple[list[DecoderLayer | RowLayer], dict[str, str]]:
+def _layers_of(model: nn.Module, config: SparsityConfig) -> tuple[list[AnyLayer], dict[str, str]]:
     """The decoder layers that ``config`` may make sparse, and why others are left out, by name.
 
     Raises:
@@ -110,7 +109,7 @@ def _layers_of(model: nn.Module, config: SparsityConfig) -> tuple[list[DecoderLa
             f"{len(others) + len(layers)} decoder layers are others ({next(iter(others.values()))}). Choose by hand: "
             "sparsity='rows', or sparsity=None for dense training."
         )
-    return layers, {}
+    return list(layers), {}
 
 
 def _attach_again(state: SparsityState, config: SparsityConfig) -> None:
@@ -213,7 +212,7 @@ def _refuse_shared_modules(state: SparsityState) -> None:
             owners[module] = f"{layer.name}.{name}"
 
 
-def _backend_of(layers: list[DecoderLayer]) -> Backend:
+def _backend_of(layers: Sequence[AnyLayer]) -> Backend:
     """The Unsloth backend where Unsloth's fast path prepared the layers, else the PEFT backend.
 
     Unsloth's compiled path (``FastModel``) leaves transformers' modules with other class forwards. The PEFT backend
@@ -293,7 +292,8 @@ def _obtain_estimator(state: SparsityState, samples: list[Mapping[str, Any]] | N
     if config.criterion != "estimator":
         state.use(None)
     elif is_main():  # rank 0 builds it for all, see `SparsityState.begin_training`
-        model = state.model, state.layers, state.layer_sparsity, config.estimator
+        layers = [layer for layer in state.layers if isinstance(layer, DecoderLayer)]  # all: channels take no others
+        model = state.model, layers, state.layer_sparsity, config.estimator
         chosen: dict[str, Any] = {"dense_tokens": config.dense_tokens, "seed": config.seed}
         estimator = obtain_estimator(*model, samples=samples, wait=True, **chosen)
         if estimator is not None:

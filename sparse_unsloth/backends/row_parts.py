@@ -20,7 +20,7 @@ from sparse_unsloth.backends.probes import allowed
 from sparse_unsloth.errors import AttachError, SparsityError
 from sparse_unsloth.layer.probe import TOLERANCE, difference
 from sparse_unsloth.model.adapters import refuse_foreign_leaves, refuse_other_adapters
-from sparse_unsloth.model.decoder_layer import DecoderLayer, first_tensor, layers_of_any_kind
+from sparse_unsloth.model.decoder_layer import AnyLayer, first_tensor, layers_of_any_kind
 from sparse_unsloth.model.row_parts import RowLayer, RowPart, has_matrix, returns_router_logits, rows_of
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.rows.routing import KeptChoices
@@ -76,7 +76,7 @@ class Calls:
         self.of[module].output = None if first is None else first.detach().clone()
 
 
-def find_row_layers(model: nn.Module) -> tuple[list[DecoderLayer | RowLayer], dict[str, str]]:
+def find_row_layers(model: nn.Module) -> tuple[list[AnyLayer], dict[str, str]]:
     """The decoder layers of ``model`` that have row parts, and the others, by name: why.
 
     Raises:

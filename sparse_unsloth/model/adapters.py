@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from sparse_unsloth.errors import AttachError
-from sparse_unsloth.model.decoder_layer import DecoderLayer
+from sparse_unsloth.model.decoder_layer import AnyLayer
 from sparse_unsloth.model.row_parts import RowLayer
 
 ROW_BY_ROW = ("DoraLinearVariant", "BdLoraLinearVariant", "MiCALinearVariant")
@@ -16,7 +16,7 @@ NO_PATH = "has no sparse path: its weights would get a wrong gradient or none, w
 PLAIN_LORA = "Train plain LoRA (peft.LoraConfig), or train dense (sparsity=None)"
 
 
-def refuse_other_adapters(model: nn.Module, layers: Iterable[DecoderLayer | RowLayer]) -> None:
+def refuse_other_adapters(model: nn.Module, layers: Iterable[AnyLayer]) -> None:
     """Refuses every adapter except LoRA, naming it. `sparse_unsloth.ops.projection.check_adapters` checks LoRA options.
 
     LoRA on a parameter works where the model's own code computes the layer, as it computes every `RowLayer`.
@@ -43,7 +43,7 @@ def refuse_other_adapters(model: nn.Module, layers: Iterable[DecoderLayer | RowL
                 _refuse_layer(f"{layer.name}.{name}", module, isinstance(layer, RowLayer))
 
 
-def refuse_dropout(layer: DecoderLayer | RowLayer) -> None:
+def refuse_dropout(layer: AnyLayer) -> None:
     """Refuses dropout, which the probe of `sparse_unsloth.backends.row_hooks` cannot see while an adapter's B is zero.
 
     Raises:

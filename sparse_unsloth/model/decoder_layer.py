@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,10 @@ class DecoderLayer:
         return found | {f"self_attn.{name}": getattr(self.self_attn, name) for name in ATTENTION_PROJECTIONS}
 
 
+AnyLayer: TypeAlias = "DecoderLayer | RowLayer"
+"""What a model's decoder layer is described by: whole, or by its row parts alone."""
+
+
 def find_layers(model: nn.Module) -> list[DecoderLayer]:
     """The decoder layers of ``model`` (bare, PEFT-wrapped or inside DDP), in depth order.
 
@@ -105,7 +109,7 @@ def find_layers(model: nn.Module) -> list[DecoderLayer]:
     return [_describe(index, name, module) for index, (name, module) in enumerate(found)]
 
 
-def layers_of_any_kind(model: nn.Module) -> list[DecoderLayer | RowLayer]:
+def layers_of_any_kind(model: nn.Module) -> list[AnyLayer]:
     """All layers of the text decoder's stack in depth order, for row sparsity.
 
     Those that `find_layers` does not describe, or that have matrices beside MLP and attention, have no parts yet.
@@ -124,7 +128,7 @@ def layers_of_any_kind(model: nn.Module) -> list[DecoderLayer | RowLayer]:
     return [layer for layer in found if isinstance(layer, RowLayer) or first[layer.module] is layer]
 
 
-def _of_any_kind(index: int, name: str, module: nn.Module) -> DecoderLayer | RowLayer:
+def _of_any_kind(index: int, name: str, module: nn.Module) -> AnyLayer:
     for inner, layer in module.named_modules():
         others = (child for part, child in layer.named_children() if part not in ("mlp", "self_attn"))
         if not _lacks(layer) and not any(map(has_matrix, others)):
@@ -135,7 +139,7 @@ def _of_any_kind(index: int, name: str, module: nn.Module) -> DecoderLayer | Row
     return RowLayer(index, name, module, (), {})
 
 
-def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer | RowLayer]) -> dict[str, nn.Module]:
+def decoder_stack(model: nn.Module, layers: Sequence[AnyLayer]) -> dict[str, nn.Module]:
     """All decoder layers of ``model``, by name and in depth order: ``layers``, and others in the same stack."""
     modules, stack = dict(model.named_modules()), {}
     for layer in layers:
@@ -152,7 +156,7 @@ def decoder_stack(model: nn.Module, layers: Sequence[DecoderLayer | RowLayer]) -
     return stack
 
 
-def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[DecoderLayer | RowLayer]) -> dict[str, str]:
+def left_out_layers(stack: Mapping[str, nn.Module], layers: Sequence[AnyLayer]) -> dict[str, str]:
     """The layers of a `decoder_stack` that are not in ``layers``, by name: what each lacks to be a `DecoderLayer`."""
     found = {layer.module for layer in layers}
     return {name: f"{type(module).__name__}: {_lacks(module)}" for name, module in stack.items() if module not in found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sparse_unsloth.explain.observer import Observer
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.layer.attention import AttentionCall
 from sparse_unsloth.layer.fast import FastLayer
-from sparse_unsloth.model.decoder_layer import DecoderLayer, decoder_stack, left_out_layers
+from sparse_unsloth.model.decoder_layer import AnyLayer, decoder_stack, left_out_layers
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.planning.progress import AutoPlan
@@ -55,7 +55,7 @@ class Backend:
     install: Callable[[LayerRuntime], None]
     uninstall: Callable[[nn.Module], None]
     is_installed: Callable[[nn.Module], bool]
-    check_not_sharded: Callable[[DecoderLayer], None]
+    check_not_sharded: Callable[[AnyLayer], None]
     read_attention: Callable[[LayerRuntime, Tensor, dict[str, Any]], AttentionCall | None]
     keeps_weights: bool
 
@@ -101,7 +101,7 @@ class SparsityState:
     def __init__(
         self,
         model: nn.Module,
-        layers: list[DecoderLayer],
+        layers: Sequence[AnyLayer],
         config: SparsityConfig,
         backend: Backend,
         set_up_process: Callable[[SparsityState], None],
@@ -174,7 +174,7 @@ class SparsityState:
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def runtime(self, layer: DecoderLayer) -> LayerRuntime | None:
+    def runtime(self, layer: AnyLayer) -> LayerRuntime | None:
         """The runtime of a hooked layer; None for a layer without hooks."""
         if self.last_layer is not None and self.last_layer.layer is layer:
             return self.last_layer
@@ -354,7 +354,7 @@ class LayerRuntime:
         not_captured: why CUDA graphs do not hold it; "" where they do.
     """
 
-    def __init__(self, state: SparsityState, layer: DecoderLayer, sparsity: LayerSparsity):
+    def __init__(self, state: SparsityState, layer: AnyLayer, sparsity: LayerSparsity):
         self.state = state
         self.layer = layer
         self.sparsity = sparsity
