@@ -40,10 +40,9 @@ def row_sparse_whole_layer(
     fixed = graphed.capture.static_partition
     all_rows, chosen_rows = (RowOrder(fixed(rows), False) for rows in (plan.mlp.partition, chosen))
     roles = fixed(partition)
-    static = replace(plan, attention=all_rows, mlp=all_rows)
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        trained = static.with_loras(loras)
+        trained = replace(plan, attention=all_rows, mlp=all_rows).with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
         return post_attention_by_rows(attention_output, residual, trained, RowChoice(roles, share), chosen_rows)
