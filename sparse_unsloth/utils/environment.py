@@ -19,6 +19,8 @@ from sparse_unsloth.errors import InstallError
 PACKAGE = "sparse-unsloth"
 UNSLOTH = "unsloth"
 """The extra with the fast backend."""
+FOR_DEVELOPERS = ("docs", "dev")
+"""Extras that no command needs."""
 OPTIONAL = {
     "triton": "kernels; comes with PyTorch for GPUs",
     "xformers": "comes with Unsloth",
@@ -63,7 +65,7 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def extras() -> dict[str, list[str]]:
-    """The extras of the package, each with what of it is missing or of another version."""
+    """The extras for users of the package, each with what of it is missing or of another version."""
     try:
         names = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:

@@ -111,19 +111,26 @@ def test_a_model_for_inference_stays_as_it_is(module):
 
 @pytest.mark.skipif(not INSTALLED, reason="axolotl is not installed (docs/front-ends.md)")
 def test_axolotl_takes_the_plugin(module):
+    from axolotl.cli.config import prepare_plugins
     from axolotl.integrations.base import BasePlugin, PluginManager
-    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
     for name in ("register", "get_input_args", "post_model_load"):
         ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (module.SparseUnslothPlugin, BasePlugin))
         assert list(ours.parameters) == list(theirs.parameters)
-    manager = PluginManager.get_instance()
-    manager.register(CLASS)
+    manager, model = PluginManager.get_instance(), make_lora()
+    given = {"adapter": "lora", "plugins": [CLASS], "sparse_unsloth": {"preset": "auto", "seed": 5}}
+    given |= {"base_model": "a/b", "datasets": [{"path": "a", "type": "alpaca"}], "num_epochs": 1, "sequence_len": 64}
+    cfg = DictDefault({**given, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4})
+    gpu = {"n_gpu": 1, "bf16": True, "fp8": False, "n_node": 1, "compute_capability": "sm_90", "tf32": True}
     try:
-        assert merge_input_args()[1].model_fields["sparse_unsloth"].default == "auto"
-        model = make_lora()
-        manager.post_model_load(DictDefault({"sparse_unsloth": BLOCK}), model)
-        assert get_state(model).config.estimator.rank == 4
+        prepare_plugins(cfg)
+        valid = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.11.0"})
+        assert [valid[name] for name in module.KERNELS] == [False] * 4, "axolotl turns them on where it has a GPU"
+        manager.post_model_load(valid, model)
+        assert get_state(model).auto.asked.model_fields_set == {"preset", "seed"}
+        with pytest.raises(ValueError, match=r"sparse_unsloth\n.*backward_row: unknown key"):
+            validate_config(DictDefault({**cfg, "sparse_unsloth": {"backward_row": 0.5}}))
     finally:
         manager.plugins.clear()
