@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from sparse_unsloth.kernels.language import tl, triton
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 
 

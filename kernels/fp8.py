@@ -12,11 +12,10 @@ either orientation: tiles are transposed in the kernel, so that reads and writes
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels import dequantize
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 
 FP8 = torch.float8_e4m3fn

@@ -6,11 +6,10 @@ Bytes (bf16) per channel: forward reads 4 and writes 2; backward reads 6 and wri
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels.activation import KINDS, activation
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.model.activations import ACTIVATIONS, activation_and_slope
 

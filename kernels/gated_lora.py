@@ -11,12 +11,11 @@ run at a time, and nothing hides the latency of memory (benchmarks/results/one-l
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels.activation import KINDS, activation
 from sparse_unsloth.kernels.glu import low_rank
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.model.activations import ACTIVATIONS, activation_and_slope
 

@@ -20,12 +20,11 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_unsloth.kernels.activation import KINDS, activation
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.model.activations import ACTIVATIONS
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from sparse_unsloth.kernels.language import triton
 
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _knobs = getattr(triton, "knobs", None)

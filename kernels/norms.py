@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.tokens.partition import PADDING_PLACE
 

@@ -17,10 +17,9 @@ Predicted on an H200 (4.8 TB/s, of which 80 % can be reached), 8192 tokens, 32 +
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 
 TILE = 1024, 4096

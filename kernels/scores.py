@@ -16,11 +16,10 @@ others read ``2 N width`` per program (L2) and ``2 rank`` per channel, and write
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sparse_unsloth.kernels.activation import KINDS, activation
+from sparse_unsloth.kernels.language import tl, triton
 from sparse_unsloth.kernels.launch import launch
 from sparse_unsloth.model.activations import ACTIVATIONS
 

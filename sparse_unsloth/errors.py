@@ -25,6 +25,10 @@ class CalibrationError(SparsityError):
     """The samples cannot calibrate sparsity, or a budget cannot be kept."""
 
 
+class InstallError(SparsityError):
+    """An optional library is missing; the message names the extra that brings it."""
+
+
 class DataError(SparsityError):
     """Data or a model file is missing, cannot be read, or has a form that cannot be trained on."""
 

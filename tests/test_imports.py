@@ -26,7 +26,7 @@ attachment
 autosparsity
 language_model
 training __init__
-bench evaluation quickstart
+bench evaluation integrations quickstart
 forecast
 cli
 """

@@ -1,12 +1,14 @@
 """`FastSparseLanguageModel` on the PEFT backend: loading, LoRA, training through TRL, saving, loading again."""
 
+import sys
+
 import pytest
 import torch
 import transformers
 
 from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_state
 from sparse_unsloth.backends.choose import explain_backend
-from sparse_unsloth.errors import BackendError
+from sparse_unsloth.errors import BackendError, InstallError
 
 from decoder_models import FAMILIES, causal
 from tiny_models import always, load, make_batch, save_checkpoint
@@ -227,3 +229,9 @@ def test_a_multimodal_checkpoint_without_a_processor_says_so(tmp_path, caplog):
     _, tokenizer = load(tmp_path)
     assert not isinstance(tokenizer, transformers.ProcessorMixin)
     assert "No processor of images was loaded" in caplog.text
+
+
+def test_a_gguf_file_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InstallError, match=r"gguf_file needs gguf, .*sparse-unsloth\[gguf\]"):
+        FastSparseLanguageModel.from_pretrained("nowhere", backend="peft", gguf_file="model.gguf")

@@ -65,6 +65,10 @@ def test_yaml_is_a_recipe_or_a_sparsity_block(snippet, tmp_path):
         SparsityConfig.from_any(values["sparsity"])
         with pytest.raises(ConfigError):
             SparsityConfig.from_any({**values["sparsity"], "backward_row": 0.5})
+    elif "plugins" in values:  # axolotl's
+        module, _, name = values["plugins"][0].rpartition(".")
+        assert f"class {name}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        SparsityConfig.from_any(values["sparse_unsloth"])
     else:
         path = tmp_path / "recipe.yaml"
         path.write_text(snippet)

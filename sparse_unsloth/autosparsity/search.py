@@ -40,7 +40,7 @@ from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import CalibrationError, EstimatorError
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
-from sparse_unsloth.utils.environment import version_of
+from sparse_unsloth.utils.environment import require, version_of
 
 MLP_LEVELS = (0.5, 0.75, 0.9, 0.97)
 ATTENTION_LEVELS = (0.25, 0.5, 0.75)
@@ -174,7 +174,9 @@ def calibrate(
             recipe satisfies; an attached model.
         AttachError: a layer has no sparse path.
         EstimatorError: the estimator cannot be calibrated.
+        InstallError: scipy is missing.
     """
+    require("study", "calibrate()", "scipy")
     asked = _asked(budget, max_loss)
     base = SparsityConfig.from_any(config).whole_rows()
     levels = {"mlp": _levels("mlp_levels", mlp_levels), "self_attn": _levels("attention_levels", attention_levels)}

@@ -39,7 +39,7 @@ def explain_backend(backend: BackendName = "auto") -> tuple[str, str]:
     if not torch.cuda.is_available():
         obstacle = "no CUDA GPU"
     elif not installed:
-        obstacle = "Unsloth is not installed"
+        obstacle = "Unsloth is not installed (`pip install 'sparse-unsloth[unsloth]'`)"
     elif uses_fsdp():
         obstacle = "FSDP shards the weights, which Unsloth's fused functions read whole"
     else:

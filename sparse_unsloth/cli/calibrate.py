@@ -12,6 +12,7 @@ import torch
 
 from sparse_unsloth.cli.arguments import command_parser, load_recipe_to_train, parse, recipe_source
 from sparse_unsloth.errors import CalibrationError
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import SetUp, check_output
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def main(words: Sequence[str]) -> int:
     """Calibrates the recipe of a command line, and prints the outcome.
 
     Raises:
-        SparsityError: see `calibrate_recipe`; `CalibrationError` for invalid arguments.
+        SparsityError: see `calibrate_recipe`; `CalibrationError` for invalid arguments,
+            `InstallError` for missing libraries.
     """
     parser = build_parser()
     parsed = parse(parser, words, CalibrationError)
@@ -82,6 +84,7 @@ def main(words: Sequence[str]) -> int:
         raise CalibrationError(
             "--samples, --probe-samples and --part-samples must be 1 or more, --held-out-samples 0 or more."
         )
+    require("study", "calibrate", "scipy", "matplotlib")
     check_output(arguments.output_dir, "output-dir")
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}
     with recipe_source(names) as source:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_unsloth.cli.arguments import command_parser
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
@@ -15,21 +17,28 @@ peak memory. Runs of the same recipe that differ only in their seed form a group
 tests against the first group. Writes comparison.md, comparison.json and comparison.png."""
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command's words."""
+    parser = command_parser("compare", DESCRIPTION)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")
+    parser.add_argument("--output-dir", default="runs/comparison", help="default: %(default)s")
+    return parser
+
+
 def main(words: Sequence[str]) -> int:
     """Compares the run folders of a command line, prints the tables and writes the files.
 
     Raises:
         CompareError: a folder holds no finished run, or a run occurs twice.
+        InstallError: a library is missing.
     """
-    parser = command_parser("compare", DESCRIPTION)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; the first one's group is the baseline")
-    parser.add_argument("--output-dir", default="runs/comparison", help="default: %(default)s")
-    arguments = parser.parse_args(words)
+    arguments = build_parser().parse_args(words)
     from rich.console import Console
     from rich.table import Table
 
     from sparse_unsloth.evaluation.compare import compare, draw, group_runs, markdown, notes, read_run, rows, test_rows
 
+    require("study", "compare", "scipy", "matplotlib")
     check_output(arguments.output_dir, "output-dir")
     groups = group_runs([read_run(folder) for folder in arguments.runs])
     comparison = compare(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -24,7 +25,7 @@ from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM
 from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
 from sparse_unsloth.training.requirements import Finding, Status, trl_without_gpu
-from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, requirements, version_of
+from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, UNSLOTH, extras, requirements, version_of
 
 DESCRIPTION = """\
 Reports versions against the tested ranges, the GPU, which backend and kernels will run and why, and what is missing.
@@ -34,9 +35,14 @@ TRIAL_SECONDS = 115
 OUTSIDE = "Install an Unsloth of the tested range, or report it with `sparse-unsloth doctor`'s output."
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command's words."""
+    return command_parser("doctor", DESCRIPTION)
+
+
 def main(words: Sequence[str]) -> int:
     """Prints every finding; returns 1 if one of them prevents training on this machine."""
-    command_parser("doctor", DESCRIPTION).parse_args(words)
+    build_parser().parse_args(words)
     findings = diagnose()
     print("sparse-unsloth: trying each mode on a small random model (under two minutes)", flush=True)
     findings += try_training()
@@ -159,8 +165,8 @@ def _versions() -> list[Finding]:
     declared = requirements()
     if not declared:
         return [Finding(PACKAGE, "not installed", status="problem", fix="Run `pip install -e .` in the clone.")]
-    findings = [Finding(PACKAGE, version_of(PACKAGE) or "unknown")]
-    for requirement in declared:
+    findings = [Finding(PACKAGE, version_of(PACKAGE) or "unknown"), _extras()]
+    for requirement in [*declared, *(item for item in requirements(UNSLOTH) if version_of(item.name))]:
         version, wanted = version_of(requirement.name), str(requirement.specifier)
         if not version:
             fix = f"Run `pip install '{requirement.name}{wanted}'`."
@@ -173,6 +179,14 @@ def _versions() -> list[Finding]:
     for name, purpose in OPTIONAL.items():
         findings.append(Finding(name, version_of(name) or f"not installed (optional: {purpose})"))
     return findings
+
+
+def _extras() -> Finding:
+    """Tells which extras are complete, and what the others lack."""
+    found = extras()
+    there = ", ".join(name for name, missing in found.items() if not missing) or "none"
+    others = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in found.items() if missing)
+    return Finding("extras", f"{there}; {others}" if others else there)
 
 
 def _device() -> Finding:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_unsloth.cli.arguments import command_parser
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import check_output
 
 DESCRIPTION = """\
@@ -31,6 +32,7 @@ def main(words: Sequence[str]) -> int:
 
     Raises:
         ConfigError: the folder has no records.
+        InstallError: a library is missing.
     """
     arguments = build_parser().parse_args(list(words))
     from sparse_unsloth.explain.records import read
@@ -41,6 +43,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(records, indent=2))
         return 0
+    require("study", "explain", "matplotlib")
     out = folder if arguments.output_dir is None else Path(arguments.output_dir)
     check_output(out, "output-dir")
     write(folder, out)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from sparse_unsloth.cli.arguments import command_parser, print_line
 
 
-def main(words: Sequence[str]) -> int:
-    """Lists the keys of a recipe, all or those that match a word; returns 1 if there are none."""
+def build_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command's words."""
     parser = command_parser("keys", "")
     parser.add_argument("word", nargs="?", default="", help="only keys whose name or help contains this")
-    arguments = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Lists the keys of a recipe, all or those that match a word; returns 1 if there are none."""
+    arguments = build_parser().parse_args(words)
     from rich.console import Console
     from rich.table import Table
 

@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "evaluate": "evaluate runs: HumanEval, MT-Bench, commonsense, arithmetic, GLUE, ARC-AGI",
     "compare": "compare runs and seeds: loss, scores, tokens per second, memory, with paired tests",
     "study": "study low-rank approximations: toy matrices, a model's spectra, pruned adapters",
+    "completion": "print the script that completes command lines in bash, zsh or fish",
 }
 """The help of each command; the module of that name in this package has its parser and its ``main``."""
 

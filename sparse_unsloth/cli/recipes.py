@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from sparse_unsloth.cli.arguments import command_parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command's words."""
+    parser = command_parser("recipes", "")
+    parser.add_argument("name", nargs="?", help="print this recipe, to be copied and changed")
+    return parser
 
 
 def main(words: Sequence[str]) -> int:
@@ -13,9 +21,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         RecipeError: there is no recipe of that name.
     """
-    parser = command_parser("recipes", "")
-    parser.add_argument("name", nargs="?", help="print this recipe, to be copied and changed")
-    name = parser.parse_args(words).name
+    name = build_parser().parse_args(words).name
     from sparse_unsloth.training.document import find_recipe, shipped_recipes
 
     if name is not None:

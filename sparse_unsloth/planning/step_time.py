@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from sparse_unsloth.planning.work import Work
+from sparse_unsloth.utils.environment import require
 
 SHARPNESS = 8
 """Sharpness of the smooth maximum of host and device time, which do not overlap completely."""
@@ -72,7 +73,11 @@ def fit(steps: Sequence[tuple[Work, float]]) -> StepTime:
 
     Args:
         steps: pairs of work and milliseconds; at least one.
+
+    Raises:
+        InstallError: scipy is missing.
     """
+    require("study", "A fit of step times", "scipy")
     import numpy
     from scipy.optimize import least_squares
 

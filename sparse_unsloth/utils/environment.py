@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -13,8 +14,15 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from sparse_unsloth.errors import InstallError
+
 PACKAGE = "sparse-unsloth"
+UNSLOTH = "unsloth"
+"""The extra with the fast backend."""
+FOR_DEVELOPERS = ("docs", "dev")
+"""Extras that no command needs."""
 OPTIONAL = {
+    "triton": "kernels; comes with PyTorch for GPUs",
     "xformers": "comes with Unsloth",
     "flash-attn": "faster attention, for GPUs that have it",
 }
@@ -22,7 +30,8 @@ OPTIONAL = {
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, as plain data: enough to repeat a run or to report a fault."""
-    names = [PACKAGE, *(requirement.name for requirement in requirements()), *OPTIONAL]
+    declared = [*requirements(), *requirements(UNSLOTH)]
+    names = [PACKAGE, *(requirement.name for requirement in declared), *OPTIONAL]
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -42,14 +51,52 @@ def commit_of(folder: Path) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def requirements() -> list[Requirement]:
-    """The package's dependencies that apply to this machine, with the tested ranges."""
+def requirements(extra: str = "") -> list[Requirement]:
+    """The dependencies that apply to this machine, with the tested ranges: the package's, or those an extra adds."""
     try:
         texts = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    requirements = [Requirement(text) for text in texts]
-    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
+    found = [Requirement(text) for text in texts]
+    base = [item for item in found if item.marker is None or item.marker.evaluate({"extra": ""})]
+    if not extra:
+        return base
+    return [item for item in found if item not in base and item.marker.evaluate({"extra": extra})]
+
+
+def extras() -> dict[str, list[str]]:
+    """The extras for users of the package, each with what of it is missing or of another version."""
+    try:
+        names = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {
+        name: [f"{item.name}{item.specifier}" for item in requirements(name) if not _is_there(item)] for name in names
+    }
+
+
+def require(extra: str, purpose: str, *modules: str) -> None:
+    """Checks that optional libraries are there, before anything is computed for which they are needed.
+
+    Args:
+        extra: the extra of the package that brings them.
+        purpose: what needs them, to begin the message with.
+        modules: their names as they are imported.
+
+    Raises:
+        InstallError: one is missing.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InstallError(
+            f"{purpose} needs {' and '.join(missing)}, which the extra {extra} brings: "
+            f"`pip install '{PACKAGE}[{extra}]'`."
+        )
+
+
+def _is_there(requirement: Requirement) -> bool:
+    version = version_of(requirement.name)
+    return bool(version) and requirement.specifier.contains(version, prereleases=True)
 
 
 def version_of(package: str) -> str:

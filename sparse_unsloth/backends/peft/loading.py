@@ -12,6 +12,7 @@ from torch import nn
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.tokens.partition import is_sequence_classifier
 from sparse_unsloth.utils.distributed import local_rank, uses_fsdp, world_size
+from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.saved_adapters import base_not_loaded, base_of, find_adapter, tokenizer_of, vocabulary_of
 
 logger = logging.getLogger("sparse_unsloth")
@@ -61,6 +62,7 @@ def load(
         BackendError: an argument that only Unsloth supports, ``max_seq_length`` exceeds the model's positions, or the
             adapter was trained with another vocabulary than ``resize_model_vocab``.
         DataError: the adapter is damaged, or its base model cannot be loaded.
+        InstallError: gguf is missing, for ``gguf_file``.
     """
     from peft import PeftModel
     from transformers import AutoConfig, BitsAndBytesConfig, set_seed
@@ -86,6 +88,8 @@ def load(
     if dtype is None:
         dtype = _default_dtype()
     gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
+    if gguf:
+        require("gguf", "gguf_file", "gguf")
     try:
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model_name, **hub, **gguf)
     except (OSError, ValueError) as error:
