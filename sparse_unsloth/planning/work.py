@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
 from sparse_unsloth.exact.last_layer import WORTH_REMOVING
 from sparse_unsloth.exact.loss import ROW_MULTIPLE
-from sparse_unsloth.graphs.buckets import LENGTHS, round_up
+from sparse_unsloth.graphs.buckets import bucket
 from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -30,6 +30,7 @@ class MicroBatch:
         dense, context, padding: loss tokens, context tokens and padding tokens; together all rows.
         loss: loss positions, a part of the loss tokens as a rule.
         lengths: of documents; of whole sequences, with padding, where these are padded.
+        repeated: the micro-batch before has the same size, so that CUDA graphs hardly pad this one (`mark_repeated`).
     """
 
     dense: int
@@ -37,6 +38,7 @@ class MicroBatch:
     padding: int
     loss: int
     lengths: tuple[int, ...]
+    repeated: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,12 +54,27 @@ class MicroBatch:
 
     def padded_to_bucket(self, layout: str) -> MicroBatch:
         """Pads it to a length bucket, as captured batches are (`sparse_unsloth.graphs.buckets`)."""
+        rows, length = self.size(layout)
+        longer = bucket(length, self.repeated)
         if layout == PADDED:
-            length, rows = max(self.lengths), len(self.lengths)
-            longer = round_up(length, LENGTHS)
             return replace(self, padding=self.padding + rows * (longer - length), lengths=(longer,) * rows)
-        extra = round_up(self.rows, LENGTHS) - self.rows
+        extra = longer - length
         return replace(self, padding=self.padding + extra, lengths=(*self.lengths, extra)) if extra else self
+
+    def size(self, layout: str) -> tuple[int, int]:
+        """Sequences and the length of each, as the model receives them."""
+        return (len(self.lengths), max(self.lengths)) if layout == PADDED else (1, self.rows)
+
+
+def mark_repeated(batches: Sequence[MicroBatch], layout: str) -> tuple[MicroBatch, ...]:
+    """Marks those of ``batches`` that have the size of the one before them.
+
+    They are a sample of a longer training, so the first one counts as if it came after the last one.
+    """
+    sizes = [batch.size(layout) for batch in batches]
+    if len(batches) < 2:
+        return tuple(batches)
+    return tuple(replace(batch, repeated=sizes[at] == sizes[at - 1]) for at, batch in enumerate(batches))
 
 
 @dataclass(frozen=True)
