@@ -164,8 +164,8 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     """`auto` (the default of `get_peft_model`, `attach` and recipes): when training begins, a forecast of its steps
     decides every one of `cuda_graphs`, `memory_budget`, `merge_micro_batches` and `backward_rows` that is not given,
     and says why; it never leaves out channels, and never computes in FP8. `rows`: `backward_rows: 0.25`. `o1`
-    (conservative) and `o2` (aggressive): the layer rules of a published recipe, scaled to the model's depth. `dense`: no
-    sparsity."""
+    (conservative) and `o2` (aggressive): the layer rules of a published recipe, scaled to the model's depth. `dense`:
+    no sparsity."""
     mlp: Rules = {}
     """Layer rules: the share of MLP channels that context tokens leave out."""
     self_attn: Rules = {}

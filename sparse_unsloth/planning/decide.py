@@ -157,6 +157,8 @@ def decide(facts: Facts) -> Decision:
     """The plan for ``facts``."""
     if facts.plan is None:
         return _unplanned(facts)
+    if facts.plan.precision == "fp8-context":
+        facts = replace(facts, no_rows=facts.no_rows or "precision: fp8-context is for dense training")
     given = facts.given or {}
     shares = [given["backward_rows"]] if "backward_rows" in given else [1.0] + [BACKWARD_ROWS] * (not facts.no_rows)
     ways = {share: _ways(facts, share) for share in shares}

@@ -1,10 +1,10 @@
 """Predicts step times by a model of six numbers that is fitted to measured steps.
 
     time = larger of host and device        (rounded off where the two meet)
-    device = a * products + b * attention + c * rows + d * sparse rows
+    device = a * (products - spared) + b * attention + c * rows + d * sparse rows
     host = e * layers + f * sparse parts
 
-`Work` defines the six factors. All numbers are positive, and are found by least squares on the logarithm of the time,
+`Work` defines the factors. All numbers are positive, and are found by least squares on the logarithm of the time,
 that is, on relative errors. A weak pull to rough values of a data-centre GPU decides what the rows leave open.
 """
 
@@ -39,7 +39,7 @@ class StepTime:
 
     def device(self, work: Work) -> float:
         """Returns the GPU's time in milliseconds."""
-        tera = self.products * work.products + self.attention * work.attention
+        tera = self.products * (work.products - work.spared) + self.attention * work.attention
         return tera / 1e12 + (self.rows * work.rows + self.sparse_rows * work.sparse_rows) / 1e9
 
     def host(self, work: Work) -> float:

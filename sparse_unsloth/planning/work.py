@@ -18,6 +18,12 @@ PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
 """How micro-batches hold their samples."""
 OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "exaone4")
 """Families with a norm of the MLP's output, whose backward needs it (docs/how-it-works.md, section 1.3)."""
+FP8_PRODUCTS = {
+    True: {1664: (2.73, 2.12), 8192: (11.10, 6.96)},
+    False: {1664: (2.38, 1.86), 8192: (10.78, 6.66)},
+}
+"""By whether weights are in 4 bits, and by rows: milliseconds of the products of an 8B layer on an H200, in bf16 and in
+FP8 with everything that belongs to it (benchmarks/results/fp8/README.md)."""
 TRL_ROWS = 256
 """TRL's chunked loss computes logits in multiples of this number of rows."""
 
@@ -91,8 +97,9 @@ class Plan:
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         backward_rows: see `SparsityConfig.backward_rows`.
         whole_layers: see `recomputes_rows`.
-        captured: layers are captured in CUDA graphs, so that dense training has whole layers too.
+        captured: layers are captured in CUDA graphs, so that dense training has whole layers too, as in FP8.
         output_norm: the MLP's output is normalised, so that a recompute needs it.
+        precision: see `SparsityConfig.precision`; ``in_4bit``: frozen weights are in 4 bits.
     """
 
     shape: ModelShape
@@ -108,10 +115,13 @@ class Plan:
     whole_layers: bool = True
     captured: bool = False
     output_norm: bool = False
+    precision: str = "bf16"
+    in_4bit: bool = True
 
     def dense(self) -> Plan:
-        """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0, captured=False)
+        """The same training without sparsity, in bf16."""
+        layers = ((0.0, 0.0),) * len(self.layers)
+        return replace(self, layers=layers, backward_rows=1.0, captured=False, precision="bf16")
 
     @property
     def row_sparse(self) -> bool:
@@ -141,6 +151,7 @@ class Work:
         sparse_rows: context rows times sparse parts times hidden size, the work of gathering, scoring and scattering;
             with row sparsity the rows of the backward pass times layers times hidden size.
         layers, sparse_parts: the numbers that the host launches.
+        spared: FLOPs of `products` whose time FP8 saves; below 0 where there are too few rows for it.
     """
 
     products: int
@@ -149,6 +160,7 @@ class Work:
     sparse_rows: int
     layers: int
     sparse_parts: int
+    spared: int = 0
 
     @property
     def flops(self) -> int:
@@ -164,7 +176,8 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     """
     sparse = plan.is_sparse and batch.context > 0
     skips_output, removal = removal, removal and plan.backend == "unsloth"
-    whole = plan.whole_layers and (sparse or (plan.captured and not plan.is_sparse))
+    dense_whole = (plan.captured or plan.precision != "bf16") and not plan.is_sparse
+    whole = plan.whole_layers and (sparse or dense_whole)
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
         last_layer = batch.loss
@@ -214,7 +227,25 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     else:
         parts = plan.sparse_parts if batch.context else 0
         sparse_rows = batch.context * parts * hidden
-    return Work(products, core, rows, sparse_rows, layers, parts)
+    return Work(products, core, rows, sparse_rows, layers, parts, _spared(plan, batch, flops))
+
+
+def fp8_time(rows: int, in_4bit: bool) -> float:
+    """The time of products with frozen weights in FP8, relative to bf16: lines through `FP8_PRODUCTS`.
+
+    Converting the weights takes as long for few rows as for many.
+    """
+    (few, at_few), (many, at_many) = FP8_PRODUCTS[in_4bit].items()
+    bf16, fp8 = (a + (b - a) * (rows - few) / (many - few) for a, b in zip(at_few, at_many, strict=True))
+    return fp8 / bf16
+
+
+def _spared(plan: Plan, batch: MicroBatch, flops: StepFlops) -> int:
+    rows = batch.context if plan.precision == "fp8-context" else batch.rows
+    if plan.precision == "bf16" or not plan.whole_layers or not rows:
+        return 0
+    frozen = flops.parts.mlp_base + flops.parts.attention_projections
+    return round(frozen * rows / batch.rows * (1 - fp8_time(rows, plan.in_4bit)))
 
 
 def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:

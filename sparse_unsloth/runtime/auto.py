@@ -290,6 +290,8 @@ def _dense_plan(state: SparsityState) -> Plan:
         eager_attention=getattr(config.get_text_config(), "_attn_implementation", None) == "eager",
         whole_layers=use_kernels(next(layer.module.parameters())),
         output_norm=config.get_text_config().model_type in OUTPUT_NORMS,
+        precision=state.auto.asked.precision,
+        in_4bit=_in_4bit(state.model),
     )
 
 
@@ -298,11 +300,14 @@ def _fitted(state: SparsityState) -> Fitted | None:
     device = _device(state)
     if device.type != "cuda":
         return None
-    in_4bit = any(parameter.dtype == torch.uint8 for parameter in state.model.parameters())
     fits, name = load(), torch.cuda.get_device_name(device)
     same = [one for one in fits if one.device == name] or fits
-    dtype = "4bit" if in_4bit else "bf16"
+    dtype = "4bit" if _in_4bit(state.model) else "bf16"
     return choose(same, state.backend.name, dtype) or choose(same, "unsloth", dtype)
+
+
+def _in_4bit(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
 
 
 def _why_no_graphs(state: SparsityState) -> str:
@@ -360,7 +365,7 @@ def _planner(state: SparsityState, budget: float, rows: bool) -> CheckpointPlann
         row_layers={layer.index: True for layer in state.layers} if rows else {},
         backward_rows=_share(state) if rows else 1.0,
         fused_loss=state.backend.name == "unsloth",
-        loss_only=state.auto.asked.exact_removal,
+        config=state.auto.asked,
     )
 
 

@@ -322,6 +322,25 @@ def test_dense_training_is_captured_too(recipe, capsys):
     assert "dense, with cuda_graphs" in report(asked)
 
 
+def test_fp8_is_estimated_where_it_is_asked_for(recipe):
+    asked = {"preset": "dense", "precision": "fp8"}
+    plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="dense"))
+    asked, captured, refused = (
+        estimate(of_gpu(recipe, rows=LONG, **{**CAPTURED, "sparsity": {**asked, **more}, **changes}))
+        for more, changes in (({}, {}), ({"cuda_graphs": True}, {}), ({}, {"lora_use_dora": True}))
+    )
+    assert (plain.fp8, refused.fp8) == (None, None)
+    assert asked.dense_as_trained is asked.fp8
+    assert captured.dense_as_trained is captured.recorded
+    assert (asked.dense, asked.dense_exact) == (plain.dense, plain.dense_exact)
+    assert asked.memory.working_set > plain.memory.working_set
+    assert "precision: fp8, of products" in report(asked)
+    assert "dense, products in FP8" in report(asked)
+    assert "precision: fp8 is approximate" in advise(asked)
+    assert "attaching will refuse this training" in advise(refused)
+    assert "precision" not in advise(plain)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -371,6 +390,8 @@ def test_auto_is_estimated_as_it_would_decide(recipe):
     by_rows = estimate(load_recipe(recipe(**prompts)))
     assert (by_rows.auto, by_rows.backward_rows) == (True, 0.25)
     assert "auto would choose backward_rows: 0.25 and no CUDA graphs" in advise(by_rows)
+    context = estimate(load_recipe(recipe(**{**prompts, "sparsity": {"preset": "auto", "precision": "fp8-context"}})))
+    assert (context.backward_rows, context.precision) == (1.0, "fp8-context")
     exact = estimate(load_recipe(recipe(sparsity="auto", rows=questions([(1, 40)] * 5))))
     assert (exact.sparse, exact.backward_rows) == (None, 1.0)
     assert "auto trains exactly" in advise(exact)

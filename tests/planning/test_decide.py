@@ -221,6 +221,20 @@ def test_a_plan_comes_to_merge_where_the_gpu_is_faster_than_predicted():
     assert again.facts.speed.device == pytest.approx(2 * after.facts.speed.device, rel=0.1)
 
 
+# -- FP8 --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_precision_that_was_asked_for_is_forecast_and_none_is_chosen():
+    busy = facts(8192, 0.9)
+    bf16, fp8 = (decide(replace(busy, plan=replace(PLAN, precision=kind))) for kind in ("bf16", "fp8"))
+    assert 1.25 < bf16.milliseconds / fp8.milliseconds < 1.6
+    assert (bf16.facts.plan.precision, bf16.backward_rows, fp8.backward_rows) == ("bf16", 0.25, 0.25)
+    context = decide(replace(busy, plan=replace(PLAN, precision="fp8-context")))
+    assert (context.backward_rows, context.reasons["backward_rows"]) == (
+        1.0, "precision: fp8-context is for dense training"
+    )  # fmt: skip
+
+
 # -- What was set by hand ---------------------------------------------------------------------------------------------
 
 
