@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,17 @@ class Outcome(NamedTuple):
         return self.measured / self.predicted if self.predicted else 1.0
 
 
+def of_all(outcomes: Sequence[Outcome | None]) -> Outcome | None:
+    """What every process acts on: the outcome of the slowest one; None until all have one.
+
+    Gradients are averaged in every step, so the slowest one decides its time.
+    """
+    found = [one for one in outcomes if one is not None]
+    if len(found) < len(outcomes):
+        return None
+    return max(found, key=lambda one: (not one.captured, one.ratio, one.measured))
+
+
 class Watch:
     """Measures micro-batches, merged as they run, from the beginning of one's forward to that of the next one.
 
@@ -48,6 +59,11 @@ class Watch:
         """Whether the next call of `note` counts, so that the device has to be waited for."""
         return self._seen >= WARM_UP
 
+    @property
+    def compares(self) -> bool:
+        """Whether several processes compare what they measured after the last `note`: after as many on each."""
+        return self._seen > WARM_UP + MEASURED and (self._seen - WARM_UP) % MEASURED == 1
+
     def note(self, now: float, batch: MicroBatch | None, captured: bool) -> Outcome | None:
         """Notes that a forward begins.
 
@@ -57,7 +73,7 @@ class Watch:
             captured: whether the forward before it was captured or replayed.
 
         Returns:
-            What came out, once.
+            What came out, as soon as enough were measured.
         """
         self._seen += 1
         graphs = self._decision.cuda_graphs

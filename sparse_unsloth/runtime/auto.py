@@ -29,7 +29,7 @@ from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.planning.decide import Decision, Facts, Forwards, Kept, Speed, decide, mend
 from sparse_unsloth.planning.fits import Fitted, choose, load
-from sparse_unsloth.planning.progress import Outcome, Watch
+from sparse_unsloth.planning.progress import Outcome, Watch, of_all
 from sparse_unsloth.planning.table import table
 from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan, mark_repeated
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
@@ -38,7 +38,7 @@ from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.merge import extents, grouped, join, why_alone
 from sparse_unsloth.tokens.partition import TokenPartition, partition_of
-from sparse_unsloth.utils.distributed import from_main, is_main, world_size
+from sparse_unsloth.utils.distributed import from_all, from_main, has_group, is_main, world_size
 
 SAMPLES = 16
 """Micro-batches of the data that are read before a training begins."""
@@ -113,6 +113,8 @@ def _measure(state: SparsityState, batch: Batch) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
+    if has_group():  # each comes to an outcome at its own time, and all have to change the plan together
+        outcome = of_all(from_all(outcome)) if watch.compares else None
     if outcome is not None:
         state.auto.watch = None
         _compare(state, outcome)
@@ -127,16 +129,14 @@ def _compare(state: SparsityState, outcome: Outcome) -> None:
         said += "nothing predicted"
     else:
         said += f"{outcome.predicted:.3g} predicted ({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
-    # Several processes come here at different times, and would have to change the plan together.
-    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 else None
-    if after is None:
-        _say([said])
-    elif (after.chosen, after.merged) == (before.chosen, before.merged):
-        _say([f"{said}; by that the plan stays as it is."])
-    else:
+    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 or has_group() else None
+    changes = after is not None and (after.chosen, after.merged) != (before.chosen, before.merged)
+    if from_main(lambda: changes):  # the others may know of more or less memory
         with _same_random_state():
-            after = _settle(state, after)
+            after = _settle(state, after or before)
         _say([f"{said}; the plan changes.", *table(after, "auto, mended")])
+    else:
+        _say([said if after is None else f"{said}; by that the plan stays as it is."])
 
 
 def _settle(state: SparsityState, decision: Decision) -> Decision:
