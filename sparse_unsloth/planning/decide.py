@@ -6,6 +6,7 @@ is approximate (rows) only where it gains enough, and channels never.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -272,10 +273,13 @@ def _works(facts: Facts, share: float, graphs: bool, kept: float, merged: int) -
     for batch in facts.forwards(merged).batches:
         longer = batch.padded_to_bucket(facts.layout) if graphs else batch
         once, twice = (
-            astuple(batch_work(replace(plan, checkpointing=flag), longer, facts.removal)) for flag in (False, True)
+            astuple(_work(replace(plan, checkpointing=flag), longer, facts.removal)) for flag in (False, True)
         )
         works.append(Work(*(round(a + again * (b - a)) for a, b in zip(once, twice, strict=True))))
     return works
+
+
+_work = functools.lru_cache(maxsize=4096)(batch_work)  # counts every layer, and is asked for several times
 
 
 def _kept(facts: Facts, share: float, merged: int) -> float:

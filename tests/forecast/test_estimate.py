@@ -9,10 +9,8 @@ import transformers
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.cli.arguments import parse
-from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
@@ -433,20 +431,6 @@ def test_command_with_model_and_data_set(recipe, checkpoint, capsys):
     assert json.loads(capsys.readouterr().out)["backend"] == "peft"
 
 
-def test_names_come_before_options():
-    names, arguments, overrides = parse(build_parser(), ["a", "b", "--max_length", "5", "--json"], ConfigError)
-    assert (names, arguments.json, overrides) == (["a", "b"], True, ["--max_length", "5"])
-    with pytest.raises(ConfigError, match="given nothing"):
-        parse(build_parser(), ["--json"], ConfigError)
-    with pytest.raises(SparsityError, match="there is no shipped recipe"):
-        _recipe(["nothing"], [], None)
-
-
-def test_help(capsys):
-    assert main(["estimate", "--help"]) == 0
-    assert "--speed-table" in capsys.readouterr().out
-
-
 # -- Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -491,20 +475,6 @@ def test_family_without_a_fast_path(recipe, tmp_path):
     assert [one.backend for one in found] == ["peft", "peft"]
     assert found[0].backend_reason == "whose layers run on Unsloth's compiled path, which granite takes"
     assert found[0].sparse.flops == found[1].sparse.flops > 0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "estimate takes RECIPE, or MODEL and DATASET"),
-        (["a", "b", "c"], "given a b c"),
-        (["quickstart", "--samples", "-1"], "--samples must be 0"),
-        (["quickstart", "--no_such_key", "1"], "unknown key"),
-    ],
-)
-def test_wrong_words(words, message, capsys):
-    assert main(["estimate", *words]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_unknown_device(recipe):
