@@ -325,7 +325,7 @@ def test_fp8_is_estimated_where_it_is_asked_for(recipe):
     plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="dense"))
     asked, captured, refused = (
         estimate(of_gpu(recipe, rows=LONG, **{**CAPTURED, "sparsity": {**asked, **more}, **changes}))
-        for more, changes in (({}, {}), ({"cuda_graphs": True}, {}), ({}, {"lora_use_dora": True}))
+        for more, changes in (({}, {}), ({"cuda_graphs": True}, {}), ({}, {"use_dora": True}))
     )
     assert (plain.fp8, refused.fp8) == (None, None)
     assert asked.dense_as_trained is asked.fp8
