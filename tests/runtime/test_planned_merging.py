@@ -83,6 +83,7 @@ def test_auto_merges_where_launches_are_the_limit(predicted, tmp_path, caplog, c
     trainer = transformers_trainer(model_of(AUTO), tmp_path, max_steps=1)
     assert len(run(trainer)[2].sizes) == 4
     assert merged(trainer) == []
+    assert "of them would give 0.9" in capsys.readouterr().out, "a mask computes whole rows"
     assert not [message for message in said(caplog) if "one by one" in message]
 
 
