@@ -151,6 +151,7 @@ class Work:
         sparse_rows: context rows times sparse parts times hidden size, the work of gathering, scoring and scattering;
             with row sparsity the rows of the backward pass times layers times hidden size.
         layers, sparse_parts: the numbers that the host launches.
+        dequantised: elements of 4-bit weights that are dequantised, however many rows there are.
         spared: FLOPs of `products` whose time FP8 saves; below 0 where there are too few rows for it.
     """
 
@@ -160,6 +161,7 @@ class Work:
     sparse_rows: int
     layers: int
     sparse_parts: int
+    dequantised: int = 0
     spared: int = 0
 
     @property
@@ -227,7 +229,9 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     else:
         parts = plan.sparse_parts if batch.context else 0
         sparse_rows = batch.context * parts * hidden
-    return Work(products, core, rows, sparse_rows, layers, parts, _spared(plan, batch, flops))
+    elements = layers * sum(inputs * outputs for inputs, outputs in plan.shape.projections().values())
+    dequantised = elements * (2 + plan.checkpointing) * plan.in_4bit
+    return Work(products, core, rows, sparse_rows, layers, parts, dequantised, _spared(plan, batch, flops))
 
 
 def fp8_time(rows: int, in_4bit: bool) -> float:

@@ -34,6 +34,14 @@ def test_micro_batches_of_one_length_are_hardly_padded():
     assert not any(one.repeated for one in mark_repeated(other, "padded")), "more sequences of one length"
 
 
+@pytest.mark.parametrize(("in_4bit", "checkpointing", "passes"), [(True, True, 3), (True, False, 2), (False, True, 0)])
+def test_weights_are_dequantised_in_each_pass_whatever_the_rows(in_4bit, checkpointing, passes):
+    plan = Plan(LLAMA_3_8B, ((0.0, 0.0),) * 32, checkpointing=checkpointing, in_4bit=in_4bit)
+    for rows in (10, 1000):
+        work = batch_work(plan, MicroBatch(rows, 0, 0, rows, (rows,)), True)
+        assert work.dequantised == passes * 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+
+
 # -- FP8 --------------------------------------------------------------------------------------------------------------
 
 
