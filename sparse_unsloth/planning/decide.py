@@ -141,7 +141,9 @@ class Decision:
     def merging_at_most(self, number: int) -> Decision:
         """The same plan where more than ``number`` micro-batches cannot run as one."""
         left = {most: forwards for most, forwards in self.facts.merged.items() if most <= number}
-        facts, merged = replace(self.facts, merged=left), max((n for n in left if n <= self.merged), default=1)
+        why = "" if left else "two together ran out of memory, or had another loss; a line in the log says which"
+        facts = replace(self.facts, merged=left, no_merging=self.facts.no_merging or why)
+        merged = max((most for most in left if most <= self.merged), default=1)
         return replace(self, facts=facts, merged=merged, kept=_kept(facts, self.backward_rows, merged))
 
 

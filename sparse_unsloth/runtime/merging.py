@@ -324,7 +324,7 @@ def why_not_merged(trainer: Any, state: SparsityState) -> str:
     """Why micro-batches of this trainer's steps may not be merged, whatever they hold; "" where they may."""
     args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
     for name in ("compute_loss", *METHODS):
-        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), type(trainer))
         own = name in vars(trainer) or owner.__module__.split(".")[0] != SUPERVISED.get(owner.__name__)
         if own:
             return f"the {name} of this {type(trainer).__name__} is not that of transformers' Trainer or an SFTTrainer"

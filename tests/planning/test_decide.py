@@ -217,6 +217,9 @@ def test_fewer_are_merged_where_memory_ran_out():
         (8, 1), (4, 2), (2, 3), (1, 4)
     ]  # fmt: skip
     assert decide(before.merging_at_most(3).facts).merged == 2
+    none = decide(before.merging_at_most(1).facts)
+    assert none.merged == 1
+    assert none.reasons["merge_micro_batches"].startswith("two together ran out of memory")
 
 
 def test_a_plan_comes_to_merge_where_the_gpu_is_faster_than_predicted():
