@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
 from sparse_unsloth.runtime.auto import plan_from_data
-from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, why_not_planned
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.utils.distributed import is_main
@@ -33,7 +33,7 @@ class SparsityCallback(TrainerCallback):
     to an integration. The trainer's ``log_history`` has both.
 
     A model that was attached with preset `auto` is planned when training begins (`runtime.auto`).
-    Where the configuration asks for it, micro-batches of an optimiser step run as one (`runtime.merging`).
+    Where the configuration or the plan says so, micro-batches of an optimiser step run as one (`runtime.merging`).
 
     The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint continues it.
     """
@@ -55,6 +55,8 @@ class SparsityCallback(TrainerCallback):
                 getattr(train_dataloader, "collate_fn", None),
                 batch_size=args.train_batch_size,
                 micro_batches=(state.max_steps - state.global_step) * args.gradient_accumulation_steps,
+                step=args.gradient_accumulation_steps,
+                no_merging=why_not_planned(sparsity, state),
                 resumed=state.global_step,
             )
         sparsity.begin_training(

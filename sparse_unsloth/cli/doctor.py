@@ -24,6 +24,7 @@ from sparse_unsloth.bench.trial import MODES, Trial
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM
 from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.training.requirements import Finding, Status, trl_without_gpu
 from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, UNSLOTH, extras, requirements, version_of
 
@@ -52,7 +53,16 @@ def main(words: Sequence[str]) -> int:
 
 def diagnose() -> list[Finding]:
     """Returns every finding; those with status "problem" prevent training on this machine."""
-    return [*_versions(), _device(), trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
+    return [
+        *_versions(),
+        _device(),
+        _fp8(),
+        trl_without_gpu(),
+        _backend(),
+        *_unsloth_hooks(),
+        _kernels(),
+        *_quickstart(),
+    ]
 
 
 def try_training() -> list[Finding]:
@@ -201,6 +211,20 @@ def _device() -> Finding:
         )
     half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16 (no bfloat16)"
     return Finding("GPU", f"{'; '.join(devices)}; CUDA {torch.version.cuda}; {half}")
+
+
+def _fp8() -> Finding:
+    """Whether each GPU has FP8 products (`SparsityConfig.precision`); training in bf16 needs none."""
+    if not torch.cuda.is_available():
+        return Finding("FP8 products", "no GPU; a CPU emulates them (precision: fp8 is for GPUs)")
+    from sparse_unsloth.ops.fp8 import check_device  # with Triton
+
+    try:
+        for index in range(torch.cuda.device_count()):
+            check_device(torch.device("cuda", index))
+    except AttachError as error:
+        return Finding("FP8 products", str(error))
+    return Finding("FP8 products", "precision: fp8 and fp8-context can run (off by default)")
 
 
 def _backend() -> Finding:

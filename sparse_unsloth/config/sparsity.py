@@ -162,9 +162,10 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
 
     preset: Literal["auto", "dense", "o1", "o2", "rows"] | None = None
     """`auto` (the default of `get_peft_model`, `attach` and recipes): when training begins, a forecast of its steps
-    decides every one of `cuda_graphs`, `memory_budget` and `backward_rows` that is not given, and says why; it never
-    leaves out channels. `rows`: `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
-    published recipe, scaled to the model's depth. `dense`: no sparsity."""
+    decides every one of `cuda_graphs`, `memory_budget`, `merge_micro_batches` and `backward_rows` that is not given,
+    and says why; it never leaves out channels, and never computes in FP8. `rows`: `backward_rows: 0.25`. `o1`
+    (conservative) and `o2` (aggressive): the layer rules of a published recipe, scaled to the model's depth. `dense`:
+    no sparsity."""
     mlp: Rules = {}
     """Layer rules: the share of MLP channels that context tokens leave out."""
     self_attn: Rules = {}
@@ -189,10 +190,10 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     merge_micro_batches: Annotated[bool | int | None, BeforeValidator(_merged)] = None
     """Whether micro-batches of an optimiser step run as one: the same samples, steps, loss and logs, and the same
     gradients to rounding, with fewer forwards. True: as many as fit into the memory of the GPU (`memory_budget`, where
-    it is given); an int: at most so many, also where no limit is known; None is False for now. It needs
-    `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's trainer, padding-free
-    or packed, or padded to nearly equal lengths. Where it cannot be exact, one line says why, and micro-batches run
-    one by one (docs/how-it-works.md, section 5.4)."""
+    it is given); an int: at most so many, also where no limit is known; None is False, but under `auto` the forecast
+    decides. It needs `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's
+    trainer, padding-free or packed, or padded to nearly equal lengths. Where it cannot be exact, one line says why, and
+    micro-batches run one by one (docs/how-it-works.md, section 5.4)."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA

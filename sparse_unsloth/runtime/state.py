@@ -251,7 +251,7 @@ class SparsityState:
             row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
             backward_rows=self.config.backward_rows,
             fused_loss=self.backend.name == "unsloth",
-            loss_only=self.config.exact_removal,
+            config=self.config,
         )
 
     def hooked_parts(self) -> set[tuple[int, str]]:

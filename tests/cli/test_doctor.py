@@ -137,6 +137,24 @@ def test_kernels_of_a_gpu_are_named(monkeypatch):
     assert "dequantize" in doctor._kernels().found
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "words"),
+    [
+        ([(9, 0), (8, 9)], "fp8 and fp8-context can run"),
+        ([(9, 0), (8, 0)], "GPU 1 (compute capability 8.0)"),
+    ],
+)
+def test_gpus_without_fp8_are_named(capabilities, words, monkeypatch):
+    assert "a CPU emulates them" in doctor._fp8().found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    found = doctor._fp8()
+    assert words in found.found
+    assert found.status == "ok"
+
+
 def test_environment_is_plain_data():
     import json
 
