@@ -32,8 +32,6 @@ def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:
     """The roles of the tokens; a model without sparse layers only needs to know the loss positions."""
     if not state.runtimes and not is_sequence_classifier(state.model):
         batch = batch.changed(attention_mask=None, position_ids=None, cu_seq_lens_q=None)
-    if batch.labels is None and batch.num_completion:
-        batch = batch.with_completion_labels
     return partition_of(state.model, batch, state.config.dense_tokens, padding_masked=padding_is_masked(state))
 
 

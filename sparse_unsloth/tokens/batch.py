@@ -130,13 +130,6 @@ class Batch:
         return max(min(kept, self.input_ids.shape[1]) - 1, 0)
 
     @property
-    def with_completion_labels(self) -> Batch:
-        """This batch with labels on the last `num_completion` tokens of each sequence, but for masked ones."""
-        labels = self.input_ids.clone()
-        labels[:, : -self.num_completion] = -100
-        return self.changed(labels=labels if self.attention_mask is None else labels.where(self.attention_mask != 0, -100))
-
-    @property
     def without_labels(self) -> dict[str, Any]:
         """The arguments of the same forward without a loss."""
         return {name: value for name, value in self.arguments.items() if name not in NOT_WITHOUT_LOSS}

@@ -262,10 +262,17 @@ def partition_of(
 ) -> TokenPartition:
     """The roles of the tokens of ``batch`` as ``model`` receives it: by token labels, or by sequence labels.
 
+    Without token labels the completions of the batch count as labelled (`Batch.num_completion`).
+
     Raises:
         ConfigError: see `TokenPartition.from_batch` and `TokenPartition.from_sequences`.
     """
     if not is_sequence_classifier(model):
+        if batch.labels is None and batch.num_completion:
+            labels = batch.input_ids.clone()
+            labels[:, : -batch.num_completion] = IGNORE_INDEX
+            mask = batch.attention_mask
+            batch = batch.changed(labels=labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX))
         return TokenPartition.from_batch(batch, dense_tokens, padding_masked)
     if batch.input_ids is None:
         raise ConfigError(
@@ -295,9 +302,9 @@ def pooled_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
 
 
 def completion_without_loss(partition: TokenPartition, count: int, attention_mask: Tensor | None) -> Tensor:
-    """int64 ``[2]``: how many of the last ``count`` tokens of each sequence no loss is taken of, and how many there are.
+    """int64 ``[2]``: how many of the last ``count`` tokens of each sequence bear no loss, and how many there are.
 
-    Masked tokens do not count. No host sync.
+    Masked tokens do not count. A token's loss is that of the position before it. No host sync.
 
     Args:
         count: below the sequence's length.
