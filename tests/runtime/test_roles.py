@@ -1,0 +1,322 @@
+"""Forwards without labels: the gradient at the decoder stack's output tells which rows bear loss."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_unsloth import attach, get_state
+from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.runtime import forward
+from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.batch import read_batch
+from sparse_unsloth.tokens.partition import TokenPartition, completion_without_loss
+
+import decoder_models
+from exact_models import ALL_ROWS
+from masked_models import assert_gradients_close, every_step, masked_gradients, record_selections
+from plain_layers import use_plain_layers
+from tiny_models import loras, make_batch, make_lora
+
+KINDS = {"none": None, "non-reentrant": False, "reentrant": True}
+WEIGHTS = torch.tensor([1.0, -2.0, 0.0])
+"""Of the sequences: as GRPO's advantages."""
+
+
+def checkpoint(model, kind):
+    model.gradient_checkpointing_disable()
+    if KINDS[kind] is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": KINDS[kind]})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def own_loss(model, batch, weights=WEIGHTS, **arguments):
+    """The answers' log probabilities, weighted by sequence; the model receives no labels."""
+    labels = batch["labels"][:, 1:]
+    logits = model(**without_labels(batch), **arguments).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (losses * weights.to(losses.dtype)[:, None]).sum()
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in loras(model).items() if parameter.grad is not None}
+    return loss.detach(), found
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def expected_roles(batch, weights=WEIGHTS):
+    labels, mask = batch["labels"], batch["attention_mask"]
+    loss = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100) & (weights != 0)[:, None]
+    padding = (mask == 0) | (weights == 0)[:, None]
+    return [rows.flatten().nonzero().flatten().tolist() for rows in (loss, ~loss & ~padding, padding)]
+
+
+def roles(partition):
+    return [rows.tolist() for rows in (partition.dense, partition.context, partition.padding)]
+
+
+# -- What is trained --------------------------------------------------------------------------------------------------
+
+LLAMA = {"llama": (make_lora, make_batch, {"dtype": torch.float64})}
+OTHERS = {
+    name: (lambda name=name, **_: decoder_models.make_model(name), lambda name=name: decoder_models.make_batch(name), {})
+    for name in ("falcon", "qwen3_moe")
+}
+"""A model that hands no arguments to its layers, and experts."""
+MODELS = LLAMA | OTHERS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_own_loss_is_exact_with_every_row_and_near_with_a_quarter(name):
+    make, batch_of, options = MODELS[name]
+    batch = batch_of()
+    weights = torch.linspace(1, -2, len(batch["labels"]))
+    found = {}
+    for kind in KINDS:
+        for config in (None, ALL_ROWS, every_step()):
+            model = checkpoint(make(**options), kind)
+            if config is not None:
+                attach(model, config)
+            loss, gradients = gradients_of(model, own_loss(model, batch, weights))
+            found[kind, config and config["backward_rows"]] = loss, flat(gradients)
+    exact_loss, exact = found["none", None]
+    for (kind, share), (loss, gradient) in found.items():
+        torch.testing.assert_close(loss, exact_loss, rtol=1e-12, atol=0)
+        if share == every_step()["backward_rows"]:
+            assert 0.8 < torch.cosine_similarity(gradient, exact, dim=0) < 1 - 1e-6, kind
+            torch.testing.assert_close(gradient, found["none", share][1], rtol=1e-10, atol=1e-12)
+        else:
+            assert (gradient - exact).norm() <= 1e-10 * exact.norm(), (kind, share)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_are_those_of_the_masked_reference(side, monkeypatch):
+    model, batch = make_lora(dtype=torch.float64), make_batch(side=side)
+    loss, context, padding = map(torch.tensor, expected_roles(batch))
+    partition = TokenPartition(tuple(batch["labels"].shape), loss, context, padding, loss)
+    expected = masked_gradients(model, batch, partition=partition, run=lambda *_: gradients_of(model, own_loss(*_)))
+    attach(model, every_step())
+    contexts = record_selections(model, monkeypatch)
+    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected[1])
+    assert roles(contexts[0].partition) == expected_roles(batch)
+    counts = get_state(model).counts
+    assert (counts.context_tokens, counts.dense_tokens, counts.sparse_forwards) == (len(context), len(loss), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_layers_take_the_roles_in_backward(kind, monkeypatch):
+    use_plain_layers(monkeypatch)
+    batch = make_batch()
+    expected = gradients_of(model := make_lora(dtype=torch.float64), own_loss(model, batch))[1]
+    for config in (ALL_ROWS, every_step()):
+        model = checkpoint(make_lora(dtype=torch.float64), kind)
+        attach(model, config)
+        ours = gradients_of(model, own_loss(model, batch))[1]
+        assert get_state(model).counts.whole_layers == 3
+        if config is ALL_ROWS:
+            assert_gradients_close(ours, expected, rtol=1e-10, atol=1e-12)
+        else:
+            assert 0.8 < torch.cosine_similarity(flat(ours), flat(expected), dim=0) < 1 - 1e-6
+
+
+def test_a_second_backward_pass_has_its_own_roles(monkeypatch):
+    model, batch = make_lora(dtype=torch.float64), make_batch()
+    attach(model, every_step())
+    contexts = record_selections(model, monkeypatch)
+    others = torch.tensor([0.0, 0.0, 1.0])
+    alone = gradients_of(model, own_loss(model, batch, others))[1]
+    logits = model(**without_labels(batch)).logits
+    logits[:2].square().sum().backward(retain_graph=True)
+    labels = batch["labels"][:, 1:]
+    loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+    assert_gradients_close(gradients_of(model, (loss * others[:, None]).sum())[1], alone)
+    assert roles(contexts[-1].partition) == expected_roles(batch, others)
+
+
+def test_forwards_that_no_backward_follows_are_left_alone(caplog):
+    """A reference's log probabilities between a policy's forward and its backward, as in DPO."""
+    model, batch = make_lora(), make_batch()
+    attach(model, every_step())
+    for _ in range(2):
+        loss = own_loss(model, batch)
+        with torch.no_grad():
+            own_loss(model, batch)
+        loss.backward()
+    model(**batch)
+    assert get_state(model).gradients_seen
+    assert get_state(model).counts.forwards == 3
+    assert caplog.text.count("came without labels") == 1
+
+
+# -- What it costs ----------------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU; `Tensor.tolist` is not dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.partition(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_waits_once_in_a_backward_pass(kind, monkeypatch):
+    model, batch, waits = checkpoint(make_lora(), kind), make_batch(), Waits()
+    attach(model, every_step())
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.found.append("tolist") or original(self))
+    loss = own_loss(model, batch)
+    waits.found.clear()
+    with waits:
+        loss.backward()
+    assert waits.found == ["tolist"]
+    loss = model(**batch).loss
+    waits.found.clear()
+    get_state(model).loss_rows._forwards = 1  # its check of every hundredth forward
+    with waits:
+        loss.backward()
+    assert waits.found == []
+
+
+# -- Where it does not apply ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_on_inner_layers_is_refused(kind):
+    model, batch = checkpoint(make_lora(), kind), make_batch()
+    attach(model, every_step())
+    hidden = model(**without_labels(batch), output_hidden_states=True).hidden_states
+    with pytest.raises(SparsityError, match="the loss reads hidden states of inner layers only"):
+        hidden[2].square().sum().backward()
+
+
+def say_heads(model):
+    model.mtp = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "config", "reason"),
+    [
+        (say_heads, every_step(), "something that mixes tokens may follow the last decoder layer"),
+        (lambda model: None, {"preset": "auto"}, "auto: training forwards come without labels"),
+    ],
+    ids=["heads", "auto"],
+)
+def test_it_is_dense_and_says_why(prepare, config, reason, caplog):
+    model, batch = make_lora(dtype=torch.float64), make_batch()
+    expected = gradients_of(model, own_loss(model, batch))[1]
+    prepare(model)
+    attach(model, config)
+    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected)
+    assert get_state(model).counts.sparse_forwards == 0
+    assert reason in caplog.text
+
+
+def test_auto_that_chose_rows_leaves_none_out_without_labels(caplog):
+    """Its data have labels, and label smoothing takes them away."""
+    model, batch = make_lora(dtype=torch.float64), make_batch()
+    expected = gradients_of(model, own_loss(model, batch))[1]
+    attach(model, {"preset": "auto"})
+    state = get_state(model)
+    state.auto.attach_again(state, state.auto.asked.decided(backward_rows=0.25, cuda_graphs=False, memory_budget=None))
+    state.auto.decision, state.auto.watch = object(), None
+    assert get_state(model).row_sparse
+    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected)
+    assert "sparsity='auto' leaves out no rows there" in caplog.text
+
+
+# -- Completions ------------------------------------------------------------------------------------------------------
+
+
+def completions(lengths=((5, 4), (3, 6), (7, 2))):
+    """Prompts padded on the left and completions on the right, as GRPO's; the completions have six places."""
+    rows = [make_batch(seed=number, lengths=(one,)) for number, one in enumerate(lengths)]
+    width = max(prompt for prompt, _ in lengths)
+    pads = [(width - prompt, 6 - answer) for prompt, answer in lengths]
+    fill = {"input_ids": 2, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.cat([F.pad(row[name], pad, value=value) for row, pad in zip(rows, pads, strict=True)])
+        for name, value in fill.items()
+    }
+
+
+def kept_loss(model, batch, count, weights):
+    logits = model(**without_labels(batch), logits_to_keep=count + 1).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, -count:], reduction="none")
+    return (losses * weights.to(losses.dtype)[:, None]).sum()
+
+
+def test_the_share_of_completions_without_loss_is_logged():
+    model, batch = make_lora(), completions()
+    attach(model, every_step())
+    for weights in (WEIGHTS, torch.tensor([0.0, 1.0, 0.0])):
+        kept_loss(model, batch, 6, weights).backward()
+    found = metrics(get_state(model))
+    assert found["sparsity/completion_without_loss"] == pytest.approx((2 + 6) / 24)
+    assert "sparsity/completion_without_loss" not in metrics(get_state(model))
+
+
+def test_captured_layers_take_completions_as_labelled(monkeypatch, caplog):
+    use_plain_layers(monkeypatch)
+    model, batch = make_lora(dtype=torch.float64), completions()
+    expected = gradients_of(model, kept_loss(model, batch, 6, WEIGHTS))[1]
+    attach(model, {**ALL_ROWS, "cuda_graphs": True})
+    state, captured = get_state(model), []
+    for _ in range(3):
+        ours = gradients_of(model, kept_loss(model, batch, 6, WEIGHTS))[1]
+        captured.append(state.counts.captured_layers)
+    assert captured[-1] == 3
+    assert_gradients_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert "came without labels" not in caplog.text
+    known = forward.roles_of(state, read_batch({**without_labels(batch), "logits_to_keep": 7}))
+    assert roles(known)[0] == roles(TokenPartition.from_labels(batch["labels"], batch["attention_mask"]))[0]
+    gradients_of(model, own_loss(model, batch))
+    assert state.counts.captured_layers == 0
+    assert "CUDA graphs need the roles in forward, so it is not captured" in caplog.text
+
+
+# -- By hand ----------------------------------------------------------------------------------------------------------
+
+GRADIENT = torch.zeros(3, 4, 2)
+GRADIENT[0, 2, 1], GRADIENT[0, 3, 0], GRADIENT[2, 1, 0] = -1e-30, torch.nan, torch.inf
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("gradient", "options", "expected"),
+    [
+        (GRADIENT, {}, ([2, 3, 9], [1, 8], [0, 4, 5, 6, 7, 10, 11])),
+        (GRADIENT.flatten(0, 1), {"padding_masked": False}, ([2, 3, 9], [0, 1, 8], [4, 5, 6, 7, 10, 11])),
+        (torch.stack((GRADIENT * 0, GRADIENT)), {}, ([2, 3, 9], [1, 8], [0, 4, 5, 6, 7, 10, 11])),
+        (torch.zeros(3, 4, 2), {}, ([], [1, 4, 5, 6, 7, 8, 9], [0, 10, 11])),
+        (GRADIENT, {"dense_tokens": "none"}, ([], [1, 2, 3, 8, 9], [0, 4, 5, 6, 7, 10, 11])),
+    ],
+    ids=["padded", "flat, padding on the left is read", "several streams", "no loss", "none dense"],
+)
+def test_roles_of_a_gradient(gradient, options, expected):
+    found = TokenPartition.from_gradient(gradient, (3, 4), MASK, **options)
+    assert roles(found) == list(map(list, expected))
+
+
+def test_completions_are_counted_by_what_predicts_them():
+    loss = torch.tensor([1, 2, 6])
+    partition = TokenPartition((2, 4), loss, loss[:0], loss[:0], loss)
+    assert completion_without_loss(partition, 2, None).tolist() == [1, 4]
+    assert completion_without_loss(partition, 2, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])).tolist() == [0, 3]
+    assert completion_without_loss(partition, 3, None).tolist() == [3, 6]
