@@ -79,9 +79,7 @@ def post_attention_of_rows(
 
 class _StoredRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen, *loras
-    ):
+    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen, *loras):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
         with without_autocast(a):
             result, _, saved = after_attention(a, stream, plan, loras)

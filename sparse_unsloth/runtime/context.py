@@ -41,10 +41,10 @@ def wrong_rows(where: str, rows: torch.Size, labels: Sequence[int]) -> AttachErr
     """The error for a module that got ``rows``, in another number than the ``labels`` or the input; both are shapes."""
     return AttachError(
         f"{where} got {rows.numel()} rows, {list(rows)}, but the labels of this forward (without labels its input) "
-        f"count {labels[0] * labels[1]}, {list(labels)}, so the rows' roles are not known. The model puts rows in front "
-        "of the tokens (soft prompts, a prefix, images, sound), cuts its input off (max_seq_length), or cuts or reorders "
-        "its rows. Give it embeddings and labels of the whole length (-100 for the rows in front), or train dense "
-        "(sparsity=None)."
+        f"count {labels[0] * labels[1]}, {list(labels)}, so the rows' roles are not known. The model puts rows in "
+        "front of the tokens (soft prompts, a prefix, images, sound), cuts its input off (max_seq_length), or cuts or "
+        "reorders its rows. Give it embeddings and labels of the whole length (-100 for the rows in front), or train "
+        "dense (sparsity=None)."
     )
 
 

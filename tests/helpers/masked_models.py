@@ -78,8 +78,8 @@ def masked_gradients(model, batch, share=SHARE, whole=False, layers=None, partit
     """Loss and gradients of a model that is not attached, with gradients of outputs masked by hooks.
 
     Rows are chosen by the gradient of the MLP's output, or of the ``whole`` layer's, which a norm may come before.
-    ``layers`` are those with row parts; `find_layers` finds the usual ones. ``partition``: roles other than the labels'.
-    ``run``: a step with another loss.
+    ``layers`` are those with row parts; `find_layers` finds the usual ones. ``partition``: roles
+    other than the labels'. ``run``: a step with another loss.
     """
     layers, masks, handles = layers or find_layers(model), {}, []
     mask = batch.get("attention_mask")

@@ -111,17 +111,21 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in loras(model).items()}
 
 
-def save_checkpoint(folder) -> str:
-    """A tiny Llama with a word-level tokenizer."""
+def make_tokenizer(template=None):
+    """Of words, each one of the tiny models' tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    make_base().save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 96)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+
+
+def save_checkpoint(folder) -> str:
+    """A tiny Llama with a word-level tokenizer."""
+    make_base().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 

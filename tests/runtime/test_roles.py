@@ -70,7 +70,11 @@ def roles(partition):
 
 LLAMA = {"llama": (make_lora, make_batch, {"dtype": torch.float64})}
 OTHERS = {
-    name: (lambda name=name, **_: decoder_models.make_model(name), lambda name=name: decoder_models.make_batch(name), {})
+    name: (
+        lambda name=name, **_: decoder_models.make_model(name),
+        lambda name=name: decoder_models.make_batch(name),
+        {},
+    )
     for name in ("falcon", "qwen3_moe")
 }
 """A model that hands no arguments to its layers, and experts."""
