@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from torch.nn import functional as F
 
 COMMON = {
     "vocab_size": 96,
@@ -104,11 +105,22 @@ def loras(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def loss_and_gradients(model, batch):
+def loss_and_gradients(model, batch, loss_of=lambda model, batch: model(**batch).loss):
     model.zero_grad()
-    loss = model(**batch).loss
+    loss = loss_of(model, batch)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in loras(model).items()}
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def own_loss(model, batch, weights=(1.0, -2.0, 0.0), **arguments):
+    """A sum over labelled tokens, weighted by sequence as by GRPO's advantages; the model receives no labels."""
+    logits = model(**without_labels(batch), **arguments).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, -logits.shape[1] :], reduction="none")
+    return (losses * losses.new_tensor(weights)[:, None]).sum()
 
 
 def make_tokenizer(template=None):

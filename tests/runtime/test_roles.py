@@ -1,5 +1,7 @@
 """Forwards without labels: the gradient at the decoder stack's output tells which rows bear loss."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -17,11 +19,10 @@ import decoder_models
 from exact_models import ALL_ROWS
 from masked_models import assert_gradients_close, every_step, masked_gradients, record_selections
 from plain_layers import use_plain_layers
-from tiny_models import loras, make_batch, make_lora
+from tiny_models import loss_and_gradients, make_batch, make_lora, own_loss, without_labels
 
 KINDS = {"none": None, "non-reentrant": False, "reentrant": True}
-WEIGHTS = torch.tensor([1.0, -2.0, 0.0])
-"""Of the sequences: as GRPO's advantages."""
+WEIGHTS = 1.0, -2.0, 0.0
 
 
 def checkpoint(model, kind):
@@ -32,31 +33,16 @@ def checkpoint(model, kind):
     return model.train()
 
 
-def without_labels(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def own_loss(model, batch, weights=WEIGHTS, **arguments):
-    """The answers' log probabilities, weighted by sequence; the model receives no labels."""
-    labels = batch["labels"][:, 1:]
-    logits = model(**without_labels(batch), **arguments).logits[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    return (losses * weights.to(losses.dtype)[:, None]).sum()
-
-
-def gradients_of(model, loss):
-    model.zero_grad()
-    loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in loras(model).items() if parameter.grad is not None}
-    return loss.detach(), found
-
-
 def flat(gradients):
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
+def own_step(model, batch, **arguments):
+    return loss_and_gradients(model, batch, partial(own_loss, **arguments))
+
+
 def expected_roles(batch, weights=WEIGHTS):
-    labels, mask = batch["labels"], batch["attention_mask"]
+    labels, mask, weights = batch["labels"], batch["attention_mask"], torch.tensor(weights)
     loss = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100) & (weights != 0)[:, None]
     padding = (mask == 0) | (weights == 0)[:, None]
     return [rows.flatten().nonzero().flatten().tolist() for rows in (loss, ~loss & ~padding, padding)]
@@ -85,14 +71,14 @@ MODELS = LLAMA | OTHERS
 def test_an_own_loss_is_exact_with_every_row_and_near_with_a_quarter(name):
     make, batch_of, options = MODELS[name]
     batch = batch_of()
-    weights = torch.linspace(1, -2, len(batch["labels"]))
+    weights = torch.linspace(1, -2, len(batch["labels"])).tolist()
     found = {}
     for kind in KINDS:
         for config in (None, ALL_ROWS, every_step()):
             model = checkpoint(make(**options), kind)
             if config is not None:
                 attach(model, config)
-            loss, gradients = gradients_of(model, own_loss(model, batch, weights))
+            loss, gradients = own_step(model, batch, weights=weights)
             found[kind, config and config["backward_rows"]] = loss, flat(gradients)
     exact_loss, exact = found["none", None]
     for (kind, share), (loss, gradient) in found.items():
@@ -109,10 +95,10 @@ def test_rows_are_those_of_the_masked_reference(side, monkeypatch):
     model, batch = make_lora(dtype=torch.float64), make_batch(side=side)
     loss, context, padding = map(torch.tensor, expected_roles(batch))
     partition = TokenPartition(tuple(batch["labels"].shape), loss, context, padding, loss)
-    expected = masked_gradients(model, batch, partition=partition, run=lambda *_: gradients_of(model, own_loss(*_)))
+    expected = masked_gradients(model, batch, partition=partition, run=own_step)
     attach(model, every_step())
     contexts = record_selections(model, monkeypatch)
-    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected[1])
+    assert_gradients_close(own_step(model, batch)[1], expected[1])
     assert roles(contexts[0].partition) == expected_roles(batch)
     counts = get_state(model).counts
     assert (counts.context_tokens, counts.dense_tokens, counts.sparse_forwards) == (len(context), len(loss), 1)
@@ -122,11 +108,11 @@ def test_rows_are_those_of_the_masked_reference(side, monkeypatch):
 def test_whole_layers_take_the_roles_in_backward(kind, monkeypatch):
     use_plain_layers(monkeypatch)
     batch = make_batch()
-    expected = gradients_of(model := make_lora(dtype=torch.float64), own_loss(model, batch))[1]
+    expected = own_step(make_lora(dtype=torch.float64), batch)[1]
     for config in (ALL_ROWS, every_step()):
         model = checkpoint(make_lora(dtype=torch.float64), kind)
         attach(model, config)
-        ours = gradients_of(model, own_loss(model, batch))[1]
+        ours = own_step(model, batch)[1]
         assert get_state(model).counts.whole_layers == 3
         if config is ALL_ROWS:
             assert_gradients_close(ours, expected, rtol=1e-10, atol=1e-12)
@@ -138,13 +124,16 @@ def test_a_second_backward_pass_has_its_own_roles(monkeypatch):
     model, batch = make_lora(dtype=torch.float64), make_batch()
     attach(model, every_step())
     contexts = record_selections(model, monkeypatch)
-    others = torch.tensor([0.0, 0.0, 1.0])
-    alone = gradients_of(model, own_loss(model, batch, others))[1]
+    others = 0.0, 0.0, 1.0
+    alone = own_step(model, batch, weights=others)[1]
     logits = model(**without_labels(batch)).logits
     logits[:2].square().sum().backward(retain_graph=True)
-    labels = batch["labels"][:, 1:]
-    loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
-    assert_gradients_close(gradients_of(model, (loss * others[:, None]).sum())[1], alone)
+
+    def again(model, batch):
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        return losses[2].sum()
+
+    assert_gradients_close(loss_and_gradients(model, batch, again)[1], alone)
     assert roles(contexts[-1].partition) == expected_roles(batch, others)
 
 
@@ -192,7 +181,6 @@ def test_the_host_waits_once_in_a_backward_pass(kind, monkeypatch):
     assert waits.found == ["tolist"]
     loss = model(**batch).loss
     waits.found.clear()
-    get_state(model).loss_rows._forwards = 1  # its check of every hundredth forward
     with waits:
         loss.backward()
     assert waits.found == []
@@ -224,10 +212,10 @@ def say_heads(model):
 )
 def test_it_is_dense_and_says_why(prepare, config, reason, caplog):
     model, batch = make_lora(dtype=torch.float64), make_batch()
-    expected = gradients_of(model, own_loss(model, batch))[1]
+    expected = own_step(model, batch)[1]
     prepare(model)
     attach(model, config)
-    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected)
+    assert_gradients_close(own_step(model, batch)[1], expected)
     assert get_state(model).counts.sparse_forwards == 0
     assert reason in caplog.text
 
@@ -235,13 +223,13 @@ def test_it_is_dense_and_says_why(prepare, config, reason, caplog):
 def test_auto_that_chose_rows_leaves_none_out_without_labels(caplog):
     """Its data have labels, and label smoothing takes them away."""
     model, batch = make_lora(dtype=torch.float64), make_batch()
-    expected = gradients_of(model, own_loss(model, batch))[1]
+    expected = own_step(model, batch)[1]
     attach(model, {"preset": "auto"})
     state = get_state(model)
     state.auto.attach_again(state, state.auto.asked.decided(backward_rows=0.25, cuda_graphs=False, memory_budget=None))
     state.auto.decision, state.auto.watch = object(), None
     assert get_state(model).row_sparse
-    assert_gradients_close(gradients_of(model, own_loss(model, batch))[1], expected)
+    assert_gradients_close(own_step(model, batch)[1], expected)
     assert "sparsity='auto' leaves out no rows there" in caplog.text
 
 
@@ -260,17 +248,11 @@ def completions(lengths=((5, 4), (3, 6), (7, 2))):
     }
 
 
-def kept_loss(model, batch, count, weights):
-    logits = model(**without_labels(batch), logits_to_keep=count + 1).logits[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, -count:], reduction="none")
-    return (losses * weights.to(losses.dtype)[:, None]).sum()
-
-
 def test_the_share_of_completions_without_loss_is_logged():
     model, batch = make_lora(), completions()
     attach(model, every_step())
-    for weights in (WEIGHTS, torch.tensor([0.0, 1.0, 0.0])):
-        kept_loss(model, batch, 6, weights).backward()
+    for weights in (WEIGHTS, (0.0, 1.0, 0.0)):
+        own_loss(model, batch, weights, logits_to_keep=7).backward()
     found = metrics(get_state(model))
     assert found["sparsity/completion_without_loss"] == pytest.approx((2 + 6) / 24)
     assert "sparsity/completion_without_loss" not in metrics(get_state(model))
@@ -279,18 +261,18 @@ def test_the_share_of_completions_without_loss_is_logged():
 def test_captured_layers_take_completions_as_labelled(monkeypatch, caplog):
     use_plain_layers(monkeypatch)
     model, batch = make_lora(dtype=torch.float64), completions()
-    expected = gradients_of(model, kept_loss(model, batch, 6, WEIGHTS))[1]
+    expected = own_step(model, batch, logits_to_keep=7)[1]
     attach(model, {**ALL_ROWS, "cuda_graphs": True})
     state, captured = get_state(model), []
     for _ in range(3):
-        ours = gradients_of(model, kept_loss(model, batch, 6, WEIGHTS))[1]
+        ours = own_step(model, batch, logits_to_keep=7)[1]
         captured.append(state.counts.captured_layers)
     assert captured[-1] == 3
     assert_gradients_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert "came without labels" not in caplog.text
     known = forward.roles_of(state, read_batch({**without_labels(batch), "logits_to_keep": 7}))
     assert roles(known)[0] == roles(TokenPartition.from_labels(batch["labels"], batch["attention_mask"]))[0]
-    gradients_of(model, own_loss(model, batch))
+    own_step(model, batch)
     assert state.counts.captured_layers == 0
     assert "CUDA graphs need the roles in forward, so it is not captured" in caplog.text
 
