@@ -90,8 +90,8 @@ def messages(number: int) -> list[dict[str, str]]:
     ]
 
 
-def make_model(task: str = "CAUSAL_LM") -> nn.Module:
-    torch.manual_seed(0)
+def make_model(task: str = "CAUSAL_LM", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_labels": 1}
     kind = "CausalLM" if task == "CAUSAL_LM" else "SequenceClassification"
     base = getattr(transformers, f"LlamaFor{kind}")(transformers.LlamaConfig(**{**COMMON, **sizes}))
@@ -149,8 +149,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def teacher() -> dict[str, Any]:
-    torch.manual_seed(5)
-    return {"teacher_model": make_model().merge_and_unload()}
+    return {"teacher_model": make_model(seed=5).merge_and_unload()}
 
 
 PREFERENCES = {"prompt": 12, "chosen": 5, "rejected": 4}

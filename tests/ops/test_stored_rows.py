@@ -30,7 +30,7 @@ def outcome(layer, function):
 
 
 def stored(layer, partition, share):
-    """The outcome of `post_attention_of_rows`, and its chosen rows; if all is stored, their order is made in backward."""
+    """The outcome of `post_attention_of_rows`, and its chosen rows; their order is made in backward or before."""
     choice = RowChoice(partition, share)
     chosen = None if layer.plan.keep_context else RowOrder(choice.as_partition(), False)
     found = outcome(layer, lambda a, x: post_attention_of_rows(a, x, layer.plan, choice, chosen))
