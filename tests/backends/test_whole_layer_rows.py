@@ -3,9 +3,6 @@
 tests/gpu/test_unsloth.py does the same with Unsloth's own layers on the GPU.
 """
 
-from dataclasses import replace
-from functools import partial
-
 import pytest
 import torch
 
@@ -14,10 +11,9 @@ from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.backends.patching import runs
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.ops import stored_rows
-from sparse_unsloth.tokens.partition import TokenPartition
 
 from masked_models import every_step, masked_gradients
-from tiny_models import always, loss_and_gradients, make_batch, own_loss
+from tiny_models import always, loss_and_gradients, make_batch
 from unsloth_stand_in import assert_same, decoder_layers, packed_batch
 from whole_layers import fast_forward, make_model, small_batch
 
@@ -39,26 +35,6 @@ def test_whole_layers_train_as_masks_say(whole, checkpointing, packed):
     ours = loss_and_gradients(model, batch)
     assert_same(ours, expected)
     assert get_state(model).ran == get_state(model).expected_parts()
-
-
-@pytest.mark.parametrize("checkpointing", [False, "reentrant"])
-def test_whole_layers_take_roles_in_backward(whole, checkpointing):
-    """The recompute of the last layer begins before its roles are known."""
-    model, batch = make_model(whole, checkpointing), small_batch()
-    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"])
-    partition = replace(partition, dense=partition.loss, context=rest_of(partition))
-    step = partial(loss_and_gradients, loss_of=partial(own_loss, weights=(1.0, -2.0)))
-    expected = masked_gradients(model, batch, partition=partition, run=step)
-    attach(model, every_step(exact_removal=False))
-    get_state(model).config = get_state(model).config.model_copy(update={"exact_removal": True})
-    assert_same(step(model, batch), expected)
-    assert get_state(model).counts.whole_layers == 3
-
-
-def rest_of(partition):
-    """All rows but those of loss positions and padding."""
-    others = {*partition.loss.tolist(), *partition.padding.tolist()}
-    return torch.tensor([row for row in range(partition.shape[0] * partition.shape[1]) if row not in others])
 
 
 def test_parts_train_as_masks_say(stand_in):

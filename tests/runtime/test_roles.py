@@ -9,13 +9,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import attach, detach, get_state
+from sparse_unsloth.backends import whole_layer
 from sparse_unsloth.errors import SparsityError
+from sparse_unsloth.ops import stored_rows
 from sparse_unsloth.runtime import forward
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition, completion_without_loss
 
 import decoder_models
+import plain_layers
 from exact_models import ALL_ROWS
 from masked_models import assert_gradients_close, every_step, masked_gradients, record_selections
 from plain_layers import use_plain_layers
@@ -103,6 +106,34 @@ def test_rows_are_those_of_the_masked_reference(side, monkeypatch):
     assert roles(contexts[0].partition) == expected_roles(batch)
     counts = get_state(model).counts
     assert (counts.context_tokens, counts.dense_tokens, counts.sparse_forwards) == (len(context), len(loss), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_layers_compute_the_chosen_rows_alone(kind, monkeypatch):
+    """The reentrant recompute of the last layer begins before the roles are known."""
+    use_plain_layers(monkeypatch)
+    counts = []
+
+    def post_attention(attention_output, residual, plan):
+        counts.append((residual[..., 0].numel(), plan.attention.partition.num_dense, plan.mlp.partition.num_dense))
+        return plain_layers.post_attention(attention_output, residual, plan)
+
+    monkeypatch.setattr(stored_rows, "post_attention", post_attention)
+    monkeypatch.setattr(stored_rows, "post_attention_of_rows", plain_layers.post_attention_by_rows)
+    monkeypatch.setattr(whole_layer, "post_attention_by_rows", stored_rows.post_attention_by_rows)
+    model, batch = make_model(use_cache=False), make_batch()
+    loss, context, padding = map(torch.tensor, expected_roles(batch))
+    partition = TokenPartition(tuple(batch["labels"].shape), loss, context, padding, loss)
+    expected = flat(masked_gradients(model, batch, partition=partition, run=own_step)[1])
+    attach(checkpoint(model, kind), every_step())
+    counts.clear()  # of the probe
+    ours = flat(own_step(model, batch)[1])
+    assert get_state(model).counts.whole_layers == 3
+    assert (ours - expected).norm() <= 1e-6 * expected.norm()
+    chosen = len(loss) + -(-len(context) // 4)
+    assert {one for one in counts if one[0] != batch["labels"].numel()} == (
+        {(chosen,) * 3} if kind != "none" else set()
+    )
 
 
 def test_a_second_backward_pass_has_its_own_roles(monkeypatch):
