@@ -250,7 +250,7 @@ def _uncaptured(runtime: LayerRuntime, plan: LayerPlan, call: AttentionCall, hid
     if not runtime.by_rows:
         return post_attention(attention_output, residual, plan)
     choice = context.row_choice(index, runtime.state.config.backward_rows)
-    chosen = RowOrder(context.chosen_rows(choice), False)
+    chosen = None if context.awaits_roles else RowOrder(context.chosen_rows(choice), False)
     return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
 
 

@@ -199,7 +199,7 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA
     GPU and `exact_removal`; any gradient checkpointing or none. Sequences are right-padded to length buckets, by an
     eighth at most from 128 tokens on, and some context tokens stay dense. Dense training is captured too, also without
-    prompts; forwards without labels run without graphs."""
+    prompts; forwards without labels run without graphs, but for those of GRPO and RLOO with `backward_rows`."""
     precision: Precision = "bf16"
     """Of products with frozen weights, in layers that run as a whole (docs/how-it-works.md, section 7): `fp8` in e4m3
     with one fp32 scale a row of activations and gradients and one a row of weights, forward and input gradients;
