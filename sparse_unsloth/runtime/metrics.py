@@ -15,6 +15,8 @@ def metrics(state: SparsityState) -> dict[str, float]:
     """The metrics since the last call, by name; empty for a model without sparse, captured or FP8 layers.
 
     ``sparsity/enabled`` is 1 if a forward was sparse since then; ``sparsity/scale`` is the schedule's factor.
+    Under row sparsity ``sparsity/gradient_energy`` is the share of the energy of the gradients of layers' outputs that
+    chosen rows held in this process, the mean over the layers, and ``sparsity/gradient_energy_min`` the least.
     """
     if not (state.runtimes or state.dense_whole):
         return {}
@@ -28,6 +30,7 @@ def metrics(state: SparsityState) -> dict[str, float]:
     }
     if state.row_sparse:
         figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
+        figures |= state.observer.take_energy()
     else:
         means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]
         scale = state.scale * enabled
