@@ -105,16 +105,16 @@ def pilot(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.settings import SETTINGS, SHORT
-    from benchmarks.quality.table import append_rows, read_rows, with_equivalents
+    from benchmarks.quality.table import MODELS, append_rows, read_rows, with_equivalents
 
     began, model = time.perf_counter(), load_model(arguments.model)
-    path = arguments.out / "quality.csv"
+    path, which = arguments.out / "quality.csv", MODELS[model.config.model_type]
     for task in arguments.tasks.split(","):
-        keep_settings(arguments, task)
+        keep_settings(arguments, which, task)
         names = (
             arguments.settings.split(",") if arguments.settings else (list(SETTINGS) if task == "A" else list(SHORT))
         )
-        done = {row["config"] for row in read_rows(path) if row["task"] == task}
+        done = {row["config"] for row in read_rows(path) if (row["model"], row["task"]) == (which, task)}
         names, experiment, pace = [name for name in names if name not in done], None, None
         print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
         for name in names:
@@ -131,6 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "date": now(),
                 "commit": arguments.commit or commit_of(ROOT),
                 "device": device_name(),
+                "model": which,
                 "task": task,
             }
             rows = [
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
                 for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
             ]
             with locked(arguments.out):
-                known = [row for row in read_rows(path) if row["task"] == task]
+                known = [row for row in read_rows(path) if (row["model"], row["task"]) == (which, task)]
                 append_rows(path, with_equivalents(known + rows)[len(known) :])
                 with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
@@ -179,19 +180,20 @@ def update(arguments: argparse.Namespace) -> None:
 
 
 def recount(arguments: argparse.Namespace) -> None:
-    """Computes both costs of every row again, and the figures that depend on them."""
+    """Computes both costs of every row of the model again, and the figures that depend on them."""
     from benchmarks.quality.settings import SETTINGS
-    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
+    from benchmarks.quality.table import MODELS, read_rows, with_equivalents, write_rows
 
     path, model = arguments.out / "quality.csv", load_model(arguments.model)
-    rows = read_rows(path)
-    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text()).items():
+    rows, which = read_rows(path), MODELS[model.config.model_type]
+    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text())[which].items():
         arguments.compile, arguments.test = False, 1
         for name in ("steps", "items", "seeds", "batch_size", "rate"):
             setattr(arguments, name, settings[name])
         experiment, known = make_experiment(arguments, model, task), {}
         for row in rows:
-            if row["task"] != task or row["config"] not in SETTINGS:  # or of code that was deleted
+            own = (row["model"], row["task"]) == (which, task)
+            if not own or row["config"] not in SETTINGS:  # or of code that was deleted
                 continue
             key = row["config"], int(row["seed"])
             if key not in known:
@@ -233,15 +235,18 @@ def settings_of(arguments: argparse.Namespace):
     )
 
 
-def keep_settings(arguments: argparse.Namespace, task: str) -> None:
-    """Stores the settings of the task's rows, and refuses to add rows with other settings."""
+def keep_settings(arguments: argparse.Namespace, model: str, task: str) -> None:
+    """Stores the settings of the rows of a model and task, and refuses to add rows with other settings."""
     path = arguments.out / "quality-settings.json"
     own = asdict(settings_of(arguments))
     with locked(arguments.out):
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get(task, own) != own:
-            sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
-        path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+        tasks = known.setdefault(model, {})
+        if tasks.setdefault(task, own) != own:
+            sys.exit(
+                f"{path} says that {model} was trained on task {task} with {tasks[task]}, not {own}: use another --out"
+            )
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
