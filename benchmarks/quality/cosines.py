@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.quality.batches import Batch, Batches, training_batches
 from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
-from benchmarks.quality.network import DENSE, Network, attention, gated_mlp, rms_norm
+from benchmarks.quality.network import DENSE, Network, attention, gated_mlp, output_norm, rms_norm
 
 ENERGY = 0.95
 CALIBRATION, MEASURED = 2, 2
@@ -62,6 +62,7 @@ class Layers:
         y = attention(rms_norm(x, weights.attention_norm, network.epsilon), weights, adapters, rotary, network, layout)
         normed = rms_norm(x + y, weights.mlp_norm, network.epsilon)
         z = gated_mlp(normed, weights, adapters, None, context, network, DENSE)
+        z = output_norm(z, weights.mlp_output_norm, network.epsilon)
         inputs = {"stream": x, "normed": normed}.get(self.rule.weight)
         factor = None if inputs is None else inputs.detach().norm(dim=-1)
         return x + _Rows.apply(y.to(x.dtype) + z, context[..., 0], factor, self, index)

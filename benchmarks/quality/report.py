@@ -17,8 +17,8 @@ INTRODUCTION = """# Quality at equal cost
 LoRA r = 16 on all projections, of the instruction-tuned model that a heading names; every setting with the same data,
 order and initialisation of each seed. Costs are shares of the dense run's: FLOPs of all products with gradient
 checkpointing (LoRA, attention, logits, channel scores and calibration included; both sides leave out work without
-effect), and time as the project's kernels take it on Llama-3-8B (`speed.csv`; scaled by the FLOPs that a setting saves where it was not measured
-itself), never that of the masks used here.
+effect), and time as the project's kernels take it on Llama-3-8B (`speed.csv`; scaled by the FLOPs that a setting saves
+where it was not measured itself), never that of the masks used here.
 
 *equal cost*: answer loss minus that of a dense run of the same FLOPs (*time*: of the same time), on the dense curve of
 the same seed; negative is better than stopping earlier. Mean, 95 % interval over seeds (paired t), and p, corrected for

@@ -28,6 +28,7 @@ from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
+from family_models import make_family
 from tiny_models import loras, loss_and_gradients, make_base, make_batch, make_lora
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -127,6 +128,13 @@ def attached(model, batch, **config):
 def test_dense_step_is_that_of_the_model():
     model, batch = make_model(), make_batch()
     assert_equals_library(Harness(model, [batch]), DENSE, model, batch, **CLOSE)
+
+
+def test_dense_step_of_gemma_is_that_of_the_model():
+    model, batch = make_family("Gemma3", sliding_window=16), make_batch()
+    assert_equals_library(Harness(model, [batch]), DENSE, model, batch, **CLOSE)
+    with pytest.raises(ValueError, match="longer than the window of 8"):
+        Harness(make_family("Gemma3", sliding_window=8), [batch]).gradients(DENSE)
 
 
 def test_given_channels_equal_the_library():
