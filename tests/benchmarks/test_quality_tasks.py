@@ -5,8 +5,37 @@ import dataclasses
 import pytest
 
 from benchmarks.quality import tasks
+from benchmarks.quality.gemma3 import build, merges_of
 from benchmarks.quality.natural import functions, passages
 from sparse_unsloth.errors import SparsityError
+
+
+def test_gemmas_merges_follow_from_its_scores():
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<turn>",
+        "\n\n",
+        "▁",
+        "a",
+        "b",
+        "ab",
+        "▁a",
+        "▁ab",
+        "<0xC3>",
+        "<0xA9>",
+    ]
+    kinds = [3, 3, 3, 2, 3, 4, *[1] * 6, 6, 6]
+    scores = [0.0] * 9 + [-2.0, -1.0, -3.0, 0.0, 0.0]
+    assert merges_of(tokens, scores, kinds) == [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁a", "b")]
+    tokenizer = build(tokens, scores, kinds, "<bos>{{ messages[0]['content'] }}")
+    text = tokenizer.apply_chat_template([{"content": "ab ab<turn>\n\né"}], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", "ab", "▁ab", "<turn>", "\n\n", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == text
+
 
 SOURCE = '''
 class Counter:
