@@ -278,5 +278,5 @@ def test_a_training_by_rows_logs_and_reports_it(tmp_path, capsys):
     assert "- chosen rows: share of the gradient's energy " in capsys.readouterr().out
     text = (tmp_path / "explain.md").read_text()
     assert "| layer | chosen rows: energy |" in text
-    assert text.count("\n| ") == 1 + 3, "heading, three layers"
+    assert text.count("\n| ") == 2 + 3, "heading and rule, three layers"
     assert (tmp_path / "explain.png").stat().st_size > 10_000
