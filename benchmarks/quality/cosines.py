@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,16 @@ from torch import Tensor
 
 from benchmarks.quality.batches import Batch, Batches, training_batches
 from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
-from benchmarks.quality.network import DENSE, Network, attention, gated_mlp, output_norm, rms_norm
+from benchmarks.quality.network import (
+    DENSE,
+    Network,
+    answer_logits,
+    answer_loss,
+    attention,
+    gated_mlp,
+    output_norm,
+    rms_norm,
+)
 
 ENERGY = 0.95
 CALIBRATION, MEASURED = 2, 2
@@ -63,18 +73,17 @@ class Layers:
         normed = rms_norm(x + y, weights.mlp_norm, network.epsilon)
         z = gated_mlp(normed, weights, adapters, None, context, network, DENSE)
         z = output_norm(z, weights.mlp_output_norm, network.epsilon)
-        inputs = {"stream": x, "normed": normed}.get(self.rule.weight)
-        factor = None if inputs is None else inputs.detach().norm(dim=-1)
-        return x + _Rows.apply(y.to(x.dtype) + z, context[..., 0], factor, self, index)
+        factors = (inputs.detach().norm(dim=-1) for inputs in (x, normed))
+        return x + _Rows.apply(y.to(x.dtype) + z, context[..., 0], *factors, self, index)
 
-    def choose(self, index: int, norms: Tensor, factor: Tensor | None, context: Tensor) -> Tensor:
+    def choose(self, index: int, norms: Tensor, context: Tensor, factors: dict[str, Tensor]) -> Tensor:
         """bool ``[rows]``: the rows that the gradient passes through; ``norms`` and ``context`` likewise ``[rows]``."""
         self.norms[index] = norms[~context], norms[context]
         if self.rule.shares is None:
             return torch.ones_like(context)
-        scores = torch.rand_like(norms) if self.rule.weight == "random" else norms * (1 if factor is None else factor)
-        count = -(-int(context.sum()) * self.rule.shares[index] // 1)
-        chosen = scores.masked_fill(~context, -1).topk(int(count)).indices
+        scores = torch.rand_like(norms) if self.rule.weight == "random" else norms * factors.get(self.rule.weight, 1)
+        count = math.ceil(int(context.sum()) * self.rule.shares[index] - 1e-6)
+        chosen = scores.masked_fill(~context, -1).topk(count).indices
         kept = (~context).index_fill(0, chosen, True)
         self.held[index] = (norms[kept].square().sum() / norms.square().sum().clamp_min(1e-30)).item()
         return kept
@@ -84,16 +93,17 @@ class _Rows(torch.autograd.Function):
     """The identity; the gradient passes through the rows that ``layers`` choose."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, context: Tensor, factor: Tensor | None, layers: Layers, index: int) -> Tensor:
-        ctx.save_for_backward(context, *([] if factor is None else [factor]))
+    def forward(ctx, y: Tensor, context: Tensor, stream: Tensor, normed: Tensor, layers: Layers, index: int) -> Tensor:
+        ctx.save_for_backward(context, stream, normed)
         ctx.layers, ctx.index = layers, index
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        context, *factor = (saved[0] for saved in ctx.saved_tensors)
-        kept = ctx.layers.choose(ctx.index, gradient[0].norm(dim=-1), factor[0] if factor else None, context)
-        return gradient * kept[None, :, None], None, None, None, None
+        context, stream, normed = (saved[0] for saved in ctx.saved_tensors)
+        factors = {"stream": stream, "normed": normed}
+        kept = ctx.layers.choose(ctx.index, gradient[0].norm(dim=-1), context, factors)
+        return gradient * kept[None, :, None], None, None, None, None, None
 
 
 def needed(loss: Tensor, context: Tensor, energy: float = ENERGY) -> float:
@@ -150,20 +160,25 @@ def rules_from(norms: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> dict[str, R
 def compare(lockstep: Lockstep, layers: Layers, batches: Batches, first: int) -> list[dict[str, Any]]:
     """The cosine of each rule on `MEASURED` batches after `CALIBRATION` others, of which ``first`` is the first."""
 
-    def gradient(batch: Batch, rule: Rule) -> Tensor:
+    def loss_of(batch: Batch) -> Tensor:
+        hidden = lockstep.hidden(batch, batches.layout, DENSE, layers)
+        return answer_loss(answer_logits(hidden, batch.loss_rows, layers.network), batch).sum()
+
+    def gradient(loss: Tensor, rule: Rule) -> Tensor:
         layers.rule, layers.held = rule, {}
-        return torch.cat([one.flatten() for one in lockstep.gradients(batch, batches.layout, DENSE)])
+        found = torch.autograd.grad(loss, lockstep.adapters.flat_leaves, retain_graph=True)
+        return torch.cat([one.flatten() for one in found])
 
     norms = []
     for step in range(first, first + CALIBRATION):
-        gradient(batches.batch(step), Rule())
+        gradient(loss_of(batches.batch(step)), Rule())
         norms.append(dict(layers.norms))
     rules, found = rules_from(norms), {}
     for step in range(first + CALIBRATION, first + CALIBRATION + MEASURED):
-        batch = batches.batch(step)
-        dense = gradient(batch, Rule())
+        loss = loss_of(batches.batch(step))
+        dense = gradient(loss, Rule())
         for name, rule in rules.items():
-            ours, last = gradient(batch, rule), len(layers.network.layers) - 1
+            ours, last = gradient(loss, rule), len(layers.network.layers) - 1
             held = [share for layer, share in layers.held.items() if layer != last]
             row = found.setdefault(name, {"rule": name, "cosines": [], "norms": [], "least energy": []})
             row["mean share"] = sum(rule.shares[:-1]) / last
@@ -171,6 +186,7 @@ def compare(lockstep: Lockstep, layers: Layers, batches: Batches, first: int) ->
             row["cosines"].append(torch.nn.functional.cosine_similarity(ours, dense, dim=0).item())
             row["norms"].append((ours.norm() / dense.norm()).item())
             row["least energy"].append(min(held))
+            print(f"  {name}: {row['cosines'][-1]:.4f} with {row['mean share']:.3f}", flush=True)
     layers.rule = Rule()
     return list(found.values())
 

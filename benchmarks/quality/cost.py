@@ -152,10 +152,9 @@ class StepTimes:
         self._realised_of: dict[str, dict[float, list[float]]] = {}
         for (device, name, method), milliseconds in newest.items():
             baseline = next((base for base in BASELINES if (device, name, base) in newest), None)
-            counted = method.startswith(("sparse-", "rows-")) and method in METHODS
-            if not counted or baseline is None or name == "host":
+            counted, shape = method.startswith(("sparse-", "rows-")) and method in METHODS, shape_of(name)
+            if not (counted and baseline and shape.context_tokens) or name == "host":
                 continue
-            shape = shape_of(name)
             context, share = shape.context_tokens / shape.tokens, milliseconds / newest[device, name, baseline]
             limit = flop_limit(name, method, LLAMA_3_8B)
             saving = 1 - flop_limit(name, baseline, LLAMA_3_8B) / limit

@@ -1,6 +1,7 @@
 """Tests the quality benchmark's tasks of natural text, from made files and with a tokenizer of words."""
 
 import dataclasses
+from zlib import crc32
 
 import pytest
 
@@ -86,7 +87,11 @@ class Words:
         return 2**16 + 1
 
     def __call__(self, text, add_special_tokens):
-        return {"input_ids": [2**16 if word == "<|im_end|>" else sum(map(ord, word)) for word in text.split()]}
+        return {
+            "input_ids": [
+                2**16 if word.endswith("<|im_end|>") else crc32(word.encode()) % 2**16 for word in text.split()
+            ]
+        }
 
     def apply_chat_template(self, messages, **ignored):
         return " ".join(message["content"] for message in messages)
