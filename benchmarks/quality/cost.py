@@ -24,6 +24,7 @@ from benchmarks.quality.settings import Setting, StepPlan
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
+from sparse_unsloth.config.layer_rules import expand
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, attention_pairs, step_flops
 from sparse_unsloth.forecast.speed_table import usable_rows
 
@@ -187,10 +188,11 @@ def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
 
 
 def measured_method(setting: Setting) -> str | None:
-    """Returns the method of speed.csv whose sparse step is that of ``setting``."""
-    shares = set(setting.mlp.values())
+    """Returns the method of speed.csv whose sparse step is that of ``setting``; of rows, that with its mean share."""
     if setting.kind == "rows":
-        return ROW_METHODS.get(round(1 - min(shares), 6))
+        left_out = expand(setting.mlp, [0.0] * 30)
+        return ROW_METHODS.get(round(1 - sum(left_out) / len(left_out), 6))
+    shares = set(setting.mlp.values())
     return SPARSE_METHODS.get(next(iter(shares))) if list(setting.mlp) == ["1-29"] else None
 
 

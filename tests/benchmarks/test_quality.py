@@ -291,6 +291,15 @@ def test_rows_left_out_cost_what_the_cost_model_says():
     assert one_step("rows-10") < one_step("default") < one_step("dense")
 
 
+def test_shares_that_fall_with_depth_cost_their_mean():
+    keep = SETTINGS["falling-25"].keep(30, 1536)
+    assert keep[0] == 768 > keep[15] > keep[28] > keep[29] == 1
+    assert sum(keep) / 30 / 1536 == pytest.approx(0.25, abs=1e-3)
+    assert one_step("falling-25") == pytest.approx(one_step("default"), rel=0.02)
+    assert measured_method(SETTINGS["falling-25"]) == "rows-25"
+    assert measured_method(SETTINGS["falling-10"]) == "rows-10"
+
+
 def test_steps_are_those_of_adamw_with_clipping():
     experiment = make_experiment(steps=2, layers=3)
     lockstep, batches = experiment.lockstep, experiment.batches
