@@ -249,7 +249,7 @@ def _uncaptured(runtime: LayerRuntime, plan: LayerPlan, call: AttentionCall, hid
     attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
     if not runtime.by_rows:
         return post_attention(attention_output, residual, plan)
-    choice = context.row_choice(index, runtime.state.config.backward_rows)
+    choice = context.row_choice(index, runtime.state.config.backward_rows, runtime.state.observer.energy)
     chosen = None if context.awaits_roles else RowOrder(context.chosen_rows(choice), False)
     return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
 
@@ -392,8 +392,9 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
     later = partial(_uncaptured_later, runtime, context, plan, call)
     graphed = graphed_layer.GraphedPass(capture, context.captures, later)
     if runtime.by_rows:
-        rows = context.partition, share, context.chosen_rows(context.row_choice(index, share))
-        output = row_sparse_whole_layer(hidden_states, plan, graphed, attention, named, *rows)
+        choice = context.row_choice(index, share, state.observer.energy)
+        chosen = context.chosen_rows(choice)
+        output = row_sparse_whole_layer(hidden_states, plan, graphed, attention, named, choice, chosen)
     else:
         output = graphed_layer.whole_layer(hidden_states, plan, graphed, attention, named)
     if output is None:

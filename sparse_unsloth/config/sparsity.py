@@ -174,7 +174,8 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
     """What ranks the channels; all but `estimator` are baselines for studies."""
     dense_tokens: Literal["output", "none"] = "output"
-    """`output`: loss tokens stay dense; `none`: every token is a context token (published for GLUE)."""
+    """`output`: loss tokens stay dense; `none`: every token is a context token (published for GLUE); not with
+    `backward_rows`."""
     backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
     """Row sparsity: the share of context tokens that each layer's backward pass goes through, those with the largest
     gradients in the batch; 1.0 is all. The forward pass is exact and nothing is calibrated. It cannot be combined with
@@ -212,8 +213,14 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     end_step: Step = 0.75
     """First step of the dense tail, in the same units; 1.0: no tail, as in the published recipes."""
     explain_steps: NonNegative = 50
-    """Sparse steps between two records of the channel selection: how many channels are new, and how much energy they
-    capture of what the best ones would (`sparse-unsloth explain`); 0: no records."""
+    """Sparse steps between two records (`sparse-unsloth explain`), 0: none. Of the channel selection: how many channels
+    are new, and how much energy they capture of what the best ones would. With `backward_rows`, at the next log line:
+    the share of the gradient's energy in the chosen rows, by layer."""
+    cosine_steps: NonNegative = 0
+    """With `backward_rows`: optimiser steps between two measurements of `sparsity/gradient_cosine`, the cosine of the
+    whole trained gradient with the dense one, on one micro-batch; 0: none. Each costs one dense forward and backward
+    of that micro-batch more (every 500 steps: less than 0.4 % of the time), and meanwhile a copy of the trained
+    gradients. The training stays bitwise the same. It needs a trainer of transformers, and one process."""
     sparse_prefill: Switch = False
     """Whether `for_inference` computes prompts as in training, on selected channels, by the estimator stored beside the
     adapter. Decoded tokens are dense."""
@@ -247,6 +254,11 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
         if share < 1 and rules:
             raise ValueError(
                 f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
+            )
+        if share < 1 and info.data.get("dense_tokens") == "none":
+            raise ValueError(
+                "cannot be combined with dense_tokens: none: answers would be context tokens, and be left out of the "
+                "backward pass where their gradients are small, which makes models unlearn; set dense_tokens: output"
             )
         return share
 

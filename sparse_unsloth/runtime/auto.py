@@ -323,6 +323,8 @@ def _why_no_graphs(state: SparsityState) -> str:
 
 
 def _why_no_rows(state: SparsityState) -> str:
+    if state.auto.asked.dense_tokens == "none":
+        return "dense_tokens: none makes answers context, and rows of answers are never left out by size"
     try:
         for layer in state.layers:
             refuse_dropout(layer)

@@ -21,6 +21,7 @@ from sparse_unsloth.ops.mlp import MlpMemo
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.rows.energy import GradientEnergy
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
@@ -168,11 +169,12 @@ class SparseContext:
         """What layer ``index`` keeps from this forward to its recompute."""
         return self._memos[index]
 
-    def row_choice(self, index: int, share: float) -> RowChoice:
+    def row_choice(self, index: int, share: float, energy: GradientEnergy) -> RowChoice:
         """The row choice of layer ``index`` in this forward, which its parts share."""
         memo = self.memo(index)
         if memo.rows is None:
-            memo.rows = RowChoice(self.partition, share, self.awaits_roles)
+            found = energy.of(index, self.partition.dense.device)
+            memo.rows = RowChoice(self.partition, share, found, self.awaits_roles)
         return memo.rows
 
     def learn_roles(self, partition: TokenPartition) -> None:

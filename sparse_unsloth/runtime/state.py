@@ -387,7 +387,7 @@ class LayerRuntime:
             return None
         for rows in inputs:
             self.check_rows(module, rows)
-        return context.row_choice(self.layer.index, self.state.config.backward_rows)
+        return context.row_choice(self.layer.index, self.state.config.backward_rows, self.state.observer.energy)
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:
         """Raises AttachError unless ``rows [..., width]``, the input of ``module``, match the labels in number."""
