@@ -15,6 +15,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns the table's heading and rows as text."""
     runs, before = results["runs"], results["before"]
     dense_flops = runs["dense"]["flops"]
+    in_pairs = {"dense": 1.0, "sparse": results["pairs"]["median"]}
 
     def line(label: str, form: str, pick, start: str = "") -> list[str]:
         values = [pick(run) for run in runs.values()]
@@ -29,10 +30,9 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         held_out("answer loss, held out", "{:.3f}", "answer_loss"),
         held_out("token accuracy, held out", "{:.1%}", "token_accuracy"),
         held_out("exact match, held out", "{:.1%}", "exact_match"),
-        line("dense step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["dense"]),
-        line("sparse step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["sparse"]),
-        line("set-up, calibration, s", "{:.1f}", lambda run: run["setup_seconds"]),
-        line("training in all, s", "{:.0f}", lambda run: run["train_seconds"]),
+        line("step, median s", "{:.2f}", lambda run: run["median_step_seconds"]),
+        ["speed, median of pairs", "", *_speeds(runs, in_pairs)],
+        line("steps in all, s", "{:.0f}", lambda run: sum(run["step_seconds"])),
         line("FLOPs, 10^12", "{:.1f}", lambda run: run["flops"] / 1e12),
         line("FLOPs, of the dense run's", "{:.0%}", lambda run: run["flops"] / dense_flops),
         line("context share of tokens", "{:.1%}", lambda run: run["context_share"]),
@@ -43,14 +43,15 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def notes(results: dict[str, Any]) -> list[str]:
     """Returns notes that explain the table, in one or two sentences each."""
-    lines = []
-    if results["sparse_step_speedup"] is not None:
-        pairs = sum(results["runs"]["sparse"]["step_is_sparse"])
-        lines.append(
-            f"A sparse step is {results['sparse_step_speedup']:.2f} times as fast as the dense step on the same batch "
-            f"(median of {pairs} pairs) and takes {results['sparse_step_flops']:.0%} of its FLOPs "
-            f"({results['sparse_step_flops_without_padding']:.0%} if neither computed padding)."
-        )
+    lines, pairs = [], results["pairs"]
+    if pairs["median"] is not None:
+        lines += [
+            f"A sparse step is {pairs['median']:.2f} times as fast as the dense step on the same batch (median of "
+            f"{len(pairs['speed'])} pairs, each right after the other in one process) and takes "
+            f"{results['sparse_step_flops']:.0%} of its FLOPs ({results['sparse_step_flops_without_padding']:.0%} if "
+            "neither computed padding).",
+            pairs["verdict"],
+        ]
     answers = results["before"]["answers"]
     lines += [
         "FLOPs are counted as computed: plain TRL pads to the longest sample of a batch; a dense step computes that "
@@ -85,7 +86,7 @@ def markdown(results: dict[str, Any]) -> str:
     heading, body = rows(results)
     lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(heading) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    lines += ["", *(f"- {note}" for note in notes(results)), "", "![Loss and step time](quickstart.png)"]
+    lines += ["", *(f"- {note}" for note in notes(results)), "", "![Loss, and the times of paired steps](quickstart.png)"]
     return f"# {TITLE}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -98,7 +99,7 @@ def save_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws the loss over the FLOPs spent, and the seconds of each step."""
+    """Draws the loss over the FLOPs spent, and the seconds of the paired steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
@@ -113,16 +114,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axis_formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
         axis_formatter(StrMethodFormatter("{x:g}"))
     loss.legend(fontsize="small")
-    for name in ("dense", "sparse"):
-        run = results["runs"][name]
-        time.plot(range(1, run["steps"] + 1), run["step_seconds"], ".", color=COLOURS[name], label=f"{name} run")
-    sparse = [step for step, is_sparse in enumerate(results["runs"]["sparse"]["step_is_sparse"], start=1) if is_sparse]
-    if sparse:
-        time.axvspan(sparse[0] - 0.5, sparse[-1] + 0.5, color=COLOURS["sparse"], alpha=0.12, label="sparse steps")
-    time.set(xlabel="optimiser step", ylabel="seconds", title="Time of a step")
-    time.set_ylim(bottom=0)
-    time.legend(fontsize="small")
+    _draw_pairs(time, results)
     figure.savefig(path, dpi=120)
+
+
+def _draw_pairs(axes, results: dict[str, Any]) -> None:
+    """Draws each step's seconds in both runs, joined by a line."""
+    seconds = [results["runs"][name]["step_seconds"] for name in ("dense", "sparse")]
+    steps = range(1, len(seconds[0]) + 1)
+    axes.vlines(steps, *seconds, color="lightgrey", zorder=0)
+    for name, values in zip(("dense", "sparse"), seconds, strict=True):
+        axes.plot(steps, values, ".", markersize=8, color=COLOURS[name], label=f"{name} run")
+    median = results["pairs"]["median"]
+    found = "" if median is None else f": {median:.2f} times as fast (median)"
+    axes.set(xlabel="optimiser step", ylabel="seconds", title=f"Times of a step in pairs{found}")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
+def _speeds(runs: dict[str, Any], known: dict[str, float | None]) -> list[str]:
+    """Returns each run's speed over the dense step on the same batch; only the first two were paired."""
+    return ["-" if known.get(name) is None else f"{known[name]:.2f}x" for name in runs]
 
 
 def _machine(results: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from trl import SFTTrainer
 from sparse_unsloth.attachment import get_state
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.quickstart.pairs import Pairs
 from sparse_unsloth.quickstart.report import save_report, terminal_table
+from sparse_unsloth.quickstart.turns import StepInTurns, Turns
 from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
@@ -83,6 +86,8 @@ def quickstart(
 ) -> dict:
     """Trains and evaluates the three runs; prints the table and saves table, picture and figures in ``output_dir``.
 
+    The dense and the sparse run take turns, step by step, so that the times of their steps are compared in pairs.
+
     Args:
         output_dir: results of an earlier quickstart in it are replaced.
         steps: optimiser steps of the dense and the sparse run, instead of the recipe's.
@@ -104,23 +109,25 @@ def quickstart(
     overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
     results: dict[str, Any] = {"environment": environment(), "runs": {}}
-    logs: dict[str, BatchLog] = {}
     with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
-        for name in (DENSE, SPARSE, EQUAL):
-            run_folder = _run_folder(folder, name)
-            chosen = [*overrides, "--output_dir", str(run_folder)]
-            if name != SPARSE:
-                chosen += ["--sparsity", "dense"]
-            if name == EQUAL:
-                flops = results["runs"][DENSE]["flops_by_step"]
-                chosen += ["--max_steps", str(equal_cost_steps(flops, results["runs"][SPARSE]["flops"]))]
-            # Loading a recipe resets state that trainers share, so each is loaded after the run before it.
-            recipe = load_recipe(RECIPE, chosen)
-            if name == SPARSE:
-                results["sparsity"] = recipe.sparsity.model_dump(mode="json")
-            logs[name] = BatchLog()
-            results["runs"][name] = _run(recipe, name, results, logs[name], progress, setup)
-    results |= _compare(results["runs"], logs)
+
+        def prepare(name: str, *words: str) -> Training:
+            chosen = [*overrides, "--output_dir", str(_run_folder(folder, name)), *words]
+            return Training(load_recipe(RECIPE, chosen), name, progress, setup)
+
+        dense, sparse = prepare(DENSE, "--sparsity", "dense"), prepare(SPARSE)
+        results |= _describe(dense)
+        results["sparsity"] = sparse.recipe.sparsity.model_dump(mode="json")
+        results["before"] = evaluate(dense.trainer)
+        Turns().run(dense.train, sparse.train)
+        pairs = _pairs(dense, sparse)
+        results["pairs"] = pairs.as_dict()
+        runs = {training.name: training.figures() for training in (dense, sparse)}
+        equal_steps = equal_cost_steps(runs[DENSE]["flops_by_step"], runs[SPARSE]["flops"])
+        equal = prepare(EQUAL, "--sparsity", "dense", "--max_steps", str(equal_steps))
+        equal.train()
+        results["runs"] = runs | {EQUAL: equal.figures()}
+    results |= _compare(results["runs"], {training.name: training.batches for training in (dense, sparse, equal)})
     results["seconds"] = time.perf_counter() - began
     save_report(results, folder)
     console.print(terminal_table(results))
@@ -153,55 +160,69 @@ def _refuse_unknown_files(folder: Path) -> None:
         )
 
 
-def _run(
-    recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: Progress, setup: SetUp
-) -> dict[str, Any]:
-    task = progress.add_task(name, total=recipe.training.max_steps)
-    trainer, timer = build_trainer(recipe, (_Advance(progress, task),))
-    trainer.remove_callback(PrinterCallback)
+class Training:
+    """One of the runs: its trainer, the times of its steps and its batches.
 
-    def replace_earlier_run() -> None:
-        setup.over = True
-        shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+    Loading a recipe resets state that trainers share; the trainer that is built next sets it again, for all.
+    """
 
-    timer.begins = replace_earlier_run
-    handle = trainer.model.register_forward_pre_hook(batches.hook, with_kwargs=True)
-    initial = _digest([parameter for parameter in trainer.model.parameters() if parameter.requires_grad])
-    if "model" not in results:
-        results |= _describe(recipe, trainer)
-        results["before"] = evaluate(trainer)
-    timer.start()
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    handle.remove()
-    trainer.save_model(str(Path(recipe.training.output_dir) / "adapter"))
-    recipe.save(Path(recipe.training.output_dir) / "recipe.yaml")
+    def __init__(self, recipe: Recipe, name: str, progress: Progress, setup: SetUp):
+        self.recipe, self.name, self.batches = recipe, name, BatchLog()
+        task = progress.add_task(name, total=recipe.training.max_steps)
+        self.trainer, self.timer = build_trainer(recipe, (_Advance(progress, task),))
+        self.trainer.remove_callback(PrinterCallback)
+        self._initial = _digest([parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad])
 
-    log = batches.batches()
-    flops = flops_by_step(recipe, trainer, log)
-    real = flops_by_step(recipe, trainer, [replace(batch, padding=0) for batch in log])
-    calibration = _calibration_flops(recipe, trainer)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = sum(batch.dense + batch.context for batch in log)
-    return {
-        "steps": len(timer.times.seconds),
-        "losses": losses,
-        "train_loss": sum(losses[-_last_tenth(losses) :]) / _last_tenth(losses),
-        "evaluation": evaluate(trainer),
-        "train_seconds": seconds,
-        "setup_seconds": timer.setup_seconds,
-        "step_seconds": timer.times.seconds,
-        "step_is_sparse": timer.times.sparse,
-        "median_step_seconds": {kind: timer.times.median(kind == SPARSE) for kind in (DENSE, SPARSE)},
-        "flops_by_step": flops,
-        "flops_by_step_without_padding": real,
-        "calibration_flops": calibration,
-        "flops": sum(flops) + calibration,
-        "context_share": sum(batch.context for batch in log) / tokens,
-        "padding_share": sum(batch.padding for batch in log) / sum(math.prod(batch.shape) for batch in log),
-        "initial_adapter": initial,
-    }
+        def replace_earlier_run() -> None:
+            setup.over = True
+            shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+
+        self.timer.begins = replace_earlier_run
+
+    def train(self, give_away: Callable[[], None] | None = None) -> None:
+        """Trains and saves the adapter; ``give_away`` is called before each step but the first, if given."""
+        trainer, folder = self.trainer, Path(self.recipe.training.output_dir)
+        if give_away is not None:
+            trainer.callback_handler.callbacks.insert(0, StepInTurns(give_away))
+        handle = trainer.model.register_forward_pre_hook(self.batches.hook, with_kwargs=True)
+        self.timer.start()
+        trainer.train()
+        handle.remove()
+        trainer.save_model(str(folder / "adapter"))
+        self.recipe.save(folder / "recipe.yaml")
+
+    def figures(self) -> dict[str, Any]:
+        """Evaluates the trained model and returns the run's figures as plain data."""
+        recipe, trainer, times = self.recipe, self.trainer, self.timer.times
+        log = self.batches.batches()
+        flops = flops_by_step(recipe, trainer, log)
+        calibration = _calibration_flops(recipe, trainer)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        tokens = sum(batch.dense + batch.context for batch in log)
+        return {
+            "steps": len(times.seconds),
+            "losses": losses,
+            "train_loss": sum(losses[-_last_tenth(losses) :]) / _last_tenth(losses),
+            "evaluation": evaluate(trainer),
+            "setup_seconds": self.timer.setup_seconds,
+            "step_seconds": times.seconds,
+            "step_is_sparse": times.sparse,
+            "median_step_seconds": statistics.median(times.seconds[1:] or times.seconds),
+            "flops_by_step": flops,
+            "flops_by_step_without_padding": flops_by_step(recipe, trainer, [replace(one, padding=0) for one in log]),
+            "calibration_flops": calibration,
+            "flops": sum(flops) + calibration,
+            "context_share": sum(batch.context for batch in log) / tokens,
+            "padding_share": sum(batch.padding for batch in log) / sum(math.prod(batch.shape) for batch in log),
+            "initial_adapter": self._initial,
+        }
+
+
+def _pairs(dense: Training, sparse: Training) -> Pairs:
+    """Pairs the sparse steps with the dense run's steps on the same batches, and the first step, which warms up."""
+    times = sparse.timer.times
+    steps = [step for step, is_sparse in enumerate(times.sparse) if is_sparse or step == 0]
+    return Pairs.of(*([run.timer.times.seconds[step] for step in steps] for run in (dense, sparse)))
 
 
 def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
@@ -311,20 +332,20 @@ def evaluate(trainer: SFTTrainer) -> dict[str, float]:
     }
 
 
-def _describe(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
+def _describe(training: Training) -> dict[str, Any]:
+    recipe = training.recipe
     return {
         "model": recipe.model.model_name_or_path,
         "dataset": recipe.data.dataset_name,
         "batch_size": recipe.training.per_device_train_batch_size,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in training.trainer.model.parameters() if p.requires_grad),
     }
 
 
 def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]:
-    """Compares runs: whether start and data are the same, and a batch's time and FLOPs, dense and sparse."""
+    """Compares runs: whether start and data are the same, and a batch's FLOPs, dense and sparse."""
     dense, sparse = runs[DENSE], runs[SPARSE]
     steps = [step for step, is_sparse in enumerate(sparse["step_is_sparse"]) if is_sparse]
-    seconds = [dense["step_seconds"][step] / sparse["step_seconds"][step] for step in steps]
 
     def ratio(name: str) -> float:
         spent = [sum(run[name][step] for step in steps) for run in (dense, sparse)]
@@ -336,7 +357,6 @@ def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]
             logs[DENSE].digest(run["steps"]) == log.digest(run["steps"])
             for run, log in zip(runs.values(), logs.values(), strict=True)
         ),
-        "sparse_step_speedup": statistics.median(seconds) if steps else None,
         "sparse_step_flops": ratio("flops_by_step") if steps else None,
         "sparse_step_flops_without_padding": ratio("flops_by_step_without_padding") if steps else None,
     }

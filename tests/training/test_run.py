@@ -314,7 +314,11 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
     assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "results.md").read_text()
     printed = capsys.readouterr().out
-    for word in ("answer loss, held out", "exact match, held out", "sparse step, median s", "FLOPs, 10^12"):
+    pairs = results["pairs"]
+    seconds = [[run["step_seconds"][step] for step in (1, 2)] for run in (dense, sparse)]
+    assert pairs["speed"] == [slow / fast for slow, fast in zip(*seconds, strict=True)]  # its sparse steps
+    words = ("answer loss, held out", "exact match, held out", "speed, median of pairs", "FLOPs, 10^12", "judge")
+    for word in words:
         assert word in table
         assert word in printed
 
