@@ -53,8 +53,6 @@ arguments = {
     "output_dir": "runs/grpo", "max_steps": 200, "per_device_train_batch_size": 8, "num_generations": 8,
     "max_completion_length": 256, "learning_rate": 1e-5, "logging_steps": 1,
 } | (tiny.TRAINING | {"max_completion_length": 16} if TINY else {})  # fmt: skip
-trainer = GRPOTrainer(
-    model=model, processing_class=tokenizer, reward_funcs=[is_right, has_a_number], train_dataset=dataset,
-    args=GRPOConfig(**arguments),
-)  # fmt: skip
+rewards, args = [is_right, has_a_number], GRPOConfig(**arguments)
+trainer = GRPOTrainer(model, rewards, args, train_dataset=dataset, processing_class=tokenizer)
 trainer.train()

@@ -23,7 +23,14 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
 }  # fmt: skip
-TRAINING = {"use_cpu": True, "bf16": False, "max_steps": 2, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+TRAINING = {
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 """Changes of a trainer's arguments."""
 
 

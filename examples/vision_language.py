@@ -21,7 +21,10 @@ if TINY:
 
 # %%
 model, processor = FastSparseLanguageModel.from_pretrained(
-    tiny.vision_model() if TINY else "Qwen/Qwen3-VL-2B-Instruct", max_seq_length=2048, load_in_4bit=False, backend="peft"
+    tiny.vision_model() if TINY else "Qwen/Qwen3-VL-2B-Instruct",
+    max_seq_length=2048,
+    load_in_4bit=False,
+    backend="peft",
 )
 model = FastSparseLanguageModel.get_peft_model(model, r=16, lora_alpha=16, sparsity="rows")
 

@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "recipes": "list the shipped recipes, or print one",
     "keys": "list the keys of a recipe",
     "doctor": "report versions, GPU, backend and kernels, and what is missing",
-    "quickstart": "train a small model dense and sparse on the CPU, and compare",
+    "quickstart": "train a small model dense and sparse, and compare",
     "estimate": "predict the speed-up before training: tokens, FLOPs, time, memory",
     "calibrate": "measure on your data what sparsity costs in each layer, and choose it",
     "explain": "explain what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",

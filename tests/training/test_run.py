@@ -323,6 +323,39 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
         assert word in printed
 
 
+def test_on_a_gpu_the_quickstart_compares_stock_and_auto(training, tmp_path, monkeypatch, capsys):
+    """With the tiny model on the CPU in their place: what a GPU changes is the model, and what `auto` decides."""
+    from sparse_unsloth.quickstart import run as quickstart
+
+    monkeypatch.setattr(quickstart, "RECIPE", training)
+    monkeypatch.setattr(quickstart, "has_gpu", lambda: True)
+    monkeypatch.setattr(quickstart, "ON_GPU", {"max_length": "30", "dataset_size": "32", "dataset_test_size": "9"})
+    results = quickstart.quickstart(tmp_path / "quick", steps=5)
+    stock, auto = (results["runs"][name] for name in ("stock", "auto"))
+    assert results["same_initial_adapter"]
+    assert results["same_batches"]
+    assert stock["step_is_sparse"] == [False] * 5
+    assert len(results["pairs"]["speed"]) == 4
+    assert results["sparsity"]["preset"] != "auto", "what was decided"
+    assert "flops" not in auto
+    assert stock["losses"][0] == pytest.approx(auto["losses"][0], rel=1e-5), "auto's forward is exact"
+    assert (tmp_path / "quick" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "sparse_unsloth auto" in printed
+    assert "against auto" in printed
+    assert "FLOPs, 10^12" not in printed
+
+
+def test_the_keys_on_a_gpu_make_a_recipe():
+    from sparse_unsloth.quickstart.run import ON_GPU
+
+    words = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)]
+    made = load_recipe("quickstart", [*words, "--use_cpu", "true", "--bf16", "false"])
+    assert made.model.load_in_4bit
+    assert made.data.dataset_options["needle_haystack"]["max_num_statements"] == 60
+    assert (made.backend, made.training.max_length) == ("auto", 1024)
+
+
 def test_evaluation_counts_answers_by_hand(training):
     """Against log-probabilities taken one sample at a time, without padding."""
     from sparse_unsloth.quickstart.run import evaluate

@@ -38,7 +38,7 @@ def test_a_long_wait_is_drawn_in_plain_characters(monkeypatch, clock):
 
 
 def test_a_short_wait_is_not(monkeypatch, clock):
-    assert drawn(monkeypatch, clock, 2, Terminal()).strip() == ""
+    assert drawn(monkeypatch, clock, 1, Terminal()).strip() == ""
 
 
 @pytest.mark.parametrize("quiet", ["no terminal", "another process", "not shown"])
