@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import io
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from sparse_unsloth.bench.trial import Trial
 from sparse_unsloth.cli import doctor
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils import progress
 from sparse_unsloth.utils.environment import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -186,3 +190,21 @@ def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
     assert item.found == "not tried: dense, rows, channels"
     assert "ended with exit code 1" in item.fix
     assert doctor.sys.executable == "/bin/false"
+
+
+def test_the_wait_for_trials_counts_them_and_ends(tmp_path, monkeypatch):
+    out, stream = tmp_path / "out", io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "SHORT", 0)
+    script = f"import time; open({str(out)!r}, 'w').write('a\\nb\\n'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", script])
+    try:
+        while not out.is_file() or not out.read_text():
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            doctor._wait("peft", process, out, time.time() - 5)
+    finally:
+        process.kill()
+    doctor._wait("peft", process, out, time.time() + 60)
+    assert "Trying peft: 2trial" in stream.getvalue()
