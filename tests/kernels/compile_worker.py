@@ -8,8 +8,6 @@ without ``TRITON_INTERPRET``. It prints a line per kernel; an exception is a fai
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import triton
 from bitsandbytes.functional import quantize_4bit
@@ -93,8 +91,9 @@ def compile_norms() -> None:
 
 
 def compile_rotary() -> None:
-    norms_of_heads = (None, None), ((draw(96), 1e-6, 0.0), (draw(96), 1e-6, 1.0)), ((None, 1e-6, 0.0), None)
-    for rotation, pair in product(("halves", "pairs", "interleaved", "none"), norms_of_heads):
+    bare, both, one = (None, None), ((draw(96), 1e-6, 0.0), (draw(96), 1e-6, 1.0)), ((None, 1e-6, 0.0), None)
+    forms = ("halves", bare), ("halves", both), ("pairs", bare), ("interleaved", one), ("none", both)
+    for rotation, pair in forms:
         angles = (None, None) if rotation == "none" else (torch.randn(20, 64), torch.randn(20, 64))
         query, key = draw(40, 6 * 96), draw(40, 2 * 96)
         rotary.rotary_forward(query, key, *angles, rotation, 96, *pair)
