@@ -76,6 +76,7 @@ def test_the_loop_trains(tiny, capsys):
     assert left["step"] == 1
     assert "step 1: loss" in capsys.readouterr().out
     assert left["state"].config.backward_rows == 0.25
+    assert (left["batch"]["labels"] == -100).float().mean() > 0.5, "the prompts are context"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
