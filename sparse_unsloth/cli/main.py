@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: an unexpected error, with its traceback.
     """
+    if argv is None:
+        quiet_libraries()
     words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
     arguments = parser.parse_args(words)
@@ -60,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, code = explain(error)
         print_line(line)
         return code
+
+
+def quiet_libraries() -> None:
+    """Turns off the bars of libraries that load models and data where standard error is no terminal, as ours are."""
+    if not sys.stderr.isatty():
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:

@@ -426,14 +426,18 @@ def _quiet():
     from transformers.utils import logging as transformers_logging
 
     level = logging.getLogger("transformers").level
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
+    switches = [(datasets.disable_progress_bars, datasets.enable_progress_bars)]
+    switches += [(transformers_logging.disable_progress_bar, transformers_logging.enable_progress_bar)]
+    shown = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    switches = [switch for switch, is_on in zip(switches, shown, strict=True) if is_on]
+    for off, _ in switches:
+        off()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
-        transformers_logging.enable_progress_bar()
+        for _, on in switches:
+            on()
         logging.getLogger("transformers").setLevel(level)
 
 
