@@ -47,23 +47,24 @@ class Pairs:
         return low, high
 
     def reasons_against(self) -> list[str]:
-        """Returns why the times cannot be judged; empty where they can."""
-        if self.median is None or self.middle_half is None:
-            return ["there are fewer than two pairs"]
-        low, high = self.middle_half
+        """Returns why the machine was too busy to judge the times; empty where it was not."""
         reasons = []
         if self.load is not None and self.load > BUSY * self.cores:
             reasons.append(f"its load average was {self.load:.1f} on {self.cores} cores")
-        if high - low > WIDE * self.median:
-            reasons.append(f"the middle half of the pairs reaches from {low:.2f} to {high:.2f}")
+        if self.median is not None and self.middle_half is not None:
+            low, high = self.middle_half
+            if high - low > WIDE * self.median:
+                reasons.append(f"the middle half of the pairs reaches from {low:.2f} to {high:.2f}")
         return reasons
 
     def verdict(self) -> str:
         """Returns a sentence that says whether this machine was too busy to compare times."""
+        if self.middle_half is None:
+            return "The times cannot be judged: there are fewer than two pairs."
         reasons = self.reasons_against()
         if reasons:
             return f"This machine was too busy to judge times: {', and '.join(reasons)}. Run it again on an idle one."
-        low, high = self.middle_half or (0.0, 0.0)
+        low, high = self.middle_half
         load = "" if self.load is None else f", load average {self.load:.1f} on {self.cores} cores"
         return f"The times can be judged: the middle half of the pairs lies between {low:.2f} and {high:.2f}{load}."
 
