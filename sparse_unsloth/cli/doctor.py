@@ -27,6 +27,7 @@ from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.training.requirements import Finding, Status, trl_without_gpu
 from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, UNSLOTH, extras, requirements, version_of
+from sparse_unsloth.utils.progress import bar
 
 DESCRIPTION = """\
 Reports versions against the tested ranges, the GPU, which backend and kernels will run and why, and what is missing.
@@ -98,7 +99,7 @@ def try_training() -> list[Finding]:
                 )
         for backend, process in running.items():
             try:
-                process.wait(timeout=max(1.0, deadline - time.time()))
+                _wait(backend, process, folder / backend / "out", deadline)
                 ended = f"ended with exit code {process.returncode}"
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -106,6 +107,24 @@ def try_training() -> list[Finding]:
                 ended = f"was not done after {TRIAL_SECONDS} s"
             findings += _judge(backend, folder / backend, ended, "--modes" in words[backend])
     return findings
+
+
+def _wait(backend: str, process: subprocess.Popen, out: Path, deadline: float) -> None:
+    """Waits for the trials of a backend, with a bar that counts the lines of ``out``.
+
+    Raises:
+        subprocess.TimeoutExpired: they were not done at ``deadline``, in seconds of `time.time`, or in a second.
+    """
+    deadline = max(deadline, time.time() + 1)
+    with bar(None, f"Trying {backend}", "trial") as shown:
+        while True:
+            try:
+                process.wait(timeout=min(0.5, max(deadline - time.time(), 0)))
+                return
+            except subprocess.TimeoutExpired:
+                if time.time() >= deadline:
+                    raise
+            shown.update((len(out.read_text().splitlines()) if out.is_file() else 0) - shown.n)
 
 
 def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import io
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from sparse_unsloth.bench.trial import Trial
 from sparse_unsloth.cli import doctor
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils import progress
 from sparse_unsloth.utils.environment import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -212,3 +216,21 @@ def test_extras_are_named_with_what_they_lack(versions):
     found = finding("extras").found
     assert "study lacks scipy>=1.13" in found
     assert "eval lacks lm-eval>=0.4.9" in found
+
+
+def test_the_wait_for_trials_counts_them_and_ends(tmp_path, monkeypatch):
+    out, stream = tmp_path / "out", io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "SHORT", 0)
+    script = f"import time; open({str(out)!r}, 'w').write('a\\nb\\n'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", script])
+    try:
+        while not out.is_file() or not out.read_text():
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            doctor._wait("peft", process, out, time.time() - 5)
+    finally:
+        process.kill()
+    doctor._wait("peft", process, out, time.time() + 60)
+    assert "Trying peft: 2trial" in stream.getvalue()
