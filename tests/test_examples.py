@@ -65,6 +65,8 @@ def test_grpo_runs_and_rewards_right_answers(sparsity, tiny, monkeypatch):
     monkeypatch.setenv("SPARSITY", sparsity)
     left = run("grpo")
     assert left["trainer"].state.global_step == 2
+    logs = [entry for entry in left["trainer"].state.log_history if "sparsity/sparse_forwards" in entry]
+    assert [entry["sparsity/sparse_forwards"] > 0 for entry in logs] == ([True] * 2 if sparsity == "rows" else [])
     turns = [[{"content": text}] for text in ("so 1,000", "2, no: 3", "none", "1000 or 3.5")]
     answers = ["1 + 999\n#### 1,000", "#### 3", "#### 1", "#### 1000"]
     assert left["is_right"](turns, answers) == [1, 1, 0, 0]
