@@ -107,6 +107,7 @@ def test_a_plan_is_mended_to_fewer(how, predicted, tmp_path, caplog):
         runs.append(run(trainer))
     assert_same(runs[1], runs[0], tolerance=1e-5)
     assert found == [2 if how == "memory runs out" else 1] * 3
+    assert merged(trainer)[-1] == found[-1]
     assert len([message for message in said(caplog) if "one by one" in message]) == 1
 
 
