@@ -194,3 +194,4 @@ def test_extras_are_named_with_what_they_lack(versions):
     found = finding("extras").found
     assert "study lacks scipy>=1.13" in found
     assert "eval lacks lm-eval>=0.4.9" in found
+    assert "dev" not in found
