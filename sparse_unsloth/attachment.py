@@ -36,6 +36,7 @@ from sparse_unsloth.runtime.forward import register_hooks
 from sparse_unsloth.runtime.prefill import save_estimator_with_adapter
 from sparse_unsloth.runtime.state import Backend, LayerRuntime, SparsityState, get_state
 from sparse_unsloth.utils.distributed import is_main
+from sparse_unsloth.utils.progress import bar
 from sparse_unsloth.utils.saved_adapters import left_unsaved
 
 logger = logging.getLogger("sparse_unsloth")
@@ -140,7 +141,7 @@ def _install(state: SparsityState, calibration_samples: list[Mapping[str, Any]] 
         with torch.compiler.set_stance(
             compiled.stance(layers[0].module) if state.backend is peft.BACKEND else "default"
         ):
-            for runtime in state.runtimes.values():
+            for runtime in bar(state.runtimes.values(), "Proving layers", "layer"):
                 state.backend.install(runtime)
             skipped = _skip_unused_rows(state)
             _replace_whole_layers(state)

@@ -10,7 +10,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
 from sparse_unsloth.runtime.auto import plan_from_data
-from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging
+from sparse_unsloth.runtime.cosine import GradientCosine, begin_cosine
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, why_not_planned
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.utils.distributed import is_main
@@ -28,12 +29,12 @@ class SparsityCallback(TrainerCallback):
     integration and ``trainer.state.log_history`` show them. An instance added by hand runs after the integrations,
     which then miss the metrics: attach before building the trainer.
 
-    Records of channel selections (``explain_steps``) go to ``explain.jsonl`` in the trainer's output folder, for
-    `sparse-unsloth explain`. Their means join the next log line, and the values of each layer where the trainer reports
-    to an integration. The trainer's ``log_history`` has both.
+    Records of channel selections, or of the energy in chosen rows (``explain_steps``), go to ``explain.jsonl`` in the
+    trainer's output folder, for `sparse-unsloth explain`. Their means join the next log line, and the values of each
+    layer where the trainer reports to an integration. The trainer's ``log_history`` has both.
 
     A model that was attached with preset `auto` is planned when training begins (`runtime.auto`).
-    Where the configuration asks for it, micro-batches of an optimiser step run as one (`runtime.merging`).
+    Where the configuration or the plan says so, micro-batches of an optimiser step run as one (`runtime.merging`).
 
     The schedule is a function of ``state.global_step``, so a run resumed from a checkpoint continues it.
     """
@@ -42,9 +43,10 @@ class SparsityCallback(TrainerCallback):
         self._sparsity: SparsityState | None = None  # the state of the model that this instance drives
         self._trainer_state = None
         self._merger: MicroBatchMerger | None = None
+        self._cosine: GradientCosine | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        self._end_merging()  # of a training that was interrupted
+        self._end_helpers()  # of a training that was interrupted
         sparsity = None if model is None else get_state(model)
         if sparsity is None or not self._may_drive(sparsity.driver, state):
             return
@@ -55,6 +57,8 @@ class SparsityCallback(TrainerCallback):
                 getattr(train_dataloader, "collate_fn", None),
                 batch_size=args.train_batch_size,
                 micro_batches=(state.max_steps - state.global_step) * args.gradient_accumulation_steps,
+                step=args.gradient_accumulation_steps,
+                no_merging=why_not_planned(sparsity, state),
                 resumed=state.global_step,
             )
         sparsity.begin_training(
@@ -64,7 +68,7 @@ class SparsityCallback(TrainerCallback):
             collate_fn=getattr(train_dataloader, "collate_fn", None),
         )
         self._sparsity, self._trainer_state = sparsity, state
-        self._merger = begin_merging(sparsity, state)
+        self._merger, self._cosine = begin_merging(sparsity, state), begin_cosine(sparsity)
         if state.global_step == 0 and state.is_world_process_zero:
             Path(args.output_dir, RECORDS_FILE).unlink(missing_ok=True)  # of an earlier run
         _warn_if_never_sparse(sparsity, state.max_steps)
@@ -85,6 +89,8 @@ class SparsityCallback(TrainerCallback):
         details = {}
         if self._merger is not None:
             figures |= self._merger.take()
+        if self._cosine is not None:
+            figures |= self._cosine.take()
         if records:
             figures |= means(records[-1])
             details = by_layer(records[-1])
@@ -101,13 +107,14 @@ class SparsityCallback(TrainerCallback):
             if records and state.is_world_process_zero:
                 append(Path(args.output_dir), records)
             sparsity.end_training()
-        self._end_merging()
+        self._end_helpers()
         self._sparsity = self._trainer_state = None
 
-    def _end_merging(self) -> None:
-        if self._merger is not None:
-            self._merger.remove()
-            self._merger = None
+    def _end_helpers(self) -> None:
+        for helper in (self._merger, self._cosine):
+            if helper is not None:
+                helper.remove()
+        self._merger = self._cosine = None
 
     @property
     def _driven(self) -> SparsityState | None:

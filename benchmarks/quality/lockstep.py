@@ -144,7 +144,7 @@ class Lockstep:
             capturable=on_gpu,
         )
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self._rotary: dict[Layout, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[Layout, dict[float, tuple[Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.capture_seconds = 0.0
 

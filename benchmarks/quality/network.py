@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from benchmarks.quality.batches import Batch, Layout
 from sparse_unsloth.channels.energy import base_weight
 from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.layer.spec import head_norm_modules, place_norms, read_norm
 from sparse_unsloth.model.activations import ACTIVATIONS
-from sparse_unsloth.model.decoder_layer import find_layers
+from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -44,7 +45,7 @@ DENSE = Mode()
 
 
 class LayerWeights(NamedTuple):
-    """Frozen weights of one layer, ``[out, in]``, and its two norms ``[hidden_size]``."""
+    """Frozen weights of one layer, ``[out, in]``, its norms ``[hidden_size]``, and those of heads ``[head_dim]``."""
 
     q_proj: Tensor
     k_proj: Tensor
@@ -55,6 +56,10 @@ class LayerWeights(NamedTuple):
     down_proj: Tensor
     attention_norm: Tensor
     mlp_norm: Tensor
+    attention_output_norm: Tensor | None = None
+    mlp_output_norm: Tensor | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 class Selection(NamedTuple):
@@ -86,8 +91,10 @@ class Network:
         layers: the frozen weights, in ``dtype``.
         embedding: ``[vocab_size, hidden_size]``; ``head`` the same shape; ``final_norm`` ``[hidden_size]``.
         activation: a key of `ACTIVATIONS`.
-        epsilon, rope_base: as in the model's configuration.
+        epsilon: as in the model's configuration; rope_bases: of each layer.
         lora_scale: alpha over rank.
+        embedding_scale: what embeddings are multiplied with.
+        window: the longest sequence that every layer attends to as a whole; None: any.
     """
 
     shape: ModelShape
@@ -97,50 +104,80 @@ class Network:
     final_norm: Tensor
     activation: str
     epsilon: float
-    rope_base: float
+    rope_bases: tuple[float, ...]
     lora_scale: float
+    embedding_scale: float = 1.0
+    window: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.layers[0].q_proj.dtype
 
-    def rotary(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[rows, 1, head_dim]`` of every row's position."""
+    def rotary(self, layout: Layout) -> dict[float, tuple[Tensor, Tensor]]:
+        """Cosine and sine ``[rows, 1, head_dim]`` of every row's position, by the base of the angles.
+
+        Raises:
+            ValueError: a sequence is longer than a layer's window.
+        """
+        longest = max(length for _, length in layout.groups)
+        if self.window is not None and longest > self.window:
+            raise ValueError(f"sequences of {longest} tokens are longer than the window of {self.window}")
         half = torch.arange(0, self.shape.head_dim, 2, device=self.head.device, dtype=torch.float64)
-        frequencies = self.rope_base ** (-half / self.shape.head_dim)
-        angles = layout.positions().to(self.head.device)[:, None] * torch.cat((frequencies, frequencies))
-        return angles.cos()[:, None].to(self.dtype), angles.sin()[:, None].to(self.dtype)
+        found = {}
+        for base in set(self.rope_bases):
+            frequencies = base ** (-half / self.shape.head_dim)
+            angles = layout.positions().to(self.head.device)[:, None] * torch.cat((frequencies, frequencies))
+            found[base] = angles.cos()[:, None].to(self.dtype), angles.sin()[:, None].to(self.dtype)
+        return found
 
 
 def read_network(model: nn.Module, dtype: torch.dtype, lora_scale: float) -> Network:
-    """Reads the weights of a transformers Llama without biases and head norms, such as SmolLM2, with or without PEFT.
+    """Reads the weights of a transformers Llama without biases (SmolLM2) or of a Gemma 3, with or without PEFT.
 
     Raises:
         ValueError: the model has another form.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, found = causal.config, find_layers(causal)
-    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
-        raise ValueError(f"the benchmark computes Llama models without biases, not {config.model_type}")
-    layers = []
-    for layer in found:
-        weights = [base_weight(layer, name).dense(dtype) for name in _order(layer.projections())]
-        norms = (layer.module.input_layernorm.weight, layer.module.post_attention_layernorm.weight)
-        layers.append(LayerWeights(*weights, *(norm.detach().to(dtype) for norm in norms)))
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rotary embeddings of kind {rope['rope_type']} are not computed here")
+    gemma = config.model_type == "gemma3_text"
+    if not (gemma or config.model_type == "llama") or config.attention_bias or getattr(config, "mlp_bias", False):
+        raise ValueError(f"the benchmark computes Llama models without biases and Gemma 3, not {config.model_type}")
+    if gemma and (config.query_pre_attn_scalar != config.head_dim or config.final_logit_softcapping):
+        raise ValueError("the benchmark scales queries by their head dimension, and caps no logits")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    by_layer = [ropes[kind] for kind in config.layer_types] if gemma else [ropes] * len(found)
+    kinds = {rope.get("rope_type", "default") for rope in by_layer}
+    if kinds != {"default"}:
+        raise ValueError(f"rotary embeddings of kind {', '.join(sorted(kinds))} are not computed here")
     return Network(
         shape=ModelShape.from_config(config),
-        layers=tuple(layers),
+        layers=tuple(_layer_weights(layer, dtype) for layer in found),
         embedding=causal.get_input_embeddings().weight.detach().to(dtype),
         head=causal.get_output_embeddings().weight.detach().to(dtype),
-        final_norm=causal.model.norm.weight.detach().to(dtype),
+        final_norm=_norm(causal.model.norm, dtype),
         activation=found[0].activation,
         epsilon=config.rms_norm_eps,
-        rope_base=float(rope.get("rope_theta") or config.rope_theta),
+        rope_bases=tuple(float(rope.get("rope_theta") or config.rope_theta) for rope in by_layer),
         lora_scale=lora_scale,
+        embedding_scale=config.hidden_size**0.5 if gemma else 1.0,
+        window=config.sliding_window if gemma else None,
     )
+
+
+def _layer_weights(layer: DecoderLayer, dtype: torch.dtype) -> LayerWeights:
+    weights = [base_weight(layer, name).dense(dtype) for name in _order(layer.projections())]
+    norms = {name: part for name, part in layer.module.named_children() if name.endswith("norm")}
+    before, after, before_mlp, after_mlp = (_norm(part, dtype) for part in place_norms(norms))
+    heads = (_norm(part, dtype) for part in head_norm_modules(layer.self_attn))
+    return LayerWeights(*weights, before, before_mlp, after, after_mlp, *heads)
+
+
+def _norm(module: nn.Module | None, dtype: torch.dtype) -> Tensor | None:
+    """What an RMS norm multiplies with."""
+    if module is None:
+        return None
+    norm = read_norm(module, type(module).__name__)
+    return (norm.offset + norm.weight).to(dtype)
 
 
 def _order(projections: dict[str, nn.Module]) -> list[str]:
@@ -169,6 +206,7 @@ def layer_forward(
     inner = x + y
     normed = rms_norm(inner, weights.mlp_norm, network.epsilon)
     z = gated_mlp(normed, weights, adapters, selection, context, network, mode)
+    z = output_norm(z, weights.mlp_output_norm, network.epsilon)
     return inner + z if mode.kind != "rows" else x + sparse_rows(y.to(x.dtype) + z, selection, context, network, mode)
 
 
@@ -208,6 +246,7 @@ def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
     q, k, v = (project(place, normed) for place in range(3))
     seeds, rows, _ = normed.shape
     q, k, v = (y.view(seeds, rows, -1, shape.head_dim) for y in (q, k, v))
+    q, k = (output_norm(y, norm, network.epsilon) for y, norm in ((q, weights.query_norm), (k, weights.key_norm)))
     q, k = (y * rotary[0] + _rotated(y) * rotary[1] for y in (q, k))
     mixed, start = [], 0
     for count, length in layout.groups:
@@ -220,7 +259,7 @@ def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
         out = F.scaled_dot_product_attention(*group, is_causal=True)
         mixed.append(out.transpose(1, 2).reshape(seeds, count * length, -1))
         start += count * length
-    return project(3, torch.cat(mixed, dim=1))
+    return output_norm(project(3, torch.cat(mixed, dim=1)), weights.attention_output_norm, network.epsilon)
 
 
 def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor:
@@ -260,6 +299,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * normed.to(weight.dtype)
 
 
+def output_norm(y: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """`rms_norm` of a product, in fp32 at least, where the model has it."""
+    return y if weight is None else rms_norm(y.to(torch.promote_types(y.dtype, torch.float32)), weight, epsilon)
+
+
 def answer_logits(x: Tensor, loss_rows: Tensor, network: Network) -> Tensor:
     """fp32 (or wider) logits ``[seeds, places, vocab_size]`` of ``loss_rows [seeds, places]``."""
     chosen = x.gather(1, loss_rows[..., None].expand(-1, -1, x.shape[-1]))
@@ -279,7 +323,7 @@ def run(
     adapters: list[tuple[Tensor, ...]],
     sparsity: Callable[[int], Selection] | None,
     context: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    rotary: dict[float, tuple[Tensor, Tensor]],
     layout: Layout,
     mode: Mode,
     layer: Callable[..., Tensor] = layer_forward,
@@ -294,12 +338,13 @@ def run(
         layer: `layer_forward`, or it compiled.
     """
     x = F.embedding(ids, network.embedding)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, torch.float32)) * network.embedding_scale
     if torch.is_grad_enabled():
         x.requires_grad_()  # so that the first layer is compiled together with the others
     for index, weights in enumerate(network.layers):
         selection = None if mode == DENSE else sparsity(index)
-        x = layer(x, weights, adapters[index], selection, context, rotary, network, layout, mode)
+        angles = rotary[network.rope_bases[index]]
+        x = layer(x, weights, adapters[index], selection, context, angles, network, layout, mode)
     return x
 
 

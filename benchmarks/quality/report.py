@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.settings import CONTROLS, DENSE_SHARES, SETTINGS
-from benchmarks.quality.table import Row, dense_curves, holm, paired, with_equivalents
+from benchmarks.quality.table import SMOLLM2, Row, curve_of, dense_curves, holm, paired, with_equivalents
 from benchmarks.quality.tasks import TASKS
 from sparse_unsloth.reporting.figures import new_figure, save_figure
 
 INTRODUCTION = """# Quality at equal cost
 
-SmolLM2-135M-Instruct, LoRA r = 16 on all projections; every setting with the same data, order and initialisation of
-each seed. Costs are shares of the dense run's: FLOPs of all products with gradient checkpointing (LoRA, attention,
-logits, channel scores and calibration included; both sides leave out work without effect), and time as the
-project's kernels take it on Llama-3-8B (`speed.csv`; scaled by the FLOPs that a setting saves where it was not measured
-itself), never that of the masks used here.
+LoRA r = 16 on all projections, of the instruction-tuned model that a heading names; every setting with the same data,
+order and initialisation of each seed. Costs are shares of the dense run's: FLOPs of all products with gradient
+checkpointing (LoRA, attention, logits, channel scores and calibration included; both sides leave out work without
+effect), and time as the project's kernels take it on Llama-3-8B (`speed.csv`; scaled by the FLOPs that a setting saves
+where it was not measured itself), never that of the masks used here.
 
 *equal cost*: answer loss minus that of a dense run of the same FLOPs (*time*: of the same time), on the dense curve of
 the same seed; negative is better than stopping earlier. Mean, 95 % interval over seeds (paired t), and p, corrected for
@@ -36,13 +36,12 @@ HEADING = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Formats the report, a table for each task."""
+    """Formats the report, a table for each model and task."""
     rows = with_equivalents(rows)
     lines = [INTRODUCTION]
-    for task in sorted({row["task"] for row in rows}):
-        mine = [row for row in rows if row["task"] == task]
+    for (model, task), mine in _studies(rows).items():
         title = TASKS[task].title if task in TASKS else ""
-        lines += [f"## {task}: {title}", "", _plateau(mine), ""]
+        lines += [f"## {model}, {task}: {title}", "", _plateau(mine), ""]
         lines += [f"| {' | '.join(HEADING)} |", f"| --- |{' ---: |' * (len(HEADING) - 1)}"]
         lines += [f"| {' | '.join(cells)} |" for cells in _table(mine)]
         first = mine[0]
@@ -51,13 +50,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws answer loss over both costs for each task, with the curve of the dense trainings."""
-    tasks = sorted({row["task"] for row in rows})
-    figure, axes = new_figure(2, len(tasks), share_y=False)
-    figure.set_size_inches(13, 5 * len(tasks))
+    """Draws answer loss over both costs for each model and task, with the curve of the dense trainings."""
+    studies = list(_studies(rows).items())
+    figure, axes = new_figure(2, len(studies), share_y=False)
+    figure.set_size_inches(13, 5 * len(studies))
     for place, axis in enumerate(axes):
-        task, cost = tasks[place // 2], ("cost_flops", "cost_time")[place % 2]
-        mine = [row for row in rows if row["task"] == task]
+        ((model, task), mine), cost = studies[place // 2], ("cost_flops", "cost_time")[place % 2]
         curve = sorted(_mean(mine, name, cost) for name in DENSE_SHARES if _of(mine, name))
         axis.plot(*zip(*curve, strict=True), color="black", marker="o", label="dense, fewer steps", zorder=3)
         limit = 3 * max(loss for _, loss in curve)
@@ -73,9 +71,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             )
             axis.annotate(name, (at, shown), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axis.set_yscale("log")
-        axis.set(xlabel=f"{cost.replace('cost_', 'cost in ')} (1: dense)", ylabel="answer loss, nats", title=task)
+        axis.set(xlabel=f"{cost.replace('cost_', 'cost in ')} (1: dense)", ylabel="answer loss, nats")
+        axis.set_title(f"{model}, {task}")
         axis.legend(fontsize="x-small")
     save_figure(figure, path)
+
+
+def _studies(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Returns the rows by model and task, the longest studied model first."""
+    keys = sorted({(row["model"], row["task"]) for row in rows}, key=lambda key: (key[0] != SMOLLM2, key))
+    return {key: [row for row in rows if (row["model"], row["task"]) == key] for key in keys}
 
 
 def _table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -83,11 +88,9 @@ def _table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     tests: dict[str, dict[str, tuple[float, float, float]]] = {"cost_flops": {}, "cost_time": {}}
     for cost, found in tests.items():
         for name in names:
-            own = [row for row in _of(rows, name) if (row["task"], row["seed"]) in curves]
+            own = [row for row in _of(rows, name) if curve_of(row) in curves]
             if name not in DENSE_SHARES:
-                found[name] = paired(
-                    [row["answer_nll"] - curves[row["task"], row["seed"]].loss(row[cost]) for row in own]
-                )
+                found[name] = paired([row["answer_nll"] - curves[curve_of(row)].loss(row[cost]) for row in own])
     corrected = {
         cost: dict(zip(found, holm([p for _, _, p in found.values()]), strict=True)) for cost, found in tests.items()
     }

@@ -80,6 +80,12 @@ def rows(share: float, **changes) -> Setting:
     return Setting(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
 
 
+def falling(share: float, **changes) -> Setting:
+    """Makes a setting like `rows` with this mean share: twice that in layer 0, falling evenly to none in the last."""
+    left_out = {str(layer): 1 - 2 * share * (1 - layer / 29) for layer in range(30)}
+    return Setting(mlp=left_out, kind="rows", start=0.0, end=1.0, **changes)
+
+
 DENSE_SHARES = {"dense": 1.0, "dense-75": 0.75, "dense-65": 0.65, "dense-50": 0.5, "dense-30": 0.3}
 
 SETTINGS: dict[str, Setting] = {
@@ -94,12 +100,15 @@ SETTINGS: dict[str, Setting] = {
     "rows-10-75": rows(0.1, steps=0.75),
     "rows-10-50": rows(0.1, steps=0.5),
     "random-rows-25-50": rows(0.25, steps=0.5, selector="random"),
+    # Lower layers need more rows for the same energy of the gradient, see quality-notes.md.
+    "falling-25": falling(0.25),
+    "falling-10": falling(0.1),
 }
 """In the order of their importance on task A."""
 
 SHORT = (
-    *DENSE_SHARES, "default", "default-50", "rows-10", "random-rows-25-50", "default-75", "rows-10-50", "channels-50",
-    "random",
+    *DENSE_SHARES, "default", "falling-25", "default-50", "rows-10", "random-rows-25-50", "default-75", "rows-10-50",
+    "channels-50", "random",
 )  # fmt: skip
 """What tasks B and C compare."""
 CONTROLS = ("random", "random-rows-25-50")

@@ -15,11 +15,14 @@ from sparse_unsloth.reporting import paired_tests
 from sparse_unsloth.reporting.tables import append_csv
 
 COLUMNS = (
-    "date", "commit", "device", "task", "config", "seed", "cost_flops", "cost_time", "answer_nll",
+    "date", "commit", "device", "model", "task", "config", "seed", "cost_flops", "cost_time", "answer_nll",
     "answer_nll_sparse_forward", "token_accuracy", "exact_match", "equivalent_dense_steps",
 )  # fmt: skip
-NUMBERS = COLUMNS[6:]
+NUMBERS = COLUMNS[COLUMNS.index("cost_flops") :]
 Row = dict
+SMOLLM2, GEMMA3 = "SmolLM2-135M", "Gemma-3-270M"
+MODELS = {"llama": SMOLLM2, "gemma3_text": GEMMA3}
+"""The values of the column `model`, by the type in a model's configuration."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,12 +96,17 @@ class DenseCurve:
         return float(self.shares[-1])
 
 
-def dense_curves(rows: Sequence[Row]) -> dict[tuple[str, int], DenseCurve]:
-    """Returns the curves by task and seed with at least two dense trainings."""
-    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+def curve_of(row: Row) -> tuple[str, str, int]:
+    """Returns the key of the dense curve that a row is compared with."""
+    return row["model"], row["task"], row["seed"]
+
+
+def dense_curves(rows: Sequence[Row]) -> dict[tuple[str, str, int], DenseCurve]:
+    """Returns the curves by model, task and seed with at least two dense trainings."""
+    points: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for row in rows:
         if row["config"] in DENSE_SHARES:
-            points.setdefault((row["task"], row["seed"]), []).append((DENSE_SHARES[row["config"]], row["answer_nll"]))
+            points.setdefault(curve_of(row), []).append((DENSE_SHARES[row["config"]], row["answer_nll"]))
     return {key: DenseCurve(own) for key, own in points.items() if len(own) > 1}
 
 
@@ -109,7 +117,7 @@ def with_equivalents(rows: Sequence[Row]) -> list[Row]:
     def equivalent(row: Row) -> float:
         if row["config"] in DENSE_SHARES:
             return DENSE_SHARES[row["config"]]
-        curve = curves.get((row["task"], row["seed"]))
+        curve = curves.get(curve_of(row))
         return math.nan if curve is None else curve.share(row["answer_nll"])
 
     return [row | {"equivalent_dense_steps": equivalent(row)} for row in rows]

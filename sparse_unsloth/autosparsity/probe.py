@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from sparse_unsloth.attachment import attach, detach, get_state
 from sparse_unsloth.autosparsity.journal import Journal
@@ -27,6 +26,7 @@ from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
 from sparse_unsloth.runtime.state import SparsityState
 from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
+from sparse_unsloth.utils.progress import bar
 from sparse_unsloth.utils.tensor_file import raw_bytes
 
 MAX_POSITIONS = 1024
@@ -255,7 +255,7 @@ class LossProbe:
         return logits[0].float().log_softmax(-1)
 
     def _bar(self, title: str, total: int):
-        return tqdm(total=total, desc=title, unit="forward", disable=None if self._progress else True)
+        return bar(None, title, "forward", total=total, shown=self._progress)
 
 
 @contextmanager

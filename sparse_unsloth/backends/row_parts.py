@@ -24,6 +24,7 @@ from sparse_unsloth.model.decoder_layer import AnyLayer, first_tensor, layers_of
 from sparse_unsloth.model.row_parts import RowLayer, RowPart, has_matrix, returns_router_logits, rows_of
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.rows.routing import KeptChoices
+from sparse_unsloth.utils.progress import bar
 
 PROBE_SHAPE = (2, 5)
 """Batch and sequence of the forward; layers see both dimensions or ten rows."""
@@ -117,7 +118,7 @@ def _describe(model: nn.Module, layers: Mapping[str, nn.Module], width: int) -> 
     ran = [call.output for layer in layers.values() if (call := calls.of.get(layer)) and call.output is not None]
     width = ran[0].shape[-1] if ran else width
     found = {}
-    for name, layer in layers.items():
+    for name, layer in bar(layers.items(), "Finding row parts", "layer"):
         dense: dict[str, str] = {}
         if layer in calls.of:
             parts = [part for child in _children(layer) for part in _parts_of(*child, layer, calls, width, dense)]

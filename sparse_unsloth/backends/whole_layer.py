@@ -217,7 +217,7 @@ def _compute(
     recompute = memo.is_recompute()
     projections = memo.projections if recompute and state.backend.keeps_weights else None
     if projections is None:
-        projections = runtime.fast.projections()
+        projections = runtime.fast.projections(state.adapter_version)
         if projections is None:
             return None
     memo.projections = None if recompute else projections
@@ -249,8 +249,8 @@ def _uncaptured(runtime: LayerRuntime, plan: LayerPlan, call: AttentionCall, hid
     attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
     if not runtime.by_rows:
         return post_attention(attention_output, residual, plan)
-    choice = context.row_choice(index, runtime.state.config.backward_rows)
-    chosen = RowOrder(context.chosen_rows(choice), False)
+    choice = context.row_choice(index, runtime.state.config.backward_rows, runtime.state.observer.energy)
+    chosen = None if context.awaits_roles else RowOrder(context.chosen_rows(choice), False)
     return post_attention_by_rows(attention_output, residual, plan, choice, chosen)
 
 
@@ -392,8 +392,9 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
     later = partial(_uncaptured_later, runtime, context, plan, call)
     graphed = graphed_layer.GraphedPass(capture, context.captures, later)
     if runtime.by_rows:
-        rows = context.partition, share, context.chosen_rows(context.row_choice(index, share))
-        output = row_sparse_whole_layer(hidden_states, plan, graphed, attention, named, *rows)
+        choice = context.row_choice(index, share, state.observer.energy)
+        chosen = context.chosen_rows(choice)
+        output = row_sparse_whole_layer(hidden_states, plan, graphed, attention, named, choice, chosen)
     else:
         output = graphed_layer.whole_layer(hidden_states, plan, graphed, attention, named)
     if output is None:
@@ -417,18 +418,11 @@ def _open_capture(runtime: LayerRuntime, plan: LayerPlan, which: tuple, spec: La
         None where a forward that keeps its intermediates runs without capture (`GraphCache.open_kept`).
     """
     context, index = runtime.context, runtime.layer.index
-    norms = plan.attention_norm, plan.attention_output_norm, plan.mlp_norm, plan.mlp_output_norm
-    weights = [
-        *lora_tensors_of(plan.projections),
-        *(tensor for projection in plan.projections for tensor in projection.base.tensors()),
-        *(tensor for norm in (*norms, spec.query_norm, spec.key_norm) if norm for tensor in (norm.weight, norm.bias)),
-    ]
-    tensors = [tensor for tensor in weights if tensor is not None]
-    loras = [projection.lora for projection in plan.projections]
+    tensors, constants = runtime.fast.weights(plan, spec)
     if plan.precision != "bf16":
-        tensors += scale_tensors(plan.projections)
+        tensors = [*tensors, *scale_tensors(plan.projections)]
     selector = runtime.state.selector if plan.attention.sparse or plan.mlp.sparse else None
-    constants = *(None if lora is None else (lora.scale, len(lora.A)) for lora in loras), len(tensors), selector
+    constants = *constants, len(tensors), selector
     open_pass = context.graphs.open_kept if plan.keep and not plan.output_unused else context.graphs.open
     return open_pass(index, context.batch_key, which, tensors, constants)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sparse_unsloth.channels.energy import attention_energy, mlp_energy
 from sparse_unsloth.channels.selector import ChannelSelector
@@ -25,7 +24,7 @@ from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.model.training_flags import training_mode
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import partition_of
-from sparse_unsloth.utils.distributed import is_main
+from sparse_unsloth.utils.progress import bar
 
 INPUT_ROWS = 2048
 """Inputs kept of each layer, evenly spaced: a square root of their second moment. On SmolLM2-135M, 1024 rows give the
@@ -257,17 +256,17 @@ class _Runs:
 
         handles = []
         devices = sorted({parameter.device.index for parameter in self._model.parameters() if parameter.is_cuda})
-        bar = tqdm(self.batches, desc=title, unit="batch", disable=None if self._progress and is_main() else True)
+        batches = bar(self.batches, title, "batch", shown=self._progress)
         try:
             for layer, part in parts:
                 module = layer.mlp if part == "mlp" else layer.self_attn
                 handles.append(module.register_forward_pre_hook(hook_for(layer, part), with_kwargs=True))
             with torch.random.fork_rng(devices=devices), training_mode(self._model, False), _unpacked(self._model):
-                for batch, rows in bar:
+                for batch, rows in batches:
                     current[:] = [rows]
                     self._forward(batch)
         finally:
-            bar.close()
+            batches.close()
             for handle in handles:
                 handle.remove()
         missed = [f"{layer.name}.{part}" for layer, part in parts if (layer.index, part) not in seen]

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sparse_unsloth.channels.calibration import LayerStatistics, Statistics, collect_statistics
 from sparse_unsloth.channels.energy import base_weight
@@ -31,6 +30,7 @@ from sparse_unsloth.config.sparsity import EstimatorConfig
 from sparse_unsloth.errors import EstimatorError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.utils.distributed import is_main
+from sparse_unsloth.utils.progress import bar
 from sparse_unsloth.utils.tensor_file import DamagedFileError
 
 DEFAULT_SEED = 3407
@@ -122,9 +122,8 @@ def build_estimator(
     if kind == "prior" and statistics is None:
         raise _needs_samples(kind)
     parts = sparse_parts(layer_sparsity)
-    quiet = None if progress and is_main() else True
     estimates: dict[int, LayerEstimate] = {}
-    for index, part in tqdm(parts, desc=f"Estimator ({kind})", unit="part", disable=quiet):
+    for index, part in bar(parts, f"Estimator ({kind})", "part", shown=progress):
         layer, before = layers[index], estimates.get(index, LayerEstimate())
         known = None if kind == "svd" else _statistics_of(statistics, layer, part)
         factors = _factorise(layer, part, config.rank, known, seed)

@@ -24,8 +24,10 @@ from sparse_unsloth.bench.trial import MODES, Trial
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM
 from sparse_unsloth.data.smollm2 import SMOLLM2, SMOLLM2_INSTALL
+from sparse_unsloth.errors import AttachError
 from sparse_unsloth.training.requirements import Finding, Status, trl_without_gpu
 from sparse_unsloth.utils.environment import OPTIONAL, PACKAGE, UNSLOTH, extras, requirements, version_of
+from sparse_unsloth.utils.progress import bar
 
 DESCRIPTION = """\
 Reports versions against the tested ranges, the GPU, which backend and kernels will run and why, and what is missing.
@@ -52,7 +54,16 @@ def main(words: Sequence[str]) -> int:
 
 def diagnose() -> list[Finding]:
     """Returns every finding; those with status "problem" prevent training on this machine."""
-    return [*_versions(), _device(), trl_without_gpu(), _backend(), *_unsloth_hooks(), _kernels(), *_quickstart()]
+    return [
+        *_versions(),
+        _device(),
+        _fp8(),
+        trl_without_gpu(),
+        _backend(),
+        *_unsloth_hooks(),
+        _kernels(),
+        *_quickstart(),
+    ]
 
 
 def try_training() -> list[Finding]:
@@ -88,7 +99,7 @@ def try_training() -> list[Finding]:
                 )
         for backend, process in running.items():
             try:
-                process.wait(timeout=max(1.0, deadline - time.time()))
+                _wait(backend, process, folder / backend / "out", deadline)
                 ended = f"ended with exit code {process.returncode}"
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -96,6 +107,24 @@ def try_training() -> list[Finding]:
                 ended = f"was not done after {TRIAL_SECONDS} s"
             findings += _judge(backend, folder / backend, ended, "--modes" in words[backend])
     return findings
+
+
+def _wait(backend: str, process: subprocess.Popen, out: Path, deadline: float) -> None:
+    """Waits for the trials of a backend, with a bar that counts the lines of ``out``.
+
+    Raises:
+        subprocess.TimeoutExpired: they were not done at ``deadline``, in seconds of `time.time`, or in a second.
+    """
+    deadline = max(deadline, time.time() + 1)
+    with bar(None, f"Trying {backend}", "trial") as shown:
+        while True:
+            try:
+                process.wait(timeout=min(0.5, max(deadline - time.time(), 0)))
+                return
+            except subprocess.TimeoutExpired:
+                if time.time() >= deadline:
+                    raise
+            shown.update((len(out.read_text().splitlines()) if out.is_file() else 0) - shown.n)
 
 
 def _judge(backend: str, place: Path, ended: str, few: bool) -> list[Finding]:
@@ -201,6 +230,20 @@ def _device() -> Finding:
         )
     half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16 (no bfloat16)"
     return Finding("GPU", f"{'; '.join(devices)}; CUDA {torch.version.cuda}; {half}")
+
+
+def _fp8() -> Finding:
+    """Whether each GPU has FP8 products (`SparsityConfig.precision`); training in bf16 needs none."""
+    if not torch.cuda.is_available():
+        return Finding("FP8 products", "no GPU; a CPU emulates them (precision: fp8 is for GPUs)")
+    from sparse_unsloth.ops.fp8 import check_device  # with Triton
+
+    try:
+        for index in range(torch.cuda.device_count()):
+            check_device(torch.device("cuda", index))
+    except AttachError as error:
+        return Finding("FP8 products", str(error))
+    return Finding("FP8 products", "precision: fp8 and fp8-context can run (off by default)")
 
 
 def _backend() -> Finding:

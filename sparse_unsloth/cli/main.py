@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ SUBCOMMANDS = {
     "recipes": "list the shipped recipes, or print one",
     "keys": "list the keys of a recipe",
     "doctor": "report versions, GPU, backend and kernels, and what is missing",
-    "quickstart": "train a small model dense and sparse on the CPU, and compare",
+    "quickstart": "train a small model dense and sparse, and compare",
     "estimate": "predict the speed-up before training: tokens, FLOPs, time, memory",
     "calibrate": "measure on your data what sparsity costs in each layer, and choose it",
     "explain": "explain what sparsity did in a run: stability, energy captured, FLOPs saved, by layer",
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: an unexpected error, with its traceback.
     """
+    if argv is None:
+        quiet_libraries()
     words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
     arguments = parser.parse_args(words)
@@ -61,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, code = explain(error)
         print_line(line)
         return code
+
+
+def quiet_libraries() -> None:
+    """Turns off the bars of libraries that load models and data where standard error is no terminal, as ours are."""
+    if not sys.stderr.isatty():
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:

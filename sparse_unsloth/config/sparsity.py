@@ -162,9 +162,10 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
 
     preset: Literal["auto", "dense", "o1", "o2", "rows"] | None = None
     """`auto` (the default of `get_peft_model`, `attach` and recipes): when training begins, a forecast of its steps
-    decides every one of `cuda_graphs`, `memory_budget` and `backward_rows` that is not given, and says why; it never
-    leaves out channels. `rows`: `backward_rows: 0.25`. `o1` (conservative) and `o2` (aggressive): the layer rules of a
-    published recipe, scaled to the model's depth. `dense`: no sparsity."""
+    decides every one of `cuda_graphs`, `memory_budget`, `merge_micro_batches` and `backward_rows` that is not given,
+    and says why; it never leaves out channels, and never computes in FP8. `rows`: `backward_rows: 0.25`. `o1`
+    (conservative) and `o2` (aggressive): the layer rules of a published recipe, scaled to the model's depth. `dense`:
+    no sparsity."""
     mlp: Rules = {}
     """Layer rules: the share of MLP channels that context tokens leave out."""
     self_attn: Rules = {}
@@ -173,7 +174,8 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     criterion: Literal["estimator", "oracle", "wanda", "magnitude", "random"] = "estimator"
     """What ranks the channels; all but `estimator` are baselines for studies."""
     dense_tokens: Literal["output", "none"] = "output"
-    """`output`: loss tokens stay dense; `none`: every token is a context token (published for GLUE)."""
+    """`output`: loss tokens stay dense; `none`: every token is a context token (published for GLUE); not with
+    `backward_rows`."""
     backward_rows: Annotated[float, BeforeValidator(_kept_share)] = 1.0
     """Row sparsity: the share of context tokens that each layer's backward pass goes through, those with the largest
     gradients in the batch; 1.0 is all. The forward pass is exact and nothing is calibrated. It cannot be combined with
@@ -189,16 +191,16 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     merge_micro_batches: Annotated[bool | int | None, BeforeValidator(_merged)] = None
     """Whether micro-batches of an optimiser step run as one: the same samples, steps, loss and logs, and the same
     gradients to rounding, with fewer forwards. True: as many as fit into the memory of the GPU (`memory_budget`, where
-    it is given); an int: at most so many, also where no limit is known; None is False for now. It needs
-    `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's trainer, padding-free
-    or packed, or padded to nearly equal lengths. Where it cannot be exact, one line says why, and micro-batches run
-    one by one (docs/how-it-works.md, section 5.4)."""
+    it is given); an int: at most so many, also where no limit is known; None is False, but under `auto` the forecast
+    decides. It needs `gradient_accumulation_steps` and a supervised training of transformers', TRL's or Unsloth's
+    trainer, padding-free or packed, or padded to nearly equal lengths. Where it cannot be exact, one line says why, and
+    micro-batches run one by one (docs/how-it-works.md, section 5.4)."""
     cuda_graphs: Switch = False
     """Whether layers are captured in CUDA graphs and replayed, which speeds up launch-bound steps: small models, small
     micro-batches, few loss tokens. It needs layers that run as a whole (docs/how-it-works.md, section 7), an NVIDIA
     GPU and `exact_removal`; any gradient checkpointing or none. Sequences are right-padded to length buckets, by an
     eighth at most from 128 tokens on, and some context tokens stay dense. Dense training is captured too, also without
-    prompts; forwards without labels run without graphs."""
+    prompts; forwards without labels run without graphs, but for those of GRPO and RLOO with `backward_rows`."""
     precision: Precision = "bf16"
     """Of products with frozen weights, in layers that run as a whole (docs/how-it-works.md, section 7): `fp8` in e4m3
     with one fp32 scale a row of activations and gradients and one a row of weights, forward and input gradients;
@@ -211,8 +213,14 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
     end_step: Step = 0.75
     """First step of the dense tail, in the same units; 1.0: no tail, as in the published recipes."""
     explain_steps: NonNegative = 50
-    """Sparse steps between two records of the channel selection: how many channels are new, and how much energy they
-    capture of what the best ones would (`sparse-unsloth explain`); 0: no records."""
+    """Sparse steps between two records (`sparse-unsloth explain`), 0: none. Of the channel selection: how many channels
+    are new, and how much energy they capture of what the best ones would. With `backward_rows`, at the next log line:
+    the share of the gradient's energy in the chosen rows, by layer."""
+    cosine_steps: NonNegative = 0
+    """With `backward_rows`: optimiser steps between two measurements of `sparsity/gradient_cosine`, the cosine of the
+    whole trained gradient with the dense one, on one micro-batch; 0: none. Each costs one dense forward and backward
+    of that micro-batch more (every 500 steps: less than 0.4 % of the time), and meanwhile a copy of the trained
+    gradients. The training stays bitwise the same. It needs a trainer of transformers, and one process."""
     sparse_prefill: Switch = False
     """Whether `for_inference` computes prompts as in training, on selected channels, by the estimator stored beside the
     adapter. Decoded tokens are dense."""
@@ -246,6 +254,11 @@ class SparsityConfig(_Config):  # type: ignore[metaclass]
         if share < 1 and rules:
             raise ValueError(
                 f"cannot be combined with {' and '.join(rules)}: leave out channels, or rows (1.0: none), not both"
+            )
+        if share < 1 and info.data.get("dense_tokens") == "none":
+            raise ValueError(
+                "cannot be combined with dense_tokens: none: answers would be context tokens, and be left out of the "
+                "backward pass where their gradients are small, which makes models unlearn; set dense_tokens: output"
             )
         return share
 

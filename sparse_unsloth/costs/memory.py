@@ -23,6 +23,7 @@ ASSUMPTIONS = (
     "backward_rows: a layer keeps what a dense one keeps; where its backward computes chosen rows of O and MLP again "
     "(with gradient checkpointing, or on a CPU) 4 x hidden + 2 x queries + 2 x keys numbers a row; counted as dense "
     "wherever a step or a micro-batch is",
+    "FP8: a product quantises its rows and converts its weights into memory that is freed again",
     "logits: Unsloth's fused loss takes up to 4 GiB for a chunk of them (16 bytes each); TRL's chunked loss next to "
     "nothing; plain transformers' loss holds all of them",
     "not counted: CUDA's own context (some 0.5 GiB), fragmentation, evaluation",
@@ -65,6 +66,7 @@ def peak_memory(
     backward_rows: int | None = None,
     whole_layers: bool = True,
     skips_output: bool = True,
+    fp8: bool = False,
 ) -> Memory:
     """The peak of a step that is dense in some layer, or of one that is row-sparse in every layer.
 
@@ -79,6 +81,7 @@ def peak_memory(
         estimator_rank, sparse_parts: each sparse part has factors in float32 of this rank.
         backward_rows: the number of ``rows`` that the backward of O and MLP goes through; None for dense training.
         whole_layers, skips_output: with ``backward_rows``; see `recomputes_rows`.
+        fp8: whether products with frozen weights are in FP8; weights stay in memory as they are.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     row = rows * activation_bytes
@@ -88,6 +91,7 @@ def peak_memory(
         working = row_working_set(shape, rows, backward_rows, in_4bit, activation_bytes)
         if recomputes_rows(whole_layers, skips_output and checkpointing != "off"):
             kept = row_layer_activations(shape, rows, activation_bytes)
+    working += fp8_working_set(shape, rows, in_4bit) * fp8
     stored = {"unsloth": 0, "on": row * hidden * shape.num_layers, "off": kept * shape.num_layers}[checkpointing]
     if checkpointing != "off":
         working += kept
@@ -150,6 +154,13 @@ def backward_working_set(shape: ModelShape, rows: int, in_4bit: bool, activation
     """Bytes that the backward of one layer needs temporarily, besides its activations."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     return activation_bytes * (rows * (inner + 6 * hidden) + (hidden * inner if in_4bit else 0))
+
+
+def fp8_working_set(shape: ModelShape, rows: int, in_4bit: bool) -> float:
+    """Bytes that products in FP8 need beside `backward_working_set`: the quantised gradients of gate and up, and their
+    weights converted; in 4 bits these take the place of a weight in bf16. (Scales take 9 MB in an 8B model.)
+    """
+    return 2 * shape.intermediate_size * (rows + (0 if in_4bit else shape.hidden_size))
 
 
 def fused_logits(shape: ModelShape, rows: int) -> float:

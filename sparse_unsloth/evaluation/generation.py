@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+
+from sparse_unsloth.utils.progress import bar
 
 
 @torch.inference_mode()
@@ -43,7 +44,7 @@ def generate(
     if temperature == 0:
         # The sampling defaults of the checkpoint would cause warnings.
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
-    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", disable=None):
+    for start in bar(range(0, len(order), batch_size), title, "batch"):
         chosen = order[start : start + batch_size]
         encoded = tokenizer(
             [prompts[index] for index in chosen],

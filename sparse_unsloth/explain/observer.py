@@ -1,7 +1,11 @@
-"""Compares the channel selection of some forwards with that of the step before, and with the oracle.
+"""Records what sparsity did in some steps.
 
-Every `SparsityConfig.explain_steps` sparse steps, two consecutive ones are observed: the first for its channels, the
-second for a record. All other steps cost nothing. Figures stay on the device until `Observer.take`.
+Under channel sparsity it compares the channel selection with that of the step before, and with the oracle: every
+`SparsityConfig.explain_steps` sparse steps, two consecutive ones are observed, the first for its channels, the second
+for a record. All other steps cost nothing. Figures stay on the device until `Observer.take`.
+
+Under row sparsity every backward pass adds up the energy of the rows that it chose (`sparse_unsloth.rows.energy`);
+`Observer.take_energy` reads it, and makes a record of it by layer as often.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from torch import Tensor
 
 from sparse_unsloth.channels.energy import attention_energy, mlp_energy
 from sparse_unsloth.config.layer_rules import keep_count
+from sparse_unsloth.explain.records import ENERGY, ROWS
 from sparse_unsloth.kernels.select import key_channel_scores
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
+from sparse_unsloth.rows.energy import GradientEnergy
 from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -46,28 +52,34 @@ class Observation:
 
 
 class Observer:
-    """Observes the channel selections of one model's training.
+    """Observes the channel selections, or the row choices, of one model's training.
 
     Args:
         every: sparse steps between two records; 0: none.
+
+    Attributes:
+        energy: of the rows that backward passes choose; they add to it, whatever ``every`` is.
     """
 
     def __init__(self, every: int):
-        self.every = every
+        self.every, self.energy = every, GradientEnergy()
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything; called before a training."""
-        self._next = 0
         self._sparse_steps = 0
         self._due: int | None = None
         self._before: Observation | None = None
         self._last: Observation | None = None
         self._done: list[Observation] = []
+        self._step = 0
+        self._energy_records: list[dict[str, Any]] = []
+        self._energy_due = 0
+        self.energy.clear()
 
     def begin_step(self, step: int, sparse: bool) -> None:
         """Called before each optimiser step."""
-        self._due = None
+        self._due, self._step = None, step
         if not self.every or not sparse:
             return
         if self._sparse_steps % self.every < 2:
@@ -146,7 +158,23 @@ class Observer:
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call, as plain data; the host waits for the device."""
         done, self._done = [each for each in self._done if each.figures], []
-        return [_plain(observation) for observation in done]
+        records, self._energy_records = self._energy_records, []
+        return [*map(_plain, done), *records]
+
+    def take_energy(self) -> dict[str, float]:
+        """Values for a log line: the share of the energy that chosen rows held since the last call, mean and least.
+
+        Empty where no backward pass chose rows. The host waits for the device.
+        """
+        shares = self.energy.take()
+        if not shares:
+            return {}
+        if self.every and self._step >= self._energy_due:
+            layers = [{"layer": layer, "part": ROWS, ENERGY: share} for layer, share in shares.items()]
+            self._energy_records.append({"step": self._step, "layers": layers})
+            self._energy_due = self._step + self.every
+        mean = sum(shares.values()) / len(shares)
+        return {f"sparsity/{ENERGY}": mean, f"sparsity/{ENERGY}_min": min(shares.values())}
 
 
 def _overlap(before: Tensor, now: Tensor, size: int) -> Tensor:

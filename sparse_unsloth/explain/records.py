@@ -12,7 +12,11 @@ from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import ConfigError
 
 RECORDS_FILE = "explain.jsonl"
-FIGURES = ("captured", "overlap")
+ROWS, ENERGY = "rows", "gradient_energy"
+"""The part of a layer and the figure in records of row sparsity."""
+LABELS = {**PARTS, ROWS: "chosen rows"}
+"""The parts that occur in records, and their names in reports."""
+FIGURES = ("captured", "overlap", ENERGY)
 
 
 def append(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -33,8 +37,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / RECORDS_FILE
     if not path.is_file() and _is_row_sparse(folder):
         raise ConfigError(
-            f"{folder} was trained with backward_rows: every forward is exact and no channels are chosen, so there are "
-            "none to look at. Its log has sparsity/backward_rows and sparsity/context_share."
+            f"{folder} was trained with backward_rows, and has no {RECORDS_FILE}: there every explain_steps (default "
+            "50) steps that a trainer logs the energy of the gradient in the chosen rows is written by layer. Either "
+            "explain_steps was 0, or nothing was logged."
         )
     if not path.is_file():
         raise ConfigError(
@@ -67,14 +72,17 @@ def values(record: Mapping[str, Any], part: str, metric: str) -> dict[int, float
 
 
 def parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The parts that occur, of "mlp" and "self_attn"."""
-    return sorted({row["part"] for record in records for row in record["layers"]} & PARTS.keys())
+    """The parts that occur, of `LABELS`."""
+    return sorted({row["part"] for record in records for row in record["layers"]} & LABELS.keys())
 
 
 def means(record: Mapping[str, Any]) -> dict[str, float]:
-    """Values for a log line: the mean of each figure over the layers, and the FLOPs that the forward saved."""
-    lines = {"sparsity/saved_flops": record["saved_flops"]}
-    for part in parts([record]):
+    """Values for a log line: the mean of each figure over the layers, and the FLOPs that the forward saved.
+
+    Empty for a record of row sparsity, whose means every log line has.
+    """
+    lines = {"sparsity/saved_flops": record["saved_flops"]} if "saved_flops" in record else {}
+    for part in (part for part in parts([record]) if part in PARTS):
         for metric in FIGURES:
             found = values(record, part, metric)
             if found:

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unsloth.config.layer_rules import PARTS
-from sparse_unsloth.explain.records import FIGURES, parts, read, values
+from sparse_unsloth.explain.records import ENERGY, FIGURES, LABELS, parts, read, values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT_FILE, PICTURE_FILE = "explain.md", "explain.png"
-TITLES = {"captured": "energy captured, of the oracle's", "overlap": "channels kept from the step before"}
+TITLES = {
+    "captured": "energy captured, of the oracle's",
+    "overlap": "channels kept from the step before",
+    ENERGY: "share of the gradient's energy",
+}
 UNSTABLE, POOR = 0.5, 0.7
 """Shares below which the summary gives advice."""
 
@@ -36,11 +39,12 @@ def write(folder: Path, out: Path | None = None) -> str:
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The summary, one sentence or more per line."""
     last = records[-1]
-    steps = f"{len(records)} records, steps {records[0]['step']} to {last['step']}."
-    lines = [
-        f"{steps} {_mean(records, 'context_share'):.1%} of the tokens are context; a sparse forward leaves out "
-        f"{_mean(records, 'saved_flops'):.1%} of the layers' frozen-weight matmuls."
-    ]
+    lines = [f"{len(records)} records, steps {records[0]['step']} to {last['step']}."]
+    if counted := _with_flops(records):
+        lines[0] += (
+            f" {_mean(counted, 'context_share'):.1%} of the tokens are context; a sparse forward leaves out "
+            f"{_mean(counted, 'saved_flops'):.1%} of the layers' frozen-weight matmuls."
+        )
     for part in parts(records):
         sentences = []
         for metric in FIGURES:
@@ -49,7 +53,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 worst = min(found, key=found.get)
                 mean = sum(found.values()) / len(found)
                 sentences.append(f"{TITLES[metric]} {mean:.1%} (least: layer {worst}, {found[worst]:.1%})")
-        lines.append(f"{PARTS[part]}: {'; '.join(sentences)}.")
+        lines.append(f"{LABELS[part]}: {'; '.join(sentences)}.")
     lines += _advice(records)
     return lines
 
@@ -70,8 +74,8 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     columns = [(part, metric) for part in present for metric in (*FIGURES, "saved_flops")]
     table = {column: layer_means(records, *column) for column in columns}
     columns = [column for column in columns if table[column]]
-    short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved"}
-    heading = ["layer", *(f"{PARTS[part]}: {short[metric]}" for part, metric in columns)]
+    short = {"captured": "captured", "overlap": "kept", "saved_flops": "saved", ENERGY: "energy"}
+    heading = ["layer", *(f"{LABELS[part]}: {short[metric]}" for part, metric in columns)]
     lines += [f"| {' | '.join(heading)} |", f"|{' ---: |' * len(heading)}"]
     for layer in sorted({layer for column in columns for layer in table[column]}):
         cells = [f"{table[column][layer]:.1%}" if layer in table[column] else "" for column in columns]
@@ -81,7 +85,9 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         "Means over the records. *captured*: energy of the selected channels over that of as many best ones, on up to "
         "1024 rows of the batch, first tokens left out (attention: mean of query-key and value channels). *kept*: "
         "the share of the channels that the step before had selected too, with another batch. *saved*: share of the "
-        "part's frozen-weight matmuls, over all tokens, that a sparse forward leaves out.",
+        "part's frozen-weight matmuls, over all tokens, that a sparse forward leaves out. *energy*: the sum of squares "
+        "of the gradient of the layer's output in the rows that its backward pass goes through, over that of all rows, "
+        "in the micro-batches since the log line before.",
         "",
         f"![By layer and by step]({PICTURE_FILE})",
     ]
@@ -93,24 +99,37 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    counted = _with_flops(records)
+    shown = [metric for metric in FIGURES if any(layer_means(records, part, metric) for part in parts(records))]
+    panels = len(shown) + (2 if counted else 1)
+    height = -(-panels // 2)
+    figure = Figure(figsize=(11, 3.2 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    (captured, overlap), (steps, savings) = figure.subplots(2, 2)
-    for axes, metric in ((captured, "captured"), (overlap, "overlap")):
-        _draw_layers(axes, records, metric)
+    axes = iter(figure.subplots(height, 2, squeeze=False).flatten())
+    for metric in shown:
+        _draw_layers(next(axes), records, metric)
+    _draw_steps(next(axes), records)
+    if counted:
+        savings = next(axes)
+        for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen-weight matmuls left out")):
+            savings.plot([r["step"] for r in counted], [r[name] for r in counted], marker=".", label=label)
+        savings.set(xlabel="optimiser step", ylim=(0, 1.05), title="share of tokens and FLOPs")
+        savings.legend(fontsize="small")
+    for unused in axes:
+        unused.remove()
+    figure.savefig(path, dpi=110)
+
+
+def _draw_steps(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the means over the layers by step."""
     for part in parts(records):
-        for metric, style in (("captured", "-"), ("overlap", "--")):
+        for metric, style in (("captured", "-"), ("overlap", "--"), (ENERGY, "-")):
             of = {r["step"]: values(r, part, metric) for r in records}
             line = {step: sum(found.values()) / len(found) for step, found in of.items() if found}
             if line:
-                steps.plot(list(line), list(line.values()), style, marker=".", label=f"{PARTS[part]}, {metric}")
-    steps.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
-    steps.legend(fontsize="small")
-    for name, label in (("context_share", "context tokens"), ("saved_flops", "frozen-weight matmuls left out")):
-        savings.plot([r["step"] for r in records], [r[name] for r in records], marker=".", label=label)
-    savings.set(xlabel="optimiser step", ylim=(0, 1.05), title="share of tokens and FLOPs")
-    savings.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+                axes.plot(list(line), list(line.values()), style, marker=".", label=f"{LABELS[part]}, {metric}")
+    axes.set(xlabel="optimiser step", ylim=(0, 1.05), title="mean over the layers")
+    axes.legend(fontsize="small")
 
 
 def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], metric: str) -> None:
@@ -121,7 +140,7 @@ def _draw_layers(axes: Axes, records: Sequence[Mapping[str, Any]], metric: str) 
             continue
         every = [values(record, part, metric) for record in records]
         low, high = ([pick(of[layer] for of in every if layer in of) for layer in found] for pick in (min, max))
-        (line,) = axes.plot(list(found), list(found.values()), marker=".", label=PARTS[part])
+        (line,) = axes.plot(list(found), list(found.values()), marker=".", label=LABELS[part])
         axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="layer", ylim=(0, 1.05), title=TITLES[metric])
     axes.legend(fontsize="small", loc="lower right")
@@ -133,16 +152,21 @@ def _advice(records: Sequence[Mapping[str, Any]]) -> list[str]:
         poor = [str(layer) for layer, share in layer_means(records, part, "captured").items() if share < POOR]
         if poor:
             lines.append(
-                f"{PARTS[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. "
+                f"{LABELS[part]}: less than {POOR:.0%} of the oracle's energy in layers {', '.join(poor)}. "
                 "Calibrate the estimator on your own data (kind prior), or make them less sparse."
             )
         shifting = [str(layer) for layer, share in layer_means(records, part, "overlap").items() if share < UNSTABLE]
         if shifting:
             lines.append(
-                f"{PARTS[part]}: more than half of the channels are new in every step in layers "
+                f"{LABELS[part]}: more than half of the channels are new in every step in layers "
                 f"{', '.join(shifting)}: a selection made before this batch would be stale."
             )
     return lines
+
+
+def _with_flops(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of channel sparsity, which tell what it left out."""
+    return [record for record in records if "saved_flops" in record]
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:

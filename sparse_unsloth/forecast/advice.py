@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sparse_unsloth.data.ledger import most_likely_cut, without_loss
 from sparse_unsloth.forecast.model import WHOLE_LAYERS
-from sparse_unsloth.forecast.result import Estimate
+from sparse_unsloth.forecast.result import Estimate, time_ratio
 
 WORTH_IT = 1.1
 """Speed-up of the whole training from which sparsity may be worth what it costs in quality."""
@@ -108,6 +108,8 @@ def _hints(estimate: Estimate) -> Iterator[str]:
             f"auto would choose {what} and {graphs} by this forecast. It decides when training begins, and then also "
             "how many layers keep their activations, by the memory that is free."
         )
+    if estimate.precision != "bf16":
+        yield from _fp8(estimate)
     yield from _host(estimate)
     if estimate.row_sparse and not estimate.checkpointing:
         yield (
@@ -129,6 +131,19 @@ def _hints(estimate: Estimate) -> Iterator[str]:
         yield without_loss(tokens.dropped, tokens.samples)
     if tokens.without_loss:
         yield f"{tokens.without_loss} of {tokens.samples} samples have no loss token: they cost time and train nothing."
+
+
+def _fp8(estimate: Estimate) -> Iterator[str]:
+    if estimate.fp8 is None:
+        yield f"precision: {estimate.precision} needs layers that run as a whole; attaching will refuse this training."
+        return
+    gain = time_ratio(estimate.dense_exact or estimate.dense, estimate.fp8)
+    predicted = "" if gain is None else f" A dense step is expected at {gain:.2f}x of bf16's speed."
+    yield (
+        f"precision: {estimate.precision} is approximate, and what it costs in quality was not measured.{predicted} "
+        "The gain is that of the products of one layer on an H200; no training step with it was timed. It needs an "
+        "NVIDIA GPU from compute capability 8.9 on."
+    )
 
 
 def _host(estimate: Estimate) -> Iterator[str]:

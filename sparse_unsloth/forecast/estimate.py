@@ -20,7 +20,16 @@ from sparse_unsloth.forecast.tokens import TokenStatistics, read_tokens
 from sparse_unsloth.layer.attention import CAPTURABLE
 from sparse_unsloth.planning.decide import Facts, Speed, decide
 from sparse_unsloth.planning.fits import Fitted, choose, load
-from sparse_unsloth.planning.work import OUTPUT_NORMS, MicroBatch, Plan, Work, backward_rows_of, batch_work, logit_rows
+from sparse_unsloth.planning.work import (
+    OUTPUT_NORMS,
+    MicroBatch,
+    Plan,
+    Work,
+    backward_rows_of,
+    batch_work,
+    logit_rows,
+    mark_repeated,
+)
 from sparse_unsloth.training.keys import SEQ_CLS
 
 if TYPE_CHECKING:
@@ -69,25 +78,26 @@ def estimate(
         recipe = replace(recipe, sparsity=_decided(recipe, plan, batches, tokens.layout, fitted, capturable))
         plan = replace(plan, backward_rows=recipe.sparsity.backward_rows)
     unsloth, accumulation = backend == "unsloth", recipe.training.gradient_accumulation_steps
+    exact, is_sparse = replace(plan.dense(), precision=plan.precision), plan.is_sparse
 
     def step(plan: Plan, removal: bool) -> Step:
         return _step([batch_work(plan, batch, removal) for batch in batches], accumulation, fitted)
 
     def step_with_graphs(plan: Plan) -> Step:
-        longer = [batch.padded_to_bucket(tokens.layout) for batch in batches]
+        longer = [batch.padded_to_bucket(tokens.layout) for batch in mark_repeated(batches, tokens.layout)]
         captured = replace(plan, captured=True)
         return _step([batch_work(captured, batch, True) for batch in longer], accumulation, fitted, with_graphs=True)
 
     dense = step(plan.dense(), removal=False)
     dense_exact = step(plan.dense(), removal=True) if unsloth else None
     removal = recipe.sparsity.exact_removal
-    is_sparse = plan.is_sparse
     presets = {}
     for name in PRESETS:
         preset = SparsityConfig(preset=name)
         if preset.is_sparse(model.shape.num_layers):
             layers = tuple(map(tuple, preset.layer_sparsity(model.shape.num_layers)))
-            kind = replace(plan, layers=layers, backward_rows=preset.backward_rows)
+            precision = plan.precision if plan.precision == "fp8" and preset.row_sparse else "bf16"
+            kind = replace(plan, layers=layers, backward_rows=preset.backward_rows, precision=precision)
             graphs = capturable and recipe.sparsity.cuda_graphs
             other = step_with_graphs(kind) if graphs else step(kind, removal)
             presets[name] = Preset(dense.flops / other.flops, time_ratio(dense, other))
@@ -114,8 +124,10 @@ def estimate(
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
-        recorded=step_with_graphs(plan if is_sparse else plan.dense()) if capturable else None,
+        recorded=step_with_graphs(plan if is_sparse else exact) if capturable else None,
         cuda_graphs=recipe.sparsity.cuda_graphs,
+        precision=plan.precision,
+        fp8=step(exact, removal) if plan.precision != "bf16" and plan.whole_layers else None,
         auto=auto,
     )
 
@@ -131,8 +143,8 @@ def _decided(
     """What `auto` would decide for the training of ``recipe``, without what only its GPU tells (free memory)."""
     asked = recipe.sparsity
     facts = Facts(
-        plan.dense(),
-        tuple(batches),
+        replace(plan.dense(), precision=plan.precision),
+        mark_repeated(batches, layout),
         layout,
         None if fitted is None else Speed(fitted.step_time),
         removal=asked.exact_removal,
@@ -160,6 +172,8 @@ def _plan(recipe: Recipe, model: Model, backend: str) -> Plan:
         backward_rows=sparsity.backward_rows,
         whole_layers=has_whole_layers(recipe, model.model_type, backend),
         output_norm=model.model_type in OUTPUT_NORMS,
+        precision=sparsity.precision,
+        in_4bit=model.in_4bit,
     )
 
 
@@ -226,5 +240,6 @@ def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBat
         sparse_parts=plan.sparse_parts,
         whole_layers=plan.whole_layers,
         skips_output=recipe.sparsity.exact_removal,
+        fp8=recipe.sparsity.fp8,
         **through,
     )

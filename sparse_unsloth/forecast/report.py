@@ -44,6 +44,8 @@ def _what(estimate: Estimate) -> Iterator[str]:
         f"{estimate.sequences}{accumulation} samples a step and GPU, {estimate.tokens.layout}; "
         f"{estimate.optimiser_steps} optimiser steps"
     )
+    if estimate.precision != "bf16":
+        yield f"precision: {estimate.precision}, of products with frozen weights"
     if estimate.row_sparse:
         yield f"exact forward; backward through {estimate.backward_rows:.3g} of the context rows"
 
@@ -71,6 +73,7 @@ def _steps(estimate: Estimate) -> Iterator[str]:
     lines = {
         "dense": estimate.dense,
         "dense, unused rows skipped": estimate.dense_exact,
+        "dense, products in FP8": estimate.fp8,
         "sparse": estimate.sparse,
         "sparse, unused rows skipped": estimate.sparse_exact,
         f"{'sparse' if estimate.sparse else 'dense'}, with cuda_graphs": estimate.recorded,

@@ -51,6 +51,8 @@ class Estimate:
         recorded: a step of this training, sparse or dense, with `cuda_graphs`; None where a layer would not be
             captured, or no comparable step was measured.
         cuda_graphs: whether the recipe turns CUDA graphs on.
+        precision: the recipe's; ``fp8``: a dense step in it, unused rows skipped if the recipe does so; None in bf16,
+            and where no layer runs as a whole.
         auto: rows or dense, and CUDA graphs or not, are what `auto` decides by this forecast.
     """
 
@@ -76,6 +78,8 @@ class Estimate:
     checkpointing: bool = True
     recorded: Step | None = None
     cuda_graphs: bool = False
+    precision: str = "bf16"
+    fp8: Step | None = None
     auto: bool = False
 
     @property
@@ -88,6 +92,8 @@ class Estimate:
         """A dense step of this training: unused rows skipped if the recipe does so, captured if nothing is sparse."""
         if self.cuda_graphs and self.recorded and not self.sparse:
             return self.recorded
+        if self.fp8 is not None:
+            return self.fp8
         return self.dense_exact if self.exact_removal and self.dense_exact else self.dense
 
     @property

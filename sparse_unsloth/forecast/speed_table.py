@@ -72,6 +72,8 @@ def plan_of_row(row: Mapping, model: ModelShape) -> tuple[Plan, MicroBatch, bool
         estimator_rank=sparsity.estimator.rank,
         backward_rows=sparsity.backward_rows,
         captured=sparsity.cuda_graphs,
+        precision=sparsity.precision,
+        in_4bit=row["dtype"] == "4bit",
     )
     loss = shape.batch * shape.outputs
     lengths = (shape.length,) * shape.batch
@@ -99,6 +101,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         backward_rows=backward_rows_of(plan, batch) if plan.row_sparse else None,
+        fp8=plan.precision != "bf16",
     ).gib()["peak"]
 
 

@@ -21,6 +21,7 @@ from sparse_unsloth.errors import DataError
 from sparse_unsloth.planning.work import PACKED, PADDED, PADDING_FREE, MicroBatch
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import IGNORE_INDEX, TokenPartition
+from sparse_unsloth.utils.progress import bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +132,7 @@ def read_tokens(
             trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
         batches = [
             _count(read_batch(batch), recipe.sparsity.dense_tokens, padding_masked=backend != "unsloth")
-            for batch in trainer.get_train_dataloader()
+            for batch in bar(trainer.get_train_dataloader(), "Counting tokens", "batch")
         ]
     packed = recipe.training.packing
     lengths = [length for length, _ in documents]

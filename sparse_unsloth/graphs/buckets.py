@@ -45,6 +45,11 @@ def _next(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def bucket(length: int, repeated: bool) -> int:
+    """The length that sequences are padded to; ``repeated``: as in `pad_length`."""
+    return _next(length, LEAST_STEP) if repeated else round_up(length, LENGTHS)
+
+
 def pad_length(batch: Batch, limit: int | None = None, repeated: bool = False) -> Batch:
     """``batch``, padded to a length bucket where every tensor of it is known to allow that; else unchanged.
 
@@ -59,7 +64,7 @@ def pad_length(batch: Batch, limit: int | None = None, repeated: bool = False) -
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not _can_grow(batch, ids.shape):
         return batch
     rows, length = ids.shape
-    longer = _next(length, LEAST_STEP) if repeated else round_up(length, LENGTHS)
+    longer = bucket(length, repeated)
     if packed is None and limit is not None:
         longer = max(min(longer, limit), length)
     extra = longer - length

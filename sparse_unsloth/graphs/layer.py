@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
@@ -63,19 +64,20 @@ def whole_layer(
         tensors: attention's last argument, by name; layers share one copy of those with the same name.
     """
     capture = graphed.capture
-    static = replace(
-        plan,
-        attention=RowOrder(capture.static_partition(plan.attention.partition), plan.attention.sparse),
-        mlp=RowOrder(capture.static_partition(plan.mlp.partition), plan.mlp.sparse),
-    )
-    if not plan.output_unused:
-        static = replace(
-            static,
-            choose_attention=_keep_selection(capture, "self_attn", plan.choose_attention),
-            choose_mlp=_keep_selection(capture, "mlp", plan.choose_mlp),
-        )
+    attention_rows, mlp_rows = (capture.static_partition(part.partition) for part in (plan.attention, plan.mlp))
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        static = replace(
+            plan,
+            attention=RowOrder(attention_rows, plan.attention.sparse),
+            mlp=RowOrder(mlp_rows, plan.mlp.sparse),
+        )
+        if not plan.output_unused:
+            static = replace(
+                static,
+                choose_attention=_keep_selection(capture, "self_attn", plan.choose_attention),
+                choose_mlp=_keep_selection(capture, "mlp", plan.choose_mlp),
+            )
         trained = static.with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         return post_attention(attention(x, projected, tensors), residual, trained)
@@ -235,7 +237,6 @@ def _flatten_gradients(gradients: Sequence[Tensor], loras: Sequence[Tensor], lik
     return torch.cat([gradient.flatten() for gradient in as_loras(gradients, loras)]) if loras else like.new_empty(0)
 
 
-def _split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> list[Tensor]:
+def _split_gradients(gradients: Tensor, loras: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradients of `_flatten_gradients` by matrix, in new memory."""
-    found = gradients.clone().split([lora.numel() for lora in loras])
-    return [part.view(lora.shape) for part, lora in zip(found, loras, strict=True)]
+    return _unflatten_dense_tensors(gradients.clone(), loras)

@@ -63,12 +63,13 @@ class Packing:
 
 def packing_of(batch: Batch) -> Packing | None:
     """The documents of ``batch``; None where their lengths are not given, or the sequence is too long."""
-    lengths, shape = batch.packed_seq_lengths, batch.labels.shape
+    lengths, rows = batch.packed_seq_lengths, batch.inputs if batch.labels is None else batch.labels
+    shape = rows.shape[:2]
     if not isinstance(lengths, Tensor) or lengths.dim() != 1 or len(shape) != 2 or shape[0] != 1 or not len(lengths):
         return None
     tokens = shape[1]
     room = round_room(len(lengths) + 1)
-    return Packing(lengths, tokens, room, batch.labels.device) if fits(tokens, room) else None
+    return Packing(lengths, tokens, room, rows.device) if fits(tokens, room) else None
 
 
 def fits(tokens: int, documents: int) -> bool:

@@ -28,6 +28,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -244,8 +245,11 @@ class GraphCache(Buffers):
                 logger.warning(message)
 
 
+_dtype = attrgetter("dtype")
+
+
 def _signature(tensors: Sequence[Tensor], constants: tuple) -> tuple:
-    return *constants, *(tensor.data_ptr() for tensor in tensors), *(tensor.dtype for tensor in tensors)
+    return *constants, *map(Tensor.data_ptr, tensors), *map(_dtype, tensors)
 
 
 def _empty_cache(recorder: type, captures_documents: bool) -> GraphCache | None:

@@ -24,8 +24,7 @@ def row_sparse_whole_layer(
     graphed: GraphedPass,
     attention: Attention,
     tensors: Mapping[str, Tensor],
-    partition: TokenPartition,
-    share: float,
+    choice: RowChoice,
     chosen: TokenPartition,
 ) -> Tensor | None:
     """The layer's output ``[batch, sequence, hidden_size]``; zeros in a recompute, where it is unused; None uncaptured.
@@ -33,19 +32,18 @@ def row_sparse_whole_layer(
     Args:
         plan: computes every row densely.
         graphed, attention, tensors: as in `sparse_unsloth.graphs.layer.whole_layer`.
-        partition: the token roles.
-        share: the share of the context tokens that backward goes through.
+        choice: tells the token roles, the share of the context tokens that backward goes through, and where their
+            energy is added up: at an address that stays.
         chosen: the chosen rows alone, see `RowChoice.as_partition`.
     """
     fixed = graphed.capture.static_partition
     all_rows, chosen_rows = (RowOrder(fixed(rows), False) for rows in (plan.mlp.partition, chosen))
-    roles = fixed(partition)
-    static = replace(plan, attention=all_rows, mlp=all_rows)
+    roles, share, energy = fixed(choice.partition), choice.share, choice.energy
 
     def compute(x: Tensor, loras: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        trained = static.with_loras(loras)
+        trained = replace(plan, attention=all_rows, mlp=all_rows).with_loras(loras)
         *projected, residual = pre_attention(x, trained)
         attention_output = attention(x, projected, tensors)
-        return post_attention_by_rows(attention_output, residual, trained, RowChoice(roles, share), chosen_rows)
+        return post_attention_by_rows(attention_output, residual, trained, RowChoice(roles, share, energy), chosen_rows)
 
     return run_captured(plan, graphed, compute, hidden_states, tensors)

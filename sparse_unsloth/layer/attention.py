@@ -86,15 +86,15 @@ def by_interface(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any
         tensors[COSINES], tensors[SINES] = arguments["position_embeddings"]
     known = module.config._attn_implementation in CAPTURABLE and all(arguments.get(name) is None for name in READ_TOO)
     capturable = known and all(isinstance(one, Tensor) for one in tensors.values())
-    softcap = getattr(module, "attn_logit_softcapping", None)  # as the module gives it; some functions ignore it
-    given = {"dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": softcap}
-    others = {name: value for name, value in arguments.items() if name not in (*TAKEN, *given)}
     own = tensors
     cache = arguments.get("past_key_values")
 
     def compute(query: Tensor, key: Tensor, value: Tensor, tensors: Tensors) -> Tensor:
         if cache is not None:  # nothing reads it in training, but a model whose use_cache is on fills it
             key, value = cache.update(key, value, module.layer_idx)
+        softcap = getattr(module, "attn_logit_softcapping", None)  # as the module gives it; some functions ignore it
+        given = {"dropout": 0.0, "scaling": spec.scaling, "sliding_window": spec.window, "softcap": softcap}
+        others = {name: value for name, value in arguments.items() if name not in (*TAKEN, *given)}
         more = others if tensors is own else {}  # a CUDA graph holds no arguments
         output, *_ = _interface(module)(module, query, key, value, tensors.get(MASK), **more, **given)
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from sparse_unsloth.layer.attention import COSINES, MASK, POSITIONS, SINES, Atte
 from sparse_unsloth.layer.probe import find_spec
 from sparse_unsloth.layer.spec import LayerSpec, head_norm_modules, place_norms, read_spec
 from sparse_unsloth.model.decoder_layer import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, DecoderLayer
+from sparse_unsloth.ops.decoder_layer import LayerPlan, lora_tensors_of
 from sparse_unsloth.ops.norms import Norm
-from sparse_unsloth.ops.projection import Projection, is_present, read_projection
+from sparse_unsloth.ops.projection import Projection, read_projection, watch_projection
+from sparse_unsloth.utils.watch import Watch
 
 
 class FastLayer:
@@ -33,6 +36,10 @@ class FastLayer:
         _refuse_slow(self.spec, layer)
         self.returns_tuple = False
         self._known: list[Projection] | None = None
+        self._watch = self._tensors = self._norms_watch = Watch()
+        self._version: int | None = None
+        self._present: tuple[list[Norm | None] | None, LayerSpec] | None = None
+        self._weights: tuple[tuple, list[Tensor], tuple] | None = None
         self._norms = place_norms({name: part for name, part in layer.module.named_children() if name.endswith("norm")})
         self._head_norms = head_norm_modules(layer.self_attn)
         self._projections = [
@@ -56,33 +63,78 @@ class FastLayer:
         }
         spec = replace(self.spec, window=call.window)
         self.spec, _ = find_spec(spec, lambda x, **_: forward(x), hidden_states, arguments)
+        self._present = None
 
     def norms(self) -> list[Norm | None] | None:
-        """N1 to N4 of `LayerSpec` with their present weights, which FSDP replaces; None if one is trained now."""
-        spec = self.spec
-        if any(getattr(getattr(module, "weight", None), "requires_grad", False) for module in self._norms):
-            return None
-        known = spec.attention_norm, spec.attention_output_norm, spec.mlp_norm, spec.mlp_output_norm
-        return [_present(norm, module) for norm, module in zip(known, self._norms, strict=True)]
+        """N1 to N4 of `LayerSpec` with their present weights, which FSDP replaces; None if one is trained now.
+
+        The same list as long as nothing of them changed.
+        """
+        return self._read_norms()[0]
 
     def present_spec(self) -> LayerSpec:
         """`spec` with the present weights of the head norms; its other weights are not for use."""
-        if self._head_norms == (None, None):
-            return self.spec
-        query_norm, key_norm = map(_present, (self.spec.query_norm, self.spec.key_norm), self._head_norms)
-        return replace(self.spec, query_norm=query_norm, key_norm=key_norm)
+        return self._read_norms()[1]
 
-    def projections(self) -> list[Projection] | None:
-        """q, k, v, o, gate, up, down; None if only the layer's own forward computes one (merged, disabled, several)."""
-        known = self._known
-        if known is None or not all(map(is_present, self._projections, known)):
-            read = [read_projection(module) for module in self._projections]
-            known = self._known = None if None in read else read
-        return known
+    def _read_norms(self) -> tuple[list[Norm | None] | None, LayerSpec]:
+        if self._present is not None and self._norms_watch.holds():
+            return self._present
+        spec, watch = self.spec, Watch()
+        known = spec.attention_norm, spec.attention_output_norm, spec.mlp_norm, spec.mlp_output_norm
+        norms = [_present(norm, module, watch) for norm, module in zip(known, self._norms, strict=True)]
+        if self._head_norms != (None, None):
+            heads = zip((spec.query_norm, spec.key_norm), self._head_norms, strict=True)
+            query_norm, key_norm = (_present(norm, module, watch) for norm, module in heads)
+            spec = replace(spec, query_norm=query_norm, key_norm=key_norm)
+        trained = any(getattr(getattr(module, "weight", None), "requires_grad", False) for module in self._norms)
+        self._present, self._norms_watch = (None if trained else norms, spec), watch
+        return self._present
+
+    def projections(self, version: int | None = None) -> list[Projection] | None:
+        """q, k, v, o, gate, up, down; None if only the layer's own forward computes one (merged, disabled, several).
+
+        Args:
+            version: of the model's adapters (`SparsityState.adapter_version`): where it is that of the last call,
+                weights, LoRA's matrices and scales alone are compared with what was read then. None: everything is.
+        """
+        same = version is not None and version == self._version
+        if self._known is not None and self._tensors.holds() and (same or self._watch.holds()):
+            self._version = version
+            return self._known
+        read = [read_projection(module) for module in self._projections]
+        if None in read:
+            self._known = None
+            return None
+        self._watch, self._tensors, self._version = Watch(), Watch(), version
+        watches = self._watch, self._tensors
+        watched = [watch_projection(*watches, *one) for one in zip(self._projections, read, strict=True)]
+        self._known = read if all(watched) else None
+        return read
+
+    def weights(self, plan: LayerPlan, spec: LayerSpec) -> tuple[list[Tensor], tuple]:
+        """Every tensor that the layer's kernels read at the addresses of ``plan`` and ``spec``, and its LoRA scales."""
+        norms = plan.attention_norm, plan.attention_output_norm, plan.mlp_norm, plan.mlp_output_norm
+        read = plan.projections, spec, *norms
+        if self._weights is not None and all(map(is_, self._weights[0], read)):
+            return self._weights[1:]
+        tensors = [
+            *lora_tensors_of(plan.projections),
+            *(tensor for projection in plan.projections for tensor in projection.base.tensors()),
+            *(
+                tensor
+                for norm in (*norms, spec.query_norm, spec.key_norm)
+                if norm
+                for tensor in (norm.weight, norm.bias)
+            ),
+        ]
+        loras = [projection.lora for projection in plan.projections]
+        scales = tuple(None if lora is None else (lora.scale, len(lora.A)) for lora in loras)
+        self._weights = read, [tensor for tensor in tensors if tensor is not None], scales
+        return self._weights[1:]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read: a copy reads its own modules."""
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_present": None, "_weights": None}
 
 
 def why_not_fast(layer: DecoderLayer) -> str:
@@ -94,9 +146,13 @@ def why_not_fast(layer: DecoderLayer) -> str:
     return ""
 
 
-def _present(norm: Norm | None, module: nn.Module | None) -> Norm | None:
+def _present(norm: Norm | None, module: nn.Module | None, watch: Watch) -> Norm | None:
+    """``norm`` with the present weight of ``module``, which ``watch`` tells changes of."""
     if norm is None or norm.weight is None:
         return norm
+    watch.same(module._parameters, "weight")
+    watch.trained(module.weight)
+    watch.address(module.weight)
     return replace(norm, weight=module.weight.detach())
 
 

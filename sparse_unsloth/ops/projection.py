@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.kernels.dequantize import dequantize_columns, dequantize_rows, dequantize_whole
+from sparse_unsloth.utils.watch import Watch
 
 QUANTISERS = frozenset({"weight_fake_quantizer", "activation_fake_quantizer"})
 """The names of torchao's fake quantisers, for quantisation-aware training."""
@@ -211,36 +212,53 @@ def read_projection(module: nn.Module, name: str = "projection") -> Projection |
     return Projection(base, lora)
 
 
-def is_present(module: nn.Module, known: Projection) -> bool:
-    """Whether `read_projection` would give ``known`` again; tells in a tenth of its time, and False where in doubt.
+def watch_projection(watch: Watch, tensors: Watch, module: nn.Module, known: Projection) -> bool:
+    """Lets two watches hold as long as `read_projection` gives ``known`` for ``module`` again.
 
     Args:
-        known: what it gave for this module before. The same tensor objects must be in the same places.
+        watch: gets all but what ``tensors`` gets.
+        tensors: gets the weight, LoRA's matrices and its scale, which may change while a model runs (FSDP).
+        known: what `read_projection` gave just now.
+
+    Returns:
+        Whether they can tell.
     """
     own = module.__dict__
     parts, lora = own["_modules"], known.lora
     base = parts.get("base_layer", module)
-    held, weight = base.__dict__["_parameters"], known.base.weight
-    if held["weight"] is not weight or held.get("bias") is not known.base.bias:
-        return False
-    if "FakeQuantized" in type(base).__name__ or not QUANTISERS.isdisjoint(base.__dict__["_modules"]):
-        return False
+    tensors.same(base.__dict__["_parameters"], "weight")
+    _watch_linear(watch, base)
+    watch.same(parts, "base_layer", "lora_A")
     state = known.base.quant_state
-    if state is not None and (_quant_state(base) is not state or getattr(state, "packing_format_for_cpu", False)):
-        return False
-    if lora is None or "lora_A" not in parts:
-        return lora is None and "lora_A" not in parts
+    for holder in (base.__dict__, known.base.weight.__dict__):
+        watch.same(holder, "quant_state")
+    if state is not None:
+        watch.same(state.__dict__, "packing_format_for_cpu", "absmax", "code", "offset", "state2")
+        if state.nested:
+            watch.same(state.state2.__dict__, "absmax", "code")
+    if lora is None:
+        return "lora_A" not in parts
     active = own.get("_active_adapter")
     name = active[0] if isinstance(active, list) and len(active) == 1 else active
-    if own.get("_disable_adapters") is not False or own.get("merged_adapters") or not isinstance(name, str):
+    if not isinstance(name, str):
         return False
-    for side, matrix in (("lora_A", lora.A), ("lora_B", lora.B)):
-        linear = parts[side].__dict__["_modules"].get(name)
-        if type(linear) is not nn.Linear or linear.__dict__["_parameters"]["weight"] is not matrix:
-            return False
-        if linear.__dict__["_modules"]:
-            return False
-    return own["scaling"][name] == lora.scale
+    watch.equal(own, "_active_adapter", [name] if isinstance(active, list) else name)
+    watch.equal(own, "merged_adapters", [])
+    watch.same(own, "scaling", "_disable_adapters")
+    tensors.equal(own["scaling"], name, own["scaling"][name])
+    for side in ("lora_A", "lora_B"):
+        children = parts[side].__dict__["_modules"]
+        tensors.same(children, name)
+        tensors.same(children[name].__dict__["_parameters"], "weight")
+        _watch_linear(watch, children[name])
+    return True
+
+
+def _watch_linear(watch: Watch, module: nn.Module) -> None:
+    """Its class, bias, and children, which may be torchao's fake quantisers."""
+    watch.type_of(module)
+    watch.same(module.__dict__["_parameters"], "bias")
+    watch.same(module.__dict__["_modules"], *QUANTISERS)
 
 
 def is_fake_quantised(module: nn.Module, adapter: str) -> bool:

@@ -38,7 +38,7 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 
 def post_attention_by_rows(
-    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder
+    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder | None
 ) -> Tensor:
     """The layer's output, whose backward goes through the rows of ``choice``; arguments of `post_attention_of_rows`.
 
@@ -49,9 +49,9 @@ def post_attention_by_rows(
         return post_attention(attention_output, residual, plan)
     if not plan.output_unused:
         return post_attention_of_rows(attention_output, residual, plan, choice, chosen)
-    chosen_plan = replace(plan, attention=chosen, mlp=chosen, keep=False)
+    again = replace(plan, keep=False)
     return backward_rows(
-        lambda rows, stream: post_attention(rows, stream, chosen_plan),
+        lambda rows, stream: post_attention(rows, stream, _of_chosen(again, choice, chosen)),
         [attention_output, residual],
         lora_tensors_of(plan.projections[3:]),
         BackwardRows(choice, residual_index=1, skip_output=True),
@@ -59,7 +59,7 @@ def post_attention_by_rows(
 
 
 def post_attention_of_rows(
-    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder
+    attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder | None
 ) -> Tensor:
     """`post_attention`, differentiated through the rows of ``choice`` only; launches the same kernels each time.
 
@@ -71,22 +71,21 @@ def post_attention_of_rows(
         plan: computes every row densely; with ``keep``, as backward follows. ``keep_context`` says of which rows the
             intermediates are stored.
         choice: selects the rows in backward, by the gradient of the output.
-        chosen: the natural order of the chosen rows alone, see `RowChoice.as_partition`.
+        chosen: the natural order of the chosen rows alone, see `RowChoice.as_partition`; None: it is made in backward,
+            where roles are awaited.
     """
     return _StoredRows.apply(attention_output, residual, plan, choice, chosen, *after_attention_loras(plan))
 
 
 class _StoredRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen: RowOrder, *loras
-    ):
+    def forward(ctx, attention_output: Tensor, residual: Tensor, plan: LayerPlan, choice: RowChoice, chosen, *loras):
         a, stream = attention_output.flatten(0, -2), residual.flatten(0, -2)
         with without_autocast(a):
             result, _, saved = after_attention(a, stream, plan, loras)
         if not plan.keep_context:
             saved = [a, stream, *gather(saved[1:], choice.partition.dense)]
-        ctx.plan, ctx.choice, ctx.shape = replace(plan, attention=chosen, mlp=chosen), choice, attention_output.shape
+        ctx.plan, ctx.choice, ctx.chosen, ctx.shape = plan, choice, chosen, attention_output.shape
         ctx.num_loras = len(loras)
         ctx.save_for_backward(*loras, *saved)
         return result.view(residual.shape)
@@ -94,9 +93,9 @@ class _StoredRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        tensors, plan, dy = ctx.saved_tensors, ctx.plan, gradient.flatten(0, -2)
+        tensors, dy = ctx.saved_tensors, gradient.flatten(0, -2)
         loras, saved = tensors[: ctx.num_loras], tensors[ctx.num_loras :]
-        rows = ctx.choice.select(dy)
+        rows, plan = ctx.choice.select(dy), _of_chosen(ctx.plan, ctx.choice, ctx.chosen)
         with without_autocast(dy):
             selected_dy = dy.index_select(0, rows)
             saved = gather(saved, rows) if plan.keep_context else _with_context(saved, rows, plan, ctx.choice, loras)
@@ -108,6 +107,12 @@ class _StoredRows(torch.autograd.Function):
             d_residual = dy.clone().index_copy_(0, rows, d_stream)
         d_inputs = d_attention.view(ctx.shape), d_residual.view(gradient.shape)
         return *d_inputs, None, None, None, *as_loras(lora_gradients, loras)
+
+
+def _of_chosen(plan: LayerPlan, choice: RowChoice, chosen: RowOrder | None) -> LayerPlan:
+    """``plan`` for the chosen rows alone."""
+    order = RowOrder(choice.as_partition(), False) if chosen is None else chosen
+    return replace(plan, attention=order, mlp=order)
 
 
 def _with_context(

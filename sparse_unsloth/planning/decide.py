@@ -1,4 +1,4 @@
-"""Decides how a training runs, by the forecast of its steps: CUDA graphs, kept activations, rows or dense.
+"""Decides how a training runs, by the forecast of its steps: graphs, kept activations, merged micro-batches, rows.
 
 Nothing here touches a model or a device. What was set by hand is taken as it is, and everything else is chosen; what
 is approximate (rows) only where it gains enough, and channels never.
@@ -6,8 +6,9 @@ is approximate (rows) only where it gains enough, and channels never.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sparse_unsloth.config.sparsity import BACKWARD_ROWS
@@ -21,6 +22,9 @@ GRAPHS_GAIN = 1.02
 CAPTURE_MS = 15
 """Milliseconds that capturing a layer takes for one batch signature. Steps of a 1B (16 layers, two graphs each) took
 0.1 to 0.3 s more where one was captured: 6 to 19 (end_to_end-notes.md). Three graphs, with checkpointing, take more."""
+MERGE_GAIN = 1.02
+"""Micro-batches are merged where that makes them this much faster, and no more of them than come so near to the best
+number; less is within the forecast's own error."""
 RUNS_BEFORE = 2
 """A batch signature runs so many times before it is captured (docs/how-it-works.md, section 9)."""
 WRONG = 0.15
@@ -47,6 +51,16 @@ class Kept(NamedTuple):
     peak: float
 
 
+class Forwards(NamedTuple):
+    """The forwards that run some micro-batches, merged as far as they fit, and what of them fits into the memory.
+
+    ``kept`` as in `Facts`.
+    """
+
+    batches: tuple[MicroBatch, ...]
+    kept: Mapping[bool, Kept] | None = None
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known when training begins.
@@ -63,6 +77,8 @@ class Facts:
             known or none is to be used, and ``no_budget`` says why.
         budget: bytes that the training may use.
         micro_batches: how many the training has left; None where it is not known.
+        merged: the forwards that run the same micro-batches, by how many of an optimiser step run as one at most.
+        no_merging: why none are merged; "" where some can be.
         given: what was set by hand, by the names of `SparsityConfig`.
     """
 
@@ -79,6 +95,8 @@ class Facts:
     budget: float = 0.0
     no_budget: str = ""
     micro_batches: int | None = None
+    merged: Mapping[int, Forwards] = field(default_factory=dict)
+    no_merging: str = "the micro-batches of an optimiser step are not known"
     given: Mapping[str, Any] = None
     unknown: str = ""
 
@@ -88,6 +106,10 @@ class Facts:
         tokens = sum(batch.context + batch.dense for batch in self.batches)
         return sum(batch.context for batch in self.batches) / max(tokens, 1)
 
+    def forwards(self, merged: int) -> Forwards:
+        """The forwards with up to ``merged`` micro-batches in one."""
+        return self.merged[merged] if merged > 1 else Forwards(self.batches, self.kept)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -95,9 +117,10 @@ class Decision:
 
     Attributes:
         backward_rows, cuda_graphs: as in `SparsityConfig`.
-        kept: how many layers keep their activations in an average micro-batch.
+        kept: how many layers keep their activations in an average forward.
         milliseconds: predicted for an average micro-batch; None where no comparable step was measured.
         peak: predicted bytes; None where no memory is known.
+        merged: how many micro-batches of an optimiser step run as one at most.
     """
 
     facts: Facts
@@ -108,34 +131,56 @@ class Decision:
     peak: float | None
     reasons: Mapping[str, str]
     gains: Mapping[str, float | None]
+    merged: int = 1
 
     @property
     def chosen(self) -> tuple[float, bool]:
         """What has to be attached: ``(backward_rows, cuda_graphs)``."""
         return self.backward_rows, self.cuda_graphs
 
+    def merging_at_most(self, number: int) -> Decision:
+        """The same plan where more than ``number`` micro-batches cannot run as one."""
+        left = {most: forwards for most, forwards in self.facts.merged.items() if most <= number}
+        why = "" if left else "two together ran out of memory, or had another loss; a line in the log says which"
+        facts = replace(self.facts, merged=left, no_merging=self.facts.no_merging or why)
+        merged = max((most for most in left if most <= self.merged), default=1)
+        return replace(self, facts=facts, merged=merged, kept=_kept(facts, self.backward_rows, merged))
+
+
+class _Way(NamedTuple):
+    """How micro-batches may run, and what an average one costs so (`cost`)."""
+
+    merged: int
+    cuda_graphs: bool
+    why: str
+    cost: float
+
 
 def decide(facts: Facts) -> Decision:
     """The plan for ``facts``."""
     if facts.plan is None:
         return _unplanned(facts)
+    if facts.plan.precision == "fp8-context":
+        facts = replace(facts, no_rows=facts.no_rows or "precision: fp8-context is for dense training")
     given = facts.given or {}
     shares = [given["backward_rows"]] if "backward_rows" in given else [1.0] + [BACKWARD_ROWS] * (not facts.no_rows)
-    graphs = {share: _captures(facts, share) for share in shares}
-    costs = {share: cost(facts, share, graphs[share][0], _kept(facts, share)) for share in shares}
-    rows_gain = costs[shares[0]] / costs[shares[-1]]
+    ways = {share: _ways(facts, share) for share in shares}
+    rows_gain = _fastest(ways[shares[0]]).cost / _fastest(ways[shares[-1]]).cost
     share = shares[-1] if len(shares) == 1 or (facts.context_share and rows_gain >= ROWS_GAIN) else 1.0
-    captured, why_captured = graphs[share]
-    kept = _kept(facts, share)
-    known = facts.kept[share < 1] if facts.kept else None
+    merged, captured, why_captured, chosen_cost = way = _fastest(ways[share])
+    kept = _kept(facts, share, merged)
+    in_memory = facts.forwards(merged).kept
+    exact = cost(facts, 1.0, captured, _kept(facts, 1.0, merged), merged)
     gains = {
-        "cuda_graphs": _gain(facts, share, captured, kept, cuda_graphs=True) if captured else None,
-        "memory_budget": cost(facts, share, captured, 0) / costs[share] if kept else None,
-        "backward_rows": cost(facts, 1.0, captured, _kept(facts, 1.0)) / costs[share] if share < 1 else None,
+        "cuda_graphs": cost(facts, share, False, kept, merged) / chosen_cost if captured else None,
+        "memory_budget": cost(facts, share, captured, 0, merged) / chosen_cost if kept else None,
+        "merge_micro_batches": ways[share][0].cost / chosen_cost if merged > 1 and ways[share][0].merged == 1 else None,
+        "backward_rows": exact / chosen_cost if share < 1 else None,
     }
     reasons = {
         "cuda_graphs": why_captured,
         "memory_budget": _why_kept(facts, kept),
+        "merge_micro_batches": _why_merged(facts, ways[share], way),
         "backward_rows": _why_rows(facts, share, rows_gain),
     }
     return Decision(
@@ -143,19 +188,43 @@ def decide(facts: Facts) -> Decision:
         share,
         captured,
         kept,
-        costs[share] if facts.speed else None,
-        known.peak if known else None,
+        chosen_cost if facts.speed else None,
+        in_memory[share < 1].peak if in_memory else None,
         reasons,
         gains,
+        merged,
     )
 
 
-def cost(facts: Facts, share: float, graphs: bool, kept: float) -> float:
+def _ways(facts: Facts, share: float) -> list[_Way]:
+    """For each number of micro-batches that may run as one, ascending, the better of graphs and none."""
+    ways = []
+    for merged in _numbers(facts):
+        captured, why = _captures(facts, share, merged)
+        ways.append(_Way(merged, captured, why, cost(facts, share, captured, _kept(facts, share, merged), merged)))
+    return ways
+
+
+def _fastest(ways: Sequence[_Way]) -> _Way:
+    """The way with the fewest merged micro-batches of those that are as good as the best."""
+    best = min(way.cost for way in ways)
+    return next(way for way in ways if way.cost <= MERGE_GAIN * best)
+
+
+def _numbers(facts: Facts) -> list[int]:
+    """How many micro-batches of an optimiser step may run as one."""
+    given = facts.given or {}
+    if "merge_micro_batches" in given:
+        return [max(facts.merged, default=1)]
+    return [1, *sorted(facts.merged)]
+
+
+def cost(facts: Facts, share: float, graphs: bool, kept: float, merged: int = 1) -> float:
     """Milliseconds of an average micro-batch of ``facts.batches``; 10^12 FLOPs where no step was measured."""
-    works = _works(facts, share, graphs, kept)
+    works = _works(facts, share, graphs, kept, merged)
     if facts.speed is None:
-        return sum(work.flops for work in works) / len(works) / 1e12
-    return sum(larger(*facts.speed.sides(work, graphs)) for work in works) / len(works)
+        return sum(work.flops for work in works) / len(facts.batches) / 1e12
+    return sum(larger(*facts.speed.sides(work, graphs)) for work in works) / len(facts.batches)
 
 
 def mend(decision: Decision, ratio: float, captured: bool = True) -> Decision | None:
@@ -189,7 +258,7 @@ def _corrected(decision: Decision, ratio: float) -> Speed:
     Where replayed graphs take longer than predicted, it is the GPU: the host hardly works in a replay.
     """
     speed, graphs = decision.facts.speed, decision.cuda_graphs
-    works = _works(decision.facts, decision.backward_rows, graphs, decision.kept)
+    works = _works(decision.facts, decision.backward_rows, graphs, decision.kept, decision.merged)
     sides = [speed.sides(work, graphs) for work in works]
     host, device = map(sum, zip(*sides, strict=True))
     measured = ratio * sum(larger(*pair) for pair in sides)
@@ -198,31 +267,30 @@ def _corrected(decision: Decision, ratio: float) -> Speed:
     return speed._replace(device=speed.device * measured / device)
 
 
-def _works(facts: Facts, share: float, graphs: bool, kept: float) -> list[Work]:
-    """The work of each micro-batch; ``kept`` layers of those that are checkpointed keep their activations."""
+def _works(facts: Facts, share: float, graphs: bool, kept: float, merged: int) -> list[Work]:
+    """The work of each forward; ``kept`` layers of those that are checkpointed keep their activations."""
     plan = replace(facts.plan, backward_rows=share, captured=graphs)
     again = max(facts.checkpointed - kept, 0) / plan.shape.num_layers
     works = []
-    for batch in facts.batches:
+    for batch in facts.forwards(merged).batches:
         longer = batch.padded_to_bucket(facts.layout) if graphs else batch
         once, twice = (
-            astuple(batch_work(replace(plan, checkpointing=flag), longer, facts.removal)) for flag in (False, True)
+            astuple(_work(replace(plan, checkpointing=flag), longer, facts.removal)) for flag in (False, True)
         )
         works.append(Work(*(round(a + again * (b - a)) for a, b in zip(once, twice, strict=True))))
     return works
 
 
-def _kept(facts: Facts, share: float) -> float:
-    return min(facts.kept[share < 1].layers, facts.checkpointed) if facts.kept else 0
+_work = functools.lru_cache(maxsize=4096)(batch_work)  # counts every layer, and is asked for several times
 
 
-def _gain(facts: Facts, share: float, graphs: bool, kept: float, cuda_graphs: bool) -> float:
-    """How much faster ``cuda_graphs`` make an average micro-batch."""
-    return cost(facts, share, not cuda_graphs, kept) / cost(facts, share, cuda_graphs, kept)
+def _kept(facts: Facts, share: float, merged: int) -> float:
+    kept = facts.forwards(merged).kept
+    return min(kept[share < 1].layers, facts.checkpointed) if kept else 0
 
 
-def _captures(facts: Facts, share: float) -> tuple[bool, str]:
-    """Whether layers are captured in a training with ``share``, and why."""
+def _captures(facts: Facts, share: float, merged: int) -> tuple[bool, str]:
+    """Whether layers are captured in a training with ``share`` and ``merged`` micro-batches, and why."""
     given = facts.given or {}
     if "cuda_graphs" in given:
         return given["cuda_graphs"], "as you set it"
@@ -230,26 +298,41 @@ def _captures(facts: Facts, share: float) -> tuple[bool, str]:
         return False, facts.no_graphs
     if facts.speed is None:
         return False, "no comparable step was measured, so their gain is not predicted"
-    kept = _kept(facts, share)
-    without, with_graphs = (cost(facts, share, graphs, kept) for graphs in (False, True))
+    kept = _kept(facts, share, merged)
+    without, with_graphs = (cost(facts, share, graphs, kept, merged) for graphs in (False, True))
     times = f"{without:.0f} ms without, {with_graphs:.0f} with"
     if without < GRAPHS_GAIN * with_graphs:
         return False, f"the GPU is the limit, not its host: {times}"
-    if not _pays(facts, without - with_graphs, share):
+    if not _pays(facts, without - with_graphs, merged):
         return False, f"capturing would not pay within {facts.micro_batches} micro-batches ({times})"
-    hosts, devices = zip(*(facts.speed.sides(work, False) for work in _works(facts, share, False, kept)), strict=True)
+    works = _works(facts, share, False, kept, merged)
+    hosts, devices = zip(*(facts.speed.sides(work, False) for work in works), strict=True)
     bound = sum(hosts) > sum(devices)
     return True, f"{'launch-bound' if bound else 'fewer launches and whole layers'}: {times}"
 
 
-def _pays(facts: Facts, milliseconds: float, share: float) -> bool:
+def _pays(facts: Facts, milliseconds: float, merged: int) -> bool:
     """Whether saving so much in each captured micro-batch is more than capturing costs in the whole training."""
     if facts.micro_batches is None:
         return True
-    padded = [batch.padded_to_bucket(facts.layout) for batch in facts.batches]
+    forwards = facts.forwards(merged).batches
+    together = len(facts.batches) / len(forwards)
+    padded = [batch.padded_to_bucket(facts.layout) for batch in forwards]
     signatures = len({(batch.rows, batch.lengths if facts.layout == "padded" else 0) for batch in padded})
-    replayed = facts.micro_batches - RUNS_BEFORE * signatures
-    return replayed * milliseconds > signatures * CAPTURE_MS * facts.plan.shape.num_layers
+    replayed = facts.micro_batches / together - RUNS_BEFORE * signatures
+    return replayed * milliseconds * together > signatures * CAPTURE_MS * facts.plan.shape.num_layers
+
+
+def _why_merged(facts: Facts, ways: Sequence[_Way], way: _Way) -> str:
+    if "merge_micro_batches" in (facts.given or {}):
+        return "as you set it" + f", but {facts.no_merging}" * bool(facts.no_merging)
+    if facts.no_merging:
+        return facts.no_merging
+    alone, *others = ways
+    if way.merged > 1:
+        return f"up to {way.merged} of a step fit in a forward: {alone.cost:.0f} ms one by one, {way.cost:.0f} merged"
+    best = min(others, key=lambda one: one.cost)
+    return f"merging up to {best.merged} of them would give {alone.cost / best.cost:.2f}x"
 
 
 def _why_kept(facts: Facts, kept: float) -> str:
@@ -285,6 +368,7 @@ def _unplanned(facts: Facts) -> Decision:
     reasons = {
         "cuda_graphs": "as you set it" if "cuda_graphs" in given else why,
         "memory_budget": "as you set it" if "memory_budget" in given else why,
+        "merge_micro_batches": "as you set it" if "merge_micro_batches" in given else why,
         "backward_rows": "as you set it" if "backward_rows" in given else f"training is exact, as {why}",
     }
     chosen = given.get("backward_rows", 1.0), given.get("cuda_graphs", False)

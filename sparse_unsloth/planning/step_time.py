@@ -1,10 +1,10 @@
 """Predicts step times by a model of six numbers that is fitted to measured steps.
 
     time = larger of host and device        (rounded off where the two meet)
-    device = a * products + b * attention + c * rows + d * sparse rows
+    device = a * (products - spared) + b * attention + c * rows + d * sparse rows + dequantising
     host = e * layers + f * sparse parts
 
-`Work` defines the six factors. All numbers are positive, and are found by least squares on the logarithm of the time,
+`Work` defines the factors. All numbers are positive, and are found by least squares on the logarithm of the time,
 that is, on relative errors. A weak pull to rough values of a data-centre GPU decides what the rows leave open.
 """
 
@@ -23,6 +23,9 @@ GRAPHS_HOST = 4.5
 """Host milliseconds per layer in a step with `cuda_graphs`. Not fitted: 32 layers took 147 ms at least
 where all micro-batches differed, and some 100 ms where all were equal
 (``benchmarks/results``: ``mixed_lengths.csv``, ``graphs``)."""
+DEQUANTISING = 0.82
+"""Milliseconds per 10^9 elements of 4-bit weights. Not fitted: as much longer the products of an 8B layer in NF4 take
+than in bf16, where the lines through both sizes reach no rows (``benchmarks/results/fp8``); 2.5 bytes at 3 TB/s."""
 PULL = 0.03
 """Weight of the pull, as a relative error of one step for a coefficient off by a factor of e."""
 
@@ -40,8 +43,9 @@ class StepTime:
 
     def device(self, work: Work) -> float:
         """Returns the GPU's time in milliseconds."""
-        tera = self.products * work.products + self.attention * work.attention
-        return tera / 1e12 + (self.rows * work.rows + self.sparse_rows * work.sparse_rows) / 1e9
+        tera = self.products * (work.products - work.spared) + self.attention * work.attention
+        rows = self.rows * work.rows + self.sparse_rows * work.sparse_rows
+        return tera / 1e12 + (rows + DEQUANTISING * work.dequantised) / 1e9
 
     def host(self, work: Work) -> float:
         """Returns the host's launch time in milliseconds."""

@@ -16,19 +16,17 @@ def table(decision: Decision, title: str = "auto") -> list[str]:
     data = f"{tokens / max(count, 1):.0f} tokens a micro-batch, {facts.context_share:.0%} context ({count} read)"
     rows = "exact" if decision.backward_rows == 1 else f"rows {decision.backward_rows:g}"
     kept = f"{decision.kept:.0f} of {facts.checkpointed} layers" if facts.checkpointed else "all layers"
+    together = count / max(len(facts.forwards(decision.merged).batches), 1)
     cells = {
         "backward": (rows, "backward_rows"),
         "CUDA graphs": ("on" if decision.cuda_graphs else "off", "cuda_graphs"),
         "activations kept": (kept, "memory_budget"),
+        "micro-batches": (f"{together:.3g} as one" if decision.merged > 1 else "one by one", "merge_micro_batches"),
     }
     lines = [f"sparse_unsloth {title}: {data}"]
     for name, (value, key) in cells.items():
         gain = decision.gains[key]
         lines.append(f"  {name:<16} {value:<14} {_times(gain):<6} {_short(decision.reasons[key])}")
-    merged = (facts.given or {}).get("merge_micro_batches")
-    value = "merged" if merged else "one by one"
-    why = "as you set it" if merged else "merge_micro_batches: true merges those of an optimiser step"
-    lines.append(f"  {'micro-batches':<16} {value:<14} {_times(None):<6} {why}")
     return [*lines, f"  {_predicted(decision)}"]
 
 

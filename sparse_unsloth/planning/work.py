@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, StepFlops, TrainingStep, step_flops
 from sparse_unsloth.exact.last_layer import WORTH_REMOVING
 from sparse_unsloth.exact.loss import ROW_MULTIPLE
-from sparse_unsloth.graphs.buckets import LENGTHS, round_up
+from sparse_unsloth.graphs.buckets import bucket
 from sparse_unsloth.tokens.batch import Batch
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -18,6 +18,12 @@ PADDED, PADDING_FREE, PACKED = "padded", "padding-free", "packed"
 """How micro-batches hold their samples."""
 OUTPUT_NORMS = ("gemma2", "gemma3_text", "olmo2", "exaone4")
 """Families with a norm of the MLP's output, whose backward needs it (docs/how-it-works.md, section 1.3)."""
+FP8_PRODUCTS = {
+    True: {1664: (2.73, 2.12), 8192: (11.10, 6.96)},
+    False: {1664: (2.38, 1.86), 8192: (10.78, 6.66)},
+}
+"""By whether weights are in 4 bits, and by rows: milliseconds of the products of an 8B layer on an H200, in bf16 and in
+FP8 with everything that belongs to it (benchmarks/results/fp8/README.md)."""
 TRL_ROWS = 256
 """TRL's chunked loss computes logits in multiples of this number of rows."""
 
@@ -30,6 +36,7 @@ class MicroBatch:
         dense, context, padding: loss tokens, context tokens and padding tokens; together all rows.
         loss: loss positions, a part of the loss tokens as a rule.
         lengths: of documents; of whole sequences, with padding, where these are padded.
+        repeated: the micro-batch before has the same size, so that CUDA graphs hardly pad this one (`mark_repeated`).
     """
 
     dense: int
@@ -37,6 +44,7 @@ class MicroBatch:
     padding: int
     loss: int
     lengths: tuple[int, ...]
+    repeated: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,12 +60,27 @@ class MicroBatch:
 
     def padded_to_bucket(self, layout: str) -> MicroBatch:
         """Pads it to a length bucket, as captured batches are (`sparse_unsloth.graphs.buckets`)."""
+        rows, length = self.size(layout)
+        longer = bucket(length, self.repeated)
         if layout == PADDED:
-            length, rows = max(self.lengths), len(self.lengths)
-            longer = round_up(length, LENGTHS)
             return replace(self, padding=self.padding + rows * (longer - length), lengths=(longer,) * rows)
-        extra = round_up(self.rows, LENGTHS) - self.rows
+        extra = longer - length
         return replace(self, padding=self.padding + extra, lengths=(*self.lengths, extra)) if extra else self
+
+    def size(self, layout: str) -> tuple[int, int]:
+        """Sequences and the length of each, as the model receives them."""
+        return (len(self.lengths), max(self.lengths)) if layout == PADDED else (1, self.rows)
+
+
+def mark_repeated(batches: Sequence[MicroBatch], layout: str) -> tuple[MicroBatch, ...]:
+    """Marks those of ``batches`` that have the size of the one before them.
+
+    They are a sample of a longer training, so the first one counts as if it came after the last one.
+    """
+    sizes = [batch.size(layout) for batch in batches]
+    if len(batches) < 2:
+        return tuple(batches)
+    return tuple(replace(batch, repeated=sizes[at] == sizes[at - 1]) for at, batch in enumerate(batches))
 
 
 @dataclass(frozen=True)
@@ -74,8 +97,9 @@ class Plan:
         estimator_rank: of the factors that score channels; 0 where nothing is scored.
         backward_rows: see `SparsityConfig.backward_rows`.
         whole_layers: see `recomputes_rows`.
-        captured: layers are captured in CUDA graphs, so that dense training has whole layers too.
+        captured: layers are captured in CUDA graphs, so that dense training has whole layers too, as in FP8.
         output_norm: the MLP's output is normalised, so that a recompute needs it.
+        precision: see `SparsityConfig.precision`; ``in_4bit``: frozen weights are in 4 bits.
     """
 
     shape: ModelShape
@@ -91,10 +115,13 @@ class Plan:
     whole_layers: bool = True
     captured: bool = False
     output_norm: bool = False
+    precision: str = "bf16"
+    in_4bit: bool = True
 
     def dense(self) -> Plan:
-        """The same training without sparsity."""
-        return replace(self, layers=((0.0, 0.0),) * len(self.layers), backward_rows=1.0, captured=False)
+        """The same training without sparsity, in bf16."""
+        layers = ((0.0, 0.0),) * len(self.layers)
+        return replace(self, layers=layers, backward_rows=1.0, captured=False, precision="bf16")
 
     @property
     def row_sparse(self) -> bool:
@@ -124,6 +151,8 @@ class Work:
         sparse_rows: context rows times sparse parts times hidden size, the work of gathering, scoring and scattering;
             with row sparsity the rows of the backward pass times layers times hidden size.
         layers, sparse_parts: the numbers that the host launches.
+        dequantised: elements of 4-bit weights that are dequantised, however many rows there are.
+        spared: FLOPs of `products` whose time FP8 saves; below 0 where there are too few rows for it.
     """
 
     products: int
@@ -132,6 +161,8 @@ class Work:
     sparse_rows: int
     layers: int
     sparse_parts: int
+    dequantised: int = 0
+    spared: int = 0
 
     @property
     def flops(self) -> int:
@@ -147,7 +178,8 @@ def batch_flops(plan: Plan, batch: MicroBatch, removal: bool) -> StepFlops:
     """
     sparse = plan.is_sparse and batch.context > 0
     skips_output, removal = removal, removal and plan.backend == "unsloth"
-    whole = plan.whole_layers and (sparse or (plan.captured and not plan.is_sparse))
+    dense_whole = (plan.captured or plan.precision != "bf16") and not plan.is_sparse
+    whole = plan.whole_layers and (sparse or dense_whole)
     last_layer = None
     if removal and batch.rows - batch.loss >= WORTH_REMOVING * batch.rows:
         last_layer = batch.loss
@@ -197,7 +229,27 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
     else:
         parts = plan.sparse_parts if batch.context else 0
         sparse_rows = batch.context * parts * hidden
-    return Work(products, core, rows, sparse_rows, layers, parts)
+    elements = layers * sum(inputs * outputs for inputs, outputs in plan.shape.projections().values())
+    dequantised = elements * (2 + plan.checkpointing) * plan.in_4bit
+    return Work(products, core, rows, sparse_rows, layers, parts, dequantised, _spared(plan, batch, flops))
+
+
+def fp8_time(rows: int, in_4bit: bool) -> float:
+    """The time of products with frozen weights in FP8, relative to bf16: lines through `FP8_PRODUCTS`.
+
+    Converting the weights takes as long for few rows as for many.
+    """
+    (few, at_few), (many, at_many) = FP8_PRODUCTS[in_4bit].items()
+    bf16, fp8 = (a + (b - a) * (rows - few) / (many - few) for a, b in zip(at_few, at_many, strict=True))
+    return fp8 / bf16
+
+
+def _spared(plan: Plan, batch: MicroBatch, flops: StepFlops) -> int:
+    rows = batch.context if plan.precision == "fp8-context" else batch.rows
+    if plan.precision == "bf16" or not plan.whole_layers or not rows:
+        return 0
+    frozen = flops.parts.mlp_base + flops.parts.attention_projections
+    return round(frozen * rows / batch.rows * (1 - fp8_time(rows, plan.in_4bit)))
 
 
 def backward_rows_of(plan: Plan, batch: MicroBatch) -> int:

@@ -1,4 +1,4 @@
-"""The demonstration on a CPU: dense, sparse, and dense at equal cost."""
+"""The demonstration: dense and sparse steps in turns; stock and `auto` on a GPU."""
 
 from sparse_unsloth.quickstart.run import quickstart
 

@@ -6,15 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-TITLE = "SmolLM2-135M-Instruct, LoRA on seven projections: dense against sparse"
-COLOURS = {"dense": "tab:blue", "sparse": "tab:orange", "dense, equal cost": "tab:green"}
+from sparse_unsloth.data.smollm2 import SMOLLM2
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green")
 SMOOTHING = 5
+
+
+def title(results: dict[str, Any]) -> str:
+    """Returns the report's title."""
+    first, second, *_ = results["runs"]
+    if first == "stock":  # on a GPU
+        first = f"stock {'Unsloth' if 'unsloth' in results['environment']['packages'] else 'PEFT'}"
+    model = "SmolLM2-135M-Instruct" if results["model"] == SMOLLM2 else results["model"].rpartition("/")[2]
+    return f"{model}, LoRA on seven projections: {first} against {second}"
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns the table's heading and rows as text."""
     runs, before = results["runs"], results["before"]
-    dense_flops = runs["dense"]["flops"]
+    first, second, *_ = runs
+    in_pairs = {first: 1.0, second: results["pairs"]["median"]}
 
     def line(label: str, form: str, pick, start: str = "") -> list[str]:
         values = [pick(run) for run in runs.values()]
@@ -29,34 +40,44 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         held_out("answer loss, held out", "{:.3f}", "answer_loss"),
         held_out("token accuracy, held out", "{:.1%}", "token_accuracy"),
         held_out("exact match, held out", "{:.1%}", "exact_match"),
-        line("dense step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["dense"]),
-        line("sparse step, median s", "{:.2f}", lambda run: run["median_step_seconds"]["sparse"]),
-        line("set-up, calibration, s", "{:.1f}", lambda run: run["setup_seconds"]),
-        line("training in all, s", "{:.0f}", lambda run: run["train_seconds"]),
-        line("FLOPs, 10^12", "{:.1f}", lambda run: run["flops"] / 1e12),
-        line("FLOPs, of the dense run's", "{:.0%}", lambda run: run["flops"] / dense_flops),
+        line("step, median s", "{:.2f}", lambda run: run["median_step_seconds"]),
+        ["speed, median of pairs", "", *_speeds(runs, in_pairs)],
+        line("steps in all, s", "{:.0f}", lambda run: sum(run["step_seconds"])),
         line("context share of tokens", "{:.1%}", lambda run: run["context_share"]),
         line("padding share of batches", "{:.1%}", lambda run: run["padding_share"]),
     ]
+    if "flops" in runs[first]:
+        table += [
+            line("FLOPs, 10^12", "{:.1f}", lambda run: run["flops"] / 1e12),
+            line("FLOPs, of the dense run's", "{:.0%}", lambda run: run["flops"] / runs[first]["flops"]),
+        ]
     return ["", "before", *runs], table
 
 
 def notes(results: dict[str, Any]) -> list[str]:
     """Returns notes that explain the table, in one or two sentences each."""
-    lines = []
-    if results["sparse_step_speedup"] is not None:
-        pairs = sum(results["runs"]["sparse"]["step_is_sparse"])
-        lines.append(
-            f"A sparse step is {results['sparse_step_speedup']:.2f} times as fast as the dense step on the same batch "
-            f"(median of {pairs} pairs) and takes {results['sparse_step_flops']:.0%} of its FLOPs "
-            f"({results['sparse_step_flops_without_padding']:.0%} if neither computed padding)."
-        )
+    lines, pairs, (first, second, *_) = [], results["pairs"], results["runs"]
+    if pairs["median"] is not None:
+        saved = ""
+        if "sparse_step_flops" in results:
+            saved = (
+                f" and takes {results['sparse_step_flops']:.0%} of its FLOPs "
+                f"({results['sparse_step_flops_without_padding']:.0%} if neither computed padding)"
+            )
+        lines += [
+            f"A step of the {second} run is {pairs['median']:.2f} times as fast as the {first} run's on the same batch "
+            f"(median of {len(pairs['speed'])} pairs, each right after the other in one process){saved}.",
+            pairs["verdict"],
+        ]
+    if "flops" in results["runs"][first]:
+        lines += [
+            "FLOPs are counted as computed: plain TRL pads to the longest sample of a batch; a dense step computes "
+            "that padding, a sparse MLP leaves it out (and so does the backward pass of `backward_rows`).",
+            "Equal cost: a dense run with its own full learning-rate schedule that stops at the sparse run's FLOPs, "
+            "calibration included. A sparse run is worth having where it beats that one.",
+        ]
     answers = results["before"]["answers"]
     lines += [
-        "FLOPs are counted as computed: plain TRL pads to the longest sample of a batch; a dense step computes that "
-        "padding, a sparse MLP leaves it out (and so does the backward pass of `backward_rows`).",
-        "Equal cost: a dense run with its own full learning-rate schedule that stops at the sparse run's FLOPs, "
-        "calibration included. A sparse run is worth having where it beats that one.",
         f"Held out: {answers} questions that do not occur in training, answered by the dense forward; one answer is "
         f"{1 / answers:.1%} of exact match. One seed: small differences mean nothing.",
         f"Same initial adapter: {_yes(results['same_initial_adapter'])}. "
@@ -72,7 +93,7 @@ def terminal_table(results: dict[str, Any]):
     from rich.table import Table
 
     heading, body = rows(results)
-    table = Table(title=TITLE)
+    table = Table(title=title(results))
     for index, name in enumerate(heading):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in body:
@@ -85,8 +106,13 @@ def markdown(results: dict[str, Any]) -> str:
     heading, body = rows(results)
     lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(heading) - 1)}"]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    lines += ["", *(f"- {note}" for note in notes(results)), "", "![Loss and step time](quickstart.png)"]
-    return f"# {TITLE}\n\n" + "\n".join(lines) + "\n"
+    lines += [
+        "",
+        *(f"- {note}" for note in notes(results)),
+        "",
+        "![Loss, and the times of paired steps](quickstart.png)",
+    ]
+    return f"# {title(results)}\n\n" + "\n".join(lines) + "\n"
 
 
 def save_report(results: dict[str, Any], folder: Path) -> None:
@@ -98,50 +124,62 @@ def save_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws the loss over the FLOPs spent, and the seconds of each step."""
+    """Draws the loss over the FLOPs spent (on a GPU: the time), and the seconds of the paired steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     loss, time = figure.subplots(1, 2)
-    for name, run in results["runs"].items():
-        spent = _cumulated(run["flops_by_step"], run["calibration_flops"])
-        loss.plot(spent, _smooth(run["losses"]), color=COLOURS[name], label=f"{name}, training")
-        loss.plot(spent[-1], run["evaluation"]["answer_loss"], "o", color=COLOURS[name])
+    counted = all("flops" in run for run in results["runs"].values())
+    for colour, (name, run) in zip(COLOURS, results["runs"].items(), strict=False):
+        steps = [count / 1e12 for count in run["flops_by_step"]] if counted else run["step_seconds"]
+        spent = _cumulated(steps, run["calibration_flops"] / 1e12 if counted else run["setup_seconds"])
+        loss.plot(spent, _smooth(run["losses"]), color=colour, label=f"{name}, training")
+        loss.plot(spent[-1], run["evaluation"]["answer_loss"], "o", color=colour)
     loss.plot([], [], "o", color="grey", label="held-out answers, at the end")
-    loss.set(xlabel="FLOPs spent, 10^12", ylabel="loss, nats a token", yscale="log", title="Loss")
+    spent = "FLOPs spent, 10^12" if counted else "seconds, set-up included"
+    loss.set(xlabel=spent, ylabel="loss, nats a token", yscale="log", title="Loss")
     for axis_formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
         axis_formatter(StrMethodFormatter("{x:g}"))
     loss.legend(fontsize="small")
-    for name in ("dense", "sparse"):
-        run = results["runs"][name]
-        time.plot(range(1, run["steps"] + 1), run["step_seconds"], ".", color=COLOURS[name], label=f"{name} run")
-    sparse = [step for step, is_sparse in enumerate(results["runs"]["sparse"]["step_is_sparse"], start=1) if is_sparse]
-    if sparse:
-        time.axvspan(sparse[0] - 0.5, sparse[-1] + 0.5, color=COLOURS["sparse"], alpha=0.12, label="sparse steps")
-    time.set(xlabel="optimiser step", ylabel="seconds", title="Time of a step")
-    time.set_ylim(bottom=0)
-    time.legend(fontsize="small")
+    _draw_pairs(time, results)
     figure.savefig(path, dpi=120)
 
 
+def _draw_pairs(axes, results: dict[str, Any]) -> None:
+    """Draws each step's seconds in both runs, joined by a line."""
+    names = list(results["runs"])[:2]
+    seconds = [results["runs"][name]["step_seconds"] for name in names]
+    steps = range(1, len(seconds[0]) + 1)
+    axes.vlines(steps, *seconds, color="lightgrey", zorder=0)
+    for colour, name, values in zip(COLOURS, names, seconds, strict=False):
+        axes.plot(steps, values, ".", markersize=8, color=colour, label=f"{name} run")
+    median = results["pairs"]["median"]
+    found = "" if median is None else f": {median:.2f} times as fast (median)"
+    axes.set(xlabel="optimiser step", ylabel="seconds", title=f"Times of a step in pairs{found}")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
+def _speeds(runs: dict[str, Any], known: dict[str, float | None]) -> list[str]:
+    """Returns each run's speed over the dense step on the same batch; only the first two were paired."""
+    return ["-" if known.get(name) is None else f"{known[name]:.2f}x" for name in runs]
+
+
 def _machine(results: dict[str, Any]) -> str:
-    environment = results["environment"]
-    packages = ", ".join(
-        f"{name} {environment['packages'].get(name, '?')}" for name in ("torch", "transformers", "trl", "peft")
-    )
-    return (
-        f"{environment['processor']}, {environment['torch_threads']} threads, float32; {packages}; the whole "
-        "quickstart took "
-        f"{results['seconds'] / 60:.1f} minutes."
-    )
+    environment, names = results["environment"], ["torch", "transformers", "trl", "peft"]
+    where = f"{environment['processor']}, {environment['torch_threads']} threads, float32"
+    if "flops" not in next(iter(results["runs"].values())):
+        where, names = f"{', '.join(environment['gpus'])}, 4-bit weights", [*names, "unsloth"]
+    packages = ", ".join(f"{name} {environment['packages'].get(name, 'not installed')}" for name in names)
+    return f"{where}; {packages}; the whole quickstart took {results['seconds'] / 60:.1f} minutes."
 
 
-def _cumulated(values: list[int], start: int) -> list[float]:
+def _cumulated(values: list[float], start: float) -> list[float]:
     total, sums = start, []
     for value in values:
         total += value
-        sums.append(total / 1e12)
+        sums.append(total)
     return sums
 
 

@@ -1,4 +1,5 @@
-"""Runs the quickstart: trains a small model dense, sparse, and dense at the sparse run's cost, on the CPU."""
+"""Runs the quickstart: trains a small model dense, sparse, and dense at the sparse run's cost; or on a GPU stock and
+with `auto`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +23,12 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from sparse_unsloth.attachment import get_state
+from sparse_unsloth.attachment import detach, get_state
 from sparse_unsloth.costs.flops import ATTENTION, MLP, ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import DataError
+from sparse_unsloth.quickstart.pairs import Pairs
 from sparse_unsloth.quickstart.report import save_report, terminal_table
+from sparse_unsloth.quickstart.turns import StepInTurns, Turns
 from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
@@ -41,6 +45,14 @@ CALIBRATION_BATCH = 8
 OWN_FILES = ("adapter", "recipe.yaml", "checkpoint-*", "explain*", "estimator.safetensors", "README.md", "runs")
 """The files that a run of the quickstart writes to its folder."""
 DENSE, SPARSE, EQUAL = "dense", "sparse", "dense, equal cost"
+STOCK, AUTO = "stock", "auto"
+ON_GPU = {
+    "model_name_or_path": "unsloth/Llama-3.2-1B-Instruct", "backend": "auto", "use_cpu": "false", "dtype": "bfloat16",
+    "bf16": "true", "load_in_4bit": "true", "gradient_checkpointing": "true", "max_length": "1024", "max_steps": "100",
+    "dataset_size": "512",
+    "dataset_options": '{"needle_haystack": {"min_num_statements": 20, "max_num_statements": 60}}',
+}  # fmt: skip
+"""The recipe's keys on a GPU: a real model in 4 bits, longer prompts, and Unsloth where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,11 @@ class BatchLog:
 def quickstart(
     output_dir: str | Path = "runs/quickstart", steps: int | None = None, test_size: int | None = None
 ) -> dict:
-    """Trains and evaluates the three runs; prints the table and saves table, picture and figures in ``output_dir``.
+    """Trains and evaluates the runs; prints the table and saves table, picture and figures in ``output_dir``.
+
+    Two runs take turns, step by step, so that the times of their steps are compared in pairs: dense and sparse, and on
+    a GPU stock Unsloth (PEFT, where Unsloth is not installed) and `auto`. A third run on the CPU is dense and stops at
+    the sparse run's FLOPs.
 
     Args:
         output_dir: results of an earlier quickstart in it are replaced.
@@ -94,38 +110,53 @@ def quickstart(
     Raises:
         SparsityError: the model or a package is missing, or TRL cannot train on this machine.
     """
-    check_can_train(use_cpu=True)
+    on_gpu = has_gpu()
+    check_can_train(use_cpu=not on_gpu)
     began = time.perf_counter()
     folder, console = Path(output_dir), Console()
     check_output(folder, "output-dir")
-    for name in (DENSE, SPARSE, EQUAL):
+    for name in (STOCK, AUTO) if on_gpu else (DENSE, SPARSE, EQUAL):
         _refuse_unknown_files(_run_folder(folder, name))
-    overrides = [] if steps is None else ["--max_steps", str(steps)]
+    overrides = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)] if on_gpu else []
+    overrides += [] if steps is None else ["--max_steps", str(steps)]
     overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
     results: dict[str, Any] = {"environment": environment(), "runs": {}}
-    logs: dict[str, BatchLog] = {}
     with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
-        for name in (DENSE, SPARSE, EQUAL):
-            run_folder = _run_folder(folder, name)
-            chosen = [*overrides, "--output_dir", str(run_folder)]
-            if name != SPARSE:
-                chosen += ["--sparsity", "dense"]
-            if name == EQUAL:
-                flops = results["runs"][DENSE]["flops_by_step"]
-                chosen += ["--max_steps", str(equal_cost_steps(flops, results["runs"][SPARSE]["flops"]))]
-            # Loading a recipe resets state that trainers share, so each is loaded after the run before it.
-            recipe = load_recipe(RECIPE, chosen)
-            if name == SPARSE:
-                results["sparsity"] = recipe.sparsity.model_dump(mode="json")
-            logs[name] = BatchLog()
-            results["runs"][name] = _run(recipe, name, results, logs[name], progress, setup)
-    results |= _compare(results["runs"], logs)
+
+        def prepare(name: str, *words: str) -> Training:
+            chosen = [*overrides, "--output_dir", str(_run_folder(folder, name)), *words]
+            return Training(load_recipe(RECIPE, chosen), name, progress, setup)
+
+        if on_gpu:
+            pair = prepare(STOCK, "--sparsity", "dense"), prepare(AUTO, "--sparsity", "auto")
+            detach(pair[0].trainer.model)
+        else:
+            pair = prepare(DENSE, "--sparsity", "dense"), prepare(SPARSE)
+        results |= _describe(pair[0])
+        results["before"] = evaluate(pair[0].trainer, progress)
+        Turns().run(*(training.train for training in pair))
+        results["pairs"] = _pairs(*pair).as_dict()
+        results["sparsity"] = get_state(pair[1].trainer.model).config.model_dump(mode="json")
+        logs = {training.name: training.batches for training in pair}
+        runs = {training.name: training.figures(count_flops=not on_gpu) for training in pair}
+        if not on_gpu:
+            equal_steps = equal_cost_steps(runs[DENSE]["flops_by_step"], runs[SPARSE]["flops"])
+            equal = prepare(EQUAL, "--sparsity", "dense", "--max_steps", str(equal_steps))
+            equal.train()
+            runs[EQUAL], logs[EQUAL] = equal.figures(), equal.batches
+        results["runs"] = runs
+    results |= _compare(runs, logs)
     results["seconds"] = time.perf_counter() - began
     save_report(results, folder)
     console.print(terminal_table(results))
     console.print(f"Table, figures and picture: {folder}/results.md, results.json, quickstart.png", highlight=False)
     return results
+
+
+def has_gpu() -> bool:
+    """Whether the quickstart takes the real path: a model in 4 bits, by `auto`, against stock Unsloth."""
+    return torch.cuda.is_available()
 
 
 def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
@@ -153,55 +184,80 @@ def _refuse_unknown_files(folder: Path) -> None:
         )
 
 
-def _run(
-    recipe: Recipe, name: str, results: dict, batches: BatchLog, progress: Progress, setup: SetUp
-) -> dict[str, Any]:
-    task = progress.add_task(name, total=recipe.training.max_steps)
-    trainer, timer = build_trainer(recipe, (_Advance(progress, task),))
-    trainer.remove_callback(PrinterCallback)
+class Training:
+    """One of the runs: its trainer, the times of its steps and its batches.
 
-    def replace_earlier_run() -> None:
-        setup.over = True
-        shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+    Loading a recipe resets state that trainers share; the trainer that is built next sets it again, for all.
+    """
 
-    timer.begins = replace_earlier_run
-    handle = trainer.model.register_forward_pre_hook(batches.hook, with_kwargs=True)
-    initial = _digest([parameter for parameter in trainer.model.parameters() if parameter.requires_grad])
-    if "model" not in results:
-        results |= _describe(recipe, trainer)
-        results["before"] = evaluate(trainer)
-    timer.start()
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    handle.remove()
-    trainer.save_model(str(Path(recipe.training.output_dir) / "adapter"))
-    recipe.save(Path(recipe.training.output_dir) / "recipe.yaml")
+    def __init__(self, recipe: Recipe, name: str, progress: Progress, setup: SetUp):
+        self.recipe, self.name, self.batches, self._progress = recipe, name, BatchLog(), progress
+        task = progress.add_task(name, total=recipe.training.max_steps)
+        progress.refresh()  # it is loaded now
+        self.trainer, self.timer = build_trainer(recipe, (_Advance(progress, task),))
+        self.trainer.remove_callback(PrinterCallback)
+        self._initial = _digest([parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad])
 
-    log = batches.batches()
-    flops = flops_by_step(recipe, trainer, log)
-    real = flops_by_step(recipe, trainer, [replace(batch, padding=0) for batch in log])
-    calibration = _calibration_flops(recipe, trainer)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = sum(batch.dense + batch.context for batch in log)
-    return {
-        "steps": len(timer.times.seconds),
-        "losses": losses,
-        "train_loss": sum(losses[-_last_tenth(losses) :]) / _last_tenth(losses),
-        "evaluation": evaluate(trainer),
-        "train_seconds": seconds,
-        "setup_seconds": timer.setup_seconds,
-        "step_seconds": timer.times.seconds,
-        "step_is_sparse": timer.times.sparse,
-        "median_step_seconds": {kind: timer.times.median(kind == SPARSE) for kind in (DENSE, SPARSE)},
-        "flops_by_step": flops,
-        "flops_by_step_without_padding": real,
-        "calibration_flops": calibration,
-        "flops": sum(flops) + calibration,
-        "context_share": sum(batch.context for batch in log) / tokens,
-        "padding_share": sum(batch.padding for batch in log) / sum(math.prod(batch.shape) for batch in log),
-        "initial_adapter": initial,
-    }
+        def replace_earlier_run() -> None:
+            setup.over = True
+            shutil.rmtree(recipe.training.output_dir, ignore_errors=True)
+
+        self.timer.begins = replace_earlier_run
+
+    def train(self, give_away: Callable[[], None] | None = None) -> None:
+        """Trains and saves the adapter; ``give_away`` is called before each step but the first, if given."""
+        trainer, folder = self.trainer, Path(self.recipe.training.output_dir)
+        if give_away is not None:
+            trainer.callback_handler.callbacks.insert(0, StepInTurns(give_away))
+        handle = trainer.model.register_forward_pre_hook(self.batches.hook, with_kwargs=True)
+        self.timer.start()
+        trainer.train()
+        handle.remove()
+        trainer.save_model(str(folder / "adapter"))
+        self.recipe.save(folder / "recipe.yaml")
+
+    def figures(self, count_flops: bool = True) -> dict[str, Any]:
+        """Evaluates the trained model and returns the run's figures as plain data."""
+        trainer, times, log = self.trainer, self.timer.times, self.batches.batches()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        tokens = sum(batch.dense + batch.context for batch in log)
+        return {
+            "steps": len(times.seconds),
+            "losses": losses,
+            "train_loss": sum(losses[-_last_tenth(losses) :]) / _last_tenth(losses),
+            "evaluation": evaluate(trainer, self._progress),
+            "setup_seconds": self.timer.setup_seconds,
+            "step_seconds": times.seconds,
+            "step_is_sparse": times.sparse,
+            "median_step_seconds": statistics.median(times.seconds[1:] or times.seconds),
+            "context_share": sum(batch.context for batch in log) / tokens,
+            "padding_share": sum(batch.padding for batch in log) / sum(math.prod(batch.shape) for batch in log),
+            "initial_adapter": self._initial,
+            **(self._flops(log) if count_flops else {}),
+        }
+
+    def _flops(self, log: list[Batch]) -> dict[str, Any]:
+        flops, calibration = (
+            flops_by_step(self.recipe, self.trainer, log),
+            _calibration_flops(self.recipe, self.trainer),
+        )
+        real = flops_by_step(self.recipe, self.trainer, [replace(batch, padding=0) for batch in log])
+        return {
+            "flops_by_step": flops,
+            "flops_by_step_without_padding": real,
+            "calibration_flops": calibration,
+            "flops": sum(flops) + calibration,
+        }
+
+
+def _pairs(first: Training, second: Training) -> Pairs:
+    """Pairs the second run's sparse steps (all, where none is) with the first run's steps on the same batches.
+
+    The first step of both, which warms up, comes first.
+    """
+    sparse = second.timer.times.sparse
+    steps = [step for step, is_sparse in enumerate(sparse) if is_sparse or step == 0 or not any(sparse)]
+    return Pairs.of(*([run.timer.times.seconds[step] for step in steps] for run in (first, second)))
 
 
 def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
@@ -279,7 +335,7 @@ def _calibration_flops(recipe: Recipe, trainer: SFTTrainer) -> int:
 
 
 @torch.no_grad()
-def evaluate(trainer: SFTTrainer) -> dict[str, float]:
+def evaluate(trainer: SFTTrainer, progress: Progress | None = None) -> dict[str, float]:
     """Evaluates the held-out samples with teacher forcing and the dense forward.
 
     ``answer_loss`` is the mean negative log-likelihood, in nats, of the answers' tokens (with the end of turn).
@@ -290,10 +346,14 @@ def evaluate(trainer: SFTTrainer) -> dict[str, float]:
     was_training = model.training
     model.eval()
     loss, correct, tokens, exact, answers = 0.0, 0, 0, 0, 0
-    for batch in map(read_batch, trainer.get_eval_dataloader()):
+    batches = trainer.get_eval_dataloader()
+    if progress is not None:
+        batches = progress.track(batches, description="evaluating")
+    for batch in map(read_batch, batches):
         labels = batch.labels[:, 1:]
         # Without labels the model returns logits, in TRL's patched forward too.
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        with trainer.compute_loss_context_manager():  # mixed precision, as in training
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
         answer = labels != -100
         chosen = logits[answer].float()
         loss += nn.functional.cross_entropy(chosen, labels[answer], reduction="sum").item()
@@ -311,35 +371,36 @@ def evaluate(trainer: SFTTrainer) -> dict[str, float]:
     }
 
 
-def _describe(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
+def _describe(training: Training) -> dict[str, Any]:
+    recipe = training.recipe
     return {
         "model": recipe.model.model_name_or_path,
         "dataset": recipe.data.dataset_name,
         "batch_size": recipe.training.per_device_train_batch_size,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in training.trainer.model.parameters() if p.requires_grad),
     }
 
 
 def _compare(runs: dict[str, dict], logs: dict[str, BatchLog]) -> dict[str, Any]:
-    """Compares runs: whether start and data are the same, and a batch's time and FLOPs, dense and sparse."""
-    dense, sparse = runs[DENSE], runs[SPARSE]
+    """Compares runs: whether start and data are the same, and a batch's FLOPs, dense and sparse."""
+    dense, sparse, *_ = runs.values()
     steps = [step for step, is_sparse in enumerate(sparse["step_is_sparse"]) if is_sparse]
-    seconds = [dense["step_seconds"][step] / sparse["step_seconds"][step] for step in steps]
 
     def ratio(name: str) -> float:
         spent = [sum(run[name][step] for step in steps) for run in (dense, sparse)]
         return spent[1] / spent[0]
 
-    return {
+    found = {
         "same_initial_adapter": len({run["initial_adapter"] for run in runs.values()}) == 1,
         "same_batches": all(
-            logs[DENSE].digest(run["steps"]) == log.digest(run["steps"])
-            for run, log in zip(runs.values(), logs.values(), strict=True)
+            logs[name].digest(run["steps"]) == next(iter(logs.values())).digest(run["steps"])
+            for name, run in runs.items()
         ),
-        "sparse_step_speedup": statistics.median(seconds) if steps else None,
-        "sparse_step_flops": ratio("flops_by_step") if steps else None,
-        "sparse_step_flops_without_padding": ratio("flops_by_step_without_padding") if steps else None,
     }
+    if steps and "flops" in dense:
+        found["sparse_step_flops"] = ratio("flops_by_step")
+        found["sparse_step_flops_without_padding"] = ratio("flops_by_step_without_padding")
+    return found
 
 
 class _Advance(TrainerCallback):
@@ -353,8 +414,9 @@ class _Advance(TrainerCallback):
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, auto_refresh=False)
+    columns = (TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns += (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -364,14 +426,18 @@ def _quiet():
     from transformers.utils import logging as transformers_logging
 
     level = logging.getLogger("transformers").level
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
+    switches = [(datasets.disable_progress_bars, datasets.enable_progress_bars)]
+    switches += [(transformers_logging.disable_progress_bar, transformers_logging.enable_progress_bar)]
+    shown = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    switches = [switch for switch, is_on in zip(switches, shown, strict=True) if is_on]
+    for off, _ in switches:
+        off()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
-        transformers_logging.enable_progress_bar()
+        for _, on in switches:
+            on()
         logging.getLogger("transformers").setLevel(level)
 
 

@@ -5,6 +5,7 @@ Where they changed, `why_dense` repeats the checks of attaching.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from sparse_unsloth.layer.fast import why_not_fast
 from sparse_unsloth.model.adapters import refuse_dropout, refuse_other_adapters
 from sparse_unsloth.ops.projection import check_adapters, check_frozen
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
+from sparse_unsloth.utils.watch import Watch
 
 REATTACH = "Call detach(model), then attach it again."
 
@@ -28,6 +30,7 @@ def refuse_adapters(state: SparsityState) -> None:
 def note_proved(state: SparsityState) -> None:
     """Notes the present adapters as those that attaching proved."""
     state.proved_adapters = state.seen_adapters = _adapters(state)
+    state.adapter_watch = _watch_adapters(state)
 
 
 def why_dense(state: SparsityState) -> str:
@@ -35,10 +38,13 @@ def why_dense(state: SparsityState) -> str:
 
     The checks of attaching are repeated only where the adapters of a hooked layer changed since the last forward.
     """
-    adapters = _adapters(state)
-    if adapters != state.seen_adapters:
-        state.seen_adapters = adapters
-        state.adapter_problem = "" if adapters == state.proved_adapters else _problem(state)
+    if not state.adapter_watch.holds():
+        adapters = _adapters(state)
+        if adapters != state.seen_adapters:
+            state.seen_adapters = adapters
+            state.adapter_problem = "" if adapters == state.proved_adapters else _problem(state)
+        state.adapter_watch = _watch_adapters(state)
+        state.adapter_version += 1
     return state.adapter_problem
 
 
@@ -62,6 +68,33 @@ def _adapters(state: SparsityState) -> list[Any]:
                 *(tensor is not None and tensor.requires_grad for tensor in base._parameters.values()),
             )
     return found
+
+
+def _watch_adapters(state: SparsityState) -> Watch:
+    """Holds as long as `_adapters`, and what layers read of their projections, stay; tells it much sooner.
+
+    The layers watch weights, LoRA's matrices and scales themselves, in each call (`FastLayer.projections`).
+    """
+    watch = Watch()
+    for layer in filter(state.runtime, state.layers):
+        projections = layer.projections()
+        parents = {name.rpartition(".")[0] for name in projections}
+        for parent in (layer.module, *(layer.module.get_submodule(name) for name in parents if name)):
+            watch.equal(parent.__dict__, "_modules", dict(parent._modules))
+        for projection in projections.values():
+            attributes, base = projection.__dict__, projection._modules.get("base_layer", projection)
+            watch.same(attributes, "_disable_adapters", "scaling")
+            for name in ("_active_adapter", "merged_adapters"):
+                watch.equal(attributes, name, copy.copy(attributes.get(name)))
+            dropouts = projection._modules.get("lora_dropout")
+            for module in (projection, base, *(() if dropouts is None else (dropouts,))):
+                watch.equal(module.__dict__, "_modules", dict(module._modules))
+            watch.type_of(base)
+            watch.same(base._parameters, *base._parameters)
+            for tensor in filter(lambda one: one is not None, base._parameters.values()):
+                watch.trained(tensor)
+                watch.same(tensor.__dict__, "quant_state")
+    return watch
 
 
 def _problem(state: SparsityState) -> str:

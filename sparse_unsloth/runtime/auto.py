@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +23,30 @@ from torch.distributed.tensor import DTensor
 from sparse_unsloth.config.sparsity import BACKWARD_ROWS
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import AttachError, ConfigError
+from sparse_unsloth.layer.attention import CAPTURABLE
 from sparse_unsloth.model.adapters import refuse_dropout
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.dispatch import use_kernels
-from sparse_unsloth.planning.decide import Decision, Facts, Kept, Speed, decide, mend
+from sparse_unsloth.planning.decide import Decision, Facts, Forwards, Kept, Speed, decide, mend
 from sparse_unsloth.planning.fits import Fitted, choose, load
-from sparse_unsloth.planning.progress import Outcome, Watch
+from sparse_unsloth.planning.progress import Outcome, Watch, of_all
 from sparse_unsloth.planning.table import table
-from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan
+from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan, mark_repeated
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.merging import MEMORY_SHARE, fits, is_planned
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
+from sparse_unsloth.tokens.merge import extents, grouped, join, why_alone
 from sparse_unsloth.tokens.partition import TokenPartition, partition_of
-from sparse_unsloth.utils.distributed import from_main, is_main, world_size
+from sparse_unsloth.utils.distributed import from_all, from_main, has_group, is_main, world_size
 
 SAMPLES = 16
 """Micro-batches of the data that are read before a training begins."""
 FREE_SHARE = 0.9
 """Of the memory that is free when training begins; the rest is for fragmentation."""
+MOST_SAMPLES = 64
+"""As many of them at most where an optimiser step has more than `SAMPLES`."""
+NO_LOOP = "merging them needs a trainer, and data of which some micro-batches can be read beforehand"
 SHARDED = "the model is sharded (FSDP, ZeRO-3), where the plan cannot change it; name what you want (sparsity='rows')"
 
 clock = time.perf_counter
@@ -52,6 +59,8 @@ def plan_from_data(
     *,
     batch_size: int,
     micro_batches: int,
+    step: int = 1,
+    no_merging: str = NO_LOOP,
     resumed: int = 0,
 ) -> None:
     """Plans a training that begins, by micro-batches of its data set; by its first forward where these cannot be read.
@@ -59,13 +68,14 @@ def plan_from_data(
     Args:
         state: of a model that was attached with preset `auto`.
         dataset, collate_fn, batch_size: as the trainer makes its micro-batches.
-        micro_batches: how many the training has left.
+        micro_batches: how many the training has left; ``step``: how many of them an optimiser step has.
+        no_merging: why none of them may run as one, whatever they hold; "" where they may.
         resumed: the optimiser steps that were done before.
     """
     state.auto.decision, state.auto.watch, state.auto.micro_batches = None, None, micro_batches
-    batches = _sample(dataset, collate_fn, batch_size)
+    batches = _sample(dataset, collate_fn, batch_size, step)
     if batches:
-        _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto")
+        _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto", step, no_merging)
 
 
 def before_forward(state: SparsityState, arguments: Mapping[str, Any]) -> None:
@@ -87,9 +97,9 @@ def before_forward(state: SparsityState, arguments: Mapping[str, Any]) -> None:
         _measure(state, batch)
 
 
-def _plan(state: SparsityState, batches: Sequence[Batch], title: str) -> None:
+def _plan(state: SparsityState, batches: Sequence[Batch], title: str, step: int = 1, no_merging: str = NO_LOOP) -> None:
     with _same_random_state():
-        decision = _settle(state, decide(_gather(state, batches)))
+        decision = _settle(state, decide(_gather(state, batches, step, no_merging)))
     state.auto.watch = None if decision.facts.plan is None else Watch(decision)
     _say(table(decision, title))
 
@@ -99,10 +109,12 @@ def _measure(state: SparsityState, batch: Batch) -> None:
     watch, device = state.auto.watch, _device(state)
     counted = None
     if watch.measures:
-        counted = MicroBatch.of(_roles(state, batch), batch)
+        counted = _count(state, _roles(state, batch), batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
+    if has_group():  # each comes to an outcome at its own time, and all have to change the plan together
+        outcome = of_all(from_all(outcome)) if watch.compares else None
     if outcome is not None:
         state.auto.watch = None
         _compare(state, outcome)
@@ -111,23 +123,20 @@ def _measure(state: SparsityState, batch: Batch) -> None:
 def _compare(state: SparsityState, outcome: Outcome) -> None:
     """Says how the forecast came out, and mends the plan where it was wrong."""
     before = state.auto.decision
+    one = "a micro-batch" if before.merged == 1 else "a merged micro-batch"
+    said = f"sparse_unsloth auto: {outcome.measured:.3g} ms {one} measured, "
     if outcome.predicted is None:
-        said = f"sparse_unsloth auto: {outcome.measured:.3g} ms a micro-batch measured, nothing predicted"
+        said += "nothing predicted"
     else:
-        said = (
-            f"sparse_unsloth auto: {outcome.measured:.3g} ms a micro-batch measured, {outcome.predicted:.3g} predicted "
-            f"({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
-        )
-    # Several processes come here at different times, and would have to change the plan together.
-    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 else None
-    if after is None:
-        _say([said])
-    elif after.chosen == before.chosen:
-        _say([f"{said}; by that the plan stays as it is."])
-    else:
+        said += f"{outcome.predicted:.3g} predicted ({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
+    after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 or has_group() else None
+    changes = after is not None and (after.chosen, after.merged) != (before.chosen, before.merged)
+    if from_main(lambda: changes):  # the others may know of more or less memory
         with _same_random_state():
-            after = _settle(state, after)
+            after = _settle(state, after or before)
         _say([f"{said}; the plan changes.", *table(after, "auto, mended")])
+    else:
+        _say([said if after is None else f"{said}; by that the plan stays as it is."])
 
 
 def _settle(state: SparsityState, decision: Decision) -> Decision:
@@ -159,7 +168,10 @@ def _settle(state: SparsityState, decision: Decision) -> Decision:
 def _attach(state: SparsityState, decision: Decision) -> None:
     budget = _budget(state) if decision.facts.kept else None
     config = state.auto.asked.decided(
-        backward_rows=decision.backward_rows, cuda_graphs=decision.cuda_graphs, memory_budget=budget
+        backward_rows=decision.backward_rows,
+        cuda_graphs=decision.cuda_graphs,
+        memory_budget=budget,
+        merge_micro_batches=decision.merged if decision.merged > 1 else None,
     )
     attached = get_state(state.model) is state
     if attached and (state.config.backward_rows, state.config.cuda_graphs) == (
@@ -177,7 +189,7 @@ def _attach(state: SparsityState, decision: Decision) -> None:
 # -- Facts ------------------------------------------------------------------------------------------------------------
 
 
-def _gather(state: SparsityState, batches: Sequence[Batch]) -> Facts:
+def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_merging: str) -> Facts:
     asked, model = state.auto.asked, state.model
     given = {name: getattr(asked, name) for name in asked.model_fields_set}
     try:
@@ -185,29 +197,77 @@ def _gather(state: SparsityState, batches: Sequence[Batch]) -> Facts:
         roles = [_roles(state, batch) for batch in batches]
     except ConfigError as error:  # of a model whose layers are not alike, or of labels that are not one per token
         return Facts(None, (), given=given, unknown=str(error))
-    counted = tuple(map(MicroBatch.of, roles, batches))
+    layout = PADDED if batches[0].layout == "padded" else PADDING_FREE
     checkpointed = sum(bool(getattr(layer.module, "gradient_checkpointing", False)) for layer in state.layers)
     plan = replace(plan, checkpointing=checkpointed > 0)
     fitted = _fitted(state)
     sharded = _is_sharded(model)
     budget = None if sharded else _budget(state)
+    if is_planned(state) and fitted is None:  # FLOPs know nothing of what merging saves
+        no_merging = no_merging or "no comparable step was measured, so the gain of merging them is not predicted"
+    forwards = _forwards(state, batches, roles, layout, budget)
+    merged, why_not = ({}, no_merging) if no_merging else _merged(state, batches, layout, budget, step)
     why_none = "as you set it" if "memory_budget" in given else SHARDED if sharded else "a CPU's memory is not planned"
     return Facts(
         plan,
-        counted,
-        layout=PADDED if batches[0].layout == "padded" else PADDING_FREE,
+        forwards.batches,
+        layout=layout,
         speed=None if fitted is None else Speed(fitted.step_time),
         source="" if fitted is None else f"steps measured on {fitted.device} ({fitted.backend}, {fitted.dtype})",
         removal=asked.exact_removal,
         no_graphs=SHARDED if sharded else _why_no_graphs(state),
         no_rows=SHARDED if sharded else _why_no_rows(state),
         checkpointed=checkpointed,
-        kept=None if budget is None else {rows: _kept(state, budget, roles, rows) for rows in (False, True)},
+        kept=forwards.kept,
         budget=0 if budget is None else _planner(state, budget, False).budget,
         no_budget=why_none,
         micro_batches=state.auto.micro_batches,
+        merged=merged,
+        no_merging=why_not,
         given=given,
     )
+
+
+def _forwards(
+    state: SparsityState, batches: Sequence[Batch], roles: Sequence[TokenPartition], layout: str, budget: float | None
+) -> Forwards:
+    counted = mark_repeated([_count(state, *one) for one in zip(roles, batches, strict=True)], layout)
+    kept = None if budget is None else {rows: _kept(state, budget, roles, rows) for rows in (False, True)}
+    return Forwards(counted, kept)
+
+
+def _merged(
+    state: SparsityState, batches: Sequence[Batch], layout: str, budget: float | None, step: int
+) -> tuple[dict[int, Forwards], str]:
+    """The forwards of ``batches`` with 2, 4, 8, ... micro-batches of an optimiser step in one, as far as they fit.
+
+    What was set by hand is the only number. Without any number, why.
+    """
+    asked = state.auto.asked.merge_micro_batches
+    if not is_planned(state) and not asked:
+        return {}, ""
+    steps = [batches[first : first + step] for first in range(0, len(batches), step)]
+    found = [extents([one.arguments for one in of_step]) for of_step in steps]
+    reason = next((why for _, why in found if why), "")
+    if reason:
+        return {}, reason
+    limit = MEMORY_SHARE if budget is None and _device(state).type == "cuda" else budget
+    planner, keeps = None if limit is None else _planner(state, limit, False), not (is_planned(state) or budget is None)
+    numbers = [2**power for power in range(1, step.bit_length()) if 2**power < step] + [step]
+    if not is_planned(state):
+        numbers = [step if asked is True else min(asked, step)]
+    options: dict[int, Forwards] = {}
+    for most in numbers:
+        groups = [grouped(one, most, partial(fits, planner=planner, keeps=keeps), reorder=True) for one, _ in found]
+        joined = [
+            read_batch(join([of_step[number].arguments for number in group])) if len(group) > 1 else of_step[group[0]]
+            for of_step, numbered in zip(steps, groups, strict=True)
+            for group in numbered
+        ]
+        if len(joined) == min([len(batches), *(len(forwards.batches) for forwards in options.values())]):
+            break
+        options[most] = _forwards(state, joined, [_roles(state, one) for one in joined], layout, budget)
+    return options, "" if options else why_alone([one for of_step, _ in found for one in of_step], keeps)
 
 
 def _dense_plan(state: SparsityState) -> Plan:
@@ -230,6 +290,8 @@ def _dense_plan(state: SparsityState) -> Plan:
         eager_attention=getattr(config.get_text_config(), "_attn_implementation", None) == "eager",
         whole_layers=use_kernels(next(layer.module.parameters())),
         output_norm=config.get_text_config().model_type in OUTPUT_NORMS,
+        precision=state.auto.asked.precision,
+        in_4bit=_in_4bit(state.model),
     )
 
 
@@ -238,11 +300,14 @@ def _fitted(state: SparsityState) -> Fitted | None:
     device = _device(state)
     if device.type != "cuda":
         return None
-    in_4bit = any(parameter.dtype == torch.uint8 for parameter in state.model.parameters())
     fits, name = load(), torch.cuda.get_device_name(device)
     same = [one for one in fits if one.device == name] or fits
-    dtype = "4bit" if in_4bit else "bf16"
+    dtype = "4bit" if _in_4bit(state.model) else "bf16"
     return choose(same, state.backend.name, dtype) or choose(same, "unsloth", dtype)
+
+
+def _in_4bit(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
 
 
 def _why_no_graphs(state: SparsityState) -> str:
@@ -258,6 +323,8 @@ def _why_no_graphs(state: SparsityState) -> str:
 
 
 def _why_no_rows(state: SparsityState) -> str:
+    if state.auto.asked.dense_tokens == "none":
+        return "dense_tokens: none makes answers context, and rows of answers are never left out by size"
     try:
         for layer in state.layers:
             refuse_dropout(layer)
@@ -300,7 +367,7 @@ def _planner(state: SparsityState, budget: float, rows: bool) -> CheckpointPlann
         row_layers={layer.index: True for layer in state.layers} if rows else {},
         backward_rows=_share(state) if rows else 1.0,
         fused_loss=state.backend.name == "unsloth",
-        loss_only=state.auto.asked.exact_removal,
+        config=state.auto.asked,
     )
 
 
@@ -315,17 +382,30 @@ def _kept(state: SparsityState, budget: float, roles: Sequence[TokenPartition], 
     return Kept(sum(kept for kept, _ in found) / len(found), max(peak for _, peak in found))
 
 
+def _count(state: SparsityState, roles: TokenPartition, batch: Batch) -> MicroBatch:
+    """The tokens of ``batch``, with the lengths of what attention computes: of a whole row where a mask tells
+    documents apart (docs/how-it-works.md, section 5.4).
+    """
+    counted = MicroBatch.of(roles, batch)
+    kind = getattr(state.model.config.get_text_config(), "_attn_implementation", None)
+    masked = state.backend.name == "peft" and batch.layout != "padded" and kind in CAPTURABLE
+    return replace(counted, lengths=(counted.rows,)) if masked and roles.shape[0] == 1 else counted
+
+
 def _roles(state: SparsityState, batch: Batch) -> TokenPartition:
     unpadded = state.backend.name == "unsloth"
     return partition_of(state.model, batch, state.auto.asked.dense_tokens, padding_masked=not unpadded)
 
 
-def _sample(dataset: Any, collate_fn: Callable | None, batch_size: int) -> list[Batch]:
-    """Some micro-batches of a data set; none where it cannot be read without using it up, or tells no labels."""
+def _sample(dataset: Any, collate_fn: Callable | None, batch_size: int, step: int) -> list[Batch]:
+    """Some micro-batches of a data set, of whole optimiser steps; none where they are not known.
+
+    That is where it cannot be read without using it up, or tells no labels.
+    """
     if collate_fn is None or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return []
-    size = max(batch_size, 1)
-    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLES * size))
+    size, count = max(batch_size, 1), min(SAMPLES // step * step or step, MOST_SAMPLES)
+    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), count * size))
     if len(chosen) > size:
         chosen = chosen[: len(chosen) // size * size]
     with _same_random_state():

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from sparse_unsloth.config.layer_rules import LayerSparsity, keep_count
+from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ATTENTION, ModelShape
 from sparse_unsloth.costs.memory import (
     GIB,
     backward_working_set,
+    fp8_working_set,
     fused_logits,
     layer_activations,
     loss_row_activations,
@@ -45,7 +47,8 @@ class CheckpointPlanner:
         budget: `SparsityConfig.memory_budget`.
         row_layers: by index of each row-sparse layer, whether it runs as a whole; others store inputs alone.
         backward_rows: `SparsityConfig.backward_rows`.
-        fused_loss: the loss is Unsloth's, which stores few logits; ``loss_only``: it computes loss positions alone.
+        fused_loss: the loss is Unsloth's, which stores few logits.
+        config: of it `exact_removal` and `precision` count.
 
     Attributes:
         num_kept: how many layers kept their activations in the last forward.
@@ -65,12 +68,12 @@ class CheckpointPlanner:
         row_layers: Mapping[int, bool],
         backward_rows: float,
         fused_loss: bool,
-        loss_only: bool,
+        config: SparsityConfig,
     ):
         self.num_kept, self.context_again = 0, frozenset()
         self._model, self._layers, self._sparsity = model, layers, layer_sparsity
         self._row_layers, self._backward_rows = row_layers, backward_rows
-        self._fused_loss, self._loss_only = fused_loss, loss_only
+        self._fused_loss, self._loss_only, self._fp8 = fused_loss, config.exact_removal, config.fp8
         self._shape = ModelShape.from_config(model.config)
         self._flags: dict[int, object] = {}
         self._devices = [next(layer.module.parameters()).device for layer in layers]
@@ -210,6 +213,7 @@ class CheckpointPlanner:
         size = self._activation_bytes
         layer = layer_activations(self._shape, rows, rows, activation_bytes=size)
         working = layer + backward_working_set(self._shape, rows, self._in_4bit, size)
+        working += fp8_working_set(self._shape, rows, self._in_4bit) * self._fp8
         if self._fused_loss:
             logits = fused_logits(self._shape, len(partition.loss) if self._loss_only else rows)
         else:

@@ -21,6 +21,7 @@ from sparse_unsloth.ops.mlp import MlpMemo
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.rows.energy import GradientEnergy
 from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, rows_with_loss
 
@@ -38,18 +39,24 @@ def runs_twice(where: str) -> AttachError:
 
 
 def wrong_rows(where: str, rows: torch.Size, labels: Sequence[int]) -> AttachError:
-    """The error for a module that got ``rows``, in another number than the ``labels``; both are shapes."""
+    """The error for a module that got ``rows``, in another number than the ``labels`` or the input; both are shapes."""
     return AttachError(
-        f"{where} got {rows.numel()} rows, {list(rows)}, but the labels of this forward count {labels[0] * labels[1]}, "
-        f"{list(labels)}, so the rows' roles are not known. The model puts rows in front of the tokens (soft prompts, "
-        "a prefix, images, sound), cuts its input off (max_seq_length), or cuts or reorders its rows. Give it "
-        "embeddings and labels of the whole length (-100 for the rows in front), or train dense (sparsity=None)."
+        f"{where} got {rows.numel()} rows, {list(rows)}, but the labels of this forward (without labels its input) "
+        f"count {labels[0] * labels[1]}, {list(labels)}, so the rows' roles are not known. The model puts rows in "
+        "front of the tokens (soft prompts, a prefix, images, sound), cuts its input off (max_seq_length), or cuts or "
+        "reorders its rows. Give it embeddings and labels of the whole length (-100 for the rows in front), or train "
+        "dense (sparsity=None)."
     )
 
 
 @dataclass
 class ForwardCounts:
-    """Counts of training forwards with labels and of their loss and context tokens."""
+    """Counts of training forwards whose tokens have roles, and of their loss and context tokens.
+
+    Attributes:
+        completion: of completions in forwards without labels, int64 ``[2]`` on the device: the tokens that no loss is
+            taken of, and all; None without such forwards.
+    """
 
     forwards: int = 0
     sparse_forwards: int = 0
@@ -58,6 +65,12 @@ class ForwardCounts:
     whole_layers: int = 0
     captured_layers: int = 0
     """``whole_layers`` and ``captured_layers`` ran as whole layers and in CUDA graphs in the last forward."""
+    completion: Tensor | None = None
+
+    def add(self, partition: TokenPartition) -> None:
+        """Counts the tokens of one forward."""
+        self.context_tokens += partition.num_context
+        self.dense_tokens += partition.num_dense
 
 
 @dataclass
@@ -105,6 +118,8 @@ class SparseContext:
             ``captured``: the layers that are in CUDA graphs.
         first_backward: in the first sparse forward, checks that its backward pass reaches every trained tensor.
         loss_rows: where this is a forward whose loss it checks.
+        find_roles: where there are no labels, makes the gradient of the stack's output tell the roles of this context;
+            until then it ``awaits_roles``, and ``partition`` tells the number of rows alone.
         entered: names of the decoder layers that ran.
         recomputed: the last recomputed layer: its backward pass, its place, and whether its output was skipped.
     """
@@ -133,6 +148,8 @@ class SparseContext:
         self.padded: tuple[torch.Size, int] | None = None
         self.first_backward: FirstBackward | None = None
         self.loss_rows: LossRows | None = None
+        self.find_roles: Callable[[SparseContext, Any], None] | None = None
+        self.awaits_roles = False
         self.selections: dict[tuple[int, str], MlpSelection | AttentionSelection] = {}
         self.ran: set[tuple[int, str]] = set()
         self.whole: set[int] = set()
@@ -152,12 +169,21 @@ class SparseContext:
         """What layer ``index`` keeps from this forward to its recompute."""
         return self._memos[index]
 
-    def row_choice(self, index: int, share: float) -> RowChoice:
+    def row_choice(self, index: int, share: float, energy: GradientEnergy) -> RowChoice:
         """The row choice of layer ``index`` in this forward, which its parts share."""
         memo = self.memo(index)
         if memo.rows is None:
-            memo.rows = RowChoice(self.partition, share)
+            found = energy.of(index, self.partition.dense.device)
+            memo.rows = RowChoice(self.partition, share, found, self.awaits_roles)
         return memo.rows
+
+    def learn_roles(self, partition: TokenPartition) -> None:
+        """Takes ``partition`` as the roles of this forward's tokens from now on."""
+        self.partition, self.awaits_roles = partition, False
+        self._derived.clear()
+        for memo in self._memos.values():
+            if memo.rows is not None:
+                memo.rows.learn(partition)
 
     def chosen_rows(self, choice: RowChoice) -> TokenPartition:
         """Those of a layer's backward pass by themselves, all dense: `RowChoice.as_partition`, made once a forward."""

@@ -26,9 +26,11 @@ from sparse_unsloth.runtime.auto import before_forward
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext, runs_twice
 from sparse_unsloth.runtime.gradients import FirstBackward
 from sparse_unsloth.runtime.metrics import notice_nonfinite_scores
+from sparse_unsloth.runtime.prompts import close_prefill, open_prefill
+from sparse_unsloth.runtime.roles import AwaitedRoles, roles_of, when_known
 from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 from sparse_unsloth.tokens.batch import Batch, read_batch
-from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, is_sequence_classifier, partition_of
+from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense, is_sequence_classifier
 from sparse_unsloth.utils.distributed import rank
 
 Parts = frozenset[tuple[int, str]]
@@ -119,6 +121,8 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
     Raises:
         AttachError: the layer ran in this forward already, or its recompute reads an output that was left out.
     """
+    if last:
+        layer.__dict__.pop("_sparse_context", None)  # of a pass that did not come to its end
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
     context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
     if context is None and runtime is not None and runtime.state.handing is not None:
@@ -129,7 +133,7 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
         elif name in context.entered and runtime is not None:
             raise runs_twice(name)
         context.entered.add(name)
-        if last and context.loss_rows is not None:
+        if last and (context.loss_rows is not None or context.find_roles is not None):
             layer.__dict__["_sparse_context"] = context
     if runtime is not None:
         runtime.context = context
@@ -161,8 +165,12 @@ def _leave_layer(layer: nn.Module, args: tuple, output: Any) -> None:
 
 def _leave_last_layer(layer: nn.Module, args: tuple, output: Any) -> None:
     context: SparseContext | None = layer.__dict__.pop("_sparse_context", None)
-    if context is not None:
+    if context is None:
+        return
+    if context.loss_rows is not None:
         context.loss_rows.watch(context.partition, output)
+    if context.find_roles is not None:
+        context.find_roles(context, output)
 
 
 def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> SparseContext | None:
@@ -170,11 +178,16 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
     if _cannot_be_sparse(state, model, batch):
         return None
     if not model.training:
-        return _open_prefill(state, batch)
+        return open_prefill(state, batch)
+    if batch.labels is None and not torch.is_grad_enabled():
+        return None  # no backward follows: log probabilities of a reference, or of an earlier policy
     if not in_backward():
         state.look_back() if state.driver is not None else state.verify_step()
-    if not _has_roles(state, model, batch):
+    known = when_known(state, model, batch)
+    if known is None:
         return None
+    if known == "backward":
+        return _await_roles(state, batch)
     if batch.is_context_parallel:
         _leave_out_for_split_rows(state)
     loss_only = state.last_layer is not None and loss_is_fused(model, batch)
@@ -184,6 +197,19 @@ def open_forward(state: SparsityState, model: nn.Module, batch: Batch) -> Sparse
         return None
     decision = _decide(state, batch, roles_of(state, batch), graphs)
     return None if decision is None else _context_of(state, batch, *decision, loss_only, graphs)
+
+
+def _await_roles(state: SparsityState, batch: Batch) -> SparseContext | None:
+    """The context of a forward whose roles its backward pass tells; None: it is dense."""
+    partition = TokenPartition.unknown(batch.inputs)
+    scale = _current_scale(state, partition)
+    state.counts.forwards += 1
+    if scale <= 0:
+        return None
+    state.sparse_forwards_in_step += 1
+    context = _context_of(state, batch, partition, scale, frozenset(), loss_only=False, graphs=False)
+    context.find_roles, context.awaits_roles, context.loss_rows = AwaitedRoles(state, batch).watch, True, None
+    return context
 
 
 def _cannot_be_sparse(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
@@ -206,35 +232,6 @@ def _cannot_be_sparse(state: SparsityState, model: nn.Module, batch: Batch) -> b
     return True
 
 
-def _has_roles(state: SparsityState, model: nn.Module, batch: Batch) -> bool:
-    """Whether a training forward has labels, without which its tokens have no roles; says what is missing."""
-    if batch.labels is None:
-        if state.planner is not None:
-            state.planner.restore()
-        if state.runtimes or state.dense_whole:
-            ran = "nothing of it is captured" if state.dense_with_graphs else "it ran dense"
-            ran += (
-                " or in FP8"
-                if state.dense_with_graphs and state.config.fp8
-                else ", in bf16"
-                if state.config.fp8
-                else ""
-            )
-            state.warn_once(
-                "A training forward came without labels (label smoothing, compute_loss_func and some trainers "
-                f"take them away), so its tokens have no roles and {ran}."
-            )
-        return False
-    if batch.labels.is_meta:
-        return False
-    if not state.gradients_seen and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
-        state.warn_once(
-            "A training forward came, and no tensor of the model is trained. A saved adapter is loaded for training by "
-            "FastSparseLanguageModel.from_pretrained, or PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    return True
-
-
 def _decide(
     state: SparsityState, batch: Batch, partition: TokenPartition, graphs: bool
 ) -> tuple[TokenPartition, float, Parts] | None:
@@ -251,8 +248,7 @@ def _decide(
     by_roles = state.config.precision == "fp8-context"
     scale = _current_scale(state, partition) if state.runtimes else 0.0
     state.counts.forwards += 1
-    state.counts.context_tokens += partition.num_context
-    state.counts.dense_tokens += partition.num_dense
+    state.counts.add(partition)
     if graphs and (by_roles or not state.dense_with_graphs):
         partition = pad_dense_count(partition, padding_is_context=state.row_sparse)
     if scale > 0 and not state.context_seen:
@@ -354,7 +350,7 @@ def close_forward(state: SparsityState, context: SparseContext | None) -> None:
     if context is None:
         return
     if context.prefill:
-        _close_prefill(state, context)
+        close_prefill(state, context)
         return
     state.watch.look(context.selections)
     if torch.is_grad_enabled():
@@ -424,14 +420,6 @@ def pad_to_bucket(state: SparsityState, model: nn.Module, batch: Batch) -> Batch
     return pad_length(batch, getattr(model, "max_seq_length", None), repeated)
 
 
-def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:
-    """The roles of the tokens; a model without sparse layers only needs to know the loss positions."""
-    if not state.runtimes and not is_sequence_classifier(state.model):
-        batch = batch.changed(attention_mask=None, position_ids=None, cu_seq_lens_q=None)
-    # Unsloth drops the mask in training, so that tokens attend to padding on their left.
-    return partition_of(state.model, batch, state.config.dense_tokens, padding_masked=state.backend.name != "unsloth")
-
-
 def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
     if state.driver is not None:
         return state.scale
@@ -447,54 +435,3 @@ def _current_scale(state: SparsityState, partition: TokenPartition) -> float:
         "call state = get_state(model); state.begin_training(driver, max_steps) once and state.set_step(step) "
         "before each optimiser step; or set start_step: 0 and end_step: 1.0, which needs no driver."
     )
-
-
-def _open_prefill(state: SparsityState, batch: Batch) -> SparseContext | None:
-    """The context of a forward outside training, or None where it is dense.
-
-    Sparse are the first forward of a generation that fills a cache (``use_cache=True``, or an empty cache given), a
-    forward with labels, which tell the prompts, and every forward of a classifier.
-    """
-    if not state.sparse_prefill:
-        return None
-    if is_sequence_classifier(state.model) or batch.labels is not None:
-        partition = partition_of(state.model, batch, state.config.dense_tokens)
-    else:
-        partition = _prompts(state, batch)
-    if partition is None or not partition.num_context:
-        return None
-    context = SparseContext(partition, scale=1.0)
-    context.prefill = True
-    return context
-
-
-def _close_prefill(state: SparsityState, context: SparseContext) -> None:
-    """Warns once where parts of the model were dense all the same."""
-    missing = state.expected_parts() - context.ran
-    if missing:
-        state.warn_once(
-            f"sparse_prefill: {len(missing)} parts ran dense ({state.name_parts(missing)}): their adapter is merged or "
-            "disabled, or several are active. Prompts are sparse with one active, unmerged adapter."
-        )
-
-
-def _prompts(state: SparsityState, batch: Batch) -> TokenPartition | None:
-    """The roles of a generation's prompts; None for a later token, and without a cache to fill."""
-    cache, tokens, mask = batch.arguments.get("past_key_values"), batch.inputs, batch.attention_mask
-    if tokens is None or tokens.shape[1] < 2 or _is_filled(cache):
-        return None
-    if cache is None and not batch.arguments.get("use_cache"):
-        return None
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
-        state.warn_once(
-            "sparse_prefill: a prompt came with an attention mask that is not [batch, sequence] (static caches make "
-            "such masks), which does not tell padding, so it ran dense. Generate with a dynamic cache."
-        )
-        return None
-    return TokenPartition.from_prompts(tokens, mask, state.config.dense_tokens)
-
-
-def _is_filled(cache: Any) -> bool:
-    if cache is None:
-        return False
-    return int(cache.get_seq_length()) > 0 if hasattr(cache, "get_seq_length") else len(cache) > 0

@@ -15,15 +15,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 from sparse_unsloth.runtime.state import SparsityState
-from sparse_unsloth.tokens.merge import Extent, extents, join, tokens_of
+from sparse_unsloth.tokens.merge import Extent, extents, grouped, join, tokens_of, why_alone
 
 MEMORY_SHARE = 0.85
 """Of a GPU's memory, where there is no `memory_budget`; the rest is for fragmentation and CUDA's own context."""
@@ -54,12 +54,12 @@ class MicroBatchMerger:
     """
 
     def __init__(self, trainer: Any, state: SparsityState):
-        asked, budget = state.config.merge_micro_batches, state.config.memory_budget
         self._trainer, self._state = trainer, state
-        self._most = math.inf if asked is True else asked
-        self._planner = state.planner
-        if self._planner is None and _device(state).type == "cuda":
-            self._planner = state.plan_checkpoints(MEMORY_SHARE if budget is None else budget)
+        self._limit = math.inf  # what memory or the proof left of it
+        self._own_planner = None
+        if state.planner is None and _device(state).type == "cuda":
+            budget = state.config.memory_budget
+            self._own_planner = state.plan_checkpoints(MEMORY_SHARE if budget is None else budget)
         self._groups: dict[int, list[Mapping[str, Any]]] = {}  # by the id of a micro-batch; empty for all but the last
         self._proved = False
         self._ran = self._merged = 0
@@ -76,20 +76,34 @@ class MicroBatchMerger:
         """The mean number of micro-batches in a forward since the last call, as a metric."""
         ran, merged = self._ran, self._merged
         self._ran = self._merged = 0
-        return {"sparsity/merged_micro_batches": merged / ran} if ran else {}
+        return {"sparsity/merged_micro_batches": merged / ran} if ran and self._state.config.merge_micro_batches else {}
+
+    @property
+    def _most(self) -> float:
+        """Micro-batches in a group, at most; a plan of `auto` may change it between two optimiser steps."""
+        asked = self._state.config.merge_micro_batches
+        return min(self._limit, math.inf if asked is True else asked or 1)
+
+    def _at_most(self, number: int) -> None:
+        """Merges no more than ``number`` from now on, and tells the plan so."""
+        self._limit = number  # larger groups of this step run one by one: some of their micro-batches were passed over
+        if self._state.auto is not None:
+            self._state.auto.merge_at_most(number)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         """The trainer's: the micro-batches of an optimiser step, and its divisor. Decides which ones run as one."""
         batches, num_items = self._originals["get_batch_samples"](*args, **kwargs)
         self._groups = {}
-        found, reason = extents(batches) if batches and self._most > 1 else ([], "")
+        if self._most == 1:
+            return batches, num_items
+        found, reason = extents(batches) if batches else ([], "")
         if num_items is None and not reason:
             reason = "the trainer does not count the labels of a step, so the loss is a mean over a micro-batch"
         groups = [[number] for number in range(len(batches))]
         if found and not reason:
-            groups = self._group(found)
+            groups = grouped(found, self._most, self._fits, self._trainer.accelerator.num_processes == 1)
             if len(groups) == len(found) > 1:
-                self._say_alone(self._why_alone(found), " of some steps")
+                self._say_alone(why_alone(found, keeps_layers(self._state)), " of some steps")
         if reason:
             self._say_alone(reason)
         for group in groups if self._trainer.accelerator.num_processes == 1 else self._agree(groups):
@@ -104,8 +118,8 @@ class MicroBatchMerger:
         group = self._groups.pop(id(inputs), None)
         if group is not None and not group:
             return torch.zeros((), device=self._trainer.args.device)
-        if group is None:
-            return self._run([inputs], model, num_items_in_batch)
+        if group is None or len(group) > self._limit:
+            return self._run(group or [inputs], model, num_items_in_batch)
         joined = join(group)
         verdict = SAME if self._proved else self._prove(group, joined, num_items_in_batch)
         self._proved = verdict == SAME
@@ -114,13 +128,13 @@ class MicroBatchMerger:
             self._ran, self._merged = self._ran + 1, self._merged + len(group)
             return loss
         if verdict == DIFFERS:
-            self._most, self._groups = 1, {}
+            self._at_most(1)
             self._say_alone(
                 "joined they do not give the sum of their losses. Causes: documents of a row that see each other, a "
                 "loss that is a mean over its micro-batch, an auxiliary loss"
             )
         elif verdict != UNKNOWN:
-            self._most, self._groups = max(1, len(group) // 2), {}
+            self._at_most(max(1, len(group) // 2))
             self._state.warn_once(
                 f"merge_micro_batches: {len(group)} micro-batches together ran out of memory. They ran again one by "
                 f"one, and {f'at most {self._most} run' if self._most > 1 else 'none runs'} together from now on."
@@ -214,39 +228,11 @@ class MicroBatchMerger:
         """What TRL has counted for its logs."""
         return {name: copy.deepcopy(vars(self._trainer)[name]) for name in COUNTED if name in vars(self._trainer)}
 
-    def _group(self, found: Sequence[Extent]) -> list[list[int]]:
-        """Numbers of micro-batches that run as one; each group as large as it may be.
-
-        Padded ones of similar lengths come together. With several processes groups are of neighbours (`_agree`).
-        """
-        order = list(range(len(found)))
-        if self._trainer.accelerator.num_processes == 1:
-            order.sort(key=lambda number: not found[number].along_sequence and found[number].length)
-        groups = [order[:1]]
-        for number in order[1:]:
-            more = [*groups[-1], number]
-            if len(more) <= self._most and self._fits([found[one] for one in more]):
-                groups[-1] = more
-            else:
-                groups.append([number])
-        return groups
-
     def _fits(self, group: Sequence[Extent]) -> bool:
-        """Whether ``group`` can be joined and fits into the memory; as many layers as before keep their activations."""
-        tokens = tokens_of(group)
-        if tokens is None or self._planner is None:
-            return tokens is not None
-        largest = max(one.rows * one.length for one in group) if self._state.planner is not None else None
-        return self._planner.fits(tokens, largest, self._state.graphs.kept_memory if self._state.graphs else 0)
-
-    def _why_alone(self, found: Sequence[Extent]) -> str:
-        """Why no two of these micro-batches run as one."""
-        if any(tokens_of(pair) is not None for pair in combinations(found, 2)):
-            return "two of them do not fit into the memory" + " and keep as many layers" * bool(self._state.planner)
-        return (
-            "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or "
-            "packing, lets them be merged"
-        )
+        """Whether ``group`` can be joined and fits into the memory."""
+        state = self._state
+        held = state.graphs.kept_memory if state.graphs else 0
+        return fits(group, state.planner or self._own_planner, keeps_layers(state), held)
 
     def _say_alone(self, reason: str, which: str = "") -> None:
         self._state.warn_once(f"merge_micro_batches: micro-batches{which} run one by one: {reason}.")
@@ -277,20 +263,21 @@ class MicroBatchMerger:
 def begin_merging(state: SparsityState, trainer_state: Any) -> MicroBatchMerger | None:
     """Merges micro-batches of the training that begins, if `SparsityConfig.merge_micro_batches` asks for it.
 
-    Where it cannot be exact, a warning says why, and the trainer is left as it is.
+    Where it cannot be exact, a warning says why, and the trainer is left as it is. Under `auto` the merger also begins
+    where the plan does not merge but may come to it.
 
     Args:
         state: of the model, with the training begun.
         trainer_state: the ``TrainerState`` of the trainer whose callbacks are being called.
     """
-    if not state.config.merge_micro_batches:
+    asked = state.config.merge_micro_batches
+    if not asked and not (state.auto is not None and state.auto.may_merge):
         return None
-    trainer = _trainer_of(trainer_state)
-    reason = "its trainer was not found" if trainer is None else why_not_merged(trainer, state)
+    trainer, reason = _checked(state, trainer_state)
     if reason:
         state.warn_once(f"merge_micro_batches: micro-batches run one by one: {reason}.")
         return None
-    if "_metrics" in vars(trainer):
+    if asked and "_metrics" in vars(trainer):
         state.warn_once(
             "merge_micro_batches: TRL's entropy and mean_token_accuracy are means over the tokens of merged "
             "micro-batches, no longer over micro-batches; every other figure is logged as without it."
@@ -298,11 +285,46 @@ def begin_merging(state: SparsityState, trainer_state: Any) -> MicroBatchMerger 
     return MicroBatchMerger(trainer, state)
 
 
+def why_not_planned(state: SparsityState, trainer_state: Any) -> str:
+    """Why `auto` may not merge micro-batches of the training that begins; "" where it may. Arguments as above."""
+    trainer, reason = _checked(state, trainer_state)
+    if not reason and is_planned(state) and trainer.accelerator.num_processes > 1:
+        return "one of several processes could not go back if memory ran out; merge_micro_batches: true merges them"
+    return reason
+
+
+def is_planned(state: SparsityState) -> bool:
+    """Whether `auto` decides how many micro-batches run as one."""
+    return state.auto is not None and "merge_micro_batches" not in state.auto.asked.model_fields_set
+
+
+def keeps_layers(state: SparsityState) -> bool:
+    """Whether a merged micro-batch has to keep as many layers' activations as the largest of it would alone.
+
+    A plan weighed that already; by hand merging comes second.
+    """
+    return state.config.memory_budget is not None and not is_planned(state)
+
+
+def fits(group: Sequence[Extent], planner: CheckpointPlanner | None, keeps: bool, held: int = 0) -> bool:
+    """Whether micro-batches can be joined, and fit into the memory as one.
+
+    Args:
+        planner: knows the memory; None: any number fits.
+        keeps: see `keeps_layers`.
+        held: as in `CheckpointPlanner.plan`.
+    """
+    tokens = tokens_of(group)
+    if tokens is None or planner is None:
+        return tokens is not None
+    return planner.fits(tokens, max(one.rows * one.length for one in group) if keeps else None, held)
+
+
 def why_not_merged(trainer: Any, state: SparsityState) -> str:
     """Why micro-batches of this trainer's steps may not be merged, whatever they hold; "" where they may."""
     args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
     for name in ("compute_loss", *METHODS):
-        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), type(trainer))
         own = name in vars(trainer) or owner.__module__.split(".")[0] != SUPERVISED.get(owner.__name__)
         if own:
             return f"the {name} of this {type(trainer).__name__} is not that of transformers' Trainer or an SFTTrainer"
@@ -324,10 +346,16 @@ def why_not_merged(trainer: Any, state: SparsityState) -> str:
     dropped = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules())
     if dropped or getattr(config.get_text_config(), "attention_dropout", 0):
         return "dropout (lora_dropout, attention_dropout) would draw other numbers for merged ones"
-    known = _device(state).type == "cuda" or state.planner is not None
+    known = _device(state).type == "cuda" or state.config.memory_budget is not None
     if state.config.merge_micro_batches is True and not known:
         return "without a GPU it is not known how many fit; give their number, or a memory_budget in GiB"
     return ""
+
+
+def _checked(state: SparsityState, trainer_state: Any) -> tuple[Any, str]:
+    """The trainer that is calling, and why its micro-batches may not be merged."""
+    trainer = _trainer_of(trainer_state)
+    return trainer, "its trainer was not found" if trainer is None else why_not_merged(trainer, state)
 
 
 def _trainer_of(trainer_state: Any) -> Any:

@@ -15,6 +15,10 @@ def metrics(state: SparsityState) -> dict[str, float]:
     """The metrics since the last call, by name; empty for a model without sparse, captured or FP8 layers.
 
     ``sparsity/enabled`` is 1 if a forward was sparse since then; ``sparsity/scale`` is the schedule's factor.
+    ``sparsity/completion_without_loss`` is the share of the completions' tokens that bear no loss (GRPO, RLOO: an
+    advantage of zero, a clipped ratio).
+    Under row sparsity ``sparsity/gradient_energy`` is the share of the energy of the gradients of layers' outputs that
+    chosen rows held in this process, the mean over the layers, and ``sparsity/gradient_energy_min`` the least.
     """
     if not (state.runtimes or state.dense_whole):
         return {}
@@ -28,10 +32,14 @@ def metrics(state: SparsityState) -> dict[str, float]:
     }
     if state.row_sparse:
         figures["sparsity/backward_rows"] = state.config.backward_rows * enabled
+        figures |= state.observer.take_energy()
     else:
         means = [sum(values) / len(state.stack) for values in zip(*state.layer_sparsity, strict=True)]
         scale = state.scale * enabled
         figures |= {"sparsity/mean_mlp": means[0] * scale, "sparsity/mean_self_attn": means[1] * scale}
+    if state.counts.completion is not None:
+        without, every = state.counts.completion.tolist()
+        figures["sparsity/completion_without_loss"] = without / max(every, 1)
     if state.whole_forwards:
         figures["sparsity/whole_layers"] = float(state.counts.whole_layers)
     if state.graphs is not None:

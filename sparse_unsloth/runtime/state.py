@@ -35,6 +35,7 @@ from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.runtime.handing import Handing
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
 from sparse_unsloth.utils.distributed import has_group, is_main, world_size
+from sparse_unsloth.utils.watch import Watch
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -81,7 +82,7 @@ class SparsityState:
         adapter_folder: where the adapter was loaded from; None for a new one.
         observer: collects what `explain` reports (`SparsityConfig.explain_steps`).
         projections: those of each layer when it was attached, by index.
-        proved_adapters, seen_adapters, adapter_problem: see `adapter_changes`.
+        proved_adapters, seen_adapters, adapter_watch, adapter_version, adapter_problem: see `adapter_changes`.
         inside: whether a forward of the model is running.
         driver: what sets the step (the callback, say); None outside training.
         graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
@@ -127,9 +128,8 @@ class SparsityState:
         self.uncompiled: dict[int, Any] = {}
         self.last_layer: LayerRuntime | None = None
         self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
-        self.proved_adapters: list[Any] = []
-        self.seen_adapters: list[Any] = []
-        self.adapter_problem = ""
+        self.proved_adapters, self.seen_adapters = [], []
+        self.adapter_watch, self.adapter_version, self.adapter_problem = Watch(), 0, ""
         self.inside = self.sparse_prefill = self.shared = self.gradients_seen = self._verified = False
         self.driver: object | None = None
         self.prefill_handles: list[RemovableHandle] = []
@@ -251,7 +251,7 @@ class SparsityState:
             row_layers={runtime.layer.index: id(runtime.layer.module) in hooked for runtime in rows},
             backward_rows=self.config.backward_rows,
             fused_loss=self.backend.name == "unsloth",
-            loss_only=self.config.exact_removal,
+            config=self.config,
         )
 
     def hooked_parts(self) -> set[tuple[int, str]]:
@@ -387,7 +387,7 @@ class LayerRuntime:
             return None
         for rows in inputs:
             self.check_rows(module, rows)
-        return context.row_choice(self.layer.index, self.state.config.backward_rows)
+        return context.row_choice(self.layer.index, self.state.config.backward_rows, self.state.observer.energy)
 
     def check_rows(self, module: nn.Module, rows: Tensor) -> None:
         """Raises AttachError unless ``rows [..., width]``, the input of ``module``, match the labels in number."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from sparse_unsloth.reporting.figures import new_figure, save_figure
@@ -18,6 +17,7 @@ from sparse_unsloth.reporting.paired_tests import compare_methods
 from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write_csv
 from sparse_unsloth.study.classification import Task, build_classifier, evaluate, load_task, load_tokenizer, train
 from sparse_unsloth.study.components import METHODS, component_scores, keep_components, lora_pairs
+from sparse_unsloth.utils.progress import bar
 
 FIGURES = ("accuracy_pruned", "loss_pruned", "accuracy", "loss")
 
@@ -88,13 +88,12 @@ def prune(plan: Plan, outdir: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(plan.model)
     task = load_task(plan.dataset, tokenizer, plan.train_size, plan.test_size, plan.max_length)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress:
-        runs = 1 + len(plan.methods) * len(plan.keep_ratios)
-        bar = progress.add_task("prune", total=len(plan.seeds) * runs)
+    runs = 1 + len(plan.methods) * len(plan.keep_ratios)
+    with bar(None, "prune", "run", total=len(plan.seeds) * runs) as progress:
         for seed in dict.fromkeys(plan.seeds):
             for row in _seed_rows(plan, task, tokenizer, seed):
                 rows.append(row)
-                progress.advance(bar)
+                progress.update()
     write_csv(outdir / "prune_trials.csv", rows)
     summary = aggregate(rows, ["method", "keep_ratio"], FIGURES)
     write_csv(outdir / "prune_summary.csv", summary)

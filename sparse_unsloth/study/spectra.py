@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from sparse_unsloth.reporting.figures import new_figure, save_figure
@@ -17,6 +16,7 @@ from sparse_unsloth.reporting.tables import StudyError, aggregate, groups, write
 from sparse_unsloth.study.approximation import LOW_RANK, MAGNITUDE, Decomposition, low_rank_loss, magnitude_loss
 from sparse_unsloth.study.checkpoint import StoredLayer, find_checkpoint, linear_layers
 from sparse_unsloth.study.whitening import input_moments, read_texts, whiten
+from sparse_unsloth.utils.progress import bar
 
 
 def spectra(
@@ -70,7 +70,7 @@ def spectra(
     values: list[dict[str, Any]] = []
     losses: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(seed)
-    for layer in track(layers, description="spectra"):
+    for layer in bar(layers, "spectra", "layer"):
         weight = layer.load().to(device)
         summary.append(_analyse(layer.name, "plain", weight, ranks, keep_ratio, generator, values, losses))
         if layer.name in moments:

@@ -119,6 +119,17 @@ class Batch:
         return starts | real & (real.cumsum(1) == 1)
 
     @property
+    def num_completion(self) -> int:
+        """How many tokens at the end of each sequence a trainer's loss is about; 0 where the batch does not tell.
+
+        GRPO and RLOO ask for the logits of these positions and of the one before, and drop the last one's.
+        """
+        kept = self.arguments.get("logits_to_keep")
+        if not isinstance(kept, int) or self.input_ids is None:
+            return 0
+        return max(min(kept, self.input_ids.shape[1]) - 1, 0)
+
+    @property
     def without_labels(self) -> dict[str, Any]:
         """The arguments of the same forward without a loss."""
         return {name: value for name, value in self.arguments.items() if name not in NOT_WITHOUT_LOSS}

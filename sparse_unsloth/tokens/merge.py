@@ -6,7 +6,8 @@ gradient (docs/how-it-works.md, section 5.4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,40 @@ def tokens_of(group: Sequence[Extent]) -> int | None:
     tokens = sum(one.rows for one in group) * longest
     grows = all(one.stretches for one in group) and tokens <= (1 + MAX_PADDING) * real
     return tokens if tokens == real or grows else None
+
+
+def grouped(
+    found: Sequence[Extent], most: float, fits: Callable[[Sequence[Extent]], bool], reorder: bool
+) -> list[list[int]]:
+    """Numbers of the micro-batches that run as one; each group as large as it may be.
+
+    Args:
+        found: of the micro-batches of an optimiser step.
+        most: micro-batches in a group, at most.
+        fits: whether a group of them may run as one.
+        reorder: whether padded ones of similar lengths come together; else groups are of neighbours.
+    """
+    order = list(range(len(found)))
+    if reorder:
+        order.sort(key=lambda number: not found[number].along_sequence and found[number].length)
+    groups = [order[:1]] if order else []
+    for number in order[1:]:
+        more = [*groups[-1], number]
+        if len(more) <= most and fits([found[one] for one in more]):
+            groups[-1] = more
+        else:
+            groups.append([number])
+    return groups
+
+
+def why_alone(found: Sequence[Extent], keeps: bool) -> str:
+    """Why no two of these micro-batches run as one; ``keeps``: layers that keep activations must not become fewer."""
+    if any(tokens_of(pair) is not None for pair in combinations(found, 2)):
+        return "two of them do not fit into the memory" + " and keep as many layers" * keeps
+    return (
+        "they are padded to different lengths, and padding would grow. padding_free=True (TRL, Unsloth), or "
+        "packing, lets them be merged"
+    )
 
 
 def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -138,6 +138,42 @@ class TokenPartition:
         return cls._from_masks(dense, padding, loss, loss.new_zeros((), dtype=torch.int64))
 
     @classmethod
+    def unknown(cls, tokens: Tensor) -> TokenPartition:
+        """The rows of ``tokens [batch, sequence, ...]`` before their roles are known: all count as context."""
+        rows = torch.arange(tokens.shape[:2].numel(), device=tokens.device)
+        return cls(tuple(tokens.shape[:2]), rows[:0], rows, rows[:0], rows[:0])
+
+    @classmethod
+    def from_gradient(
+        cls,
+        gradient: Tensor,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None = None,
+        dense_tokens: Literal["output", "none"] = "output",
+        padding_masked: bool = True,
+    ) -> TokenPartition:
+        """Splits the tokens of a forward without labels by the gradient of the decoder stack's output.
+
+        A row bears loss unless its gradient is exactly zero. Padding are masked tokens, and all tokens of a sequence
+        without loss, beside others: no gradient reaches it. The host waits for the device once.
+
+        Args:
+            gradient: ``[..., batch, sequence, width]`` or ``[batch * sequence, width]``.
+            shape: batch and sequence.
+            attention_mask: ``[batch, sequence]``, 0 marks padding.
+            dense_tokens, padding_masked: as for `from_batch`.
+        """
+        largest = torch.linalg.vector_norm(gradient, float("inf"), dim=-1)
+        loss = (largest != 0).reshape(-1, *shape).any(dim=0)
+        padding = ~loss.any(dim=1, keepdim=True) & loss.any()
+        if attention_mask is not None:
+            masked = (attention_mask == 0).to(loss.device)
+            padding = padding | (masked if padding_masked else _at_the_end(masked))
+        padding = padding & ~loss
+        dense = torch.zeros_like(loss) if dense_tokens == "none" else loss
+        return cls._from_masks(dense, padding, loss, loss.new_zeros((), dtype=torch.int64))
+
+    @classmethod
     def from_prompts(
         cls, tokens: Tensor, attention_mask: Tensor | None = None, dense_tokens: Literal["output", "none"] = "output"
     ) -> TokenPartition:
@@ -226,10 +262,17 @@ def partition_of(
 ) -> TokenPartition:
     """The roles of the tokens of ``batch`` as ``model`` receives it: by token labels, or by sequence labels.
 
+    Without token labels the completions of the batch count as labelled (`Batch.num_completion`).
+
     Raises:
         ConfigError: see `TokenPartition.from_batch` and `TokenPartition.from_sequences`.
     """
     if not is_sequence_classifier(model):
+        if batch.labels is None and batch.num_completion:
+            labels = batch.input_ids.clone()
+            labels[:, : -batch.num_completion] = IGNORE_INDEX
+            mask = batch.attention_mask
+            batch = batch.changed(labels=labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX))
         return TokenPartition.from_batch(batch, dense_tokens, padding_masked)
     if batch.input_ids is None:
         raise ConfigError(
@@ -256,6 +299,24 @@ def pooled_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
         return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1, dtype=torch.int64)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(-1)
+
+
+def completion_without_loss(partition: TokenPartition, count: int, attention_mask: Tensor | None) -> Tensor:
+    """int64 ``[2]``: how many of the last ``count`` tokens of each sequence bear no loss, and how many there are.
+
+    Masked tokens do not count. A token's loss is that of the position before it. No host sync.
+
+    Args:
+        count: below the sequence's length.
+        attention_mask: ``[batch, sequence]``, 0 marks padding.
+    """
+    batch, sequence = partition.shape
+    loss = torch.zeros(batch * sequence, dtype=torch.bool, device=partition.loss.device)
+    predicted = loss.index_fill_(0, partition.loss, True).view(batch, sequence)[:, -count - 1 : -1]
+    real = torch.ones_like(predicted)
+    if attention_mask is not None:
+        real = (attention_mask[:, -count:] != 0).to(loss.device)
+    return torch.stack(((real & ~predicted).sum(), real.sum()))
 
 
 def rows_with_loss(partition: TokenPartition, sparse: bool) -> TokenPartition:

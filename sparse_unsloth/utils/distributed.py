@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,15 @@ def from_main(make: Callable[[], Value], together: bool = False) -> Value:
     if failure is not None:
         raise SparsityError(f"Rank 0 failed, and rank {rank()} stops with it. {failure}")
     return value
+
+
+def from_all(value: Value) -> list[Value]:
+    """``value`` of every rank, in their order, on every rank. Every rank must call it; its tensors are on the CPU."""
+    if not has_group() or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def is_sharded(module: nn.Module) -> bool:

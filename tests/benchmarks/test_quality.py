@@ -1,5 +1,6 @@
 """Tests the quality benchmark's lockstep harness against the library, its costs, and its tables."""
 
+import argparse
 import dataclasses
 import itertools
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.batches import Batches, Counts, Layout, training_batches
+from benchmarks.quality import cosines
+from benchmarks.quality.__main__ import keep_settings
+from benchmarks.quality.batches import Batch, Batches, Counts, Layout, training_batches
 from benchmarks.quality.cost import StepTimes, measured_method, training_flops
 from benchmarks.quality.experiment import Experiment, TrainingSettings
 from benchmarks.quality.fitting import calibrate
@@ -20,13 +23,16 @@ from benchmarks.quality.settings import SETTINGS
 from benchmarks.quality.table import DenseCurve, append_rows, holm, read_rows, with_equivalents
 from benchmarks.quality.tasks import Items, worked_steps
 from sparse_unsloth import attach
+from sparse_unsloth.bench.methods import LLAMA_3_8B, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
+from family_models import make_family
 from tiny_models import loras, loss_and_gradients, make_base, make_batch, make_lora
 
-SPEED = Path(__file__).parents[2] / "benchmarks" / "results" / "speed.csv"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SPEED = RESULTS / "speed.csv"
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 """Norms, rotary angles and losses of transformers are fp32, whatever the weights are."""
@@ -122,6 +128,13 @@ def attached(model, batch, **config):
 def test_dense_step_is_that_of_the_model():
     model, batch = make_model(), make_batch()
     assert_equals_library(Harness(model, [batch]), DENSE, model, batch, **CLOSE)
+
+
+def test_dense_step_of_gemma_is_that_of_the_model():
+    model, batch = make_family("Gemma3", sliding_window=16, query_pre_attn_scalar=16), make_batch()
+    assert_equals_library(Harness(model, [batch]), DENSE, model, batch, **CLOSE)
+    with pytest.raises(ValueError, match="longer than the window of 8"):
+        Harness(make_family("Gemma3", sliding_window=8, query_pre_attn_scalar=16), [batch]).gradients(DENSE)
 
 
 def test_given_channels_equal_the_library():
@@ -278,6 +291,15 @@ def test_rows_left_out_cost_what_the_cost_model_says():
     assert one_step("rows-10") < one_step("default") < one_step("dense")
 
 
+def test_shares_that_fall_with_depth_cost_their_mean():
+    keep = SETTINGS["falling-25"].keep(30, 1536)
+    assert keep[0] == 768 > keep[15] > keep[28] > keep[29] == 1
+    assert sum(keep) / 30 / 1536 == pytest.approx(0.25, abs=1e-3)
+    assert one_step("falling-25") == pytest.approx(one_step("default"), rel=0.02)
+    assert measured_method(SETTINGS["falling-25"]) == "rows-25"
+    assert measured_method(SETTINGS["falling-10"]) == "rows-10"
+
+
 def test_steps_are_those_of_adamw_with_clipping():
     experiment = make_experiment(steps=2, layers=3)
     lockstep, batches = experiment.lockstep, experiment.batches
@@ -356,9 +378,9 @@ def test_times_of_chosen_rows_are_taken_by_name_alone(tmp_path):
     assert times.share(0.6, long, "rows-10") == pytest.approx(530.46 / 894.60)
 
 
-def make_rows(values, task="A"):
+def make_rows(values, task="A", model="SmolLM2-135M"):
     """Rows of ``{config: (cost, losses by seed)}``."""
-    common = {"date": "2026-11-26T00:00:00+00:00", "commit": "abc", "device": "cpu", "task": task}
+    common = {"date": "2026-11-26T00:00:00+00:00", "commit": "abc", "device": "cpu", "model": model, "task": task}
     return [
         {
             **common, "config": config, "seed": seed, "cost_flops": cost, "cost_time": cost, "answer_nll": loss,
@@ -409,3 +431,63 @@ def test_holm_steps_down():
 def test_steps_of_a_sum_are_written_out():
     assert worked_steps("42 - 25 - 73") == "42 - 25 = 17, 17 - 73 = -56. The answer is -56"
     assert worked_steps("-4 + 10 - 3") == "-4 + 10 = 6, 6 - 3 = 3. The answer is 3"
+
+
+def test_less_context_than_was_measured_costs_what_its_flops_say():
+    times = StepTimes(SPEED)
+    least = shape_of("codefeedback")
+    at, share = least.context_tokens / least.tokens, 562.80 / 761.35
+    assert times.share(0.6, at, "rows-25") == pytest.approx(share), "measured"
+    chat = times.share(0.91, 0.26, "rows-25")
+    assert 0.9 < chat < 0.94, "of real chat, where three quarters of the tokens are answers"
+    assert times.share(1.0, 0.0, "rows-25") == 1
+    saved = 1 - 1 / flop_limit("codefeedback", "rows-25", LLAMA_3_8B)
+    assert times.share(1 - saved, at - 1e-6, "rows-25") == pytest.approx(share), "no step for the model that was timed"
+
+
+def test_models_are_compared_with_their_own_dense_runs(tmp_path):
+    other = {name: (cost, [3 * loss for loss in losses]) for name, (cost, losses) in CURVE.items()}
+    rows = make_rows({**CURVE, "default": (0.6, (0.15, 0.17, 0.14))})
+    rows += make_rows({**other, "default": (0.6, (0.45, 0.51, 0.42))}, model="Gemma-3-270M")
+    append_rows(tmp_path / "quality.csv", rows)
+    first, second = (
+        [row["equivalent_dense_steps"] for row in with_equivalents(read_rows(tmp_path / "quality.csv"))
+         if (row["model"], row["config"]) == (model, "default")]
+        for model in ("SmolLM2-135M", "Gemma-3-270M")
+    )  # fmt: skip
+    assert first == pytest.approx(second)
+    text = markdown(rows)
+    assert text.index("## SmolLM2-135M, A") < text.index("## Gemma-3-270M, A")
+    assert {row["model"] for row in read_rows(RESULTS / "quality.csv")} == {"SmolLM2-135M"}
+    arguments = argparse.Namespace(out=tmp_path, steps=3, items=4, seeds=1, batch_size=2, rate=0.1)
+    keep_settings(arguments, "SmolLM2-135M", "A")
+    arguments.steps = 4
+    keep_settings(arguments, "Gemma-3-270M", "A")
+    with pytest.raises(SystemExit, match="SmolLM2-135M was trained on task A with"):
+        keep_settings(arguments, "SmolLM2-135M", "A")
+
+
+def test_cosines_are_of_the_benchmarks_own_rows():
+    experiment, batch, whole, _ = dense_gradients()
+    one = [tensor[:1] for tensor in whole]
+    network, layout = experiment.network, experiment.batches.layout
+    adapters = Adapters(network, (0,), 4)
+    adapters.master.copy_(experiment.adapters.master[:1])
+    adapters.refresh()
+    layers = cosines.Layers(network)
+    lockstep = Lockstep(network, adapters, Sparsity(network, 1, 1), layers)
+    alone = Batch(*(getattr(batch, field.name)[:1] for field in dataclasses.fields(Batch)))
+    for dense, ours in zip(one, lockstep.gradients(alone, layout, DENSE), strict=True):
+        torch.testing.assert_close(ours, dense)
+    norms = [dict(layers.norms)] * 2
+    experiment.sparsity.keep((32,) * 3)
+    expected = experiment.lockstep.gradients(batch, layout, Mode("rows"))
+    rules = cosines.rules_from(norms)
+    layers.rule = rules["quarter"]
+    for theirs, ours in zip(expected, lockstep.gradients(alone, layout, DENSE), strict=True):
+        torch.testing.assert_close(ours, theirs[:1])
+    for layer, share in enumerate(rules["energy 95 %"].shares):
+        loss, context = (rows.square() for rows in norms[0][layer])
+        ranked, count = context.sort(descending=True).values, round(share * len(context))
+        held = [(loss.sum() + ranked[:rows].sum()) / (loss.sum() + context.sum()) for rows in range(count + 1)]
+        assert held[count] >= 0.95 > max([0, *held[:count]])

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import io
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from sparse_unsloth.bench.trial import Trial
 from sparse_unsloth.cli import doctor
 from sparse_unsloth.errors import BackendError
 from sparse_unsloth.training.requirements import check_can_train
+from sparse_unsloth.utils import progress
 from sparse_unsloth.utils.environment import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -137,6 +141,24 @@ def test_kernels_of_a_gpu_are_named(monkeypatch):
     assert "dequantize" in doctor._kernels().found
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "words"),
+    [
+        ([(9, 0), (8, 9)], "fp8 and fp8-context can run"),
+        ([(9, 0), (8, 0)], "GPU 1 (compute capability 8.0)"),
+    ],
+)
+def test_gpus_without_fp8_are_named(capabilities, words, monkeypatch):
+    assert "a CPU emulates them" in doctor._fp8().found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    found = doctor._fp8()
+    assert words in found.found
+    assert found.status == "ok"
+
+
 def test_environment_is_plain_data():
     import json
 
@@ -195,3 +217,21 @@ def test_extras_are_named_with_what_they_lack(versions):
     assert "study lacks scipy>=1.13" in found
     assert "eval lacks lm-eval>=0.4.9" in found
     assert "dev" not in found
+
+
+def test_the_wait_for_trials_counts_them_and_ends(tmp_path, monkeypatch):
+    out, stream = tmp_path / "out", io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "SHORT", 0)
+    script = f"import time; open({str(out)!r}, 'w').write('a\\nb\\n'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", script])
+    try:
+        while not out.is_file() or not out.read_text():
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            doctor._wait("peft", process, out, time.time() - 5)
+    finally:
+        process.kill()
+    doctor._wait("peft", process, out, time.time() + 60)
+    assert "Trying peft: 2trial" in stream.getvalue()

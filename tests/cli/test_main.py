@@ -1,12 +1,16 @@
 """Tests the command line: arguments, help, lists of recipes and keys, and the doctor on this machine."""
 
 import importlib.metadata
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from sparse_unsloth.cli import doctor, main
+from sparse_unsloth.cli.main import quiet_libraries
 
 
 def test_help_and_version(capsys):
@@ -26,6 +30,17 @@ def test_wrong_words_exit_with_2(words, capsys):
         main(words)
     assert caught.value.code == 2
     assert "usage: sparse-unsloth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_bars_of_libraries_are_off_where_there_is_no_terminal(is_terminal, monkeypatch):
+    names = ["HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"]
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal))
+    quiet_libraries()
+    assert [os.environ.get(name) for name in names] == [None if is_terminal else "1"] * 2
 
 
 def test_recipes_are_listed_and_printed(capsys):

@@ -96,7 +96,7 @@ REFUSED = [
         {"zzz": 1},
         "zzz: unknown key; valid keys: preset, mlp, self_attn, estimator, criterion, dense_tokens, "
         "backward_rows, exact_removal, memory_budget, merge_micro_batches, cuda_graphs, "
-        "precision, start_step, end_step, explain_steps, sparse_prefill, seed (given 1)",
+        "precision, start_step, end_step, explain_steps, cosine_steps, sparse_prefill, seed (given 1)",
     ),
     ({"precision": "fp16"}, "precision: must be 'bf16', 'fp8' or 'fp8-context', given 'fp16'; did you mean 'bf16'?"),
     (
@@ -140,6 +140,12 @@ REFUSED = [
         {"criterion": "wnada"},
         "criterion: must be 'estimator', 'oracle', 'wanda', 'magnitude' or 'random', given 'wnada'; "
         "did you mean 'wanda'?",
+    ),
+    (
+        {"backward_rows": 0.5, "dense_tokens": "none"},
+        "backward_rows: cannot be combined with dense_tokens: none: answers would be context tokens, and be left out "
+        "of the backward pass where their gradients are small, which makes models unlearn; set dense_tokens: output, "
+        "given 0.5",
     ),
     ({"dense_tokens": False}, "dense_tokens: must be 'output' or 'none', given False"),
     ({"merge_micro_batches": 1}, f"merge_micro_batches: {MERGE}, given 1"),

@@ -14,8 +14,10 @@ from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.explain import records as files
 from sparse_unsloth.explain.report import markdown, summary, write
+from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.tokens.partition import TokenPartition
 
-from masked_models import record_selections
+from masked_models import SHARE, chosen_rows, every_step, record_selections
 from tiny_models import always, loss_and_gradients, make_batch, make_lora
 
 SHAPE = ModelShape(64, 128, 3, 4, 2, 16, 96)
@@ -194,10 +196,87 @@ def test_folders_without_records(tmp_path, capsys):
     attach(model, "rows")
     model.save_pretrained(tmp_path / "checkpoint-1")
     assert main(["explain", str(tmp_path)]) == 2
-    assert "trained with backward_rows: every forward is exact and no channels are chosen" in capsys.readouterr().err
+    assert "was trained with backward_rows, and has no explain.jsonl" in capsys.readouterr().err
     (tmp_path / files.RECORDS_FILE).write_text("no record\n{}\n")
     with pytest.raises(ConfigError, match="line 1 is no record"):
         files.read(tmp_path)
     (tmp_path / files.RECORDS_FILE).write_text("")
     with pytest.raises(ConfigError, match="no whole record"):
         files.read(tmp_path)
+
+
+# -- Row sparsity: the energy of chosen rows --------------------------------------------------------------------------
+
+
+def energies(model, batch):
+    """``model``'s energies of chosen and of all rows by layer, from hooks on gradients; it is attached."""
+    partition = TokenPartition.from_labels(batch["labels"], batch["attention_mask"])
+    found, handles = {}, []
+
+    def note(index, gradient):
+        squares = gradient.flatten(0, -2).double().square().sum(-1)
+        chosen = sorted(chosen_rows(gradient, partition, SHARE))
+        found[index] = squares[chosen].sum().item(), squares.sum().item()
+
+    for layer in get_state(model).layers:
+        hook = lambda module, gradients, index=layer.index: note(index, gradients[0])  # noqa: E731
+        handles.append(layer.mlp.register_full_backward_pre_hook(hook))
+    loss_and_gradients(model, batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_energy_is_that_of_the_gradients(checkpointing):
+    model = make_lora()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    attach(model, every_step(explain_steps=2))
+    state = get_state(model)
+    state.begin_training("test", 100)
+    sums, shares = {}, {}
+    for number in range(5):
+        state.set_step(number)
+        for index, found in energies(model, make_batch(number)).items():
+            before = sums.get(index, (0, 0))
+            sums[index] = before[0] + found[0], before[1] + found[1]
+        if number % 2:  # a log line
+            shares = {index: chosen / everything for index, (chosen, everything) in sums.items()}
+            figures = metrics(state)
+            assert figures["sparsity/gradient_energy"] == pytest.approx(sum(shares.values()) / 3, rel=1e-5)
+            assert figures["sparsity/gradient_energy_min"] == pytest.approx(min(shares.values()), rel=1e-5)
+            sums = {}
+    records = state.observer.take()
+    assert [record["step"] for record in records] == [1, 3]
+    assert files.values(records[-1], "rows", "gradient_energy") == pytest.approx(shares, rel=1e-5)
+    assert 0.3 < min(shares.values()) < 1
+    assert files.means(records[-1]) == {}
+    assert state.observer.take() == []
+
+
+def test_a_training_by_rows_logs_and_reports_it(tmp_path, capsys):
+    model = make_lora()
+    attach(model, every_step(explain_steps=3))
+    rows = [{name: value[0] for name, value in make_batch(seed).items()} for seed in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, logging_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(0 < line["sparsity/gradient_energy_min"] <= line["sparsity/gradient_energy"] <= 1 for line in log)
+    records = files.read(tmp_path)
+    assert [record["step"] for record in records] == [0, 3]
+    last = files.values(records[-1], "rows", "gradient_energy")
+    assert log[3]["sparsity/gradient_energy/rows/layer_02"] == last[2]
+    assert log[3]["sparsity/gradient_energy_min"] == min(last.values())
+    assert "sparsity/gradient_energy/rows/layer_02" not in log[2]
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "- chosen rows: share of the gradient's energy " in capsys.readouterr().out
+    text = (tmp_path / "explain.md").read_text()
+    assert "| layer | chosen rows: energy |" in text
+    assert text.count("\n| ") == 2 + 3, "heading and rule, three layers"
+    assert (tmp_path / "explain.png").stat().st_size > 10_000

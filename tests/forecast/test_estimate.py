@@ -9,10 +9,8 @@ import transformers
 import yaml
 
 from sparse_unsloth.cli import main
-from sparse_unsloth.cli.arguments import parse
-from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.errors import ConfigError, SparsityError
+from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.forecast.estimate import estimate
 from sparse_unsloth.forecast.model import WHOLE_LAYERS, has_whole_layers
 from sparse_unsloth.forecast.report import as_dict, report
@@ -322,6 +320,25 @@ def test_dense_training_is_captured_too(recipe, capsys):
     assert "dense, with cuda_graphs" in report(asked)
 
 
+def test_fp8_is_estimated_where_it_is_asked_for(recipe):
+    asked = {"preset": "dense", "precision": "fp8"}
+    plain = estimate(of_gpu(recipe, rows=LONG, **CAPTURED, sparsity="dense"))
+    asked, captured, refused = (
+        estimate(of_gpu(recipe, rows=LONG, **{**CAPTURED, "sparsity": {**asked, **more}, **changes}))
+        for more, changes in (({}, {}), ({"cuda_graphs": True}, {}), ({}, {"use_dora": True}))
+    )
+    assert (plain.fp8, refused.fp8) == (None, None)
+    assert asked.dense_as_trained is asked.fp8
+    assert captured.dense_as_trained is captured.recorded
+    assert (asked.dense, asked.dense_exact) == (plain.dense, plain.dense_exact)
+    assert asked.memory.working_set > plain.memory.working_set
+    assert "precision: fp8, of products" in report(asked)
+    assert "dense, products in FP8" in report(asked)
+    assert "precision: fp8 is approximate" in advise(asked)
+    assert "attaching will refuse this training" in advise(refused)
+    assert "precision" not in advise(plain)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -371,6 +388,8 @@ def test_auto_is_estimated_as_it_would_decide(recipe):
     by_rows = estimate(load_recipe(recipe(**prompts)))
     assert (by_rows.auto, by_rows.backward_rows) == (True, 0.25)
     assert "auto would choose backward_rows: 0.25 and no CUDA graphs" in advise(by_rows)
+    context = estimate(load_recipe(recipe(**{**prompts, "sparsity": {"preset": "auto", "precision": "fp8-context"}})))
+    assert (context.backward_rows, context.precision) == (1.0, "fp8-context")
     exact = estimate(load_recipe(recipe(sparsity="auto", rows=questions([(1, 40)] * 5))))
     assert (exact.sparse, exact.backward_rows) == (None, 1.0)
     assert "auto trains exactly" in advise(exact)
@@ -410,20 +429,6 @@ def test_command_with_model_and_data_set(recipe, checkpoint, capsys):
     assert figures["speedup"] > 0
     assert main([*words, "--use_cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["backend"] == "peft"
-
-
-def test_names_come_before_options():
-    names, arguments, overrides = parse(build_parser(), ["a", "b", "--max_length", "5", "--json"], ConfigError)
-    assert (names, arguments.json, overrides) == (["a", "b"], True, ["--max_length", "5"])
-    with pytest.raises(ConfigError, match="given nothing"):
-        parse(build_parser(), ["--json"], ConfigError)
-    with pytest.raises(SparsityError, match="there is no shipped recipe"):
-        _recipe(["nothing"], [], None)
-
-
-def test_help(capsys):
-    assert main(["estimate", "--help"]) == 0
-    assert "--speed-table" in capsys.readouterr().out
 
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
@@ -470,20 +475,6 @@ def test_family_without_a_fast_path(recipe, tmp_path):
     assert [one.backend for one in found] == ["peft", "peft"]
     assert found[0].backend_reason == "whose layers run on Unsloth's compiled path, which granite takes"
     assert found[0].sparse.flops == found[1].sparse.flops > 0
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "estimate takes RECIPE, or MODEL and DATASET"),
-        (["a", "b", "c"], "given a b c"),
-        (["quickstart", "--samples", "-1"], "--samples must be 0"),
-        (["quickstart", "--no_such_key", "1"], "unknown key"),
-    ],
-)
-def test_wrong_words(words, message, capsys):
-    assert main(["estimate", *words]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_unknown_device(recipe):

@@ -32,8 +32,8 @@ def whole(plan, x, graphed):
 
 def whole_by_rows(plan, x, graphed):
     partition = roles(ROWS[0].replace("p", "c"))
-    chosen = RowChoice(partition, 1.0).as_partition()
-    return row_sparse_whole_layer(x, plan, graphed, attention, {}, partition, 1.0, chosen)
+    choice = RowChoice(partition, 1.0)
+    return row_sparse_whole_layer(x, plan, graphed, attention, {}, choice, choice.as_partition())
 
 
 def opened(graphs, which):

@@ -20,7 +20,7 @@ from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.ops import stored_rows
 from sparse_unsloth.runtime.metrics import metrics
 
-from recorded_layers import LAYERS, attach_with, checkpointed, other_rows, small_steps, step_as_recorded
+from recorded_layers import LAYERS, attach_with, checkpointed, other_rows, small_steps, step_as_recorded, take_sums
 from tiny_models import loss_and_gradients, make_batch
 from unsloth_stand_in import assert_same, decoder_layers
 from whole_layers import make_model, small_batch
@@ -60,16 +60,23 @@ def test_replays_give_the_same_gradients(stand_in, interpreted, rules, monkeypat
     batches = [batch, other_rows(batch)]
     expected = [step_as_recorded(model, batch, rules) for batch in batches]
     state, original, again = attach_with(model, rules, True), stored_rows._with_context, []
+    energies = []
     monkeypatch.setattr(stored_rows, "_with_context", lambda *given: again.append(len(given[1])) or original(*given))
     for step in range(4):
         if rules == "rows":  # a layer is replayed as it was captured, whatever the planner says later
             state.planner = planner(context_again={1} if step < 3 else {0})
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        energies.append(take_sums(state))
         assert interpreted.recorded == (layers * CALLS if step else 0)
     assert interpreted.replayed == 2 * interpreted.recorded
     assert metrics(state)["sparsity/captured_layers"] == layers
     assert state.ran == state.expected_parts()
     assert len(again) == (4 if rules == "rows" else 0)  # the stand-in runs the captured function again
+    if rules == "rows":
+        assert energies[2:] == [pytest.approx(one) for one in energies[:2]]
+        assert all(energies[0])
+    else:
+        assert not any(map(any, energies))
     if rules == "both":  # only the layer's own graphs write to its scores, which are read later
         chosen = kept_selections(state)
         assert chosen.keys() == state.expected_parts()

@@ -29,6 +29,7 @@ from recorded_layers import (
     other_rows,
     small_steps,
     step_as_recorded,
+    take_sums,
 )
 from tiny_models import loss_and_gradients, make_batch, make_lora
 from unsloth_stand_in import assert_same, packed_batch
@@ -64,12 +65,16 @@ def test_each_replay_selects_rows(stand_in, recorder):
     batch = make_batch(lengths=((12, 3), (9, 4)))
     batches = [batch, other_rows(batch)]
     expected = [step_as_recorded(model, batch, "rows") for batch in batches]
-    state = attach_with(model, "rows", True)
+    state, energies = attach_with(model, "rows", True), []
     for step in range(4):
         assert_same(loss_and_gradients(model, batches[step % 2]), expected[step % 2])
+        energies.append(take_sums(state))
         assert recorder.recorded == (LAYERS * CALLS if step else 0)
     assert recorder.replayed == 2 * recorder.recorded
     assert state.ran == state.expected_parts()
+    assert all(0 < step[0] < step[1] for step in energies), "the first layer leaves energy out"
+    assert energies[2] == pytest.approx(energies[0]), "replayed, without capture"
+    assert energies[3] == pytest.approx(energies[1]), "replayed, captured"
 
 
 def test_dense_layers_are_captured(stand_in, recorder):

@@ -74,15 +74,16 @@ def chosen_rows(gradient, partition, share):
     return set(order[:count]) | set(partition.dense.tolist())
 
 
-def masked_gradients(model, batch, share=SHARE, whole=False, layers=None):
+def masked_gradients(model, batch, share=SHARE, whole=False, layers=None, partition=None, run=loss_and_gradients):
     """Loss and gradients of a model that is not attached, with gradients of outputs masked by hooks.
 
     Rows are chosen by the gradient of the MLP's output, or of the ``whole`` layer's, which a norm may come before.
-    ``layers`` are those with row parts; `find_layers` finds the usual ones.
+    ``layers`` are those with row parts; `find_layers` finds the usual ones. ``partition``: roles
+    other than the labels'. ``run``: a step with another loss.
     """
     layers, masks, handles = layers or find_layers(model), {}, []
     mask = batch.get("attention_mask")
-    partition = TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))
+    partition = partition or TokenPartition.from_labels(batch["labels"], mask, batch.get("position_ids"))
 
     def hook(index, chooses):
         def masked(module, gradients):
@@ -104,7 +105,7 @@ def masked_gradients(model, batch, share=SHARE, whole=False, layers=None):
             chooses = part.selects_rows and not whole
             handles.append(part.module.register_full_backward_pre_hook(hook(index, chooses)))
     try:
-        return loss_and_gradients(model, batch)
+        return run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

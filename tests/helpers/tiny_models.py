@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from torch.nn import functional as F
 
 COMMON = {
     "vocab_size": 96,
@@ -104,24 +105,39 @@ def loras(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def loss_and_gradients(model, batch):
+def loss_and_gradients(model, batch, loss_of=lambda model, batch: model(**batch).loss):
     model.zero_grad()
-    loss = model(**batch).loss
+    loss = loss_of(model, batch)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in loras(model).items()}
 
 
-def save_checkpoint(folder) -> str:
-    """A tiny Llama with a word-level tokenizer."""
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def own_loss(model, batch, weights=(1.0, -2.0, 0.0), **arguments):
+    """A sum over labelled tokens, weighted by sequence as by GRPO's advantages; the model receives no labels."""
+    logits = model(**without_labels(batch), **arguments).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, -logits.shape[1] :], reduction="none")
+    return (losses * losses.new_tensor(weights)[:, None]).sum()
+
+
+def make_tokenizer(template=None):
+    """Of words, each one of the tiny models' tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    make_base().save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 96)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+
+
+def save_checkpoint(folder) -> str:
+    """A tiny Llama with a word-level tokenizer."""
+    make_base().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 

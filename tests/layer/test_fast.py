@@ -84,6 +84,38 @@ def test_changes_are_seen(change):
         assert ours in fresh
 
 
+def test_a_known_version_of_the_adapters_spares_all_but_tensors_and_scales():
+    model, layer, fast = make()
+    known, up = fast.projections(7), layer.mlp.up_proj
+    quantise(up.base_layer)
+    assert fast.projections(7) is known  # who changes this must count a version on
+    assert outcome(lambda: fast.projections(8)) is not known
+    _, layer, fast = make()
+    known, up = fast.projections(7), layer.mlp.up_proj
+    for name in ("A", "B", "weight", "scale"):
+        CHANGES[name](model, up)
+        now = fast.projections(7)
+        assert now is not known
+        assert not all(map(is_same, now, known))
+        known = now
+
+
+def test_norms_are_read_again_when_they_changed():
+    _, layer, fast = make()
+    norms = fast.norms()
+    assert fast.norms() is norms
+    weight = layer.module.input_layernorm.weight
+    weight.data = weight.data.clone()
+    assert fast.norms()[0].weight.data_ptr() == weight.data_ptr() != norms[0].weight.data_ptr()
+    layer.module.input_layernorm.weight = parameter_of(layer.module.input_layernorm)
+    assert fast.norms()[0].weight.data_ptr() == layer.module.input_layernorm.weight.data_ptr()
+    layer.module.input_layernorm.weight.requires_grad_(True)
+    assert fast.norms() is None
+    assert fast.norms() is None
+    layer.module.input_layernorm.weight.requires_grad_(False)
+    assert fast.norms()[2] is not None
+
+
 def test_nothing_is_read_again(monkeypatch):
     _, _, fast = make()
     known = fast.projections()

@@ -30,9 +30,9 @@ def outcome(layer, function):
 
 
 def stored(layer, partition, share):
-    """The outcome of `post_attention_of_rows`, and its chosen rows."""
+    """The outcome of `post_attention_of_rows`, and its chosen rows; their order is made in backward or before."""
     choice = RowChoice(partition, share)
-    chosen = RowOrder(choice.as_partition(), False)
+    chosen = None if layer.plan.keep_context else RowOrder(choice.as_partition(), False)
     found = outcome(layer, lambda a, x: post_attention_of_rows(a, x, layer.plan, choice, chosen))
     return found, choice.rows
 

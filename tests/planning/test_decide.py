@@ -7,7 +7,7 @@ import pytest
 from sparse_unsloth.bench.methods import LLAMA_3_8B
 from sparse_unsloth.costs.memory import GIB
 from sparse_unsloth.planning import decide as rules
-from sparse_unsloth.planning.decide import Facts, Kept, Speed, cost, decide, mend
+from sparse_unsloth.planning.decide import Facts, Forwards, Kept, Speed, cost, decide, mend
 from sparse_unsloth.planning.step_time import StepTime
 from sparse_unsloth.planning.table import table
 from sparse_unsloth.planning.work import MicroBatch, Plan
@@ -122,6 +122,129 @@ def test_without_a_budget_or_checkpointing_nothing_is_kept():
     assert "checkpointing is off" in off.reasons["memory_budget"]
 
 
+# -- Merged micro-batches ---------------------------------------------------------------------------------------------
+
+
+def steps(tokens, kept=(0, 0, 0, 0), **changes):
+    """Two optimiser steps of eight such micro-batches, 1, 2, 4 or 8 in a forward, with so many layers kept."""
+    memory = [{rows: Kept(layers, (7 + layers) * GIB) for rows in (False, True)} for layers in kept]
+    one, merged = batch(tokens, 0.26), {}
+    for most, of in zip((2, 4, 8), memory[1:], strict=True):
+        joined = MicroBatch(most * one.dense, most * one.context, 0, most * one.loss, one.lengths * most)
+        merged[most] = Forwards((joined,) * (16 // most), of)
+    return facts(tokens, **{"batches": (one,) * 16, "kept": memory[0], "merged": merged, "no_merging": "", **changes})
+
+
+def every_way(known):
+    """The cost of each number of merged micro-batches, with graphs and without."""
+    return {
+        (merged, graphs): cost(known, 1.0, graphs, known.forwards(merged).kept[False].layers, merged)
+        for merged in (1, *known.merged)
+        for graphs in (False, True)
+    }
+
+
+def test_launches_are_saved_by_merging_where_graphs_cannot_be_had():
+    one = decide(steps(300, no_graphs="none"))
+    costs = every_way(one.facts)
+    assert one.merged == 8
+    assert one.milliseconds == pytest.approx(costs[8, False])
+    assert one.gains["merge_micro_batches"] == pytest.approx(costs[1, False] / costs[8, False])
+    assert one.gains["merge_micro_batches"] > 3
+    assert one.peak == 7 * GIB
+    assert one.reasons["merge_micro_batches"].startswith("up to 8 of a step fit in a forward: ")
+    assert "  micro-batches    8 as one" in "\n".join(table(one))
+
+
+@pytest.mark.parametrize("tokens", [100, 300, 600, 1000, 2000, 4000])
+def test_the_best_of_graphs_and_merging_with_the_fewest_merged(tokens):
+    one = decide(steps(tokens, no_rows="none"))
+    costs = every_way(one.facts)
+    best = min(costs.values())
+    assert one.milliseconds == costs[one.merged, one.cuda_graphs]
+    assert best <= one.milliseconds <= rules.MERGE_GAIN * rules.GRAPHS_GAIN * best
+    assert all(costs[merged, graphs] > best for merged, graphs in costs if merged < one.merged)
+
+
+def test_large_micro_batches_run_one_by_one():
+    one = decide(steps(16384))
+    assert (one.merged, one.gains["merge_micro_batches"]) == (1, None)
+    assert one.reasons["merge_micro_batches"].startswith("merging up to ")
+    assert one.reasons["merge_micro_batches"].endswith(" of them would give 1.01x")
+    assert "  micro-batches    one by one     -" in "\n".join(table(one))
+
+
+def test_merged_micro_batches_dequantise_their_weights_once():
+    """So merging pays where graphs leave the GPU as the limit, and weights are in 4 bits."""
+    four, sixteen = (decide(steps(4000, plan=replace(PLAN, in_4bit=kind), no_rows="none")) for kind in (True, False))
+    assert (four.merged > 1, sixteen.merged) == (True, 1)
+    assert four.gains["merge_micro_batches"] > 1.02
+
+
+def test_memory_for_activations_and_for_merging_are_weighed():
+    """Merging saves little host time here, and costs the layers that keep their activations."""
+    same = decide(steps(3500, kept=(32, 32, 32, 32), no_graphs="none", no_rows="none"))
+    assert (same.merged > 1, same.kept, same.peak) == (True, 32, 39 * GIB)
+    fewer = decide(steps(3500, kept=(32, 0, 0, 0), no_graphs="none", no_rows="none"))
+    assert (fewer.merged, fewer.kept) == (1, 32)
+
+
+def test_capturing_has_to_pay_by_forwards_not_by_micro_batches():
+    known = replace(steps(300, no_rows="none"), given={"merge_micro_batches": 8})
+    saved = 8 * (cost(known, 1.0, False, 0, 8) - cost(known, 1.0, True, 0, 8))
+    enough = 8 * (rules.RUNS_BEFORE + int(32 * rules.CAPTURE_MS / saved) + 1)
+    pays = [decide(replace(known, micro_batches=enough - less)).cuda_graphs for less in (0, 8)]
+    assert pays == [True, False]
+
+
+@pytest.mark.parametrize(("asked", "merged"), [(True, 8), (False, 1), (None, 1)])
+def test_merging_by_hand_stays(asked, merged):
+    known = replace(steps(8192 if asked else 300, no_graphs="none"), given={"merge_micro_batches": asked})
+    one = decide(known if asked else replace(known, merged={}))
+    assert (one.merged, one.reasons["merge_micro_batches"]) == (merged, "as you set it")
+
+
+def test_what_cannot_be_merged_is_not():
+    one = decide(steps(300, merged={}, no_merging="the model has an encoder"))
+    assert (one.merged, one.reasons["merge_micro_batches"]) == (1, "the model has an encoder")
+    asked = decide(replace(one.facts, no_merging="no GPU", given={"merge_micro_batches": True}))
+    assert (asked.merged, asked.reasons["merge_micro_batches"]) == (1, "as you set it, but no GPU")
+
+
+def test_fewer_are_merged_where_memory_ran_out():
+    before = decide(steps(300, kept=(4, 3, 2, 1), no_graphs="none"))
+    assert [(one.merged, one.kept) for one in (before, *map(before.merging_at_most, (7, 3, 1)))] == [
+        (8, 1), (4, 2), (2, 3), (1, 4)
+    ]  # fmt: skip
+    assert decide(before.merging_at_most(3).facts).merged == 2
+    none = decide(before.merging_at_most(1).facts)
+    assert none.merged == 1
+    assert none.reasons["merge_micro_batches"].startswith("two together ran out of memory")
+
+
+def test_a_plan_comes_to_merge_where_the_gpu_is_faster_than_predicted():
+    before = decide(steps(4096, plan=replace(PLAN, in_4bit=False), no_graphs="none", no_rows="none"))
+    after = mend(before, 0.3)
+    assert (before.merged, after.merged > 1) == (1, True)
+    assert after.facts.speed.device == pytest.approx(0.3, rel=0.05)
+    again = mend(after, 2.0)
+    assert again.facts.speed.device == pytest.approx(2 * after.facts.speed.device, rel=0.1)
+
+
+# -- FP8 --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_precision_that_was_asked_for_is_forecast_and_none_is_chosen():
+    busy = facts(8192, 0.9)
+    bf16, fp8 = (decide(replace(busy, plan=replace(PLAN, precision=kind))) for kind in ("bf16", "fp8"))
+    assert 1.25 < bf16.milliseconds / fp8.milliseconds < 1.6
+    assert (bf16.facts.plan.precision, bf16.backward_rows, fp8.backward_rows) == ("bf16", 0.25, 0.25)
+    context = decide(replace(busy, plan=replace(PLAN, precision="fp8-context")))
+    assert (context.backward_rows, context.reasons["backward_rows"]) == (
+        1.0, "precision: fp8-context is for dense training"
+    )  # fmt: skip
+
+
 # -- What was set by hand ---------------------------------------------------------------------------------------------
 
 
@@ -212,7 +335,8 @@ def test_the_table_says_what_and_why_in_at_most_eight_lines():
     assert lines[0] == "sparse_unsloth auto: 1000 tokens a micro-batch, 26% context (1 read)"
     assert "exact " in lines[1]
     assert "context is 26% of your tokens: rows would give 1." in lines[1]
-    assert "merge_micro_batches" in text
+    assert "merging" not in text
+    assert "the micro-batches of an optimiser step are not known" in text
     assert lines[-1].startswith(f"  predicted: {one.milliseconds:.0f} ms a micro-batch, 7.0 GiB at the peak, by steps")
     quick = "\n".join(table(decide(facts(1000, kept={False: Kept(16, GIB), True: Kept(16, GIB)}))))
     assert "on             1.7" in quick

@@ -90,6 +90,14 @@ def test_many_context_tokens_train_by_rows(capsys):
     assert "context is 94% of your tokens: exact forward" in lines[1]
 
 
+def test_answers_that_count_as_context_are_not_left_out(capsys):
+    model = make_lora()
+    attach(model, {"preset": "auto", "dense_tokens": "none"})
+    loss_and_gradients(model, PROMPTS)
+    assert chosen(model) == DENSE
+    assert "rows of answers are never left out by size" in tables(capsys)[0][1]
+
+
 def test_planning_leaves_the_random_state_as_it_was(monkeypatch):
     """Else a trainer would shuffle its data otherwise than without this package."""
 

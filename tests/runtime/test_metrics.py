@@ -63,9 +63,12 @@ def test_a_loss_on_every_token_is_said_once_and_not_enabled(sparsity, tmp_path, 
     assert sum("every token bears loss" in record.message for record in caplog.records) == 1
 
 
-def test_a_loss_without_labels_is_not_enabled(tmp_path, caplog):
-    enabled, _ = train(tmp_path, ROWS, prompts=[8] * 6, trainer=OwnLoss)
-    assert enabled == [0, 0, 0]
+@pytest.mark.parametrize("sparsity", [ROWS, always()], ids=["rows", "channels"])
+def test_a_loss_without_labels_is_enabled_for_rows_alone(sparsity, tmp_path, caplog):
+    enabled, log = train(tmp_path, sparsity, prompts=[8] * 6, trainer=OwnLoss)
+    assert enabled == [sparsity is ROWS] * 3
+    shares = [entry["sparsity/context_share"] for entry in log if "loss" in entry]
+    assert shares == [pytest.approx(8 / 12 if sparsity is ROWS else 0)] * 3
     assert sum("came without labels" in record.message for record in caplog.records) == 1
 
 

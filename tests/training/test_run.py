@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from sparse_unsloth.cli import main
+from sparse_unsloth.config.sparsity import CONFIG_NAME
 from sparse_unsloth.training.recipe import load_recipe
 
 from flops import counter
@@ -291,6 +293,15 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(quickstart, "HEAD_CHUNK", 1)
     words = yaml.safe_load(Path(training).read_text()) | {"dataset_test_size": 9, "save_strategy": "no"}
     save_recipe(Path(training), words, dataset_size=32, max_length=30)
+    wall = []
+
+    class Timed(quickstart.Turns):
+        def run(self, *functions):
+            began = time.perf_counter()
+            super().run(*functions)
+            wall.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(quickstart, "Turns", Timed)
     folder = tmp_path / "quick"
     assert main(["quickstart", "--steps", "8", "--output-dir", str(folder)]) == 0
     results = json.loads((folder / "results.json").read_text())
@@ -314,9 +325,50 @@ def test_quickstart_compares_three_runs(training, tmp_path, monkeypatch, capsys)
     assert (folder / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "results.md").read_text()
     printed = capsys.readouterr().out
-    for word in ("answer loss, held out", "exact match, held out", "sparse step, median s", "FLOPs, 10^12"):
+    pairs = results["pairs"]
+    assert sum(dense["step_seconds"] + sparse["step_seconds"]) < wall[0], "a step's time holds no waiting for the other"
+    seconds = [[run["step_seconds"][step] for step in (1, 2)] for run in (dense, sparse)]
+    assert pairs["speed"] == [slow / fast for slow, fast in zip(*seconds, strict=True)]  # its sparse steps
+    words = ("answer loss, held out", "exact match, held out", "speed, median of pairs", "FLOPs, 10^12", "judge")
+    assert "evaluating" not in printed, "a bar where there is no terminal"
+    for word in words:
         assert word in table
         assert word in printed
+
+
+def test_on_a_gpu_the_quickstart_compares_stock_and_auto(training, tmp_path, monkeypatch, capsys):
+    """With the tiny model on the CPU in their place: what a GPU changes is the model, and what `auto` decides."""
+    from sparse_unsloth.quickstart import run as quickstart
+
+    monkeypatch.setattr(quickstart, "RECIPE", training)
+    monkeypatch.setattr(quickstart, "has_gpu", lambda: True)
+    monkeypatch.setattr(quickstart, "ON_GPU", {"max_length": "30", "dataset_size": "32", "dataset_test_size": "9"})
+    results = quickstart.quickstart(tmp_path / "quick", steps=3)
+    stock, auto = (results["runs"][name] for name in ("stock", "auto"))
+    assert results["same_initial_adapter"]
+    assert results["same_batches"]
+    assert stock["step_is_sparse"] == [False] * 3
+    assert len(results["pairs"]["speed"]) == 2
+    assert results["sparsity"]["preset"] != "auto", "what was decided"
+    assert "flops" not in auto
+    assert stock["losses"][0] == pytest.approx(auto["losses"][0], rel=1e-5), "auto's forward is exact"
+    adapters = [tmp_path / "quick" / name / "adapter" for name in ("stock", "auto")]
+    assert [(adapter / CONFIG_NAME).is_file() for adapter in adapters] == [False, True], "stock is not attached"
+    assert (tmp_path / "quick" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "sparse_unsloth auto" in printed
+    assert "against auto" in printed
+    assert "FLOPs, 10^12" not in printed
+
+
+def test_the_keys_on_a_gpu_make_a_recipe():
+    from sparse_unsloth.quickstart.run import ON_GPU
+
+    words = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)]
+    made = load_recipe("quickstart", [*words, "--use_cpu", "true", "--bf16", "false"])
+    assert made.model.load_in_4bit
+    assert made.data.dataset_options["needle_haystack"]["max_num_statements"] == 60
+    assert (made.backend, made.training.max_length) == ("auto", 1024)
 
 
 def test_evaluation_counts_answers_by_hand(training):
