@@ -71,7 +71,9 @@ def extras() -> dict[str, list[str]]:
     except importlib.metadata.PackageNotFoundError:
         return {}
     return {
-        name: [f"{item.name}{item.specifier}" for item in requirements(name) if not _is_there(item)] for name in names
+        name: [f"{item.name}{item.specifier}" for item in requirements(name) if not _is_there(item)]
+        for name in names
+        if name not in FOR_DEVELOPERS
     }
 
 

@@ -216,6 +216,7 @@ def test_extras_are_named_with_what_they_lack(versions):
     found = finding("extras").found
     assert "study lacks scipy>=1.13" in found
     assert "eval lacks lm-eval>=0.4.9" in found
+    assert "dev" not in found
 
 
 def test_the_wait_for_trials_counts_them_and_ends(tmp_path, monkeypatch):
