@@ -74,7 +74,7 @@ def functions(files: Iterable[tuple[str, str]]) -> list[Text]:
 
 
 def passages(files: Iterable[tuple[str, str]]) -> list[Text]:
-    """Passages of docstrings with up to `ASKED` questions each, which a sentence of the passage answers word for word."""
+    """Passages of docstrings with up to `ASKED` questions each, which one of its sentences answers word for word."""
     found: dict[str, Text] = {}
     seen: set[str] = set()
     for name, source in files:
