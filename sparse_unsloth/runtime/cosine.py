@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 from sparse_unsloth.runtime.state import SparsityState
+from sparse_unsloth.tokens.batch import read_batch
 from sparse_unsloth.utils.distributed import world_size
 
 METRIC = "sparsity/gradient_cosine"
@@ -63,7 +64,7 @@ class GradientCosine:
         state = self._state
         turn = state.step and state.step % self._every == 0 and state.step != self._seen
         sparse = state.row_sparse and state.scale > 0 and state.gradients_seen
-        trains = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+        trains = model.training and torch.is_grad_enabled() and read_batch(kwargs).labels is not None
         if not (turn and sparse and trains) or CONTEXT_ARGUMENT in kwargs:
             return
         self._seen = state.step

@@ -34,7 +34,7 @@ def spy(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rules", "checkpointing"),
-    [("both", True), ("attention alone", "reentrant"), ("no dense rows", "reentrant"), ("nothing dropped", False)],
+    [("both", True), ("no dense rows", "reentrant"), ("nothing dropped", False)],
 )
 def test_whole_layers_equal_hooked_parts(stand_in, monkeypatch, rules, checkpointing):
     model = make_model(stand_in, checkpointing)
