@@ -10,7 +10,7 @@ RESULTS := benchmarks/results/quickstart
 .PHONY: help quickstart publish-quickstart doctor test test-gpu lint format docs dist clean
 
 help:
-	@echo "make quickstart  train SmolLM2-135M dense and sparse on the CPU, and compare (under five minutes)"
+	@echo "make quickstart  train SmolLM2-135M dense and sparse on the CPU, and compare (four to nine minutes)"
 	@echo "make doctor      what this machine can run"
 	@echo "make test        the tests that need no GPU;  make test-gpu  those that do, after the acceptance run"
 	@echo "make lint        ruff check and format check, mypy; make format   apply what ruff can"

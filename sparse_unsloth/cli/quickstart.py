@@ -10,7 +10,7 @@ from sparse_unsloth.cli.arguments import command_parser, positive
 from sparse_unsloth.utils.environment import require
 
 DESCRIPTION = """\
-On a CPU: fine-tunes SmolLM2-135M-Instruct on verifiable tasks three times, in under five minutes: dense, sparse, and
+On a CPU: fine-tunes SmolLM2-135M-Instruct on verifiable tasks three times, in four to nine minutes: dense, sparse, and
 dense with as many FLOPs as the sparse run. With a GPU: Llama-3.2-1B-Instruct in 4 bits, by stock Unsloth and with
 `auto`; `CUDA_VISIBLE_DEVICES= sparse-unsloth quickstart` takes the CPU. Dense and sparse steps take turns; the report
 has the loss, the accuracy and the median of the pairs' times."""
