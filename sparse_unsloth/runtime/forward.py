@@ -124,8 +124,9 @@ def _enter_layer(place: int, name: str, last: bool, layer: nn.Module, args: tupl
     if last:
         layer.__dict__.pop("_sparse_context", None)  # of a pass that did not come to its end
     runtime: LayerRuntime | None = layer.__dict__.get("_sparse_runtime")
+    given = CONTEXT_ARGUMENT in kwargs
     context: SparseContext | None = kwargs.pop(CONTEXT_ARGUMENT, None)
-    if context is None and runtime is not None and runtime.state.handing is not None:
+    if not given and runtime is not None and runtime.state.handing is not None:
         context = runtime.state.handing.of_layer(name)
     if context is not None:
         if in_backward():

@@ -36,17 +36,21 @@ class Handing:
         if self.context is not None and self.context.probe:
             return True
         self.context = None
+        self._wrap()  # a forward without a context has recomputes, too
         return False
 
     def begin(self, context: SparseContext) -> dict[str, Any]:
         """Hands ``context`` to the layers from now on; the model needs no argument for it."""
         self.context = context
+        self._wrap()
+        return {}
+
+    def _wrap(self) -> None:
         for module in self._model.modules():
             function = module.__dict__.get(CHECKPOINTS)
             if function is not None and getattr(function, "func", None) is not _checkpointed:
                 self._wrapped[module] = function
                 module.__dict__[CHECKPOINTS] = partial(_checkpointed, self, function)
-        return {}
 
     def end(self) -> SparseContext | None:
         """The context of the forward that ends."""
@@ -76,6 +80,5 @@ class Handing:
 
 
 def _checkpointed(handing: Handing, checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """Runs ``checkpoint``, with the context among the arguments of ``function``, a decoder layer's forward."""
-    handed = {} if handing.context is None else {CONTEXT_ARGUMENT: handing.context}
-    return checkpoint(partial(function, **handed), *args)
+    """Runs ``checkpoint``, with the context, if only None, among the arguments of a decoder layer's forward."""
+    return checkpoint(partial(function, **{CONTEXT_ARGUMENT: handing.context}), *args)

@@ -236,6 +236,21 @@ def test_a_layer_without_row_parts_is_left_out_and_named():
 # -- Models that do not pass keyword arguments on to their layers -----------------------------------------------------
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dense_forwards_of_a_schedule_are_checkpointed_too(reentrant):
+    """Their recomputes have no context, and no layer takes them for those of another forward."""
+    model, batch = make_model("falcon"), make_batch("falcon")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    attach(model, {"backward_rows": 0.25, "start_step": 1, "end_step": 3})
+    state = get_state(model)
+    state.begin_training("loop", max_steps=4)
+    for step in range(4):
+        state.set_step(step)
+        model(**batch).loss.backward()
+    assert state.counts.sparse_forwards == 2
+
+
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_each_recompute_gets_the_context_of_its_own_forward(use_reentrant):
     model, batch = make_model("falcon"), make_batch("falcon")
