@@ -42,7 +42,8 @@ class Handing:
     def begin(self, context: SparseContext) -> dict[str, Any]:
         """Hands ``context`` to the layers from now on; the model needs no argument for it."""
         self.context = context
-        self._wrap()
+        if context.probe:  # of others `restarts` has wrapped them
+            self._wrap()
         return {}
 
     def _wrap(self) -> None:
