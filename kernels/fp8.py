@@ -161,7 +161,8 @@ def quantize_weight(source: Tensor, quant_state, scales: Tensor, out: Tensor, tr
 def scales_of(amax: Tensor) -> Tensor:
     """The scales, fp32, of rows whose largest magnitudes are ``amax``; NaN counts as inf."""
     amax = amax.float().nan_to_num(float("inf"), float("inf"))
-    return torch.where(amax == 0, 1.0, amax.clamp_min(SMALLEST_AMAX) / LARGEST)
+    # Divided by a tensor: by a number, a GPU multiplies by its reciprocal, and the last bit would differ from the kernels'.
+    return torch.where(amax == 0, 1.0, amax.clamp_min(SMALLEST_AMAX) / torch.full_like(amax, LARGEST))
 
 
 def reference_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
