@@ -99,9 +99,15 @@ class Trial:
     seconds: float = 0.0
 
 
-def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str) -> dict[str, Any]:
-    """Makes a micro-batch of `LAYOUTS`: right-padded, or one sequence as TRL sends it (under Unsloth with lengths)."""
-    documents = LAYOUTS[layout]
+def make_batch(
+    layout: str, vocab_size: int, device: torch.device, backend: str, documents: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
+    """Makes a micro-batch: right-padded, or one sequence as TRL sends it (under Unsloth with lengths).
+
+    Args:
+        documents: ``(tokens, tokens of the prompt)`` of each; default: those of `LAYOUTS`.
+    """
+    documents = documents or LAYOUTS[layout]
     lengths = torch.tensor([length for length, _ in documents])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocab_size, (len(documents), int(lengths.max())), generator=generator)
