@@ -184,8 +184,9 @@ def make_case_batch(model: nn.Module, layout: str, documents: tuple, images: boo
 
     device = next(model.parameters()).device
     batch = make_batch(layout, SIZES["vocab_size"], device, "unsloth", documents)
+    ids = batch["input_ids"]
+    ids[(ids >= 7) & (ids <= 10)] = 11
     if images and layout == "padded":
-        ids = batch["input_ids"]
         ids[:, 1] = 9
         ids[:, 2:6] = 7
         ids[:, 6] = 10
