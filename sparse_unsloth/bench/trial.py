@@ -129,12 +129,15 @@ def make_batch(
     return {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}
 
 
-def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str, attention: str = "") -> nn.Module:
+def load(
+    backend: str, folder: Path, dtype: str, checkpointing: bool | str, attention: str = "", sparsity: str = "dense"
+) -> nn.Module:
     """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached.
 
     Args:
         folder: of the checkpoint, named after its family.
         attention: its implementation; "" is the family's, or the library's default.
+        sparsity: attached once and taken off again; "rows" for families that nothing else can be attached to.
     """
     from sparse_unsloth import FastSparseLanguageModel, detach
 
@@ -150,7 +153,7 @@ def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str, atte
         **({"attn_implementation": attention} if attention else {}),
     )
     model = FastSparseLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
+        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity=sparsity
     )
     detach(model)
     generator = torch.Generator().manual_seed(1)

@@ -238,18 +238,18 @@ def try_case(case: str, models: Path) -> Iterator[dict[str, Any]]:
     """Yields the figures and problems of each arm: plain Unsloth, every row kept, a quarter of the rows."""
     from sparse_unsloth import attach, detach
     from sparse_unsloth.backends.patching import Uncompiled
+    from sparse_unsloth.bench.arms import compiled_layers
     from sparse_unsloth.bench.models import CHECKPOINTING
     from sparse_unsloth.bench.trial import load, step
-    from sparse_unsloth.model.decoder_layer import find_layers
 
     family, checkpointing, layout = case.split()
     began = time.time()
-    model = load("unsloth", models / family, "bf16", CHECKPOINTING[checkpointing])
+    model = load("unsloth", models / family, "bf16", CHECKPOINTING[checkpointing], sparsity="rows")
     plain = {"case": case, "arm": "stock", "problems": [], "loaded_s": round(time.time() - began, 1)}
     loss, gradients = train(model, case, plain)
-    blocks = [type(layer.module).forward for layer in find_layers(model)]
-    plain |= {"loss": loss, "parts": f"{sum(hasattr(one, '_unsloth_block_compiled') for one in blocks)} compiled"}
-    switches = [Uncompiled(layer.module) for layer in find_layers(model)]
+    blocks = compiled_layers(model)
+    plain |= {"loss": loss, "parts": f"{len(blocks)} layers compiled"}
+    switches = [Uncompiled(layer) for layer in blocks]
     batch = make_case_batch(model, layout, STEADY[-1], case.startswith("qwen3_vl"))
     _, eager = step(model, batch)
     for switch in switches:

@@ -116,7 +116,7 @@ def load(folder: Path):
     model, _ = FastSparseLanguageModel.from_pretrained(
         str(folder), max_seq_length=max(TOKENS), dtype=torch.bfloat16, load_in_4bit=False, backend="unsloth"
     )
-    model = FastSparseLanguageModel.get_peft_model(model, r=RANK, lora_alpha=RANK, sparsity="dense")
+    model = FastSparseLanguageModel.get_peft_model(model, r=RANK, lora_alpha=RANK, sparsity="rows")
     detach(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
