@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
@@ -29,7 +30,7 @@ from sparse_unsloth.errors import DataError
 from sparse_unsloth.quickstart.pairs import Pairs
 from sparse_unsloth.quickstart.report import save_report, terminal_table
 from sparse_unsloth.quickstart.turns import StepInTurns, Turns
-from sparse_unsloth.tokens.batch import read_batch
+from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
@@ -56,7 +57,7 @@ ON_GPU = {
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSizes:
     """The sizes that decide a micro-batch's cost: tokens by role, and the padded shape."""
 
     dense: int
@@ -77,12 +78,12 @@ class BatchLog:
         if model.training and torch.is_grad_enabled() and batch.labels is not None:
             self.seen.append((batch.labels, batch.attention_mask))
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[BatchSizes]:
         found = []
         for labels, mask in self.seen:
             parts = TokenPartition.from_labels(labels, mask)
             rows = (len(parts.dense), len(parts.context), len(parts.padding), len(parts.loss))
-            found.append(Batch(*rows, parts.shape))
+            found.append(BatchSizes(*rows, parts.shape))
         return found
 
     def digest(self, count: int) -> str:
@@ -236,7 +237,7 @@ class Training:
             **(self._flops(log) if count_flops else {}),
         }
 
-    def _flops(self, log: list[Batch]) -> dict[str, Any]:
+    def _flops(self, log: list[BatchSizes]) -> dict[str, Any]:
         flops, calibration = (
             flops_by_step(self.recipe, self.trainer, log),
             _calibration_flops(self.recipe, self.trainer),
@@ -260,7 +261,7 @@ def _pairs(first: Training, second: Training) -> Pairs:
     return Pairs.of(*([run.timer.times.seconds[step] for step in steps] for run in (first, second)))
 
 
-def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
+def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[BatchSizes]) -> list[int]:
     """Counts the FLOPs of each optimiser step as it is computed.
 
     Dense steps compute padding too; channel-sparse MLPs, and a backward pass through chosen rows, leave it out."""
@@ -279,7 +280,7 @@ def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> 
 
 
 def _step_flops(
-    recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int, backward_rows: float
+    recipe: Recipe, shape: ModelShape, layers: list, batch: BatchSizes, estimator_rank: int, backward_rows: float
 ) -> int:
     size, length = batch.shape
     head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))
@@ -346,10 +347,8 @@ def evaluate(trainer: SFTTrainer, progress: Progress | None = None) -> dict[str,
     was_training = model.training
     model.eval()
     loss, correct, tokens, exact, answers = 0.0, 0, 0, 0, 0
-    batches = trainer.get_eval_dataloader()
-    if progress is not None:
-        batches = progress.track(batches, description="evaluating")
-    for batch in map(read_batch, batches):
+    batches = held_out_batches(trainer)
+    for batch in batches if progress is None else progress.track(batches, description="evaluating"):
         labels = batch.labels[:, 1:]
         # Without labels the model returns logits, in TRL's patched forward too.
         with trainer.compute_loss_context_manager():  # mixed precision, as in training
@@ -369,6 +368,28 @@ def evaluate(trainer: SFTTrainer, progress: Progress | None = None) -> dict[str,
         "exact_match": exact / answers,
         "answers": answers,
     }
+
+
+def held_out_batches(trainer: SFTTrainer) -> list[Batch]:
+    """Returns the held-out samples, one a row, the longest first, padded on the right.
+
+    The trainer's own batches may be one row of several documents: Unsloth's are, unless a recipe says otherwise.
+    """
+    samples = [read_batch(trainer.data_collator([row])) for row in trainer.eval_dataset]
+    samples.sort(key=lambda sample: -sample.input_ids.shape[1])
+    size, device = trainer.args.per_device_eval_batch_size, trainer.model.device
+
+    def padded(rows: list[Tensor], filler: int) -> Tensor:
+        return pad_sequence([row.flatten() for row in rows], batch_first=True, padding_value=filler).to(device)
+
+    return [
+        Batch(
+            labels=padded([sample.labels for sample in group], -100),
+            input_ids=padded([sample.input_ids for sample in group], trainer.processing_class.pad_token_id),
+            attention_mask=padded([torch.ones_like(sample.input_ids) for sample in group], 0),
+        )
+        for group in (samples[start : start + size] for start in range(0, len(samples), size))
+    ]
 
 
 def _describe(training: Training) -> dict[str, Any]:
@@ -444,7 +465,7 @@ def _quiet():
 def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()[:16]
 
 
