@@ -50,10 +50,15 @@ STOCK, AUTO = "stock", "auto"
 ON_GPU = {
     "model_name_or_path": "unsloth/Llama-3.2-1B-Instruct", "backend": "auto", "use_cpu": "false", "dtype": "bfloat16",
     "bf16": "true", "load_in_4bit": "true", "gradient_checkpointing": "true", "max_length": "1024", "max_steps": "100",
+    "per_device_train_batch_size": "8", "gradient_accumulation_steps": "1", "per_device_eval_batch_size": "4",
     "dataset_size": "512",
     "dataset_options": '{"needle_haystack": {"min_num_statements": 20, "max_num_statements": 60}}',
 }  # fmt: skip
-"""The recipe's keys on a GPU: a real model in 4 bits, longer prompts, and Unsloth where it is installed."""
+"""The recipe's keys on a GPU: a real model in 4 bits, longer prompts, and Unsloth where it is installed.
+
+Unsloth's own defaults accumulate two micro-batches; here a step is one in every backend."""
+WITHOUT_BFLOAT16 = {"dtype": "float16", "bf16": "false", "fp16": "true"}
+"""Changes of `ON_GPU` for older GPUs, as the free ones of Colab."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,10 @@ class BatchLog:
 
 
 def quickstart(
-    output_dir: str | Path = "runs/quickstart", steps: int | None = None, test_size: int | None = None
+    output_dir: str | Path = "runs/quickstart",
+    steps: int | None = None,
+    test_size: int | None = None,
+    model: str | None = None,
 ) -> dict:
     """Trains and evaluates the runs; prints the table and saves table, picture and figures in ``output_dir``.
 
@@ -104,6 +112,7 @@ def quickstart(
         output_dir: results of an earlier quickstart in it are replaced.
         steps: optimiser steps of the dense and the sparse run, instead of the recipe's.
         test_size: held-out samples, instead of the recipe's.
+        model: a hub name or a folder, instead of the recipe's model; with a chat template.
 
     Returns:
         The figures, as saved in ``results.json``.
@@ -118,9 +127,9 @@ def quickstart(
     check_output(folder, "output-dir")
     for name in (STOCK, AUTO) if on_gpu else (DENSE, SPARSE, EQUAL):
         _refuse_unknown_files(_run_folder(folder, name))
-    overrides = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)] if on_gpu else []
-    overrides += [] if steps is None else ["--max_steps", str(steps)]
-    overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
+    asked = {"model_name_or_path": model, "max_steps": steps, "dataset_test_size": test_size}
+    keys = (keys_on_gpu() if on_gpu else {}) | {key: str(value) for key, value in asked.items() if value is not None}
+    overrides = [word for key, value in keys.items() for word in (f"--{key}", value)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
     results: dict[str, Any] = {"environment": environment(), "runs": {}}
     with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
@@ -158,6 +167,12 @@ def quickstart(
 def has_gpu() -> bool:
     """Whether the quickstart takes the real path: a model in 4 bits, by `auto`, against stock Unsloth."""
     return torch.cuda.is_available()
+
+
+def keys_on_gpu() -> dict[str, str]:
+    """Returns the recipe's keys for this machine's GPU."""
+    has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return ON_GPU if has_bfloat16 else ON_GPU | WITHOUT_BFLOAT16
 
 
 def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
@@ -210,7 +225,7 @@ class Training:
         trainer, folder = self.trainer, Path(self.recipe.training.output_dir)
         if give_away is not None:
             trainer.callback_handler.callbacks.insert(0, StepInTurns(give_away))
-        handle = trainer.model.register_forward_pre_hook(self.batches.hook, with_kwargs=True)
+        handle = trainer.model.register_forward_pre_hook(self.batches.hook, prepend=True, with_kwargs=True)
         self.timer.start()
         trainer.train()
         handle.remove()
@@ -394,8 +409,10 @@ def held_out_batches(trainer: SFTTrainer) -> list[Batch]:
 
 def _describe(training: Training) -> dict[str, Any]:
     recipe = training.recipe
+    used_unsloth = training.trainer.model.__dict__["_sparse_backend"] == "unsloth"
     return {
         "model": recipe.model.model_name_or_path,
+        "backend": "Unsloth" if used_unsloth else "PEFT",
         "dataset": recipe.data.dataset_name,
         "batch_size": recipe.training.per_device_train_batch_size,
         "trainable_parameters": sum(p.numel() for p in training.trainer.model.parameters() if p.requires_grad),
