@@ -2,15 +2,20 @@
 
 import importlib.metadata
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
+from sparse_unsloth.bench import trial
 from sparse_unsloth.cli import doctor, main
 from sparse_unsloth.cli.main import quiet_libraries
+
+from processes import fork, needs_fork
 
 
 def test_help_and_version(capsys):
@@ -58,8 +63,32 @@ def test_keys_are_listed(capsys):
     assert main(["keys", "no such thing"]) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+class ForkedTrials:
+    """In place of `subprocess.Popen`: runs the trials in a fork of this process, which has imported all they need."""
+
+    def __init__(self, command, cwd, env, stdout, stderr):
+        assert command[:3] == [sys.executable, "-m", trial.__name__]
+        assert stderr == subprocess.STDOUT
+
+        def work():
+            os.environ.update(env)
+            os.chdir(cwd)
+            assert trial.main(command[3:]) == 0
+
+        self._pid, self.returncode = fork(work, Path(stdout.name)), None
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while os.waitpid(self._pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("trials", timeout)
+            time.sleep(0.02)
+        self.returncode = 0
+
+
+@needs_fork
 def test_doctor(capsys, monkeypatch):
+    monkeypatch.setattr(doctor.subprocess, "Popen", ForkedTrials)
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert "peft (no CUDA GPU)" in told
