@@ -86,7 +86,7 @@ def write_model(family: str, folder: Path) -> None:
     from decoder_models import FAMILIES as MODELS
     from decoder_models import QWEN3_VISION, QWEN_IMAGES, causal, with_images
 
-    kind = replace(MODELS[family], config={**MODELS[family].config, **SIZES, **CHANGES[family]})
+    kind = replace(MODELS[family], config={**MODELS[family].config, **SIZES, **CHANGES.get(family, {})})
     build = kind.build
     if family == "qwen3_vl":
         sizes = {"hidden_size": VISION_WIDTH, "intermediate_size": 2 * VISION_WIDTH, "out_hidden_size": 256}
