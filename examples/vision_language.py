@@ -5,7 +5,7 @@
 # of them through the backward pass of the text decoder. The vision tower gets no LoRA and stays as it is. On the PEFT
 # backend: with Unsloth no vision-language model has been tried.
 #
-# `TINY=1 python examples/vision_language.py` runs the same code on a CPU in seconds, with a random model.
+# `TINY=1 python examples/vision_language.py` runs the same code in seconds, with a random model, on a CPU too.
 
 # %%
 import os
