@@ -2,7 +2,7 @@
 
     python tests/gpu/compiled_rows.py --out OUT [--seconds 150] [--only "qwen3_vl unsloth padded,..."]
 
-Each case (family, gradient checkpointing, layout) runs in a process of its own. It trains steps of changing lengths
+Each case (family, gradient checkpointing, layout, and "4bit" for such weights) runs in a process of its own. It trains steps of changing lengths
 with plain Unsloth, with every row kept and with a quarter of the context tokens, and requires: the loss and gradients
 of plain Unsloth with every row kept; "n of n layers", the dense loss and a cosine of the gradient above `LEAST_COSINE`
 with a quarter; and after the warm-up no compilation that plain Unsloth would not need, and no graph break in a layer
@@ -225,10 +225,12 @@ def train(model: nn.Module, case: str, found: dict[str, Any]) -> tuple[float, di
     layout, images = case.split()[2], case.startswith("qwen3_vl")
     with counted(found, "warm"):
         for documents in WARM:
+            torch.manual_seed(0)  # for routers with noise
             step(model, make_case_batch(model, layout, documents, images))
     torch._logging.set_logs(recompiles=True, graph_breaks=True)
     with counted(found, "steady"):
         for documents in STEADY:
+            torch.manual_seed(0)
             last = step(model, make_case_batch(model, layout, documents, images))
     torch._logging.set_logs()
     return last
@@ -248,9 +250,9 @@ def try_case(case: str, models: Path) -> Iterator[dict[str, Any]]:
     from sparse_unsloth.bench.models import CHECKPOINTING
     from sparse_unsloth.bench.trial import load, step
 
-    family, checkpointing, layout = case.split()
+    family, checkpointing, layout, *dtype = case.split()
     began = time.time()
-    model = load("unsloth", models / family, "bf16", CHECKPOINTING[checkpointing], sparsity="rows")
+    model = load("unsloth", models / family, *(dtype or ["bf16"]), CHECKPOINTING[checkpointing], sparsity="rows")
     plain = {"case": case, "arm": "stock", "problems": [], "loaded_s": round(time.time() - began, 1)}
     loss, gradients = train(model, case, plain)
     blocks = compiled_layers(model)
@@ -259,6 +261,7 @@ def try_case(case: str, models: Path) -> Iterator[dict[str, Any]]:
     batch = make_case_batch(model, layout, STEADY[-1], case.startswith("qwen3_vl"))
     uncompiled: dict[str, Any] = {}
     with counted(uncompiled, "warm"):
+        torch.manual_seed(0)
         _, eager = step(model, batch)
     plain["uncompiled_break_reasons"] = uncompiled.get("break_reasons", {})
     for switch in switches:
