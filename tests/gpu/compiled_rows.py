@@ -4,9 +4,9 @@
 
 Each case (family, gradient checkpointing, layout, and "4bit" for such weights) runs in a process of its own. It trains
 steps of changing lengths with plain Unsloth, with every row kept and with a quarter of the context tokens. With every
-row kept, loss and gradients must be plain Unsloth's; a quarter must give "n of n layers", the dense loss and a cosine of
-the gradient above `LEAST_COSINE`; and neither may compile after the warm-up, or break a graph, where plain Unsloth does
-not. Exit code 1 on any failure. Table and figures go to ``OUT/compiled-rows.md`` and ``.jsonl``.
+row kept, loss and gradients must be plain Unsloth's; a quarter must give "n of n layers", the dense loss and a cosine
+of the gradient above `LEAST_COSINE`; and neither may compile after the warm-up, or break a graph, where plain Unsloth
+does not. Exit code 1 on any failure. Table and figures go to ``OUT/compiled-rows.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
