@@ -40,6 +40,7 @@ test: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python tests/gpu/acceptance.py
+	$(BIN)/python tests/gpu/compiled_rows.py --out runs/compiled-rows --seconds 480
 	TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m gpu
 
 lint: $(VENV)/.dev

@@ -64,6 +64,8 @@ MODES |= {f"{mode} graphs": tuple({**one, "cuda_graphs": True} for one in pair) 
 
 DTYPES = "bf16", "4bit"
 """Of the base weights."""
+TUNING = "max_autotune", "shape_padding"
+"""The options of `torch.compile` that time kernels."""
 TRIED = "families", "dtypes", "checkpointing", "layouts", "modes"
 """The options whose values are combined."""
 
@@ -334,15 +336,15 @@ def combinations(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def compile_untuned() -> None:
-    """Makes `torch.compile` take each kernel's first configuration from now on, instead of tuning.
+    """Makes `torch.compile` take each kernel's first configuration, and products unpadded, from now on: no tuning.
 
     Unsloth tunes Gemma 2's attention for minutes; a trial compares results, not times.
     """
     compile_tuned = torch.compile
 
     def compile(*args: Any, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        if options and "max_autotune" in options:
-            options = {**options, "max_autotune": False}
+        if options:
+            options = {name: value if name not in TUNING else False for name, value in options.items()}
         return compile_tuned(*args, options=options, **keywords)
 
     torch.compile = compile

@@ -181,6 +181,11 @@ def run_arm(args: argparse.Namespace) -> int:
     return 0
 
 
+def log_of(out: Path, name: str, arm: str) -> Path:
+    """Where an arm's process says what it does; a name without spaces."""
+    return out / f"{name}_{arm.replace(', ', '_').replace(' ', '_')}.log"
+
+
 COLUMNS = "model", "arm", "layers", "tokens", "ms", "from", "to", "ratio", "gpu_busy_ms", "peak_gib", "at_s"
 
 
@@ -226,7 +231,7 @@ def main() -> int:
                 place = Path(folder) / f"run {name} {arm}"
                 place.mkdir()
                 words = ["--arm", f"{name}: {arm}", "--folder", str(Path(folder) / name), "--lines", str(lines)]
-                with (args.out / f"{name} {arm}.log").open("w") as log:
+                with log_of(args.out, name, arm).open("w") as log:
                     running[name, arm] = subprocess.Popen(
                         [sys.executable, __file__, "--out", str(args.out), *words],
                         cwd=place, env={**environment, **ARMS[arm][1]}, stdout=log, stderr=subprocess.STDOUT,
@@ -235,7 +240,7 @@ def main() -> int:
             time.sleep(0.5)
         for key, process in running.items():
             if process.poll() != 0:
-                said = (args.out / f"{' '.join(key)}.log").read_text()[-1500:]
+                said = log_of(args.out, *key).read_text()[-1500:]
                 print(f"--- {': '.join(key)}: exit code {process.poll()}\n{said}", flush=True)
             process.kill()
             process.wait()
