@@ -339,6 +339,6 @@ def test_the_table_says_what_and_why_in_at_most_eight_lines():
     assert "the micro-batches of an optimiser step are not known" in text
     assert lines[-1].startswith(f"  predicted: {one.milliseconds:.0f} ms a micro-batch, 7.0 GiB at the peak, by steps")
     quick = "\n".join(table(decide(facts(1000, kept={False: Kept(16, GIB), True: Kept(16, GIB)}))))
-    assert "on             1.7" in quick
+    assert "on             2.1" in quick
     assert "16 of 32 layers" in quick
     assert "no time (gains are of FLOPs), no memory" in "\n".join(table(decide(facts(speed=None, kept=None))))
