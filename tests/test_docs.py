@@ -259,6 +259,25 @@ def test_step_times_are_those_of_the_results(name):
     assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
 
 
+def test_the_picture_of_the_readme_shows_its_table():
+    """`python benchmarks/plot_readme.py` draws it."""
+    pytest.importorskip("matplotlib", reason="pip install -e '.[study]'")
+    from PIL import Image
+
+    spec = importlib.util.spec_from_file_location("plot_readme", ROOT / "benchmarks" / "plot_readme.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    table = plot.table_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert Image.open(plot.PICTURE).text[plot.KEPT_AS] == "\n".join(table)
+    tokens = {
+        batch: speeds[0] * float(cells)
+        for (batch, speeds), cells in zip(
+            plot.figures(table).items(), (line.split("|")[2] for line in table[2:]), strict=True
+        )
+    }
+    assert [round(count) for count in tokens.values()] == [1666, 2048, 8192, 8192]
+
+
 def test_hooks_before_a_commit_are_what_make_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
