@@ -259,6 +259,16 @@ def test_step_times_are_those_of_the_results(name):
     assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
 
 
+def test_the_training_of_the_readme_is_that_of_the_results():
+    with (RESULTS / "end_to_end.csv").open(newline="", encoding="utf-8") as file:
+        cells = {row["arm"]: row for row in csv.DictReader(file) if row["run"] == "2026-12-01T00:45:00+00:00 vm"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    shown = re.search(r"`auto` reached ([\d,]+) tokens .*? reached ([\d,]+): \[([\d.]+)x\]", text).groups()
+    ours, best = cells["ours-auto"], cells["unsloth-padded+no-checkpointing"]
+    figures = (ours["tokens_per_s"], best["tokens_per_s"], ours["over_best_arm"])
+    assert all(rounded(one.replace(",", ""), value) for one, value in zip(shown, figures, strict=True))
+
+
 def test_the_picture_of_the_readme_shows_its_table():
     """`python benchmarks/plot_readme.py` draws it."""
     pytest.importorskip("matplotlib", reason="pip install -e '.[study]'")
