@@ -38,8 +38,8 @@ SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
 """Methods of speed.csv that leave out this share of the MLP channels of every layer but the first."""
 
 FP8_TIME = 0.72
-"""The time of a step whose frozen-weight matmuls are in FP8, over that of a bf16 step: computed from the products' times
-(benchmarks/results/fp8), 8,192 tokens, nothing recomputed."""
+"""The time of a step whose frozen-weight matmuls are in FP8, over that of a bf16 step: computed from the times of the
+products (benchmarks/results/fp8), 8,192 tokens, nothing recomputed."""
 
 
 def training_flops(

@@ -248,8 +248,8 @@ def frozen_products(x: Tensor, weights: Sequence[Tensor], context: Tensor | None
 
 
 class _Fp8Product(torch.autograd.Function):
-    """``x W'`` and its input gradient in e4m3, as `sparse_unsloth.ops.fp8` multiplies: weights that share an input share
-    the scales of the gradient's rows and of the weights' columns."""
+    """``x W'`` and its input gradient in e4m3, as `sparse_unsloth.ops.fp8` multiplies: weights that share an input
+    share the scales of the gradient's rows and of the weights' columns."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, fp8_rows: Tensor | None) -> Tensor:
