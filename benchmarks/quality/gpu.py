@@ -64,10 +64,10 @@ JOBS = (
     Job(SMOLLM2, "E", "dense,dense-50,dense-65"),
     Job(SMOLLM2, "D", "default,random-rows-25"),
     Job(SMOLLM2, "E", "default,random-rows-25"),
-    Job(SMOLLM2, "A", f"{FP8},falling-25", 3),
+    Job(SMOLLM2, "D", FP8),
+    Job(SMOLLM2, "A", f"{FP8},falling-25"),
     Job(SMOLLM2, "C", f"{FP8},falling-25"),
     Job(SMOLLM2, "B", f"{FP8},falling-25"),
-    Job(SMOLLM2, "D", FP8),
     dense_and_rows(GEMMA3, "A", 3),
     dense_and_rows(GEMMA3, "E"),
     dense_and_rows(GEMMA3, "C"),
@@ -193,15 +193,11 @@ def main(words: list[str] | None = None) -> None:
     queue, converting = Queue(own, time.perf_counter() + own.seconds - 8, jobs), None
     needed = any(job.model == GEMMA3 for job in jobs) and not own.gemma3_folder.exists()
     if needed and own.gemma3.exists() and own.gemma3_data.exists():
-        code = (
-            f"from pathlib import Path; from benchmarks.quality.gpu import convert; convert(Path({str(own.gemma3)!r}), "
-        )
-        code += f"Path({str(own.gemma3_folder)!r}))"
+        code = "import sys; from pathlib import Path; from benchmarks.quality.gpu import convert; "
+        command = [sys.executable, "-c", code + "convert(*map(Path, sys.argv[1:]))", own.gemma3, own.gemma3_folder]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         with (own.out / "convert.log").open("w") as log:
-            converting = subprocess.Popen(
-                [sys.executable, "-c", code], stdout=log, stderr=log, env=environment, cwd=ROOT
-            )
+            converting = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
     elif needed:
         queue.waiting = [job for job in jobs if job.model != GEMMA3]
         queue.say(f"no Gemma 3: {own.gemma3} or {own.gemma3_data} is missing")
