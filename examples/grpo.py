@@ -6,7 +6,7 @@
 # through chosen rows: the gradient tells which tokens bear loss. Completions without an advantage bear none. Generating
 # the answers, which takes most of the time, is never sparse. What rows do to the quality of GRPO was not measured.
 #
-# `TINY=1 python examples/grpo.py` trains a random model for two steps, on a CPU too.
+# `TINY=1 python examples/grpo.py` trains a random model for two steps, on a CPU too; `BACKEND=unsloth` takes Unsloth.
 
 # %%
 import os

@@ -2,7 +2,7 @@
 
 A script, not a test: it needs no network, and a CUDA GPU for what it is about (without one everything runs on the CPU).
 
-    python tests/gpu/front_door.py --out DIR [--tokenizer FOLDER] [--seconds 110] [--small]
+    python tests/gpu/front_door.py --out DIR [--tokenizer FOLDER] [--seconds 240] [--small]
 
 ``OUT/front-door.txt`` has the table and the end of what each process said, written whenever one ends; the quickstart's
 report lies beside it. The exit code is 1 if one failed or was not over in time.
@@ -84,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer with a chat template; default: one of bytes")
-    parser.add_argument("--seconds", type=float, default=110, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=240, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="of the quickstart (default: %(default)s)")
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--small", action="store_true", help="a model of two layers for the quickstart too")
