@@ -463,7 +463,7 @@ def test_models_are_compared_with_their_own_dense_runs(tmp_path):
     assert keep_settings(arguments, "SmolLM2-135M", "A") == "A 3 steps rate 0.1"
     arguments.items = 5
     keep_settings(arguments, "Gemma-3-270M", "A")
-    with pytest.raises(SystemExit, match="SmolLM2-135M was trained on task A 3 steps rate 0.1 with"):
+    with pytest.raises(SystemExit, match=r"SmolLM2-135M was trained on task A 3 steps rate 0\.1 with"):
         keep_settings(arguments, "SmolLM2-135M", "A")
 
 
