@@ -169,7 +169,8 @@ def check_graphs(model: nn.Module) -> str:
     """Compares captured steps, and replays on other batches, with the same steps before the capture.
 
     Row-sparse layers choose other rows where something rounds differently, and attention within packed documents adds
-    in no fixed order. They are therefore compared with the captured functions, run without capture, twice.
+    in no fixed order. They are therefore compared with the captured functions, run without capture, twice. FP8 rounds
+    the last bits of that to whole steps: 32 layers of an 8B differed by 0.083 when they were run twice.
     """
     state = get_state(model)
     found = _check_replays(model, small_batch, uncaptured=state.row_sparse)
@@ -179,7 +180,7 @@ def check_graphs(model: nn.Module) -> str:
 
 
 def _check_replays(model: nn.Module, make: MakeBatch, uncaptured: bool) -> str:
-    graphs = get_state(model).graphs
+    graphs, fp8_layers = get_state(model).graphs, _fp8_layers(model)
     expected, noise = _uncaptured_steps(model, make) if uncaptured else (None, 0.0)
     began = graphs.serial
     before = [loss_and_gradients(model, seed, make) for seed in range(RUNS_BEFORE_CAPTURE)]
@@ -189,13 +190,14 @@ def _check_replays(model: nn.Module, make: MakeBatch, uncaptured: bool) -> str:
     for number in range(2 * RUNS_BEFORE_CAPTURE):
         loss, gradients = loss_and_gradients(model, number % RUNS_BEFORE_CAPTURE, make)
         plain_loss, plain = (expected or before)[number % RUNS_BEFORE_CAPTURE]
-        _check_loss(loss, plain_loss, "the one without graphs")
+        _check_loss(loss, plain_loss, "the one without graphs", fp8_layers)
         if gradients.keys() != plain.keys():
             raise CheckFailed("other parameters have gradients than without graphs")
         worst = max(worst, _distance(gradients, plain))
     if graphs.serial == began:
         raise CheckFailed("no layer was captured")
-    if not worst <= max(REPLAY_TOLERANCE, min(2 * noise, TOLERANCE)):
+    most = TOLERANCE + FP8_TOLERANCE * fp8_layers**0.5
+    if not worst <= max(REPLAY_TOLERANCE, min(2 * noise, most)):
         raise CheckFailed(
             f"replayed gradients differ by {worst:.3f} of their norm from those without graphs, those by {noise:.3f} "
             "when they are taken twice"
