@@ -216,8 +216,10 @@ class Bench:
         else:
             path = Path(resolve_model(arguments.model))
             file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-            self.base = AutoModelForCausalLM.from_pretrained(path.parent if file else path, dtype=dtype, **file)
-        vars(self.base.config).pop("quantization_config", None)  # of the file: the weights are plain now
+            read = AutoModelForCausalLM.from_pretrained(path.parent if file else path, dtype=dtype, **file)
+            vars(read.config).pop("quantization_config", None)  # of the file: the weights are plain now
+            self.base = AutoModelForCausalLM.from_config(read.config, dtype=dtype)
+            self.base.load_state_dict(read.state_dict())
         self.base.config.pad_token_id = self.base.generation_config.pad_token_id = self.tokenizer.pad_token_id
         self.base.generation_config.eos_token_id = self.base.config.eos_token_id = self.tokenizer.eos_token_id
         self.base.to(self.device).requires_grad_(False)
