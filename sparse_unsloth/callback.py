@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
 from sparse_unsloth.runtime.auto import plan_from_data
 from sparse_unsloth.runtime.cosine import GradientCosine, begin_cosine
-from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, why_not_planned
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, trainer_with_own_loss, why_not_planned
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.utils.distributed import is_main
@@ -60,6 +60,7 @@ class SparsityCallback(TrainerCallback):
                 step=args.gradient_accumulation_steps,
                 no_merging=why_not_planned(sparsity, state),
                 resumed=state.global_step,
+                own_loss=trainer_with_own_loss(state),
             )
         sparsity.begin_training(
             self,
