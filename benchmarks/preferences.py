@@ -267,6 +267,7 @@ class Bench:
             headed = AutoModelForSequenceClassification.from_config(config, dtype=self.base.dtype)
             torch.nn.init.normal_(headed.score.weight, 0, 0.02)
             headed.model = base.model
+            headed.score.float()
             base = headed.to(self.device)
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=kind)
         model = get_peft_model(base, lora)
