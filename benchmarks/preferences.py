@@ -5,7 +5,7 @@
     python -m benchmarks.preferences report --out OUT     # preferences.md from preferences.csv
 
 SmolLM2-135M after a short supervised training, which the first process of `run` makes, is the start of all.
-Tasks, each by its own trainer, on questions of reasoning-gym: DPO on right and wrong answers, GRPO with reasoning-gym's
+Tasks, each by its own trainer, on questions of reasoning-gym: DPO on right and wrong answers, GRPO with its default
 reward, a reward model (TRL's RewardTrainer), and a classifier of right and wrong answers (transformers' Trainer).
 Arms: dense; rows (backward through a quarter of the context tokens); as many rows at random; dense with fewer steps,
 at the cost of rows. `run` appends each finished job to preferences.csv at once, skips finished ones, and begins none
@@ -143,7 +143,7 @@ def prompt_and_answer(tokenizer: Any, row: dict[str, str]) -> tuple[int, int]:
 
 
 def reward(text: str, answer: str) -> float:
-    """reasoning-gym's: 1 for the answer, its share of a text that holds it, else 0."""
+    """reasoning-gym's default: 1 for the answer, its share of a text that holds it, else 0."""
     text = text.strip()
     return 1.0 if text == answer else len(answer) / len(text) if answer in text else 0.0
 
