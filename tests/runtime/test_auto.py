@@ -257,7 +257,7 @@ def test_data_that_can_be_read_once_are_planned_by_the_first_micro_batch(tmp_pat
     assert [log["sparsity/enabled"] for log in trainer.state.log_history if "loss" in log][1:] == [1, 1]
 
 
-def test_a_trainer_with_a_loss_of_its_own_is_planned_without_rows(tmp_path, capsys):
+def test_a_trainer_with_a_loss_of_its_own_is_planned_without_rows(tmp_path, capsys, caplog):
     """Its data hold no labels; as TRL's DPOTrainer and GRPOTrainer from 1.15 on, it makes them for the model."""
     from transformers import Trainer
 
@@ -270,11 +270,17 @@ def test_a_trainer_with_a_loss_of_its_own_is_planned_without_rows(tmp_path, caps
         batch = padded(rows)
         return batch | {"completion": (batch.pop("labels") != -100).long()}
 
-    model, data = make_lora(), rows_of(PROMPTS)
-    attach(model)
-    ready = trainer_of(model, tmp_path, data, remove_unused_columns=False)
-    Preferences(model=model, args=ready.args, train_dataset=data, data_collator=collate).train()
-    assert chosen(model) == DENSE
+    def train(sparsity):
+        model, data = make_lora(), rows_of(PROMPTS)
+        attach(model, sparsity)
+        args = trainer_of(model, tmp_path, data, remove_unused_columns=False, max_steps=1).args
+        Preferences(model=model, args=args, train_dataset=data, data_collator=collate).train()
+        return chosen(model)
+
+    assert train("auto") == DENSE
+    assert "was not measured" not in caplog.text
+    assert train("rows") == ROWS
+    assert "Preferences computes a loss of its own: what row sparsity does" in caplog.text
     (lines,) = tables(capsys)
     assert "100% context" in lines[0]
     assert "Preferences computes a loss of its own" in lines[1]
