@@ -5,7 +5,7 @@
     python -m benchmarks.preferences report --out OUT     # preferences.md from preferences.csv
 
 SmolLM2-135M after a short supervised training, which the first process of `run` makes, is the start of all.
-Tasks, each by its own trainer, on questions of reasoning-gym: DPO on right and wrong answers, GRPO with reasoning-gym's
+Tasks, each by its own trainer, on questions of reasoning-gym: DPO on right and wrong answers, GRPO with its default
 reward, a reward model (TRL's RewardTrainer), and a classifier of right and wrong answers (transformers' Trainer).
 Arms: dense; rows (backward through a quarter of the context tokens); as many rows at random; dense with fewer steps,
 at the cost of rows. `run` appends each finished job to preferences.csv at once, skips finished ones, and begins none
@@ -36,8 +36,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks.preferences_table import Measures, markdown
 from benchmarks.quality.__main__ import device_name, load_tokenizer, locked, now
-from benchmarks.quality.table import paired
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
 from sparse_unsloth.data.generated import generate_questions
 from sparse_unsloth.data.smollm2 import resolve_model
@@ -59,14 +59,6 @@ COLUMNS = (
     "date", "commit", "device", "task", "arm", "seed", "steps", "cost_flops", "score", "loss", "second", "context",
     "energy", "idle", "train_loss", "train_seconds", "seconds",
 )  # fmt: skip
-INTRODUCTION = """# Trainers with a loss of their own, and losses that read one row
-
-SmolLM2-135M after a short supervised training; LoRA r = 16; each arm with the same items, order and initialisation of
-each seed. Held-out items are the same for all. *FLOPs*: share of dense training's, with gradient checkpointing, DPO's
-reference and GRPO's generation counted as a forward each. Differences are paired by seed: mean and 95 % interval.
-*equal cost* is dense training with fewer steps. Made by `python -m benchmarks.preferences`; what was expected, and what
-follows: `preferences-notes.md`.
-"""
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ def prompt_and_answer(tokenizer: Any, row: dict[str, str]) -> tuple[int, int]:
 
 
 def reward(text: str, answer: str) -> float:
-    """reasoning-gym's: 1 for the answer, its share of a text that holds it, else 0."""
+    """reasoning-gym's default: 1 for the answer, its share of a text that holds it, else 0."""
     text = text.strip()
     return 1.0 if text == answer else len(answer) / len(text) if answer in text else 0.0
 
@@ -216,8 +208,10 @@ class Bench:
         else:
             path = Path(resolve_model(arguments.model))
             file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-            self.base = AutoModelForCausalLM.from_pretrained(path.parent if file else path, dtype=dtype, **file)
-        vars(self.base.config).pop("quantization_config", None)  # of the file: the weights are plain now
+            read = AutoModelForCausalLM.from_pretrained(path.parent if file else path, dtype=dtype, **file)
+            vars(read.config).pop("quantization_config", None)  # of the file: the weights are plain now
+            self.base = AutoModelForCausalLM.from_config(read.config, dtype=dtype)
+            self.base.load_state_dict(read.state_dict())
         self.base.config.pad_token_id = self.base.generation_config.pad_token_id = self.tokenizer.pad_token_id
         self.base.generation_config.eos_token_id = self.base.config.eos_token_id = self.tokenizer.eos_token_id
         self.base.to(self.device).requires_grad_(False)
@@ -265,6 +259,7 @@ class Bench:
             headed = AutoModelForSequenceClassification.from_config(config, dtype=self.base.dtype)
             torch.nn.init.normal_(headed.score.weight, 0, 0.02)
             headed.model = base.model
+            headed.score.float()
             base = headed.to(self.device)
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=kind)
         model = get_peft_model(base, lora)
@@ -475,57 +470,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the table, and prints it."""
-    text = markdown(rows_of(arguments.out))
+    measures = {name: Measures(own.title, own.score, own.second, own.loss) for name, own in TASKS.items()}
+    text = markdown(rows_of(arguments.out), measures, ARMS)
     (arguments.out / "preferences.md").write_text(text, encoding="utf-8")
     print(text)
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """The page of results."""
-    lines = [INTRODUCTION]
-    for task, own in TASKS.items():
-        mine = [row for row in rows if row["task"] == task]
-        if mine:
-            lines += [f"## {own.title}", "", *table(mine, own), ""]
-    sources = sorted({f"{row['device']}, commit {row['commit']}" for row in rows})
-    return "\n".join([*lines, *sources, ""])
-
-
-def table(rows: Sequence[dict[str, str]], task: Task) -> list[str]:
-    """The lines of a task: each arm's means, and its differences from dense seed by seed."""
-    measures = {task.score: "score"} | ({"loss": "loss"} if task.loss else {})
-    measures |= {task.second: "second"} if task.second else {}
-    heading = ["arm", "seeds", "steps", "FLOPs", *measures]
-    heading += [f"{name} - {other}" for name in list(measures)[:2] for other in ("dense", "equal cost")]
-    lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(heading) - 1)}"]
-    for arm in ("untrained", *ARMS):
-        own = {row["seed"]: row for row in rows if row["arm"] == arm}
-        if not own:
-            continue
-        any_row = next(iter(own.values()))
-        cells = [arm, str(len(own)), any_row["steps"], f"{float(any_row['cost_flops']):.2f}"]
-        cells += [spread([float(row[column]) for row in own.values()]) for column in measures.values()]
-        for column in list(measures.values())[:2]:
-            cells += [difference(own, rows, arm, other, column) for other in ("dense", "dense-equal-cost")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)):.3f}"
-
-
-def difference(own: dict[str, Any], rows: Sequence[dict[str, str]], arm: str, other: str, column: str) -> str:
-    """The mean difference from ``other`` over the seeds that both have, with its 95 % interval."""
-    if arm in (other, "untrained", "dense"):
-        return ""
-    theirs = {row["seed"]: row for row in rows if row["arm"] == other}
-    mean, width, _ = paired([float(own[seed][column]) - float(theirs[seed][column]) for seed in own if seed in theirs])
-    return "-" if math.isnan(mean) else f"{mean:+.3f} ± {width:.3f}"
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -11,9 +11,10 @@ from transformers.trainer_callback import TrainerCallback
 from sparse_unsloth.explain.records import RECORDS_FILE, append, by_layer, means
 from sparse_unsloth.runtime.auto import plan_from_data
 from sparse_unsloth.runtime.cosine import GradientCosine, begin_cosine
-from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, why_not_planned
+from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, trainer_with_own_loss, why_not_planned
 from sparse_unsloth.runtime.metrics import metrics
 from sparse_unsloth.runtime.state import SparsityState, get_state
+from sparse_unsloth.tokens.partition import is_sequence_classifier
 from sparse_unsloth.utils.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class SparsityCallback(TrainerCallback):
                 step=args.gradient_accumulation_steps,
                 no_merging=why_not_planned(sparsity, state),
                 resumed=state.global_step,
+                own_loss=trainer_with_own_loss(state),
             )
         sparsity.begin_training(
             self,
@@ -72,6 +74,7 @@ class SparsityCallback(TrainerCallback):
         if state.global_step == 0 and state.is_world_process_zero:
             Path(args.output_dir, RECORDS_FILE).unlink(missing_ok=True)  # of an earlier run
         _warn_if_never_sparse(sparsity, state.max_steps)
+        _warn_of_unknown_quality(sparsity, trainer_with_own_loss(state))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if (sparsity := self._driven) is not None:
@@ -157,3 +160,14 @@ def _warn_if_never_sparse(sparsity: SparsityState, max_steps: int) -> None:
             config.start_step,
             config.end_step,
         )
+
+
+def _warn_of_unknown_quality(sparsity: SparsityState, own_loss: str) -> None:
+    """Warns of rows that are left out by hand where no result says what that does to the quality."""
+    if not sparsity.row_sparse or not (own_loss or is_sequence_classifier(sparsity.model)):
+        return
+    loss = f"{own_loss} computes a loss of its own" if own_loss else "A classifier's loss reads one row of a sequence"
+    sparsity.warn_once(
+        f"{loss}: what row sparsity does to the quality of such a training was not measured. sparsity='dense' trains "
+        "exactly."
+    )

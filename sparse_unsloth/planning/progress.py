@@ -117,6 +117,7 @@ class AutoPlan:
         decision: of the present training; None: not decided. ``was_decided``: some training was.
         watch: measures it; None: nothing is to be measured any more.
         micro_batches: how many the training has; None where it is not known.
+        own_loss: the trainer's class name, if it computes a loss of its own; "" if its data hold the labels.
     """
 
     asked: SparsityConfig
@@ -125,6 +126,7 @@ class AutoPlan:
     was_decided: bool = False
     watch: Watch | None = None
     micro_batches: int | None = None
+    own_loss: str = ""
 
     @property
     def may_merge(self) -> bool:

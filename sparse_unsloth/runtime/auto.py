@@ -37,7 +37,7 @@ from sparse_unsloth.runtime.merging import MEMORY_SHARE, fits, is_planned
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.merge import extents, grouped, join, why_alone
-from sparse_unsloth.tokens.partition import TokenPartition, partition_of
+from sparse_unsloth.tokens.partition import TokenPartition, is_sequence_classifier, partition_of
 from sparse_unsloth.utils.distributed import from_all, from_main, has_group, is_main, world_size
 
 SAMPLES = 16
@@ -47,6 +47,7 @@ FREE_SHARE = 0.9
 MOST_SAMPLES = 64
 """As many of them at most where an optimiser step has more than `SAMPLES`."""
 NO_LOOP = "merging them needs a trainer, and data of which some micro-batches can be read beforehand"
+NOT_BY_ITSELF = "where rows are left out only by hand (sparsity='rows'): docs/training.md has what they cost"
 SHARDED = "the model is sharded (FSDP, ZeRO-3), where the plan cannot change it; name what you want (sparsity='rows')"
 
 clock = time.perf_counter
@@ -62,6 +63,7 @@ def plan_from_data(
     step: int = 1,
     no_merging: str = NO_LOOP,
     resumed: int = 0,
+    own_loss: str = "",
 ) -> None:
     """Plans a training that begins, by micro-batches of its data set; by its first forward where these cannot be read.
 
@@ -71,9 +73,11 @@ def plan_from_data(
         micro_batches: how many the training has left; ``step``: how many of them an optimiser step has.
         no_merging: why none of them may run as one, whatever they hold; "" where they may.
         resumed: the optimiser steps that were done before.
+        own_loss: the trainer's class name, if it computes a loss of its own.
     """
     state.auto.decision, state.auto.watch, state.auto.micro_batches = None, None, micro_batches
     batches = _sample(dataset, collate_fn, batch_size, step)
+    state.auto.own_loss = "" if batches else own_loss
     if batches:
         _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto", step, no_merging)
 
@@ -325,6 +329,10 @@ def _why_no_graphs(state: SparsityState) -> str:
 def _why_no_rows(state: SparsityState) -> str:
     if state.auto.asked.dense_tokens == "none":
         return "dense_tokens: none makes answers context, and rows of answers are never left out by size"
+    if is_sequence_classifier(state.model):
+        return f"a classifier's loss reads one row of a sequence, {NOT_BY_ITSELF}"
+    if state.auto.own_loss:
+        return f"{state.auto.own_loss} computes a loss of its own, {NOT_BY_ITSELF}"
     try:
         for layer in state.layers:
             refuse_dropout(layer)

@@ -293,6 +293,22 @@ def why_not_planned(state: SparsityState, trainer_state: Any) -> str:
     return reason
 
 
+def trainer_with_own_loss(trainer_state: Any) -> str:
+    """The class name of the trainer if it computes another loss than transformers' Trainer and SFTTrainer, else "".
+
+    Args:
+        trainer_state: as above.
+    """
+    trainer = _trainer_of(trainer_state)
+    return type(trainer).__name__ if trainer is not None and _has_its_own(trainer, "compute_loss") else ""
+
+
+def _has_its_own(trainer: Any, method: str) -> bool:
+    """Whether ``method`` is not that of transformers' Trainer or an SFTTrainer."""
+    owner = next((cls for cls in type(trainer).__mro__ if method in vars(cls)), type(trainer))
+    return method in vars(trainer) or owner.__module__.split(".")[0] != SUPERVISED.get(owner.__name__)
+
+
 def is_planned(state: SparsityState) -> bool:
     """Whether `auto` decides how many micro-batches run as one."""
     return state.auto is not None and "merge_micro_batches" not in state.auto.asked.model_fields_set
@@ -324,9 +340,7 @@ def why_not_merged(trainer: Any, state: SparsityState) -> str:
     """Why micro-batches of this trainer's steps may not be merged, whatever they hold; "" where they may."""
     args, accelerator, config = trainer.args, trainer.accelerator, trainer.model.config
     for name in ("compute_loss", *METHODS):
-        owner = next((cls for cls in type(trainer).__mro__ if name in vars(cls)), type(trainer))
-        own = name in vars(trainer) or owner.__module__.split(".")[0] != SUPERVISED.get(owner.__name__)
-        if own:
+        if _has_its_own(trainer, name):
             return f"the {name} of this {type(trainer).__name__} is not that of transformers' Trainer or an SFTTrainer"
     kind, parallel = accelerator.distributed_type.value, getattr(accelerator, "parallelism_config", None)
     if args.n_gpu > 1 or parallel is not None or kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):

@@ -18,6 +18,7 @@ from sparse_unsloth.planning.step_time import StepTime
 from sparse_unsloth.runtime import auto
 from sparse_unsloth.runtime.auto import plan_from_data
 
+from classifier_models import make_classifier
 from tiny_models import loras, loss_and_gradients, make_batch, make_lora, save_checkpoint
 
 ANSWERS = make_batch(lengths=((6, 40), (9, 50), (7, 30)))
@@ -254,6 +255,46 @@ def test_data_that_can_be_read_once_are_planned_by_the_first_micro_batch(tmp_pat
     assert lines[0].startswith("sparse_unsloth auto, by the first micro-batch: ")
     assert chosen(model) == ROWS
     assert [log["sparsity/enabled"] for log in trainer.state.log_history if "loss" in log][1:] == [1, 1]
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_planned_without_rows(tmp_path, capsys, caplog):
+    """Its data hold no labels; as TRL's DPOTrainer and GRPOTrainer from 1.15 on, it makes them for the model."""
+    from transformers import Trainer
+
+    class Preferences(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            made = {name: value for name, value in inputs.items() if name != "completion"}
+            return 2 * model(**made, labels=inputs["input_ids"].where(inputs["completion"] == 1, -100)).loss
+
+    def collate(rows):
+        batch = padded(rows)
+        return batch | {"completion": (batch.pop("labels") != -100).long()}
+
+    def train(sparsity):
+        model, data = make_lora(), rows_of(PROMPTS)
+        attach(model, sparsity)
+        args = trainer_of(model, tmp_path, data, remove_unused_columns=False, max_steps=1).args
+        Preferences(model=model, args=args, train_dataset=data, data_collator=collate).train()
+        return chosen(model)
+
+    assert train("auto") == DENSE
+    assert "was not measured" not in caplog.text
+    assert train("rows") == ROWS
+    assert "Preferences computes a loss of its own: what row sparsity does" in caplog.text
+    (lines,) = tables(capsys)
+    assert "100% context" in lines[0]
+    assert "Preferences computes a loss of its own" in lines[1]
+
+
+def test_a_classifier_is_planned_without_rows(capsys):
+    model = make_classifier()
+    attach(model)
+    batch = {"input_ids": torch.randint(3, 90, (2, 40)), "labels": torch.tensor([0, 1])}
+    model.train()(**batch).loss.backward()
+    assert chosen(model) == DENSE
+    (lines,) = tables(capsys)
+    assert "98% context" in lines[0]
+    assert "reads one row of a sequence" in lines[1]
 
 
 def test_a_resumed_training_is_planned_again(tmp_path, capsys):
