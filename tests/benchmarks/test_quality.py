@@ -36,6 +36,7 @@ from sparse_unsloth import attach
 from sparse_unsloth.bench.methods import LLAMA_3_8B, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
+from sparse_unsloth.errors import SparsityError
 from sparse_unsloth.ops.fp8 import Fp8Stack
 from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
@@ -220,6 +221,15 @@ def test_settings_trained_at_once_are_those_trained_alone():
     waiting = ["dense", "fp8"]
     train_in_turns(waiting, [experiment], time.perf_counter(), found.__setitem__)
     assert waiting == ["fp8"], "the second one would not end in time"
+
+
+def test_losses_that_are_not_finite_are_not_stored():
+    experiment = make_experiment(steps=3, layers=1)
+    experiment.batches.batch(1).weights.fill_(math.nan)
+    found = {}
+    with pytest.raises(SparsityError, match="training loss of step 1 is nan; nothing is stored"):
+        train_in_turns(["dense"], [experiment], math.inf, found.__setitem__)
+    assert not found
 
 
 def test_fp8_takes_the_time_of_its_products():

@@ -1,6 +1,7 @@
 """Tests the queue of trainings that share one GPU, with processes that do nothing."""
 
 import argparse
+import tarfile
 import time
 
 from benchmarks.quality import gpu
@@ -18,7 +19,15 @@ class Process:
 
 def make_queue(tmp_path, monkeypatch, jobs, **changes):
     monkeypatch.setattr(gpu.subprocess, "Popen", Process)
-    own = {"processes": 9, "memory": 60, "compile": True, "out": tmp_path, "commit": "abc", "flags": "--test 6"}
+    own = {
+        "processes": 9,
+        "memory": 60,
+        "compile": True,
+        "out": tmp_path,
+        "commit": "abc",
+        "flags": "--test 6",
+        "tar": tmp_path / "all.tgz",
+    }
     own |= {name: tmp_path / name for name in ("data", "smollm2", "gemma3_data", "gemma3_folder")}
     return gpu.Queue(argparse.Namespace(**own | changes), time.perf_counter() + 400, list(jobs))
 
@@ -40,6 +49,9 @@ def test_jobs_begin_in_order_where_memory_and_processes_allow(tmp_path, monkeypa
     assert command[command.index("--settings") + 1] == "dense,dense-50,dense-65"
     assert {"--compile", "--test"} < set(command)
     assert command[command.index("--out") + 1] == str(tmp_path)
+    queue.pack()
+    with tarfile.open(tmp_path / "all.tgz") as tar:
+        assert f"{jobs[0].name}.log" in tar.getnames()
     queue.running[jobs[1]][0].returncode = 0
     queue.collect()
     queue.fill()
