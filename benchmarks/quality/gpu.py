@@ -1,6 +1,6 @@
 """Runs a queue of trainings of `benchmarks.quality` in several processes that share one GPU, the most telling first.
 
-    python -m benchmarks.quality.gpu --seconds 420 --out WORK --tar $OUT/quality.tgz  # quality.csv, -details.jsonl, logs
+    python -m benchmarks.quality.gpu --seconds 420 --out WORK --tar $OUT/quality.tgz      # quality.csv, details, logs
     cp WORK/quality* benchmarks/results/ && python -m benchmarks.quality update && python -m benchmarks.quality report
 
 Each finished setting is appended to OUT at once, and settings that OUT has are not trained again, so it may be cut off
