@@ -8,7 +8,7 @@
 
 `run` appends each finished setting to quality.csv under --out and skips finished ones; it may be stopped at any time.
 It begins no setting that would not end within --seconds. Several processes with different settings may share a folder
---out: `gpu.sh` does so.
+--out: `python -m benchmarks.quality.gpu` does so.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
 from benchmarks.quality.network import DENSE, layer_forward, read_network
 from benchmarks.quality.settings import Setting
 from benchmarks.quality.tasks import Items
+from sparse_unsloth.errors import SparsityError
 
 AHEAD = 50
-"""The host waits for the GPU after so many steps."""
+"""The host waits for the GPU after so many steps, and looks whether the losses are finite."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ class Experiment:
                     last = plan.keep
                 self.lockstep.step(self.batches.batch(step), self.batches.layout, plan.mode, rate)
                 losses[step] = self.lockstep.losses.mean()
-            if step % AHEAD == AHEAD - 1:
+            if step % AHEAD == AHEAD - 1 or step == steps - 1:
                 self._synchronize()
+                check_finite(losses[: step + 1])
             yield
-        self._synchronize()
         train_seconds = time.perf_counter() - started - (self.lockstep.capture_seconds - captured)
         with torch.cuda.stream(self.stream):
             dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
@@ -197,6 +198,16 @@ class Experiment:
     def _synchronize(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def check_finite(losses: torch.Tensor) -> None:
+    """Raises SparsityError if a training loss, ``[steps]``, is NaN or infinite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise SparsityError(
+            f"the training loss of step {bad[0].item()} is {losses[bad[0]].item()}; nothing is stored. Train it alone "
+            "(--together 1) and without --compile to see which of them is at fault, or with a lower --rate."
+        )
 
 
 @torch.no_grad()

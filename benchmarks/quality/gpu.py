@@ -1,7 +1,7 @@
 """Runs a queue of trainings of `benchmarks.quality` in several processes that share one GPU, the most telling first.
 
-    python -m benchmarks.quality.gpu --seconds 420 --out OUT          # OUT gets quality.csv, -details.jsonl, logs
-    cp OUT/quality* benchmarks/results/ && python -m benchmarks.quality update && python -m benchmarks.quality report
+    python -m benchmarks.quality.gpu --seconds 420 --out WORK --tar $OUT/quality.tgz      # quality.csv, details, logs
+    cp WORK/quality* benchmarks/results/ && python -m benchmarks.quality update && python -m benchmarks.quality report
 
 Each finished setting is appended to OUT at once, and settings that OUT has are not trained again, so it may be cut off
 and called again. A job begins when the GPU's memory has room for it and it could end in time. It needs the two data
@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Job:
     model: str
     task: str
     settings: str
-    together: int = 2
+    together: int = 1
     options: tuple[str, ...] = ()
 
     @property
@@ -54,8 +55,8 @@ class Job:
         return count * (MEMORY[self.task] + more)
 
 
-def dense_and_rows(model: str, task: str, together: int = 2, options: tuple[str, ...] = ()) -> Job:
-    return Job(model, task, "dense,default,dense-65", together, options)
+def dense_and_rows(model: str, task: str) -> Job:
+    return Job(model, task, "dense,default,dense-65")
 
 
 FP8 = "fp8-context,fp8"
@@ -68,10 +69,10 @@ JOBS = (
     Job(SMOLLM2, "A", f"{FP8},falling-25"),
     Job(SMOLLM2, "C", f"{FP8},falling-25"),
     Job(SMOLLM2, "B", f"{FP8},falling-25"),
-    dense_and_rows(GEMMA3, "A", 3),
+    dense_and_rows(GEMMA3, "A"),
     dense_and_rows(GEMMA3, "E"),
     dense_and_rows(GEMMA3, "C"),
-    dense_and_rows(GEMMA3, "D", 1),
+    dense_and_rows(GEMMA3, "D"),
     Job(SMOLLM2, "C", "dense,default", options=("--steps", "900")),
     Job(SMOLLM2, "C", "dense,default", options=("--rate", "0.003")),
     Job(SMOLLM2, "C", "dense,default", options=("--rate", "0.0003")),
@@ -92,6 +93,7 @@ class Queue:
     waiting: list[Job]
     running: dict[Job, tuple[subprocess.Popen, bool]] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+    packed: float = 0.0
 
     def start(self, job: Job, compiled: bool) -> None:
         """Begins a process, and prints that."""
@@ -130,6 +132,18 @@ class Queue:
             if process.returncode and compiled and self.ends - time.perf_counter() > START_SECONDS:
                 self.start(job, False)
 
+    def pack(self) -> None:
+        """Writes all of --out into one file, where it has changed: machines bring few files back."""
+        target, files = self.arguments.tar, list(self.arguments.out.iterdir())
+        newest = max((file.stat().st_mtime for file in files), default=0.0)
+        if target is None or newest <= self.packed:
+            return
+        self.packed, begun = newest, target.with_suffix(".part")
+        with tarfile.open(begun, "w:gz") as tar:
+            for file in files:
+                tar.add(file, file.name)
+        begun.rename(target)
+
     def say(self, text: str) -> None:
         """Prints a line with the seconds since the start."""
         print(f"{time.perf_counter() - self.began:5.0f} s: {text}", flush=True)
@@ -139,12 +153,14 @@ class Queue:
         while time.perf_counter() < self.ends:
             self.collect()
             self.fill()
+            self.pack()
             late = self.ends - time.perf_counter() < START_SECONDS
             if not self.running and (late or not self.waiting):
                 break
             time.sleep(0.5)
         for process, _ in self.running.values():
             process.kill()
+        self.pack()
         self.say(f"left: {', '.join(job.name for job in [*self.running, *self.waiting]) or 'nothing'}")
 
 
@@ -176,6 +192,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tar", type=Path, help="keep a .tgz of all of --out here")
     parser.add_argument("--processes", type=int, default=10)
     parser.add_argument("--memory", type=int, default=120, help="GiB of the GPU (default: %(default)s)")
     parser.add_argument("--smollm2", type=Path, default=Path("/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))

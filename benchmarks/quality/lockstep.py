@@ -146,6 +146,8 @@ class Lockstep:
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self._rotary: dict[Layout, dict[float, tuple[Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        # Matmuls have a workspace for each stream that captures them: graphs replayed at once must not share it.
+        self._capturing = torch.cuda.Stream() if on_gpu else None
         self.capture_seconds = 0.0
 
     def reset(self) -> None:
@@ -201,14 +203,13 @@ class Lockstep:
         static = Batch(*(getattr(batch, field.name).clone() for field in fields(Batch)))
         tensors = [self.adapters.master, *(t for state in self._optimiser.state.values() for t in state.values())]
         before = [tensor.clone() for tensor in tensors]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._capturing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._capturing):
             for _ in range(2):
                 self._body(static, layout, mode)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._capturing)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing):
             self._body(static, layout, mode)
         for state in self._optimiser.state.values():
             for tensor in state.values():
