@@ -61,6 +61,9 @@ seconds = time.perf_counter() - start
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
 assert not heavy, heavy
 assert seconds < 10, seconds
+import sparse_unsloth.cli.bench  # Unsloth must be the first that imports these
+heavy = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
+assert not heavy, heavy
 """
     python(code)
 
