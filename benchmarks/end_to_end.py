@@ -250,14 +250,16 @@ def make_clock(trainer, steps: int, warmup: int):
             self.ends: list[float] = []
             self.peak = self.forwards = self.replayed = 0
             self.profile = None
-            self._last = 0
             self.sizes: int | None = None
+            self._step = self._last = 0
+            trainer.model.register_forward_pre_hook(self._begin_forward)
 
         @property
         def graphs(self):  # with `auto` known when training begins
             return getattr(attached, "graphs", None)
 
         def on_step_begin(self, args, state, control, **kwargs):
+            self._step = state.global_step
             if state.global_step == 0:
                 forget_peak_memory()
                 self.begin = now()
@@ -267,11 +269,7 @@ def make_clock(trainer, steps: int, warmup: int):
                 self.profile = torch.profiler.profile(activities=(torch.profiler.ProfilerActivity.CUDA,))
                 self.profile.start()
 
-        def on_substep_end(self, args, state, control, **kwargs):
-            self._count(state.global_step)
-
         def on_step_end(self, args, state, control, **kwargs):
-            self._count(state.global_step - 1)
             self.ends.append(time.perf_counter())
             if state.global_step == steps:
                 self.end = now()
@@ -283,13 +281,12 @@ def make_clock(trainer, steps: int, warmup: int):
                 now()
                 self.profile.stop()
 
-        def _count(self, step: int) -> None:
-            """Counts a timed micro-batch, and whether its forward was captured or replayed."""
-            counts = warmup <= step < steps
-            self.forwards += counts
+        def _begin_forward(self, *_):
+            """Counts a timed forward (merged micro-batches have one), and whether the one before was replayed."""
             number = 0 if self.graphs is None else self.graphs.forward_number
-            if number != self._last:
-                self.replayed, self._last = self.replayed + counts, number
+            counts = warmup <= self._step < steps
+            self.forwards += counts
+            self.replayed, self._last = self.replayed + (counts and number != self._last), number
 
     return Clock()
 

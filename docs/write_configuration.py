@@ -1,10 +1,7 @@
 """Writes the tables of docs/configuration.md from the fields of the configurations, between its two markers."""
 
-import ast
 import dataclasses
-import inspect
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 from unittest import mock
@@ -16,19 +13,6 @@ from sparse_unsloth.training import keys
 
 PAGE = Path(__file__).with_name("configuration.md")
 BLOCK = re.compile(r"(<!-- fields -->\n).*?(<!-- end of fields -->)", re.DOTALL)
-
-
-def docstrings(kind: type) -> dict[str, str]:
-    """The docstring below each field of a class, in one line."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def table(rows: list[tuple[str, str, object, str]]) -> list[str]:
@@ -43,7 +27,7 @@ def table(rows: list[tuple[str, str, object, str]]) -> list[str]:
 
 def pydantic_rows(kind: type, prefix: str = "") -> list[tuple[str, str, object, str]]:
     """The rows of a pydantic model; the estimator is described as a block."""
-    texts, rows = docstrings(kind), []
+    texts, rows = keys.field_texts(kind), []
     for name, field in kind.model_fields.items():
         if field.annotation is EstimatorConfig:
             rows.append((name, "a block", "{}", "How channels are ranked: the next table."))
@@ -58,7 +42,7 @@ def tables() -> str:
         recipe = list(keys.recipe_keys().values())
     own = [key for key in recipe if key.owner != DataArguments.__name__]
     data = [key for key in recipe if key.owner == DataArguments.__name__]
-    hints, texts = get_type_hints(RankConfig), docstrings(RankConfig)
+    hints, texts = get_type_hints(RankConfig), keys.field_texts(RankConfig)
     ranks = [
         (field.name, keys.describe(hints[field.name]), field.default, texts[field.name])
         for field in dataclasses.fields(RankConfig)

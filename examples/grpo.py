@@ -6,12 +6,14 @@
 # through chosen rows: the gradient tells which tokens bear loss. Completions without an advantage bear none. Generating
 # the answers, which takes most of the time, is never sparse. What rows do to the quality of GRPO was not measured.
 #
-# `TINY=1 python examples/grpo.py` trains a random model for two steps on a CPU.
+# `TINY=1 python examples/grpo.py` trains a random model for two steps, on a CPU too; `BACKEND=unsloth` takes Unsloth.
 
 # %%
 import os
 import re
 
+if os.environ.get("BACKEND") == "unsloth":
+    import unsloth  # noqa: F401  first, as it asks: it replaces TRL's trainers
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -22,10 +24,9 @@ if TINY:
     import tiny
 
 # %%
-model, tokenizer = FastSparseLanguageModel.from_pretrained(
-    tiny.model() if TINY else "Qwen/Qwen2.5-1.5B-Instruct", max_seq_length=1024, backend="peft"
-)
-sparsity = os.environ.get("SPARSITY", "dense")
+name = tiny.model() if TINY else "Qwen/Qwen2.5-1.5B-Instruct"
+backend, sparsity = os.environ.get("BACKEND", "peft"), os.environ.get("SPARSITY", "dense")
+model, tokenizer = FastSparseLanguageModel.from_pretrained(name, max_seq_length=1024, backend=backend)
 model = FastSparseLanguageModel.get_peft_model(model, r=16, lora_alpha=16, sparsity=sparsity)
 
 # %%

@@ -5,12 +5,14 @@
 # tells prompt from answer, so the loss is on the answers alone. `sparsity="auto"`, the default, decides when training
 # begins what is worth doing on this GPU, and prints it. Needs an NVIDIA GPU.
 #
-# `TINY=1 python examples/sft_unsloth.py` tries the same code on a CPU, on the PEFT backend, with a random model.
+# `TINY=1 python examples/sft_unsloth.py` tries the same code with a random model; without a GPU on the PEFT backend.
 
 # %%
 import os
 
-if os.environ.get("TINY") != "1":
+import torch
+
+if os.environ.get("TINY") != "1" or torch.cuda.is_available():
     import unsloth  # noqa: F401  first, as it asks: it replaces TRL's trainers
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer

@@ -1,6 +1,7 @@
-"""Stands in for the hub's models and data sets: `TINY=1 python examples/NAME.py` runs an example on a CPU, in seconds.
+"""Stands in for the hub's models and data sets: `TINY=1 python examples/NAME.py` runs an example in seconds.
 
-The models are random and have two layers; the data has the columns of the real data set. Nothing is downloaded.
+The models are random and have two layers; the data has the columns of the real data set. Nothing is downloaded, and no
+GPU is needed; one that is there is used.
 """
 
 import tempfile
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 IMAGE_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
@@ -20,12 +20,13 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096,
 }  # fmt: skip
+HAS_GPU = torch.cuda.is_available()
 TRAINING = {
-    "use_cpu": True,
-    "bf16": False,
+    "use_cpu": not HAS_GPU,
+    "bf16": HAS_GPU,
     "max_steps": 2,
     "logging_steps": 1,
     "report_to": "none",
@@ -63,9 +64,9 @@ def vision_model() -> str:
     """Returns the folder of a random vision-language model."""
     words, folder = tokenizer(), tempfile.mkdtemp(prefix="tiny-")
     start, image, end, video = words.convert_tokens_to_ids(IMAGE_TOKENS)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 8, 8], "mrope_interleaved": True}
     vision = {
-        "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+        "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 128,
         "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     config = transformers.Qwen3VLConfig(
@@ -86,6 +87,8 @@ def data(**columns: Any) -> Dataset:
     return Dataset.from_list([columns] * 8)
 
 
-def picture() -> Image.Image:
-    """Returns a small image."""
+def picture() -> Any:
+    """Returns a small image of Pillow."""
+    from PIL import Image  # the other examples do without it
+
     return Image.new("RGB", (16, 16), "navy")

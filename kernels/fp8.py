@@ -161,7 +161,7 @@ def quantize_weight(source: Tensor, quant_state, scales: Tensor, out: Tensor, tr
 def scales_of(amax: Tensor) -> Tensor:
     """The scales, fp32, of rows whose largest magnitudes are ``amax``; NaN counts as inf."""
     amax = amax.float().nan_to_num(float("inf"), float("inf"))
-    # Divided by a tensor: by a number, a GPU multiplies by its reciprocal, and the last bit would differ from the kernels'.
+    # By a tensor: by a number, a GPU multiplies with its reciprocal, and the last bit differs from the kernels'.
     return torch.where(amax == 0, 1.0, amax.clamp_min(SMALLEST_AMAX) / torch.full_like(amax, LARGEST))
 
 

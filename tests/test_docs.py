@@ -259,6 +259,35 @@ def test_step_times_are_those_of_the_results(name):
     assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
 
 
+def test_the_training_of_the_readme_is_that_of_the_results():
+    with (RESULTS / "end_to_end.csv").open(newline="", encoding="utf-8") as file:
+        cells = {row["arm"]: row for row in csv.DictReader(file) if row["run"] == "2026-12-01T00:45:00+00:00 vm"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    shown = re.search(r"`auto` reached ([\d,]+) tokens .*? reached ([\d,]+): \[([\d.]+)x\]", text).groups()
+    ours, best = cells["ours-auto"], cells["unsloth-padded+no-checkpointing"]
+    figures = (ours["tokens_per_s"], best["tokens_per_s"], ours["over_best_arm"])
+    assert all(rounded(one.replace(",", ""), value) for one, value in zip(shown, figures, strict=True))
+
+
+def test_the_picture_of_the_readme_shows_its_table():
+    """`python benchmarks/plot_readme.py` draws it."""
+    pytest.importorskip("matplotlib", reason="pip install -e '.[study]'")
+    from PIL import Image
+
+    spec = importlib.util.spec_from_file_location("plot_readme", ROOT / "benchmarks" / "plot_readme.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    table = plot.table_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert Image.open(plot.PICTURE).text[plot.KEPT_AS] == "\n".join(table)
+    tokens = {
+        batch: speeds[0] * float(cells)
+        for (batch, speeds), cells in zip(
+            plot.figures(table).items(), (line.split("|")[2] for line in table[2:]), strict=True
+        )
+    }
+    assert [round(count) for count in tokens.values()] == [1666, 2048, 8192, 8192]
+
+
 def test_hooks_before_a_commit_are_what_make_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")

@@ -4,11 +4,13 @@ import ast
 import importlib.util
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 from sparse_unsloth import get_state
+from sparse_unsloth.utils.environment import requirements
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -79,6 +81,16 @@ def test_the_loop_trains(tiny, capsys):
     assert "step 1: loss" in capsys.readouterr().out
     assert left["state"].config.backward_rows == 0.25
     assert (left["batch"]["labels"] == -100).float().mean() > 0.5, "the prompts are context"
+
+
+def test_they_need_no_more_than_the_package():
+    """The light install has what their first lines import, but for Unsloth in an example about it."""
+    there = {item.name for item in requirements()} | {"sparse_unsloth", *sys.stdlib_module_names}
+    for path in EXAMPLES.glob("*.py"):
+        nodes = ast.parse(path.read_text(encoding="utf-8")).body
+        names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        assert {name.partition(".")[0] for name in names} - there == set(), path.name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

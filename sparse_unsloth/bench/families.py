@@ -119,18 +119,25 @@ def write_models(
                 elif rich and parameter.ndim == 1:
                     parameter.add_(NORM_SPREAD * torch.randn_like(parameter))
         model.save_pretrained(folder / name)
-        _make_tokenizer().save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
 
 
-def _make_tokenizer():
+def make_tokenizer(names: Mapping[str, int] | None = None) -> Any:
+    """Makes a tokenizer of words, one an id; ``names`` are further special tokens and their ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, SIZES["vocab_size"])}}
+    words = {word: i for word, i in words.items() if i not in (names or {}).values()} | (names or {})
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=list(names or ()),
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return fast

@@ -106,7 +106,7 @@ class Stepper:
     def __call__(self) -> float:
         """Runs a step; returns its milliseconds."""
         self.count += 1
-        batch = make_batch(self.shape, self.model.config.vocab_size, self.count, self.device)
+        batch = make_batch(self.shape, self.model.config.get_text_config().vocab_size, self.count, self.device)
         batch = as_collated(self.model, batch)
         clock = _Clock(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):

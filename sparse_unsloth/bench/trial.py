@@ -64,6 +64,8 @@ MODES |= {f"{mode} graphs": tuple({**one, "cuda_graphs": True} for one in pair) 
 
 DTYPES = "bf16", "4bit"
 """Of the base weights."""
+TUNING = "max_autotune", "shape_padding"
+"""The options of `torch.compile` that time kernels."""
 TRIED = "families", "dtypes", "checkpointing", "layouts", "modes"
 """The options whose values are combined."""
 
@@ -99,9 +101,15 @@ class Trial:
     seconds: float = 0.0
 
 
-def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str) -> dict[str, Any]:
-    """Makes a micro-batch of `LAYOUTS`: right-padded, or one sequence as TRL sends it (under Unsloth with lengths)."""
-    documents = LAYOUTS[layout]
+def make_batch(
+    layout: str, vocab_size: int, device: torch.device, backend: str, documents: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
+    """Makes a micro-batch: right-padded, or one sequence as TRL sends it (under Unsloth with lengths).
+
+    Args:
+        documents: ``(tokens, tokens of the prompt)`` of each; default: those of `LAYOUTS`.
+    """
+    documents = documents or LAYOUTS[layout]
     lengths = torch.tensor([length for length, _ in documents])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocab_size, (len(documents), int(lengths.max())), generator=generator)
@@ -123,12 +131,15 @@ def make_batch(layout: str, vocab_size: int, device: torch.device, backend: str)
     return {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}
 
 
-def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str, attention: str = "") -> nn.Module:
+def load(
+    backend: str, folder: Path, dtype: str, checkpointing: bool | str, attention: str = "", sparsity: str = "dense"
+) -> nn.Module:
     """Loads the checkpoint with LoRA of rank 8 that is not zero, ready to train, nothing attached.
 
     Args:
         folder: of the checkpoint, named after its family.
         attention: its implementation; "" is the family's, or the library's default.
+        sparsity: attached once and taken off again; "rows" for families that nothing else can be attached to.
     """
     from sparse_unsloth import FastSparseLanguageModel, detach
 
@@ -144,7 +155,7 @@ def load(backend: str, folder: Path, dtype: str, checkpointing: bool | str, atte
         **({"attn_implementation": attention} if attention else {}),
     )
     model = FastSparseLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity="dense"
+        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, random_state=0, sparsity=sparsity
     )
     detach(model)
     generator = torch.Generator().manual_seed(1)
@@ -325,15 +336,15 @@ def combinations(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def compile_untuned() -> None:
-    """Makes `torch.compile` take each kernel's first configuration from now on, instead of tuning.
+    """Makes `torch.compile` take each kernel's first configuration, and products unpadded, from now on: no tuning.
 
     Unsloth tunes Gemma 2's attention for minutes; a trial compares results, not times.
     """
     compile_tuned = torch.compile
 
     def compile(*args: Any, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        if options and "max_autotune" in options:
-            options = {**options, "max_autotune": False}
+        if options:
+            options = {name: value if name not in TUNING else False for name, value in options.items()}
         return compile_tuned(*args, options=options, **keywords)
 
     torch.compile = compile

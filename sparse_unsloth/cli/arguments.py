@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
 
 
+class Formatter(argparse.HelpFormatter):
+    """Fills paragraphs to the terminal's width, but for those with indented lines, such as lists of examples."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+        self._action_max_length = 14  # argparse forgets that the names of commands are indented
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(part if "\n  " in f"\n{part}" else textwrap.fill(part, width) for part in parts)
+
+
 def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
     """Makes the parser of the words after ``sparse-unsloth COMMAND``; ``usage`` is given without this prefix."""
     return argparse.ArgumentParser(
@@ -26,7 +39,7 @@ def command_parser(command: str, description: str, epilog: str = "", usage: str 
         usage=f"sparse-unsloth {command} {usage}" if usage else None,
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
 

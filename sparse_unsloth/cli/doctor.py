@@ -104,9 +104,16 @@ def try_training() -> list[Finding]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                ended = f"was not done after {TRIAL_SECONDS} s"
+                ended = f"was not done after {TRIAL_SECONDS} s{_load()}"
             findings += _judge(backend, folder / backend, ended, "--modes" in words[backend])
     return findings
+
+
+def _load() -> str:
+    """How busy the machine is, for a message about what took too long; empty where the system does not tell."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    return f" (load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; try again on an idle machine)"
 
 
 def _wait(backend: str, process: subprocess.Popen, out: Path, deadline: float) -> None:
@@ -174,6 +181,7 @@ def judge_trial(trial: Trial) -> Finding:
 def print_report(findings: list[Finding], console=None) -> None:
     """Prints the findings as a table, then the fixes, one line each."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
@@ -183,11 +191,13 @@ def print_report(findings: list[Finding], console=None) -> None:
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
     for finding in findings:
         status = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(finding.name, finding.found, finding.wanted, status)
+        table.add_row(escape(finding.name), escape(finding.found), escape(finding.wanted), status)
     console.print(table)
     for finding in findings:
         if finding.fix:
-            console.print(f"[{colours[finding.status]}]{finding.name}[/]: {finding.fix}", highlight=False)
+            console.print(
+                f"[{colours[finding.status]}]{escape(finding.name)}[/]: {escape(finding.fix)}", highlight=False
+            )
 
 
 def _versions() -> list[Finding]:

@@ -21,14 +21,15 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparse_unsloth.training.keys import describe, recipe_keys
+    from sparse_unsloth.training.keys import block_keys, describe, recipe_keys
 
-    word = arguments.word.lower()
-    keys = [key for key in recipe_keys().values() if word in key.name.lower() or word in key.help.lower()]
+    word, known = arguments.word.lower(), [*block_keys(), *recipe_keys().values()]
+    keys = [key for key in known if word in key.name.lower() or word in key.help.lower()]
     if not keys:
         print_line(f"no key of a recipe has to do with {arguments.word!r}")
         return 1
     table = Table("key", "type", "default", "what it does", box=None, pad_edge=False)
+    table.columns[0].min_width = max(len(key.name) for key in keys)  # never shortened
     for key in keys:
         kinds = {"sparsity": "a preset, a file or a block", "rank": "a block"}
         kind = kinds.get(key.name) or describe(key.kind)

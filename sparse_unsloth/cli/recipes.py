@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 from sparse_unsloth.cli.arguments import command_parser
@@ -27,7 +30,8 @@ def main(words: Sequence[str]) -> int:
     if name is not None:
         print(find_recipe(name).read_text(encoding="utf-8"), end="")
         return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, entry in shipped_recipes().items():
         first_line = entry.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:24} {first_line.lstrip('# ')}")
+        print(textwrap.fill(f"{name:24} {first_line.lstrip('# ')}", width, subsequent_indent=" " * 25))
     return 0

@@ -66,9 +66,10 @@ def _task(name: str, options: dict, size: int, seed: int):
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
-    except ImportError:
+    except ImportError as error:
         raise DataError(
-            "reasoning-gym is not installed: `pip install 'sparse-unsloth[quickstart]'` or `pip install reasoning-gym`."
+            f"reasoning-gym is not installed ({error}): `pip install 'sparse-unsloth[quickstart]'` or `pip install "
+            "reasoning-gym`."
         ) from None
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)

@@ -39,6 +39,7 @@ from sparse_unsloth.graphs.capture import GraphCapture
 from sparse_unsloth.graphs.passes import CapturedForward, KeptCapture, KeptPasses, LayerCapture, Pass
 from sparse_unsloth.model.training_flags import keeps_saved_tensors
 from sparse_unsloth.utils.distributed import is_main
+from sparse_unsloth.utils.progress import line
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -131,6 +132,7 @@ class GraphCache(Buffers):
         count = self._counted.pop(batch_key, 0)
         if count >= RUNS_BEFORE_CAPTURE and not self.full and len(self.given_up) < MAX_GIVEN_UP:
             self.captured_keys.add(batch_key)
+            self._say()
             return True
         self._counted[batch_key] = count + 1
         if len(self._counted) > MAX_COUNTED_KEYS:
@@ -237,6 +239,15 @@ class GraphCache(Buffers):
     def unused(self) -> bool:
         """Whether no layer was captured or replayed since the last forward began."""
         return self.serial == self._began
+
+    def _say(self) -> None:
+        """Writes that a batch signature is captured: of the first, second, fourth, eighth, ..."""
+        number = len(self.captured_keys)
+        if number & (number - 1) == 0:
+            line(
+                f"sparse_unsloth: capturing CUDA graphs for batch signature {number} (at most {MAX_KEYS}); this step "
+                "takes longer."
+            )
 
     def _warn_once(self, message: str, about: str) -> None:
         if about not in self._warned:

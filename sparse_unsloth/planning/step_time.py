@@ -19,10 +19,11 @@ from sparse_unsloth.utils.environment import require
 
 SHARPNESS = 8
 """Sharpness of the smooth maximum of host and device time, which do not overlap completely."""
-GRAPHS_HOST = 4.5
-"""Host milliseconds per layer in a step with `cuda_graphs`. Not fitted: 32 layers took 147 ms at least
-where all micro-batches differed, and some 100 ms where all were equal
-(``benchmarks/results``: ``mixed_lengths.csv``, ``graphs``)."""
+GRAPHS_HOST = 2.8
+GRAPHS_RECOMPUTE = 1.7
+"""Host milliseconds per layer in a step with `cuda_graphs`, and more for a layer whose forward runs again. Not fitted:
+16 layers of a 1B, not checkpointed, took 42 ms a micro-batch where kernels ran in a fifth of the time; 32 layers of an
+8B, checkpointed, took 147 ms at least (``benchmarks/results``: ``end_to_end-notes.md``, ``mixed_lengths.csv``)."""
 DEQUANTISING = 0.82
 """Milliseconds per 10^9 elements of 4-bit weights. Not fitted: as much longer the products of an 8B layer in NF4 take
 than in bf16, where the lines through both sizes reach no rows (``benchmarks/results/fp8``); 2.5 bytes at 3 TB/s."""
@@ -57,7 +58,12 @@ class StepTime:
 
     def with_graphs(self, work: Work) -> float:
         """Returns milliseconds of one micro-batch with captured layers, which the host launches faster."""
-        return larger(GRAPHS_HOST * work.layers, self.device(work))
+        return larger(graphs_host(work), self.device(work))
+
+
+def graphs_host(work: Work) -> float:
+    """Returns the host's milliseconds of one micro-batch with captured layers."""
+    return GRAPHS_HOST * work.layers + GRAPHS_RECOMPUTE * work.recomputed
 
 
 def larger(host: float, device: float) -> float:

@@ -153,6 +153,7 @@ class Work:
         layers, sparse_parts: the numbers that the host launches.
         dequantised: elements of 4-bit weights that are dequantised, however many rows there are.
         spared: FLOPs of `products` whose time FP8 saves; below 0 where there are too few rows for it.
+        recomputed: layers whose forward runs again.
     """
 
     products: int
@@ -163,6 +164,7 @@ class Work:
     sparse_parts: int
     dequantised: int = 0
     spared: int = 0
+    recomputed: int = 0
 
     @property
     def flops(self) -> int:
@@ -231,7 +233,8 @@ def batch_work(plan: Plan, batch: MicroBatch, removal: bool) -> Work:
         sparse_rows = batch.context * parts * hidden
     elements = layers * sum(inputs * outputs for inputs, outputs in plan.shape.projections().values())
     dequantised = elements * (2 + plan.checkpointing) * plan.in_4bit
-    return Work(products, core, rows, sparse_rows, layers, parts, dequantised, _spared(plan, batch, flops))
+    again, spared = layers * plan.checkpointing, _spared(plan, batch, flops)
+    return Work(products, core, rows, sparse_rows, layers, parts, dequantised, spared, again)
 
 
 def fp8_time(rows: int, in_4bit: bool) -> float:

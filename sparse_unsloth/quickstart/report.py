@@ -16,7 +16,7 @@ def title(results: dict[str, Any]) -> str:
     """Returns the report's title."""
     first, second, *_ = results["runs"]
     if first == "stock":  # on a GPU
-        first = f"stock {'Unsloth' if 'unsloth' in results['environment']['packages'] else 'PEFT'}"
+        first = f"stock {results['backend']}"
     model = "SmolLM2-135M-Instruct" if results["model"] == SMOLLM2 else results["model"].rpartition("/")[2]
     return f"{model}, LoRA on seven projections: {first} against {second}"
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
@@ -29,7 +30,7 @@ from sparse_unsloth.errors import DataError
 from sparse_unsloth.quickstart.pairs import Pairs
 from sparse_unsloth.quickstart.report import save_report, terminal_table
 from sparse_unsloth.quickstart.turns import StepInTurns, Turns
-from sparse_unsloth.tokens.batch import read_batch
+from sparse_unsloth.tokens.batch import Batch, read_batch
 from sparse_unsloth.tokens.partition import TokenPartition
 from sparse_unsloth.training.recipe import Recipe, load_recipe
 from sparse_unsloth.training.requirements import check_can_train
@@ -49,14 +50,19 @@ STOCK, AUTO = "stock", "auto"
 ON_GPU = {
     "model_name_or_path": "unsloth/Llama-3.2-1B-Instruct", "backend": "auto", "use_cpu": "false", "dtype": "bfloat16",
     "bf16": "true", "load_in_4bit": "true", "gradient_checkpointing": "true", "max_length": "1024", "max_steps": "100",
+    "per_device_train_batch_size": "8", "gradient_accumulation_steps": "1", "per_device_eval_batch_size": "4",
     "dataset_size": "512",
     "dataset_options": '{"needle_haystack": {"min_num_statements": 20, "max_num_statements": 60}}',
 }  # fmt: skip
-"""The recipe's keys on a GPU: a real model in 4 bits, longer prompts, and Unsloth where it is installed."""
+"""The recipe's keys on a GPU: a real model in 4 bits, longer prompts, and Unsloth where it is installed.
+
+Unsloth's own defaults accumulate two micro-batches; here a step is one in every backend."""
+WITHOUT_BFLOAT16 = {"dtype": "float16", "bf16": "false", "fp16": "true"}
+"""Changes of `ON_GPU` for older GPUs, as the free ones of Colab."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSizes:
     """The sizes that decide a micro-batch's cost: tokens by role, and the padded shape."""
 
     dense: int
@@ -77,12 +83,12 @@ class BatchLog:
         if model.training and torch.is_grad_enabled() and batch.labels is not None:
             self.seen.append((batch.labels, batch.attention_mask))
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[BatchSizes]:
         found = []
         for labels, mask in self.seen:
             parts = TokenPartition.from_labels(labels, mask)
             rows = (len(parts.dense), len(parts.context), len(parts.padding), len(parts.loss))
-            found.append(Batch(*rows, parts.shape))
+            found.append(BatchSizes(*rows, parts.shape))
         return found
 
     def digest(self, count: int) -> str:
@@ -91,7 +97,10 @@ class BatchLog:
 
 
 def quickstart(
-    output_dir: str | Path = "runs/quickstart", steps: int | None = None, test_size: int | None = None
+    output_dir: str | Path = "runs/quickstart",
+    steps: int | None = None,
+    test_size: int | None = None,
+    model: str | None = None,
 ) -> dict:
     """Trains and evaluates the runs; prints the table and saves table, picture and figures in ``output_dir``.
 
@@ -103,6 +112,7 @@ def quickstart(
         output_dir: results of an earlier quickstart in it are replaced.
         steps: optimiser steps of the dense and the sparse run, instead of the recipe's.
         test_size: held-out samples, instead of the recipe's.
+        model: a hub name or a folder, instead of the recipe's model; with a chat template.
 
     Returns:
         The figures, as saved in ``results.json``.
@@ -117,9 +127,9 @@ def quickstart(
     check_output(folder, "output-dir")
     for name in (STOCK, AUTO) if on_gpu else (DENSE, SPARSE, EQUAL):
         _refuse_unknown_files(_run_folder(folder, name))
-    overrides = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)] if on_gpu else []
-    overrides += [] if steps is None else ["--max_steps", str(steps)]
-    overrides += [] if test_size is None else ["--dataset_test_size", str(test_size)]
+    asked = {"model_name_or_path": model, "max_steps": steps, "dataset_test_size": test_size}
+    keys = (keys_on_gpu() if on_gpu else {}) | {key: str(value) for key, value in asked.items() if value is not None}
+    overrides = [word for key, value in keys.items() for word in (f"--{key}", value)]
     overrides += ["--do_eval", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
     results: dict[str, Any] = {"environment": environment(), "runs": {}}
     with _quiet(), _progress(console) as progress, SetUp(folder) as setup:
@@ -157,6 +167,12 @@ def quickstart(
 def has_gpu() -> bool:
     """Whether the quickstart takes the real path: a model in 4 bits, by `auto`, against stock Unsloth."""
     return torch.cuda.is_available()
+
+
+def keys_on_gpu() -> dict[str, str]:
+    """Returns the recipe's keys for this machine's GPU."""
+    has_bfloat16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return ON_GPU if has_bfloat16 else ON_GPU | WITHOUT_BFLOAT16
 
 
 def equal_cost_steps(dense_flops: list[int], budget: int) -> int:
@@ -209,7 +225,7 @@ class Training:
         trainer, folder = self.trainer, Path(self.recipe.training.output_dir)
         if give_away is not None:
             trainer.callback_handler.callbacks.insert(0, StepInTurns(give_away))
-        handle = trainer.model.register_forward_pre_hook(self.batches.hook, with_kwargs=True)
+        handle = trainer.model.register_forward_pre_hook(self.batches.hook, prepend=True, with_kwargs=True)
         self.timer.start()
         trainer.train()
         handle.remove()
@@ -236,7 +252,7 @@ class Training:
             **(self._flops(log) if count_flops else {}),
         }
 
-    def _flops(self, log: list[Batch]) -> dict[str, Any]:
+    def _flops(self, log: list[BatchSizes]) -> dict[str, Any]:
         flops, calibration = (
             flops_by_step(self.recipe, self.trainer, log),
             _calibration_flops(self.recipe, self.trainer),
@@ -260,7 +276,7 @@ def _pairs(first: Training, second: Training) -> Pairs:
     return Pairs.of(*([run.timer.times.seconds[step] for step in steps] for run in (first, second)))
 
 
-def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> list[int]:
+def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[BatchSizes]) -> list[int]:
     """Counts the FLOPs of each optimiser step as it is computed.
 
     Dense steps compute padding too; channel-sparse MLPs, and a backward pass through chosen rows, leave it out."""
@@ -279,7 +295,7 @@ def flops_by_step(recipe: Recipe, trainer: SFTTrainer, batches: list[Batch]) -> 
 
 
 def _step_flops(
-    recipe: Recipe, shape: ModelShape, layers: list, batch: Batch, estimator_rank: int, backward_rows: float
+    recipe: Recipe, shape: ModelShape, layers: list, batch: BatchSizes, estimator_rank: int, backward_rows: float
 ) -> int:
     size, length = batch.shape
     head_tokens = min(math.ceil(max(batch.loss, 1) / HEAD_CHUNK) * HEAD_CHUNK, size * (length - 1))
@@ -346,10 +362,8 @@ def evaluate(trainer: SFTTrainer, progress: Progress | None = None) -> dict[str,
     was_training = model.training
     model.eval()
     loss, correct, tokens, exact, answers = 0.0, 0, 0, 0, 0
-    batches = trainer.get_eval_dataloader()
-    if progress is not None:
-        batches = progress.track(batches, description="evaluating")
-    for batch in map(read_batch, batches):
+    batches = held_out_batches(trainer)
+    for batch in batches if progress is None else progress.track(batches, description="evaluating"):
         labels = batch.labels[:, 1:]
         # Without labels the model returns logits, in TRL's patched forward too.
         with trainer.compute_loss_context_manager():  # mixed precision, as in training
@@ -371,10 +385,34 @@ def evaluate(trainer: SFTTrainer, progress: Progress | None = None) -> dict[str,
     }
 
 
+def held_out_batches(trainer: SFTTrainer) -> list[Batch]:
+    """Returns the held-out samples, one a row, the longest first, padded on the right.
+
+    The trainer's own batches may be one row of several documents: Unsloth's are, unless a recipe says otherwise.
+    """
+    samples = [read_batch(trainer.data_collator([row])) for row in trainer.eval_dataset]
+    samples.sort(key=lambda sample: -sample.input_ids.shape[1])
+    size, device = trainer.args.per_device_eval_batch_size, trainer.model.device
+
+    def padded(rows: list[Tensor], filler: int) -> Tensor:
+        return pad_sequence([row.flatten() for row in rows], batch_first=True, padding_value=filler).to(device)
+
+    return [
+        Batch(
+            labels=padded([sample.labels for sample in group], -100),
+            input_ids=padded([sample.input_ids for sample in group], trainer.processing_class.pad_token_id),
+            attention_mask=padded([torch.ones_like(sample.input_ids) for sample in group], 0),
+        )
+        for group in (samples[start : start + size] for start in range(0, len(samples), size))
+    ]
+
+
 def _describe(training: Training) -> dict[str, Any]:
     recipe = training.recipe
+    used_unsloth = training.trainer.model.__dict__["_sparse_backend"] == "unsloth"
     return {
         "model": recipe.model.model_name_or_path,
+        "backend": "Unsloth" if used_unsloth else "PEFT",
         "dataset": recipe.data.dataset_name,
         "batch_size": recipe.training.per_device_train_batch_size,
         "trainable_parameters": sum(p.numel() for p in training.trainer.model.parameters() if p.requires_grad),
@@ -444,7 +482,7 @@ def _quiet():
 def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()[:16]
 
 

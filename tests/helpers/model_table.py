@@ -48,7 +48,8 @@ a forward of ten tokens, proves each, and reports "n of m layers" and what stays
 
 Each model is tiny and random, in float64 on a CPU with the PEFT backend, with LoRA on every linear layer (and on
 experts), right-padded prompts and answers, and with an image where the family has "images". Nothing here says how
-useful a quarter of the rows is for a trained model of that family, nor how fast it is.
+useful a quarter of the rows is for a trained model of that family, nor how fast it is. Which families ran on Unsloth's
+compiled path: [unsloth.md](unsloth.md).
 
 | family | class | rows | parts | channels | whole layers | every row kept | quarter |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -68,7 +68,7 @@ def test_with_graphs_only_replayed_micro_batches_count():
     fast = made.milliseconds / 1000
     seconds = [1.0] * (WARM_UP + 1) + [fast if number % 3 == 0 else 1.0 for number in range(WARM_UP + 1, 200)]
     outcome, count = drive(Watch(made), seconds, [batch(1000)], captured=lambda number: number % 3 == 0)
-    assert outcome.ratio == pytest.approx(1, rel=1e-3)  # batches of one length are padded a little less
+    assert outcome.ratio == pytest.approx(1, rel=1e-2)  # batches of one length are padded a little less
     assert count > WARM_UP + 2 * MEASURED
 
 

@@ -342,8 +342,11 @@ def test_on_a_gpu_the_quickstart_compares_stock_and_auto(training, tmp_path, mon
 
     monkeypatch.setattr(quickstart, "RECIPE", training)
     monkeypatch.setattr(quickstart, "has_gpu", lambda: True)
-    monkeypatch.setattr(quickstart, "ON_GPU", {"max_length": "30", "dataset_size": "32", "dataset_test_size": "9"})
-    results = quickstart.quickstart(tmp_path / "quick", steps=3)
+    keys = {"max_length": "30", "dataset_size": "32", "dataset_test_size": "9", "model_name_or_path": "of-the-hub"}
+    monkeypatch.setattr(quickstart, "ON_GPU", keys)
+    model = yaml.safe_load(Path(training).read_text())["model_name_or_path"]
+    results = quickstart.quickstart(tmp_path / "quick", steps=3, model=model)
+    assert (results["model"], results["backend"]) == (model, "PEFT")
     stock, auto = (results["runs"][name] for name in ("stock", "auto"))
     assert results["same_initial_adapter"]
     assert results["same_batches"]
@@ -357,16 +360,23 @@ def test_on_a_gpu_the_quickstart_compares_stock_and_auto(training, tmp_path, mon
     assert (tmp_path / "quick" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "sparse_unsloth auto" in printed
-    assert "against auto" in printed
+    assert "stock PEFT against auto" in " ".join(printed.split())
     assert "FLOPs, 10^12" not in printed
 
 
-def test_the_keys_on_a_gpu_make_a_recipe():
-    from sparse_unsloth.quickstart.run import ON_GPU
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_the_keys_on_a_gpu_make_a_recipe(has_bfloat16, monkeypatch):
+    from sparse_unsloth.quickstart.run import keys_on_gpu
 
-    words = [word for key, value in ON_GPU.items() for word in (f"--{key}", value)]
-    made = load_recipe("quickstart", [*words, "--use_cpu", "true", "--bf16", "false"])
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16)
+        keys = keys_on_gpu()
+    assert (keys["bf16"], keys.get("fp16", "false")) == (("true", "false") if has_bfloat16 else ("false", "true"))
+    words = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    made = load_recipe("quickstart", [*words, "--use_cpu", "true", "--bf16", "false", "--fp16", "false"])
     assert made.model.load_in_4bit
+    assert made.model.dtype == ("bfloat16" if has_bfloat16 else "float16")
     assert made.data.dataset_options["needle_haystack"]["max_num_statements"] == 60
     assert (made.backend, made.training.max_length) == ("auto", 1024)
 
@@ -392,6 +402,9 @@ def test_evaluation_counts_answers_by_hand(training):
     assert found["answer_loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["token_accuracy"] == pytest.approx(hits / tokens)
     assert found["exact_match"] == pytest.approx(exact / 9)
+    assert found["answers"] == 9
+    trainer.data_collator.padding_free = True  # as Unsloth sets it: a batch is one row of several documents
+    assert evaluate(trainer) == found
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])

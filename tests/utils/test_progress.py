@@ -58,6 +58,20 @@ def test_a_wait_without_items_is_counted(monkeypatch, clock):
     assert "prune: 100%" in sys.stderr.getvalue()
 
 
+@pytest.mark.parametrize("quiet", ["", "no terminal", "another process"])
+def test_captures_are_said_in_lines(quiet, monkeypatch):
+    """Of batch signatures 1, 2, 4, ...; each is captured after its first runs."""
+    from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE, GraphCache
+
+    monkeypatch.setattr(progress, "is_main", lambda: quiet != "another process")
+    monkeypatch.setattr(sys, "stderr", io.StringIO() if quiet == "no terminal" else Terminal())
+    graphs = GraphCache(recorder=object())
+    for key in range(5):
+        assert [graphs.should_replay(key) for _ in range(RUNS_BEFORE_CAPTURE + 2)][-2:] == [True, True]
+    said = re.findall(r"batch signature (\d+)", sys.stderr.getvalue())
+    assert said == ([] if quiet else ["1", "2", "4"])
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_tables_have_no_colours_where_nobody_wants_them(asked, monkeypatch):
     """rich draws tables and the quickstart's bars; it knows NO_COLOR."""

@@ -1,10 +1,12 @@
 """Saved adapters: loading them with their vocabulary and tokenizer, over a base that may have been moved."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_unsloth import FastSparseLanguageModel
 from sparse_unsloth.cli import main
@@ -135,7 +137,7 @@ def test_a_damaged_adapter_is_named(base, tmp_path, damage, message):
             ["q_prj", "v_proj"],
             r"'q_prj' \(did you mean 'q_proj'\?\) not found in the base model, whose modules are called",
         ),
-        (["q_prj", "v_prj", "xyz"], r"'q_prj' .*, 'v_prj' .*, 'xyz' not found in the base model"),
+        (["q_prj", "v_prj", "xyz"], r"'q_prj' .*, 'v_prj' .*, 'xyz' not found in .*'all-linear' takes every"),
         (r".*\.(q|v)_prj", "not found in the base model"),
         ("(", "is no regular expression"),
     ],
@@ -154,6 +156,15 @@ def test_targets_that_match_nothing_are_refused(targets, message):
 @pytest.mark.parametrize("targets", [["q_proj", "layers.1.mlp.up_proj"], r".*\.(q|v)_proj", "all-linear", None])
 def test_targets_that_match_are_taken(targets):
     check_targets(make_base(), targets)
+
+
+def test_unsloth_takes_names_of_a_gated_mlp_for_experts():
+    model = nn.ModuleDict({"q_proj": nn.Identity(), "experts": nn.Identity()})
+    for backend, wrong in (("unsloth", []), ("peft", ["up_proj"])):
+        model.__dict__["_sparse_backend"] = backend
+        for names in (["q_proj", "up_proj"], ["q_proj", "u_proj"]):
+            with pytest.raises(ConfigError) if wrong or "u_proj" in names else contextlib.nullcontext():
+                check_targets(model, names)
 
 
 def test_one_name_is_a_list_of_one():

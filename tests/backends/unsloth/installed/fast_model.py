@@ -5,6 +5,7 @@ The project's kernels run through Triton's interpreter.
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 
 from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state
 from sparse_unsloth.backends import choose
-from sparse_unsloth.bench.families import write_models
+from sparse_unsloth.bench.families import FAMILIES as LIKE_LLAMA
+from sparse_unsloth.bench.families import make_tokenizer, write_models
 
+from decoder_models import FAMILIES as OTHERS
+from decoder_models import causal
 from recorded_layers import Rerun, share_memory
 from tiny_models import always, loss_and_gradients, make_batch
 from unsloth_stand_in import packed_batch
@@ -25,6 +29,11 @@ FAMILIES = {
         {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
         {"use_gradient_checkpointing": False, "attn_implementation": "eager"},
         ("rows", "rows graphs"),
+    ),
+    "gpt_oss": (  # part by part
+        {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
+        {"use_gradient_checkpointing": True, "attn_implementation": "eager"},
+        ("rows",),
     ),
     "olmo2": (  # whose norms stay in float32
         {"num_hidden_layers": 1},
@@ -47,12 +56,17 @@ MODES |= {
 def make(family: str) -> torch.nn.Module:
     """The family's model as users load it, with LoRA that is not zero."""
     changes, options, _ = FAMILIES[family]
-    write_models(Path("models"), [family], "peft", **SIZES, **changes)
+    if family not in LIKE_LLAMA:
+        kind = replace(OTHERS[family], config={**OTHERS[family].config, **SIZES, **changes})
+        causal(kind).save_pretrained(f"models/{family}")
+        make_tokenizer().save_pretrained(f"models/{family}")
+    else:
+        write_models(Path("models"), [family], "peft", **SIZES, **changes)
     options = {"dtype": torch.float32, "max_seq_length": 64, "load_in_4bit": False, "backend": "unsloth", **options}
     model, _ = FastSparseLanguageModel.from_pretrained(f"models/{family}", **options)
     checkpointing = options["use_gradient_checkpointing"]
     model = FastSparseLanguageModel.get_peft_model(
-        model, r=4, use_gradient_checkpointing=checkpointing, sparsity="dense"
+        model, r=4, use_gradient_checkpointing=checkpointing, sparsity="rows"
     )
     detach(model)
     torch.manual_seed(1)
@@ -101,6 +115,7 @@ def examine(prepared: None) -> dict[str, dict]:
             found[f"{family}, {mode}"] = {
                 "report": str(report),
                 "whole": len(report.layers) == report.whole_layers == ran,
+                "parts": [layer.row_parts for layer in report.layers],
                 "replayed": recorder.replayed > 0,
                 "error": max(*errors, (ours[0] / loss - 1).abs().item()),
                 "restored": all(torch.equal(after[1][name], value) for name, value in gradients.items()),
