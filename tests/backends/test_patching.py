@@ -51,13 +51,16 @@ def compiled(forward):
     return region
 
 
-@pytest.fixture(params=[gated, lambda forward: compiled(gated(forward))], ids=["gated", "compiled"])
+WRAPPERS = {"gated": gated, "compiled": lambda forward: compiled(gated(forward))}
+
+
+@pytest.fixture(params=list(WRAPPERS))
 def wrapped(request, stand_in, monkeypatch):
-    monkeypatch.setattr(FastLayer, "forward", request.param(FastLayer.forward))
+    monkeypatch.setattr(FastLayer, "forward", WRAPPERS[request.param](FastLayer.forward))
     return stand_in
 
 
-@pytest.mark.parametrize("mode", ["rows", "channels"])
+@pytest.mark.parametrize(("wrapped", "mode"), [("compiled", "rows"), ("gated", "channels")], indirect=["wrapped"])
 def test_each_mode_runs_whole_layers(wrapped, monkeypatch, mode):
     monkeypatch.setenv("SPARSE_UNSLOTH_KERNELS", "triton")
     model, batch = make_model(wrapped, "reentrant"), small_batch()

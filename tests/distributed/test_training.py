@@ -78,7 +78,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(how, one, tmp_path):
     for rank in ranks:
         assert (rank["how"], rank["world"]) == (how, 2)
         for case, expected in one.items():
-            if not case.startswith("trainer"):
+            if case not in worker.LEFT_OUT[how] and not case.startswith("trainer"):
                 assert_same(rank[case], expected)
         for case in ("trainer", "trainer, few rows", "trainer, merged"):
             trainer, expected = rank[case], one[case]

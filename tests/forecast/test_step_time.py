@@ -1,6 +1,7 @@
 """Tests that the model of step times finds known coefficients, takes the right rows, and is stored in the package."""
 
 import csv
+import functools
 import json
 import sys
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from sparse_unsloth.bench.shapes import HOST, SHAPES
 from sparse_unsloth.bench.table import append_rows, read_rows
 from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.forecast import speed_table
 from sparse_unsloth.forecast.speed_table import (
     fit_table,
     memory_of_row,
@@ -30,6 +32,15 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "speed.csv"
 TRUE = StepTime(products=1.5, attention=3.0, rows=70, sparse_rows=25, host_layer=2.0, host_sparse_part=1.5)
 METHODS = ("unsloth-dense", "unsloth-dense-exact", "sparse-o1", "sparse-o2", "sparse-25")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fitted_once():
+    """Fits without one step each, a second for 35 steps, are made once for all tests with the same steps."""
+    known = functools.cache(speed_table.leave_one_out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed_table, "leave_one_out", lambda steps: known(tuple(steps)))
+        yield
 
 
 def row(shape, method, milliseconds=None, **changes):
