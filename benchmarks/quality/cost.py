@@ -6,7 +6,7 @@ channel scores and calibration passes. Where only part of a LoRA branch is compu
 nothing is deducted. Dense and sparse runs both skip unused rows (docs/how-it-works.md, section 5).
 
 Time is that of the project's kernels: the sparse step's share of the dense step's time in ``speed.csv``, measured on
-Llama-3-8B, never the time of this benchmark's masks.
+Llama-3-8B, never the time of this benchmark's masks. That of FP8 is computed, see `FP8_TIME`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ ROW_METHODS = {0.25: "rows-25", 0.1: "rows-10"}
 """Methods of speed.csv whose backward goes through this share of the context rows."""
 SPARSE_METHODS = {0.5: "sparse-50", 0.75: "sparse-25"}
 """Methods of speed.csv that leave out this share of the MLP channels of every layer but the first."""
+
+FP8_TIME = 0.72
+"""The time of a step whose frozen-weight matmuls are in FP8, over that of a bf16 step: computed from the times of the
+products (benchmarks/results/fp8), 8,192 tokens, nothing recomputed."""
 
 
 def training_flops(
@@ -213,7 +217,9 @@ def costs(
     """
     method, total = measured_method(setting), sum(dense_flops)
     shares = Counter(round(own / dense, 4) for own, dense in zip(flops, dense_flops, strict=False))
+    in_fp8 = {"bf16": 0.0, "fp8": 1.0, "fp8-context": context}[setting.precision]
+    dense = 1 - in_fp8 * (1 - FP8_TIME)
     time = sum(
-        number * (1.0 if share >= 0.9995 else times.share(share, context, method)) for share, number in shares.items()
+        number * (dense if share >= 0.9995 else times.share(share, context, method)) for share, number in shares.items()
     )
     return (sum(flops) + calibration) / total, time / len(dense_flops) + calibration / total

@@ -36,14 +36,17 @@ def evaluate(lockstep: Lockstep, batches: Sequence[Batches], parts: Sequence[int
     losses, hits, tokens = [], [], []
     for held_out in batches:
         batch, layout = held_out.batch(0), held_out.layout
-        logits = answer_logits(lockstep.hidden(batch, layout, mode), batch.loss_rows, lockstep.network)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        hit = (logits.argmax(-1) == batch.targets).float()
+        hidden = lockstep.hidden(batch, layout, mode)
+        loss, hit = torch.empty_like(batch.weights), torch.empty_like(batch.weights)
+        for seed in range(len(hidden)):  # the logits of all seeds together can take more than the memory
+            logits = answer_logits(hidden[seed, None], batch.loss_rows[seed, None], lockstep.network)[0]
+            loss[seed] = F.cross_entropy(logits, batch.targets[seed], reduction="none")
+            hit[seed] = (logits.argmax(-1) == batch.targets[seed]).float()
         real = (batch.weights > 0).float()
         ((count, length),) = layout.groups
         item = batch.loss_rows // length
         sums = torch.zeros(3, len(batch.ids), count, device=batch.ids.device)
-        for total, value in zip(sums, (loss.view_as(real), hit, torch.ones_like(hit)), strict=True):
+        for total, value in zip(sums, (loss, hit, torch.ones_like(hit)), strict=True):
             total.scatter_add_(1, item, value.float() * real)
         losses.append(sums[0])
         hits.append(sums[1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,9 @@ from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
 from benchmarks.quality.network import DENSE, layer_forward, read_network
 from benchmarks.quality.settings import Setting
 from benchmarks.quality.tasks import Items
+
+AHEAD = 50
+"""The host waits for the GPU after so many steps."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Outcome:
 
 
 class Experiment:
-    """A task, its data on the device, the model and the calibration; settings run in turn.
+    """A task, its data on the device, the model and the calibration; settings run in turn, and beside each other in
+    twins.
 
     Args:
         model: the base model, fp32, on the device.
@@ -94,10 +99,23 @@ class Experiment:
         passes = -(-SAMPLES // settings.batch_size)
         self._calibrated_on = training_batches(calibration_items, settings.batch_size, passes, seeds, device).counts
         self._model, self._calibration_items = model, calibration_items
-        self.adapters = Adapters(self.network, seeds, settings.lora_rank)
-        self.sparsity = Sparsity(self.network, settings.seeds, FACTOR_RANK)
-        self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, layer)
+        self._layer = layer
+        self._own_adapters()
         self._dense_flops = [self._flops(Setting(), seed) for seed in seeds]
+
+    def _own_adapters(self) -> None:
+        self.adapters = Adapters(self.network, range(self.settings.seeds), self.settings.lora_rank)
+        self.sparsity = Sparsity(self.network, self.settings.seeds, FACTOR_RANK)
+        self.lockstep = Lockstep(self.network, self.adapters, self.sparsity, self._layer)
+        self.stream = torch.cuda.Stream() if self.network.head.is_cuda else None
+        if self.stream is not None:
+            torch.cuda.synchronize()  # what was made on another stream is there
+
+    def twin(self) -> Experiment:
+        """Makes an experiment with the same model and data that can train at the same time, on a stream of its own."""
+        other = copy.copy(self)
+        other._own_adapters()
+        return other
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -105,37 +123,48 @@ class Experiment:
         items = self._calibration_items
         return calibrate(self._model, items, min(SAMPLES, len(items[0])))
 
-    def run(self, setting: Setting, progress: Callable[[str], None] = lambda text: None) -> Outcome:
+    def run(self, setting: Setting) -> Outcome:
         """Trains and evaluates ``setting``."""
+        training = self.training(setting)
+        while True:
+            try:
+                next(training)
+            except StopIteration as end:
+                return end.value
+
+    def training(self, setting: Setting) -> Generator[None, None, Outcome]:
+        """Trains and evaluates ``setting``, a step at a time, on the experiment's stream."""
         began = time.perf_counter()
         shape, steps = self.network.shape, round(self.settings.steps * setting.steps)
         plans = setting.plan(steps, shape.num_layers, shape.intermediate_size)
-        full = setting.keep(shape.num_layers, shape.intermediate_size)
-        self.lockstep.reset()
-        generator = torch.Generator(self.network.head.device).manual_seed(0)
-        if setting.mode != DENSE and setting.kind != "rows":
-            choose(self.sparsity, setting, self.calibration if setting.calibrated else None, generator)
-        losses, last = torch.zeros(steps, device=self.network.head.device), None
-        self._synchronize()
+        with torch.cuda.stream(self.stream):
+            self.lockstep.reset()
+            generator = torch.Generator(self.network.head.device).manual_seed(0)
+            if setting.mode.kind == "forward":
+                choose(self.sparsity, setting, self.calibration if setting.calibrated else None, generator)
+            losses, last = torch.zeros(steps, device=self.network.head.device), None
         started, captured = time.perf_counter(), self.lockstep.capture_seconds
         for step, (plan, rate) in enumerate(zip(plans, self.settings.rates(steps), strict=True)):
-            if setting.selector == "random" and plan.mode.kind == "forward":
-                draw(self.sparsity, generator)
-                last = None
-            if plan.mode != DENSE and plan.keep != last:
-                self.sparsity.keep(plan.keep)
-                last = plan.keep
-            self.lockstep.step(self.batches.batch(step), self.batches.layout, plan.mode, rate)
-            losses[step] = self.lockstep.losses.mean()
-            if step and step % max(1, steps // 4) == 0:
-                progress(f"step {step} of {steps}, loss {losses[step].item():.3f}")
+            with torch.cuda.stream(self.stream):
+                if setting.selector == "random" and plan.mode.kind == "forward":
+                    draw(self.sparsity, generator)
+                    last = None
+                if plan.mode != DENSE and plan.keep != last:
+                    self.sparsity.keep(plan.keep)
+                    last = plan.keep
+                self.lockstep.step(self.batches.batch(step), self.batches.layout, plan.mode, rate)
+                losses[step] = self.lockstep.losses.mean()
+            if step % AHEAD == AHEAD - 1:
+                self._synchronize()
+            yield
         self._synchronize()
         train_seconds = time.perf_counter() - started - (self.lockstep.capture_seconds - captured)
-        dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
-        sparse = dense
-        if setting.mode.kind == "forward":
-            self.sparsity.keep(full)
-            sparse = evaluate(self.lockstep, self._test, self._parts, setting.mode)
+        with torch.cuda.stream(self.stream):
+            dense = evaluate(self.lockstep, self._test, self._parts, DENSE)
+            sparse = dense
+            if setting.mode.kind == "forward":
+                self.sparsity.keep(setting.keep(shape.num_layers, shape.intermediate_size))
+                sparse = evaluate(self.lockstep, self._test, self._parts, setting.mode)
         spent = [self.costs(setting, seed) for seed in range(self.settings.seeds)]
         return Outcome(
             dense=dense,
@@ -166,8 +195,8 @@ class Experiment:
         return costs(setting, self._flops(setting, seed), self._dense_flops[seed], calibration, self._times, share)
 
     def _synchronize(self) -> None:
-        if self.network.head.is_cuda:
-            torch.cuda.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 @torch.no_grad()

@@ -14,6 +14,11 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """Kinds of tokens in a GGUF file."""
 SPACE = "▁"
 FIELD = "tokenizer.ggml."
+TEMPLATE = (
+    "<bos><start_of_turn>user\n{% for message in messages %}{{ message.content }}"
+    "{% if not loop.last %}\n\n{% endif %}{% endfor %}<end_of_turn>\n<start_of_turn>model\n"
+)
+"""Of a file without one (a base model): the turns of Gemma's tuned models, for one prompt with its system message."""
 
 
 def merges_of(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
@@ -28,7 +33,7 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[in
     return [pair for *_, pair in sorted(found)]
 
 
-def build(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], template: str | None) -> Any:
+def build(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], template: str) -> Any:
     """Returns the tokenizer, as one of transformers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -64,4 +69,4 @@ def gemma3_tokenizer(path: Path) -> Any:
     fields = GGUFReader(path).fields
     tokens, scores, kinds = (fields[FIELD + name].contents() for name in ("tokens", "scores", "token_type"))
     template = fields.get("tokenizer.chat_template")
-    return build(tokens, scores, kinds, None if template is None else template.contents())
+    return build(tokens, scores, kinds, TEMPLATE if template is None else template.contents())

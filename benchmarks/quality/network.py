@@ -8,7 +8,7 @@ channels), so that few captured CUDA graphs serve all settings; `Mode` says whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from benchmarks.quality.batches import Batch, Layout
 from sparse_unsloth.channels.energy import base_weight
 from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.kernels.fp8 import reference_quantize_rows
 from sparse_unsloth.layer.spec import head_norm_modules, place_norms, read_norm
 from sparse_unsloth.model.activations import ACTIVATIONS
 from sparse_unsloth.model.decoder_layer import DecoderLayer, find_layers
@@ -34,11 +35,13 @@ class Mode(NamedTuple):
             rows of largest gradient send it into the MLP, the output projection and the queries.
         contextual: channels are chosen from each batch by factors, not given.
         random_rows: of the kind "rows", any context rows instead of those of largest gradient.
+        precision: of products with frozen weights, see `SparsityConfig.precision`.
     """
 
     kind: str = "dense"
     contextual: bool = False
     random_rows: bool = False
+    precision: str = "bf16"
 
 
 DENSE = Mode()
@@ -202,7 +205,7 @@ def layer_forward(
         adapters: A and B of each of `PROJECTIONS` in turn; the scale is not in them.
     """
     normed = rms_norm(x, weights.attention_norm, network.epsilon)
-    y = attention(normed, weights, adapters, rotary, network, layout)
+    y = attention(normed, weights, adapters, rotary, network, layout, context, mode)
     inner = x + y
     normed = rms_norm(inner, weights.mlp_norm, network.epsilon)
     z = gated_mlp(normed, weights, adapters, selection, context, network, mode)
@@ -236,14 +239,49 @@ class _SparseRows(torch.autograd.Function):
         return gradient * kept[..., None], None, None, None
 
 
-def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
+def frozen_products(x: Tensor, weights: Sequence[Tensor], context: Tensor | None, mode: Mode) -> Sequence[Tensor]:
+    """``x W'`` of frozen weights that share an input, by the precision of ``mode``."""
+    if mode.precision == "bf16":
+        return [F.linear(x, weight) for weight in weights]
+    fp8_rows = context if mode.precision == "fp8-context" else None
+    return _Fp8Product.apply(x, torch.cat(tuple(weights)), fp8_rows).split([len(weight) for weight in weights], dim=-1)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """``x W'`` and its input gradient in e4m3, as `sparse_unsloth.ops.fp8` multiplies: weights that share an input
+    share the scales of the gradient's rows and of the weights' columns."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, fp8_rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, fp8_rows)
+        return fp8_product(x, weight, fp8_rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weight, fp8_rows = ctx.saved_tensors
+        return fp8_product(gradient, weight.t(), fp8_rows), None, None
+
+
+def fp8_product(x: Tensor, weight: Tensor, fp8_rows: Tensor | None) -> Tensor:
+    """``x W'`` with the rows of both rounded to e4m3; emulated: e4m3 values are multiplied in the dtype of ``x``.
+
+    Args:
+        x: ``[seeds, rows, K]``; weight: ``[N, K]``.
+        fp8_rows: bool ``[seeds, rows, 1]``: the rows that are rounded; None: all.
+    """
+    (rows, row_scales), (columns, column_scales) = (reference_quantize_rows(y) for y in (x.flatten(0, 1), weight))
+    y = F.linear(rows.to(x.dtype), columns.to(x.dtype)) * (row_scales * column_scales.t())
+    y = y.to(x.dtype).view(*x.shape[:2], -1)
+    return y if fp8_rows is None else torch.where(fp8_rows, y, F.linear(x, weight))
+
+
+def attention(normed, weights, adapters, rotary, network, layout, context=None, mode=DENSE) -> Tensor:
     """Causal grouped-query attention; arguments as `layer_forward`, ``normed`` in the weights' dtype."""
     shape = network.shape
-
-    def project(place: int, source: Tensor) -> Tensor:
-        return F.linear(source, weights[place]) + _lora(source, adapters, place, network.lora_scale)
-
-    q, k, v = (project(place, normed) for place in range(3))
+    q, k, v = (
+        base + _lora(normed, adapters, place, network.lora_scale)
+        for place, base in enumerate(frozen_products(normed, weights[:3], context, mode))
+    )
     seeds, rows, _ = normed.shape
     q, k, v = (y.view(seeds, rows, -1, shape.head_dim) for y in (q, k, v))
     q, k = (output_norm(y, norm, network.epsilon) for y, norm in ((q, weights.query_norm), (k, weights.key_norm)))
@@ -259,17 +297,21 @@ def attention(normed, weights, adapters, rotary, network, layout) -> Tensor:
         out = F.scaled_dot_product_attention(*group, is_causal=True)
         mixed.append(out.transpose(1, 2).reshape(seeds, count * length, -1))
         start += count * length
-    return output_norm(project(3, torch.cat(mixed, dim=1)), weights.attention_output_norm, network.epsilon)
+    (base,) = frozen_products(out := torch.cat(mixed, dim=1), weights[3:4], context, mode)
+    return output_norm(
+        base + _lora(out, adapters, 3, network.lora_scale), weights.attention_output_norm, network.epsilon
+    )
 
 
 def gated_mlp(x, weights, adapters, selection, context, network, mode) -> Tensor:
     """The MLP; arguments as `layer_forward`, ``x`` in the weights' dtype."""
     act, scale = ACTIVATIONS[network.activation], network.lora_scale
-    gate_base, up_base = F.linear(x, weights.gate_proj), F.linear(x, weights.up_proj)
+    gate_base, up_base = frozen_products(x, weights[4:6], context, mode)
     gate_lora, up_lora = (_lora(x, adapters, place, scale) for place in (4, 5))
     if mode.kind in ("dense", "rows"):
         h = act(gate_base + gate_lora) * (up_base + up_lora)
-        return F.linear(h, weights.down_proj) + _lora(h, adapters, 6, scale)
+        (base,) = frozen_products(h, weights[6:7], context, mode)
+        return base + _lora(h, adapters, 6, scale)
     channels = selection.channels[:, None]
     if mode.contextual:
         channels = contextual_channels(x, selection, context, network)
@@ -342,7 +384,7 @@ def run(
     if torch.is_grad_enabled():
         x.requires_grad_()  # so that the first layer is compiled together with the others
     for index, weights in enumerate(network.layers):
-        selection = None if mode == DENSE else sparsity(index)
+        selection = None if mode.kind == "dense" else sparsity(index)
         angles = rotary[network.rope_bases[index]]
         x = layer(x, weights, adapters[index], selection, context, angles, network, layout, mode)
     return x

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.quality.settings import CONTROLS, DENSE_SHARES, SETTINGS
 from benchmarks.quality.table import SMOLLM2, Row, curve_of, dense_curves, holm, paired, with_equivalents
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import TASKS, task_of
 from sparse_unsloth.reporting.figures import new_figure, save_figure
 
 INTRODUCTION = """# Quality at equal cost
@@ -40,7 +40,7 @@ def markdown(rows: Sequence[Row]) -> str:
     rows = with_equivalents(rows)
     lines = [INTRODUCTION]
     for (model, task), mine in _studies(rows).items():
-        title = TASKS[task].title if task in TASKS else ""
+        title = TASKS[task_of(task)].title if task_of(task) in TASKS else ""
         lines += [f"## {model}, {task}: {title}", "", _plateau(mine), ""]
         lines += [f"| {' | '.join(HEADING)} |", f"| --- |{' ---: |' * (len(HEADING) - 1)}"]
         lines += [f"| {' | '.join(cells)} |" for cells in _table(mine)]

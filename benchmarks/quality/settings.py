@@ -31,6 +31,8 @@ class Setting:
         selector: one of `SELECTORS`: "prior", the kind of estimator, or "random" anew at every step.
         kind: see `Mode`.
         start, end: see `Schedule`.
+        falling: ``mlp`` is of a mean: rows fall evenly from twice their share in layer 0 to none in the last.
+        precision: see `SparsityConfig.precision`.
     """
 
     steps: float = 1.0
@@ -39,6 +41,8 @@ class Setting:
     kind: str = "forward"
     start: float = 0.05
     end: float = 0.75
+    falling: bool = False
+    precision: str = "bf16"
 
     def __post_init__(self):
         if self.selector not in SELECTORS:
@@ -47,20 +51,23 @@ class Setting:
     @property
     def calibrated(self) -> bool:
         """Whether its channels are selected by the calibrated estimator."""
-        return self.mode != DENSE and self.kind != "rows" and self.selector != "random"
+        return self.mode.kind == "forward" and self.selector != "random"
 
     @property
     def mode(self) -> Mode:
         """The mode of a sparse step."""
         if not self.mlp:
-            return DENSE
+            return Mode(precision=self.precision)
         random = self.selector == "random"
         row_sparse = self.kind == "rows"
         return Mode(kind=self.kind, contextual=not (row_sparse or random), random_rows=row_sparse and random)
 
     def keep(self, layers: int, inner: int) -> tuple[int, ...]:
         """Returns the number of MLP channels that each layer keeps on context rows."""
-        return tuple(keep_count(inner, share) for share in expand(self.mlp, [0.0] * layers))
+        left_out = expand(self.mlp, [0.0] * layers)
+        if self.falling:
+            left_out = [1 - 2 * (1 - share) * (1 - at / (layers - 1)) for at, share in enumerate(left_out)]
+        return tuple(keep_count(inner, share) for share in left_out)
 
     def plan(self, steps: int, layers: int, inner: int) -> list[StepPlan]:
         """Returns the plan of every step of a training of ``steps`` steps; the same for all seeds."""
@@ -80,10 +87,9 @@ def rows(share: float, **changes) -> Setting:
     return Setting(mlp={"0-29": 1 - share}, kind="rows", start=0.0, end=1.0, **changes)
 
 
-def falling(share: float, **changes) -> Setting:
-    """Makes a setting like `rows` with this mean share: twice that in layer 0, falling evenly to none in the last."""
-    left_out = {str(layer): 1 - 2 * share * (1 - layer / 29) for layer in range(30)}
-    return Setting(mlp=left_out, kind="rows", start=0.0, end=1.0, **changes)
+def fp8(precision: str) -> Setting:
+    """Makes a dense setting whose products with frozen weights are of ``precision``."""
+    return Setting(precision=precision, start=0.0, end=1.0)
 
 
 DENSE_SHARES = {"dense": 1.0, "dense-75": 0.75, "dense-65": 0.65, "dense-50": 0.5, "dense-30": 0.3}
@@ -99,10 +105,13 @@ SETTINGS: dict[str, Setting] = {
     "rows-10": rows(0.1),
     "rows-10-75": rows(0.1, steps=0.75),
     "rows-10-50": rows(0.1, steps=0.5),
+    "random-rows-25": rows(0.25, selector="random"),
     "random-rows-25-50": rows(0.25, steps=0.5, selector="random"),
     # Lower layers need more rows for the same energy of the gradient, see quality-notes.md.
-    "falling-25": falling(0.25),
-    "falling-10": falling(0.1),
+    "falling-25": rows(0.25, falling=True),
+    "falling-10": rows(0.1, falling=True),
+    "fp8": fp8("fp8"),
+    "fp8-context": fp8("fp8-context"),
 }
 """In the order of their importance on task A."""
 
@@ -111,4 +120,4 @@ SHORT = (
     "channels-50", "random",
 )  # fmt: skip
 """What tasks B and C compare."""
-CONTROLS = ("random", "random-rows-25-50")
+CONTROLS = ("random", "random-rows-25", "random-rows-25-50")

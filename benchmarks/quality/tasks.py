@@ -29,7 +29,8 @@ class Task:
 
     Attributes:
         parts: reasoning-gym tasks with their options, or the kinds of natural items.
-        steps: whether answers are written out step by step.
+        steps, batch_size, rate: of a dense training, see `TrainingSettings`.
+        worked: whether answers are written out step by step.
         natural: makes the items of natural text, from Python files; None for generated ones.
         context: least and greatest context share of a natural item.
     """
@@ -40,7 +41,10 @@ class Task:
     train_items: int
     test_items: int
     calibrated_on: str
-    steps: bool = False
+    steps: int
+    batch_size: int = 16
+    rate: float = 1e-3
+    worked: bool = False
     natural: Callable[[Iterable[tuple[str, str]]], list[Text]] | None = None
     context: tuple[float, float] = (0.0, 1.0)
 
@@ -57,6 +61,7 @@ TASKS = {
         train_items=4800,
         test_items=1500,
         calibrated_on="A",
+        steps=900,
     ),
     "B": Task(
         "sums written out step by step",
@@ -65,7 +70,8 @@ TASKS = {
         train_items=4800,
         test_items=500,
         calibrated_on="B",
-        steps=True,
+        steps=400,
+        worked=True,
     ),
     "C": Task(
         "calibrated on A, trained to sort words",
@@ -74,6 +80,7 @@ TASKS = {
         train_items=3200,
         test_items=500,
         calibrated_on="A",
+        steps=300,
     ),
     "D": Task(
         "functions written from their docstrings",
@@ -82,6 +89,9 @@ TASKS = {
         train_items=3200,
         test_items=500,
         calibrated_on="D",
+        steps=400,
+        batch_size=8,
+        rate=5e-4,
         natural=functions,
         context=(0.15, 0.35),
     ),
@@ -92,6 +102,9 @@ TASKS = {
         train_items=3200,
         test_items=500,
         calibrated_on="E",
+        steps=400,
+        batch_size=8,
+        rate=5e-4,
         natural=passages,
         context=(0.7, 0.9),
     ),
@@ -128,6 +141,11 @@ class Items:
                 f"{count} items were asked for, and the data hold {len(self)}. Prepare more, or ask less."
             )
         return Items(self.tokens[:count], self.lengths[:count], self.prompts[:count], self.parts[:count])
+
+
+def task_of(label: str) -> str:
+    """Returns the task of a row of results, whose column `task` may also name steps and a rate."""
+    return label.split()[0]
 
 
 def worked_steps(expression: str) -> str:
@@ -229,7 +247,7 @@ def _natural(tokenizer: Any, name: str, task: Task, seeds: int, shrink: int) -> 
 
 def _questions(task: Task, size: int, seed: str, seen: set[str]) -> list[dict[str, str]]:
     rows = generate_questions(list(task.parts), task.parts, size, seed, seen)
-    if not task.steps:
+    if not task.worked:
         return rows
     for row in rows:
         row["answer"] = worked_steps(re.search(r": (.*) =$", row["question"])[1])

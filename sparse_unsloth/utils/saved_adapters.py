@@ -266,4 +266,5 @@ def check_targets(model: nn.Module, targets: Sequence[str] | str | None, key: st
         suggestions.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     raise ConfigError(
         f"{key}: {', '.join(suggestions)} not found in the base model, whose modules are called {', '.join(ends)}."
+        + (f" {ALL_LINEAR!r} takes every linear layer." if "target" in key else "")
     )

@@ -460,10 +460,10 @@ def test_models_are_compared_with_their_own_dense_runs(tmp_path):
     assert text.index("## SmolLM2-135M, A") < text.index("## Gemma-3-270M, A")
     assert {row["model"] for row in read_rows(RESULTS / "quality.csv")} == {"SmolLM2-135M"}
     arguments = argparse.Namespace(out=tmp_path, steps=3, items=4, seeds=1, batch_size=2, rate=0.1)
-    keep_settings(arguments, "SmolLM2-135M", "A")
-    arguments.steps = 4
+    assert keep_settings(arguments, "SmolLM2-135M", "A") == "A 3 steps rate 0.1"
+    arguments.items = 5
     keep_settings(arguments, "Gemma-3-270M", "A")
-    with pytest.raises(SystemExit, match="SmolLM2-135M was trained on task A with"):
+    with pytest.raises(SystemExit, match=r"SmolLM2-135M was trained on task A 3 steps rate 0\.1 with"):
         keep_settings(arguments, "SmolLM2-135M", "A")
 
 
