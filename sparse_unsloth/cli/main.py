@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ SUBCOMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 done, 1 this machine cannot run it, 2 invalid input.
 
+    The exit code is 141, as a shell's, where the reader of the output left.
+
     Errors that the user can fix are one line on standard error; ``--debug`` adds the traceback.
 
     Raises:
@@ -48,13 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return importlib.import_module(f"sparse_unsloth.cli.{arguments.command}").main(arguments.words)
+        code = importlib.import_module(f"sparse_unsloth.cli.{arguments.command}").main(arguments.words)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         if debug:
             raise
         print_line("interrupted.")
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end
+            return 141
         from sparse_unsloth.utils.faults import explain, is_fault_of_training
 
         if is_fault_of_training(error):
@@ -64,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, code = explain(error)
         print_line(line)
         return code
+
+
+def reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as `head` when it has its lines."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def quiet_libraries() -> None:

@@ -75,6 +75,18 @@ def test_recipes_are_listed_and_printed(capsys):
     assert "did you mean 'quickstart'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered):
+    command = [sys.executable, "-m", "sparse_unsloth.cli", "recipes"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")
+
+
 def test_keys_are_listed(capsys):
     assert main(["keys", "learning_rate"]) == 0
     assert "learning_rate" in capsys.readouterr().out

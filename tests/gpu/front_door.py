@@ -121,6 +121,8 @@ def main() -> int:
                 for file in (work / name).glob("*.*"):
                     if file.suffix in (".md", ".json", ".png"):
                         shutil.copy(file, args.out)
+                if code == 0:
+                    print((args.out / "results.md").read_text(), flush=True)
         time.sleep(0.2)
     print("", *(lines[name] for name in chosen), sep="\n")
     shutil.rmtree(work, ignore_errors=True)
