@@ -75,6 +75,7 @@ NOISE = 2.0
 """Gradients may be so many times as far from compiled layers as plain Unsloth's uncompiled layers are: a router or
 attention near a tie decides otherwise after another rounding."""
 SECONDS, AT_ONCE = 150, 10
+LINES = "compiled-rows.jsonl"
 
 
 # -- In the parent, which never imports Unsloth ------------------------------------------------------------------------
@@ -118,9 +119,9 @@ def save_words(folder: Path, images: bool) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def file_of(out: Path, case: str, ending: str) -> Path:
-    """The file of a case, without spaces in its name."""
-    return out / f"{case.replace(' ', '_')}.{ending}"
+def file_of(models: Path, case: str, ending: str) -> Path:
+    """The file of a case, in a folder that is deleted; all results are in one file too, as few files come back."""
+    return models / f"{case.replace(' ', '_')}.{ending}"
 
 
 def start(case: str, models: Path, out: Path) -> subprocess.Popen:
@@ -132,7 +133,7 @@ def start(case: str, models: Path, out: Path) -> subprocess.Popen:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, __file__, "--case", case, "--models", str(models), "--out", str(out)]
-    with file_of(out, case, "log").open("w") as log:
+    with file_of(models, case, "log").open("w") as log:
         return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -154,7 +155,7 @@ def run_all(cases: list[str], models: Path, out: Path, deadline: float) -> dict[
             del running[case]
             print(f"{case}: exit code {codes[case]} after {time.time() - began:.0f} s", flush=True)
             if codes[case] != 0:
-                print(file_of(out, case, "log").read_text()[-2500:], flush=True)
+                print(file_of(models, case, "log").read_text()[-2500:], flush=True)
         if late:
             return codes | dict.fromkeys(waiting)
     return codes
@@ -163,11 +164,11 @@ def run_all(cases: list[str], models: Path, out: Path, deadline: float) -> dict[
 COLUMNS = "case", "arm", "layers", "parts", "loss", "gradient", "noise", "cosine", "warm", "steady", "breaks", "s"
 
 
-def table(out: Path, cases: list[str], codes: dict[str, int | None]) -> tuple[str, bool]:
+def table(models: Path, cases: list[str], codes: dict[str, int | None]) -> tuple[str, bool]:
     """Markdown of all results, and whether anything failed or is missing."""
     lines, failures = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)], []
     for case in cases:
-        file = file_of(out, case, "jsonl")
+        file = file_of(models, case, "jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         for row in rows:
             cells = [row.get(column, "") for column in COLUMNS]
@@ -318,11 +319,12 @@ def run_case(case: str, models: Path, out: Path) -> int:
     import unsloth  # noqa: F401
 
     failed = False
-    with file_of(out, case, "jsonl").open("w") as lines:
+    with file_of(models, case, "jsonl").open("w") as own, (out / LINES).open("a") as lines:
         for found in try_case(case, models):
             failed |= bool(found["problems"])
-            lines.write(json.dumps(found) + "\n")
-            lines.flush()
+            for file in (own, lines):
+                file.write(json.dumps(found) + "\n")
+                file.flush()
             print(json.dumps(found), flush=True)
     return int(failed)
 
@@ -350,16 +352,14 @@ def main() -> int:
     )
     sys.path[:0] = str(root), str(root / "tests" / "helpers")
     deadline, cases = time.time() + args.seconds, args.only.split(",")
+    (args.out / LINES).write_text("")
     with tempfile.TemporaryDirectory() as name:
         models = Path(name)
         for family in dict.fromkeys(case.split()[0] for case in cases):
             write_model(family, models / family)
         codes = run_all(cases, models, args.out, deadline)
-    text, failed = table(args.out, cases, codes)
+        text, failed = table(models, cases, codes)
     (args.out / "compiled-rows.md").write_text(text)
-    with (args.out / "compiled-rows.jsonl").open("w") as lines:
-        for file in (file_of(args.out, case, "jsonl") for case in cases):
-            lines.write(file.read_text() if file.is_file() else "")
     print(text, flush=True)
     return int(failed)
 

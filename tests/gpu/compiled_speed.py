@@ -145,7 +145,7 @@ def run_arm(args: argparse.Namespace) -> int:
         state.set_step(0)
         found["layers"] = f"{report.num_sparse} of {report.num_layers} rows, {report.whole_layers} whole"
     print(f"loaded after {time.time() - began:.0f} s", flush=True)
-    lock = args.out / "lock"
+    lock = args.folder.parent / "lock"
     with args.lines.open("a") as lines:
         for tokens in TOKENS:
             step = Stepper(model, Shape(1, tokens, round(tokens * (1 - PROMPT))))
@@ -181,9 +181,9 @@ def run_arm(args: argparse.Namespace) -> int:
     return 0
 
 
-def log_of(out: Path, name: str, arm: str) -> Path:
+def log_of(folder: Path, name: str, arm: str) -> Path:
     """Where an arm's process says what it does; a name without spaces."""
-    return out / f"{name}_{arm.replace(', ', '_').replace(' ', '_')}.log"
+    return folder / f"{name}_{arm.replace(', ', '_').replace(' ', '_')}.log"
 
 
 COLUMNS = "model", "arm", "layers", "tokens", "ms", "from", "to", "ratio", "gpu_busy_ms", "peak_gib", "at_s"
@@ -231,7 +231,7 @@ def main() -> int:
                 place = Path(folder) / f"run {name} {arm}"
                 place.mkdir()
                 words = ["--arm", f"{name}: {arm}", "--folder", str(Path(folder) / name), "--lines", str(lines)]
-                with log_of(args.out, name, arm).open("w") as log:
+                with log_of(Path(folder), name, arm).open("w") as log:
                     running[name, arm] = subprocess.Popen(
                         [sys.executable, __file__, "--out", str(args.out), *words],
                         cwd=place, env={**environment, **ARMS[arm][1]}, stdout=log, stderr=subprocess.STDOUT,
@@ -240,7 +240,7 @@ def main() -> int:
             time.sleep(0.5)
         for key, process in running.items():
             if process.poll() != 0:
-                said = log_of(args.out, *key).read_text()[-1500:]
+                said = log_of(Path(folder), *key).read_text()[-1500:]
                 print(f"--- {': '.join(key)}: exit code {process.poll()}\n{said}", flush=True)
             process.kill()
             process.wait()
