@@ -103,14 +103,28 @@ def _layers_of(model: nn.Module, config: SparsityConfig) -> tuple[list[AnyLayer]
     if config.row_sparse and not config.is_auto:
         return find_row_layers(model)
     layers = find_layers(model)
-    others = left_out_layers(decoder_stack(model, layers), layers)
-    if config.is_auto and others:
-        raise AttachError(
-            f"sparsity='auto' predicts the time of layers of the Llama kind alone, and {len(others)} of "
-            f"{len(others) + len(layers)} decoder layers are others ({next(iter(others.values()))}). Choose by hand: "
-            "sparsity='rows', or sparsity=None for dense training."
-        )
+    if config.is_auto and (why := _why_not_predicted(model, layers)):
+        raise AttachError(why)
     return list(layers), {}
+
+
+def why_unplanned(model: nn.Module) -> str:
+    """Why `auto` cannot plan the training of ``model`` ("": it can): only layers of the Llama kind have a forecast."""
+    try:
+        return _why_not_predicted(model, find_layers(model))
+    except AttachError as error:
+        return str(error)
+
+
+def _why_not_predicted(model: nn.Module, layers: list[DecoderLayer]) -> str:
+    others = left_out_layers(decoder_stack(model, layers), layers)
+    if not others:
+        return ""
+    return (
+        f"sparsity='auto' predicts the time of layers of the Llama kind alone, and {len(others)} of "
+        f"{len(others) + len(layers)} decoder layers are others ({next(iter(others.values()))}). Choose by hand: "
+        "sparsity='rows', or sparsity=None for dense training."
+    )
 
 
 def _attach_again(state: SparsityState, config: SparsityConfig) -> None:

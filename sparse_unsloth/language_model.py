@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unsloth.attachment import attach, get_state
+from sparse_unsloth.attachment import attach, get_state, why_unplanned
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
 from sparse_unsloth.config.removed import AUTO_WAS_CALIBRATED
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
@@ -107,8 +107,9 @@ class FastSparseLanguageModel:
             r, target_modules, lora_alpha, lora_dropout, bias: as in Unsloth and PEFT. Sparse layers need
                 ``lora_dropout=0`` and ``bias="none"``.
             sparsity: a `SparsityConfig`, the path of one (YAML, JSON), a mapping, a preset ("auto", the default:
-                decided and printed when training begins, by the data, the GPU and its memory; "rows": an exact
-                forward, and a backward pass through a quarter of the context tokens; "o1", "o2", "dense"), or
+                decided and printed when training begins, by the data, the GPU and its memory; a model whose layers it
+                cannot predict trains as it is, and a line says why; "rows": an exact forward, and a backward pass
+                through a quarter of the context tokens; "o1", "o2", "dense"), or
                 "calibrated": `calibrate` chooses each layer's sparsity on ``calibration_samples``, at its default
                 budget.
             calibration_samples: batches as the model receives them, for calibrated estimators. Without them the
@@ -158,7 +159,10 @@ class FastSparseLanguageModel:
                 PartialState()
             config, lines = from_main(choose)
             _print(*lines)
-        _print(attach(model, config, calibration_samples))
+        if config.model_fields_set == {"preset"} and config.is_auto and (why := why_unplanned(model)):
+            _print(f"sparse_unsloth auto: nothing is attached, the model trains as it is, exactly. {why}")
+        else:
+            _print(attach(model, config, calibration_samples))
         return model
 
     @staticmethod

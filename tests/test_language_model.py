@@ -1,14 +1,15 @@
 """`FastSparseLanguageModel` on the PEFT backend: loading, LoRA, training through TRL, saving, loading again."""
 
+import copy
 import sys
 
 import pytest
 import torch
 import transformers
 
-from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, detach, get_state
+from sparse_unsloth import FastSparseLanguageModel, SparsityConfig, attach, detach, get_state
 from sparse_unsloth.backends.choose import explain_backend
-from sparse_unsloth.errors import BackendError, InstallError
+from sparse_unsloth.errors import AttachError, BackendError, InstallError
 
 from decoder_models import FAMILIES, causal
 from tiny_models import always, load, make_batch, save_checkpoint
@@ -207,6 +208,22 @@ def test_checkpoints_of_other_kinds_are_loaded(family, targets, tmp_path):
     assert not [name for name in adapted if "visual" in name]
     with pytest.raises(BackendError, match="max_seq_length=200 is beyond the 128 positions"):
         load(tmp_path, max_seq_length=200)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5"])
+def test_a_model_that_auto_cannot_predict_trains_as_it_is(family, capsys):
+    """What a line says; what was set by hand is an error. Qwen3.5 is in part of the Llama kind."""
+    base = causal(FAMILIES[family])
+    plain = copy.deepcopy(base)
+    model = FastSparseLanguageModel.get_peft_model(base, r=4, target_modules=["q_proj"])
+    said = capsys.readouterr().out
+    assert "sparse_unsloth auto: nothing is attached, the model trains as it is, exactly." in said
+    assert "sparsity='rows'" in said
+    assert get_state(model) is None
+    batch = {name: value for name, value in make_batch().items() if name in ("input_ids", "labels")}
+    assert model(**batch).loss.item() == plain(**batch).loss.item()
+    with pytest.raises(AttachError, match="sparsity='rows'"):
+        attach(copy.deepcopy(model), {"preset": "auto", "cuda_graphs": False})
 
 
 def test_experts_train_through_trl_with_their_auxiliary_loss(tmp_path):
