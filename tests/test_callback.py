@@ -34,6 +34,7 @@ class FakeState:
         self.config = config or SparsityConfig(preset="o2", start_step=1, end_step=3)
         self.layers = range(num_layers)
         self.driver = self.auto = None
+        self.row_sparse = False
         self.calls = []
         self.since_log = 0
         self.observer = SimpleNamespace(take=list)
