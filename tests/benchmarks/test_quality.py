@@ -3,27 +3,23 @@
 import argparse
 import dataclasses
 import itertools
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from quality_experiment import SPEED, STEPS, make_experiment, make_items
 
 from benchmarks.quality import cosines, network
-from benchmarks.quality.__main__ import keep_settings, train_in_turns
+from benchmarks.quality.__main__ import keep_settings
 from benchmarks.quality.batches import Batch, Batches, Counts, Layout, training_batches
-from benchmarks.quality.cost import FP8_TIME, StepTimes, costs, measured_method, training_flops
-from benchmarks.quality.experiment import Experiment, TrainingSettings
+from benchmarks.quality.cost import StepTimes, measured_method, training_flops
 from benchmarks.quality.fitting import calibrate
 from benchmarks.quality.lockstep import Adapters, Lockstep, Sparsity
 from benchmarks.quality.network import (
     DENSE,
     PROJECTIONS,
     Mode,
-    frozen_products,
-    layer_forward,
     read_network,
     sparse_rows,
 )
@@ -36,16 +32,12 @@ from sparse_unsloth import attach
 from sparse_unsloth.bench.methods import LLAMA_3_8B, flop_limit
 from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.costs.flops import ModelShape, TrainingStep, step_flops
-from sparse_unsloth.errors import SparsityError
-from sparse_unsloth.ops.fp8 import Fp8Stack
-from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 
 from family_models import make_family
-from tiny_models import loras, loss_and_gradients, make_base, make_batch, make_lora
+from tiny_models import loras, loss_and_gradients, make_batch, make_lora
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-SPEED = RESULTS / "speed.csv"
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 """Norms, rotary angles and losses of transformers are fp32, whatever the weights are."""
@@ -179,24 +171,6 @@ def test_rows_are_those_of_the_library(share):
     assert_equals_library(harness, Mode("rows"), model, batch, **CLOSE)
 
 
-def test_fp8_products_are_those_of_the_library():
-    torch.manual_seed(0)
-    weights = [torch.randn(16, 32), 3 * torch.randn(32, 32)]
-    stack = Fp8Stack(torch.empty(0, 32), [BaseWeight(weight) for weight in weights], False)
-    x, context = torch.randn(2, 5, 32, requires_grad=True), torch.rand(2, 5, 1) < 0.5
-    gradient = torch.randn(2, 5, 48)
-    expected, expected_gradient = stack.matmul(x.detach().flatten(0, 1)), torch.empty(10, 32)
-    stack.matmul_transposed(gradient.flatten(0, 1), expected_gradient)
-    exact = torch.cat([x.detach() @ weight.t() for weight in weights], dim=-1), gradient @ torch.cat(weights)
-    for precision, rounded in (("fp8", torch.ones_like(context)), ("fp8-context", context)):
-        y = torch.cat(list(frozen_products(x, weights, context, Mode(precision=precision))), dim=-1)
-        (found,) = torch.autograd.grad(y, x, gradient)
-        for ours, theirs, unrounded in zip((y, found), (expected, expected_gradient), exact, strict=True):
-            wanted = torch.where(rounded, theirs.view_as(ours), unrounded)
-            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(ours[context[..., 0]], unrounded[context[..., 0]], rtol=1e-3, atol=1e-3)
-
-
 def test_every_frozen_product_is_in_fp8(monkeypatch):
     model, batch = make_model(), make_batch()
     harness, seen = Harness(model, [batch]), []
@@ -209,53 +183,6 @@ def test_every_frozen_product_is_in_fp8(monkeypatch):
     assert loss == pytest.approx(exact_loss.item(), rel=0.05)
     flat = [torch.cat([one.flatten() for one in found]) for found in (gradients, exact)]
     assert 0.95 < torch.nn.functional.cosine_similarity(*flat, dim=0) < 0.99999
-
-
-def test_settings_trained_at_once_are_those_trained_alone():
-    experiment, names = make_experiment(steps=3, layers=2), ["dense", "default", "dense-65"]
-    waiting, found = list(names), {}
-    train_in_turns(waiting, [experiment, experiment.twin()], math.inf, found.__setitem__)
-    assert not waiting
-    for name in names:
-        assert found[name].losses == experiment.run(SETTINGS[name]).losses
-    waiting = ["dense", "fp8"]
-    train_in_turns(waiting, [experiment], time.perf_counter(), found.__setitem__)
-    assert waiting == ["fp8"], "the second one would not end in time"
-
-
-def test_losses_that_are_not_finite_are_not_stored():
-    experiment = make_experiment(steps=3, layers=1)
-    experiment.batches.batch(1).weights.fill_(math.nan)
-    found = {}
-    with pytest.raises(SparsityError, match="training loss of step 1 is nan; nothing is stored"):
-        train_in_turns(["dense"], [experiment], math.inf, found.__setitem__)
-    assert not found
-
-
-def test_fp8_takes_the_time_of_its_products():
-    times = StepTimes(SPEED)
-    for name, expected in (("dense", 1.0), ("fp8", FP8_TIME), ("fp8-context", 1 - 0.8 * (1 - FP8_TIME))):
-        assert costs(SETTINGS[name], [5, 5], [5, 5], 0, times, 0.8) == pytest.approx((1.0, expected))
-
-
-def make_items(seed, count=48, vocab=96):
-    """Items of prompts of three lengths, whose answer repeats tokens of the prompt."""
-    rng = np.random.default_rng(seed)
-    prompts, answers = rng.choice([9, 14, 20], count), rng.integers(2, 5, count)
-    lengths = prompts + answers
-    tokens = rng.integers(3, vocab, (count, lengths.max()))
-    tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
-    return Items(tokens, lengths, prompts, rng.integers(0, 2, count))
-
-
-STEPS = 6
-
-
-def make_experiment(steps=STEPS, layers=12, dtype=torch.float32, layer=layer_forward):
-    model = make_base("llama", num_hidden_layers=layers).eval().requires_grad_(False)
-    settings = TrainingSettings(steps, items=48, seeds=2, batch_size=8, lora_rank=4, lora_alpha=8)
-    items = [make_items(seed) for seed in range(2)]
-    return Experiment(model, settings, items, make_items(9, 20), items, StepTimes(SPEED), dtype, layer, test_batch=8)
 
 
 @pytest.fixture(scope="module")
