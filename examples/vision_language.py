@@ -2,8 +2,8 @@
 # # A vision-language model
 #
 # Formulas in pictures, to be read as LaTeX. The tokens of the picture are context tokens, and row sparsity takes part
-# of them through the backward pass of the text decoder. The vision tower gets no LoRA and stays as it is. On the PEFT
-# backend: with Unsloth no vision-language model has been tried. Needs `pip install pillow torchvision` too.
+# of them through the backward pass of the text decoder. The vision tower gets no LoRA and stays as it is. This runs
+# on the PEFT backend; with Unsloth only a random Qwen3-VL was tried. Needs `pip install pillow torchvision` too.
 #
 # `TINY=1 python examples/vision_language.py` runs the same code in seconds, with a random model, on a CPU too.
 

@@ -117,7 +117,7 @@ class AutoPlan:
         decision: of the present training; None: not decided. ``was_decided``: some training was.
         watch: measures it; None: nothing is to be measured any more.
         micro_batches: how many the training has; None where it is not known.
-        own_loss: the trainer's class name, if it computes a loss of its own; "" if its data hold the labels.
+        own_loss: the trainer's class name, if it computes a loss of its own, else "".
     """
 
     asked: SparsityConfig

@@ -76,8 +76,8 @@ def plan_from_data(
         own_loss: the trainer's class name, if it computes a loss of its own.
     """
     state.auto.decision, state.auto.watch, state.auto.micro_batches = None, None, micro_batches
+    state.auto.own_loss = own_loss
     batches = _sample(dataset, collate_fn, batch_size, step)
-    state.auto.own_loss = "" if batches else own_loss
     if batches:
         _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto", step, no_merging)
 

@@ -294,13 +294,19 @@ def why_not_planned(state: SparsityState, trainer_state: Any) -> str:
 
 
 def trainer_with_own_loss(trainer_state: Any) -> str:
-    """The class name of the trainer if it computes another loss than transformers' Trainer and SFTTrainer, else "".
+    """The class name of the trainer if its loss is not the model's own by labels, else "".
+
+    Such are a ``compute_loss`` or ``compute_loss_func`` of its own, label smoothing, and TRL's "dft".
 
     Args:
         trainer_state: as above.
     """
     trainer = _trainer_of(trainer_state)
-    return type(trainer).__name__ if trainer is not None and _has_its_own(trainer, "compute_loss") else ""
+    if trainer is None:
+        return ""
+    function = trainer.compute_loss_func is not None or trainer.label_smoother is not None
+    own = function or getattr(trainer.args, "loss_type", "") == "dft" or _has_its_own(trainer, "compute_loss")
+    return type(trainer).__name__ if own else ""
 
 
 def _has_its_own(trainer: Any, method: str) -> bool:

@@ -286,6 +286,29 @@ def test_a_trainer_with_a_loss_of_its_own_is_planned_without_rows(tmp_path, caps
     assert "Preferences computes a loss of its own" in lines[1]
 
 
+@pytest.mark.parametrize("how", ["compute_loss", "compute_loss_func", "label_smoothing_factor"])
+def test_data_with_labels_and_another_loss_are_planned_without_rows(how, tmp_path, caplog):
+    from transformers import Trainer
+
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            return 2 * model(**inputs).loss
+
+    def loss(outputs, labels, **_):
+        return outputs.logits.flatten(0, 1)[labels.flatten() != -100].logsumexp(-1).mean()
+
+    model, data = make_lora(), rows_of(PROMPTS)
+    attach(model)
+    changes = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    args = trainer_of(model, tmp_path, data, max_steps=1, **changes).args
+    kind, more = (Weighted, {}) if how == "compute_loss" else (Trainer, {})
+    if how == "compute_loss_func":
+        more = {"compute_loss_func": loss}
+    kind(model=model, args=args, train_dataset=data, data_collator=padded, **more).train()
+    assert chosen(model) == DENSE
+    assert "was not measured" not in caplog.text
+
+
 def test_a_classifier_is_planned_without_rows(capsys):
     model = make_classifier()
     attach(model)
