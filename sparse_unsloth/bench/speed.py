@@ -167,7 +167,8 @@ class Run:
         pieces: dict[str, list[dict]] = defaultdict(list)
         for piece in left:
             pieces[piece["arm"] or piece["method"]].append(piece)
-        plain = plain_steps(self.model) if any(not piece["arm"] for piece in left) else None
+        methods = [piece["method"] for piece in left if not piece["arm"]]
+        plain = plain_steps(self.model, streams=any("fp8" in method for method in methods)) if methods else None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for number in range(self.args.rounds):
