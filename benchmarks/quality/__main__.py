@@ -251,6 +251,8 @@ def make_experiment(arguments: argparse.Namespace, model: torch.nn.Module, task:
         layer = torch.compile(layer_forward, dynamic=False, fullgraph=True)
     seeds = range(arguments.seeds)
     test = read_items(arguments.data, task, "test")
+    if test.tokens.max() >= model.config.vocab_size:
+        sys.exit(f"{arguments.data} has tokens that the model lacks: it was prepared for another vocabulary")
     return Experiment(
         model,
         settings,
