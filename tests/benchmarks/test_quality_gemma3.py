@@ -1,10 +1,13 @@
 """Tests that a Gemma 3 with fewer tokens is the same model of them, from a small GGUF file."""
 
+import argparse
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.__main__ import load_model
+from benchmarks.quality.__main__ import load_model, make_experiment
 from benchmarks.quality.gemma3 import DATA_FILE, FIELD, MODEL_FILE, kept_tokens, main, trim
 from benchmarks.quality.table import GEMMA3, MODELS
 from benchmarks.quality.tasks import FIELDS, read_items
@@ -109,3 +112,11 @@ def test_a_trimmed_model_has_the_rows_of_its_data_and_all_else(tmp_path, model_f
 def test_data_of_another_tokenizer_are_refused(tmp_path, model_file):
     with pytest.raises(SparsityError, match="has token 50, and"):
         trim(model_file, write_data(tmp_path / "data.npz", [2, 50]), tmp_path / "out", count=8)
+
+
+def test_data_of_the_whole_vocabulary_do_not_reach_a_trimmed_model(tmp_path):
+    data, model = write_data(tmp_path / "data.npz", [2, 7, 8]), SimpleNamespace(config=SimpleNamespace(vocab_size=8))
+    names = ("steps", "batch_size", "rate", "compile")
+    arguments = argparse.Namespace(data=data, items=1, seeds=1, **dict.fromkeys(names))
+    with pytest.raises(SystemExit, match="has tokens that the model lacks"):
+        make_experiment(arguments, model, "A")
