@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from sparse_unsloth.backends.patching import Uncompiled
 from sparse_unsloth.backends.peft import compiled
@@ -62,13 +65,28 @@ def _run(state: SparsityState) -> SparseContext:
         options = {**options, CONTEXT_ARGUMENT: context}
     else:
         state.handing.begin(context)
-    uncompiled = [Uncompiled(layer) for layer in state.stack.values()]
+    switches: list[Any] = [Uncompiled(layer) for layer in state.stack.values()] + _heads_in_their_dtype(state)
     try:
         with torch.no_grad(), training_mode(state.model):
             state.model(input_ids=ids, use_cache=False, **options)
     finally:
-        for switch in uncompiled:
+        for switch in switches:
             switch.remove()
         if state.handing is not None:
             state.handing.end()
     return context
+
+
+def _heads_in_their_dtype(state: SparsityState) -> list[Any]:
+    """Hooks that give linear modules outside of the decoder layers rows of their dtype, as autocast does in training.
+
+    A classifier's or a reward model's head is often float32 on a base in bf16.
+    """
+
+    def cast(module: nn.Module, args: tuple) -> tuple:
+        weight = module.weight
+        return tuple(x.to(weight.dtype) if x.is_floating_point() and weight.is_floating_point() else x for x in args)
+
+    inside = {id(module) for layer in state.stack.values() for module in layer.modules()}
+    linear = [module for module in state.model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
+    return [module.register_forward_pre_hook(cast) for module in linear]

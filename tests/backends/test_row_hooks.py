@@ -11,6 +11,8 @@ from sparse_unsloth.errors import AttachError, ConfigError
 from sparse_unsloth.model.decoder_layer import find_layers
 from sparse_unsloth.tokens.partition import TokenPartition
 
+from classifier_models import make_batch as make_labelled
+from classifier_models import make_classifier
 from masked_models import every_step, masked_gradients
 from tiny_models import FAMILIES, loras, loss_and_gradients, make_base, make_batch, make_lora, pack_nf4
 
@@ -175,3 +177,21 @@ def test_dropout_is_refused(lora_b):
     assert get_state(model) is None
     loss_and_gradients(model, make_batch())
     assert loras(model)
+
+
+def test_a_classifiers_head_may_have_another_dtype():
+    """Heads in float32 on a base in bf16 run under the trainer's autocast; attaching has none."""
+    model = make_classifier()
+    model.get_base_model().model.bfloat16()
+    assert model.get_base_model().score.weight.dtype == torch.float32
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_and_gradients(model, make_labelled())
+
+    plain = step()
+    attach(model, {"backward_rows": 1 - 1e-9})
+    ours = step()
+    assert ours[0].item() == pytest.approx(plain[0].item(), rel=1e-2)
+    for name, gradient in plain[1].items():
+        assert (ours[1][name].float() - gradient.float()).norm() <= 0.05 * gradient.float().norm() + 1e-4, name
