@@ -112,6 +112,52 @@ class Facts:
         return self.merged[merged] if merged > 1 else Forwards(self.batches, self.kept)
 
 
+def pooled(every: Sequence[Facts]) -> Facts:
+    """The facts of several processes that train together: all their data, and of what they can do the least.
+
+    So each comes to the same plan, whatever it read, and however much of its memory is free.
+    """
+    first = every[0]
+    if len(every) == 1:
+        return first
+    unknown = next((one for one in every if one.plan is None), None)
+    if unknown is not None:
+        return unknown
+
+    def why(name: str) -> str:
+        return next((reason for one in every if (reason := getattr(one, name))), "")
+
+    def forwards(number: int) -> Forwards:
+        of_all = [one.forwards(number) for one in every]
+        known = all(one.kept for one in of_all)
+        kept = {rows: _least([one.kept[rows] for one in of_all]) for rows in (False, True)} if known else None
+        return Forwards(tuple(batch for one in of_all for batch in one.batches), kept)
+
+    alone, no_merging = forwards(1), why("no_merging")
+    numbers = [number for number in first.merged if all(number in one.merged for one in every)]
+    if not (numbers or no_merging) and any(one.merged for one in every):
+        no_merging = "not every process has room for two of them together"
+    measured, slowest = all(one.speed for one in every), first
+    if measured:
+        slowest = max(every, key=lambda one: cost(replace(one, batches=alone.batches), 1.0, False, 0))
+    return replace(
+        first,
+        batches=alone.batches,
+        speed=slowest.speed if measured else None,
+        source=slowest.source if measured else "",
+        no_graphs=why("no_graphs"),
+        no_rows=why("no_rows"),
+        kept=alone.kept,
+        budget=min(one.budget for one in every),
+        merged={} if no_merging else {number: forwards(number) for number in numbers},
+        no_merging=no_merging,
+    )
+
+
+def _least(kept: Sequence[Kept]) -> Kept:
+    return Kept(min(one.layers for one in kept), max(one.peak for one in kept))
+
+
 @dataclass(frozen=True)
 class Decision:
     """A plan, with a reason and a predicted gain (1.0: none; None: not predicted) for each of its parts.
