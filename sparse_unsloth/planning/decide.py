@@ -46,10 +46,14 @@ class Speed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What fits into the memory: layers that keep their activations, and bytes at the peak of the largest batch."""
+    """What fits into the memory: layers that keep their activations, and bytes at the peak of the largest batch.
+
+    ``captured``: the peak with CUDA graphs, whose pool holds what they keep.
+    """
 
     layers: float
     peak: float
+    captured: float = 0.0
 
 
 class Forwards(NamedTuple):
@@ -155,7 +159,12 @@ def pooled(every: Sequence[Facts]) -> Facts:
 
 
 def _least(kept: Sequence[Kept]) -> Kept:
-    return Kept(min(one.layers for one in kept), max(one.peak for one in kept))
+    layers, peaks, captured = zip(*kept, strict=True)
+    return Kept(min(layers), max(peaks), max(captured))
+
+
+def _peak(kept: Kept, captured: bool) -> float:
+    return kept.captured if captured else kept.peak
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,7 @@ def decide(facts: Facts) -> Decision:
         captured,
         kept,
         chosen_cost if facts.speed else None,
-        in_memory[share < 1].peak if in_memory else None,
+        _peak(in_memory[share < 1], captured) if in_memory else None,
         reasons,
         gains,
         merged,

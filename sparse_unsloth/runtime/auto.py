@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.config.sparsity import BACKWARD_ROWS
 from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.memory import Forward
 from sparse_unsloth.errors import AttachError, ConfigError
 from sparse_unsloth.layer.attention import CAPTURABLE
 from sparse_unsloth.model.adapters import refuse_dropout
@@ -32,7 +33,7 @@ from sparse_unsloth.planning.fits import Fitted, choose, load
 from sparse_unsloth.planning.progress import Outcome, Watch, of_all
 from sparse_unsloth.planning.table import table
 from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan, mark_repeated
-from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner, counted
 from sparse_unsloth.runtime.merging import MEMORY_SHARE, fits, is_planned
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
@@ -112,12 +113,12 @@ def _plan(state: SparsityState, batches: Sequence[Batch], title: str, step: int 
 def _measure(state: SparsityState, batch: Batch) -> None:
     """Notes that a forward begins; compares and mends the plan once enough were measured."""
     watch, device = state.auto.watch, _device(state)
-    counted = None
+    tokens = None
     if watch.measures:
-        counted = _count(state, _roles(state, batch), batch)
+        tokens = _count(state, _roles(state, batch), batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
+    outcome = watch.note(clock(), tokens, state.counts.captured_layers > 0)
     if has_group():  # each comes to an outcome at its own time, and all have to change the plan together
         outcome = of_all(from_all(outcome)) if watch.compares else None
     if outcome is not None:
@@ -238,9 +239,12 @@ def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_mergin
 def _forwards(
     state: SparsityState, batches: Sequence[Batch], roles: Sequence[TokenPartition], layout: str, budget: float | None
 ) -> Forwards:
-    counted = mark_repeated([_count(state, *one) for one in zip(roles, batches, strict=True)], layout)
-    kept = None if budget is None else {rows: _kept(state, budget, roles, rows) for rows in (False, True)}
-    return Forwards(counted, kept)
+    sizes = mark_repeated([_count(state, *one) for one in zip(roles, batches, strict=True)], layout)
+    kept = None
+    if budget is not None:
+        padded = [one.padded_to_bucket(layout) for one in sizes]
+        kept = {rows: _kept(state, budget, roles, padded, rows) for rows in (False, True)}
+    return Forwards(sizes, kept)
 
 
 def _groups(
@@ -406,20 +410,37 @@ def _share(state: SparsityState) -> float:
     return asked.backward_rows if asked.row_sparse else BACKWARD_ROWS
 
 
-def _kept(state: SparsityState, budget: float, roles: Sequence[TokenPartition], rows: bool) -> Kept:
+def _kept(
+    state: SparsityState, budget: float, roles: Sequence[TokenPartition], padded: Sequence[MicroBatch], rows: bool
+) -> Kept:
+    """What fits of forwards with these ``roles``, and of the same ones captured, which are ``padded``."""
     planner = _planner(state, budget, rows)
-    found = [planner.forecast(one, 1.0 if rows and one.num_context else 0.0) for one in roles]
-    return Kept(sum(kept for kept, _ in found) / len(found), max(peak for _, peak in found))
+
+    def forecast(partitions: Sequence[TokenPartition], held: int = 0) -> tuple[float, list[Forward]]:
+        found = [planner.forecast(one, 1.0 if rows and one.num_context else 0.0, held) for one in partitions]
+        return sum(kept for kept, _ in found) / len(found), [forward for _, forward in found]
+
+    kept, alone = forecast(roles)
+    inside = [
+        counted(one.dense, one.context + one.padding, 0, one.loss)
+        if rows
+        else counted(one.rows, 0, 0, one.loss)  # in a captured dense forward every row counts as one with a loss
+        for one in padded
+    ]
+    _, captured = forecast(inside)
+    pool = max(map(planner.memory.pool, captured))
+    _, beside = forecast(roles, int(pool) if len({one.rows for one in captured}) > 1 else 0)
+    return Kept(kept, planner.peak(alone), planner.peak(beside, captured))
 
 
 def _count(state: SparsityState, roles: TokenPartition, batch: Batch) -> MicroBatch:
     """The tokens of ``batch``, with the lengths of what attention computes: of a whole row where a mask tells
     documents apart (docs/how-it-works.md, section 5.4).
     """
-    counted = MicroBatch.of(roles, batch)
+    tokens = MicroBatch.of(roles, batch)
     kind = getattr(state.model.config.get_text_config(), "_attn_implementation", None)
     masked = state.backend.name == "peft" and batch.layout != "padded" and kind in CAPTURABLE
-    return replace(counted, lengths=(counted.rows,)) if masked and roles.shape[0] == 1 else counted
+    return replace(tokens, lengths=(tokens.rows,)) if masked and roles.shape[0] == 1 else tokens
 
 
 def _roles(state: SparsityState, batch: Batch) -> TokenPartition:
