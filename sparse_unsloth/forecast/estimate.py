@@ -266,8 +266,6 @@ def _memory(
     captured = []
     if layout is not None:
         padded = [batch.padded_to_bucket(layout) for batch in mark_repeated(batches, layout)]
-        if not plan.is_sparse:  # in a captured dense forward every row counts as one with a loss
-            padded = [replace(batch, dense=batch.rows, context=0, padding=0) for batch in padded]
         captured = sorted({(batch.rows, logits(rows_of_head(batch))) for batch in padded})
     return peak_memory(
         model.shape,

@@ -92,12 +92,8 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
     unsloth = re.search(r"unsloth=(\S+)", row.get("versions") or "")
     each = logit_bytes(unsloth[1] if unsloth else None)
 
-    def loss(batch: MicroBatch) -> float:
-        rows = logit_rows(plan, batch, removal)
-        return fused_logits(model, rows, each) if plan.backend == "unsloth" else plain_logits(model, rows)
-
-    # In a captured dense forward every row counts as one with a loss.
-    inside = batch if plan.row_sparse or plan.sparse_parts else replace(batch, dense=batch.rows, context=0)
+    head = logit_rows(plan, batch, removal)
+    logits = fused_logits(model, head, each) if plan.backend == "unsloth" else plain_logits(model, head)
     return peak_memory(
         model,
         linear=model.num_layers * sum(inputs * outputs for inputs, outputs in projections),
@@ -106,7 +102,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         rows=batch.rows,
         checkpointing=checkpointing,
         in_4bit=row["dtype"] == "4bit",
-        logits=loss(batch),
+        logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         backward_rows=backward_rows_of(plan, batch) if plan.row_sparse else None,
@@ -114,7 +110,7 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         recomputed=sparse_layer_activations(
             model, [mlp for mlp, _ in plan.layers], batch.rows, batch.dense, plan.lora_rank
         ),
-        captured=[(batch.rows, loss(inside))] if plan.captured else (),
+        captured=[(batch.rows, logits)] if plan.captured else (),
     ).gib()["peak"]
 
 

@@ -421,12 +421,7 @@ def _kept(
         return sum(kept for kept, _ in found) / len(found), [forward for _, forward in found]
 
     kept, alone = forecast(roles)
-    inside = [
-        counted(one.dense, one.context + one.padding, 0, one.loss)
-        if rows
-        else counted(one.rows, 0, 0, one.loss)  # in a captured dense forward every row counts as one with a loss
-        for one in padded
-    ]
+    inside = [counted(one.dense, one.context + one.padding, 0, one.loss) for one in padded]
     _, captured = forecast(inside)
     pool = max(map(planner.memory.pool, captured))
     _, beside = forecast(roles, int(pool) if len({one.rows for one in captured}) > 1 else 0)

@@ -254,11 +254,10 @@ class CheckpointPlanner:
         self, partition: TokenPartition, rows: int, scale: float, stored: float, kept: int, checkpointed: int
     ) -> Forward:
         """Such a forward, for `StepMemory`."""
-        labelled = max(partition.num_dense, len(partition.loss))
         if not self._fused_loss:
             logits = plain_logits(self._shape, rows, self._activation_bytes)
         else:
-            few = min(rows, ceil(max(labelled, 1) / ROW_MULTIPLE) * ROW_MULTIPLE)
+            few = min(rows, ceil(max(partition.num_labelled, 1) / ROW_MULTIPLE) * ROW_MULTIPLE)
             logits = fused_logits(self._shape, few if self._loss_only else rows, logit_bytes())
         recomputed, through = layer_activations(self._shape, rows, rows, activation_bytes=self._activation_bytes), None
         if scale > 0 and len(self._row_layers) == len(self._layers):
