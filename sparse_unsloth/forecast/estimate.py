@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
@@ -236,7 +236,7 @@ def _memory(
         layout: of the batches, if they are captured in CUDA graphs; else None.
     """
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
-    through = {}
+    through: dict[str, Any] = {}
     activation_bytes = 4 if recipe.training.use_cpu and not recipe.training.bf16 else 2
     largest = max(batches, key=lambda batch: batch.rows)
     if sparse and all(batch.context for batch in batches):

@@ -133,8 +133,9 @@ def pooled(every: Sequence[Facts]) -> Facts:
 
     def forwards(number: int) -> Forwards:
         of_all = [one.forwards(number) for one in every]
-        known = all(one.kept for one in of_all)
-        kept = {rows: _least([one.kept[rows] for one in of_all]) for rows in (False, True)} if known else None
+        known = [one.kept for one in of_all if one.kept]
+        fits = len(known) == len(of_all)
+        kept = {rows: _least([one[rows] for one in known]) for rows in (False, True)} if fits else None
         return Forwards(tuple(batch for one in of_all for batch in one.batches), kept)
 
     alone, no_merging = forwards(1), why("no_merging")

@@ -48,15 +48,19 @@ def try_together(accelerator: Any, function: Callable[[], Value], model: nn.Modu
             return None
     ddp = ddp_of(model)
     synchronises = None if ddp is None else ddp.require_forward_param_sync
-    result, failed = None, False
+    result, failed, elsewhere = None, False, False
     try:
         with _watched(accelerator):
             result = function()
     except torch.OutOfMemoryError:
         failed = True
     except _FailedElsewhere:
-        return _given_up(ddp, synchronises)
-    return _given_up(ddp, synchronises) if any_of(accelerator, failed) else result
+        elsewhere = True
+    if not (elsewhere or any_of(accelerator, failed)):
+        return result
+    if ddp is not None:  # noted after a forward, which some processes came to the end of, and others did not
+        ddp.require_forward_param_sync = synchronises
+    return None
 
 
 def any_of(accelerator: Any, flag: bool) -> bool:
@@ -112,12 +116,6 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
         size += gradient.nbytes
     if bucket:
         yield bucket
-
-
-def _given_up(ddp: DistributedDataParallel | None, synchronises: bool | None) -> None:
-    """Whether buffers are to be synchronised next is noted after a forward, which some came to and others did not."""
-    if ddp is not None:
-        ddp.require_forward_param_sync = synchronises
 
 
 @contextlib.contextmanager

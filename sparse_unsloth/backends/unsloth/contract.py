@@ -59,7 +59,7 @@ CURES = {
     "memory": "memory_budget would count layers' inputs that are on the host, and keep too few layers' activations.",
 }
 """By what something is needed for: what happens without it, and what helps."""
-HELD = {
+HELD: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "mlp": {"mlp.forward": ("MLP", FUSED_MLPS)},
     "self_attn": {"self_attn.apply_qkv": ("QKV", ("apply_lora_qkv", "original_apply_qkv")),
                   "self_attn.apply_o": ("O", ("apply_lora_o",))},
