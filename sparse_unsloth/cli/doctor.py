@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth.backends.choose import explain_backend
-from sparse_unsloth.backends.unsloth.contract import find_unsloth, read_contract
+from sparse_unsloth.backends.unsloth.contract import CURES, find_unsloth, read_contract
 from sparse_unsloth.bench.trial import MODES, Trial
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.data.generated import REASONING_GYM
@@ -266,24 +266,13 @@ def _unsloth_hooks() -> list[Finding]:
     folder = find_unsloth()
     if folder is None:
         return [Finding("Unsloth's hooks", "Unsloth is not installed")]
-    fixes = {
-        "layers": "This Unsloth has moved it, and attaching would fail. Install a version of the tested range, or give "
-        "backend='peft'.",
-        "loss": "This Unsloth has moved its fused loss. Install a version of the tested range, or set "
-        "exact_removal: false.",
-    }
-    hooks = read_contract(folder)
-    missing = [hook for hook in hooks if not hook.found]
+    needs = read_contract(folder)
+    missing = [need for need, found in needs.items() if not found]
     return [
-        Finding("Unsloth's hooks", f"{len(hooks) - len(missing)} of {len(hooks)} found in its sources"),
+        Finding("Unsloth's hooks", f"{len(needs) - len(missing)} of {len(needs)} found in its sources"),
         *(
-            Finding(
-                hook.what,
-                f"not in unsloth/{hook.file}",
-                status="problem",
-                fix=fixes[hook.needed_by],
-            )
-            for hook in missing
+            Finding(need.what, f"not in unsloth/{need.file}", status="problem", fix=CURES[need.used_for])
+            for need in missing
         ),
     ]
 

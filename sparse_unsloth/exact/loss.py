@@ -73,8 +73,7 @@ class LossRowsOnly:
         if self._context is None:
             count = int(is_loss.sum())
         else:
-            partition = self._context.partition
-            count = max(len(partition.dense), len(partition.loss))
+            count = self._context.partition.num_labelled
         return -(-max(count, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def reached(self) -> None:

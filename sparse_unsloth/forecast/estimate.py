@@ -6,11 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_unsloth.bench.table import read_rows
 from sparse_unsloth.config.sparsity import PRESETS, SparsityConfig
-from sparse_unsloth.costs.memory import Memory, fused_logits, peak_memory, plain_logits
+from sparse_unsloth.costs.memory import (
+    Memory,
+    fused_logits,
+    logit_bytes,
+    peak_memory,
+    plain_logits,
+    sparse_layer_activations,
+)
 from sparse_unsloth.data.datasets import length_filter, load_dataset_for
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.forecast.model import Model, backend_of, has_whole_layers, read_model
@@ -120,7 +127,14 @@ def estimate(
         sparse_share=sparse_share,
         presets=presets,
         fitted=fitted,
-        memory=_memory(recipe, model, plan, batches, row_sparse=plan.row_sparse and sparse_share == 1),
+        memory=_memory(
+            recipe,
+            model,
+            plan,
+            batches,
+            sparse=sparse_share == 1,
+            layout=tokens.layout if capturable and recipe.sparsity.cuda_graphs else None,
+        ),
         dense_layer_0=model.layers[0][0] == 0,
         backward_rows=recipe.sparsity.backward_rows,
         checkpointing=plan.checkpointing,
@@ -212,34 +226,63 @@ def _optimiser_steps(recipe: Recipe, tokens: TokenStatistics) -> int:
     return max(math.ceil(micro_batches / training.gradient_accumulation_steps * training.num_train_epochs), 1)
 
 
-def _memory(recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], row_sparse: bool) -> Memory:
-    """Predicts the peak; ``row_sparse``: every step's backward pass leaves out rows of each micro-batch."""
+def _memory(
+    recipe: Recipe, model: Model, plan: Plan, batches: Sequence[MicroBatch], sparse: bool, layout: str | None
+) -> Memory:
+    """Predicts the peak.
+
+    Args:
+        sparse: every step leaves something out.
+        layout: of the batches, if they are captured in CUDA graphs; else None.
+    """
     checkpointing = {False: "off", True: "unsloth" if plan.backend == "unsloth" else "on"}
-    through = {}
-    if row_sparse and all(batch.context for batch in batches):
-        through["backward_rows"] = max(backward_rows_of(plan, batch) for batch in batches)
+    through: dict[str, Any] = {}
     activation_bytes = 4 if recipe.training.use_cpu and not recipe.training.bf16 else 2
-    head = max(logit_rows(plan, batch, recipe.sparsity.exact_removal) for batch in batches)
-    logits = 0.0
-    if plan.backend == "unsloth":
-        logits = fused_logits(model.shape, head)
-    elif not plan.chunked_loss:
-        logits = plain_logits(model.shape, head, activation_bytes)
+    largest = max(batches, key=lambda batch: batch.rows)
+    if sparse and all(batch.context for batch in batches):
+        if plan.row_sparse:
+            through["backward_rows"] = max(backward_rows_of(plan, batch) for batch in batches)
+        through["recomputed"] = sparse_layer_activations(
+            model.shape,
+            [mlp for mlp, _ in plan.layers],
+            largest.rows,
+            max(batch.dense for batch in batches),
+            plan.lora_rank,
+            activation_bytes,
+        )
+
+    def logits(head: int) -> float:
+        if plan.backend == "unsloth":
+            return fused_logits(model.shape, head, logit_bytes())
+        return (
+            0.0
+            if plan.chunked_loss or recipe.training.use_liger_kernel
+            else plain_logits(model.shape, head, activation_bytes)
+        )
+
+    def rows_of_head(batch: MicroBatch) -> int:
+        return logit_rows(plan, batch, recipe.sparsity.exact_removal)
+
+    captured = []
+    if layout is not None:
+        padded = [batch.padded_to_bucket(layout) for batch in mark_repeated(batches, layout)]
+        captured = sorted({(batch.rows, logits(rows_of_head(batch))) for batch in padded})
     return peak_memory(
         model.shape,
         linear=model.linear,
         other=model.other,
         adapter=model.adapter,
-        rows=max(batch.rows for batch in batches),
+        rows=largest.rows,
         checkpointing=checkpointing[plan.checkpointing],
         in_4bit=model.in_4bit,
         weight_bytes=model.weight_bytes,
         activation_bytes=activation_bytes,
-        logits=logits,
+        logits=max(logits(rows_of_head(batch)) for batch in batches),
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         whole_layers=plan.whole_layers,
         skips_output=recipe.sparsity.exact_removal,
         fp8=recipe.sparsity.fp8,
+        captured=captured,
         **through,
     )

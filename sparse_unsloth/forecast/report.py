@@ -130,7 +130,7 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     yield (
         f"Memory: about {parts['peak']:.1f} GiB at the peak: weights {parts['weights']:.1f}, adapter and its optimiser "
         f"{parts['adapter']:.2f}, kept activations {parts['kept_activations']:.1f}, working set "
-        f"{parts['working_set']:.1f}, estimator {parts['estimator']:.2f}"
+        f"{parts['working_set']:.1f}, estimator {parts['estimator']:.2f}, CUDA graphs {parts['graphs']:.1f}"
     )
     if estimate.fitted is not None:
         errors = estimate.fitted.errors

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from sparse_unsloth.bench.shapes import shape_of
 from sparse_unsloth.bench.table import is_of_method
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.costs.flops import ModelShape
-from sparse_unsloth.costs.memory import fused_logits, peak_memory, plain_logits
+from sparse_unsloth.costs.memory import fused_logits, logit_bytes, peak_memory, plain_logits, sparse_layer_activations
 from sparse_unsloth.planning.fits import STORED, Errors, Fitted
 from sparse_unsloth.planning.step_time import fit, leave_one_out
 from sparse_unsloth.planning.work import MicroBatch, Plan, Work, backward_rows_of, batch_work, logit_rows
@@ -88,7 +89,11 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
     checkpointing = {"False": "off", "True": "on"}.get(row["checkpointing"], "unsloth")
     if checkpointing == "unsloth" and plan.backend == "peft":
         checkpointing = "on"
-    loss = fused_logits if plan.backend == "unsloth" else plain_logits
+    unsloth = re.search(r"unsloth=(\S+)", row.get("versions") or "")
+    each = logit_bytes(unsloth[1] if unsloth else None)
+
+    head = logit_rows(plan, batch, removal)
+    logits = fused_logits(model, head, each) if plan.backend == "unsloth" else plain_logits(model, head)
     return peak_memory(
         model,
         linear=model.num_layers * sum(inputs * outputs for inputs, outputs in projections),
@@ -97,11 +102,15 @@ def memory_of_row(row: Mapping, model: ModelShape) -> float:
         rows=batch.rows,
         checkpointing=checkpointing,
         in_4bit=row["dtype"] == "4bit",
-        logits=loss(model, logit_rows(plan, batch, removal)),
+        logits=logits,
         estimator_rank=plan.estimator_rank,
         sparse_parts=plan.sparse_parts,
         backward_rows=backward_rows_of(plan, batch) if plan.row_sparse else None,
         fp8=plan.precision != "bf16",
+        recomputed=sparse_layer_activations(
+            model, [mlp for mlp, _ in plan.layers], batch.rows, batch.dense, plan.lora_rank
+        ),
+        captured=[(batch.rows, logits)] if plan.captured else (),
     ).gib()["peak"]
 
 

@@ -46,10 +46,14 @@ class Speed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What fits into the memory: layers that keep their activations, and bytes at the peak of the largest batch."""
+    """What fits into the memory: layers that keep their activations, and bytes at the peak of the largest batch.
+
+    ``captured``: the peak with CUDA graphs, whose pool holds what they keep.
+    """
 
     layers: float
     peak: float
+    captured: float = 0.0
 
 
 class Forwards(NamedTuple):
@@ -110,6 +114,58 @@ class Facts:
     def forwards(self, merged: int) -> Forwards:
         """The forwards with up to ``merged`` micro-batches in one."""
         return self.merged[merged] if merged > 1 else Forwards(self.batches, self.kept)
+
+
+def pooled(every: Sequence[Facts]) -> Facts:
+    """The facts of several processes that train together: all their data, and of what they can do the least.
+
+    So each comes to the same plan, whatever it read, and however much of its memory is free.
+    """
+    first = every[0]
+    if len(every) == 1:
+        return first
+    unknown = next((one for one in every if one.plan is None), None)
+    if unknown is not None:
+        return unknown
+
+    def why(name: str) -> str:
+        return next((reason for one in every if (reason := getattr(one, name))), "")
+
+    def forwards(number: int) -> Forwards:
+        of_all = [one.forwards(number) for one in every]
+        known = [one.kept for one in of_all if one.kept]
+        fits = len(known) == len(of_all)
+        kept = {rows: _least([one[rows] for one in known]) for rows in (False, True)} if fits else None
+        return Forwards(tuple(batch for one in of_all for batch in one.batches), kept)
+
+    alone, no_merging = forwards(1), why("no_merging")
+    numbers = [number for number in first.merged if all(number in one.merged for one in every)]
+    if not (numbers or no_merging) and any(one.merged for one in every):
+        no_merging = "not every process has room for two of them together"
+    measured, slowest = all(one.speed for one in every), first
+    if measured:
+        slowest = max(every, key=lambda one: cost(replace(one, batches=alone.batches), 1.0, False, 0))
+    return replace(
+        first,
+        batches=alone.batches,
+        speed=slowest.speed if measured else None,
+        source=slowest.source if measured else "",
+        no_graphs=why("no_graphs"),
+        no_rows=why("no_rows"),
+        kept=alone.kept,
+        budget=min(one.budget for one in every),
+        merged={} if no_merging else {number: forwards(number) for number in numbers},
+        no_merging=no_merging,
+    )
+
+
+def _least(kept: Sequence[Kept]) -> Kept:
+    layers, peaks, captured = zip(*kept, strict=True)
+    return Kept(min(layers), max(peaks), max(captured))
+
+
+def _peak(kept: Kept, captured: bool) -> float:
+    return kept.captured if captured else kept.peak
 
 
 @dataclass(frozen=True)
@@ -190,7 +246,7 @@ def decide(facts: Facts) -> Decision:
         captured,
         kept,
         chosen_cost if facts.speed else None,
-        in_memory[share < 1].peak if in_memory else None,
+        _peak(in_memory[share < 1], captured) if in_memory else None,
         reasons,
         gains,
         merged,

@@ -22,23 +22,24 @@ from torch.distributed.tensor import DTensor
 
 from sparse_unsloth.config.sparsity import BACKWARD_ROWS
 from sparse_unsloth.costs.flops import ModelShape
+from sparse_unsloth.costs.memory import Forward
 from sparse_unsloth.errors import AttachError, ConfigError
 from sparse_unsloth.layer.attention import CAPTURABLE
 from sparse_unsloth.model.adapters import refuse_dropout
 from sparse_unsloth.model.training_flags import in_backward
 from sparse_unsloth.ops.dispatch import use_kernels
-from sparse_unsloth.planning.decide import Decision, Facts, Forwards, Kept, Speed, decide, mend
+from sparse_unsloth.planning.decide import Decision, Facts, Forwards, Kept, Speed, decide, mend, pooled
 from sparse_unsloth.planning.fits import Fitted, choose, load
 from sparse_unsloth.planning.progress import Outcome, Watch, of_all
 from sparse_unsloth.planning.table import table
 from sparse_unsloth.planning.work import OUTPUT_NORMS, PADDED, PADDING_FREE, MicroBatch, Plan, mark_repeated
-from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
+from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner, counted
 from sparse_unsloth.runtime.merging import MEMORY_SHARE, fits, is_planned
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.batch import Batch, read_batch
-from sparse_unsloth.tokens.merge import extents, grouped, join, why_alone
+from sparse_unsloth.tokens.merge import agreed, extents, grouped, join, starts, why_alone
 from sparse_unsloth.tokens.partition import TokenPartition, is_sequence_classifier, partition_of
-from sparse_unsloth.utils.distributed import from_all, from_main, has_group, is_main, world_size
+from sparse_unsloth.utils.distributed import from_all, has_group, is_main, rank, world_size
 
 SAMPLES = 16
 """Micro-batches of the data that are read before a training begins."""
@@ -78,7 +79,7 @@ def plan_from_data(
     state.auto.decision, state.auto.watch, state.auto.micro_batches = None, None, micro_batches
     state.auto.own_loss = own_loss
     batches = _sample(dataset, collate_fn, batch_size, step)
-    if batches:
+    if all(from_all(bool(batches))):
         _plan(state, batches, f"auto, resumed after step {resumed}" if resumed else "auto", step, no_merging)
 
 
@@ -102,8 +103,9 @@ def before_forward(state: SparsityState, arguments: Mapping[str, Any]) -> None:
 
 
 def _plan(state: SparsityState, batches: Sequence[Batch], title: str, step: int = 1, no_merging: str = NO_LOOP) -> None:
+    """Decides by the facts of all processes, so that each comes to the same plan; every one must call it."""
     with _same_random_state():
-        decision = _settle(state, decide(_gather(state, batches, step, no_merging)))
+        decision = _settle(state, decide(pooled(from_all(_gather(state, batches, step, no_merging)))))
     state.auto.watch = None if decision.facts.plan is None else Watch(decision)
     _say(table(decision, title))
 
@@ -111,12 +113,12 @@ def _plan(state: SparsityState, batches: Sequence[Batch], title: str, step: int 
 def _measure(state: SparsityState, batch: Batch) -> None:
     """Notes that a forward begins; compares and mends the plan once enough were measured."""
     watch, device = state.auto.watch, _device(state)
-    counted = None
+    tokens = None
     if watch.measures:
-        counted = _count(state, _roles(state, batch), batch)
+        tokens = _count(state, _roles(state, batch), batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    outcome = watch.note(clock(), counted, state.counts.captured_layers > 0)
+    outcome = watch.note(clock(), tokens, state.counts.captured_layers > 0)
     if has_group():  # each comes to an outcome at its own time, and all have to change the plan together
         outcome = of_all(from_all(outcome)) if watch.compares else None
     if outcome is not None:
@@ -134,10 +136,9 @@ def _compare(state: SparsityState, outcome: Outcome) -> None:
     else:
         said += f"{outcome.predicted:.3g} predicted ({round(outcome.ratio - 1, 2) + 0.0:+.0%})"
     after = mend(before, outcome.ratio, outcome.captured) if world_size() == 1 or has_group() else None
-    changes = after is not None and (after.chosen, after.merged) != (before.chosen, before.merged)
-    if from_main(lambda: changes):  # the others may know of more or less memory
+    if after is not None and (after.chosen, after.merged) != (before.chosen, before.merged):
         with _same_random_state():
-            after = _settle(state, after or before)
+            after = _settle(state, after)
         _say([f"{said}; the plan changes.", *table(after, "auto, mended")])
     else:
         _say([said if after is None else f"{said}; by that the plan stays as it is."])
@@ -146,27 +147,30 @@ def _compare(state: SparsityState, outcome: Outcome) -> None:
 def _settle(state: SparsityState, decision: Decision) -> Decision:
     """Attaches the model as decided; where it cannot be, as the next best decision says. Returns what was done.
 
+    Every process must call it, with the same decision: where one cannot, none does.
+
     Raises:
         AttachError: the model cannot be attached with what was set by hand.
     """
     while True:
-        chosen = from_main(lambda made=decision: made.chosen)
-        if chosen != decision.chosen:  # as the first process, whose batches or times were others
-            decision = replace(decision, backward_rows=chosen[0], cuda_graphs=chosen[1])
+        error = None
         try:
             _attach(state, decision)
+        except AttachError as caught:
+            error = caught
+        failure = next(filter(None, from_all("" if error is None else str(error))), "")
+        if not failure:
             state.auto.decision, state.auto.was_decided = decision, True
             return decision
-        except AttachError as error:
-            facts, given = decision.facts, decision.facts.given
-            reason = str(error).removeprefix("cuda_graphs: ").removesuffix(" Set cuda_graphs: false.")
-            if decision.cuda_graphs and "cuda_graphs" not in given and not facts.no_graphs:
-                facts = replace(facts, no_graphs=reason)
-            elif decision.backward_rows < 1 and "backward_rows" not in given and not facts.no_rows:
-                facts = replace(facts, no_rows=reason)
-            else:
-                raise
-            decision = decide(facts)
+        facts, given = decision.facts, decision.facts.given
+        reason = failure.removeprefix("cuda_graphs: ").removesuffix(" Set cuda_graphs: false.")
+        if decision.cuda_graphs and "cuda_graphs" not in given and not facts.no_graphs:
+            facts = replace(facts, no_graphs=reason)
+        elif decision.backward_rows < 1 and "backward_rows" not in given and not facts.no_rows:
+            facts = replace(facts, no_rows=reason)
+        else:
+            raise error or AttachError(failure)
+        decision = decide(facts)
 
 
 def _attach(state: SparsityState, decision: Decision) -> None:
@@ -194,8 +198,14 @@ def _attach(state: SparsityState, decision: Decision) -> None:
 
 
 def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_merging: str) -> Facts:
+    """What this process knows; every process must call it."""
     asked, model = state.auto.asked, state.model
     given = {name: getattr(asked, name) for name in asked.model_fields_set}
+    fitted, sharded = _fitted(state), _is_sharded(model)
+    budget = None if sharded else _budget(state)
+    if is_planned(state) and fitted is None:  # FLOPs know nothing of what merging saves
+        no_merging = no_merging or "no comparable step was measured, so the gain of merging them is not predicted"
+    groups, why_not = _agreed(*(({}, no_merging) if no_merging else _groups(state, batches, budget, step)))
     try:
         plan = _dense_plan(state)
         roles = [_roles(state, batch) for batch in batches]
@@ -204,13 +214,7 @@ def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_mergin
     layout = PADDED if batches[0].layout == "padded" else PADDING_FREE
     checkpointed = sum(bool(getattr(layer.module, "gradient_checkpointing", False)) for layer in state.layers)
     plan = replace(plan, checkpointing=checkpointed > 0)
-    fitted = _fitted(state)
-    sharded = _is_sharded(model)
-    budget = None if sharded else _budget(state)
-    if is_planned(state) and fitted is None:  # FLOPs know nothing of what merging saves
-        no_merging = no_merging or "no comparable step was measured, so the gain of merging them is not predicted"
     forwards = _forwards(state, batches, roles, layout, budget)
-    merged, why_not = ({}, no_merging) if no_merging else _merged(state, batches, layout, budget, step)
     why_none = "as you set it" if "memory_budget" in given else SHARDED if sharded else "a CPU's memory is not planned"
     return Facts(
         plan,
@@ -226,7 +230,7 @@ def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_mergin
         budget=0 if budget is None else _planner(state, budget, False).budget,
         no_budget=why_none,
         micro_batches=state.auto.micro_batches,
-        merged=merged,
+        merged={most: _merged(state, batches, numbers, layout, budget) for most, numbers in groups.items()},
         no_merging=why_not,
         given=given,
     )
@@ -235,15 +239,18 @@ def _gather(state: SparsityState, batches: Sequence[Batch], step: int, no_mergin
 def _forwards(
     state: SparsityState, batches: Sequence[Batch], roles: Sequence[TokenPartition], layout: str, budget: float | None
 ) -> Forwards:
-    counted = mark_repeated([_count(state, *one) for one in zip(roles, batches, strict=True)], layout)
-    kept = None if budget is None else {rows: _kept(state, budget, roles, rows) for rows in (False, True)}
-    return Forwards(counted, kept)
+    sizes = mark_repeated([_count(state, *one) for one in zip(roles, batches, strict=True)], layout)
+    kept = None
+    if budget is not None:
+        padded = [one.padded_to_bucket(layout) for one in sizes]
+        kept = {rows: _kept(state, budget, roles, padded, rows) for rows in (False, True)}
+    return Forwards(sizes, kept)
 
 
-def _merged(
-    state: SparsityState, batches: Sequence[Batch], layout: str, budget: float | None, step: int
-) -> tuple[dict[int, Forwards], str]:
-    """The forwards of ``batches`` with 2, 4, 8, ... micro-batches of an optimiser step in one, as far as they fit.
+def _groups(
+    state: SparsityState, batches: Sequence[Batch], budget: float | None, step: int
+) -> tuple[dict[int, list[list[int]]], str]:
+    """The numbers of ``batches`` that run as one, with 2, 4, 8, ... of an optimiser step as far as they fit.
 
     What was set by hand is the only number. Without any number, why.
     """
@@ -260,18 +267,37 @@ def _merged(
     numbers = [2**power for power in range(1, step.bit_length()) if 2**power < step] + [step]
     if not is_planned(state):
         numbers = [step if asked is True else min(asked, step)]
-    options: dict[int, Forwards] = {}
+    fit, options, fewest = partial(fits, planner=planner, keeps=keeps), {}, len(batches)
     for most in numbers:
-        groups = [grouped(one, most, partial(fits, planner=planner, keeps=keeps), reorder=True) for one, _ in found]
-        joined = [
-            read_batch(join([of_step[number].arguments for number in group])) if len(group) > 1 else of_step[group[0]]
-            for of_step, numbered in zip(steps, groups, strict=True)
-            for group in numbered
-        ]
-        if len(joined) == min([len(batches), *(len(forwards.batches) for forwards in options.values())]):
+        of_steps = [grouped(one, most, fit, reorder=world_size() == 1) for one, _ in found]
+        groups = [[at * step + number for number in group] for at, one in enumerate(of_steps) for group in one]
+        if len(groups) == fewest:
             break
-        options[most] = _forwards(state, joined, [_roles(state, one) for one in joined], layout, budget)
+        options[most], fewest = groups, len(groups)
     return options, "" if options else why_alone([one for of_step, _ in found for one in of_step], keeps)
+
+
+def _agreed(groups: dict[int, list[list[int]]], reason: str) -> tuple[dict[int, list[list[int]]], str]:
+    """The groups that every process can run, as the trainer's processes agree in each step, or why there are none."""
+    every = from_all((groups, reason))
+    found = next((why for _, why in every if why), "")
+    if found or len(every) == 1:
+        return ({}, found) if found else (groups, "")
+    common = [most for most in groups if all(most in one for one, _ in every)]
+    if len({sum(map(len, one[most])) for one, _ in every for most in common}) > 1:
+        return groups, ""  # of samples that are not equally large
+    return {most: agreed(list(zip(*(starts(one[most]) for one, _ in every), strict=True))) for most in common}, ""
+
+
+def _merged(
+    state: SparsityState, batches: Sequence[Batch], groups: list[list[int]], layout: str, budget: float | None
+) -> Forwards:
+    """The forwards of ``batches`` where those of each group run as one."""
+    joined = [
+        read_batch(join([batches[number].arguments for number in group])) if len(group) > 1 else batches[group[0]]
+        for group in groups
+    ]
+    return _forwards(state, joined, [_roles(state, one) for one in joined], layout, budget)
 
 
 def _dense_plan(state: SparsityState) -> Plan:
@@ -384,20 +410,32 @@ def _share(state: SparsityState) -> float:
     return asked.backward_rows if asked.row_sparse else BACKWARD_ROWS
 
 
-def _kept(state: SparsityState, budget: float, roles: Sequence[TokenPartition], rows: bool) -> Kept:
+def _kept(
+    state: SparsityState, budget: float, roles: Sequence[TokenPartition], padded: Sequence[MicroBatch], rows: bool
+) -> Kept:
+    """What fits of forwards with these ``roles``, and of the same ones captured, which are ``padded``."""
     planner = _planner(state, budget, rows)
-    found = [planner.forecast(one, 1.0 if rows and one.num_context else 0.0) for one in roles]
-    return Kept(sum(kept for kept, _ in found) / len(found), max(peak for _, peak in found))
+
+    def forecast(partitions: Sequence[TokenPartition], held: int = 0) -> tuple[float, list[Forward]]:
+        found = [planner.forecast(one, 1.0 if rows and one.num_context else 0.0, held) for one in partitions]
+        return sum(kept for kept, _ in found) / len(found), [forward for _, forward in found]
+
+    kept, alone = forecast(roles)
+    inside = [counted(one.dense, one.context + one.padding, 0, one.loss) for one in padded]
+    _, captured = forecast(inside)
+    pool = max(map(planner.memory.pool, captured))
+    _, beside = forecast(roles, int(pool) if len({one.rows for one in captured}) > 1 else 0)
+    return Kept(kept, planner.peak(alone), planner.peak(beside, captured))
 
 
 def _count(state: SparsityState, roles: TokenPartition, batch: Batch) -> MicroBatch:
     """The tokens of ``batch``, with the lengths of what attention computes: of a whole row where a mask tells
     documents apart (docs/how-it-works.md, section 5.4).
     """
-    counted = MicroBatch.of(roles, batch)
+    tokens = MicroBatch.of(roles, batch)
     kind = getattr(state.model.config.get_text_config(), "_attn_implementation", None)
     masked = state.backend.name == "peft" and batch.layout != "padded" and kind in CAPTURABLE
-    return replace(counted, lengths=(counted.rows,)) if masked and roles.shape[0] == 1 else counted
+    return replace(tokens, lengths=(tokens.rows,)) if masked and roles.shape[0] == 1 else tokens
 
 
 def _roles(state: SparsityState, batch: Batch) -> TokenPartition:
@@ -406,14 +444,14 @@ def _roles(state: SparsityState, batch: Batch) -> TokenPartition:
 
 
 def _sample(dataset: Any, collate_fn: Callable | None, batch_size: int, step: int) -> list[Batch]:
-    """Some micro-batches of a data set, of whole optimiser steps; none where they are not known.
+    """Some micro-batches of a data set, of whole optimiser steps, other ones on each process; none where not known.
 
     That is where it cannot be read without using it up, or tells no labels.
     """
     if collate_fn is None or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return []
-    size, count = max(batch_size, 1), min(SAMPLES // step * step or step, MOST_SAMPLES)
-    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), count * size))
+    size, count = max(batch_size, 1), min(SAMPLES // world_size() // step * step or step, MOST_SAMPLES)
+    chosen = random.Random(rank()).sample(range(len(dataset)), min(len(dataset), count * size))
     if len(chosen) > size:
         chosen = chosen[: len(chosen) // size * size]
     with _same_random_state():

@@ -17,18 +17,20 @@ from torch import nn
 
 from sparse_unsloth.config.layer_rules import LayerSparsity, keep_count
 from sparse_unsloth.config.sparsity import SparsityConfig
-from sparse_unsloth.costs.flops import ATTENTION, ModelShape
+from sparse_unsloth.costs.flops import ATTENTION, ModelShape, recomputes_rows
 from sparse_unsloth.costs.memory import (
     GIB,
-    backward_working_set,
-    fp8_working_set,
+    Forward,
+    StepMemory,
     fused_logits,
     layer_activations,
+    logit_bytes,
     loss_row_activations,
     plain_logits,
     row_layer_activations,
 )
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.exact.loss import ROW_MULTIPLE
 from sparse_unsloth.model.decoder_layer import DecoderLayer
 from sparse_unsloth.tokens.partition import TokenPartition
 
@@ -77,6 +79,7 @@ class CheckpointPlanner:
         self._shape = ModelShape.from_config(model.config)
         self._flags: dict[int, object] = {}
         self._devices = [next(layer.module.parameters()).device for layer in layers]
+        self._tightest = self._devices[0]  # with the least room in the last forward
         self._budgets = {device: _bytes_of(budget, device) for device in set(self._devices)}
         parameters = list(model.parameters())
         self._future_bytes = BYTES_PER_TRAINED * sum(p.numel() for p in parameters if p.requires_grad)
@@ -111,13 +114,29 @@ class CheckpointPlanner:
             return spare >= 0
         return len(kept) >= len(self._choose(_every_token_bears_loss(of), 0.0, held)[0])
 
-    def forecast(self, partition: TokenPartition, scale: float) -> tuple[int, float]:
-        """How many layers would keep activations in such a forward, and the bytes at its peak; arguments as `plan`.
+    def forecast(self, partition: TokenPartition, scale: float, held: int = 0) -> tuple[int, Forward]:
+        """How many layers would keep activations in such a forward, and its memory; arguments as `plan`.
 
         Of several devices the one with the least room counts.
         """
-        kept, _, spare = self._choose(partition, scale, 0)
-        return len(kept), self.budget - spare
+        kept, stored, _ = self._choose(partition, scale, held)
+        device, rows = self._tightest, partition.shape[0] * partition.shape[1]
+        here = [layer.index for layer in self._layers if self._devices[layer.index] == device]
+        managed = set(self._managed())
+        keeping = [index for index in here if index in kept or index not in managed]
+        ways = {self._kind(index): self._ways(index, partition, rows, scale) for index in keeping}
+        whole = sum(ways[self._kind(index)][-1 if index in stored or index not in managed else 0] for index in keeping)
+        return len(kept), self._forward(partition, rows, scale, whole, len(keeping), len(here) - len(keeping))
+
+    def peak(self, alone: Sequence[Forward], captured: Sequence[Forward] = ()) -> float:
+        """Bytes at the peak of a training with such forwards (`StepMemory.peak`), with what is allocated by now."""
+        return allocated(self._tightest) + self._future_bytes + self.memory.peak(alone, captured)
+
+    @property
+    def memory(self) -> StepMemory:
+        """The bytes of a step, beside what stays allocated."""
+        modes = {getattr(self._model, "_unsloth_gradient_checkpointing", None), *self._flags.values()}
+        return StepMemory(self._shape, self._in_4bit, self._activation_bytes, self._fp8, "unsloth" in modes)
 
     @property
     def budget(self) -> float:
@@ -132,10 +151,16 @@ class CheckpointPlanner:
             with the least room; below 0 the forward does not fit with no layer kept either.
         """
         managed, rows = self._managed(), partition.shape[0] * partition.shape[1]
-        needs = {layer.index: self._needs(layer.index, partition, rows, scale) for layer in self._layers}
+        needs, alike = {}, {}  # most layers need the same
+        for layer in self._layers:
+            kind = self._kind(layer.index)
+            if kind not in alike:
+                alike[kind] = self._needs(layer.index, partition, rows, scale)
+            needs[layer.index] = alike[kind]
         kept: set[int] = set()
         stored: set[int] = set()
         spare = inf
+        self._tightest = self._devices[0]
         for device, budget in self._budgets.items():
             here = [index for index in managed if self._devices[index] == device]
             others = [
@@ -144,12 +169,13 @@ class CheckpointPlanner:
                 if layer.index not in managed and self._devices[layer.index] == device
             ]
             room = budget - held - allocated(device) - self._future_bytes - sum(others)
-            room -= self._other_bytes(partition, rows, len(here) + len(others))
+            room -= self._other_bytes(partition, rows, len(here) + len(others), scale)
             fit, room = _within(room, {index: needs[index][0] for index in here})
             kept |= fit
             every, room = _within(room, {index: needs[index][-1] - needs[index][0] for index in fit})
             stored |= every
-            spare = min(spare, room)
+            if room < spare:
+                spare, self._tightest = room, device
         return kept, stored, spare
 
     def restore(self) -> None:
@@ -173,28 +199,39 @@ class CheckpointPlanner:
         self._flags |= on
         return list(self._flags)
 
+    def _kind(self, index: int) -> tuple:
+        """What decides a layer's bytes."""
+        return (
+            self._sparsity[index].mlp,
+            self._row_layers.get(index),
+            getattr(self._layers[index], "intermediate_size", None),
+        )
+
     def _needs(self, index: int, partition: TokenPartition, rows: int, scale: float) -> list[float]:
-        """Bytes that one layer needs without checkpointing, beyond what it needs with it, in each way, ascending.
+        """Bytes that one layer needs without checkpointing, beyond what it needs with it, in each way, ascending."""
+        inputs = self.memory.inputs(rows)
+        return [MARGIN * kept - inputs for kept in self._ways(index, partition, rows, scale)]
+
+    def _ways(self, index: int, partition: TokenPartition, rows: int, scale: float) -> list[float]:
+        """Bytes that one layer without checkpointing stores, in each way, ascending.
 
         A row-sparse whole layer may keep what follows attention for loss tokens alone.
         """
         is_whole = self._row_layers.get(index) if scale > 0 else None
         if is_whole is False:
-            ways = [row_layer_activations(self._shape, rows, self._activation_bytes)]
-        else:
-            sparsity = self._sparsity[index].mlp * scale
-            channels = getattr(self._layers[index], "intermediate_size", self._shape.intermediate_size)
-            every = layer_activations(
-                self._shape,
-                rows,
-                partition.num_dense if sparsity else rows,
-                kept_channels=keep_count(channels, sparsity),
-                lora_rank=self._lora_rank,
-                activation_bytes=self._activation_bytes,
-            )
-            few = loss_row_activations(self._shape, rows, partition.num_dense, self._activation_bytes)
-            ways = [few, every] if is_whole and self._pays(few / every, partition, rows) else [every]
-        return [MARGIN * kept - self._input_bytes(rows) for kept in ways]
+            return [row_layer_activations(self._shape, rows, self._activation_bytes)]
+        sparsity = self._sparsity[index].mlp * scale
+        channels = getattr(self._layers[index], "intermediate_size", self._shape.intermediate_size)
+        every = layer_activations(
+            self._shape,
+            rows,
+            partition.num_dense if sparsity else rows,
+            kept_channels=keep_count(channels, sparsity),
+            lora_rank=self._lora_rank,
+            activation_bytes=self._activation_bytes,
+        )
+        few = loss_row_activations(self._shape, rows, partition.num_dense, self._activation_bytes)
+        return [few, every] if is_whole and self._pays(few / every, partition, rows) else [every]
 
     def _pays(self, memory: float, partition: TokenPartition, rows: int) -> bool:
         """Whether chosen context rows that are computed again save more bytes a FLOP than a checkpointed layer does.
@@ -208,22 +245,26 @@ class CheckpointPlanner:
         chosen = ceil(self._backward_rows * partition.num_context)
         return after * chosen <= (1 - memory) * (before * rows + after * (partition.num_dense + chosen))
 
-    def _other_bytes(self, partition: TokenPartition, rows: int, layers: int) -> float:
+    def _other_bytes(self, partition: TokenPartition, rows: int, layers: int, scale: float = 0.0) -> float:
         """Bytes of everything else at the peak: the inputs of checkpointed layers, and one recompute or the loss."""
-        size = self._activation_bytes
-        layer = layer_activations(self._shape, rows, rows, activation_bytes=size)
-        working = layer + backward_working_set(self._shape, rows, self._in_4bit, size)
-        working += fp8_working_set(self._shape, rows, self._in_4bit) * self._fp8
-        if self._fused_loss:
-            logits = fused_logits(self._shape, len(partition.loss) if self._loss_only else rows)
-        else:
-            logits = plain_logits(self._shape, rows, size)
-        return MARGIN * max(working, logits) + layers * self._input_bytes(rows)
+        memory, forward = self.memory, self._forward(partition, rows, scale, 0, 0, layers)
+        return MARGIN * max(memory.working(forward), forward.logits) + memory.kept(forward)
 
-    def _input_bytes(self, rows: int) -> float:
-        """Bytes on the GPU of a checkpointed layer's input; Unsloth offloads it to the host."""
-        modes = {getattr(self._model, "_unsloth_gradient_checkpointing", None), *self._flags.values()}
-        return 0 if "unsloth" in modes else rows * self._shape.hidden_size * self._activation_bytes
+    def _forward(
+        self, partition: TokenPartition, rows: int, scale: float, stored: float, kept: int, checkpointed: int
+    ) -> Forward:
+        """Such a forward, for `StepMemory`."""
+        if not self._fused_loss:
+            logits = plain_logits(self._shape, rows, self._activation_bytes)
+        else:
+            few = min(rows, ceil(max(partition.num_labelled, 1) / ROW_MULTIPLE) * ROW_MULTIPLE)
+            logits = fused_logits(self._shape, few if self._loss_only else rows, logit_bytes())
+        recomputed, through = layer_activations(self._shape, rows, rows, activation_bytes=self._activation_bytes), None
+        if scale > 0 and len(self._row_layers) == len(self._layers):
+            through = partition.num_dense + ceil(self._backward_rows * partition.num_context)
+            if recomputes_rows(all(self._row_layers.values()), self._loss_only):
+                recomputed = row_layer_activations(self._shape, rows, self._activation_bytes)
+        return Forward(rows, logits, stored, kept, checkpointed, recomputed, through)
 
     @staticmethod
     def _norm_dtype(layer: nn.Module) -> torch.dtype:
@@ -231,10 +272,15 @@ class CheckpointPlanner:
         return next((p.dtype for name, p in layer.named_parameters() if "norm" in name), torch.bfloat16)
 
 
+def counted(dense: int, context: int, padding: int, loss: int, sequences: int = 1) -> TokenPartition:
+    """The roles of so many tokens, for their counts alone; ``dense`` to ``loss`` as in `TokenPartition`."""
+    rows = torch.empty(dense + context + padding, device="meta")
+    shape = sequences, len(rows) // max(sequences, 1)
+    return TokenPartition(shape, rows[:dense], rows[:context], rows[:padding], rows[:loss])
+
+
 def _every_token_bears_loss(tokens: int) -> TokenPartition:
-    """The roles of so many tokens, for their counts alone."""
-    rows = torch.empty(tokens, device="meta")
-    return TokenPartition((1, tokens), rows, rows[:0], rows[:0], rows)
+    return counted(tokens, 0, 0, tokens)
 
 
 def _within(room: float, needs: Mapping[int, float]) -> tuple[set[int], float]:

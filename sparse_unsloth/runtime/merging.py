@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT
 from sparse_unsloth.runtime.state import SparsityState
-from sparse_unsloth.tokens.merge import Extent, extents, grouped, join, tokens_of, why_alone
+from sparse_unsloth.runtime.together import apart, average, ddp_of, try_together
+from sparse_unsloth.tokens.merge import Extent, agreed, extents, grouped, join, starts, tokens_of, why_alone
 
 MEMORY_SHARE = 0.85
 """Of a GPU's memory, where there is no `memory_budget`; the rest is for fragmentation and CUDA's own context."""
@@ -153,19 +154,21 @@ class MicroBatchMerger:
 
     def _attempt(self, joined: dict[str, Any], model: nn.Module, num_items: Any) -> Tensor | None:
         """The loss of the joined micro-batches; None where memory ran out, with everything as it was before."""
-        step = partial(self._originals["training_step"], model, joined, num_items)
-        if self._trainer.accelerator.num_processes > 1:  # gradients of all groups are synchronised with the last one's
-            return self._unless_too_large(step)
+        accelerator = self._trainer.accelerator
         trained = [tensor for part in self._trainer.optimizer.param_groups for tensor in part["params"]]
         before = [tensor.grad for tensor in trained]
         for tensor in trained:
             tensor.grad = None
-        loss = self._unless_too_large(step)
+        with apart(accelerator, model):
+            step = partial(self._originals["training_step"], model, joined, num_items)
+            loss = self._unless_too_large(step, model)
         for tensor, gradient in zip(trained, before, strict=True):
             if loss is None:
                 tensor.grad = gradient
             elif gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else gradient.add_(tensor.grad)
+        if loss is not None and accelerator.sync_gradients:
+            average(model)
         return loss
 
     def _prove(self, group: Sequence[Mapping[str, Any]], joined: dict[str, Any], num_items: Any) -> int:
@@ -194,25 +197,18 @@ class MicroBatchMerger:
         verdict = UNKNOWN if size == 0 or not math.isfinite(size) else SAME if apart <= tolerance * size else DIFFERS
         return min(self._gather([verdict])[0])
 
-    def _unless_too_large(self, function: Callable[[], Tensor]) -> Tensor | None:
-        """What ``function`` returns; None where memory ran out in it, with all counts as they were before.
+    def _unless_too_large(self, function: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor | None:
+        """What ``function`` returns; None where memory ran out in it, on this process or another one.
 
-        Raises:
-            torch.OutOfMemoryError: with several processes, as one of them cannot go back alone.
+        Then all counts are as they were before. Arguments as of `try_together`.
         """
         counts, counted = replace(self._state.counts), self._counted()
-        try:
-            return function()
-        except torch.OutOfMemoryError as error:
-            if self._trainer.accelerator.num_processes > 1:
-                raise torch.OutOfMemoryError(
-                    "merge_micro_batches: merged micro-batches ran out of memory, and one of several processes cannot "
-                    f"go back alone. Give it a smaller number, or false. {error}"
-                ) from error
-        self._state.counts = counts
-        vars(self._trainer).update(counted)
-        self._free_memory()
-        return None
+        result = try_together(self._trainer.accelerator, function, model)
+        if result is None:
+            self._state.counts = counts
+            vars(self._trainer).update(counted)
+            self._free_memory()
+        return result
 
     def _free_memory(self) -> None:
         """Frees what a forward that did not come to its end still holds, and what is reserved for others like it."""
@@ -238,18 +234,8 @@ class MicroBatchMerger:
         self._state.warn_once(f"merge_micro_batches: micro-batches{which} run one by one: {reason}.")
 
     def _agree(self, groups: list[list[int]]) -> list[list[int]]:
-        """Groups that every process can run: one begins wherever one begins on any of them.
-
-        The trainer's ``compute_loss`` communicates, so all processes have to call it equally often.
-        """
-        starts = [0] * sum(map(len, groups))
-        for group in groups:
-            starts[group[0]] = 1
-        begins = [max(column) for column in self._gather(starts)]
-        agreed: list[list[int]] = []
-        for number, begin in enumerate(begins):
-            agreed.append([number]) if begin else agreed[-1].append(number)
-        return agreed
+        """Groups that every process can run: all have to call ``compute_loss``, which communicates, equally often."""
+        return agreed(self._gather(starts(groups)))
 
     def _gather(self, values: list[int]) -> list[tuple[int, ...]]:
         """For each of ``values`` those of all processes."""
@@ -287,10 +273,7 @@ def begin_merging(state: SparsityState, trainer_state: Any) -> MicroBatchMerger 
 
 def why_not_planned(state: SparsityState, trainer_state: Any) -> str:
     """Why `auto` may not merge micro-batches of the training that begins; "" where it may. Arguments as above."""
-    trainer, reason = _checked(state, trainer_state)
-    if not reason and is_planned(state) and trainer.accelerator.num_processes > 1:
-        return "one of several processes could not go back if memory ran out; merge_micro_batches: true merges them"
-    return reason
+    return _checked(state, trainer_state)[1]
 
 
 def trainer_with_own_loss(trainer_state: Any) -> str:
@@ -351,6 +334,9 @@ def why_not_merged(trainer: Any, state: SparsityState) -> str:
     kind, parallel = accelerator.distributed_type.value, getattr(accelerator, "parallelism_config", None)
     if args.n_gpu > 1 or parallel is not None or kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         return f"this was built for one process and for DDP, not for {kind} or other ways to split the work"
+    ddp = ddp_of(getattr(trainer, "model_wrapped", None))
+    if accelerator.num_processes > 1 and (ddp is None or ddp._comm_hooks):
+        return "gradients of several processes are averaged as DDP does it, and here another way is set"
     if args.gradient_accumulation_steps == 1:
         return "gradient_accumulation_steps is 1, so that a step has only one"
     if state.config.is_sparse(len(state.layers)) and not state.row_sparse:

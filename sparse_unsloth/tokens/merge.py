@@ -107,6 +107,24 @@ def grouped(
     return groups
 
 
+def starts(groups: Sequence[Sequence[int]]) -> list[int]:
+    """For each micro-batch, 1 where one of ``groups`` (of neighbours) begins, and 0 elsewhere."""
+    begin = {min(group) for group in groups}
+    return [int(number in begin) for number in range(sum(map(len, groups)))]
+
+
+def agreed(every: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups that each of several processes can run: one begins wherever one begins on any of them.
+
+    Args:
+        every: for each micro-batch, its `starts` on all processes.
+    """
+    found: list[list[int]] = []
+    for number, begin in enumerate(map(max, every)):
+        found.append([number]) if begin else found[-1].append(number)
+    return found
+
+
 def why_alone(found: Sequence[Extent], keeps: bool) -> str:
     """Why no two of these micro-batches run as one; ``keeps``: layers that keep activations must not become fewer."""
     if any(tokens_of(pair) is not None for pair in combinations(found, 2)):

@@ -35,6 +35,7 @@ class TokenPartition:
         shape: ``(batch, sequence)``.
         dense, context, padding: disjoint, and together all rows: loss tokens, context tokens, padding tokens.
         loss: the loss positions, a subset of ``dense`` unless the partition was made with ``dense_tokens="none"``.
+        labelled: how many rows may bear the loss; None: as many as are dense, or as are loss positions.
     """
 
     shape: tuple[int, int]
@@ -42,6 +43,12 @@ class TokenPartition:
     context: Tensor
     padding: Tensor
     loss: Tensor
+    labelled: int | None = None
+
+    @property
+    def num_labelled(self) -> int:
+        """How many rows may bear the loss: a number that the host knows."""
+        return max(self.num_dense, len(self.loss)) if self.labelled is None else self.labelled
 
     @classmethod
     def from_batch(
@@ -335,9 +342,9 @@ def rows_with_loss(partition: TokenPartition, sparse: bool) -> TokenPartition:
 
 
 def every_row_dense(partition: TokenPartition) -> TokenPartition:
-    """The same rows, all dense."""
+    """The same rows, all dense; as many as before may bear the loss."""
     rows = torch.arange(partition.shape[0] * partition.shape[1], device=partition.loss.device)
-    return TokenPartition(partition.shape, rows, rows[:0], rows[:0], partition.loss)
+    return TokenPartition(partition.shape, rows, rows[:0], rows[:0], partition.loss, partition.num_labelled)
 
 
 def _at_the_end(rows: Tensor) -> Tensor:

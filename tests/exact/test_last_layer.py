@@ -44,7 +44,10 @@ def test_no_loss_at_all():
 
 
 def test_every_row():
-    assert lists(every_row_dense(TokenPartition.from_labels(LABELS))) == [list(range(10)), [], [], LOSS]
+    some = TokenPartition.from_labels(LABELS)
+    every = every_row_dense(some)
+    assert lists(every) == [list(range(10)), [], [], LOSS]
+    assert every.num_labelled == every_row_dense(every).num_labelled == some.num_labelled == some.num_dense < 10
 
 
 def test_derived_partitions_are_made_once_a_forward():

@@ -14,7 +14,7 @@ from sparse_unsloth.errors import AttachError
 from sparse_unsloth.exact import loss as loss_module
 from sparse_unsloth.exact.loss import FUNCTION, MODULES, ROW_MULTIPLE, install_loss_removal
 from sparse_unsloth.runtime.context import CONTEXT_ARGUMENT, SparseContext
-from sparse_unsloth.tokens.partition import TokenPartition
+from sparse_unsloth.tokens.partition import TokenPartition, every_row_dense
 
 from loss_model import BATCH, HIDDEN, SEQUENCE, Model, assert_same, make_labels, run
 
@@ -159,6 +159,17 @@ def test_the_partition_arrives_in_attached_models(recorder, checkpointing):
     detach(copied)
     detach(model)
     assert not loss_module._registered
+
+
+def test_captured_dense_forwards_compute_few_logits_too(recorder):
+    """Their rows are all dense, whatever their role was."""
+    model, labels = Model(), make_labels(0.05)
+    expected = run(model, labels)
+    install_loss_removal(model, model.layer, CONTEXT_ARGUMENT)
+    roles = every_row_dense(TokenPartition.from_labels(labels))
+    assert roles.num_dense == BATCH * SEQUENCE > 2 * ROW_MULTIPLE
+    assert_same(run(model, labels, context=SparseContext(roles, scale=1.0)), expected)
+    assert recorder.shapes[-1] == (1, ROW_MULTIPLE, HIDDEN)
 
 
 def test_only_models_that_ask(recorder):

@@ -342,3 +342,47 @@ def test_the_table_says_what_and_why_in_at_most_eight_lines():
     assert "on             2.1" in quick
     assert "16 of 32 layers" in quick
     assert "no time (gains are of FLOPs), no memory" in "\n".join(table(decide(facts(speed=None, kept=None))))
+
+
+# -- Several processes ------------------------------------------------------------------------------------------------
+
+
+def test_of_several_processes_the_most_careful_counts():
+    def one(tokens, layers, peak, speed, most, **reasons):
+        kept = {False: Kept(layers, peak, 2 * peak), True: Kept(layers, peak, 2 * peak)}
+        made = facts(tokens, speed=Speed(replace(H100, products=speed)), source=f"{speed}", **reasons)
+        merged = {number: Forwards((batch(tokens * number, 0.26),), kept) for number in most}
+        return replace(made, kept=kept, budget=peak, merged=merged, no_merging="")
+
+    alone = one(1000, 7, GIB, 1.6, (2, 4))
+    assert rules.pooled([alone]) is alone
+    other = one(3000, 3, 2 * GIB, 3.2, (2,), no_rows="dropout")
+    for order in ([alone, other], [other, alone]):
+        both = rules.pooled(order)
+        assert sorted(batch.rows for batch in both.batches) == [1000, 3000]
+        assert both.kept[False] == both.kept[True] == both.merged[2].kept[True] == Kept(3, 2 * GIB, 4 * GIB)
+        assert (both.budget, both.no_rows, both.no_graphs, list(both.merged)) == (GIB, "dropout", "", [2])
+        assert sorted(batch.rows for batch in both.merged[2].batches) == [2000, 6000]
+        assert (both.speed.step_time.products, both.source) == (3.2, "3.2"), "the slower device"
+    first, second = (decide(rules.pooled(order)) for order in ([alone, other], [other, alone]))
+    assert (first.chosen, first.merged, first.milliseconds) == (second.chosen, second.merged, second.milliseconds)
+    none = rules.pooled([alone, replace(other, merged={})])
+    assert (none.merged, none.no_merging) == ({}, "not every process has room for two of them together")
+    why = rules.pooled([alone, replace(other, no_merging="padded")])
+    assert (why.merged, why.no_merging) == ({}, "padded")
+    assert rules.pooled([replace(alone, merged={}), replace(other, merged={})]).no_merging == ""
+    assert rules.pooled([alone, replace(other, speed=None)]).speed is None
+    assert rules.pooled([alone, replace(other, kept=None)]).kept is None
+    assert rules.pooled([alone, Facts(None, (), given={}, unknown="experts")]).plan is None
+
+
+def test_the_peak_is_that_of_what_was_chosen():
+    kept = {False: Kept(0, 7 * GIB, 9 * GIB), True: Kept(0, 6 * GIB, 8 * GIB)}
+    for given, peak in (
+        ({"cuda_graphs": True, "backward_rows": 1.0}, 9),
+        ({"cuda_graphs": False, "backward_rows": 1.0}, 7),
+        ({"cuda_graphs": True, "backward_rows": 0.25}, 8),
+    ):
+        one = decide(replace(facts(kept=kept), given=given))
+        assert one.peak == peak * GIB
+        assert f"{peak}.0 GiB at the peak" in table(one)[-1]

@@ -8,7 +8,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sparse_unsloth import SparsityConfig, attach, detach, get_state
 from sparse_unsloth.costs.flops import ModelShape
-from sparse_unsloth.costs.memory import GIB, layer_activations, loss_row_activations, row_layer_activations
+from sparse_unsloth.costs.memory import (
+    GIB,
+    layer_activations,
+    loss_row_activations,
+    peak_memory,
+    plain_logits,
+    row_layer_activations,
+)
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.runtime import checkpoint_planner
 from sparse_unsloth.runtime.forward import roles_of
@@ -56,7 +63,7 @@ def room(monkeypatch):
 def needs(model, index, batch, scale=1.0):
     planner, partition = get_state(model).planner, roles_of(get_state(model), read_batch(batch))
     rows = batch["labels"].numel()
-    others = planner._future_bytes + planner._other_bytes(partition, rows, len(layers_of(model)))
+    others = planner._future_bytes + planner._other_bytes(partition, rows, len(layers_of(model)), scale)
     return planner._needs(index, partition, rows, scale)[-1], others
 
 
@@ -336,3 +343,33 @@ def test_whether_a_forward_of_more_tokens_fits(room):
     assert not planner.fits(tokens)
     room(rest + layer + 1)
     assert planner.fits(tokens)
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_forecast_is_that_of_estimate(mode, share, room):
+    """Of forwards with all layers checkpointed, or none: without a margin, what `peak_memory` says."""
+    model, _ = attached(mlp={}, backward_rows=0.25)
+    planner, batch = get_state(model).planner, make_batch()
+    roles, scale = roles_of(get_state(model), read_batch(batch)), float(share < 1)
+    room(0 if mode == "on" else GIB)
+    kept, forward = planner.forecast(roles, scale)
+    assert kept == (0 if mode == "on" else 3)
+    rows, through = batch["labels"].numel(), roles.num_dense + -(-roles.num_context // 4)
+    shape = ModelShape.from_config(model.config)
+    logits = plain_logits(shape, rows, 4)
+    common = {"linear": 0, "other": 0, "adapter": 0, "in_4bit": False, "activation_bytes": 4, "whole_layers": False}
+    expected = peak_memory(
+        shape, rows=rows, checkpointing=mode, logits=logits, **common, backward_rows=through if share < 1 else None
+    )
+    assert planner.memory.alone(forward) == pytest.approx(expected.peak)
+    captured = peak_memory(
+        shape,
+        rows=rows,
+        checkpointing=mode,
+        logits=logits,
+        **common,
+        backward_rows=through if share < 1 else None,
+        captured=[(rows, logits)],
+    )
+    assert planner.memory.peak([forward], [forward]) == pytest.approx(captured.peak)

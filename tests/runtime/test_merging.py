@@ -310,17 +310,6 @@ def test_processes_agree_on_groups():
     assert merger._agree([[0, 1], [2, 3, 4, 5]]) == [[0, 1], [2], [3, 4, 5]]
 
 
-def test_one_of_several_processes_says_what_to_lower():
-    def run_out():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    merger = object.__new__(MicroBatchMerger)
-    merger._trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
-    merger._state = get_state(model_of(EIGHT))
-    with pytest.raises(torch.OutOfMemoryError, match=r"Give it a smaller number, or false\. CUDA out of memory"):
-        merger._unless_too_large(run_out)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed")
 @pytest.mark.installed_unsloth("merging")

@@ -12,7 +12,7 @@ from sparse_unsloth.attachment import PLAN_NAME
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.planning import progress
 from sparse_unsloth.planning.step_time import StepTime
-from sparse_unsloth.runtime import auto, merging
+from sparse_unsloth.runtime import auto
 from sparse_unsloth.runtime.checkpoint_planner import CheckpointPlanner
 
 from trainer_models import (
@@ -149,11 +149,3 @@ def test_what_is_set_by_hand_stays_under_auto(asked, sizes, predicted, tmp_path,
     trainer = transformers_trainer(model_of({**AUTO, "merge_micro_batches": asked}), tmp_path, max_steps=1)
     assert len(run(trainer)[2].sizes) == sizes
     assert f"micro-batches    {'1.86 as one ' if asked else 'one by one  '}" in capsys.readouterr().out
-
-
-def test_auto_does_not_merge_in_several_processes(monkeypatch):
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(merging, "_checked", lambda *ignored: (trainer, ""))
-    planned, by_hand = (get_state(model_of(one)) for one in (AUTO, {**AUTO, "merge_micro_batches": True}))
-    assert merging.why_not_planned(planned, None).startswith("one of several processes could not go back")
-    assert merging.why_not_planned(by_hand, None) == ""

@@ -17,7 +17,7 @@ from sparse_unsloth.backends.channel_hooks import select
 from sparse_unsloth.backends.patching import restore_forward, runs, untraced
 from sparse_unsloth.backends.probes import check
 from sparse_unsloth.backends.unsloth.attention import read_attention
-from sparse_unsloth.backends.unsloth.contract import Contract
+from sparse_unsloth.backends.unsloth.contract import check_part
 from sparse_unsloth.config.layer_rules import PARTS
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.model.decoder_layer import DecoderLayer
@@ -34,19 +34,18 @@ def install(runtime: LayerRuntime) -> None:
         AttachError: Unsloth did not put its function on the layer, or its class no longer calls it; or the sparse
             functions cannot compute a projection.
     """
-    contract = Contract()
     if runtime.state.row_sparse:
         check_not_sharded(runtime.layer)
         mlp, output = runtime.layer.row_parts
         row_hooks.install_part(runtime, mlp)
-        contract.check_attention(runtime.layer)
+        check_part(runtime.layer, "self_attn")
         attention = runtime.layer.self_attn
         row_hooks.probe(runtime.layer, output, partial(attention.apply_o, attention))
         _hook_attention(runtime)
         return
     for part in PARTS:
         if getattr(runtime.sparsity, part) > 0:
-            _install(contract, runtime, part)
+            _install(runtime, part)
 
 
 def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
@@ -58,11 +57,11 @@ def install_on_last_layer(runtime: LayerRuntime) -> dict[str, str]:
     Returns:
         The reason for each part that cannot skip them. Training is then the same, and slower.
     """
-    contract, reasons = Contract(), {}
+    reasons = {}
     for part in PARTS:
         if getattr(runtime.sparsity, part) == 0:
             try:
-                _install(contract, runtime, part)
+                _install(runtime, part)
             except AttachError as error:
                 reasons[part] = str(error)
     runtime.loss_only_parts = tuple(part for part in PARTS if part not in reasons)
@@ -82,14 +81,13 @@ def check_not_sharded(layer: DecoderLayer) -> None:
                 )
 
 
-def _install(contract: Contract, runtime: LayerRuntime, part: str) -> None:
+def _install(runtime: LayerRuntime, part: str) -> None:
     layer = runtime.layer
     check_not_sharded(layer)
+    check_part(layer, part)
     if part == "mlp":
-        contract.check_mlp(layer)
         channel_hooks.install_mlp(runtime)
         return
-    contract.check_attention(layer)
     check(layer, "self_attn")
     _hook_attention(runtime)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS, find_unsloth, read_contract
+from sparse_unsloth.backends.unsloth.contract import CURES, FUSED_FUNCTIONS, find_unsloth, read_contract
 
 LORA = "\n".join(f"def {name}(self, X, inplace=True):\n    return X" for name in FUSED_FUNCTIONS)
 ATTENTION = """
@@ -34,6 +34,11 @@ def CausalLM_fast_forward(fast_forward_inference):
 
 def PeftModel_fast_forward(self, input_ids=None, **kwargs):
     return self.base_model(input_ids=input_ids, **kwargs)
+
+class FastLlamaModel:
+    @staticmethod
+    def patch_peft_model(model, use_gradient_checkpointing):
+        model._unsloth_gradient_checkpointing = use_gradient_checkpointing
 """
     + ATTENTION.format(name="Llama")
     + LAYER.format(name="Llama")
@@ -46,7 +51,13 @@ def MistralForCausalLM_fast_forward(self, **more):
     self.model(**more)
     return unsloth_fused_ce_loss(trainer=None)
 """ + ATTENTION.format(name="Mistral")
+METHODS = ("from_pretrained", "get_peft_model", "for_training", "for_inference")
+LOADER = "\n".join(
+    f"class {name}:\n" + "".join(f"    def {method}(model):\n        return model\n\n" for method in METHODS)
+    for name in ("FastLanguageModel(FastLlamaModel)", "FastModel")
+)
 TREE = {
+    "models/loader.py": LOADER,
     "kernels/fast_lora.py": LORA,
     "models/_utils.py": "from unsloth_zoo.loss_utils import HAS_CUT, unsloth_fused_ce_loss\n",
     "models/llama.py": LLAMA,
@@ -66,7 +77,7 @@ def folder(tmp_path):
 
 
 def missing(folder):
-    return [hook.what for hook in read_contract(folder) if not hook.found]
+    return [need.what for need, found in read_contract(folder).items() if not found]
 
 
 def test_the_installed_unsloth_has_every_hook():
@@ -78,8 +89,9 @@ def test_the_installed_unsloth_has_every_hook():
 
 def test_a_whole_tree(folder):
     assert missing(folder) == []
-    hooks = read_contract(folder)
-    assert len(hooks) == len({(hook.what, hook.file) for hook in hooks}) == 5 + 8 + 1 + 7 + 2
+    needs = read_contract(folder)
+    assert len(needs) == len({(need.what, need.file) for need in needs}) == 5 + 8 + 1 + 7 + 3 + 4 + 1
+    assert {need.used_for for need in needs} == set(CURES)
 
 
 @pytest.mark.parametrize("name", FUSED_FUNCTIONS)
@@ -115,11 +127,27 @@ BREAKS = {
     ),
     "loss not imported": (
         ("models/_utils.py", "unsloth_fused_ce_loss", "fused_loss"),
-        ["unsloth_fused_ce_loss imported and called"],
+        ["unsloth_fused_ce_loss imported"],
     ),
     "loss not called": (
         ("models/mistral.py", "return unsloth_fused_ce_loss(", "return fused_loss("),
-        ["unsloth_fused_ce_loss imported and called"],
+        ["unsloth_fused_ce_loss called"],
+    ),
+    "no loader of its own": (
+        ("models/loader.py", "class FastLanguageModel(FastLlamaModel):", "class Fast(FastLlamaModel):"),
+        [f"FastLanguageModel.{method}" for method in METHODS],
+    ),
+    "a method of another class": (
+        (
+            "models/loader.py",
+            "def for_training(model):\n        return model\n\n    def for_inference",
+            "def for_inference",
+        ),
+        ["FastLanguageModel.for_training"],
+    ),
+    "no note of offloading": (
+        ("models/llama.py", "model._unsloth_gradient_checkpointing =", "model.gradient_checkpointing ="),
+        ["_unsloth_gradient_checkpointing"],
     ),
 }
 
@@ -128,7 +156,7 @@ BREAKS = {
 def test_one_broken_thing(folder, case):
     (name, old, new), expected = BREAKS[case]
     assert old in TREE[name]
-    (folder / name).write_text(TREE[name].replace(old, new))
+    (folder / name).write_text(TREE[name].replace(old, new, 1 if "of another" in case else -1))
     assert missing(folder) == expected
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_unsloth import FastSparseLanguageModel, attach, calibrate, detach, get_state
 from sparse_unsloth.autosparsity.search import Calibration
-from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS, Contract
+from sparse_unsloth.backends.unsloth.contract import FUSED_FUNCTIONS, find_unsloth, read_contract
 from sparse_unsloth.bench import checks
 from sparse_unsloth.bench.methods import EQUAL_TO_PLAIN, sparsity_of
 from sparse_unsloth.errors import SparsityError
@@ -57,7 +57,7 @@ def prepare() -> tuple:
 def examine(prepared: tuple) -> dict[str, str]:
     """What does not hold: a traceback by name."""
     expected, prefills, bases, longer, weights, calibrated = prepared
-    found = {"contract": failure_of(Contract), "functions": failure_of(check_functions)}
+    found = {"contract": failure_of(check_contract), "functions": failure_of(check_functions)}
     found["loss"] = failure_of(compare_with_unsloth)
     for family, base in bases.items():
         found[f"{family}: forwards"] = failure_of(check_forwards, family, base)
@@ -76,6 +76,12 @@ def examine(prepared: tuple) -> dict[str, str]:
     found["life after attaching"] = failure_of(check_life_after_attaching, bases["llama"])
     found["benchmark"] = failure_of(check_benchmark, longer)
     return {name: text for name, text in found.items() if text}
+
+
+def check_contract() -> None:
+    """Everything that is needed is in the sources."""
+    missing = [need.what for need, found in read_contract(find_unsloth()).items() if not found]
+    assert not missing, missing
 
 
 def check_functions() -> None:
