@@ -4,7 +4,7 @@
 # TRL's GRPO computes its loss itself. What runs sparse: with `SPARSITY=dense`, the default here, nothing, and training
 # is exact. With `SPARSITY=rows` the forward is exact and the backward pass goes through chosen rows. Which tokens bear
 # loss the gradient tells, or, from TRL 1.15 on, labels. Generating the answers, which takes most of the time, is never
-# sparse. What rows do to the quality of GRPO was not measured.
+# sparse. On a small model GRPO by rows gained nothing in 40 steps; dense training did, a little.
 #
 # `TINY=1 python examples/grpo.py` trains a random model for two steps, on a CPU too; `BACKEND=unsloth` takes Unsloth.
 

@@ -13,6 +13,7 @@ from sparse_unsloth.runtime.auto import plan_from_data
 from sparse_unsloth.runtime.cosine import GradientCosine, begin_cosine
 from sparse_unsloth.runtime.merging import MicroBatchMerger, begin_merging, trainer_with_own_loss, why_not_planned
 from sparse_unsloth.runtime.metrics import metrics
+from sparse_unsloth.runtime.roles import OWN_LOSSES
 from sparse_unsloth.runtime.state import SparsityState, get_state
 from sparse_unsloth.tokens.partition import is_sequence_classifier
 from sparse_unsloth.utils.distributed import is_main
@@ -163,11 +164,14 @@ def _warn_if_never_sparse(sparsity: SparsityState, max_steps: int) -> None:
 
 
 def _warn_of_unknown_quality(sparsity: SparsityState, own_loss: str) -> None:
-    """Warns of rows that are left out by hand where no result says what that does to the quality."""
+    """Warns of rows that are left out by hand where no result says that the quality stays."""
     if not sparsity.row_sparse or not (own_loss or is_sequence_classifier(sparsity.model)):
         return
-    loss = f"{own_loss} computes a loss of its own" if own_loss else "A classifier's loss reads one row of a sequence"
-    sparsity.warn_once(
-        f"{loss}: what row sparsity does to the quality of such a training was not measured. sparsity='dense' trains "
-        "exactly."
-    )
+    if own_loss:
+        found = f"{own_loss} computes a loss of its own: {OWN_LOSSES}"
+    else:
+        found = (
+            "A classifier's loss reads one row of a sequence: what row sparsity does to the quality of such a training "
+            "was not measured."
+        )
+    sparsity.warn_once(f"{found} sparsity='dense' trains exactly.")

@@ -27,6 +27,11 @@ WITHOUT = (
     "from the logits take them away), so"
 )
 
+OWN_LOSSES = (
+    "row sparsity in DPO fell behind dense training of equal cost on a small model, and in GRPO gained nothing "
+    "(benchmarks/results/preferences.md); other losses were not measured."
+)
+
 
 def roles_of(state: SparsityState, batch: Batch) -> TokenPartition:
     """The roles of the tokens; a model without sparse layers only needs to know the loss positions."""
@@ -71,7 +76,7 @@ def _without_labels(state: SparsityState, batch: Batch) -> Literal["forward", "b
     uncaptured = "" if state.graphs is None else " CUDA graphs need the roles in forward, so it is not captured."
     state.warn_once(
         f"{WITHOUT} its backward pass tells roles: rows with a gradient at the decoder stack's output bear loss, the "
-        f"others are context.{uncaptured} What row sparsity does to the quality of such a training was not measured."
+        f"others are context.{uncaptured} As for quality, {OWN_LOSSES}"
     )
     return "backward"
 
