@@ -63,6 +63,7 @@ def _swapped(function: Callable, left: np.ndarray, right: np.ndarray) -> np.ndar
 
 
 def _tensor(data: np.ndarray, element: tl.dtype, known: dict) -> tl.tensor:
+    """``element``: of the handle, which for truths is that of what was compared."""
     handle = object.__new__(interpreter.TensorHandle)
     handle.data, handle.dtype, handle.attr = data, element, {}
     tensor = object.__new__(tl.tensor)
@@ -121,14 +122,16 @@ def _binary(function: Callable, elements: tuple[set[str], ...], moves: bool, slo
                 width = max(1, self.dtype.element_ty.primitive_bitwidth // 8)
                 plans[id(given.type)] = (partial(_moved, width), *_known(result), given.type)
             elif any(left in kind and right in kind for kind in elements):
-                plans[id(given.type)] = (function, *_known(result), given.type)
+                element, known = _known(result)
+                plans[id(given.type)] = (function, None if left in TRUTHS else element, known, given.type)
             else:
                 plans[id(given.type)] = (None, None, None, given.type)
             return result
         operation, element, known, _ = plan
         if operation is None:
             return slow(self, other)
-        return _tensor(operation(self.handle.data, given.handle.data), element, known)
+        handle = self.handle
+        return _tensor(operation(handle.data, given.handle.data), element or handle.dtype, known)
 
     return quick
 
@@ -149,10 +152,10 @@ def _index(slow: Callable) -> Callable:
         plans = _plans(self.type, keys[axis])
         if not plans:
             result = slow(self, slices)
-            plans[None] = _known(result)
+            plans[None] = _known(result)[1]
             return result
         data = self.handle.data
-        return _tensor(data[None] if axis == 0 else data[:, None], *plans[None])
+        return _tensor(data[None] if axis == 0 else data[:, None], self.handle.dtype, plans[None])
 
     return quick
 

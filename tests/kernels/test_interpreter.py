@@ -11,7 +11,7 @@ import triton.language as tl
 import quick_operators
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="nothing is interpreted")
-ELEMENTS = "float32", "int32", "int64", "int1", "float16", "bfloat16", "uint8", "float64"
+ELEMENTS = "float32", "int32", "int64", "int1", "float16", "bfloat16", "uint8", "compared"
 SHAPES = (), (4,), (1,), (4, 1), (1, 8), (4, 8)
 NUMBERS = 0, 1, -3, 2**31, 0.0, 0.5, 1e-40, float("inf"), float("nan"), True
 
@@ -32,6 +32,8 @@ def patched():
 def make(element, shape, first=-3):
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
+    if element == "compared":
+        return make("float32", shape, first) > 0  # truths, with a handle of another element
     element = getattr(tl, element)
     values = np.arange(first, first + int(np.prod(shape))).reshape(shape or (1,))
     if element == tl.bfloat16:
@@ -81,6 +83,8 @@ def test_operators_are_tritons(name):
     worked = 0
     for left, right in itertools.product(ELEMENTS, repeat=2):
         for shapes in [*zip(SHAPES, SHAPES, strict=True), ((), (4, 8)), ((4,), ()), ((4, 1), (1, 8)), ((8,), (4, 8))]:
+            if "compared" in (left, right) and shapes[0] != shapes[1]:
+                continue  # Triton's spreads these truths as numbers, and fails
             operands = make(left, shapes[0]), make(right, shapes[1], first=1)
             worked += assert_same(name, getattr(tl.tensor, name), *operands)
     for element, shape, number in itertools.product(ELEMENTS, [(), (4, 1)], NUMBERS):
@@ -103,7 +107,7 @@ def test_indices_conversions_and_choices_are_tritons():
     for element, indices in itertools.product(ELEMENTS, [(whole, None), (None, whole), (None, None), (whole, whole)]):
         for shape in ((4,), (), (4, 8)):
             assert_same("__getitem__", tl.tensor.__getitem__, make(element, shape), indices)
-    for one, other in itertools.product(ELEMENTS, repeat=2):
+    for one, other in itertools.product(ELEMENTS, ELEMENTS[:-1]):
         assert_same("to", tl.tensor.to, make(one, (4,)), getattr(tl, other))
     values = [make("float32", (4, 8)), make("int32", (4, 1)), make("float32", ()), make("int64", (1, 8)), 0, 0.5, True]
     conditions = [make("int1", shape) for shape in ((), (4, 1), (1, 8), (4, 8))]
