@@ -21,6 +21,9 @@ def pytest_configure(config):
         make_interpreter_faster()
     from dill import detect
 
+    import quick_torch
+
+    quick_torch.install()
     # datasets hashes what it maps by, with all functions that this calls, each of which dill disassembles every time.
     detect.nestedglobals = functools.cache(detect.nestedglobals)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
