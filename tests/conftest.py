@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly, against their references
+        collect_less()
     if os.environ.get("TRITON_INTERPRET") == "1":
         from interpreter import make_interpreter_faster
 
@@ -31,6 +33,13 @@ def pytest_configure(config):
     paths = str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of scripts that tests start
     gc.disable()  # while modules are imported
+
+
+def collect_less():
+    """Lets accelerate look through the youngest objects alone before each training: no GPU's memory is to be freed."""
+    from accelerate.utils import memory
+
+    memory.gc = SimpleNamespace(collect=functools.partial(gc.collect, 0))
 
 
 def pytest_collection_modifyitems(items):
