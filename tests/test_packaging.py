@@ -46,7 +46,9 @@ def test_recipes_are_package_data():
     assert (folder / "accelerate" / "fsdp2.yaml").is_file()
 
 
-def test_import_is_light():
+def test_import_is_light_and_nothing_hides_hf_kernels():
+    """The rest fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's; so do our own names."""
+    assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
     code = f"""
 import sys, time
 start = time.perf_counter()
@@ -60,17 +62,11 @@ heavy = [name for name in ("transformers", "peft", "trl") if name in sys.modules
 assert not heavy, heavy
 import sparse_unsloth.kernels.dequantize as module
 assert module.__name__ == "sparse_unsloth.kernels.dequantize", module
+import transformers.models.llama.modeling_llama
+from trl import SFTTrainer
+for name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)
 """
     python(code)
-
-
-def test_transformers_and_trl_import_from_the_root_beside_hf_kernels():
-    """Fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's package; so do our own names."""
-    assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
-    python(
-        "import transformers.models.llama.modeling_llama\nfrom trl import SFTTrainer\n"
-        "import sparse_unsloth\nfor name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)"
-    )
 
 
 def test_every_public_name_exists():
