@@ -290,7 +290,7 @@ def prompts(tokenizer, count, seed, tasks=TASKS, size=8):
 
 @pytest.mark.slow
 def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(capsys):
-    """SmolLM2-135M's first nine layers, MLPs of layers 1-8, batches of 8 prompts outside the calibration, no text shared."""
+    """Nine layers of SmolLM2-135M, MLPs of layers 1-8; batches of 8 prompts outside the calibration, no text shared."""
     pytest.importorskip("reasoning_gym")
     transformers = pytest.importorskip("transformers")
     from sparse_unsloth.data.smollm2 import smollm2_checkpoint
