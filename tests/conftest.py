@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,12 +16,16 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly, against their references
+        collect_less()
     if os.environ.get("TRITON_INTERPRET") == "1":
         from interpreter import make_interpreter_faster
 
         make_interpreter_faster()
     from dill import detect
 
+    import quick_torch
+
+    quick_torch.install()
     # datasets hashes what it maps by, with all functions that this calls, each of which dill disassembles every time.
     detect.nestedglobals = functools.cache(detect.nestedglobals)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +33,13 @@ def pytest_configure(config):
     paths = str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of scripts that tests start
     gc.disable()  # while modules are imported
+
+
+def collect_less():
+    """Lets accelerate look through the youngest objects alone before each training: no GPU's memory is to be freed."""
+    from accelerate.utils import memory
+
+    memory.gc = SimpleNamespace(collect=functools.partial(gc.collect, 0))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,11 @@
 """Attached models compared with plain PEFT, and with a masked model built from hooks alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from transformers.integrations import flex_attention
 
 from sparse_unsloth import attach, attachment, detach, get_state
 from sparse_unsloth.errors import AttachError, ConfigError, SparsityError
@@ -25,7 +27,7 @@ def test_nothing_dropped_equals_plain_peft(family, side):
     plain, sparse = make_lora(family), make_lora(family)
     attach(sparse, always(mlp={"all": NOTHING_DROPPED}, self_attn={"all": NOTHING_DROPPED}))
     optimisers = [torch.optim.AdamW(loras(model).values(), lr=1e-3) for model in (plain, sparse)]
-    for step in range(8):
+    for step in range(4):
         batch = make_batch(step, side)
         plain_loss, plain_gradients = loss_and_gradients(plain, batch)
         sparse_loss, sparse_gradients = loss_and_gradients(sparse, batch)
@@ -430,6 +432,9 @@ def test_attaching_compiles_nothing_and_leaves_the_compiler_as_it_was(monkeypatc
 
 
 def test_flex_attention_is_probed_with_a_kernel_that_has_a_backward(monkeypatch):
+    # Traced as always, run by PyTorch: the kernels of a CPU take 20 s to compile and read no such option.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(flex_attention.WrappedFlexAttention, "_instance", None)
     model, seen = make_lora("llama"), []
     model.config._attn_implementation = "flex_attention"
     decoder_layers(model)[0].self_attn.register_forward_pre_hook(

@@ -46,7 +46,9 @@ def test_recipes_are_package_data():
     assert (folder / "accelerate" / "fsdp2.yaml").is_file()
 
 
-def test_import_is_light():
+def test_import_is_light_and_nothing_hides_hf_kernels():
+    """The rest fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's; so do our own names."""
+    assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
     code = f"""
 import sys, time
 start = time.perf_counter()
@@ -60,17 +62,11 @@ heavy = [name for name in ("transformers", "peft", "trl") if name in sys.modules
 assert not heavy, heavy
 import sparse_unsloth.kernels.dequantize as module
 assert module.__name__ == "sparse_unsloth.kernels.dequantize", module
+import transformers.models.llama.modeling_llama
+from trl import SFTTrainer
+for name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)
 """
     python(code)
-
-
-def test_transformers_and_trl_import_from_the_root_beside_hf_kernels():
-    """Fails with an ImportError when ``kernels/`` at the root shadows Hugging Face's package; so do our own names."""
-    assert importlib.metadata.version("kernels").startswith("0.16"), "other versions do not arm the trap"
-    python(
-        "import transformers.models.llama.modeling_llama\nfrom trl import SFTTrainer\n"
-        "import sparse_unsloth\nfor name in sparse_unsloth.__all__: getattr(sparse_unsloth, name)"
-    )
 
 
 def test_every_public_name_exists():
@@ -94,28 +90,7 @@ def package_files() -> set[str]:
 
 
 @pytest.mark.slow
-def test_wheel_holds_kernels_and_recipes(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(copy(tmp_path)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert package_files() <= names
-    assert not [name for name in names if name.startswith(("kernels/", "recipes/", "tests/"))]
-
-
-@pytest.mark.slow
-def test_sdist_and_its_wheel_pass_the_check_of_the_index(tmp_path):
+def test_sdist_and_its_wheel_hold_kernels_and_recipes_and_pass_the_check_of_the_index(tmp_path):
     """As `make dist` does: the wheel is built from the sdist, so the sdist holds everything."""
     pytest.importorskip("build", reason="pip install -e '.[dev]'")
     pytest.importorskip("twine", reason="pip install -e '.[dev]'")
@@ -127,7 +102,9 @@ def test_sdist_and_its_wheel_pass_the_check_of_the_index(tmp_path):
         [sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout
-    assert package_files() <= set(zipfile.ZipFile(wheel).namelist())
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert package_files() <= names
+    assert not [name for name in names if name.startswith(("kernels/", "recipes/", "tests/"))]
 
 
 def test_the_version_is_one():

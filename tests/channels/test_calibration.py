@@ -290,7 +290,7 @@ def prompts(tokenizer, count, seed, tasks=TASKS, size=8):
 
 @pytest.mark.slow
 def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(capsys):
-    """SmolLM2-135M's first half, MLPs of layers 1-14, batches of 8 prompts outside the calibration, no text shared."""
+    """Nine layers of SmolLM2-135M, MLPs of layers 1-8; batches of 8 prompts outside the calibration, no text shared."""
     pytest.importorskip("reasoning_gym")
     transformers = pytest.importorskip("transformers")
     from sparse_unsloth.data.smollm2 import smollm2_checkpoint
@@ -300,11 +300,11 @@ def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(c
         checkpoint = smollm2_checkpoint()
     except DataError as error:
         pytest.skip(str(error))
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, num_hidden_layers=15)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, num_hidden_layers=9)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     layers = find_layers(model)
-    kept = {share: SparsityConfig(mlp={"1-14": 1 - share}) for share in (0.1, 0.25)}
-    sparsity = kept[0.1].layer_sparsity(15)
+    kept = {share: SparsityConfig(mlp={"1-8": 1 - share}) for share in (0.1, 0.25)}
+    sparsity = kept[0.1].layer_sparsity(9)
     calibrated, held_out = prompts(tokenizer, 16, seed=5), prompts(tokenizer, 8, seed=777)
     statistics = collect_statistics(model, layers, sparsity, calibrated)
     texts = [{tuple(row) for batch in part for row in batch["input_ids"].tolist()} for part in (calibrated, held_out)]
@@ -314,10 +314,10 @@ def test_calibrated_estimators_keep_most_of_the_oracles_energy_on_a_real_model(c
     figures = {}
     for share, config in kept.items():
         selectors = {kind: ChannelSelector(config, layers, estimators[kind]) for kind in kinds}
-        results = energy_captured(model, layers, config.layer_sparsity(15), selectors, held_out)
+        results = energy_captured(model, layers, config.layer_sparsity(9), selectors, held_out)
         figures |= {(kind, share): result.mean("mlp") for kind, result in results.items()}
     with capsys.disabled():
-        print("\nShare of the oracle's MLP energy captured (SmolLM2-135M, layers 1-14, rank 8), 10 % / 25 % kept:")
+        print("\nShare of the oracle's MLP energy captured (SmolLM2-135M, layers 1-8, rank 8), 10 % / 25 % kept:")
         for kind in kinds:
             print(f"  {kind:9s}{figures[kind, 0.1]:.3f} / {figures[kind, 0.25]:.3f}")
     assert min(figures["prior", 0.1], figures["prior", 0.25]) >= 0.75

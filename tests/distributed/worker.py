@@ -40,6 +40,8 @@ CASES = {
 }
 LEFT_OUT = {"ddp": ("few rows, 4-bit",), "fsdp2": ("every row context", "few rows")}
 """Cases whose pairs of settings the others have: what of a case depends on sharding meets it elsewhere."""
+TRAINERS = {"ddp": ("trainer", "trainer, few rows", "trainer, merged"), "fsdp2": ("trainer", "trainer, merged")}
+"""The second meets sharding as a case, and a trainer under DDP."""
 
 
 def micro_batch(step: int, number: int, rank: int) -> dict[str, torch.Tensor]:
@@ -176,7 +178,7 @@ def run_trainer(folder: Path, processes: int, sparsity: dict) -> dict:
     }
 
 
-def run_trainers(folder: Path, processes: int) -> dict[str, dict]:
+def run_trainers(folder: Path, processes: int, names: tuple[str, ...]) -> dict[str, dict]:
     """With an estimator that is calibrated when training begins, with few rows in backward, and merged micro-batches.
 
     One process does not merge, so that merged micro-batches are compared with those that ran one by one.
@@ -184,11 +186,12 @@ def run_trainers(folder: Path, processes: int) -> dict[str, dict]:
     kind = {"kind": "prior", "rank": 4, "calibration_samples": 8, "path": str(folder / "estimator.safetensors")}
     merge = {"merge_micro_batches": 4} if processes > 1 else {}
     channels = {"mlp": {"1-2": 0.5}, "self_attn": {"1-2": 0.5}, "estimator": kind}
-    return {
-        "trainer": run_trainer(folder, processes, channels),
-        "trainer, few rows": run_trainer(folder / "rows", processes, FEW),
-        "trainer, merged": run_trainer(folder / "merged", processes, EVERY | merge),
+    settings = {
+        "trainer": (folder, channels),
+        "trainer, few rows": (folder / "rows", FEW),
+        "trainer, merged": (folder / "merged", EVERY | merge),
     }
+    return {name: run_trainer(settings[name][0], processes, settings[name][1]) for name in names}
 
 
 # Faults that one rank alone could hide
@@ -233,14 +236,14 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
         results = {case: alone(case) for case in CASES}
-        results |= run_trainers(folder, 1)
+        results |= run_trainers(folder, 1, TRAINERS["ddp"])
         torch.save(results, folder / "alone.pt")
         return
     PartialState(cpu=True)
     how = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
     rank = dist.get_rank()
     results = {"how": how, "world": dist.get_world_size()}
-    results |= run_trainers(folder, RANKS)
+    results |= run_trainers(folder, RANKS, TRAINERS[how])
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # from here on there is no accelerate between
     for case in CASES:
         if case not in LEFT_OUT[how]:
