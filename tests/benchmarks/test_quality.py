@@ -457,7 +457,7 @@ def test_models_are_compared_with_their_own_dense_runs(tmp_path):
     assert first == pytest.approx(second)
     text = markdown(rows)
     assert text.index("## SmolLM2-135M, A") < text.index("## Gemma-3-270M, A")
-    assert {row["model"] for row in read_rows(RESULTS / "quality.csv")} == {"SmolLM2-135M"}
+    assert {row["model"] for row in read_rows(RESULTS / "quality.csv")} == {"SmolLM2-135M", "Gemma-3-270M"}
     arguments = argparse.Namespace(out=tmp_path, steps=3, items=4, seeds=1, batch_size=2, rate=0.1)
     assert keep_settings(arguments, "SmolLM2-135M", "A") == "A 3 steps rate 0.1"
     arguments.items = 5

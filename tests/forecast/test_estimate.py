@@ -268,7 +268,7 @@ def test_advice_where_it_is_not(recipe):
         (LONG, {"sparsity": {"mlp": {"1": 0.5}, "start_step": 50, "end_step": 60}}, "the whole training will be dense"),
         (LONG, {}, "Presets on this data"),
         (LONG, {}, "For quality take `sparsity: rows` first"),
-        (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on all three tasks"),
+        (LONG, {"sparsity": "rows"}, "The forward pass is exact, and on five tasks"),
         (LONG, {"sparsity": "rows"}, "gradient_checkpointing: true stores far less, and costs less here"),
         (LONG, {"sparsity": {"backward_rows": 0.05}}, "Fewer than 10% of the context rows did worse"),
         (SHORT, {"sparsity": "rows"}, "Not worth it: it gains"),
