@@ -1,17 +1,17 @@
-"""Row sparsity in trainers that compute their own loss: gradients on a GPU, in bf16 with LoRA in float32, by whole layers.
+"""Row sparsity in trainers that compute their own loss: gradients on a GPU, in bf16, LoRA in float32, by whole layers.
 
 The CPU suite proves the same in float64 (`trainer_table`), where layers run part by part.
 """
 
 import pytest
 import torch
-import trainer_table
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sparse_unsloth.backends import whole_layer
 
+import trainer_table
 from tiny_models import COMMON
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
