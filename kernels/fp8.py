@@ -6,7 +6,9 @@ each output of the product: of its rows in ``x W'``, of its columns in ``dy W``,
 
 Bytes (bf16): rows of width K read ``2 K`` and write ``K + 4`` each; above `LARGEST_ROW` they are read twice, the second
 time from the L2 cache. A weight of ``n`` elements reads ``2 n`` (4-bit: ``n / 2 + n / blocksize``) and writes ``n``, in
-either orientation: tiles are transposed in the kernel, so that reads and writes are both of whole sectors.
+either orientation: tiles are transposed in the kernel, so that reads and writes are both of whole sectors. A 4-bit
+weight is bound by instructions, not by bytes: for sm_90, 10 an element, and 11 transposed (a look-up, its address, two
+products, half a conversion).
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ SMALLEST_AMAX = 2.0**-100
 LARGEST_ROW = 32768
 """The width up to which a program keeps a whole row in registers."""
 TILE = (32, 512)
-"""Rows and columns of a program's part of a weight that is not transposed; `TILE_TRANSPOSED` of one that is."""
+"""Rows and columns of a program's part of a 16-bit weight that is not transposed; `TILE_TRANSPOSED` of one that is."""
 TILE_TRANSPOSED = (128, 64)
+TILE_4BIT = (16, 512)
+"""The same of a 4-bit weight: 64 elements a thread in both kernels."""
+TILE_4BIT_TRANSPOSED = (256, 64)
 
 
 @triton.jit
@@ -77,57 +82,137 @@ def quantize_rows_kernel(
 
 @triton.jit
 def quantize_weight_kernel(
-    source,  # [N, K] at a row stride, or uint8 [N * K / 2] (FOUR_BIT)
-    absmax,  # this and the next four as in `sparse_unsloth.kernels.dequantize` (FOUR_BIT only)
-    code,
-    nested_code,
-    nested_absmax,
-    offset,
-    scales,  # fp32 [N], or [K] (TRANSPOSED)
+    source,  # [N, K] at a row stride
+    reciprocals,  # fp32 [N], or [K] (TRANSPOSED)
     output,  # e4m3 [N, K], or [K, N] (TRANSPOSED), at a row stride
     N,
     K,
     source_stride,
     output_stride,
-    FOUR_BIT: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
-    SPAN: tl.constexpr,  # elements in a row of the tile that share an absmax
 ):
-    i_k = tl.program_id(0) * TILE_K
     o_n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    o_k = i_k + tl.arange(0, TILE_K)
+    o_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
     m_n, m_k = o_n < N, o_k < K
     row = o_n[:, None].to(tl.int64)
-    if FOUR_BIT:
-        BLOCKS: tl.constexpr = TILE_K // SPAN
-        o_start = i_k + tl.arange(0, BLOCKS) * SPAN
-        m_block = m_n[:, None] & (o_start < K)[None, :]
-        block = (row * K + o_start[None, :]) // BLOCKSIZE  # [TILE_N, BLOCKS]
-        size = tl.load(absmax + block, mask=m_block, other=0)
-        if NESTED:
-            outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=m_block, other=0.0)
-            size = tl.load(nested_code + size.to(tl.int32)) * outer + tl.load(offset)
-        size = tl.reshape(tl.broadcast_to(size[:, :, None], (TILE_N, BLOCKS, SPAN)), (TILE_N, TILE_K))
-        o_byte = i_k // 2 + tl.arange(0, TILE_K // 2)
-        m_byte = m_n[:, None] & (2 * o_byte < K)[None, :]
-        byte = tl.load(source + row * (K // 2) + o_byte[None, :], mask=m_byte, other=0).to(tl.int32)
-        value = tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))) * size
-    else:
-        mask = m_n[:, None] & m_k[None, :]
-        value = tl.load(source + row * source_stride + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = m_n[:, None] & m_k[None, :]
+    value = tl.load(source + row * source_stride + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
     if TRANSPOSED:
-        value *= tl.div_rn(1.0, tl.load(scales + o_k, mask=m_k, other=1.0))[None, :]
+        value *= tl.load(reciprocals + o_k, mask=m_k, other=0.0)[None, :]
         at = output + o_k[:, None].to(tl.int64) * output_stride + o_n[None, :]
         tl.store(at, tl.trans(value.to(output.dtype.element_ty)), mask=m_k[:, None] & m_n[None, :])
     else:
-        value *= tl.div_rn(1.0, tl.load(scales + o_n, mask=m_n, other=1.0))[:, None]
-        at = output + row * output_stride + o_k[None, :]
-        tl.store(at, value.to(output.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
+        value *= tl.load(reciprocals + o_n, mask=m_n, other=0.0)[:, None]
+        tl.store(output + row * output_stride + o_k[None, :], value.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _absmax(absmax, nested_code, nested_absmax, offset, block, mask, NESTED_SIZE: tl.constexpr, NESTED: tl.constexpr):
+    """The absmax of blocks, in fp32; arguments as in `sparse_unsloth.kernels.dequantize`."""
+    value = tl.load(absmax + block, mask=mask, other=0)
+    if NESTED:
+        outer = tl.load(nested_absmax + block // NESTED_SIZE, mask=mask, other=0.0)
+        value = tl.load(nested_code + value.to(tl.int32)) * outer + tl.load(offset)
+    return value
+
+
+@triton.jit
+def _decoded(code, word, NUMBER: tl.constexpr):
+    """Elements NUMBER of words of eight: byte ``j`` holds element ``2j`` in its high nibble, ``2j + 1`` in its low."""
+    return tl.load(code + ((word >> (4 * (NUMBER ^ 1))) & 15))
+
+
+@triton.jit
+def _interleave(v0, v1, v2, v3, v4, v5, v6, v7):
+    """Eight tensors ``[...]`` as one, ``[..., 2, 2, 2]``: ``v6`` is ``[..., 1, 1, 0]``."""
+    return tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
+
+
+@triton.jit
+def quantize_4bit_kernel(
+    words,  # int32 [N * K / 8]: bitsandbytes' bytes, four in a word
+    absmax,  # this and the next four as in `sparse_unsloth.kernels.dequantize`
+    code,
+    nested_code,
+    nested_absmax,
+    offset,
+    reciprocals,  # fp32 [N]
+    output,  # e4m3 [N, K] at a row stride
+    N,
+    K,
+    output_stride,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    SPAN: tl.constexpr,  # elements of a block in the tile
+    TILE_N: tl.constexpr,
+    SPANS: tl.constexpr,  # of a row of the tile
+):
+    o_n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    o_span = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
+    m_n = o_n < N
+    mask = m_n[:, None] & (o_span < K // SPAN)[None, :]
+    block = o_n[:, None] * (K // BLOCKSIZE) + (o_span * SPAN // BLOCKSIZE)[None, :]
+    size = _absmax(absmax, nested_code, nested_absmax, offset, block, mask, NESTED_BLOCKSIZE, NESTED)[:, :, None]
+    reciprocal = tl.load(reciprocals + o_n, mask=m_n, other=0.0)[:, None, None]
+    row, mask = o_n[:, None].to(tl.int64), mask[:, :, None]
+    at = row * (K // 8) + (o_span * (SPAN // 8))[None, :]
+    word = tl.load(words + at[:, :, None] + tl.arange(0, SPAN // 8)[None, None, :], mask=mask, other=0)
+    value = _interleave(
+        _decoded(code, word, 0) * size * reciprocal, _decoded(code, word, 1) * size * reciprocal,
+        _decoded(code, word, 2) * size * reciprocal, _decoded(code, word, 3) * size * reciprocal,
+        _decoded(code, word, 4) * size * reciprocal, _decoded(code, word, 5) * size * reciprocal,
+        _decoded(code, word, 6) * size * reciprocal, _decoded(code, word, 7) * size * reciprocal,
+    )  # fmt: skip
+    value = tl.reshape(value, (TILE_N, SPANS, SPAN)).to(output.dtype.element_ty)
+    at = row * output_stride + (o_span * SPAN)[None, :]
+    tl.store(output + at[:, :, None] + tl.arange(0, SPAN)[None, None, :], value, mask=mask)
+
+
+@triton.jit
+def quantize_4bit_transposed_kernel(
+    words,  # as in `quantize_4bit_kernel`
+    absmax,
+    code,
+    nested_code,
+    nested_absmax,
+    offset,
+    reciprocals,  # fp32 [K]
+    output,  # e4m3 [K, N] at a row stride
+    N,
+    K,
+    output_stride,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    WORDS: tl.constexpr,  # of a row of the tile; they are of one block
+):
+    i_word = tl.program_id(0) * WORDS
+    o_word = i_word + tl.arange(0, WORDS)
+    o_n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    m_n = o_n < N
+    mask = (o_word < K // 8)[:, None] & m_n[None, :]
+    block = o_n * (K // BLOCKSIZE) + i_word * 8 // BLOCKSIZE
+    size = _absmax(absmax, nested_code, nested_absmax, offset, block, m_n, NESTED_BLOCKSIZE, NESTED)[None, :]
+    word = tl.load(words + o_n[None, :].to(tl.int64) * (K // 8) + o_word[:, None], mask=mask, other=0)
+    # The split moves words, which are read along K, to the threads that write along N: an eighth of the elements' bytes
+    # in fp32, where a transposition after decoding would move all of them.
+    even, odd = tl.split(tl.reshape(word, (WORDS, TILE_N // 8, 2, 2, 2)))
+    (even_0, even_1), (odd_0, odd_1) = tl.split(even), tl.split(odd)
+    (w0, w4), (w2, w6), (w1, w5), (w3, w7) = tl.split(even_0), tl.split(even_1), tl.split(odd_0), tl.split(odd_1)
+    at = output + (o_word * 8)[:, None].to(tl.int64) * output_stride + o_n[None, :]
+    for number in tl.static_range(8):
+        value = _interleave(
+            _decoded(code, w0, number), _decoded(code, w1, number), _decoded(code, w2, number),
+            _decoded(code, w3, number), _decoded(code, w4, number), _decoded(code, w5, number),
+            _decoded(code, w6, number), _decoded(code, w7, number),
+        )  # fmt: skip
+        reciprocal = tl.load(reciprocals + o_word * 8 + number, mask=o_word < K // 8, other=0.0)[:, None]
+        value = tl.reshape(value, (WORDS, TILE_N)) * size * reciprocal
+        tl.store(at + number * output_stride, value.to(output.dtype.element_ty), mask=mask)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,19 +228,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
-def quantize_weight(source: Tensor, quant_state, scales: Tensor, out: Tensor, transposed: bool) -> None:
-    """Writes a weight in e4m3, divided by ``scales``, into ``out``.
+def quantize_weight(source: Tensor, quant_state, reciprocals: Tensor, out: Tensor, transposed: bool) -> None:
+    """Writes a weight in e4m3, times ``reciprocals``, into ``out``.
 
     Args:
         source: ``[N, K]``, or bitsandbytes' packed storage of it where ``quant_state`` is not None; then K is a
             multiple of its blocksize.
-        scales: fp32, of each row (``[N]``), or of each column (``[K]``) where ``transposed``.
+        reciprocals: fp32, of the scale of each row (``[N]``), or of each column (``[K]``) where ``transposed``.
         out: e4m3 ``[N, K]``, or ``[K, N]`` where ``transposed``; may have a row stride.
     """
     if not source.is_cuda:
-        out.copy_(reference_quantize_weight(exact_weight(source, quant_state), scales, transposed).view(out.shape))
+        weight = exact_weight(source, quant_state)
+        out.copy_(reference_quantize_weight(weight, reciprocals, transposed).view(out.shape))
         return
-    _launch_weight(source, quant_state, scales, out, transposed)
+    _launch_weight(source, quant_state, reciprocals, out, transposed)
 
 
 def scales_of(amax: Tensor) -> Tensor:
@@ -171,9 +257,9 @@ def reference_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * scales.reciprocal()).to(FP8), scales
 
 
-def reference_quantize_weight(weight: Tensor, scales: Tensor, transposed: bool) -> Tensor:
+def reference_quantize_weight(weight: Tensor, reciprocals: Tensor, transposed: bool) -> Tensor:
     """`quantize_weight` of ``weight [N, K]``, fp32, in plain PyTorch."""
-    return (weight.t() if transposed else weight).mul(scales.reciprocal()[:, None]).to(FP8)
+    return (weight.t() if transposed else weight).mul(reciprocals[:, None]).to(FP8)
 
 
 def exact_weight(source: Tensor, quant_state) -> Tensor:
@@ -195,17 +281,21 @@ def _launch_rows(x: Tensor, q: Tensor, scales: Tensor) -> None:
         launch(quantize_rows_kernel, (n,), (x, q, scales, K, x.stride(0)), constants, warps)
 
 
-def _launch_weight(source: Tensor, quant_state, scales: Tensor, out: Tensor, transposed: bool) -> None:
+def _launch_weight(source: Tensor, quant_state, reciprocals: Tensor, out: Tensor, transposed: bool) -> None:
     if quant_state is None:
-        (N, K), stride, values = source.shape, source.stride(0), (source, None, None, None, None, None)
-        layout = {"BLOCKSIZE": 1, "NESTED_BLOCKSIZE": 1, "NESTED": False}
+        N, K = source.shape
+        rows, columns = TILE_TRANSPOSED if transposed else TILE
+        constants = {"TRANSPOSED": transposed, "TILE_N": rows, "TILE_K": columns}
+        arguments = (source, reciprocals, out, N, K, source.stride(0), out.stride(0))
+        launch(quantize_weight_kernel, (-(-K // columns), -(-N // rows)), arguments, constants, 8)
+        return
+    _, flat, scales, layout, (N, K) = dequantize._arguments(source, quant_state)
+    rows, columns = TILE_4BIT_TRANSPOSED if transposed else TILE_4BIT
+    span = min(layout["BLOCKSIZE"], columns)
+    arguments = (flat.view(torch.int32), *scales, reciprocals, out, N, K, out.stride(0))
+    if transposed:
+        constants = {**layout, "TILE_N": rows, "WORDS": span // 8}
+        launch(quantize_4bit_transposed_kernel, (-(-K // span), -(-N // rows)), arguments, constants, 8)
     else:
-        _, flat, absmax, layout, (N, K) = dequantize._arguments(source, quant_state)
-        stride, values = K, (flat, *absmax)
-    rows, columns = TILE_TRANSPOSED if transposed else TILE
-    constants = {
-        "FOUR_BIT": quant_state is not None, **layout, "TRANSPOSED": transposed, "TILE_N": rows, "TILE_K": columns,
-        "SPAN": min(layout["BLOCKSIZE"], columns),
-    }  # fmt: skip
-    arguments = (*values, scales, out, N, K, stride, out.stride(0))
-    launch(quantize_weight_kernel, (-(-K // columns), -(-N // rows)), arguments, constants, 8)
+        constants = {**layout, "SPAN": span, "TILE_N": rows, "SPANS": columns // span}
+        launch(quantize_4bit_kernel, (-(-K // columns), -(-N // rows)), arguments, constants, 4)

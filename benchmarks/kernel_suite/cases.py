@@ -99,14 +99,15 @@ def quantise(sizes: Sizes, draw: Draw) -> Iterator[Case]:
     for name, (source, state, size) in sources.items():
         for transposed in (False, True):
             scales = fp8.scales_of(fp8.exact_weight(source, state).abs().amax(0 if transposed else 1))
+            inputs = (source, state, scales.reciprocal())
             yield Case(
-                f"quantize_weight {name}{' transposed' if transposed else ''}", f"{I}x{H}", (source, state, scales),
-                lambda source, state, scales, transposed=transposed: _written(
-                    scales.new_empty((H, I) if transposed else (I, H), dtype=WRITTEN),
-                    lambda out: fp8._launch_weight(source, state, scales, out, transposed),
+                f"quantize_weight {name}{' transposed' if transposed else ''}", f"{I}x{H}", inputs,
+                lambda source, state, reciprocals, transposed=transposed: _written(
+                    reciprocals.new_empty((H, I) if transposed else (I, H), dtype=WRITTEN),
+                    lambda out: fp8._launch_weight(source, state, reciprocals, out, transposed),
                 ),
-                lambda source, state, scales, transposed=transposed: _fp8_weight_reference(
-                    source, state, scales, transposed
+                lambda source, state, reciprocals, transposed=transposed: _fp8_weight_reference(
+                    source, state, reciprocals, transposed
                 ), (size + 1) * I * H,
             )  # fmt: skip
 
@@ -122,11 +123,11 @@ def _fp8_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return q if WRITTEN == fp8.FP8 else x.float() * scales.reciprocal(), scales
 
 
-def _fp8_weight_reference(source: Tensor, state: QuantState | None, scales: Tensor, transposed: bool) -> Tensor:
-    weight, scales = fp8.exact_weight(source, state), scales.float()
+def _fp8_weight_reference(source: Tensor, state: QuantState | None, reciprocals: Tensor, transposed: bool) -> Tensor:
+    weight, reciprocals = fp8.exact_weight(source, state), reciprocals.float()
     if WRITTEN == fp8.FP8:
-        return fp8.reference_quantize_weight(weight, scales, transposed)
-    return (weight.t() if transposed else weight) * scales.reciprocal()[:, None]
+        return fp8.reference_quantize_weight(weight, reciprocals, transposed)
+    return (weight.t() if transposed else weight) * reciprocals[:, None]
 
 
 @kernel

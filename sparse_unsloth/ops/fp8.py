@@ -29,10 +29,10 @@ GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))
 
 @dataclass(frozen=True)
 class Fp8Scales:
-    """The scales of weights ``[N_i, K]``, one below the other, as `quantize_weight` takes them.
+    """The scales of weights ``[N_i, K]``, one below the other, and their reciprocals, which `quantize_weight` takes.
 
     Attributes:
-        rows: fp32 ``[sum of N_i]``, of their rows; ``columns``: fp32 ``[K]``, of their columns all together.
+        rows: fp32 ``[2, sum of N_i]``, of their rows; ``columns``: fp32 ``[2, K]``, of their columns all together.
         source: what they were computed of.
     """
 
@@ -52,12 +52,13 @@ def fp8_scales(bases: Sequence[BaseWeight]) -> Fp8Scales:
             magnitudes = exact_weight(base.weight, base.quant_state).abs()
             rows.append(magnitudes.amax(1))
             columns = magnitudes.amax(0) if columns is None else torch.maximum(columns, magnitudes.amax(0))
-        known = kept["_sparse_fp8_scales"] = Fp8Scales(scales_of(torch.cat(rows)), scales_of(columns), source)
+        both = [torch.stack((scales, scales.reciprocal())) for scales in map(scales_of, (torch.cat(rows), columns))]
+        known = kept["_sparse_fp8_scales"] = Fp8Scales(*both, source)
     return known
 
 
 def scale_tensors(projections: Sequence[Projection]) -> list[Tensor]:
-    """The scales that products with q, k, v, o, gate, up and down read."""
+    """The scales, and their reciprocals, that products with q, k, v, o, gate, up and down read."""
     found = [fp8_scales([one.base for one in projections[first:end]]) for first, end in GROUPS]
     return [tensor for scales in found for tensor in (scales.rows, scales.columns)]
 
@@ -101,9 +102,11 @@ class Fp8Stack:
             ends = list(accumulate(base.shape[0] for base in self.bases))
             for base, end in zip(self.bases, ends, strict=True):
                 part = slice(end - base.shape[0], end)
-                out, of_part = (whole[:, part], scales.columns) if of_gradient else (whole[part], scales.rows[part])
-                quantize_weight(base.weight.detach(), base.quant_state, of_part, out, of_gradient)
-            self._operands[of_gradient] = whole, scales.columns if of_gradient else scales.rows
+                out, reciprocals = whole[part], scales.rows[1, part]
+                if of_gradient:
+                    out, reciprocals = whole[:, part], scales.columns[1]
+                quantize_weight(base.weight.detach(), base.quant_state, reciprocals, out, of_gradient)
+            self._operands[of_gradient] = whole, (scales.columns if of_gradient else scales.rows)[0]
         return self._operands[of_gradient]
 
 

@@ -59,10 +59,10 @@ def test_weights(shape, form, transposed):
     if form is not None:
         source, state = quantize_4bit(source, quant_type=form[0], compress_statistics=form[1], blocksize=form[2])
     exact = kernels.exact_weight(source, state)
-    scales = kernels.scales_of(exact.abs().amax(0 if transposed else 1))
-    expected = kernels.reference_quantize_weight(exact, scales, transposed)
+    reciprocals = kernels.scales_of(exact.abs().amax(0 if transposed else 1)).reciprocal()
+    expected = kernels.reference_quantize_weight(exact, reciprocals, transposed)
     found = torch.zeros(expected.shape[0], expected.shape[1] + 32, dtype=torch.uint8, device="cuda").view(kernels.FP8)
-    kernels.quantize_weight(source, state, scales, found[:, 16:-16], transposed)
+    kernels.quantize_weight(source, state, reciprocals, found[:, 16:-16], transposed)
     differ = (bits(found[:, 16:-16]) != bits(expected)).float().mean().item()
     # A GPU fuses the nested scale's multiply and add, so a value may be rounded the other way.
     assert differ <= (1e-4 if form is not None and form[1] else 0)

@@ -148,8 +148,8 @@ def compile_fp8() -> None:
             source, state = quantize_4bit(source, quant_type=form[0], compress_statistics=form[1], blocksize=form[2])
         for transposed in (False, True):
             out = torch.empty((128, 96) if transposed else (64, 128), dtype=fp8.FP8)
-            scales = torch.empty(128 if transposed else 64)
-            fp8._launch_weight(source, state, scales, out[:, 32:] if transposed else out, transposed)
+            reciprocals = torch.empty(128 if transposed else 64)
+            fp8._launch_weight(source, state, reciprocals, out[:, 32:] if transposed else out, transposed)
 
 
 def compile_lora() -> None:

@@ -62,19 +62,26 @@ def weight(shape, form):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("form", [None, ("nf4", True, 64), ("fp4", False, 64), ("nf4", True, 128)], ids=str)
-@pytest.mark.parametrize("shape", [(48, 128), (130, 640)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((48, 128), None), ((130, 640), None), ((48, 128), ("nf4", True, 64)), ((130, 640), ("nf4", True, 64)),
+        ((130, 640), ("fp4", False, 64)), ((48, 128), ("nf4", True, 128)), ((18, 2048), ("nf4", True, 1024)),
+        ((280, 96), ("nf4", False, 32)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_weights(shape, form, transposed):
     source, state = weight(shape, form)
     exact = fp8.exact_weight(source, state)
-    scales = fp8.scales_of(exact.abs().amax(0 if transposed else 1))
-    expected = (exact.t() if transposed else exact) * scales.reciprocal()[:, None]
+    reciprocals = fp8.scales_of(exact.abs().amax(0 if transposed else 1)).reciprocal()
+    expected = (exact.t() if transposed else exact) * reciprocals[:, None]
     wide = torch.full((expected.shape[0], expected.shape[1] + 3), NAN)
-    fp8._launch_weight(source, state, scales, wide[:, 2:-1], transposed)
+    fp8._launch_weight(source, state, reciprocals, wide[:, 2:-1], transposed)
     assert torch.equal(wide[:, 2:-1], expected)
     assert wide[:, (0, 1, -1)].isnan().all()
     q = torch.empty(expected.shape, dtype=fp8.FP8)
-    fp8.quantize_weight(source, state, scales, q, transposed)
+    fp8.quantize_weight(source, state, reciprocals, q, transposed)
     assert torch.equal(q.view(torch.uint8), expected.to(fp8.FP8).view(torch.uint8))
 
 
