@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -18,6 +18,24 @@ from sparse_unsloth.ops.decoder_layer import LayerPlan, lora_tensors_of
 from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection, read_projection, watch_projection
 from sparse_unsloth.utils.watch import Watch
+
+KNOWN_ADAPTERS = 4
+"""Of how many adapters a layer remembers what it read: DPO switches between two in each step."""
+
+
+@dataclass
+class _KnownProjections:
+    """What a layer read of its projections under one adapter.
+
+    Attributes:
+        others, tensors: the two watches of `watch_projection`.
+        version: of the model's adapters when it was last used.
+    """
+
+    projections: list[Projection]
+    others: Watch
+    tensors: Watch
+    version: int | None
 
 
 class FastLayer:
@@ -35,9 +53,8 @@ class FastLayer:
         self.spec = read_spec(layer)
         _refuse_slow(self.spec, layer)
         self.returns_tuple = False
-        self._known: list[Projection] | None = None
-        self._watch = self._tensors = self._norms_watch = Watch()
-        self._version: int | None = None
+        self._known: list[_KnownProjections] = []
+        self._norms_watch = Watch()
         self._present: tuple[list[Norm | None] | None, LayerSpec] | None = None
         self._weights: tuple[tuple, list[Tensor], tuple] | None = None
         self._norms = place_norms({name: part for name, part in layer.module.named_children() if name.endswith("norm")})
@@ -94,21 +111,24 @@ class FastLayer:
         """q, k, v, o, gate, up, down; None if only the layer's own forward computes one (merged, disabled, several).
 
         Args:
-            version: of the model's adapters (`SparsityState.adapter_version`): where it is that of the last call,
-                weights, LoRA's matrices and scales alone are compared with what was read then. None: everything is.
+            version: of the model's adapters (`SparsityState.adapter_version`): where something was read under it,
+                weights, LoRA's matrices and scales alone are compared with what was read. None: everything is.
         """
-        same = version is not None and version == self._version
-        if self._known is not None and self._tensors.holds() and (same or self._watch.holds()):
-            self._version = version
-            return self._known
+        for place, known in enumerate(self._known):
+            same = version is not None and version == known.version
+            if known.tensors.holds() and (same or known.others.holds()):
+                known.version = known.version if version is None else version
+                if place:
+                    self._known.insert(0, self._known.pop(place))
+                return known.projections
         read = [read_projection(module) for module in self._projections]
         if None in read:
-            self._known = None
             return None
-        self._watch, self._tensors, self._version = Watch(), Watch(), version
-        watches = self._watch, self._tensors
-        watched = [watch_projection(*watches, *one) for one in zip(self._projections, read, strict=True)]
-        self._known = read if all(watched) else None
+        known = _KnownProjections(read, Watch(), Watch(), version)
+        watches = known.others, known.tensors
+        self._known = [one for one in self._known if not one.others.holds()]  # their weights were replaced
+        if all(watch_projection(*watches, *one) for one in zip(self._projections, read, strict=True)):
+            self._known = [known, *self._known][:KNOWN_ADAPTERS]
         return read
 
     def weights(self, plan: LayerPlan, spec: LayerSpec) -> tuple[list[Tensor], tuple]:
@@ -134,7 +154,7 @@ class FastLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read: a copy reads its own modules."""
-        return {**self.__dict__, "_known": None, "_present": None, "_weights": None}
+        return {**self.__dict__, "_known": [], "_present": None, "_weights": None}
 
 
 def why_not_fast(layer: DecoderLayer) -> str:

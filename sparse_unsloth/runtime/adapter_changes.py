@@ -1,11 +1,13 @@
 """Checks before each forward whether the adapters are still those that attaching proved.
 
-Where they changed, `why_dense` repeats the checks of attaching.
+Where they changed, `why_dense` repeats the checks of attaching. It remembers a few sets of adapters, since some
+trainers switch them in each step (TRL's DPO runs its reference under another adapter, or under none).
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,25 @@ from sparse_unsloth.runtime.state import LayerRuntime, SparsityState
 from sparse_unsloth.utils.watch import Watch
 
 REATTACH = "Call detach(model), then attach it again."
+KNOWN_ADAPTERS = 4
+"""How many sets of adapters are remembered."""
+
+
+@dataclass(frozen=True)
+class KnownAdapters:
+    """A set of adapters that was checked.
+
+    Attributes:
+        watch: whether they are the present ones.
+        read: the result of `_adapters`.
+        problem: why a forward under them must be dense; "" where it need not.
+        version: a number that no other set has.
+    """
+
+    watch: Watch
+    read: list[Any]
+    problem: str
+    version: int
 
 
 def refuse_adapters(state: SparsityState) -> None:
@@ -29,23 +50,37 @@ def refuse_adapters(state: SparsityState) -> None:
 
 def note_proved(state: SparsityState) -> None:
     """Notes the present adapters as those that attaching proved."""
-    state.proved_adapters = state.seen_adapters = _adapters(state)
-    state.adapter_watch = _watch_adapters(state)
+    state.proved_adapters, state.known_adapters = _adapters(state), []
+    _remember(state, state.proved_adapters, "")
 
 
 def why_dense(state: SparsityState) -> str:
-    """Why this forward must run the model's attributes functions everywhere; "" where it need not.
+    """Why this forward must leave nothing out and replace nothing; "" where it need not.
 
-    The checks of attaching are repeated only where the adapters of a hooked layer changed since the last forward.
+    The checks of attaching are repeated only for adapters that were not checked before.
     """
-    if not state.adapter_watch.holds():
-        adapters = _adapters(state)
-        if adapters != state.seen_adapters:
-            state.seen_adapters = adapters
-            state.adapter_problem = "" if adapters == state.proved_adapters else _problem(state)
-        state.adapter_watch = _watch_adapters(state)
-        state.adapter_version += 1
-    return state.adapter_problem
+    known = state.known_adapters
+    for place, one in enumerate(known):
+        if one.watch.holds():
+            known.insert(0, known.pop(place))
+            state.adapter_version = one.version
+            return one.problem
+    adapters = _adapters(state)
+    if adapters == state.proved_adapters:
+        problem = ""
+    else:
+        problem = next((one.problem for one in known if one.read == adapters), None)
+        problem = _problem(state) if problem is None else problem
+    known[:] = [one for one in known if one.read != adapters]  # they would keep replaced weights alive
+    _remember(state, adapters, problem)
+    return problem
+
+
+def _remember(state: SparsityState, adapters: list[Any], problem: str) -> None:
+    state.last_adapter_version += 1
+    state.adapter_version = state.last_adapter_version
+    state.known_adapters.insert(0, KnownAdapters(_watch_adapters(state), adapters, problem, state.adapter_version))
+    del state.known_adapters[KNOWN_ADAPTERS:]
 
 
 def _adapters(state: SparsityState) -> list[Any]:

@@ -35,7 +35,6 @@ from sparse_unsloth.runtime.gradients import FirstBackward, LossRows
 from sparse_unsloth.runtime.handing import Handing
 from sparse_unsloth.tokens.partition import EVERY_TOKEN_BEARS_LOSS, ROLES_COME_FROM, TokenPartition
 from sparse_unsloth.utils.distributed import has_group, is_main, world_size
-from sparse_unsloth.utils.watch import Watch
 
 logger = logging.getLogger("sparse_unsloth")
 
@@ -82,7 +81,7 @@ class SparsityState:
         adapter_folder: where the adapter was loaded from; None for a new one.
         observer: collects what `explain` reports (`SparsityConfig.explain_steps`).
         projections: those of each layer when it was attached, by index.
-        proved_adapters, seen_adapters, adapter_watch, adapter_version, adapter_problem: see `adapter_changes`.
+        proved_adapters, known_adapters, adapter_version, last_adapter_version: see `adapter_changes`.
         inside: whether a forward of the model is running.
         driver: what sets the step (the callback, say); None outside training.
         graphs: the CUDA graphs of `SparsityConfig.cuda_graphs`; None without. ``last_shape``: of the last training
@@ -128,8 +127,8 @@ class SparsityState:
         self.uncompiled: dict[int, Any] = {}
         self.last_layer: LayerRuntime | None = None
         self.projections = {layer.index: tuple(layer.projections().values()) for layer in layers}
-        self.proved_adapters, self.seen_adapters = [], []
-        self.adapter_watch, self.adapter_version, self.adapter_problem = Watch(), 0, ""
+        self.proved_adapters, self.known_adapters = [], []
+        self.adapter_version = self.last_adapter_version = 0
         self.inside = self.sparse_prefill = self.shared = self.gradients_seen = self._verified = False
         self.driver: object | None = None
         self.prefill_handles: list[RemovableHandle] = []

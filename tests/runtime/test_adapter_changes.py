@@ -15,6 +15,9 @@ from torch import nn
 import sparse_unsloth
 from sparse_unsloth import FastSparseLanguageModel, attach, detach, get_state
 from sparse_unsloth.errors import AttachError, SparsityError
+from sparse_unsloth.layer import fast as fast_layer
+from sparse_unsloth.layer.fast import FastLayer
+from sparse_unsloth.runtime import adapter_changes
 
 from tiny_models import always, make_base, make_batch, make_lora
 from unsloth_stand_in import StandIn, slots
@@ -233,6 +236,64 @@ def test_an_inactive_adapter_hinders_nothing():
         attach(model, EXACT[kind])
         assert_same(step(model), step(plain))
         assert get_state(model).ran == get_state(model).expected_parts()
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_adapters_that_are_switched_in_each_step_are_checked_once(kind, monkeypatch):
+    plain, model = make_lora(), make_lora()
+    for each in (plain, model):
+        beside(each).set_adapter("default")
+    attach(model, EXACT[kind])
+    checked = []
+    for function in ("_watch_adapters", "_problem"):
+        own = getattr(adapter_changes, function)
+        monkeypatch.setattr(adapter_changes, function, lambda state, own=own: checked.append(own) or own(state))
+    for _ in range(3):
+        for each in ("default", "other"):
+            model.set_adapter(each)
+            plain.set_adapter(each)
+            assert_same(step(model), step(plain))
+        with model.disable_adapter(), plain.disable_adapter(), torch.no_grad():
+            torch.testing.assert_close(model(**make_batch()).loss, plain(**make_batch()).loss)
+    assert len(checked) == 4  # the other adapter and none, once each
+    assert len(get_state(model).known_adapters) == 3
+
+
+def test_replaced_weights_are_not_kept_alive():
+    model = make_lora()
+    attach(model, EXACT["rows"])
+    layer = get_state(model).layers[0]
+    fast, base, old = FastLayer(layer), layer.self_attn.q_proj.get_base_layer(), []
+    for number in range(5):
+        step(model)
+        read = fast.projections(number)
+        assert read is fast.projections(number)
+        assert read[0].base.weight is base.weight
+        old.append(weakref.ref(base.weight))
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # as FSDP does
+        del read
+    step(model), fast.projections(5)
+    gc.collect()
+    assert [one() for one in old[1:]] == [None] * 4  # the first is that of attaching: the layer's spec has it
+
+
+def test_a_layer_reads_each_adapter_once(monkeypatch):
+    model = make_lora()
+    beside(model).set_adapter("default")
+    attach(model, EXACT["rows"])
+    fast, read = FastLayer(get_state(model).layers[0]), []
+    own = fast_layer.read_projection
+    monkeypatch.setattr(fast_layer, "read_projection", lambda module: read.append(module) or own(module))
+    for version in (1, 2, 1, 2, None, 3):
+        name = "other" if version == 2 else "default"
+        model.set_adapter(name)
+        found = fast.projections(version)
+        module = get_state(model).layers[0].mlp.up_proj
+        assert found[5].lora.A is module.lora_A[name].weight
+        assert found[5].lora.scale == module.scaling[name]
+    assert len(read) == 14  # seven of each
+    fast._projections[5].scaling["default"] = 9.0
+    assert fast.projections(3)[5].lora.scale == 9.0
 
 
 def test_a_trainer_takes_adapters_that_the_sparse_functions_do_not_compute(tmp_path):
