@@ -1,8 +1,27 @@
 import itertools
+import os
 
 import pytest
+import torch
 
-from sparse_unsloth.bench.trial import DTYPES, combinations, parse
+from sparse_unsloth import attach, get_state
+from sparse_unsloth.bench.trial import (
+    DTYPES,
+    MODES,
+    TrialError,
+    _check_rows,
+    combinations,
+    noted_rows,
+    parse,
+    step,
+)
+from sparse_unsloth.ops import stored_rows
+from sparse_unsloth.ops.dispatch import VARIABLE
+from sparse_unsloth.rows.choice import RowChoice
+
+from tiny_models import make_batch
+from unsloth_stand_in import StandIn
+from whole_layers import make_model, small_batch
 
 CHOSEN = {
     "unsloth": ("unsloth,True,False", "padded,padding-free,packed"),
@@ -29,3 +48,33 @@ def test_in_every_other_combination_any_two_values_meet(backend):
 def test_processes_of_one_dtype_each_try_the_same():
     apart = [kind for dtype in DTYPES for kind in combinations_of("unsloth", "--every-other", "--dtypes", dtype)]
     assert apart == combinations_of("unsloth", "--every-other")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here; tests/gpu covers it")
+@pytest.mark.parametrize("fault", ["", "saved rows", "chosen rows", "half a gradient", "a layer less"])
+def test_rows_by_whole_layers_are_compared_with_the_models_own_code(fault, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    model, batch = make_model(StandIn(monkeypatch)), small_batch(lambda lengths: make_batch(lengths=((9, 6), (7, 5))))
+    attach(model, {**MODES["rows"][1], "exact_removal": False})
+    tokens, chosen = batch["input_ids"].numel(), []
+    with monkeypatch.context() as patch:
+        if fault == "saved rows":
+            own = stored_rows.gather
+            patch.setattr(stored_rows, "gather", lambda tensors, rows: own(tensors, (rows + 1) % tokens))
+        if fault == "chosen rows":
+            own = RowChoice.select
+            patch.setattr(RowChoice, "select", lambda self, gradient: own(self, 1 / gradient.norm(dim=1, keepdim=True)))
+        with noted_rows(chosen):
+            ours = step(model, batch)
+    if fault == "half a gradient":
+        ours = ours[0], {name: gradient / 2 for name, gradient in ours[1].items()}
+    if fault == "a layer less":
+        chosen = chosen[:-1]
+    assert len(chosen) == 3 - (fault == "a layer less")
+    if fault:
+        with pytest.raises(TrialError, match="model's own code"):
+            _check_rows(model, batch, ours, chosen, 3)
+    else:
+        assert _check_rows(model, batch, ours, chosen, 3) < 1e-5
+        assert get_state(model).ran == get_state(model).expected_parts()
+    assert os.environ[VARIABLE] == "triton"

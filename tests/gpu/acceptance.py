@@ -122,12 +122,15 @@ def table(outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list
             bad = sum(bool(why) for _, why in found)
             refused = sum(trial.verdict == "refused" for trial, _ in found)
             errors = [trial.gradient_error for trial, _ in found if trial.gradient_error is not None]
+            errors_of_rows = [trial.rows_error for trial, _ in found if trial.rows_error is not None]
             last = found[-1][0] if found else None
             layers = ""
             if last and last.verdict == "ok" and last.whole:
                 layers = f", {last.whole} of {last.layers} whole" + f", {last.captured} captured" * bool(last.captured)
             word = f"{len(found) - bad} of {len(found)}" + (" refused" if refused and not bad else "")
-            words.append(f"{word}{layers}" + (f", {max(errors):.1e}" if errors else "") if found else "-")
+            word += layers + (f", {max(errors):.1e}" if errors else "")
+            word += f", rows {max(errors_of_rows):.1e}" if errors_of_rows else ""
+            words.append(word if found else "-")
         failures += [(name, trial, why) for trial, why in cells["plain"] if why]
         lines.append(f"| {name} | {' | '.join(words)} |")
         if len(trials) < expected[name]:
@@ -245,7 +248,8 @@ def main() -> int:
         "",
         "In each cell: trials that passed (dtypes x checkpointing x layouts), layers as a whole and in CUDA graphs, "
         "and the largest relative error of all gradients with nothing left out against the same model before "
-        "attaching.",
+        "attaching; of rows also that of gradients through a quarter of the context tokens, against the same rows by the "
+        "model's own code.",
     ]
     text, failures = table(outcomes, {name: count_trials(words[name]) for name in outcomes}, head)
     args.out.mkdir(parents=True, exist_ok=True)
