@@ -248,8 +248,8 @@ def main() -> int:
         "",
         "In each cell: trials that passed (dtypes x checkpointing x layouts), layers as a whole and in CUDA graphs, "
         "and the largest relative error of all gradients with nothing left out against the same model before "
-        "attaching; of rows also that of gradients through a quarter of the context tokens, against the same rows by the "
-        "model's own code.",
+        "attaching; of rows also that of gradients through a quarter of the context tokens, against the same rows by "
+        "the model's own code.",
     ]
     text, failures = table(outcomes, {name: count_trials(words[name]) for name in outcomes}, head)
     args.out.mkdir(parents=True, exist_ok=True)
