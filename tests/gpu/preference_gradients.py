@@ -5,14 +5,16 @@
 
 DPO by rows learnt at a third of dense training's pace on a GPU, and at nine tenths of it on a CPU
 (benchmarks/results/preferences-notes.md). Each line is one way to compute the gradient of LoRA on the same batches and
-weights: cosine with the dense gradient, ratio of norms, and the least cosine of one kind of matrix. With every row kept
-a way that is right has cosine 1; hooks are what ran on the CPU. Weights are those after some dense steps.
+weights: the loss, cosine with the dense gradient, ratio of norms, and the least cosine of one kind of matrix. With
+every row kept a way that is right has cosine 1; hooks are what ran on the CPU. Weights are those after some dense
+steps. ``matrices.json`` under --out has the cosine and the ratio of norms of each matrix.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -28,11 +30,13 @@ from sparse_unsloth.ops.dispatch import VARIABLE
 
 BATCH, STEPS, BATCHES = 16, 10, 2
 WAYS = (
-    ("hooks, a quarter", "torch", 0.25),
-    ("whole, a quarter", "auto", 0.25),
-    ("whole, every row", "auto", 1 - 1e-9),
-    ("hooks, every row", "torch", 1 - 1e-9),
+    ("hooks, a quarter", "torch", 0.25, True),
+    ("whole, a quarter", "auto", 0.25, True),
+    ("whole, a quarter, backward in the main thread", "auto", 0.25, False),
+    ("whole, every row", "auto", 1 - 1e-9, True),
+    ("hooks, every row", "torch", 1 - 1e-9, True),
 )
+"""What computes the layers, the share of context tokens, and whether autograd has threads of its own."""
 Gradients = dict[str, torch.Tensor]
 
 
@@ -53,16 +57,27 @@ def supervised(bench: preferences.Bench, model: torch.nn.Module, folder: str) ->
     )
 
 
-def gradients(trainer: Any, batches: Sequence[Any]) -> Gradients:
-    """The sum over the batches, as the trainer computes it."""
-    model = trainer.model.train()
+def gradients(trainer: Any, batches: Sequence[Any]) -> tuple[float, Gradients]:
+    """The sum over the batches, as the trainer computes it: the loss, and the gradients."""
+    model, total = trainer.model.train(), 0.0
     model.zero_grad()
     for batch in batches:
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
         trainer.accelerator.backward(loss)
+        total += loss.item()
     found = {name: one.grad.double() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
+    return total, found
+
+
+def by_matrix(ours: Gradients, dense: Gradients) -> dict[str, tuple[float, float]]:
+    """By matrix, the cosine and the ratio of norms."""
+    found = {}
+    for name, expected in dense.items():
+        norms = ours[name].norm().item(), expected.norm().item()
+        dot = (ours[name] * expected).sum().item()
+        found[name] = dot / max(norms[0] * norms[1], 1e-300), norms[0] / max(norms[1], 1e-300)
     return found
 
 
@@ -94,6 +109,7 @@ def main() -> None:
     given = {"tiny": False, "test": 32, "processes": 1, "batch": arguments.batch, "steps": arguments.steps}
     settings = argparse.Namespace(**given, model=arguments.model, data=arguments.data, out=arguments.out)
     bench = preferences.Bench(settings)
+    matrices: dict[str, dict[str, tuple[float, float]]] = {}
     for task in ("sft", "dpo"):
         model = bench.model("dpo", "dense", 0)
         with tempfile.TemporaryDirectory() as folder:
@@ -104,15 +120,19 @@ def main() -> None:
             trainer.train()
             loader = iter(trainer.get_train_dataloader())
             batches = [next(loader) for _ in range(BATCHES)]
-            dense = gradients(trainer, batches)
-            print(f"{task}: dense again: {compared(gradients(trainer, batches), dense)}", flush=True)
-            for way, kernels, share in WAYS:
+            loss, dense = gradients(trainer, batches)
+            again, found = gradients(trainer, batches)
+            print(f"{task}: dense: loss {loss:.5f}; again {again:.5f}, {compared(found, dense)}", flush=True)
+            for way, kernels, share, threads in WAYS:
                 os.environ[VARIABLE] = kernels
-                with contextlib.ExitStack() as attached:
+                with contextlib.ExitStack() as attached, torch.autograd.set_multithreading_enabled(threads):
                     attach(model, {"backward_rows": share})
                     attached.callback(detach, model)
-                    print(f"{task}: {way}: {compared(gradients(trainer, batches), dense)}", flush=True)
+                    loss, found = gradients(trainer, batches)
+                print(f"{task}: {way}: loss {loss:.5f}, {compared(found, dense)}", flush=True)
+                matrices[f"{task}: {way}"] = by_matrix(found, dense)
             os.environ.pop(VARIABLE)
+    (arguments.out / "matrices.json").write_text(json.dumps(matrices))
 
 
 if __name__ == "__main__":
