@@ -259,14 +259,79 @@ def test_step_times_are_those_of_the_results(name):
     assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
 
 
-def test_the_training_of_the_readme_is_that_of_the_results():
+def wrong_training(page: str) -> list[str]:
+    """The figures of the README's whole training that the results do not show."""
     with (RESULTS / "end_to_end.csv").open(newline="", encoding="utf-8") as file:
         cells = {row["arm"]: row for row in csv.DictReader(file) if row["run"] == "2026-12-01T00:45:00+00:00 vm"}
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
-    shown = re.search(r"`auto` reached ([\d,]+) tokens .*? reached ([\d,]+): \[([\d.]+)x\]", text).groups()
     ours, best = cells["ours-auto"], cells["unsloth-padded+no-checkpointing"]
-    figures = (ours["tokens_per_s"], best["tokens_per_s"], ours["over_best_arm"])
-    assert all(rounded(one.replace(",", ""), value) for one, value in zip(shown, figures, strict=True))
+    pattern = (
+        r"for (\d+) steps after (\d+): `auto` reached ([\d,]+) tokens a second .*? in ([\d.]+) GiB, .*? reached "
+        r"([\d,]+) in ([\d.]+) GiB: \[([\d.]+)x\].*? loss was higher \(([\d.]+) against ([\d.]+)\)"
+    )
+    shown = re.search(pattern, page.replace("\n", " ")).groups()
+    steps = int(ours["steps"]) - int(ours["warmup_steps"]), int(ours["warmup_steps"])
+    figures = (
+        *map(str, steps), ours["tokens_per_s"], ours["peak_gib"], best["tokens_per_s"], best["peak_gib"],
+        ours["over_best_arm"], ours["final_loss"], best["final_loss"],
+    )  # fmt: skip
+    return [one for one, value in zip(shown, figures, strict=True) if not rounded(one.replace(",", ""), value)]
+
+
+def test_the_training_of_the_readme_is_that_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert wrong_training(text) == []
+    for right, wrong in (("31.1 GiB", "13.1 GiB"), ("9,353", "9,853"), ("12 steps after 12", "24 steps after 12")):
+        assert right in text
+        assert len(wrong_training(text.replace(right, wrong))) == 1
+
+
+def rows_of(folder: str, **wanted: str) -> list[dict[str, str]]:
+    with (RESULTS / folder / "speed.csv").open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if all(row[name] in value for name, value in wanted.items())]
+
+
+def wrong_ranges(page: str) -> list[str]:
+    """The figures of the README's sentences on memory and of its table of gains that the results do not show."""
+    text = page.replace("\n", " ")
+    large = {"shape": ("wizardlm", "math10k", "codefeedback")}
+    stock = rows_of("unsloth-2026.10.9", arm=("stock",), **large)
+    best = rows_of("unsloth-2026.10.9", arm=("no-checkpointing", "skip-max"), **large)
+    checkpointed = {"method": ("dense-graphs", "rows-25-graphs"), "checkpointing": ("unsloth",)}
+    ours = [row for folder in ("unsloth-2026.10.9", "one-layer") for row in rows_of(folder, **checkpointed, **large)]
+    rows = [row for row in ours if row["method"] == "rows-25-graphs"]
+    dense = [
+        row for row in ours if row["method"] == "dense-graphs" and row["best_arm"] in ("no-checkpointing", "skip-max")
+    ]
+    kept = rows_of(
+        "one-layer", method=("dense-graphs", "rows-25-graphs"), checkpointing=("False",), shape=("wizardlm",)
+    )
+    kept_dense = [row for row in kept if row["method"] == "dense-graphs" and row["over_best_arm"]]
+
+    def ends(found: list[dict[str, str]], column: str) -> tuple[float, float]:
+        values = [float(row[column]) for row in found if row[column]]
+        return min(values), max(values)
+
+    claims = (  # what the page says, and the least and the largest that was measured
+        (r"at 8,192 tokens ([\d.]+) GiB, where stock", (ends(ours, "peak_gib")[1],)),
+        (r"where stock takes ([\d.]+) and the best arm", (ends(stock, "peak_gib")[1],)),
+        (r"and the best arm (\d+)\.", (ends(best, "peak_gib")[0],)),
+        (r"Nothing recomputed takes (\d+)\.", (ends(kept, "peak_gib")[1],)),
+        (r"([\d.]+x to [\d.]+x) over stock at 8,192 tokens", ends(rows, "over_stock")),
+        (r"at 8,192 tokens, in ([\d.]+ GiB against [\d.]+);", (ends(rows, "peak_gib")[1], ends(stock, "peak_gib")[1])),
+        (r"([\d.]+)x over Unsloth's best arm without checkpointing", (ends(kept_dense, "over_best_arm")[1],)),
+        (r"without checkpointing; ([\d.]+x to [\d.]+x) of it with", ends(dense, "over_best_arm")),
+    )  # fmt: skip
+    found = [(re.search(pattern, text)[1], values) for pattern, values in claims]
+    return [shown for shown, values in found if not rounded(shown, *values)]
+
+
+def test_the_gains_and_memory_of_the_readme_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert wrong_ranges(text) == []
+    changes = (("1.3x to 1.6x", "1.3x to 1.9x"), ("stock takes 7.6", "stock takes 8.6"), ("best arm 36", "best arm 63"))
+    for right, wrong in changes:
+        assert right in text
+        assert len(wrong_ranges(text.replace(right, wrong))) == 1
 
 
 def test_the_picture_of_the_readme_shows_its_table():

@@ -28,8 +28,8 @@ WITHOUT = (
 )
 
 OWN_LOSSES = (
-    "row sparsity in DPO fell behind dense training of equal cost on a small model, and in GRPO gained nothing "
-    "(benchmarks/results/preferences.md); other losses were not measured."
+    "row sparsity in DPO fell behind dense training of equal cost on a GPU, for a reason that is not found yet, and in "
+    "GRPO gained nothing (benchmarks/results/preferences-notes.md); other losses were not measured."
 )
 
 
