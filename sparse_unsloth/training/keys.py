@@ -66,7 +66,7 @@ def recipe_keys() -> dict[str, Key]:
         "peft",
         Literal[tuple(PEFT_METHODS)] | None,
         None,
-        "lora, qlora (sets load_in_4bit) or dora (sets use_dora, and trains densely: it has no exact sparse path).",
+        "lora, qlora (sets load_in_4bit) or dora (sets use_dora, and trains densely, as the published baseline).",
         "sparse_unsloth",
     )
     keys["rank"] = Key(

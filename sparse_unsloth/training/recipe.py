@@ -191,7 +191,7 @@ def _apply_peft(document: Document, values: dict[str, Any], sparsity: SparsityCo
         return sparsity
     if sparsity.is_auto:
         return SparsityConfig(preset="dense")
-    logger.warning("peft: dora: it has no exact sparse path, so it is trained densely, as the published baseline.")
+    logger.warning("peft: dora: the published baseline, so it is trained densely; row sparsity takes use_dora: true.")
     return sparsity.whole_rows().model_copy(update={"preset": "dense", "mlp": {}, "self_attn": {}})
 
 
