@@ -123,6 +123,27 @@ def test_a_second_backward_computes_attention(stand_in, recorder, graphs):
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["uncaptured", "captured"])
+def test_two_forwards_before_their_backwards(stand_in, recorder, graphs):
+    """Each has its own, also where both replay the same graphs."""
+    model, batch = checkpointed(stand_in, "reentrant"), make_batch(lengths=LENGTHS)
+    batches = [batch, other_rows(batch)]
+    attach_keeping(model, SPARSITY["rows"], cuda_graphs=graphs)
+    for _ in range(2):
+        found = [loss_and_gradients(model, one)[1] for one in batches]
+    for order in (0, 1), (1, 0):
+        model.zero_grad()
+        losses = [model(**one).loss for one in batches]
+        with Kernels() as kernels:
+            for number in order:
+                losses[number].backward()
+        assert kernels.calls["forward"] == 0
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, found[0][name] + found[1][name])
+    assert (recorder.replayed > 0) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["uncaptured", "captured"])
 def test_a_planted_fault_is_found(stand_in, recorder, monkeypatch, graphs):
     """What the recompute gets must be what this step's first forward gave."""
     model, batch = checkpointed(stand_in, "reentrant"), make_batch(lengths=LENGTHS)
