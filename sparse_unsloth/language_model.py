@@ -12,10 +12,12 @@ from torch import nn
 
 from sparse_unsloth.attachment import attach, get_state, why_unplanned
 from sparse_unsloth.backends.choose import BackendName, choose_backend, load_backend
+from sparse_unsloth.backends.peft import loading as peft_loading
 from sparse_unsloth.config.removed import AUTO_WAS_CALIBRATED
 from sparse_unsloth.config.sparsity import CONFIG_NAME, SparsityConfig
 from sparse_unsloth.errors import BackendError, CalibrationError, ConfigError, SparsityError
 from sparse_unsloth.runtime import prefill
+from sparse_unsloth.utils.arguments import check_folder, check_length, check_lora, check_names, why_not_found
 from sparse_unsloth.utils.distributed import from_main, has_group, is_main, world_size
 from sparse_unsloth.utils.saved_adapters import check_targets, find_adapter, load_whole
 
@@ -23,6 +25,7 @@ logger = logging.getLogger("sparse_unsloth")
 
 Sparsity = SparsityConfig | Mapping[str, Any] | str | Path | None
 
+HUB = ("token", "revision", "trust_remote_code")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -36,7 +39,7 @@ class FastSparseLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str = "unsloth/Llama-3.2-1B-Instruct",
-        max_seq_length: int = 2048,
+        max_seq_length: int | None = 2048,
         dtype: torch.dtype | None = None,
         load_in_4bit: bool = True,
         *,
@@ -53,7 +56,7 @@ class FastSparseLanguageModel:
 
         Args:
             model_name: hub name or folder.
-            max_seq_length: longest training sequence, in tokens.
+            max_seq_length: longest training sequence, in tokens; None: as long as the model's positions.
             dtype: of weights and activations; None takes bfloat16 on GPUs that have it, float16 on others, float32 on
                 the CPU.
             load_in_4bit: quantise the base weights to NF4 (QLoRA); False keeps ``dtype``.
@@ -68,12 +71,29 @@ class FastSparseLanguageModel:
 
         Raises:
             BackendError: the backend cannot run here, or does not support an argument.
-            DataError: an adapter that is damaged, does not fit its base model, or whose base cannot be loaded.
+            ConfigError: a misspelt argument, or a ``max_seq_length`` below 1.
+            DataError: an adapter that is damaged, does not fit its base model, or whose base cannot be loaded; a model
+                that is not found, or whose configuration cannot be read.
         """
+        check_length(max_seq_length)
         chosen = choose_backend(backend)
+        names = *peft_loading.NEEDS_UNSLOTH, *peft_loading.IGNORED
+        check_names(kwargs, (FastSparseLanguageModel.from_pretrained, peft_loading.load), names)
         adapter = find_adapter(model_name)
         name = model_name if adapter is None else str(adapter)
-        model, tokenizer = load_whole(adapter, lambda: chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs))
+        if adapter is None and "gguf_file" not in kwargs:
+            check_folder(model_name)
+        try:
+            model, tokenizer = load_whole(
+                adapter, lambda: chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs)
+            )
+        except SparsityError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            hub = {key: kwargs[key] for key in HUB if key in kwargs}
+            if adapter is not None or "gguf_file" in kwargs or (found := why_not_found(name, hub)) is None:
+                raise
+            raise found from error
         model.__dict__["_sparse_backend"] = chosen.NAME
         saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):
@@ -121,8 +141,10 @@ class FastSparseLanguageModel:
             AttachError, ConfigError, EstimatorError: see `attach`.
             BackendError: the backend does not support an argument.
             CalibrationError: see `calibrate`; or "calibrated" without samples.
-            ConfigError: also for target modules, or ``modules_to_save``, that the model does not have.
+            ConfigError: also for target modules, or ``modules_to_save``, that the model does not have, a misspelt
+                argument, and sizes that cannot train (``lora_alpha=0``).
         """
+        check_lora(r, lora_alpha, lora_dropout)
         calibrated = isinstance(sparsity, str) and sparsity == "calibrated"
         if calibrated and not calibration_samples:
             raise CalibrationError(
@@ -134,6 +156,10 @@ class FastSparseLanguageModel:
             raise ConfigError(AUTO_WAS_CALIBRATED)
         check_targets(model, target_modules, "target_modules")
         check_targets(model, kwargs.get("modules_to_save"), "modules_to_save")
+        from peft import LoraConfig
+
+        takers = FastSparseLanguageModel.get_peft_model, peft_loading.add_lora, LoraConfig
+        check_names(kwargs, takers, peft_loading.OF_UNSLOTHS_LORA)
         backend = load_backend(model.__dict__.get("_sparse_backend", "peft"))
         model = backend.add_lora(
             model,

@@ -27,10 +27,16 @@ IGNORED = (
 )  # fmt: skip
 """Arguments of Unsloth's loader that only tune Unsloth: accepted and ignored, so that scripts need no change."""
 
+OF_UNSLOTHS_LORA = (
+    "finetune_vision_layers", "finetune_language_layers", "finetune_audio_layers", "finetune_attention_modules",
+    "finetune_mlp_modules", "checkpoint_skip_layers", "offload_layers",
+)  # fmt: skip
+"""Arguments of Unsloth's ``get_peft_model`` that neither this backend nor PEFT has."""
+
 
 def load(
     model_name: str,
-    max_seq_length: int,
+    max_seq_length: int | None,
     dtype: torch.dtype | None,
     load_in_4bit: bool,
     *,
@@ -100,6 +106,8 @@ def load(
     positions = getattr(text, "max_position_embeddings", None)
     if rope_scaling is not None:
         text.rope_scaling = rope_scaling
+    elif max_seq_length is None:
+        max_seq_length = positions
     elif positions is not None and max_seq_length > positions:
         raise BackendError(
             f"max_seq_length={max_seq_length} is beyond the {positions} positions of "
@@ -126,7 +134,8 @@ def load(
     source = model_name if adapter is None else tokenizer_of(adapter)
     processor = _processor(source, config, hub, gguf if source == model_name else {})
     tokenizer = getattr(processor, "tokenizer", processor)
-    tokenizer.model_max_length = max_seq_length
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -17,7 +17,7 @@ NAME = "unsloth"
 
 
 def load(
-    model_name: str, max_seq_length: int, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
+    model_name: str, max_seq_length: int | None, dtype: torch.dtype | None, load_in_4bit: bool, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
     """Calls ``unsloth.FastLanguageModel.from_pretrained`` with every argument.
 
