@@ -18,7 +18,7 @@ KINDS = (
     ("joining and splitting of Q, K, V, O", r"(split|join)_columns"),
     ("norms, residual sums", r"norm|add_rows"),
     ("dequantisation", r"_whole_kernel|dequant"),
-    ("quantisation", r"quantize_(rows|weight)_kernel"),
+    ("quantisation", r"quantize_(rows|weight|4bit|4bit_transposed)_kernel"),
     ("choice of channels", r"low_rank_kernel|mlp_scores|attention_energy|top_order|attention_channels"),
     ("LoRA matrices", r"pack_mlp|pack_linear|mlp_gradients"),
     ("rotary embedding", r"rope|rotary"),
