@@ -36,6 +36,7 @@ from sparse_unsloth.model.training_flags import checkpoint_hook, in_backward
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
 from sparse_unsloth.ops.dispatch import use_kernels
 from sparse_unsloth.ops.fp8 import scale_tensors
+from sparse_unsloth.ops.kept_attention import AttentionKeeper
 from sparse_unsloth.ops.norms import Norm
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.stored_rows import post_attention_by_rows
@@ -223,6 +224,7 @@ def _compute(
     memo.projections = None if recompute else projections
     unused = recompute and state.config.exact_removal and not memo.joined
     plan = _plan(runtime, norms, projections, keep, unused, precision or state.config.precision)
+    keeper = _keeper(runtime, call, hidden_states, recompute)
     context.whole.add(index)
     for part in PARTS:
         if runtime.by_rows or runtime.is_sparse(part):
@@ -231,22 +233,43 @@ def _compute(
         memo.captured = memo.captured and _is_captured_again(runtime)
     else:
         memo.captured = call.capturable and _can_be_captured(runtime)
-    if memo.captured:
-        output = _captured(runtime, hidden_states, plan, call)
-        memo.captured = output is not None
-        if memo.captured:
-            return output
-    output = _uncaptured(runtime, plan, call, hidden_states)
-    if state.graphs is not None and not (plan.output_unused or runtime.by_rows):
-        _reserve(runtime, state.graphs)
+    output = _captured(runtime, hidden_states, plan, call, keeper) if memo.captured else None
+    memo.captured = output is not None
+    if output is None:
+        output = _uncaptured(runtime, plan, call, hidden_states, keeper)
+        if state.graphs is not None and not (plan.output_unused or runtime.by_rows):
+            _reserve(runtime, state.graphs)
+    if keeper is not None:
+        memo.attention = None if recompute else keeper.kept
+    if state.planner is not None and not in_backward():
+        state.planner.note_whole(index, call.window, call.keepable and (keeper is None or keeper.kept is not None))
     return output
 
 
-def _uncaptured(runtime: LayerRuntime, plan: LayerPlan, call: AttentionCall, hidden_states: Tensor) -> Tensor:
+def _keeper(
+    runtime: LayerRuntime, call: AttentionCall, hidden_states: Tensor, recompute: bool
+) -> AttentionKeeper | None:
+    """Keeps attention in a first forward, where the planner has memory for it; gives it in the recompute."""
+    kept, planner = runtime.context.memo(runtime.layer.index).attention, runtime.state.planner
+    if recompute:
+        return None if kept is None else AttentionKeeper(kept)
+    if planner is None or runtime.layer.index not in planner.attention_kept or not call.keepable:
+        return None
+    first = hidden_states.requires_grad and not (torch.is_grad_enabled() or in_backward())  # so backward will come
+    return AttentionKeeper() if first else None
+
+
+def _uncaptured(
+    runtime: LayerRuntime,
+    plan: LayerPlan,
+    call: AttentionCall,
+    hidden_states: Tensor,
+    keeper: AttentionKeeper | None = None,
+) -> Tensor:
     """The layer's output, without CUDA graphs."""
     context, index = runtime.context, runtime.layer.index
     *projected, residual = pre_attention(hidden_states, plan)
-    attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors)
+    attention_output = attend(runtime.fast.present_spec(), projected, call, call.tensors, keeper)
     if not runtime.by_rows:
         return post_attention(attention_output, residual, plan)
     choice = context.row_choice(index, runtime.state.config.backward_rows, runtime.state.observer.energy)
@@ -372,7 +395,9 @@ def _can_be_captured(runtime: LayerRuntime) -> bool:
     return not selects or (index, context.batch_key) in context.graphs.reserved
 
 
-def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, call: AttentionCall) -> Tensor | None:
+def _captured(
+    runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, call: AttentionCall, keeper: AttentionKeeper | None
+) -> Tensor | None:
     """The layer's output from CUDA graphs of the whole layer; None where this call is not captured."""
     context, state, index = runtime.context, runtime.state, runtime.layer.index
     share = state.config.backward_rows if runtime.by_rows else None
@@ -380,17 +405,20 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
     named = {f"{name}, {kind}": tensor for name, tensor in call.tensors.items()}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in named.items())
     # Not `keep_context`: a pass is replayed as it was captured, for the memory is there.
-    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, call.window, shapes
+    which = share, plan.attention.sparse, plan.mlp.sparse, plan.output_unused, call.window, shapes, keeper is not None
     spec, names = runtime.fast.present_spec(), tuple(call.tensors)
     capture = _open_capture(runtime, plan, which, spec)
     if capture is None:
         return None
 
     def attention(x: Tensor, projected: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        return attend(spec, projected, call, dict(zip(names, tensors, strict=True)))
+        given, kept = tensors[: len(names)], tensors[len(names) :]
+        keeps = AttentionKeeper(keeper.kept.with_tensors(kept)) if kept else keeper
+        return attend(spec, projected, call, dict(zip(names, given, strict=True)), keeps)
 
     later = partial(_uncaptured_later, runtime, context, plan, call)
-    graphed = graphed_layer.GraphedPass(capture, context.captures, later)
+    forms, key = context.graphs.kept_forms, (index, context.batch_key, which)
+    graphed = graphed_layer.GraphedPass(capture, context.captures, later, keeper, forms.get(key))
     if runtime.by_rows:
         choice = context.row_choice(index, share, state.observer.energy)
         chosen = context.chosen_rows(choice)
@@ -403,6 +431,8 @@ def _captured(runtime: LayerRuntime, hidden_states: Tensor, plan: LayerPlan, cal
                 context.selections.pop((index, part), None)
         return None
     context.captured.add(index)
+    if keeper is not None and keeper.kept is not None and not plan.output_unused:
+        forms[key] = keeper.kept.with_tensors(())
     if not plan.output_unused:
         if plan.keep or capture.selections:
             context.captures.awaited.add(index)

@@ -36,6 +36,8 @@ from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import find_layers
 from sparse_unsloth.ops.dispatch import VARIABLE
 from sparse_unsloth.rows.choice import RowChoice
+from sparse_unsloth.runtime import checkpoint_planner
+from sparse_unsloth.runtime.attach_report import AttachReport
 
 ALMOST_NOTHING = 1e-9
 """A sparsity, or a share of rows left out, at which every channel and every row is kept."""
@@ -89,6 +91,7 @@ class Trial:
         layers, whole, captured: the numbers of decoder layers, of whole layers, and of captured layers.
         detail: the reasons or the error.
         gradient_error: relative, of all gradients with nothing left out, against the model before attaching.
+        attention_kept: the number of checkpointed layers that keep attention (``--keep-attention``).
         rows_error: of the gradient through chosen rows, against the same rows by the model's own code; None where the
             mode is not "rows".
         seconds: of the trial.
@@ -104,6 +107,7 @@ class Trial:
     layers: int = 0
     whole: int = 0
     captured: int = 0
+    attention_kept: int = 0
     detail: str = ""
     gradient_error: float | None = None
     rows_error: float | None = None
@@ -261,20 +265,20 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
     Args:
         plain: a step of the model with nothing attached, on the same batch.
     """
-    from sparse_unsloth import attach, detach, get_state
+    from sparse_unsloth import detach, get_state
 
     began = time.perf_counter()
     exact, used = MODES[mode]
     steps = RUNS_BEFORE_CAPTURE + 2 if mode.endswith("graphs") else 1
     try:
-        report = attach(model, exact)
+        report = _attach(model, batch, exact)
         for _ in range(steps):
             ours = step(model, batch)
         depth = len(report.layers)
         error = _compare(ours, plain, "with nothing left out", depth)
         trial = replace(trial, gradient_error=error)
         detach(model)
-        report = attach(model, used)
+        report = _attach(model, batch, used)
         chosen: list[Tensor] = []
         with noted_rows(chosen):
             for _ in range(steps):
@@ -293,6 +297,7 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
             layers=len(report.layers),
             whole=report.whole_layers,
             captured=captured,
+            attention_kept=0 if get_state(model).planner is None else len(get_state(model).planner.attention_kept),
             detail="; ".join(dict.fromkeys(reasons)),
         )
     except AttachError as error:
@@ -303,6 +308,26 @@ def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, tr
         if get_state(model) is not None:
             detach(model)
     return replace(trial, seconds=round(time.perf_counter() - began, 2))
+
+
+def keep_attention_alone() -> None:
+    """Lets layers keep attention in this process from now on, of documents of any length, and nothing else."""
+    checkpoint_planner.KEEPS_ATTENTION, checkpoint_planner.LEAST_ATTENTION = True, 0.0
+    checkpoint_planner.CheckpointPlanner._needs = lambda *given: [math.inf]
+
+
+def _attach(model: nn.Module, batch: dict[str, Any], sparsity: dict[str, Any]) -> AttachReport:
+    """Attaches; where layers may keep attention, with a planner, and a step that shows which run as a whole."""
+    from sparse_unsloth import attach, get_state
+
+    if not checkpoint_planner.KEEPS_ATTENTION:
+        return attach(model, sparsity)
+    budget = 0.9 if torch.cuda.is_available() else 64
+    report, state = attach(model, {**sparsity, "memory_budget": budget}), get_state(model)
+    state.begin_training("trial", max_steps=1_000_000)
+    state.set_step(0)
+    step(model, batch)
+    return report
 
 
 def _compare(ours: Step, plain: Step, what: str, depth: int, times: float = 1) -> float:
@@ -440,6 +465,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=",".join(values), help="default: %(default)s")
     half = "only every other combination of dtype, checkpointing and layout: any two of their values meet"
     parser.add_argument("--every-other", action="store_true", help=half)
+    parser.add_argument("--keep-attention", action="store_true", help="checkpointed layers keep attention")
     args = parser.parse_args(arguments)
     args.families = args.families or ",".join(families_of(args.backend))
     args.checkpointing = args.checkpointing or ("unsloth," if args.backend == "unsloth" else "") + "True,False"
@@ -451,6 +477,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trials; returns 1 if one failed, else 0."""
     args = parse(arguments)
+    if args.keep_attention:
+        keep_attention_alone()
     missing = [family for family in args.families if not (args.models / family / "config.json").is_file()]
     write_models(args.models, missing, args.backend)
     failed = False

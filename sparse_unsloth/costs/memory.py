@@ -75,6 +75,7 @@ class Forward:
         stored: bytes that the layers which keep activations store together; ``kept`` is their number.
         checkpointed: the number of the others; ``recomputed`` the bytes that the recompute of one of them stores.
         backward_rows: rows that the backward of O and MLP goes through; None: of dense layers.
+        attention_kept: how many of the checkpointed layers keep attention.
     """
 
     rows: int
@@ -84,6 +85,7 @@ class Forward:
     checkpointed: int
     recomputed: float
     backward_rows: int | None = None
+    attention_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ class StepMemory:
         """Bytes of a checkpointed layer's input on the GPU."""
         return 0 if self.offloads else rows * self.shape.hidden_size * self.number
 
+    def attention(self, rows: int) -> float:
+        """Bytes that a checkpointed layer keeps of attention (`ops.kept_attention`)."""
+        return rows * self.shape.num_heads * (self.shape.head_dim * self.number + 4)
+
     def working(self, forward: Forward) -> float:
         """Bytes that one layer's backward needs, with its recompute where a layer is checkpointed."""
         if forward.backward_rows is None:
@@ -123,7 +129,8 @@ class StepMemory:
 
     def kept(self, forward: Forward) -> float:
         """Bytes that all layers keep until their backward."""
-        return forward.stored + forward.checkpointed * self.inputs(forward.rows)
+        attention = forward.attention_kept * self.attention(forward.rows)
+        return forward.stored + forward.checkpointed * self.inputs(forward.rows) + attention
 
     def alone(self, forward: Forward) -> float:
         """Bytes of a forward that nothing of is captured, at its peak."""
@@ -136,7 +143,8 @@ class StepMemory:
     def replayed(self, forward: Forward) -> float:
         """Bytes of a captured forward at its peak, with its graphs'."""
         beside = forward.checkpointed * self.inputs(forward.rows) + BUFFERS * self._hidden(forward) + forward.logits
-        return self.pool(forward) + beside
+        copied = forward.attention_kept + (forward.attention_kept > 0)  # one copy is the recompute's input
+        return self.pool(forward) + beside + copied * self.attention(forward.rows)
 
     def peak(self, alone: Sequence[Forward], captured: Sequence[Forward] = ()) -> float:
         """Bytes at the peak of a training.

@@ -26,6 +26,7 @@ from sparse_unsloth.graphs.passes import CapturedForward, LayerCapture
 from sparse_unsloth.graphs.recorder import GraphCache
 from sparse_unsloth.model.training_flags import keeps_graph
 from sparse_unsloth.ops.decoder_layer import LayerPlan, RowOrder, lora_tensors_of, post_attention, pre_attention
+from sparse_unsloth.ops.kept_attention import AttentionKeeper, KeptAttention
 from sparse_unsloth.ops.linear import as_loras
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
 from sparse_unsloth.rows.backward import current_autocast
@@ -44,11 +45,15 @@ class GraphedPass:
         capture: captures or replays it; a `KeptCapture` in a forward without checkpointing.
         forward: the model's forward that it belongs to.
         uncaptured: computes the layer's output without capture, from hidden states and LoRA matrices.
+        keeper: what attention keeps for the recompute, or gives there: ``compute`` gets it after the other tensors.
+        form: in a first forward with a keeper, what a replay keeps besides tensors; None before the capture.
     """
 
     capture: LayerCapture
     forward: CapturedForward | None
     uncaptured: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    keeper: AttentionKeeper | None = None
+    form: KeptAttention | None = None
 
 
 def whole_layer(
@@ -99,13 +104,21 @@ def first_forward(
 ) -> Tensor | None:
     """``compute`` without gradients, in one graph; None where it must run without capture."""
 
+    keeper = graphed.keeper
+
     def run(x: Tensor, *tensors: Tensor):
-        return (compute(x, loras, tensors),), None
+        output = compute(x, loras, tensors)
+        return (output, *(keeper.kept.tensors if keeper is not None and keeper.kept is not None else ())), None
 
     capture = graphed.capture
     outputs = capture.call("layer", run, (capture.stage_input("hidden states", hidden_states), *tensors))
     capture.finish()
-    return None if outputs is None else outputs[0].clone()
+    if outputs is None:
+        return None
+    if keeper is not None:
+        form = keeper.kept or graphed.form
+        keeper.kept = form and form.with_tensors([one.clone() for one in outputs[1:]])
+    return outputs[0].clone()
 
 
 def recompute(
@@ -118,8 +131,10 @@ def recompute(
         return (), (sources, get_gradient_edge(output))
 
     capture = graphed.capture
+    kept = () if graphed.keeper is None else graphed.keeper.kept.tensors
     with torch.no_grad():
-        found = capture.call("recompute", run, (capture.stage_input("hidden states", hidden_states), *tensors))
+        inputs = capture.stage_input("hidden states", hidden_states), *tensors, *kept
+        found = capture.call("recompute", run, inputs)
     return None if found is None else _WithBackward.apply(hidden_states, None, graphed, *loras)
 
 

@@ -67,6 +67,7 @@ class GraphCache(Buffers):
         reserved: layers, with batch signatures, whose buffers for selections are reserved.
         serial, forward_number: count passes, and forwards whose layers are captured or replayed.
         kept_memory: bytes that the kept passes' pool held when they were last captured; other forwards cannot use them.
+        kept_forms: by pass, what attention keeps for the recompute besides tensors (`ops.kept_attention`).
         captures_documents: whether attention within packed documents or a window is captured.
     """
 
@@ -89,6 +90,7 @@ class GraphCache(Buffers):
         self.prepared: set[Hashable] = set()
         self.reserved: set[Hashable] = set()
         self.kept_memory = 0
+        self.kept_forms: dict[Hashable, Any] = {}
         self._began = self.serial
         self._moved = 0
         self._counted: OrderedDict[Hashable, int] = OrderedDict()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sparse_unsloth.graphs.packed_attention import DTYPES, Packing, packed_atten
 from sparse_unsloth.layer.spec import LayerSpec
 from sparse_unsloth.ops.capped_attention import capped_attention
 from sparse_unsloth.ops.head_rotary import prepare_heads
+from sparse_unsloth.ops.kept_attention import AttentionKeeper
 
 COSINES, SINES, MASK, POSITIONS, OFFSETS = "cosines", "sines", "attention_mask", "position_ids", "documents begin at"
 """The names of tensors of an `AttentionCall`."""
@@ -48,21 +50,30 @@ class AttentionCall:
         tensors: all that it reads besides Q, K, V, and what the heads need, by name.
         window: how many keys a query sees, its own included; None: all before it.
         capturable: whether it launches the same kernels for tensors of the same shape.
+        keepable: whether it may be watched (`AttentionKeeper`): by no other library, nor compiled, nor a soft cap.
     """
 
     compute: Callable[[Tensor, Tensor, Tensor, Tensors], Tensor]
     tensors: Tensors
     window: int | None
     capturable: bool
+    keepable: bool = False
 
 
-def attend(spec: LayerSpec, projected: Sequence[Tensor], call: AttentionCall, tensors: Tensors) -> Tensor:
+def attend(
+    spec: LayerSpec,
+    projected: Sequence[Tensor],
+    call: AttentionCall,
+    tensors: Tensors,
+    keeper: AttentionKeeper | None = None,
+) -> Tensor:
     """Attention's output ``[batch, sequence, num_heads * head_dim]``.
 
     Args:
         spec: of the layer, proved.
         projected: Q, K and V, ``[batch, sequence, heads * head_dim]``.
         tensors: those of ``call``, or copies.
+        keeper: keeps what the kernel gives, or gives what was kept.
     """
     query, key, value = projected
     query, key = prepare_heads(query, key, tensors.get(COSINES), tensors.get(SINES), spec.head_form)
@@ -74,7 +85,8 @@ def attend(spec: LayerSpec, projected: Sequence[Tensor], call: AttentionCall, te
         value = value.contiguous()
     value = value.unflatten(-1, (-1, spec.head_dim))
     query, key, value = (one.transpose(1, 2) for one in (query, key, value))
-    return call.compute(query, key, value, tensors).flatten(-2).contiguous()
+    compute = call.compute if keeper is None else partial(keeper.attend, call.compute)
+    return compute(query, key, value, tensors).flatten(-2).contiguous()
 
 
 def by_interface(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any]) -> AttentionCall:
@@ -99,7 +111,7 @@ def by_interface(spec: LayerSpec, module: nn.Module, arguments: Mapping[str, Any
         output, *_ = _interface(module)(module, query, key, value, tensors.get(MASK), **more, **given)
         return output
 
-    return AttentionCall(compute, tensors, spec.window, capturable)
+    return AttentionCall(compute, tensors, spec.window, capturable, keepable=known)
 
 
 def causal(
@@ -130,7 +142,7 @@ def causal(
             return packed_attention(query, key, value, offsets, scale, window, longest)
         return _sdpa(query, key, value, mask, scale)
 
-    return AttentionCall(compute, tensors, window, capturable)
+    return AttentionCall(compute, tensors, window, capturable, keepable=softcap is None)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

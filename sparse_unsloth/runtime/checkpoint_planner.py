@@ -2,14 +2,15 @@
 
 Checkpointing runs each layer's forward twice to save memory. The bytes that a layer stores without it are predicted
 from the token roles of the micro-batch and the layer's sparsity; the layers that need least come first, and what is
-left goes to the intermediates of context tokens in row-sparse whole layers (docs/how-it-works.md, section 8). The
-planner sets the flag ``gradient_checkpointing`` of each decoder layer, which transformers and Unsloth read. Loss and
-gradients stay the same.
+left goes to the intermediates of context tokens in row-sparse whole layers (docs/how-it-works.md, section 8). Before
+any keeps all, whole layers of long documents may keep attention alone (`KEEPS_ATTENTION`). The planner sets the flag
+``gradient_checkpointing`` of each decoder layer, which transformers and Unsloth read. Loss and gradients stay the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil, inf
 
 import torch
@@ -36,6 +37,14 @@ from sparse_unsloth.tokens.partition import TokenPartition
 
 MARGIN = 1.1
 """Factor on the predicted bytes of activations."""
+KEEPS_ATTENTION = False
+"""Whether checkpointed layers may keep attention alone (`ops.kept_attention`). True once it is measured on a GPU:
+tests/gpu/test_kept_attention.py and ``tests/gpu/acceptance.py --keep-attention`` pass, and the step of one document of
+16,384 tokens is as much shorter as benchmarks/results/one-layer/kept_attention.md predicts, or what is found pays."""
+LEAST_ATTENTION = 0.03
+"""Of a layer's step, attention's forward: from here a byte of it saves more time than one of a layer's activations."""
+SLOWER_ATTENTION = 1.5
+"""Time of a FLOP of attention, relative to that of a product with a frozen weight."""
 BYTES_PER_TRAINED = 12
 """Bytes that a trained parameter will need: its gradient and AdamW's two moments, which the first step allocates."""
 
@@ -55,6 +64,7 @@ class CheckpointPlanner:
     Attributes:
         num_kept: how many layers kept their activations in the last forward.
         context_again: indices of those that kept them for loss tokens alone (`LayerPlan.keep_context`).
+        attention_kept: indices of checkpointed layers that keep attention.
 
     Raises:
         ConfigError: the budget is a share of the memory, on a device whose size is not known.
@@ -72,7 +82,9 @@ class CheckpointPlanner:
         fused_loss: bool,
         config: SparsityConfig,
     ):
-        self.num_kept, self.context_again = 0, frozenset()
+        self.num_kept, self.context_again, self.attention_kept = 0, frozenset(), frozenset()
+        self._attention_reach: dict[int, float] = {}
+        self._dense_whole = config.cuda_graphs or config.fp8  # elsewhere dense layers run their own forward
         self._model, self._layers, self._sparsity = model, layers, layer_sparsity
         self._row_layers, self._backward_rows = row_layers, backward_rows
         self._fused_loss, self._loss_only, self._fp8 = fused_loss, config.exact_removal, config.fp8
@@ -88,20 +100,32 @@ class CheckpointPlanner:
         adapters = getattr(model, "peft_config", {})
         self._lora_rank = max((getattr(adapter, "r", 0) for adapter in adapters.values()), default=0)
 
-    def plan(self, partition: TokenPartition, scale: float, held: int = 0) -> None:
+    def note_whole(self, index: int, window: int | None, keeps: bool = True) -> None:
+        """Notes that a layer ran as a whole, so that it may keep attention from now on.
+
+        Args:
+            window: of its attention.
+            keeps: false where it should have kept attention, and found nothing to keep; then it never does again.
+        """
+        if self._attention_reach.get(index) != 0:
+            self._attention_reach[index] = (window or inf) if keeps else 0
+
+    def plan(self, partition: TokenPartition, scale: float, held: int = 0, document: float = 0) -> None:
         """Sets the flags for one forward.
 
         Args:
             partition: the token roles of its rows.
             scale: the schedule's factor on the configured sparsity.
             held: bytes that are not allocated, and that this forward cannot use (`GraphCache.kept_memory`).
+            document: tokens of a document (`Batch.document_length`); 0: not known, so attention is not kept.
         """
         if not torch.is_grad_enabled():
             return
-        kept, stored, _ = self._choose(partition, scale, held)
+        kept, stored, attention, _ = self._choose(partition, scale, held, document)
         for index, flag in self._flags.items():
             self._layers[index].module.gradient_checkpointing = False if index in kept else flag
         self.num_kept, self.context_again = len(kept), frozenset(kept - stored)
+        self.attention_kept = frozenset(attention)
 
     def fits(self, tokens: int, of: int | None = None, held: int = 0) -> bool:
         """Whether a dense forward of so many tokens fits into the budget; ``held`` as in `plan`.
@@ -109,24 +133,27 @@ class CheckpointPlanner:
         Args:
             of: it must keep as many layers as a forward of so many tokens; None: it may checkpoint all that it can.
         """
-        kept, _, spare = self._choose(_every_token_bears_loss(tokens), 0.0, held)
+        kept, *_, spare = self._choose(_every_token_bears_loss(tokens), 0.0, held)
         if spare < 0 or of is None:
             return spare >= 0
         return len(kept) >= len(self._choose(_every_token_bears_loss(of), 0.0, held)[0])
 
-    def forecast(self, partition: TokenPartition, scale: float, held: int = 0) -> tuple[int, Forward]:
+    def forecast(
+        self, partition: TokenPartition, scale: float, held: int = 0, document: float = 0
+    ) -> tuple[int, Forward]:
         """How many layers would keep activations in such a forward, and its memory; arguments as `plan`.
 
         Of several devices the one with the least room counts.
         """
-        kept, stored, _ = self._choose(partition, scale, held)
+        kept, stored, attention, _ = self._choose(partition, scale, held, document)
         device, rows = self._tightest, partition.shape[0] * partition.shape[1]
         here = [layer.index for layer in self._layers if self._devices[layer.index] == device]
         managed = set(self._managed())
         keeping = [index for index in here if index in kept or index not in managed]
         ways = {self._kind(index): self._ways(index, partition, rows, scale) for index in keeping}
         whole = sum(ways[self._kind(index)][-1 if index in stored or index not in managed else 0] for index in keeping)
-        return len(kept), self._forward(partition, rows, scale, whole, len(keeping), len(here) - len(keeping))
+        forward = self._forward(partition, rows, scale, whole, len(keeping), len(here) - len(keeping))
+        return len(kept), replace(forward, attention_kept=len(attention.intersection(here)))
 
     def peak(self, alone: Sequence[Forward], captured: Sequence[Forward] = ()) -> float:
         """Bytes at the peak of a training with such forwards (`StepMemory.peak`), with what is allocated by now."""
@@ -143,12 +170,14 @@ class CheckpointPlanner:
         """Bytes that training may use of a device; of several the smallest number."""
         return min(self._budgets.values())
 
-    def _choose(self, partition: TokenPartition, scale: float, held: int) -> tuple[set[int], set[int], float]:
+    def _choose(
+        self, partition: TokenPartition, scale: float, held: int, document: float = 0
+    ) -> tuple[set[int], set[int], set[int], float]:
         """What to keep of the layers that are checkpointed.
 
         Returns:
-            The layers that keep activations, those of them that keep all, and the bytes that are left on the device
-            with the least room; below 0 the forward does not fit with no layer kept either.
+            The layers that keep activations, those of them that keep all, the others that keep attention, and the bytes
+            that are left on the device with the least room; below 0 the forward does not fit with nothing kept either.
         """
         managed, rows = self._managed(), partition.shape[0] * partition.shape[1]
         needs, alike = {}, {}  # most layers need the same
@@ -159,6 +188,10 @@ class CheckpointPlanner:
             needs[layer.index] = alike[kind]
         kept: set[int] = set()
         stored: set[int] = set()
+        attention: set[int] = set()
+        one = self.memory.attention(rows)
+        reaches = self._attention_reach if scale > 0 or self._dense_whole else {}
+        able = {index for index, reach in reaches.items() if self._pays_to_keep(min(document / 2, reach))}
         spare = inf
         self._tightest = self._devices[0]
         for device, budget in self._budgets.items():
@@ -170,19 +203,21 @@ class CheckpointPlanner:
             ]
             room = budget - held - allocated(device) - self._future_bytes - sum(others)
             room -= self._other_bytes(partition, rows, len(here) + len(others), scale)
-            fit, room = _within(room, {index: needs[index][0] for index in here})
+            first, room = _within(room, {index: one for index in here if index in able})
+            fit, room = _within(room, {index: needs[index][0] - one * (index in first) for index in here})
             kept |= fit
+            attention |= first - fit
             every, room = _within(room, {index: needs[index][-1] - needs[index][0] for index in fit})
             stored |= every
             if room < spare:
                 spare, self._tightest = room, device
-        return kept, stored, spare
+        return kept, stored, attention, spare
 
     def restore(self) -> None:
         """Restores every layer's own flag."""
         for index, flag in self._flags.items():
             self._layers[index].module.gradient_checkpointing = flag
-        self._flags, self.num_kept, self.context_again = {}, 0, frozenset()
+        self._flags, self.num_kept, self.context_again, self.attention_kept = {}, 0, frozenset(), frozenset()
 
     def _managed(self) -> list[int]:
         """The layers that are checkpointed apart from what the planner turned off.
@@ -244,6 +279,20 @@ class CheckpointPlanner:
         after = sizes["o_proj"] + sizes["gate_proj"] + sizes["up_proj"]
         chosen = ceil(self._backward_rows * partition.num_context)
         return after * chosen <= (1 - memory) * (before * rows + after * (partition.num_dense + chosen))
+
+    def _pays_to_keep(self, keys: float) -> bool:
+        """Whether attention's forward is a large share of a checkpointed layer's step, where a query sees so many keys.
+
+        Counted for a token of a dense layer: forward, recompute without down, and gradient; attention's backward takes
+        2.5 of its forwards.
+        """
+        if not (KEEPS_ATTENTION and keys):
+            return False
+        shape = self._shape
+        sizes = {name: inputs * outputs for name, (inputs, outputs) in shape.projections().items()}
+        products = 6 * sum(sizes.values()) - 2 * sizes["down_proj"]
+        forward = SLOWER_ATTENTION * 4 * shape.num_heads * shape.head_dim * keys
+        return forward >= LEAST_ATTENTION * (products + 4.5 * forward)
 
     def _other_bytes(self, partition: TokenPartition, rows: int, layers: int, scale: float = 0.0) -> float:
         """Bytes of everything else at the peak: the inputs of checkpointed layers, and one recompute or the loss."""

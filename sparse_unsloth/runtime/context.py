@@ -17,6 +17,7 @@ from sparse_unsloth.explain.observer import Observation
 from sparse_unsloth.graphs.packed_attention import Packing
 from sparse_unsloth.graphs.passes import CapturedForward
 from sparse_unsloth.graphs.recorder import GraphCache
+from sparse_unsloth.ops.kept_attention import KeptAttention
 from sparse_unsloth.ops.mlp import MlpMemo
 from sparse_unsloth.ops.projection import Projection
 from sparse_unsloth.ops.selection import AttentionSelection, MlpSelection
@@ -82,6 +83,7 @@ class LayerMemo(MlpMemo):
         projections: as the first forward read them, for a whole layer.
         captured: the first forward was captured or replayed, so its recompute is, too.
         joined: a checkpoint holds this layer and a neighbour, so that recomputes read this one's output.
+        attention: what attention's kernel gave in the first forward, if that is kept.
         choices: what routed parts chose for each row, by name (`sparse_unsloth.rows.routing.KeptChoices`).
     """
 
@@ -89,6 +91,7 @@ class LayerMemo(MlpMemo):
     projections: list[Projection] | None = None
     captured: bool = False
     joined: bool = False
+    attention: KeptAttention | None = None
     choices: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 

@@ -257,7 +257,8 @@ def _decide(
     if not partition.num_context:
         scale = 0.0
     if state.planner is not None and not batch.is_context_parallel:
-        state.planner.plan(partition, scale, state.graphs.kept_memory if state.graphs is not None else 0)
+        held = state.graphs.kept_memory if state.graphs is not None else 0
+        state.planner.plan(partition, scale, held, batch.document_length)
     paused: Parts = frozenset()
     if scale > 0:
         if state.selector is None and not state.row_sparse:
@@ -301,7 +302,7 @@ def _context_of(
     if channel_sparse and state.observer.should_observe(state.step) and not is_sequence_classifier(state.model):
         context.observation = _observe(state, partition, batch)
     elif graphs:
-        _use_graphs(state, context)
+        _use_graphs(state, context, batch)
     return context
 
 
@@ -317,7 +318,7 @@ def _leave_out_for_split_rows(state: SparsityState) -> None:
         )
 
 
-def _use_graphs(state: SparsityState, context: SparseContext) -> None:
+def _use_graphs(state: SparsityState, context: SparseContext, batch: Batch) -> None:
     """Lets the layers of this forward replay their graphs, or be captured, where its batch signature allows it."""
     if state.graphs.recaptures_too_often:
         state.warn_once(
@@ -333,7 +334,8 @@ def _use_graphs(state: SparsityState, context: SparseContext) -> None:
     elif state.graphs.should_replay(context.batch_key):
         context.graphs, context.captures = state.graphs, state.graphs.begin_forward()
         if state.planner is not None and state.graphs.kept_memory:  # which this forward uses
-            state.planner.plan(context.partition, 0.0 if context.dense else context.scale)
+            scale = 0.0 if context.dense else context.scale
+            state.planner.plan(context.partition, scale, document=batch.document_length)
     elif state.graphs.full:
         state.warn_once(
             f"cuda_graphs: {MAX_KEYS} batch signatures are captured (the shape of a micro-batch, and how many tokens "

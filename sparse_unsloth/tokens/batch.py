@@ -84,6 +84,15 @@ class Batch:
         return self.cu_seq_lens_q.diff() if self.layout == "cu_seq_lens_q" else None
 
     @property
+    def document_length(self) -> float:
+        """Tokens of a document, on average: the host need not wait for the device to learn it.
+
+        Documents that position ids tell apart count as one: attention has a mask of the whole sequence there.
+        """
+        sequences, length = (self.inputs if self.inputs is not None else self.labels).shape[:2]
+        return length if self.lengths is None else sequences * length / max(len(self.lengths), 1)
+
+    @property
     def inputs(self) -> Tensor | None:
         """``input_ids``, or without them ``inputs_embeds``."""
         return self.inputs_embeds if self.input_ids is None else self.input_ids

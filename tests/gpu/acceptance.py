@@ -6,8 +6,9 @@ The six families of Unsloth's fast path, three of its compiled path, and twice a
 random models, in 16 and 4 bits, with each kind of gradient checkpointing, padded, padding-free and packed, and one pass
 of a random Llama-3-8B; dense, rows and channels, with and without CUDA graphs (`sparse_unsloth.bench.trial`).
 Of dtypes, checkpointing and layouts every other combination is tried, and all with --full, which takes twice as long.
-Each family runs in a process of its own, several at a time. The table and all trials go to ``OUT/unsloth-VERSION.md``
-and ``.jsonl``, with ``--backend peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
+Each family runs in a process of its own, several at a time. With --keep-attention checkpointed layers keep attention
+(`sparse_unsloth.ops.kept_attention`), and a promised layer that does not is a failure. The table and all trials go to
+``OUT/unsloth-VERSION.md`` and ``.jsonl``, with ``--backend peft`` to ``OUT/peft-VERSION.md`` and ``.jsonl``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ FAST_MODEL = {
 there, which no CUDA graph holds; "eager" means PyTorch's attention."""
 FLEX = "FastModel gemma3"
 """The process with flex attention, whose layers may run part by part."""
+NO_KERNEL = "gemma2 unsloth", "gemma2-eager peft"
+"""Families and backends whose attention has a soft cap, in plain PyTorch: nothing of it can be kept."""
 LARGE = "llama 8B"
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -88,10 +91,13 @@ def processes(folder: Path, backends: Sequence[str], large: bool) -> dict[str, l
     return words
 
 
-def why_failed(name: str, trial: Trial) -> str:
+def why_failed(name: str, trial: Trial, keeps: bool = False) -> str:
     """What is wrong with a trial, "" for nothing.
 
     Graphs may be refused for families whose layers do not run as a whole.
+
+    Args:
+        keeps: checkpointed layers should keep attention.
     """
     if trial.verdict == "failed":
         return trial.detail
@@ -105,16 +111,21 @@ def why_failed(name: str, trial: Trial) -> str:
             return f"{trial.whole} of {trial.layers} layers run as a whole: {trial.detail}"
         if graphs and trial.captured < trial.layers - 1:
             return f"{trial.captured} of {trial.layers} layers captured: {trial.detail}"
+        kernel = f"{trial.family} {trial.backend}" not in NO_KERNEL and trial.checkpointing != "False"
+        if keeps and kernel and trial.attention_kept < trial.layers - 1:
+            return f"{trial.attention_kept} of {trial.layers} layers keep attention"
     return ""
 
 
-def table(outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list[str]) -> tuple[str, int]:
-    """Markdown, and how many trials failed or are missing."""
+def table(
+    outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list[str], keeps: bool = False
+) -> tuple[str, int]:
+    """Markdown, and how many trials failed or are missing; ``keeps`` as in `why_failed`."""
     lines, failures = [*head, "", f"| family | {' | '.join(MODES)} |", f"|---|{'---|' * len(MODES)}"], []
     for name, trials in outcomes.items():
         cells = defaultdict(list)
         for trial in trials:
-            cells[trial.mode].append((trial, why_failed(name, trial)))
+            cells[trial.mode].append((trial, why_failed(name, trial, keeps)))
         words = []
         for mode in MODES:
             found = cells[mode]
@@ -139,7 +150,7 @@ def table(outcomes: dict[str, list[Trial]], expected: dict[str, int], head: list
         (trial.family, trial.detail)
         for name, trials in outcomes.items()
         for trial in trials
-        if trial.detail and not why_failed(name, trial)
+        if trial.detail and not why_failed(name, trial, keeps)
     )
     lines += ["", "Layers that do not run whole or captured, and why:", ""]
     lines += [f"- {family}, {count} trials: {reason}" for (family, reason), count in sorted(reasons.items())]
@@ -205,6 +216,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("unsloth", "peft", "both"), default="both")
     parser.add_argument("--no-large", action="store_true", help="without the pass of 8B, which takes 20 GB of disk")
     parser.add_argument("--full", action="store_true", help="every combination of dtype, checkpointing and layout")
+    parser.add_argument("--keep-attention", action="store_true", help="checkpointed layers keep attention")
     parser.add_argument("--only", default="", help="processes, parted by commas: 'llama 4bit', 'PEFT llama', ...")
     parser.add_argument("--large-model", type=Path, help="folder with a checkpoint llama/; made where missing")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
@@ -224,6 +236,7 @@ def main() -> int:
             words = {name: words[name] for name in args.only.split(",")}
         for name, given in words.items():
             given += ["--every-other"] * (not args.full and name != LARGE)
+            given += ["--keep-attention"] * args.keep_attention
         for backend in backends:
             write_models(folder / backend, families_of(backend) + COMPILED * (backend == "unsloth"), backend)
         codes, outcomes = run_all(words, folder, began + args.seconds), {}
@@ -251,9 +264,9 @@ def main() -> int:
         "attaching; of rows also that of gradients through a quarter of the context tokens, against the same rows by "
         "the model's own code.",
     ]
-    text, failures = table(outcomes, {name: count_trials(words[name]) for name in outcomes}, head)
+    text, failures = table(outcomes, {name: count_trials(words[name]) for name in outcomes}, head, args.keep_attention)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{of}-{versions[of]}"
+    path = args.out / f"{of}-{versions[of]}{'-kept-attention' * args.keep_attention}"
     path.with_name(path.name + ".md").write_text(text)
     with path.with_name(path.name + ".jsonl").open("w") as lines:
         for name, trials in outcomes.items():

@@ -43,8 +43,9 @@ def kept(stand_in, layers=LAYERS):
     return make_model(stand_in, num_hidden_layers=layers)
 
 
-def planner(plan=lambda *given: None, context_again=()):
-    return SimpleNamespace(plan=plan, restore=lambda: None, num_kept=LAYERS, context_again=context_again)
+def planner(plan=lambda *given, **named: None, context_again=()):
+    nothing = {"restore": lambda: None, "note_whole": lambda *given: None, "attention_kept": frozenset()}
+    return SimpleNamespace(plan=plan, num_kept=LAYERS, context_again=context_again, **nothing)
 
 
 def set_checkpointing(model, *flags):
@@ -124,7 +125,7 @@ def test_memory_that_is_held_is_planned_for(stand_in, recorder):
     """`memory_budget` must not count on what the pool holds, except in a forward that uses it."""
     model, batch = kept(stand_in), small_batch()
     state, planned = attach_with(model, "dense", True), []
-    state.planner = planner(lambda rows, scale, held=0: planned.append(held))
+    state.planner = planner(lambda rows, scale, held=0, document=0: planned.append(held))
     for _ in range(3):
         loss_and_gradients(model, batch)
     assert planned == [0, 0, recorder.memory(), 0]

@@ -1,4 +1,6 @@
-"""How our attention calls PyTorch's where that is cuDNN's, which makes a plan for each length."""
+"""How our attention calls PyTorch's: cuDNN's makes a plan for each length; and which attention may be kept."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from sparse_unsloth.layer import attention
-from sparse_unsloth.layer.attention import causal
+from sparse_unsloth.layer.attention import OFFSETS, by_interface, causal
+from sparse_unsloth.ops.kept_attention import AttentionKeeper
 
 
 class OnGpu(torch.Tensor):
@@ -38,3 +41,32 @@ def test_lengths_are_padded_for_cudnn(monkeypatch, backend, length, called_with)
     torch.testing.assert_close(found, expected)
     for one, other in zip(torch.autograd.grad(found.sum(), inputs), gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("offsets", [None, (0, 4, 7, 12, 12)])
+def test_windows_and_documents_are_kept(window, offsets):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 12, heads, 8, dtype=torch.float64).transpose(1, 2) for heads in (4, 2, 2)]
+    tensors = {} if offsets is None else {OFFSETS: torch.tensor(offsets, dtype=torch.int32)}
+    call = causal(0.3, tensors, window, None, True)
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    expected = call.compute(*leaves, tensors)
+    keeper = AttentionKeeper()
+    with torch.no_grad():
+        assert torch.equal(keeper.attend(call.compute, *inputs, tensors), expected)
+    assert call.keepable
+    found = AttentionKeeper(keeper.kept).attend(call.compute, *leaves, tensors)
+    assert found.untyped_storage().data_ptr() == keeper.kept.tensors[0].untyped_storage().data_ptr()
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_that_may_not_be_kept():
+    """Compiled attention and other libraries' may not run under a dispatch mode; a soft cap calls no kernel."""
+    spec = SimpleNamespace(query_scaling=None, rotation="none", scaling=0.3, window=None)
+    for name in ("sdpa", "eager", "flex_attention", "flash_attention_2", "kernels-community/flash-attn"):
+        module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=name))
+        assert by_interface(spec, module, {}).keepable == (name in ("sdpa", "eager"))
+        assert not by_interface(spec, module, {"past_key_values": object()}).keepable
+    assert not causal(0.3, {}, None, 5.0, True).keepable
