@@ -456,7 +456,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments; ``families`` and what each is tried with are lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("unsloth", "peft"), required=True)
-    parser.add_argument("--models", type=Path, help="folder with a checkpoint for each family; made where missing")
+    parser.add_argument(
+        "--models", type=Path, required=True, help="folder with a checkpoint for each family; made where missing"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
     parser.add_argument("--families", help="default: all that the backend is tried with")
     parser.add_argument("--checkpointing", help="default: True,False; before them unsloth with the Unsloth backend")
@@ -469,8 +471,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.families = args.families or ",".join(families_of(args.backend))
     args.checkpointing = args.checkpointing or ("unsloth," if args.backend == "unsloth" else "") + "True,False"
+    if args.out.is_dir():
+        parser.error(f"--out: {args.out} is a folder, and must be a file")
+    known = {"families": FAMILIES, "dtypes": DTYPES, "checkpointing": CHECKPOINTING, "layouts": LAYOUTS, "modes": MODES}
     for name in TRIED:
         setattr(args, name, getattr(args, name).split(","))
+        if unknown := [value for value in getattr(args, name) if value not in known[name]]:
+            parser.error(f"--{name}: there is no {', '.join(map(repr, unknown))}; there are {', '.join(known[name])}")
     return args
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
@@ -18,6 +20,10 @@ from sparse_unsloth.errors import SparsityError
 
 if TYPE_CHECKING:
     from sparse_unsloth.training.recipe import Recipe
+
+
+OF_A_COMMAND = 0.8
+"""From this similarity on an unknown option is meant for the command, and is no key of a recipe."""
 
 
 class Formatter(argparse.HelpFormatter):
@@ -32,9 +38,38 @@ class Formatter(argparse.HelpFormatter):
         return "\n\n".join(part if "\n  " in f"\n{part}" else textwrap.fill(part, width) for part in parts)
 
 
-def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Names the nearest valid word in the errors of unknown options, commands and choices."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits with code 2."""
+        valid: list[str] = []
+        if found := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            valid = options_of(self)
+        elif found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            valid = re.findall(r"[\w-]+", found[2])
+        super().error(f"{message}{_nearest(found[1], valid)}" if found else message)
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser and of its own commands."""
+    options: list[str] = []
+    for action in parser._actions:
+        options += [option for option in action.option_strings if option.startswith("--")]
+        commands = action.choices.values() if isinstance(action.choices, dict) else ()
+        options += [option for command in commands for option in options_of(command)]
+    return options
+
+
+def _nearest(given: str, valid: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message that names the valid word nearest to ``given``, or ""."""
+    near = difflib.get_close_matches(given, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def command_parser(command: str, description: str, epilog: str = "", usage: str = "") -> Parser:
     """Makes the parser of the words after ``sparse-unsloth COMMAND``; ``usage`` is given without this prefix."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"sparse-unsloth {command}",
         usage=f"sparse-unsloth {command} {usage}" if usage else None,
         description=description,
@@ -49,14 +84,6 @@ def print_line(text: str) -> None:
     print(f"sparse-unsloth: {text}", file=sys.stderr)
 
 
-def positive(text: str) -> int:
-    """Parses an argument that is an integer from 1 up."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
-    return number
-
-
 def parse(
     parser: argparse.ArgumentParser, words: Sequence[str], error: type[SparsityError]
 ) -> tuple[list[str], argparse.Namespace, list[str]] | None:
@@ -68,7 +95,7 @@ def parse(
         error: the exception to raise.
 
     Raises:
-        SparsityError: ``error``, where there are not one or two names.
+        SparsityError: ``error``, where there are not one or two names, or an option is misspelt.
     """
     if {"-h", "--help"} & set(words):
         parser.print_help()
@@ -78,7 +105,12 @@ def parse(
     arguments, overrides = parser.parse_known_args(list(words[first:]))
     if len(names) not in (1, 2):
         command = parser.prog.rpartition(" ")[2]
-        raise error(f"{command} takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}.")
+        where = "" if names or not words else " before the options"
+        raise error(f"{command} takes RECIPE, or MODEL and DATASET; given {' '.join(names) or 'nothing'}{where}.")
+    for word in overrides:
+        option = word.partition("=")[0]
+        if option.startswith("--") and (hint := _nearest(option, options_of(parser), OF_A_COMMAND)):
+            raise error(f"{option}: unknown option{hint}")
     return names, arguments, overrides
 
 

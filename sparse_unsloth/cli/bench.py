@@ -19,6 +19,7 @@ from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_
 from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.utils.options import number, whole
 
 DESCRIPTION = """\
 Times training steps: arms, which are Unsloth or PEFT without us, and our methods beside them, on the same batches.
@@ -57,7 +58,7 @@ THEN, FIRST = "--then", "first"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=float, help="time limit of the job; call again to resume")
+    parser.add_argument("--seconds", type=number(above=0), help="time limit of the job; call again to resume")
     parser.add_argument("--run", default="", help="the run to resume, or whose table to print")
     parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
@@ -94,12 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     layouts = "of the methods' batches: padded (a row for each sequence) or flat (one row, as Unsloth lays them out)"
     parser.add_argument("--layouts", default=PADDED, help=f"{layouts}, or both; default: %(default)s")
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
-    parser.add_argument("--tokens", type=int, help="adds a shape: one sequence of so many tokens (8192)")
-    parser.add_argument("--context-share", type=float, help="adds a shape: the share of prompt in it (0.75)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count, in each round")
-    parser.add_argument("--steps", type=int, default=8, help="steps that count, in each round")
-    parser.add_argument("--rounds", type=int, default=1, help="how often the methods take turns")
+    parser.add_argument("--tokens", type=whole(2), help="adds a shape: one sequence of so many tokens (8192)")
+    parser.add_argument(
+        "--context-share", type=number(least=0, below=1), help="adds a shape: the share of prompt in it (0.75)"
+    )
+    parser.add_argument("--rank", type=whole(), default=16, help="of the adapters")
+    parser.add_argument("--warmup", type=whole(0), default=3, help="steps before those that count, in each round")
+    parser.add_argument("--steps", type=whole(), default=8, help="steps that count, in each round")
+    parser.add_argument("--rounds", type=whole(), default=1, help="how often the methods take turns")
     profile = "profile a step of each method at these of the shapes (without a name: the first)"
     parser.add_argument("--profile", nargs="?", const=FIRST, default="", metavar="SHAPES", help=profile)
     parser.add_argument("--out", type=Path, default=Path("speed.csv"), help="the table, default: %(default)s")
@@ -111,8 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments and resolves ``arms``, ``methods``, ``layouts`` and ``shapes``.
 
     Raises:
-        ConfigError: an arm, method, layout or shape is unknown, a count is below 1, or the table to append to has
-            other columns.
+        ConfigError: an arm, method, layout or shape is unknown, or the table to append to has other columns.
     """
     args = build_parser().parse_args(argv)
     if args.model is None and not args.table:
@@ -125,9 +127,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.profile = args.profile.split(",") if args.profile else []
     if unknown := [name for name in args.profile if name not in args.shapes]:
         raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
-    for name in ("rank", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
     read_rows(args.out)
     return args
 

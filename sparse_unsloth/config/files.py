@@ -61,8 +61,20 @@ def read(path: Path) -> object:
         if is_json:
             return json.loads(text, object_pairs_hook=_unique_keys)
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(yaml_problem(str(path), error)) from None
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read as {'JSON' if is_json else 'YAML'}: {error}") from None
+
+
+def yaml_problem(name: str, error: yaml.YAMLError) -> str:
+    """Formats a YAML error as one line: file, line, column, and the problem."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return (
+        f"{place}: cannot be read as YAML: {', '.join(part for part in said if part) or ' '.join(str(error).split())}."
+    )
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:

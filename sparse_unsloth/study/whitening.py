@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.reporting.tables import StudyError
+from sparse_unsloth.utils.unreadable import read_text
 
 MAX_TOKENS = 512
 
@@ -22,7 +23,7 @@ def read_texts(path: Path, count: int) -> list[str]:
     """
     if not path.is_file():
         raise StudyError(f"calibration text: there is no file {path}.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    lines = [line for line in read_text(path).splitlines() if line.strip()][:count]
     if path.suffix == ".jsonl":
         try:
             lines = [json.loads(line)["text"] for line in lines]

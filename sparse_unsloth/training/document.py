@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sparse_unsloth.config.files import yaml_problem
 from sparse_unsloth.config.sparsity import SparsityConfig
 from sparse_unsloth.errors import ConfigError, RecipeError
 from sparse_unsloth.training.keys import did_you_mean
@@ -35,6 +36,9 @@ def find_recipe(source: str) -> Traversable:
     """
     if source.endswith(SUFFIXES) or "/" in source:
         path = Path(source)
+        if path.is_dir():
+            inner = path / "recipe.yaml"
+            raise RecipeError(f"{source} is a folder; name a file{f': {inner}' if inner.is_file() else ' in it'}.")
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {source} (looked for in {Path.cwd()}).")
         return path
@@ -128,16 +132,6 @@ class Document:
         for name in path[1:-1]:
             block[name] = block = dict(block.get(name) or {})
         block[path[-1]] = parsed(value)
-
-
-def yaml_problem(name: str, error: yaml.YAMLError) -> str:
-    """Formats a YAML error as one line: file, line, column, and the problem."""
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    place = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
-    said = [getattr(error, "context", None), getattr(error, "problem", None)]
-    return (
-        f"{place}: cannot be read as YAML: {', '.join(part for part in said if part) or ' '.join(str(error).split())}."
-    )
 
 
 def _duplicate_keys(name: str, node: yaml.Node) -> list[str]:

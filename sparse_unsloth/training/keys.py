@@ -159,6 +159,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
     "warmup_ratio": _SHARE,
+    "pad_to_multiple_of": (lambda x: x >= 1, "1 or more, or null for none"),
 }  # fmt: skip
 """Valid ranges of values that the libraries accept silently or refuse late: the test, and its wording."""
 

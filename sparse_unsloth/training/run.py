@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def build_trainer(
     Raises:
         SparsityError: see `run`.
     """
+    if "disable_tqdm" not in recipe.given and not sys.stderr.isatty():
+        recipe.training.disable_tqdm = True  # the trainer then prints its log lines alone
     build = _build_classifier if recipe.model.lora_task_type == SEQ_CLS else _build_sft
     return build(recipe, callbacks, checkpoint)
 

@@ -6,12 +6,31 @@ import json
 import reprlib
 from pathlib import Path
 
+from sparse_unsloth.errors import DataError
+
 _WORDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def first_line(error: BaseException) -> str:
     """The first line of the error's message; its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it is not UTF-8; the message names the line.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {_not_utf8(path, error)} Give a text file in UTF-8.") from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    line = path.read_bytes()[: error.start].count(b"\n") + 1
+    return f"line {line} is not UTF-8 text ({error.reason})."
 
 
 def unreadable(name: str, error: Exception) -> str:
@@ -37,8 +56,7 @@ def _first_bad_json(path: Path) -> str | None:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        return f"line {line} is not UTF-8 text ({error.reason})."
+        return _not_utf8(path, error)
     if text.lstrip().startswith("["):
         try:
             rows = [(f"entry {number}", row) for number, row in enumerate(json.loads(text), start=1)]

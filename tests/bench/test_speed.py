@@ -70,13 +70,28 @@ def test_help_lists_methods_and_shapes(capsys):
     [
         ("--methods unsloth-dense,sparse-o3", "there is no method sparse-o3"),
         ("--shapes wizard", "there is no shape 'wizard'"),
-        ("--context-share 1.5", "there is no shape 'custom-8192-1.5'"),
-        ("--tokens 1", "at least two tokens"),
-        ("--rounds 0", "--rounds must be at least 1, given 0"),
     ],
 )
 def test_wrong_words(words, message, capsys):
     assert main(["bench", "--model", "m", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--context-share 1.5", "--context-share: must be a number of at least 0 and below 1, given '1.5'"),
+        ("--tokens 1", "--tokens: must be an integer from 2 on, given '1'"),
+        ("--rounds 0", "--rounds: must be an integer from 1 on, given '0'"),
+        ("--warmup -1", "--warmup: must be an integer from 0 on, given '-1'"),
+        ("--seconds nan", "--seconds: must be a number above 0, given 'nan'"),
+        ("--stepps 3", "unrecognized arguments: --stepps 3; did you mean --steps?"),
+    ],
+)
+def test_wrong_values(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--model", "m", *words.split()])
+    assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
 

@@ -29,9 +29,39 @@ CHOSEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--families lama", "--families: there is no 'lama'; there are llama, "),
+        ("--families llama,qwen", "--families: there is no 'qwen'; there are llama, "),
+        ("--dtypes bf16,fp7", "--dtypes: there is no 'fp7'; there are bf16, 4bit"),
+        ("--modes dence", "--modes: there is no 'dence'; there are dense, rows"),
+        ("--layouts pad", "--layouts: there is no 'pad'; there are padded"),
+        ("--checkpointing Tru", "--checkpointing: there is no 'Tru'; there are unsloth, True, False"),
+        ("--out .", "--out: . is a folder"),
+    ],
+)
+def test_names_that_do_not_exist_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--backend", "peft", "--models", "models", "--out", "trials.jsonl", *words.split()])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def combinations_of(backend, *options):
     checkpointing, layouts = CHOSEN[backend]
-    words = ["--backend", backend, "--checkpointing", checkpointing, "--layouts", layouts, "--out", "trials.jsonl"]
+    words = [
+        "--backend",
+        backend,
+        "--checkpointing",
+        checkpointing,
+        "--layouts",
+        layouts,
+        "--out",
+        "trials.jsonl",
+        "--models",
+        "models",
+    ]
     return combinations(parse([*words, *options]))
 
 

@@ -213,6 +213,20 @@ def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
     assert doctor.sys.executable == "/bin/false"
 
 
+@pytest.mark.parametrize("given", [None, "3"])
+def test_trials_run_in_one_thread_unless_told_otherwise(given, monkeypatch, tmp_path):
+    """On busy cores two threads wait for each other: 1 minute and 48 seconds, where one thread takes 29 seconds."""
+    monkeypatch.setenv(doctor.THREADS, given or "")
+    if given is None:
+        monkeypatch.delenv(doctor.THREADS)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS threads"\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(python))
+    (item,) = [item for item in doctor.try_training() if item.status == "problem"]
+    assert item.fix.endswith(f"the last that it said: {given or 1} threads")
+
+
 def test_extras_are_named_with_what_they_lack(versions):
     versions["scipy"] = None
     versions["lm-eval"] = "0.4.1"

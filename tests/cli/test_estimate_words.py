@@ -1,9 +1,11 @@
 """The words of the command line `sparse-unsloth estimate`."""
 
+import difflib
+
 import pytest
 
-from sparse_unsloth.cli import main
-from sparse_unsloth.cli.arguments import parse
+from sparse_unsloth.cli import calibrate, estimate, main
+from sparse_unsloth.cli.arguments import OF_A_COMMAND, options_of, parse
 from sparse_unsloth.cli.estimate import _recipe, build_parser
 from sparse_unsloth.errors import ConfigError, SparsityError
 
@@ -27,10 +29,23 @@ def test_help(capsys):
     [
         ([], "estimate takes RECIPE, or MODEL and DATASET"),
         (["a", "b", "c"], "given a b c"),
-        (["quickstart", "--samples", "-1"], "--samples must be 0"),
+        (["--samples", "3", "quickstart"], "given nothing before the options"),
+        (["quickstart", "--sample", "3"], "--sample: unknown option; did you mean --samples?"),
+        (["quickstart", "--preset=o2", "--jsn"], "--jsn: unknown option; did you mean --json?"),
         (["quickstart", "--no_such_key", "1"], "unknown key"),
     ],
 )
 def test_wrong_words(words, message, capsys):
     assert main(["estimate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [estimate, calibrate])
+def test_no_key_of_a_recipe_is_taken_for_a_misspelt_option(command):
+    """But for output_dir, which `calibrate` sets itself."""
+    from sparse_unsloth.training.keys import block_keys, recipe_keys
+
+    options = options_of(command.build_parser())
+    for key in (*recipe_keys(), *(key.name for key in block_keys())):
+        for name in {key, key.replace("_", "-")} - {"output_dir", "output-dir"}:
+            assert not difflib.get_close_matches(f"--{name}", options, cutoff=OF_A_COMMAND), name

@@ -85,6 +85,8 @@ def refused(words, capsys, place, code=2, program=True):
         ("--dataset_test_size -1", "--dataset_test_size: must be 1 or more, or null for none"),
         ("--weight_decay -1", "--weight_decay: must be 0 or more"),
         ("--seed -1", "--seed: must be 0 or more"),
+        ("--pad_to_multiple_of 0", "--pad_to_multiple_of: must be 1 or more, or null for none, given 0"),
+        ("--pad_to_multiple_of -8", "--pad_to_multiple_of: must be 1 or more, or null for none, given -8"),
         ("--report_to wanbd", "--report_to: there is no integration 'wanbd'; did you mean 'wandb'?"),
         ("--report_to none wanbd", "--report_to: there is no integration 'wanbd'"),
         ("--device cuda:7", "--device: unknown key; use_cpu: true chooses the CPU, CUDA_VISIBLE_DEVICES"),
@@ -213,23 +215,67 @@ def test_a_recipe_that_is_wrong_is_named_with_its_line(place, text, message, cap
         ("estimate {S}/model {S}/rows.jsonl --lora_target_modules q_prj v_proj", "(did you mean 'q_proj'?)"),
         ("estimate {S}/model {S}/rows.jsonl --lora_r 0", "--lora_r: must be 1 or more"),
         ("estimate {S}/r.yaml --preset none", "'dense' is training without sparsity"),
-        ("calibrate {S}/r.yaml --budget 2", "budget: must be between 0 and 1"),
-        ("calibrate {S}/r.yaml --mlp-levels 2", "mlp_levels: must be a number in [0, 1)"),
+        ("calibrate {S}/r.yaml --budget 2", "--budget: must be a number above 0 and below 1, given '2'"),
+        ("calibrate {S}/r.yaml --max-loss -1", "--max-loss: must be a number above 0, given '-1'"),
+        ("calibrate {S}/r.yaml --mlp-levels 2", "--mlp-levels: must be a number of at least 0 and below 1, given '2'"),
+        ("calibrate {S}/r.yaml --held-out-samples -1", "--held-out-samples: must be an integer from 0 on"),
+        ("calibrate {S}/r.yaml --buget 0.5", "--buget: unknown option; did you mean --budget?"),
+        ("calibrate {S}/r.yaml --output_dir x", "--output_dir: unknown option; did you mean --output-dir?"),
+        ("estimate {S}/r.yaml --samples -1", "--samples: must be an integer from 0 on, given '-1'"),
         ("calibrate {S}/r.yaml --lora_target_modules q_prj", "(did you mean 'q_proj'?)"),
         ("calibrate {S}/r.yaml --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
         ("calibrate {S}/r.yaml --budget 0.5 --max-loss 1", "not allowed with argument --budget"),
         ("evaluate {S}/model --suite humaneval --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
         ("evaluate /none/x --suite humaneval --limit 1", "the model cannot be loaded: '/none/x'"),
-        ("evaluate {S}/model --suite humaneval --limit 0", "must be at least 1, given 0"),
+        ("evaluate {S}/model --suite humaneval --limit 0", "--limit: must be an integer from 1 on, given '0'"),
+        ("evaluate {S}/model --suite humanevl", "did you mean humaneval?"),
+        ("evaluate {S}/model --suite glue --batchsize 3", "--batchsize 3; did you mean --batch-size?"),
+        ("evaluate {S}/model --suite glue --shots -1", "--shots: must be an integer from 0 on"),
         ("compare {S} --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
         ("study toy --outdir {S}/r.yaml", "outdir: {S}/r.yaml is a file"),
         ("study spectra --model {S}/model --device cuda:77", "--device: 'cuda:77' is no device of this machine"),
         ("study spectra --model {S}/model --device gpu", "--device: 'gpu' is no device of this machine"),
+        ("study tiy", "did you mean toy?"),
+        ("study toy --trails 3", "did you mean --trials?"),
+        ("study spectra --model {S}/model --max-layers 0", "--max-layers: must be an integer from 1 on"),
+        ("study spectra --model {S}/model --calibration-samples 0", "must be an integer from 1 on, given '0'"),
+        ("trian {S}/r.yaml", "; did you mean train?"),
+        ("train", "the following arguments are required: RECIPE"),
+        ("train {S}", "{S} is a folder"),
+        ("quickstart --steps abc", "--steps: must be an integer from 1 on, given 'abc'"),
         ("quickstart --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
     ],
 )
 def test_every_command_refuses_alike(place, words, message, capsys):
     assert place(message) in refused(words.split(" "), capsys, place)
+
+
+def test_a_sparsity_file_that_is_no_yaml_is_one_line(place, capsys):
+    Path("bad.yaml").write_text("mlp: [")
+    said = refused(["train", "{S}/r.yaml", "--sparsity", "bad.yaml"], capsys, place)
+    assert said.splitlines()[0].endswith("r.yaml: 1 problem")
+    assert "command line: --sparsity: bad.yaml:1:7: cannot be read as YAML: while parsing a flow node" in said
+
+
+def test_a_run_folder_in_place_of_a_recipe_names_the_recipe_in_it(place, capsys):
+    Path("old").mkdir()
+    Path("old", "recipe.yaml").touch()
+    assert "./old is a folder; name a file: old/recipe.yaml." in refused(["train", "./old"], capsys, place)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate {S}/model --suite humaneval --problems bytes",
+        "evaluate {S}/model --suite mt-bench --questions bytes",
+        "evaluate {S}/model --suite commonsense --data boolq=bytes",
+        "study spectra --model {S}/model --calibration-text bytes",
+        "bench --model {S}/model --out bytes",
+    ],
+)
+def test_a_file_that_is_no_text_is_named_with_its_line(place, words, capsys):
+    Path("bytes").write_bytes(b"{}\n\xff\xfe\n")
+    assert "bytes: line 2 is not UTF-8 text (invalid start byte). Give a" in refused(words.split(" "), capsys, place)
 
 
 @pytest.mark.parametrize(

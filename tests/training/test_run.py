@@ -1,8 +1,11 @@
 """Tests `sparse-unsloth train` and `quickstart` from end to end on a tiny model."""
 
 import importlib.metadata
+import io
 import json
+import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -109,6 +112,27 @@ def test_training_writes_a_run_folder(training, tmp_path, capsys):
     resolved = load_recipe(run / "recipe.yaml")
     assert resolved.sparsity == load_recipe(training).sparsity
     assert resolved.training.max_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("terminal", "words", "drawn"),
+    [
+        (False, [], False),
+        (True, [], True),
+        (False, ["--disable_tqdm", "false"], True),
+        (True, ["--disable_tqdm"], False),
+    ],
+)
+def test_the_trainers_bar_is_drawn_on_terminals_alone(terminal, words, drawn, training, tmp_path, monkeypatch, capsys):
+    recipe = Path(training)
+    recipe.write_text(recipe.read_text().replace("disable_tqdm: true\n", ""))
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["train", training, "--max_steps", "2", "--save_strategy", "no", *words]) == 0
+    assert bool(re.search(r"\d/2 \[", stream.getvalue())) == drawn
+    assert capsys.readouterr().out.count("'loss'") == 2, "log lines are printed in any case"
+    assert ("disable_tqdm" in (tmp_path / "run" / "recipe.yaml").read_text()) == bool(words)
 
 
 def test_adapter_loads_without_this_package(training, checkpoint, tmp_path):
