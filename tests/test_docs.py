@@ -1,7 +1,6 @@
-"""What pages and docstrings name is there: files, links, sections, fields, messages, and figures in the results."""
+"""What pages and docstrings name is there: files, links, sections, fields and messages."""
 
 import ast
-import csv
 import importlib.util
 import re
 import subprocess
@@ -14,7 +13,6 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "recipes/README.md", "benchmarks/README.md")]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *READMES]
-RESULTS = ROOT / "benchmarks" / "results"
 TOP = {path.name for path in ROOT.iterdir() if path.is_dir()}
 IGNORED = (ROOT / ".gitignore").read_text().split()
 FOLDERS = ("sparse_unsloth", "kernels", "recipes", "benchmarks", "tests")
@@ -197,141 +195,6 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert unknown_messages(page, known) == []
     assert unknown_messages(page.replace("`is an encoder-decoder", "`is an encoded"), known) == ["is an encoded model"]
-
-
-METHODS = {"exact": "dense-graphs", "dense": "dense-graphs", "rows": "rows-25-graphs", "`rows`": "rows-25-graphs",
-           "`o2`": "sparse-o2-graphs"}  # fmt: skip
-ALL_ARMS = (RESULTS / "unsloth-2026.10.9" / "speed.csv", "2026-11-30T06:24:08+00:00 vm")
-CASES = {
-    "four documents": (RESULTS / "mixed_lengths.csv", ALL_ARMS[1], None, "unsloth"),
-    "one of 2,048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
-    "1x2048": (*ALL_ARMS, "custom-2048-0.25", "unsloth"),
-    "wizardlm, 4 x 2,048, three quarters context, nothing recomputed": (
-        RESULTS / "one-layer" / "speed.csv", "2026-11-30T17:47:03+00:00 vm", "wizardlm", "False"),
-    **{shape: (*ALL_ARMS, shape, "unsloth") for shape in ("wizardlm", "math10k", "codefeedback")},
-}  # fmt: skip
-"""Where a table's row comes from, by the beginning of its label: results, run, shape, and checkpointing of ours."""
-ARMS = {"padded": "padded", "no checkpointing": "no-checkpointing", "no layer checkpointed": "skip-max"}
-
-
-def measured(case: str) -> list[dict[str, str]]:
-    """The rows of results that a table's row with this label shows, each with its ``ms``."""
-    path, run, shape, checkpointing = next(found for label, found in CASES.items() if case.startswith(label))
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["run"] == run and row.get("shape") == shape]
-    for row in rows:
-        row["ms"] = row["median_ms"] if shape else float(row["round_s"]) / float(row["steps"]) * 1000
-    return [row for row in rows if row["arm"] or row["checkpointing"] == checkpointing]
-
-
-def rounded(shown: str, *values: str | float) -> bool:
-    """Whether the numbers in ``shown`` are ``values``, rounded (those in the results are rounded once already)."""
-    numbers = re.findall(r"\d+(?:\.\d+)?", shown)
-    return len(numbers) == len(values) and all(
-        abs(float(number) - float(value)) <= 0.51 * 10.0 ** -len(number.partition(".")[2])
-        for number, value in zip(numbers, values, strict=True)
-    )
-
-
-def wrong_figures(page: str) -> list[str]:
-    """The cells of the table of step times that the results do not show."""
-    lines = re.search(r"^(\|.*\| stock \|.*\n)\|.*\n((\|.*\n)+)", page, re.MULTILINE)
-    heading = [cell.strip() for cell in lines[1].strip("|\n").split("|")]
-    found = []
-    for line in lines[2].splitlines():
-        case, stock, best, *ours = (cell.strip() for cell in line.strip("|").split("|"))
-        rows = measured(case)
-        arms = {row["arm"]: row for row in rows if row["arm"]}
-        arm = arms[ARMS[re.fullmatch(r"\d+, ([a-z ]+?)(?: \(.*\))?", best)[1]]]
-        right = {stock: rounded(stock, arms["stock"]["ms"])}
-        right[best] = rounded(best, arm["ms"]) and arm["over_best_arm"] == "1.000"
-        for name, cell in zip(heading[3:], ours, strict=True):
-            (row,) = [row for row in rows if row["method"] == METHODS[re.split(r"[, ]", name)[0]]]
-            right[cell] = rounded(cell, row["ms"], row["over_stock"], row["over_best_arm"])
-        found += [f"{case}: {cell}" for cell, is_right in right.items() if not is_right]
-    return found
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
-def test_step_times_are_those_of_the_results(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert wrong_figures(text) == []
-    assert len(wrong_figures(text.replace("2.59x / 1.53x", "2.69x / 1.53x"))) == 1
-
-
-def wrong_training(page: str) -> list[str]:
-    """The figures of the README's whole training that the results do not show."""
-    with (RESULTS / "end_to_end.csv").open(newline="", encoding="utf-8") as file:
-        cells = {row["arm"]: row for row in csv.DictReader(file) if row["run"] == "2026-12-01T00:45:00+00:00 vm"}
-    ours, best = cells["ours-auto"], cells["unsloth-padded+no-checkpointing"]
-    pattern = (
-        r"for (\d+) steps after (\d+): `auto` reached ([\d,]+) tokens a second .*? in ([\d.]+) GiB, .*? reached "
-        r"([\d,]+) in ([\d.]+) GiB: \[([\d.]+)x\].*? loss was higher \(([\d.]+) against ([\d.]+)\)"
-    )
-    shown = re.search(pattern, page.replace("\n", " ")).groups()
-    steps = int(ours["steps"]) - int(ours["warmup_steps"]), int(ours["warmup_steps"])
-    figures = (
-        *map(str, steps), ours["tokens_per_s"], ours["peak_gib"], best["tokens_per_s"], best["peak_gib"],
-        ours["over_best_arm"], ours["final_loss"], best["final_loss"],
-    )  # fmt: skip
-    return [one for one, value in zip(shown, figures, strict=True) if not rounded(one.replace(",", ""), value)]
-
-
-def test_the_training_of_the_readme_is_that_of_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert wrong_training(text) == []
-    for right, wrong in (("31.1 GiB", "13.1 GiB"), ("9,353", "9,853"), ("12 steps after 12", "24 steps after 12")):
-        assert right in text
-        assert len(wrong_training(text.replace(right, wrong))) == 1
-
-
-def rows_of(folder: str, **wanted: str) -> list[dict[str, str]]:
-    with (RESULTS / folder / "speed.csv").open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if all(row[name] in value for name, value in wanted.items())]
-
-
-def wrong_ranges(page: str) -> list[str]:
-    """The figures of the README's sentences on memory and of its table of gains that the results do not show."""
-    text = page.replace("\n", " ")
-    large = {"shape": ("wizardlm", "math10k", "codefeedback")}
-    stock = rows_of("unsloth-2026.10.9", arm=("stock",), **large)
-    best = rows_of("unsloth-2026.10.9", arm=("no-checkpointing", "skip-max"), **large)
-    checkpointed = {"method": ("dense-graphs", "rows-25-graphs"), "checkpointing": ("unsloth",)}
-    ours = [row for folder in ("unsloth-2026.10.9", "one-layer") for row in rows_of(folder, **checkpointed, **large)]
-    rows = [row for row in ours if row["method"] == "rows-25-graphs"]
-    dense = [
-        row for row in ours if row["method"] == "dense-graphs" and row["best_arm"] in ("no-checkpointing", "skip-max")
-    ]
-    kept = rows_of(
-        "one-layer", method=("dense-graphs", "rows-25-graphs"), checkpointing=("False",), shape=("wizardlm",)
-    )
-    kept_dense = [row for row in kept if row["method"] == "dense-graphs" and row["over_best_arm"]]
-
-    def ends(found: list[dict[str, str]], column: str) -> tuple[float, float]:
-        values = [float(row[column]) for row in found if row[column]]
-        return min(values), max(values)
-
-    claims = (  # what the page says, and the least and the largest that was measured
-        (r"at 8,192 tokens ([\d.]+) GiB, where stock", (ends(ours, "peak_gib")[1],)),
-        (r"where stock takes ([\d.]+) and the best arm", (ends(stock, "peak_gib")[1],)),
-        (r"and the best arm (\d+)\.", (ends(best, "peak_gib")[0],)),
-        (r"Nothing recomputed takes (\d+)\.", (ends(kept, "peak_gib")[1],)),
-        (r"([\d.]+x to [\d.]+x) over stock at 8,192 tokens", ends(rows, "over_stock")),
-        (r"at 8,192 tokens, in ([\d.]+ GiB against [\d.]+);", (ends(rows, "peak_gib")[1], ends(stock, "peak_gib")[1])),
-        (r"([\d.]+)x over Unsloth's best arm without checkpointing", (ends(kept_dense, "over_best_arm")[1],)),
-        (r"without checkpointing; ([\d.]+x to [\d.]+x) of it with", ends(dense, "over_best_arm")),
-    )  # fmt: skip
-    found = [(re.search(pattern, text)[1], values) for pattern, values in claims]
-    return [shown for shown, values in found if not rounded(shown, *values)]
-
-
-def test_the_gains_and_memory_of_the_readme_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert wrong_ranges(text) == []
-    changes = (("1.3x to 1.6x", "1.3x to 1.9x"), ("stock takes 7.6", "stock takes 8.6"), ("best arm 36", "best arm 63"))
-    for right, wrong in changes:
-        assert right in text
-        assert len(wrong_ranges(text.replace(right, wrong))) == 1
 
 
 def test_the_picture_of_the_readme_shows_its_table():
