@@ -69,8 +69,8 @@ def diagnose() -> list[Finding]:
 def try_training() -> list[Finding]:
     """Tries every mode in training steps of a small random model with four layers, with each backend that can run.
 
-    Each backend has its own process, because Unsloth patches its process permanently. On a GPU the trials are in 4 bits
-    and without padding.
+    Each backend has its own process, because Unsloth patches its process permanently. It has one thread on the CPU, for
+    several wait for each other where the machine is busy. On a GPU the trials are in 4 bits and without padding.
     """
     cuda = torch.cuda.is_available()
     words = {"peft": ["--dtypes", "4bit" if cuda else "bf16", "--checkpointing", "True"]}
@@ -92,7 +92,7 @@ def try_training() -> list[Finding]:
             place.mkdir()  # Unsloth writes its compiled modules into the working directory
             command = [sys.executable, "-m", "sparse_unsloth.bench.trial", "--backend", backend, "--families", "llama"]
             command += ["--layouts", "padding-free", "--models", str(place / "models"), "--out", str(place / "out")]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             with (place / "log").open("w") as log:
                 running[backend] = subprocess.Popen(
                     [*command, *options], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT

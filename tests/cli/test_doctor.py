@@ -213,6 +213,20 @@ def test_a_trial_process_that_dies_is_a_problem(monkeypatch):
     assert doctor.sys.executable == "/bin/false"
 
 
+@pytest.mark.parametrize("given", ["", "3"])
+def test_trials_have_one_thread_unless_the_user_says_otherwise(given, tmp_path, monkeypatch):
+    """On two cores with a load of six, trials took 191 s with two threads, and 54 s with one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    if not given:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "threads: $OMP_NUM_THREADS"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(script))
+    (item,) = [item for item in doctor.try_training() if item.status == "problem"]
+    assert f"threads: {given or 1}" in item.fix
+
+
 def test_extras_are_named_with_what_they_lack(versions):
     versions["scipy"] = None
     versions["lm-eval"] = "0.4.1"
