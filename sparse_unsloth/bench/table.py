@@ -14,6 +14,7 @@ from sparse_unsloth.bench.methods import BASELINE, LLAMA_3_8B, TARGETS, flop_lim
 from sparse_unsloth.costs.flops import ModelShape
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.reporting.tables import append_csv
+from sparse_unsloth.utils.unreadable import text_of
 
 ARM_COLUMNS = ("arm", "warmup_s", "over_stock", "over_best_arm", "best_arm", "run", "unsloth", "torch", "note")
 """Of every table with arms: ``arm`` is empty in rows of our methods, ``note`` says why a row has no time; the ratios
@@ -130,8 +131,7 @@ def _check_columns(rows: list[dict], columns: Sequence[str]) -> None:
 
 def _heading(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
     """Reads the heading of the file: the present columns, or an older table's, which are the first of them."""
-    with path.open(newline="", encoding="utf-8") as file:
-        heading = tuple(next(csv.reader(file), ()))
+    heading = tuple(next(csv.reader(text_of(path, ConfigError).splitlines()), ()))
     if heading != tuple(columns[: max(len(heading), len(_older(columns)))]):
         raise ConfigError(f"{path} has other columns than this table; write to another file")
     return heading

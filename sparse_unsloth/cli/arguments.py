@@ -51,9 +51,21 @@ def print_line(text: str) -> None:
 
 def positive(text: str) -> int:
     """Parses an argument that is an integer from 1 up."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, given {text}")
+    return _from(1, text)
+
+
+def not_negative(text: str) -> int:
+    """Parses an argument that is an integer from 0 up."""
+    return _from(0, text)
+
+
+def _from(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, given {text!r}") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, given {text}")
     return number
 
 

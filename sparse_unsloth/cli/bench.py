@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments and resolves ``arms``, ``methods``, ``layouts`` and ``shapes``.
 
     Raises:
-        ConfigError: an arm, method, layout or shape is unknown, a count is below 1, or the table to append to has
+        ConfigError: an arm, method, layout or shape is unknown, a count is too small, or the table to append to has
             other columns.
     """
     args = build_parser().parse_args(argv)
@@ -125,9 +125,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.profile = args.profile.split(",") if args.profile else []
     if unknown := [name for name in args.profile if name not in args.shapes]:
         raise ConfigError(f"--profile names {', '.join(unknown)}, which is none of the shapes {', '.join(args.shapes)}")
-    for name in ("rank", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, given {getattr(args, name)}")
+    for name, least in {"rank": 1, "steps": 1, "rounds": 1, "warmup": 0, "seconds": 1}.items():
+        given = getattr(args, name)
+        if given is not None and not given >= least:
+            raise ConfigError(f"--{name} must be at least {least}, given {given}")
     read_rows(args.out)
     return args
 

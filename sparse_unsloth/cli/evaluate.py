@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_unsloth.cli.arguments import command_parser, positive
+from sparse_unsloth.cli.arguments import command_parser, not_negative, positive
 from sparse_unsloth.evaluation.model import EvaluationError, Source, find_source
 from sparse_unsloth.utils.faults import SetUp, check_output
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "a local test file of the columns instruction and answer, asked as in training; without, lm-eval's own tasks"
     harness.add_argument("--data", nargs="+", metavar="NAME=FILE", help=text)
     harness.add_argument("--tasks", nargs="+", help="other tasks of lm-eval")
-    harness.add_argument("--shots", type=int, help="examples before a question of lm-eval's own tasks")
+    harness.add_argument("--shots", type=not_negative, help="examples before a question of lm-eval's own tasks")
     arc = parser.add_argument_group("arc-agi")
     arc.add_argument("--split", choices=("training", "evaluation"), default="evaluation", help="default: evaluation")
     return parser

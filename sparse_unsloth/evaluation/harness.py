@@ -17,6 +17,7 @@ from typing import Any
 from sparse_unsloth.data.templates import adds_special_tokens, generation_prompt
 from sparse_unsloth.evaluation.model import EvaluationError, Source, load
 from sparse_unsloth.evaluation.results import save_results
+from sparse_unsloth.utils.unreadable import text_of
 
 TASKS = {
     "commonsense": (
@@ -187,7 +188,7 @@ def _rows(file: str) -> list[dict[str, Any]]:
     path = Path(file)
     if not path.is_file():
         raise EvaluationError(f"--data: there is no file {file}.")
-    text = path.read_text(encoding="utf-8")
+    text = text_of(path, EvaluationError, f"--data: {file}")
     try:
         rows = (
             json.loads(text)

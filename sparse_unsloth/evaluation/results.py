@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_unsloth.evaluation.model import EvaluationError
+from sparse_unsloth.utils.unreadable import text_of
 
 RESULTS_FILE, SETTINGS_FILE = "results.json", "settings.json"
 
@@ -16,22 +17,21 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Reads the objects of a JSON-lines file.
 
     Raises:
-        EvaluationError: there is no such file, or a line is not a JSON object.
+        EvaluationError: there is no such file, it is no text, or a line is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
         raise EvaluationError(f"there is no file {path}.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise EvaluationError(f"{path}:{number}: is no JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise EvaluationError(f"{path}:{number}: is no JSON object.")
-            yield row
+    for number, line in enumerate(text_of(path, EvaluationError).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path}:{number}: is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}:{number}: is no JSON object.")
+        yield row
 
 
 class AnswerFile:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.reporting.tables import StudyError
+from sparse_unsloth.utils.unreadable import text_of
 
 MAX_TOKENS = 512
 
@@ -18,11 +19,11 @@ def read_texts(path: Path, count: int) -> list[str]:
     """Reads the first ``count`` texts of a .jsonl file (key "text") or of a .txt file (a text per line).
 
     Raises:
-        StudyError: there is no such file, a line has no text, or the file has no text.
+        StudyError: there is no such file, it is no text, a line has no text, or the file has no text.
     """
     if not path.is_file():
         raise StudyError(f"calibration text: there is no file {path}.")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    lines = [line for line in text_of(path, StudyError).splitlines() if line.strip()][:count]
     if path.suffix == ".jsonl":
         try:
             lines = [json.loads(line)["text"] for line in lines]

@@ -33,8 +33,10 @@ def find_recipe(source: str) -> Traversable:
     Raises:
         RecipeError: there is no such recipe.
     """
+    path = Path(source)
+    if path.is_dir() and source not in shipped_recipes():
+        raise RecipeError(f"{source} is a folder, and a recipe is a file: {path / 'recipe.yaml'} in a run's folder.")
     if source.endswith(SUFFIXES) or "/" in source:
-        path = Path(source)
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {source} (looked for in {Path.cwd()}).")
         return path

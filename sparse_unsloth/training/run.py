@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,8 @@ def build_trainer(
 ) -> tuple[Trainer, StepTimer]:
     """Builds the trainer of ``recipe``: model attached, data loaded, steps timed.
 
+    It draws no bar where standard error is no terminal, unless the recipe gives ``disable_tqdm``.
+
     Args:
         recipe: what to train; TRL's ``SFTTrainer`` trains text, transformers' ``Trainer`` a classifier (SEQ_CLS).
         callbacks: added to the timer.
@@ -167,6 +170,8 @@ def build_trainer(
     Raises:
         SparsityError: see `run`.
     """
+    if "disable_tqdm" not in recipe.given and not sys.stderr.isatty():
+        recipe.training.disable_tqdm = True  # its log lines are printed still
     build = _build_classifier if recipe.model.lora_task_type == SEQ_CLS else _build_sft
     return build(recipe, callbacks, checkpoint)
 

@@ -6,7 +6,27 @@ import json
 import reprlib
 from pathlib import Path
 
+from sparse_unsloth.errors import SparsityError
+
 _WORDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def text_of(path: Path, kind: type[SparsityError], name: str = "") -> str:
+    """Reads a file of the user as UTF-8 text.
+
+    Args:
+        path: of a file that is there.
+        kind: what to raise.
+        name: of the file, in the message; default: its path.
+
+    Raises:
+        SparsityError: ``kind``, where the file is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise kind(f"{name or path}: line {line} is not UTF-8 text ({error.reason}).") from None
 
 
 def first_line(error: BaseException) -> str:

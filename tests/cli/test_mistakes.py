@@ -32,6 +32,7 @@ def shared(tmp_path_factory):
         "lora_r": 4, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "output_dir": "run",
     }  # fmt: skip
     save_recipe(folder / "r.yaml", keys)
+    (folder / "bytes").write_bytes(b"{}\n\xff\xfe")
     return folder
 
 
@@ -221,6 +222,17 @@ def test_a_recipe_that_is_wrong_is_named_with_its_line(place, text, message, cap
         ("evaluate {S}/model --suite humaneval --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
         ("evaluate /none/x --suite humaneval --limit 1", "the model cannot be loaded: '/none/x'"),
         ("evaluate {S}/model --suite humaneval --limit 0", "must be at least 1, given 0"),
+        ("evaluate {S}/model --suite humaneval --limit ten", "must be an integer, given 'ten'"),
+        ("evaluate {S}/model --suite commonsense --shots -4", "must be at least 0, given -4"),
+        ("evaluate {S}/model --suite humaneval --problems {S}/bytes", "{S}/bytes: line 2 is not UTF-8 text (invalid"),
+        ("evaluate {S}/model --suite mt-bench --questions {S}/bytes", "{S}/bytes: line 2 is not UTF-8 text"),
+        ("evaluate {S}/model --suite commonsense --data boolq={S}/bytes", "--data: {S}/bytes: line 2 is not UTF-8"),
+        ("study spectra --model {S}/model --calibration-text {S}/bytes", "{S}/bytes: line 2 is not UTF-8 text"),
+        ("bench --model {S}/model --out {S}/bytes", "{S}/bytes: line 2 is not UTF-8 text"),
+        ("bench --model {S}/model --seconds -5", "--seconds must be at least 1, given -5"),
+        ("bench --model {S}/model --warmup -1", "--warmup must be at least 0, given -1"),
+        ("train {S}", "{S} is a folder, and a recipe is a file: {S}/recipe.yaml in a run's folder."),
+        ("trian {S}/r.yaml", "there is no command 'trian'; did you mean 'train'?"),
         ("compare {S} --output-dir {S}/r.yaml", "output-dir: {S}/r.yaml is a file"),
         ("study toy --outdir {S}/r.yaml", "outdir: {S}/r.yaml is a file"),
         ("study spectra --model {S}/model --device cuda:77", "--device: 'cuda:77' is no device of this machine"),
