@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("estimate", DESCRIPTION, EPILOG, usage="RECIPE|MODEL DATASET [options] [--key value ...]")
     parser.add_argument("--preset", help="rows, o1, o2, dense, or a sparsity file (MODEL DATASET: rows by default)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="to look at, 0 for all (default: %(default)s)")
-    parser.add_argument("--device", help="a measured GPU, such as h200 (default: the newest measurements)")
+    parser.add_argument("--device", help="a measured GPU, such as h100 (default: the newest measurements)")
     parser.add_argument("--speed-table", help="rows of your own `sparse-unsloth bench`, in place of the package's")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
     return parser
