@@ -296,8 +296,8 @@ def check_adapters(module: nn.Module, name: str) -> None:
         variant = getattr(module, "lora_variant", {}).get(adapter)
         if getattr(module, "use_dora", {}).get(adapter, False):
             raise AttachError(
-                f"{name}: adapter {adapter!r} uses DoRA, which channel sparsity and whole layers do not compute, and row "
-                "sparsity takes (backward_rows). Set use_dora=False for the others."
+                f"{name}: adapter {adapter!r} uses DoRA, which channel sparsity and whole layers do not compute, and "
+                "row sparsity takes (backward_rows). Set use_dora=False for the others."
             )
         if variant is not None:
             raise AttachError(
