@@ -11,6 +11,11 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 UNSLOTH := $(if $(shell command -v nvidia-smi),$(COMMA)unsloth)
 RESULTS := benchmarks/results/quickstart
 
+# With both set NO_COLOR wins everywhere, and `build` would warn of it.
+ifdef NO_COLOR
+unexport FORCE_COLOR
+endif
+
 .PHONY: help quickstart publish-quickstart doctor test test-gpu lint format docs dist clean
 
 help:

@@ -89,11 +89,11 @@ class FastSparseLanguageModel:
             )
         except SparsityError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError):
             hub = {key: kwargs[key] for key in HUB if key in kwargs}
             if adapter is not None or "gguf_file" in kwargs or (found := why_not_found(name, hub)) is None:
                 raise
-            raise found from error
+            raise found from None  # the library's tracebacks are 50 lines, and its reason is in the message
         model.__dict__["_sparse_backend"] = chosen.NAME
         saved = Path(name) / CONFIG_NAME
         if hasattr(model, "peft_config") and (sparsity is not None or saved.is_file()):

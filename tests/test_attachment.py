@@ -326,7 +326,10 @@ def bad_models():
         return model
 
     return {
-        "dora": (lambda: lora(use_dora=True), "uses DoRA, which has no sparse path. Set use_dora=False"),
+        "dora": (
+            lambda: lora(use_dora=True),
+            "uses DoRA, which channel .*, and row sparsity takes .* Set use_dora=False",
+        ),
         "dropout": (lambda: lora(lora_dropout=0.1), "lora_dropout=0.1.*Set lora_dropout=0"),
         "lora bias": (lambda: lora(lora_bias=True), "Set lora_bias=False"),
         "full fine-tuning": (trainable, "is trainable, and the sparse functions compute no gradient"),

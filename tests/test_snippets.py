@@ -1,7 +1,9 @@
 """Snippets of README.md and docs/ are right: Python runs on a tiny model, YAML loads, commands have their options."""
 
 import ast
+import contextlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,6 +17,7 @@ from datasets import Dataset
 from sparse_unsloth.cli.main import SUBCOMMANDS
 from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.errors import ConfigError
+from sparse_unsloth.planning import fits
 from sparse_unsloth.training.keys import recipe_keys
 from sparse_unsloth.training.recipe import load_recipe
 
@@ -99,7 +102,7 @@ def is_key(option: str) -> bool:
 
 
 def wrong_words(command: str) -> list[str]:
-    """The words of a command line that nothing takes."""
+    """The words of a command line that nothing takes; or what the command's parser says of a value."""
     words = shlex.split(command, comments=True)
     while words and "=" in words[0]:
         words = words[1:]
@@ -129,6 +132,19 @@ def wrong_words(command: str) -> list[str]:
     module = importlib.import_module(f"sparse_unsloth.cli.{rest[0]}")
     known = options_of(Path(module.__file__)) | {"--then", "--debug", "--help"}
     takes_keys = rest[0] in ("train", "estimate", "calibrate")
+    if "--device" in rest and rest[0] == "estimate":
+        device = rest[rest.index("--device") + 1]
+        if not any(device.lower() in fit.device.lower() for fit in fits.load()):
+            return [device]
+    ends = [index for index, word in enumerate(rest) if word in (">", "&&", "|", "--then")]
+    words = rest[1 : min(ends, default=None)]
+    if not takes_keys and "--help" not in words and words:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                (module.parse if rest[0] == "bench" else module.build_parser().parse_args)(words)
+        except (SystemExit, ConfigError) as error:  # a value that nothing takes
+            said = said.getvalue().strip() or str(error)
+            return [option for option in given if option not in known] or [said.splitlines()[-1]]
     return [option for option in given if option not in known and not (takes_keys and is_key(option))]
 
 
@@ -155,6 +171,11 @@ def test_a_wrong_option_is_found():
             "--learning_rat", "--sparsity.backward_row"],
         "sparse-unsloth explained runs/mine": ["explained"],
         "sparse-unsloth bench --model DIR --method rows": ["--method"],
+        "sparse-unsloth estimate my.yaml --device h200": ["h200"],
+        "sparse-unsloth evaluate runs/mine --suite humanevals": [
+            "sparse-unsloth evaluate: error: argument --suite: invalid choice: 'humanevals' (choose from 'humaneval', "
+            "'humaneval-plus', 'mt-bench', 'commonsense', 'arithmetic', 'glue', 'arc-agi'); did you mean humaneval?"],
+        "sparse-unsloth bench --out mine.csv": ["bench needs --model, a checkpoint folder or hub name"],
         "make tests": ["tests"],
         "pip install 'sparse-unsloth[evals]'": ["evals"],
         "python benchmarks/long_sequences.py": ["benchmarks/long_sequences.py"],

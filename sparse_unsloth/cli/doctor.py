@@ -71,8 +71,8 @@ def diagnose() -> list[Finding]:
 def try_training() -> list[Finding]:
     """Tries every mode in training steps of a small random model with four layers, with each backend that can run.
 
-    Each backend has its own process, because Unsloth patches its process permanently. On a GPU the trials are in 4 bits
-    and without padding.
+    Each backend has its own process, because Unsloth patches its process permanently. It has one thread on the CPU, for
+    several wait for each other where the machine is busy. On a GPU the trials are in 4 bits and without padding.
     """
     cuda = torch.cuda.is_available()
     words = {"peft": ["--dtypes", "4bit" if cuda else "bf16", "--checkpointing", "True"]}

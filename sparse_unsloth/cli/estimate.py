@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=whole(0), default=SAMPLES, help="to look at, 0 for all (default: %(default)s)"
     )
-    parser.add_argument("--device", help="a measured GPU, such as h200 (default: the newest measurements)")
+    parser.add_argument("--device", help="a measured GPU, such as h100 (default: the newest measurements)")
     parser.add_argument("--speed-table", help="rows of your own `sparse-unsloth bench`, in place of the package's")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
     return parser

@@ -21,12 +21,13 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparse_unsloth.training.keys import block_keys, describe, recipe_keys
+    from sparse_unsloth.training.keys import block_keys, describe, did_you_mean, recipe_keys
 
     word, known = arguments.word.lower(), [*block_keys(), *recipe_keys().values()]
     keys = [key for key in known if word in key.name.lower() or word in key.help.lower()]
     if not keys:
-        print_line(f"no key of a recipe has to do with {arguments.word!r}")
+        hint = did_you_mean(word, [key.name for key in known])
+        print_line(f"no key of a recipe has to do with {arguments.word!r}{hint}")
         return 1
     table = Table("key", "type", "default", "what it does", box=None, pad_edge=False)
     table.columns[0].min_width = max(len(key.name) for key in keys)  # never shortened

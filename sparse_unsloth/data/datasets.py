@@ -24,7 +24,7 @@ from sparse_unsloth.data.ledger import HELD_OUT, MANY_REASONS, TRAINING, Ledger,
 from sparse_unsloth.data.smollm2 import resolve_tokenizer
 from sparse_unsloth.data.templates import FILTERS
 from sparse_unsloth.errors import DataError
-from sparse_unsloth.utils.unreadable import first_line
+from sparse_unsloth.utils.unreadable import first_line, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,7 +181,7 @@ def length_filter(
         tokenizer.eos_token = training.eos_token
     source = training.chat_template_path
     if source is not None and source.endswith((".jinja", ".j2")) and Path(source).is_file():
-        tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(Path(source))
     elif source is not None:
         other = load(source)
         tokenizer.chat_template = other.chat_template

@@ -295,7 +295,10 @@ def check_adapters(module: nn.Module, name: str) -> None:
     for adapter in filter(module.lora_A.__contains__, module.active_adapters):
         variant = getattr(module, "lora_variant", {}).get(adapter)
         if getattr(module, "use_dora", {}).get(adapter, False):
-            raise AttachError(f"{name}: adapter {adapter!r} uses DoRA, which has no sparse path. Set use_dora=False.")
+            raise AttachError(
+                f"{name}: adapter {adapter!r} uses DoRA, which channel sparsity and whole layers do not compute, and "
+                "row sparsity takes (backward_rows). Set use_dora=False for the others."
+            )
         if variant is not None:
             raise AttachError(
                 f"{name}: adapter {adapter!r} uses the LoRA variant {type(variant).__name__}, which has no sparse "

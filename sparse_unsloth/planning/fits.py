@@ -76,7 +76,7 @@ def choose(fitted: list[Fitted], backend: str, dtype: str, device: str | None = 
     """Chooses the fit for a training: that of ``device`` if given, else the newest; None where nothing was measured.
 
     Args:
-        device: a part of the GPU's name, in any case ("h200").
+        device: a part of the GPU's name, in any case ("h100").
 
     Raises:
         ConfigError: no GPU with that name was measured.
@@ -87,7 +87,7 @@ def choose(fitted: list[Fitted], backend: str, dtype: str, device: str | None = 
         if not fitted:
             raise ConfigError(
                 f"--device {device}: no steps were measured on such a GPU; known are {', '.join(known) or 'none'}. "
-                "Measure yours with `sparse-unsloth bench --out mine.csv`, and give --speed-table mine.csv."
+                "Measure yours with `sparse-unsloth bench --model DIR --out mine.csv`, and give --speed-table mine.csv."
             )
     same = [one for one in fitted if one.backend == backend]
     exact = [one for one in same if one.dtype == dtype]

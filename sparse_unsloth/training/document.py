@@ -34,11 +34,11 @@ def find_recipe(source: str) -> Traversable:
     Raises:
         RecipeError: there is no such recipe.
     """
+    path = Path(source)
+    if path.is_dir() and source not in shipped_recipes():
+        inner = path / "recipe.yaml"
+        raise RecipeError(f"{source} is a folder; name a file{f': {inner}' if inner.is_file() else ' in it'}.")
     if source.endswith(SUFFIXES) or "/" in source:
-        path = Path(source)
-        if path.is_dir():
-            inner = path / "recipe.yaml"
-            raise RecipeError(f"{source} is a folder; name a file{f': {inner}' if inner.is_file() else ' in it'}.")
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {source} (looked for in {Path.cwd()}).")
         return path

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from sparse_unsloth.config import removed
+from sparse_unsloth.config.files import did_you_mean
 from sparse_unsloth.config.sparsity import EstimatorConfig, SparsityConfig
 from sparse_unsloth.data.arguments import DataArguments
 from sparse_unsloth.errors import RecipeError
@@ -124,12 +125,6 @@ def key_blocks() -> dict[str, type]:
     from trl import ModelConfig, SFTConfig
 
     return {"data": DataArguments, "model": ModelConfig, "training": SFTConfig}
-
-
-def did_you_mean(given: str, valid: Iterable[str]) -> str:
-    """Ends a message with the valid name nearest to ``given``; empty if none is near."""
-    near = difflib.get_close_matches(given, list(valid), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 _COUNT = (lambda x: x >= 1, "1 or more")

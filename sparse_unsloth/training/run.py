@@ -160,6 +160,8 @@ def build_trainer(
 ) -> tuple[Trainer, StepTimer]:
     """Builds the trainer of ``recipe``: model attached, data loaded, steps timed.
 
+    It draws no bar where standard error is no terminal, unless the recipe gives ``disable_tqdm``.
+
     Args:
         recipe: what to train; TRL's ``SFTTrainer`` trains text, transformers' ``Trainer`` a classifier (SEQ_CLS).
         callbacks: added to the timer.

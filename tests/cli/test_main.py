@@ -90,8 +90,8 @@ def test_a_reader_that_leaves_is_no_error(unbuffered):
 def test_keys_are_listed(capsys):
     assert main(["keys", "learning_rate"]) == 0
     assert "learning_rate" in capsys.readouterr().out
-    assert main(["keys", "no such thing"]) == 1
-    capsys.readouterr()
+    assert main(["keys", "learnin_rate"]) == 1
+    assert "'learnin_rate'; did you mean 'learning_rate'?" in capsys.readouterr().err
     assert main(["keys", "calibration_s"]) == 0
     assert capsys.readouterr().out.split("\n")[1].startswith("sparsity.estimator.calibration_samples  an integer")
 

@@ -244,6 +244,7 @@ def test_no_recipe_at_all(tmp_path, text, message):
     assert message in problems(path)
 
 
-def test_missing_recipe():
+def test_missing_recipe(tmp_path):
     assert "there is no recipe file none.yaml" in problems("none.yaml")
     assert "there is no shipped recipe 'none'" in problems("none")
+    assert f"{tmp_path} is a folder; name a file in it" in problems(str(tmp_path))

@@ -8,14 +8,18 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
 
 from sparse_unsloth.cli import main
 from sparse_unsloth.config.sparsity import CONFIG_NAME
 from sparse_unsloth.training.recipe import load_recipe
+from sparse_unsloth.training.run import build_trainer
 
 from flops import counter
 from word_models import save_recipe
@@ -94,6 +98,18 @@ def assert_same(left, right):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("is_terminal", "given", "shown"), [(False, [], False), (True, [], True),
+    (False, ["--disable_tqdm", "false"], True), (True, ["--disable_tqdm", "true"], False)])  # fmt: skip
+def test_the_trainers_bar_is_on_terminals(training, is_terminal, given, shown, monkeypatch):
+    recipe = yaml.safe_load(Path(training).read_text())
+    del recipe["disable_tqdm"]
+    Path(training).write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal, write=len, flush=int))
+    callbacks = build_trainer(load_recipe(training, given))[0].callback_handler.callbacks
+    assert any(isinstance(one, ProgressCallback) for one in callbacks) == shown
+    assert any(isinstance(one, PrinterCallback) for one in callbacks) != shown, "losses are printed, with or without"
 
 
 def test_training_writes_a_run_folder(training, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Arguments of a script that cannot be meant are refused before a library takes or ignores them."""
 
 import inspect
+import traceback
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,9 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
             load(name)
         assert str(name) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
-    assert isinstance(caught.value.__cause__, OSError)
+    assert isinstance(caught.value.__context__, OSError)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Traceback (most recent call last)") == 1, "those of the libraries are left out"
 
 
 def test_a_folder_without_weights_keeps_the_librarys_error(checkpoint, tmp_path):
