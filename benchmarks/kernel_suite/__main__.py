@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for kernels.txt and kernels.csv")
     parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name contains this")
     parser.add_argument(
-        "--seconds", type=real(above=0), default=300, help="no case is begun after so many (%(default)s)"
+        "--seconds", type=real(least=0), default=300, help="no case is begun after so many (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of the inputs; drawn if not given")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a rehearsal")
