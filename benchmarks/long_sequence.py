@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--tiled", action="store_true", help="Unsloth's tiled MLP, in layers that are not sparse")
     parser.add_argument("--memory-budget", type=real(above=0), default=0.9, help="of the mode budget")
-    parser.add_argument("--seconds", type=real(above=0), default=400, help="of everything")
+    parser.add_argument("--seconds", type=real(least=0), default=400, help="of everything")
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU, through PEFT")
     parser.add_argument("--draw", type=Path, help="only draw this table")
     args = parser.parse_args(argv)

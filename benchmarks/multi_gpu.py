@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--warmup", type=whole(0), default=3)
     parser.add_argument("--steps", type=whole(), default=8)
-    parser.add_argument("--seconds", type=real(above=0), default=440, help="of everything")
+    parser.add_argument("--seconds", type=real(least=0), default=440, help="of everything")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--draw", type=Path, help="only write the table of this file")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)

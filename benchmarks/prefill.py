@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch", type=whole(), default=4)
     parser.add_argument("--length", type=whole(), default=2048, help="tokens of a prompt")
     parser.add_argument("--repeats", type=whole(), default=12, help="forwards of each kind that are timed")
-    parser.add_argument("--seconds", type=real(above=0), default=85.0, help="begin no method after so many")
+    parser.add_argument("--seconds", type=real(least=0), default=85.0, help="begin no method after so many")
     parser.add_argument("--commit", default="unknown", help="of the code")
     arguments = parser.parse_args()
     arguments.rank, arguments.checkpointing = 16, "False"

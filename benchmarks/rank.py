@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> None:
     )
     quality.add_argument("--warmup", type=whole(0), help="first steps, with every component (default: a fifth of them)")
     quality.add_argument(
-        "--seconds", type=real(above=0), help="begin no run that would end later, by the longest so far"
+        "--seconds", type=real(least=0), help="begin no run that would end later, by the longest so far"
     )
     quality.add_argument("overrides", nargs="*", metavar="-- --key value", help="further keys of the recipe")
     summary = commands.add_parser("summary", help="compare what several calls of quality measured")

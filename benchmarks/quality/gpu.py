@@ -184,7 +184,7 @@ def table(path: Path) -> list[str]:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=real(above=0), required=True)
+    parser.add_argument("--seconds", type=real(least=0), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tar", type=Path, help="keep a .tgz of all of --out here")
     parser.add_argument("--processes", type=whole(), default=10)

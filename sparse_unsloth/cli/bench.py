@@ -58,7 +58,7 @@ THEN, FIRST = "--then", "first"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=real(above=0), help="time limit of the job; call again to resume")
+    parser.add_argument("--seconds", type=real(least=0), help="time limit of the job; call again to resume")
     parser.add_argument("--run", default="", help="the run to resume, or whose table to print")
     parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
