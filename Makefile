@@ -10,9 +10,8 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # Where there is an NVIDIA GPU, the quickstart compares with stock Unsloth.
 UNSLOTH := $(if $(shell command -v nvidia-smi),$(COMMA)unsloth)
 RESULTS := benchmarks/results/quickstart
-
-# With both set NO_COLOR wins everywhere, and `build` would warn of it.
-ifdef NO_COLOR
+# Where both are set, `build` warns of it in `make dist`, and other programs differ in which of them wins.
+ifneq ($(NO_COLOR),)
 unexport FORCE_COLOR
 endif
 

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from sparse_unsloth.utils.options import real, whole
+
 BATCH = 8
 
 
@@ -27,12 +29,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backend", default="unsloth", choices=("unsloth", "peft"))
     parser.add_argument("--load-in-4bit", action="store_true")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
-    parser.add_argument("--outputs", type=int, default=128, help="of these, with loss")
-    parser.add_argument("--samples", type=int, nargs=3, default=(32, 96, 96), help="estimator, recipes, held out")
-    parser.add_argument("--part-samples", type=int, default=16)
-    parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--seconds", type=int, default=560)
+    parser.add_argument("--length", type=whole(), default=512, help="tokens of a sample")
+    parser.add_argument("--outputs", type=whole(), default=128, help="of these, with loss")
+    parser.add_argument("--samples", type=whole(0), nargs=3, default=(32, 96, 96), help="estimator, recipes, held out")
+    parser.add_argument("--part-samples", type=whole(), default=16)
+    parser.add_argument("--budget", type=real(above=0, below=1), default=0.5)
+    parser.add_argument("--seconds", type=whole(), default=560)
     arguments = parser.parse_args()
     began = time.perf_counter()
     if arguments.backend == "unsloth":

@@ -56,6 +56,7 @@ from sparse_unsloth.bench.speed import describe, device_name
 from sparse_unsloth.cli.bench import add_run_options
 from sparse_unsloth.errors import ConfigError
 from sparse_unsloth.utils.environment import processor
+from sparse_unsloth.utils.options import whole
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.csv"
 LONG = "long16k"
@@ -448,9 +449,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", help="; ".join(f"with {name}: {arms}" for name, arms in DEFAULT_ARMS.items()))
     parser.add_argument("--data", default=",".join(KINDS), help="default: %(default)s")
     parser.add_argument("--micro-batches", default="2x4,8x1", help=f"default: %(default)s; {LONG} always has {ONE}")
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps, with the warm-up; default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=10, help="steps left out of tokens/s; default: %(default)s")
-    parser.add_argument("--profile", type=int, default=2, help="profiled steps after them; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=whole(), default=30, help="optimiser steps, with the warm-up; default: %(default)s"
+    )
+    parser.add_argument("--warmup", type=whole(0), default=10, help="steps left out of tokens/s; default: %(default)s")
+    parser.add_argument("--profile", type=whole(0), default=2, help="profiled steps after them; default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("/tmp/end_to_end"), help="random models and data")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the table; default: %(default)s")
     parser.add_argument("--check", action="store_true", help="only make the data, and print lengths beside targets")

@@ -30,6 +30,7 @@ from sparse_unsloth.ops.fp8 import Fp8Stack, check_device, scaled_product
 from sparse_unsloth.ops.projection import BaseWeight
 from sparse_unsloth.ops.weight_stack import WeightStack, stack_columns, stack_rows
 from sparse_unsloth.utils.environment import commit_of
+from sparse_unsloth.utils.options import whole
 
 RANK = 16
 LLAMA_3_8B, TINY = (4096, 4096, 1024, 14336), (128, 128, 64, 192)
@@ -106,7 +107,7 @@ def times(bases: list[BaseWeight], by_columns: bool, n: int, gradient: bool, dty
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1664, 8192])
+    parser.add_argument("--rows", type=whole(), nargs="+", default=[1664, 8192])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
     args = parser.parse_args(argv)
     if not args.tiny and not torch.cuda.is_available():

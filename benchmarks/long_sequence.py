@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_unsloth.reporting.tables import append_csv
+from sparse_unsloth.utils.options import real
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "checkpointing", "tiled", "layout", "method", "tokens",
@@ -81,8 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", default="unsloth,budget,none", help="of checkpointing")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--tiled", action="store_true", help="Unsloth's tiled MLP, in layers that are not sparse")
-    parser.add_argument("--memory-budget", type=float, default=0.9, help="of the mode budget")
-    parser.add_argument("--seconds", type=float, default=400, help="of everything")
+    parser.add_argument("--memory-budget", type=real(above=0), default=0.9, help="of the mode budget")
+    parser.add_argument("--seconds", type=real(least=0), default=400, help="of everything")
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU, through PEFT")
     parser.add_argument("--draw", type=Path, help="only draw this table")
     args = parser.parse_args(argv)

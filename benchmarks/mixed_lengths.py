@@ -38,6 +38,7 @@ from sparse_unsloth.bench.shapes import shapes_of
 from sparse_unsloth.bench.table import ARM_COLUMNS, SPEED, Kind, read_table
 from sparse_unsloth.cli import bench
 from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
+from sparse_unsloth.utils.options import whole
 
 COLUMNS = (
     "date", "commit", "device", "versions", "model", "dtype", "layout", "method", "documents", "steps", "tokens",
@@ -291,7 +292,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--layouts", default="flat,padded", help="of the methods; default: %(default)s")
     parser.add_argument("--documents", default="4,16", help="in each micro-batch; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=24, help="micro-batches of a round")
+    parser.add_argument("--steps", type=whole(), default=24, help="micro-batches of a round")
     parser.add_argument("--shapes", default="", help="of `sparse-unsloth bench`: timed in the same processes")
     bench.add_run_options(parser)
     args = parser.parse_args(argv)

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from sparse_unsloth.reporting.tables import append_csv
+from sparse_unsloth.utils.options import real, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
@@ -41,12 +42,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint for ddp")
     parser.add_argument("--small", help="checkpoint for fsdp2; default: that of ddp")
     parser.add_argument("--out", type=Path, default=Path("runs/multi-gpu"))
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--gpus", type=whole(), default=2)
     parser.add_argument("--shapes", default="wizardlm,math10k")
     parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=440, help="of everything")
+    parser.add_argument("--warmup", type=whole(0), default=3)
+    parser.add_argument("--steps", type=whole(), default=8)
+    parser.add_argument("--seconds", type=real(least=0), default=440, help="of everything")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--draw", type=Path, help="only write the table of this file")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)

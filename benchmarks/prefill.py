@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from sparse_unsloth.reporting.tables import append_csv
+from sparse_unsloth.utils.options import real, whole
 
 COLUMNS = (
     "date", "commit", "device", "model", "dtype", "backend", "batch", "length", "method", "dense_ms", "sparse_ms",
@@ -32,10 +33,10 @@ def main() -> None:
     parser.add_argument("--backend", default="unsloth", choices=("unsloth", "peft"))
     parser.add_argument("--dtype", default="4bit", choices=("4bit", "bf16"))
     parser.add_argument("--methods", default="sparse-o2,sparse-50", help="of `sparse-unsloth bench`")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--repeats", type=int, default=12, help="forwards of each kind that are timed")
-    parser.add_argument("--seconds", type=float, default=85.0, help="begin no method after so many")
+    parser.add_argument("--batch", type=whole(), default=4)
+    parser.add_argument("--length", type=whole(), default=2048, help="tokens of a prompt")
+    parser.add_argument("--repeats", type=whole(), default=12, help="forwards of each kind that are timed")
+    parser.add_argument("--seconds", type=real(least=0), default=85.0, help="begin no method after so many")
     parser.add_argument("--commit", default="unknown", help="of the code")
     arguments = parser.parse_args()
     arguments.rank, arguments.checkpointing = 16, "False"

@@ -22,6 +22,7 @@ from torch import nn
 
 from sparse_unsloth.reporting.paired_tests import compare_paired
 from sparse_unsloth.reporting.tables import read_csv, write_csv
+from sparse_unsloth.utils.options import real, whole
 
 RESULTS = Path(__file__).parent / "results" / "rank"
 ALPHA = 8
@@ -33,15 +34,17 @@ def main(words: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     quality = commands.add_parser("quality", help="train and evaluate")
     quality.add_argument("--recipe", default="quickstart", help="default: %(default)s (SmolLM2-135M)")
-    quality.add_argument("--steps", type=int, default=300)
+    quality.add_argument("--steps", type=whole(), default=300)
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    quality.add_argument("--rank", type=int, default=256, help="of the sparse runs (default: %(default)s)")
-    quality.add_argument("--densities", type=float, nargs="+", default=[0.08, 0.15])
+    quality.add_argument("--rank", type=whole(), default=256, help="of the sparse runs (default: %(default)s)")
+    quality.add_argument("--densities", type=real(above=0, most=1), nargs="+", default=[0.08, 0.15])
     quality.add_argument(
         "--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with"
     )
-    quality.add_argument("--warmup", type=int, help="first steps, with every component (default: a fifth of them)")
-    quality.add_argument("--seconds", type=float, help="begin no run that would end later, by the longest so far")
+    quality.add_argument("--warmup", type=whole(0), help="first steps, with every component (default: a fifth of them)")
+    quality.add_argument(
+        "--seconds", type=real(least=0), help="begin no run that would end later, by the longest so far"
+    )
     quality.add_argument("overrides", nargs="*", metavar="-- --key value", help="further keys of the recipe")
     summary = commands.add_parser("summary", help="compare what several calls of quality measured")
     summary.add_argument("folders", type=Path, nargs="+")
@@ -49,13 +52,15 @@ def main(words: list[str] | None = None) -> None:
     speed.add_argument("--model", required=True, help="folder or hub name")
     speed.add_argument("--backend", choices=("auto", "unsloth", "peft"), default="auto")
     speed.add_argument("--dtype", choices=("16bit", "4bit"), default="16bit")
-    speed.add_argument("--rank", type=int, default=1024, help="of the sparse run (default: %(default)s)")
-    speed.add_argument("--density", type=float, default=0.08)
-    speed.add_argument("--baseline", type=int, nargs="+", default=[64], help="dense ranks; the first is compared with")
-    speed.add_argument("--batch", type=int, default=4)
-    speed.add_argument("--length", type=int, default=2048)
-    speed.add_argument("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
-    speed.add_argument("--rounds", type=int, default=2, help="over all variants, against clock drift")
+    speed.add_argument("--rank", type=whole(), default=1024, help="of the sparse run (default: %(default)s)")
+    speed.add_argument("--density", type=real(above=0, most=1), default=0.08)
+    speed.add_argument(
+        "--baseline", type=whole(), nargs="+", default=[64], help="dense ranks; the first is compared with"
+    )
+    speed.add_argument("--batch", type=whole(), default=4)
+    speed.add_argument("--length", type=whole(), default=2048)
+    speed.add_argument("--steps", type=whole(), default=10, help="timed steps (default: %(default)s)")
+    speed.add_argument("--rounds", type=whole(), default=2, help="over all variants, against clock drift")
     for command in (quality, speed):
         command.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results/rank")
     arguments = parser.parse_args(words)

@@ -30,6 +30,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparse_unsloth.utils.options import real, whole
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -167,11 +169,13 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="model, data and runs")
     parser.add_argument("--out", type=Path, required=True, help="results, eight files at most")
-    parser.add_argument("--seconds", type=float, default=480, help="in all; what is begun is ended (default: 480)")
-    parser.add_argument("--steps", type=int, default=60, help="of each training (default: 60)")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many (default: 3)")
+    parser.add_argument(
+        "--seconds", type=real(least=0), default=480, help="in all; what is begun is ended (default: 480)"
+    )
+    parser.add_argument("--steps", type=whole(), default=60, help="of each training (default: 60)")
+    parser.add_argument("--seeds", type=whole(), default=3, help="at most so many (default: 3)")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--limit", type=int, help="HumanEval's first so many problems")
+    parser.add_argument("--limit", type=whole(), help="HumanEval's first so many problems")
     parser.add_argument("--cpu", action="store_true", help="a rehearsal at tiny size")
     arguments = parser.parse_args()
     began = time.perf_counter()

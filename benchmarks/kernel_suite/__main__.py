@@ -31,6 +31,7 @@ from benchmarks.kernel_suite.checks import WrongOutput, check
 from benchmarks.kernel_suite.inputs import LLAMA_3_8B, TINY, Draw
 from sparse_unsloth.reporting.tables import append_csv
 from sparse_unsloth.utils.environment import commit_of
+from sparse_unsloth.utils.options import real
 
 COLUMNS = (
     "date", "commit", "device", "torch", "triton", "dtype", "seed", "kernel", "shape", "ms", "pytorch_ms", "floor_ms",
@@ -64,7 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder for kernels.txt and kernels.csv")
     parser.add_argument("--only", default="", metavar="WORD", help="kernels whose name contains this")
-    parser.add_argument("--seconds", type=float, default=300, help="no case is begun after so many (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=real(least=0), default=300, help="no case is begun after so many (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of the inputs; drawn if not given")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a rehearsal")
     args = parser.parse_args(argv)

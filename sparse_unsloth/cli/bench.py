@@ -19,7 +19,7 @@ from sparse_unsloth.bench.speed import cases_of, describe, device_name, measure_
 from sparse_unsloth.bench.table import COLUMNS, SPEED, read_rows, read_table, report
 from sparse_unsloth.cli.arguments import command_parser
 from sparse_unsloth.errors import ConfigError
-from sparse_unsloth.utils.options import number, whole
+from sparse_unsloth.utils.options import real, whole
 
 DESCRIPTION = """\
 Times training steps: arms, which are Unsloth or PEFT without us, and our methods beside them, on the same batches.
@@ -58,7 +58,7 @@ THEN, FIRST = "--then", "first"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of time, run and table, and those of a child process."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parser.add_argument("--seconds", type=number(above=0), help="time limit of the job; call again to resume")
+    parser.add_argument("--seconds", type=real(least=0), help="time limit of the job; call again to resume")
     parser.add_argument("--run", default="", help="the run to resume, or whose table to print")
     parser.add_argument("--table", action="store_true", help="only print the table of a run, the newest by default")
     parser.add_argument("--date", default=now, help=argparse.SUPPRESS)
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help='"all" (default), or some of the shapes below')
     parser.add_argument("--tokens", type=whole(2), help="adds a shape: one sequence of so many tokens (8192)")
     parser.add_argument(
-        "--context-share", type=number(least=0, below=1), help="adds a shape: the share of prompt in it (0.75)"
+        "--context-share", type=real(least=0, below=1), help="adds a shape: the share of prompt in it (0.75)"
     )
     parser.add_argument("--rank", type=whole(), default=16, help="of the adapters")
     parser.add_argument("--warmup", type=whole(0), default=3, help="steps before those that count, in each round")

@@ -14,7 +14,7 @@ from sparse_unsloth.cli.arguments import command_parser, load_recipe_to_train, p
 from sparse_unsloth.errors import CalibrationError
 from sparse_unsloth.utils.environment import require
 from sparse_unsloth.utils.faults import SetUp, check_output
-from sparse_unsloth.utils.options import number, whole
+from sparse_unsloth.utils.options import real, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,14 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     bound = parser.add_mutually_exclusive_group()
     bound.add_argument(
         "--budget",
-        type=number(above=0, below=1),
+        type=real(above=0, below=1),
         help="FLOPs of context tokens' frozen-weight matmuls, as a share of the dense ones (default: 0.5)",
     )
-    bound.add_argument("--max-loss", type=number(above=0), help="instead: increase of the answer loss allowed, in nats")
+    bound.add_argument("--max-loss", type=real(above=0), help="instead: increase of the answer loss allowed, in nats")
     for name, levels in (("mlp", MLP_LEVELS), ("attention", ATTENTION_LEVELS)):
         text = f"sparsities to choose from, none: dense (default: {' '.join(map(str, levels))})"
         parser.add_argument(
-            f"--{name}-levels", type=number(least=0, below=1), nargs="*", default=levels, metavar="SHARE", help=text
+            f"--{name}-levels", type=real(least=0, below=1), nargs="*", default=levels, metavar="SHARE", help=text
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, least, defaults, text in (

@@ -86,7 +86,12 @@ def reader_left() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Turns off the bars of libraries that load models and data where standard error is no terminal, as ours are."""
+    """Turns off the bars of libraries that load models and data where standard error is no terminal, as ours are.
+
+    Of ``NO_COLOR`` and ``FORCE_COLOR`` the first wins, for this process and those that it starts.
+    """
+    if os.environ.get("NO_COLOR"):
+        os.environ.pop("FORCE_COLOR", None)
     if not sys.stderr.isatty():
         for library in ("HUB", "DATASETS"):
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")

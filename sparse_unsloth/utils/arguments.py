@@ -31,7 +31,8 @@ def check_names(given: Iterable[str], takers: Iterable[Callable[..., Any]], othe
         if dataclasses.is_dataclass(taker):
             known |= {field.name for field in dataclasses.fields(taker)}
         else:
-            known |= set(inspect.signature(taker).parameters)
+            parameters = inspect.signature(taker).parameters.values()
+            known |= {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     for name in sorted(set(given) - known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
         if near:

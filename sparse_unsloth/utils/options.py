@@ -22,7 +22,7 @@ def whole(least: int = 1) -> Callable[[str], int]:
     return parse
 
 
-def number(
+def real(
     *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
 ) -> Callable[[str], float]:
     """The type of a finite number within the bounds that are given."""

@@ -84,7 +84,7 @@ def test_wrong_words(words, message, capsys):
         ("--tokens 1", "--tokens: must be an integer from 2 on, given '1'"),
         ("--rounds 0", "--rounds: must be an integer from 1 on, given '0'"),
         ("--warmup -1", "--warmup: must be an integer from 0 on, given '-1'"),
-        ("--seconds nan", "--seconds: must be a number above 0, given 'nan'"),
+        ("--seconds nan", "--seconds: must be a number of at least 0, given 'nan'"),
         ("--stepps 3", "unrecognized arguments: --stepps 3; did you mean --steps?"),
     ],
 )

@@ -1,8 +1,10 @@
 """Tests the command line: arguments, help, lists of recipes and keys, and the doctor on this machine."""
 
 import importlib.metadata
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +30,33 @@ def test_help_and_version(capsys):
         assert caught.value.code == 0
     assert main(["train", "quickstart", "--help"]) == 0
     assert "--sparsity.estimator.rank 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("no_color", "kept"), [("1", False), ("", True)])
+def test_of_both_variables_of_colour_no_color_wins(no_color, kept, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
+    assert ("FORCE_COLOR" in os.environ) == kept
+    stream = io.StringIO()
+    Console(file=stream).print("[bold red]words")
+    assert ("\x1b" in stream.getvalue()) == kept
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("no_color", "kept"), [("1", "none"), ("", "1")])
+def test_make_hands_one_variable_of_colour_on(no_color, kept, tmp_path):
+    makefile = Path(__file__).parents[2] / "Makefile"
+    if not makefile.is_file():
+        pytest.skip("not in a clone")
+    (tmp_path / "Makefile").write_text(f"{makefile.read_text()}\nsaid:\n\t@echo $${{FORCE_COLOR:-none}}\n")
+    environment = {**os.environ, "NO_COLOR": no_color, "FORCE_COLOR": "1"}
+    command = ["make", "--silent", "-C", str(tmp_path), "said"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == kept
 
 
 @pytest.mark.parametrize("columns", [60, 120])

@@ -1,18 +1,24 @@
 """Arguments of a script that cannot be meant are refused before a library takes or ignores them."""
 
+import ast
 import inspect
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from sparse_unsloth import FastSparseLanguageModel
 from sparse_unsloth.backends.peft import loading
+from sparse_unsloth.backends.unsloth.contract import find_unsloth
 from sparse_unsloth.errors import ConfigError, DataError
 from sparse_unsloth.utils.arguments import check_length, check_lora, check_names
 
 from tiny_models import save_checkpoint
+
+OF_THE_LOADER = (*loading.NEEDS_UNSLOTH, *loading.IGNORED)
+LORA_TAKERS = (FastSparseLanguageModel.get_peft_model, loading.add_lora, LoraConfig)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,51 @@ def test_what_other_libraries_take_is_theirs():
     check_names(loading.OF_UNSLOTHS_LORA, (loading.add_lora,), loading.OF_UNSLOTHS_LORA)
     with pytest.raises(ConfigError, match="load_in_8bit"):  # what the names beside the functions are for
         check_names(loading.NEEDS_UNSLOTH, takers)
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "takers", "others"),
+    [
+        ("loader.py", "from_pretrained", (FastSparseLanguageModel.from_pretrained, loading.load), OF_THE_LOADER),
+        ("llama.py", "from_pretrained", (FastSparseLanguageModel.from_pretrained, loading.load), OF_THE_LOADER),
+        ("llama.py", "get_peft_model", LORA_TAKERS, loading.OF_UNSLOTHS_LORA),
+        ("vision.py", "get_peft_model", LORA_TAKERS, loading.OF_UNSLOTHS_LORA),
+    ],
+)
+def test_every_argument_of_the_installed_unsloth_is_taken(file, function, takers, others):
+    """Read off its sources: `get_peft_model` of text and of vision models, the loaders of all models and of Llama's."""
+    folder = find_unsloth()
+    if folder is None:
+        pytest.skip("Unsloth is not installed")
+    nodes = ast.walk(ast.parse(next(folder.rglob(f"models/{file}")).read_text(encoding="utf-8")))
+    found = [node.args for node in nodes if isinstance(node, ast.FunctionDef) and node.name == function]
+    names = {one.arg for given in found for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+    assert len(names) > 15
+    check_names(names, takers, others)
+
+
+@pytest.mark.parametrize("name", ["kwarg", "args"])
+def test_the_names_of_further_arguments_are_no_arguments(name):
+    check_names([name], (FastSparseLanguageModel.from_pretrained,))  # which are `kwargs`, and so are no suggestion
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Unsloth: Failed to load model. Both AutoConfig and PeftConfig loading failed.\n\nAutoConfig ..."),
+        OSError("We couldn't connect to 'https://huggingface.co'"),
+    ],
+)
+def test_a_model_that_is_not_found_is_told_alike_by_both_backends(error, monkeypatch):
+    """Unsloth raises a RuntimeError with both libraries' messages, transformers an OSError."""
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loading, "load", refuse)
+    with pytest.raises(DataError, match="nobody/nothing-here: its configuration cannot be read") as caught:
+        load("nobody/nothing-here")
+    assert caught.value.__cause__ is error
 
 
 def test_usual_sizes_pass():

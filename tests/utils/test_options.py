@@ -4,12 +4,12 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from sparse_unsloth.utils.options import number, whole
+from sparse_unsloth.utils.options import real, whole
 
 
 def test_numbers_within_their_bounds():
     assert [whole()("1"), whole(0)("0"), whole(-1)("-1"), whole()("64")] == [1, 0, -1, 64]
-    assert [number()("-1e-4"), number(above=0)("1e-9"), number(least=0, below=1)("0"), number(most=1)("1")] == [
+    assert [real()("-1e-4"), real(above=0)("1e-9"), real(least=0, below=1)("0"), real(most=1)("1")] == [
         -1e-4, 1e-9, 0.0, 1.0,
     ]  # fmt: skip
 
@@ -21,13 +21,13 @@ def test_numbers_within_their_bounds():
         (whole(2), "1", "must be an integer from 2 on, given '1'"),
         (whole(), "2.5", "given '2.5'"),
         (whole(), "abc", "given 'abc'"),
-        (number(), "abc", "must be a number, given 'abc'"),
-        (number(), "inf", "must be a number, given 'inf'"),
-        (number(above=0), "nan", "must be a number above 0, given 'nan'"),
-        (number(above=0), "0", "must be a number above 0, given '0'"),
-        (number(least=0, below=1), "1", "must be a number of at least 0 and below 1, given '1'"),
-        (number(least=0), "-0.1", "must be a number of at least 0, given"),
-        (number(above=0, most=1), "1.1", "must be a number above 0 and at most 1, given"),
+        (real(), "abc", "must be a number, given 'abc'"),
+        (real(), "inf", "must be a number, given 'inf'"),
+        (real(above=0), "nan", "must be a number above 0, given 'nan'"),
+        (real(above=0), "0", "must be a number above 0, given '0'"),
+        (real(least=0, below=1), "1", "must be a number of at least 0 and below 1, given '1'"),
+        (real(least=0), "-0.1", "must be a number of at least 0, given"),
+        (real(above=0, most=1), "1.1", "must be a number above 0 and at most 1, given"),
     ],
 )
 def test_others_are_refused_with_the_bounds(kind, text, message):
