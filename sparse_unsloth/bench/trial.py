@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unsloth.backends.patching import Uncompiled
+from sparse_unsloth.bench.chosen_rows import TrialError, noted_rows
 from sparse_unsloth.bench.families import FAMILIES, families_of, write_models
 from sparse_unsloth.bench.models import CHECKPOINTING
 from sparse_unsloth.errors import AttachError
 from sparse_unsloth.graphs.recorder import RUNS_BEFORE_CAPTURE
 from sparse_unsloth.model.decoder_layer import find_layers
 from sparse_unsloth.ops.dispatch import VARIABLE
-from sparse_unsloth.rows.choice import RowChoice
 from sparse_unsloth.runtime import checkpoint_planner
 from sparse_unsloth.runtime.attach_report import AttachReport
 
@@ -209,54 +208,6 @@ def plain_step(model: nn.Module, batch: dict[str, Any]) -> tuple[Step, str]:
             Uncompiled(layer.module)
         found = f"Unsloth's compiled layers fail without sparse_unsloth ({type(error).__name__}: {first}), so all run "
         return step(model, batch), found + "uncompiled here"
-
-
-@contextmanager
-def noted_rows(noted: list[Tensor]) -> Iterator[list[RowChoice]]:
-    """Notes the rows that each layer chooses, in the order of the backward pass; or repeats what was noted.
-
-    Args:
-        noted: filled where it is empty, otherwise repeated.
-
-    Yields:
-        The choices that were made or repeated, one a layer.
-
-    Raises:
-        TrialError: a context row that is left out has a larger gradient than a chosen one.
-    """
-    choose, repeats = RowChoice.select, bool(noted)
-    seen: list[RowChoice] = []
-
-    def select(self: RowChoice, gradient: Tensor) -> Tensor:
-        rows = choose(self, gradient)
-        if self not in seen:
-            seen.append(self)
-            if not repeats:
-                noted.append(rows)
-                _check_choice(self, gradient, rows)
-        place = seen.index(self)
-        self.rows = noted[place] if place < len(noted) else rows
-        return self.rows
-
-    RowChoice.select = select
-    try:
-        yield seen
-    finally:
-        RowChoice.select = choose
-
-
-def _check_choice(choice: RowChoice, gradient: Tensor, rows: Tensor) -> None:
-    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    context = choice.partition.context
-    left = norms[context[~torch.isin(context, rows)]]
-    if not torch.isin(choice.partition.dense, rows).all():
-        raise TrialError("a loss token is left out")
-    if len(left) and not left.max() <= norms[rows[len(rows) - choice.num_context :]].min():
-        raise TrialError("a context row that is left out has a larger gradient than a chosen one")
-
-
-class TrialError(Exception):
-    """A mode gives wrong results."""
 
 
 def try_mode(model: nn.Module, batch: dict[str, Any], mode: str, plain: Step, trial: Trial) -> Trial:

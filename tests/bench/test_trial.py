@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from sparse_unsloth import attach, get_state
+from sparse_unsloth.bench.chosen_rows import TrialError, noted_rows
 from sparse_unsloth.bench.trial import (
     DTYPES,
     MODES,
-    TrialError,
     _check_rows,
     combinations,
-    noted_rows,
     parse,
     step,
 )
