@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import select
 import sys
@@ -85,11 +86,19 @@ def reader_left() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
+NOISY = "bitsandbytes.backends.cpu.ops", "torch.utils._pytree"
+"""Loggers of libraries that warn at each import."""
+
+
 def quiet_libraries() -> None:
     """Turns off the bars of libraries that load models and data where standard error is no terminal, as ours are.
 
-    Of ``NO_COLOR`` and ``FORCE_COLOR`` the first wins, for this process and those that it starts.
+    Of ``NO_COLOR`` and ``FORCE_COLOR`` the first wins, for this process and those that it starts. Importing
+    bitsandbytes warns that it has no CPU kernel for 4-bit products, and importing torchao of its own names in PyTorch:
+    neither is a fault of the user's.
     """
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if os.environ.get("NO_COLOR"):
         os.environ.pop("FORCE_COLOR", None)
     if not sys.stderr.isatty():

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import yaml
 
 from sparse_unsloth.bench import trial
 from sparse_unsloth.cli import doctor, main
-from sparse_unsloth.cli.main import quiet_libraries
+from sparse_unsloth.cli.main import NOISY, quiet_libraries
 
 from processes import fork, needs_fork
 
@@ -45,6 +46,20 @@ def test_of_both_variables_of_colour_no_color_wins(no_color, kept, monkeypatch):
     stream = io.StringIO()
     Console(file=stream).print("[bold red]words")
     assert ("\x1b" in stream.getvalue()) == kept
+
+
+def test_commands_do_not_repeat_what_libraries_say_at_each_import(caplog):
+    loggers = [logging.getLogger(name) for name in NOISY]
+    before = [logger.level for logger in loggers]
+    try:
+        quiet_libraries()
+        for logger in loggers:
+            logger.warning("at each import")
+            logger.error("a fault")
+        assert [record.message for record in caplog.records] == ["a fault"] * len(NOISY)
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
