@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ logger = logging.getLogger("sparse_unsloth")
 
 Sparsity = SparsityConfig | Mapping[str, Any] | str | Path | None
 
-HUB = ("token", "revision", "trust_remote_code")
+HUB = ("token", "revision", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
+"""Arguments that tell where a model's configuration is."""
+CONFIG_ELSEWHERE = {"config", "gguf_file"}
+"""Arguments that bring the configuration themselves."""
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -80,9 +84,10 @@ class FastSparseLanguageModel:
         names = *peft_loading.NEEDS_UNSLOTH, *peft_loading.IGNORED
         check_names(kwargs, (FastSparseLanguageModel.from_pretrained, peft_loading.load), names)
         adapter = find_adapter(model_name)
-        name = model_name if adapter is None else str(adapter)
-        if adapter is None and "gguf_file" not in kwargs:
-            check_folder(model_name)
+        name = os.path.expanduser(model_name) if adapter is None else str(adapter)
+        named = adapter is None and CONFIG_ELSEWHERE.isdisjoint(kwargs)
+        if named:
+            check_folder(name, kwargs.get("subfolder", ""))
         try:
             model, tokenizer = load_whole(
                 adapter, lambda: chosen.load(name, max_seq_length, dtype, load_in_4bit, **kwargs)
@@ -91,7 +96,7 @@ class FastSparseLanguageModel:
             raise
         except (OSError, ValueError, RuntimeError, KeyError):
             hub = {key: kwargs[key] for key in HUB if key in kwargs}
-            if adapter is not None or "gguf_file" in kwargs or (found := why_not_found(name, hub)) is None:
+            if not named or (found := why_not_found(name, hub)) is None:
                 raise
             raise found from None  # the library's tracebacks are 50 lines, and its reason is in the message
         model.__dict__["_sparse_backend"] = chosen.NAME

@@ -47,10 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
     words, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser()
-    if words and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
-        from sparse_unsloth.config.files import did_you_mean
-
-        parser.error(f"there is no command {words[0]!r}{did_you_mean(words[0], SUBCOMMANDS)}")
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()

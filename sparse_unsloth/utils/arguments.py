@@ -62,11 +62,11 @@ def check_length(max_seq_length: Any) -> None:
         raise ConfigError(f"max_seq_length is {max_seq_length!r}, and it is a number of tokens, from 1 on.")
 
 
-def check_folder(model_name: str) -> None:
-    """Raises DataError where ``model_name`` is a path, and no model is there."""
-    path = Path(model_name).expanduser()
+def check_folder(model_name: str, subfolder: str = "") -> None:
+    """Raises DataError where ``model_name`` is a path, and no model is there, or in its ``subfolder``."""
+    path = Path(model_name)
     if path.is_dir():
-        if not any((path / name).is_file() for name in FOLDER_FILES):
+        if not any((path / subfolder / name).is_file() for name in FOLDER_FILES):
             raise DataError(f"{model_name}: this folder holds no {' or '.join(FOLDER_FILES)}, so it holds no model.")
     elif path.is_file():
         raise DataError(f"{model_name}: this is a file; give the folder that it is in (and gguf_file= of a GGUF file).")
@@ -78,7 +78,7 @@ def why_not_found(model_name: str, hub: Mapping[str, Any]) -> DataError | None:
     """What to raise where loading failed because of the model's name; None where its configuration can be read.
 
     Args:
-        hub: token, revision and trust_remote_code, where they were given.
+        hub: arguments of transformers' ``from_pretrained`` that tell where the configuration is (token, revision, ...).
     """
     from transformers import AutoConfig
 

@@ -240,7 +240,7 @@ def test_a_recipe_that_is_wrong_is_named_with_its_line(place, text, message, cap
         ("study toy --trails 3", "did you mean --trials?"),
         ("study spectra --model {S}/model --max-layers 0", "--max-layers: must be an integer from 1 on"),
         ("study spectra --model {S}/model --calibration-samples 0", "must be an integer from 1 on, given '0'"),
-        ("trian {S}/r.yaml", "; did you mean 'train'?"),
+        ("trian {S}/r.yaml", "; did you mean train?"),
         ("train", "the following arguments are required: RECIPE"),
         ("train {S}", "{S} is a folder"),
         ("quickstart --steps abc", "--steps: must be an integer from 1 on, given 'abc'"),

@@ -2,18 +2,20 @@
 
 import ast
 import inspect
+import shutil
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 
 from sparse_unsloth import FastSparseLanguageModel
 from sparse_unsloth.backends.peft import loading
 from sparse_unsloth.backends.unsloth.contract import find_unsloth
 from sparse_unsloth.errors import ConfigError, DataError
-from sparse_unsloth.utils.arguments import check_length, check_lora, check_names
+from sparse_unsloth.utils.arguments import check_folder, check_length, check_lora, check_names
 
 from tiny_models import save_checkpoint
 
@@ -154,6 +156,24 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     assert isinstance(caught.value.__context__, OSError)
     shown = "".join(traceback.format_exception(caught.value))
     assert shown.count("Traceback (most recent call last)") == 1, "those of the libraries are left out"
+
+
+def test_folders_are_found_as_users_name_them(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(checkpoint).parent))
+    load(f"~/{Path(checkpoint).name}")
+    FastSparseLanguageModel.from_pretrained(Path(checkpoint), 64, backend="peft", load_in_4bit=False)
+    with pytest.raises(DataError, match="there is no such folder"):
+        load("~/nothing")
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    (bare / "config.json").unlink()
+    load(bare, config=config)  # the script brings what the folder lacks
+    with pytest.raises(DataError, match="this folder holds no"):
+        load(bare)
+    (tmp_path / "inner").mkdir()
+    check_folder(str(Path(checkpoint).parent), Path(checkpoint).name)
+    with pytest.raises(DataError, match="this folder holds no"):
+        check_folder(str(tmp_path), "inner")
 
 
 def test_a_folder_without_weights_keeps_the_librarys_error(checkpoint, tmp_path):
